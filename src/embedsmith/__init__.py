@@ -1,0 +1,30 @@
+"""embedsmith: make a text-embedding model from start to finish.
+
+Names are loaded on first use, so that `import embedsmith` costs no torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedsmith.models import Embedder, load
+
+__version__ = version("embedsmith")
+
+_HOMES = {
+    "Embedder": "embedsmith.models",
+    "load": "embedsmith.models",
+}
+
+__all__ = ["Embedder", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embedsmith' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,40 @@
+"""The command line. Verbs only: each imports its room inside the function, so that `--help` costs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="embedsmith",
+    help="Make a text-embedding model from start to finish.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a training recipe, for your editor."""
+    from embedsmith.core.recipe import schema_json
+    from embedsmith.train import Recipe
+
+    typer.echo(schema_json(Recipe))
+
+
+def main() -> None:
+    """Run the command line; an error a user can cause is one message and exit code 1, an interrupt 130."""
+    from embedsmith.core.errors import EmbedsmithError
+
+    try:
+        app()
+    except EmbedsmithError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("stopped", err=True)
+        sys.exit(130)

@@ -1,0 +1,222 @@
+"""What a loss sees. The only place where representations cross ranks.
+
+Two kinds: retrieval (local queries against the candidates of all ranks) and pairs (two aligned sides with labels).
+A batch is assembled on leaves cut from the model's graph. A side is gathered when a loss first asks for it, and after
+the loss's backward pass `settle` returns the gradients of gathered rows to the rank they came from. No collective
+runs inside autograd, so a loss that is undefined on one rank cannot hang the others; but every rank must ask for the
+same gathered views in the same order, so a loss never branches on local data before it has asked.
+
+With gradients averaged over ranks, "local queries against gathered candidates" gives exactly the parameter gradient
+of one process on the whole batch (proof: tests/test_ranks.py). Tensor names: `shapes.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embedsmith.core.collectives import Group, gather_rows, max_over_ranks, mean_over_ranks, rank, sum_over_ranks, world_size
+from embedsmith.core.reps import Representation, Reps, Widths, each_head
+
+ABSENT = -1
+"""The id of a slot that holds nothing: a missing positive or negative, a row added to make ranks equal."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands, for schedules: optimizer steps done before this one, and in the whole run."""
+
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def fraction(self) -> float:
+        return min(self.step / max(self.steps, 1), 1.0)
+
+
+class Side:
+    """The texts on one side of a batch: this rank's representations, and all ranks' on demand."""
+
+    def __init__(self, local: Reps, group: Group = None) -> None:
+        self.local: Reps = each_head(local, lambda representation: representation.leaf())
+        self.group = group
+        self._gathered: dict[str, Representation] = {}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.local.values())))
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows a rank contributes to the gathered view; shorter ranks are padded and masked by id."""
+        return max_over_ranks(len(self), self._device, self.group)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.local.values())).tensors()[0].device
+
+    def all(self, head: str) -> Any:
+        """The representation of all ranks' rows, in rank order. A collective on its first call for a head."""
+        if world_size(self.group) == 1:
+            return self.local[head]
+        if head not in self._gathered:
+            mine = self.local[head]
+            tokens = max_over_ranks(mine.token_count, self._device, self.group)
+            padded = mine.pad_tokens(tokens).pad_rows(self.rows)
+            self._gathered[head] = padded.map(lambda tensor: gather_rows(tensor, self.group)).leaf()
+        return self._gathered[head]
+
+    def all_ids(self, id_N: Tensor) -> Tensor:
+        """Per-row integers of all ranks, [W*rows, ...], in the row order of `all`; padding is `ABSENT`."""
+        if world_size(self.group) == 1:
+            return id_N
+        padded = id_N.new_full((self.rows, *id_N.shape[1:]), ABSENT)
+        padded[: len(id_N)] = id_N
+        return gather_rows(padded, self.group)
+
+    def settle(self) -> None:
+        """After backward: add to each local row the gradient it received on every rank."""
+        for head, gathered in self._gathered.items():
+            mine = self.local[head]
+            start = rank(self.group) * self.rows
+            for local, everywhere in zip(mine.floating(), gathered.floating(), strict=True):
+                gradient = everywhere.grad if everywhere.grad is not None else torch.zeros_like(everywhere)
+                total = sum_over_ranks(gradient, self.group)[start : start + len(mine)]
+                own = total[:, : local.shape[1]] if total.dim() > 1 else total
+                local.grad = own.clone() if local.grad is None else local.grad + own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What both kinds share.
+
+    `extras`: trainable things outside the backbone (temperature, classifier, projection) by name.
+    `widths`: Matryoshka widths at which dense scores are wanted; `None` is the whole vector as the model gave it.
+    """
+
+    task: str
+    source: str = ""
+    progress: Progress = Progress()
+    extras: Mapping[str, nn.Module] = field(default_factory=dict)
+    widths: Widths | None = None
+    group: Group = None
+
+    def sides(self) -> tuple[Side, ...]:
+        raise NotImplementedError  # both kinds define it
+
+    def settle(self) -> None:
+        for side in self.sides():
+            side.settle()
+
+    def mean_over_rows(self, value_WQ: Tensor, valid_Q: Tensor | None = None) -> Tensor:
+        """value_W: the mean over the valid rows of all ranks, as this rank's share of it.
+
+        The local sum is divided by the mean number of valid rows a rank, so that the average over ranks is the mean
+        over all valid rows even when ranks have different numbers. A connected zero when no row is valid anywhere.
+        """
+        if valid_Q is None:
+            valid_Q = torch.ones(value_WQ.shape[-1], dtype=torch.bool, device=value_WQ.device)
+        count = mean_over_ranks(valid_Q.sum().to(value_WQ.dtype), self.group)
+        return value_WQ.masked_fill(~valid_Q, 0.0).sum(-1) / count.clamp_min(1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalBatch(Batch):
+    """Local queries against the candidate documents of all ranks.
+
+    Everything is matched by id (a hash of the text): `positive_id_QP` and `negative_id_QM` name a query's own
+    documents, `ABSENT` where a slot is empty; `document_id_N` are this rank's candidates, each distinct text once.
+    `label_Q`: class of each query's text, or `None`. Teacher scores align with the id slots; NaN where unknown.
+    """
+
+    query: Side
+    document: Side
+    query_id_Q: Tensor
+    positive_id_QP: Tensor
+    negative_id_QM: Tensor
+    document_id_N: Tensor
+    label_Q: Tensor | None = None
+    positive_score_QP: Tensor | None = None
+    negative_score_QM: Tensor | None = None
+
+    def sides(self) -> tuple[Side, ...]:
+        return (self.query, self.document)
+
+    @cached_property
+    def document_id_K(self) -> Tensor:
+        """Ids of all ranks' candidates, in the row order of `document.all`; `ABSENT` marks padding rows."""
+        return self.document.all_ids(self.document_id_N)
+
+    @cached_property
+    def query_id_G(self) -> Tensor:
+        """Ids of all ranks' queries, in the row order of `query.all`."""
+        return self.query.all_ids(self.query_id_Q)
+
+    @cached_property
+    def positive_id_GP(self) -> Tensor:
+        """Positives of all ranks' queries. Slot counts may differ between ranks."""
+        slots = max_over_ranks(self.positive_id_QP.shape[1], self.positive_id_QP.device, self.group)
+        missing = slots - self.positive_id_QP.shape[1]
+        return self.query.all_ids(torch.nn.functional.pad(self.positive_id_QP, (0, missing), value=ABSENT))
+
+    @cached_property
+    def first_of_its_id_K(self) -> Tensor:
+        """True for the first candidate of each id: a duplicate counts once, and padding never."""
+        _, inverse_K = torch.unique(self.document_id_K, return_inverse=True)
+        place_K = torch.arange(len(inverse_K), device=inverse_K.device)
+        first_U = torch.full_like(place_K, len(place_K)).scatter_reduce(0, inverse_K, place_K, reduce="amin")
+        return (first_U[inverse_K] == place_K) & (self.document_id_K != ABSENT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch):
+    """Two aligned sides with a label a pair, higher meaning more alike."""
+
+    left: Side
+    right: Side
+    left_id_N: Tensor
+    right_id_N: Tensor
+    label_N: Tensor
+
+    def sides(self) -> tuple[Side, ...]:
+        return (self.left, self.right)
+
+    def scores(self, head: str = "dense") -> Tensor:
+        """score_WN of this rank's pairs."""
+        return self.left.local[head].paired(self.right.local[head], self.widths)
+
+    def all_scores(self, head: str = "dense") -> Tensor:
+        """score_WG of the pairs of all ranks, with gradient. Cheap: scalars travel, vectors stay."""
+        return gather_pair_scores(self.scores(head), self.group)
+
+    @cached_property
+    def label_G(self) -> Tensor:
+        return gather_rows(self.label_N, self.group)
+
+
+def gather_pair_scores(score_WN: Tensor, group: Group = None) -> Tensor:
+    """score_WG of all ranks. Every rank must go on to compute the same function of it (see `_GatherScores`)."""
+    if world_size(group) == 1:
+        return score_WN
+    gathered: Tensor = _GatherScores.apply(score_WN, group)
+    return gathered
+
+
+class _GatherScores(torch.autograd.Function):
+    """All ranks compute the same loss of the same gathered scalars, so the sum over ranks of a score's gradient is
+    this rank's own, times the number of ranks: the backward pass needs no communication."""
+
+    @staticmethod
+    def forward(ctx: Any, score_WN: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.count = group, score_WN.shape[1]
+        return gather_rows(score_WN.T, group).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        start = rank(ctx.group) * ctx.count
+        own: Tensor = gradients[0][:, start : start + ctx.count]
+        return own * world_size(ctx.group), None

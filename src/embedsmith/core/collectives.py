@@ -1,0 +1,103 @@
+"""Talk between ranks. Everything here is the identity in a single process.
+
+No function in this file is differentiated by autograd: a collective inside a backward pass hangs as soon as one
+rank's loss does not need it. Gradients of gathered values are settled explicitly (see `core/batch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+Group = Any  # a process group; None means all ranks
+_BUCKET_BYTES = 32 * 2**20
+
+
+def world_size(group: Group = None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: Group = None) -> int:
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:
+    """Rows of all ranks in rank order, [W*N, ...] from [N, ...]; shapes must agree on all ranks. Detached."""
+    if world_size(group) == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
+    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def sum_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
+    if world_size(group) == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
+    return sum_over_ranks(tensor, group) / world_size(group)
+
+
+def max_over_ranks(value: int, device: torch.device | str = "cpu", group: Group = None) -> int:
+    if world_size(group) == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return int(tensor)
+
+
+def objects_of_all_ranks(value: Any, group: Group = None) -> list[Any]:
+    """The (small, picklable) value of every rank, in rank order."""
+    if world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over ranks; a missing gradient counts as zero.
+
+    This is all that data parallelism is here. Unlike a wrapper's hooks it does not care how many chunks a rank
+    encoded, in which order, or which heads its loss read.
+    """
+    if world_size() == 1:
+        return
+    gradients: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, mean in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            gradient.copy_(mean)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(t.numel() * t.element_size() for t in bucket)
+        if bucket and (size + tensor.numel() * tensor.element_size() > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

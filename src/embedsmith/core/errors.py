@@ -1,0 +1,45 @@
+"""The error tree. A message says where, what came, what was expected, and what to do about it."""
+
+from __future__ import annotations
+
+
+class EmbedsmithError(Exception):
+    """Base of every error a user can cause or meet. The CLI prints it without a traceback and exits with 1."""
+
+    def __init__(self, what: str, *, where: object = None, expected: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        message = what if where is None else f"{where}: {what}"
+        message += "" if expected is None else f"\n  expected: {expected}"
+        message += "" if fix is None else f"\n  to fix: {fix}"
+        super().__init__(message)
+
+
+class RecipeError(EmbedsmithError, ValueError):
+    """A recipe, an override or a component's arguments are wrong."""
+
+
+class DataError(EmbedsmithError):
+    """A data file or a row in it is wrong; `where` names the file and the line."""
+
+
+class ModelError(EmbedsmithError):
+    """A model folder or id cannot be loaded, or cannot do what is asked of it."""
+
+
+class CheckpointError(EmbedsmithError):
+    """A checkpoint or an output folder is incomplete, incompatible or cannot be written."""
+
+
+class TrainingError(EmbedsmithError):
+    """Training cannot go on: a value that is not finite, ranks that disagree."""
+
+
+class EvaluationError(EmbedsmithError):
+    """An evaluation task is unknown or cannot be scored."""
+
+
+class MissingExtraError(EmbedsmithError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs the package {package!r}", fix=f'pip install "embedsmith[{extra}]"')

@@ -1,0 +1,45 @@
+"""Progress bars and log lines: on the first rank only, and quiet when nobody is watching."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from embedsmith.core.collectives import rank
+
+log = logging.getLogger("embedsmith")
+
+
+class Bar:
+    """One running bar; `advance` it, and `say` a short text beside it."""
+
+    def __init__(self, progress: Progress, label: str, total: int | None, done: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, completed=done, note="")
+
+    def advance(self, count: int = 1) -> None:
+        self._progress.advance(self._task, count)
+
+    def say(self, note: str) -> None:
+        self._progress.update(self._task, note=note)
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | None = None) -> Iterator[Bar]:
+    """A bar on the terminal. `visible=None` shows it where stderr is a terminal, on the first rank."""
+    from rich.console import Console
+
+    shown = sys.stderr.isatty() if visible is None else visible
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown or rank() != 0, transient=False) as progress:
+        yield Bar(progress, label, total, done)

@@ -1,0 +1,197 @@
+"""Representations: what a model makes of N texts. Dimension 0 of every field is N; shapes are in `shapes.md`.
+
+Losses, search and evaluation see a text only through these three kinds. Everything that moves representations around
+(gather, concatenate, split, pad) is written once, over fields, so no mask is ever left behind.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Widths = tuple[int, ...]
+
+
+def _tokens(pad: float) -> Any:
+    """A field whose dimension 1 is a ragged token axis, filled with `pad` beyond a row's own tokens."""
+    return field(metadata={"pad": pad})
+
+
+@dataclass(frozen=True)
+class Representation:
+    """Base of the three kinds: the operations that are the same for all."""
+
+    @abstractmethod
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        """Every row against every row of `other`: score_WQK, fp32 (or fp64). W is 1 without `widths`."""
+
+    @abstractmethod
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        """Row n against row n of `other`: score_WN, fp32 (or fp64). W is 1 without `widths`."""
+
+    def __len__(self) -> int:
+        return len(self.tensors()[0])
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def floating(self) -> list[Tensor]:
+        """The fields that can carry a gradient."""
+        return [tensor for tensor in self.tensors() if tensor.is_floating_point()]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same representation with every field changed, masks included."""
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def rows(self, index: Tensor | slice) -> Self:
+        return self.map(lambda tensor: tensor[index])
+
+    def leaf(self) -> Self:
+        """A copy cut from its graph whose floating fields collect gradients of their own."""
+        return self.map(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()))
+
+    @property
+    def token_count(self) -> int:
+        """Length of the ragged token axis; 0 for a representation without one."""
+        return max((getattr(self, f.name).shape[1] for f in fields(self) if "pad" in f.metadata), default=0)
+
+    def pad_tokens(self, length: int) -> Self:
+        """Lengthen the ragged token axis to `length`, each field with its own pad value."""
+
+        def padded(f: Field[Any]) -> Tensor:
+            tensor: Tensor = getattr(self, f.name)
+            missing = length - tensor.shape[1] if "pad" in f.metadata else 0
+            if missing <= 0:
+                return tensor
+            return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=f.metadata["pad"])
+
+        return replace(self, **{f.name: padded(f) for f in fields(self)})
+
+    def pad_rows(self, count: int) -> Self:
+        """Append rows of zeros up to `count` rows; the caller masks them by id."""
+        missing = count - len(self)
+        return self if missing == 0 else self.map(lambda t: torch.cat([t, t.new_zeros(missing, *t.shape[1:])]))
+
+
+@dataclass(frozen=True)
+class Dense(Representation):
+    """One vector a text, normalised by the model unless it was told not to."""
+
+    vector_ND: Tensor
+
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        left_QD, right_KD = in_fp32(self.vector_ND), in_fp32(other.vector_ND)
+        if widths is None:
+            return (left_QD @ right_KD.T)[None]
+        return _prefix_cosines(left_QD, right_KD, widths, lambda a, b: a @ b.T, lambda a, b: a[:, None] * b[None, :])
+
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        left_ND, right_ND = in_fp32(self.vector_ND), in_fp32(other.vector_ND)
+        if widths is None:
+            return (left_ND * right_ND).sum(-1)[None]
+        return _prefix_cosines(left_ND, right_ND, widths, lambda a, b: (a * b).sum(-1), lambda a, b: a * b)
+
+    def truncate(self, width: int) -> Dense:
+        """The leading `width` coordinates, normalised again."""
+        return Dense(F.normalize(in_fp32(self.vector_ND)[:, :width], dim=-1))
+
+
+def _prefix_cosines(
+    left_ND: Tensor,
+    right_ND: Tensor,
+    widths: Widths,
+    product: Callable[[Tensor, Tensor], Tensor],
+    outer: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Cosines of the leading coordinates at every width. Inner products of prefixes add up, so all widths together
+    cost one product of full width (Matryoshka's Gram trick)."""
+    total: Tensor | None = None
+    by_width: dict[int, Tensor] = {}
+    start = 0
+    for width in sorted(set(widths)):
+        block = product(left_ND[:, start:width], right_ND[:, start:width])
+        total = block if total is None else total + block
+        norms = [torch.linalg.vector_norm(side[:, :width], dim=-1).clamp_min(1e-12) for side in (left_ND, right_ND)]
+        by_width[width] = total / outer(*norms)
+        start = width
+    return torch.stack([by_width[width] for width in widths])
+
+
+@dataclass(frozen=True)
+class Sparse(Representation):
+    """Weights of vocabulary entries. A coordinate may repeat in a row: its largest weight counts. Weight 0 is padding."""
+
+    coordinate_NT: Tensor = _tokens(pad=0)
+    weight_NT: Tensor = _tokens(pad=0.0)
+
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        vocabulary_U = torch.unique(self.coordinate_NT)
+        return (self._over(vocabulary_U) @ other._over(vocabulary_U).T)[None]
+
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        vocabulary_U = torch.unique(self.coordinate_NT)
+        return (self._over(vocabulary_U) * other._over(vocabulary_U)).sum(-1)[None]
+
+    def _over(self, vocabulary_U: Tensor) -> Tensor:
+        """weight_NU over the given sorted coordinates only: [N, V] never exists."""
+        place_NT = torch.searchsorted(vocabulary_U, self.coordinate_NT).clamp_max(len(vocabulary_U) - 1)
+        weight_NT = in_fp32(self.weight_NT) * (vocabulary_U[place_NT] == self.coordinate_NT)
+        weight_NU = weight_NT.new_zeros(len(weight_NT), len(vocabulary_U))
+        return weight_NU.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=True)
+
+
+@dataclass(frozen=True)
+class MultiVector(Representation):
+    """One vector a token. A score is the mean over query tokens of the best document token (M3-Embedding, section 3.2)."""
+
+    vector_NTD: Tensor = _tokens(pad=0.0)
+    mask_NT: Tensor = _tokens(pad=False)
+
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        score_QKTU = torch.einsum("qtd,kud->qktu", in_fp32(self.vector_NTD), in_fp32(other.vector_NTD))
+        best_QKT = _best(score_QKTU, other.mask_NT[None, :, None, :])
+        return _mean_over_tokens(best_QKT, self.mask_NT[:, None, :])[None]
+
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        score_NTU = torch.einsum("ntd,nud->ntu", in_fp32(self.vector_NTD), in_fp32(other.vector_NTD))
+        return _mean_over_tokens(_best(score_NTU, other.mask_NT[:, None, :]), self.mask_NT)[None]
+
+
+def _best(score: Tensor, mask: Tensor) -> Tensor:
+    """Maximum over document tokens. A masked token is -inf, not a zero vector: zeros would put a floor under the score."""
+    return score.masked_fill(~mask, float("-inf")).amax(-1)
+
+
+def _mean_over_tokens(best: Tensor, mask: Tensor) -> Tensor:
+    return best.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
+
+
+Reps = Mapping[str, Representation]
+"""Head name (`dense`, `sparse`, `multivector`, `middle`) to representation, all with the same N."""
+
+
+def each_head(reps: Reps, change: Callable[[Any], Any]) -> dict[str, Any]:
+    return {name: change(value) for name, value in reps.items()}
+
+
+def concatenate(parts: Sequence[Reps]) -> Reps:
+    """Rows of all parts in order; token axes are padded to the longest."""
+
+    def joined(pieces: list[Representation]) -> Representation:
+        length = max(piece.token_count for piece in pieces)
+        columns = zip(*(piece.pad_tokens(length).tensors() for piece in pieces), strict=True)
+        names = [f.name for f in fields(pieces[0])]
+        return replace(pieces[0], **{name: torch.cat(c) for name, c in zip(names, columns, strict=True)})
+
+    return {name: joined([part[name] for part in parts]) for name in parts[0]}
+
+
+def in_fp32(tensor: Tensor) -> Tensor:
+    """fp32, unless it is fp64 already. At temperature 0.01 logits reach 100, where bf16 has a step of 0.5."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,97 @@
+"""Token ids of N texts, ragged: the form in which texts travel from the tokenizer (or a cache) to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Row n is `id_S[offset_P[n]:offset_P[n + 1]]`, special tokens included; `offset_P` has N + 1 entries.
+
+    `body_N` counts the leading tokens that belong to a prompt or instruction (found by character offsets): a pooling
+    that skips the instruction starts there. `is_query_N` says which texts are queries.
+    """
+
+    id_S: IntArray
+    offset_P: IntArray
+    body_N: IntArray
+    is_query_N: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.body_N)
+
+    @property
+    def length_N(self) -> IntArray:
+        return np.diff(self.offset_P)
+
+    def take(self, rows: IntArray | Sequence[int]) -> TokenBatch:
+        rows = np.asarray(rows, dtype=np.int64)
+        length_N = self.length_N[rows]
+        offset_P = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64)
+        within = np.arange(offset_P[-1]) - np.repeat(offset_P[:-1], length_N)
+        id_S = self.id_S[np.repeat(self.offset_P[rows], length_N) + within]
+        return TokenBatch(id_S, offset_P, self.body_N[rows], self.is_query_N[rows])
+
+    def pad(self, pad_id: int, device: torch.device | str = "cpu", left: bool = False) -> PaddedTokens:
+        """Rectangular tensors. Masks come from lengths, never from `ids != pad`: a pad token may be a real one."""
+        length_N = self.length_N
+        width = int(length_N.max(initial=1))
+        column_T = np.arange(width)[None, :]
+        start_N1 = (width - length_N)[:, None] if left else np.zeros((len(self), 1), dtype=np.int64)
+        mask_NT = (column_T >= start_N1) & (column_T < start_N1 + length_N[:, None])
+        id_NT = np.full((len(self), width), pad_id, dtype=np.int64)
+        id_NT[mask_NT] = self.id_S
+        body_NT = mask_NT & (column_T >= start_N1 + self.body_N[:, None])
+        to = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+        return PaddedTokens(to(id_NT), to(mask_NT), to(body_NT), to(self.is_query_N))
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
+        lengths = np.concatenate([part.length_N for part in parts])
+        return TokenBatch(
+            np.concatenate([part.id_S for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.concatenate([part.body_N for part in parts]),
+            np.concatenate([part.is_query_N for part in parts]),
+        )
+
+    @staticmethod
+    def from_rows(rows: Sequence[Sequence[int]], body: Sequence[int], is_query: bool) -> TokenBatch:
+        length_N = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
+        offset_P = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64)
+        return TokenBatch(flat, offset_P, np.asarray(body, np.int64), np.full(len(rows), is_query))
+
+
+@dataclass(frozen=True)
+class PaddedTokens:
+    """One rectangular chunk, ready for a model: `mask_NT` marks real tokens, `body_NT` those after the instruction."""
+
+    id_NT: Tensor
+    mask_NT: Tensor
+    body_NT: Tensor
+    is_query_N: Tensor
+
+
+def chunk_rows(length_N: IntArray, token_budget: int, max_rows: int | None = None) -> list[IntArray]:
+    """Rows in chunks of similar length, longest first, each of at most `token_budget` padded tokens (a single longer
+    row stands alone) and at most `max_rows` rows."""
+    order = np.argsort(-length_N, kind="stable")
+    chunks: list[IntArray] = []
+    start = 0
+    while start < len(order):
+        longest = max(int(length_N[order[start]]), 1)
+        count = max(token_budget // longest, 1)
+        count = count if max_rows is None else min(count, max_rows)
+        chunks.append(order[start : start + count])
+        start += count
+    return chunks
