@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.collectives import Group, gather_rows, max_over_ranks, mean_over_ranks, rank, sum_over_ranks, world_size
+from embedsmith.core.collectives import (
+    Group,
+    gather_rows,
+    max_over_ranks,
+    mean_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from embedsmith.core.reps import Representation, Reps, Widths, each_head
 
 ABSENT = -1

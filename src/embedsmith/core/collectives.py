@@ -95,7 +95,9 @@ def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     bucket: list[Tensor] = []
     for tensor in tensors:
         size = sum(t.numel() * t.element_size() for t in bucket)
-        if bucket and (size + tensor.numel() * tensor.element_size() > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+        if bucket and (
+            size + tensor.numel() * tensor.element_size() > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype
+        ):
             yield bucket
             bucket = []
         bucket.append(tensor)

@@ -76,9 +76,15 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise CheckpointError("no space left on the disk; nothing was written", where=path, fix="free some space, then run the same command again") from error
+            raise CheckpointError(
+                "no space left on the disk; nothing was written",
+                where=path,
+                fix="free some space, then run the same command again",
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise CheckpointError(f"cannot write here ({error.strerror})", where=path, fix="choose a folder you may write to") from error
+            raise CheckpointError(
+                f"cannot write here ({error.strerror})", where=path, fix="choose a folder you may write to"
+            ) from error
         raise
 
 

@@ -41,5 +41,7 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown or rank() != 0, transient=False) as progress:
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not shown or rank() != 0, transient=False
+    ) as progress:
         yield Bar(progress, label, total, done)

@@ -89,7 +89,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _index(node: list[Any], key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(node):
-        raise RecipeError(f"{key!r} in {override!r} is not a place in a list of {len(node)}", expected="a number from 0")
+        raise RecipeError(
+            f"{key!r} in {override!r} is not a place in a list of {len(node)}", expected="a number from 0"
+        )
     return int(key)
 
 
@@ -136,7 +138,16 @@ def _known_keys(schema: Any, location: tuple[Any, ...]) -> list[str]:
 def _dataclasses_in(hint: Any) -> list[type]:
     if dataclasses.is_dataclass(hint):
         return [hint] if isinstance(hint, type) else []
-    if typing.get_origin(hint) in (typing.Union, types.UnionType, list, tuple, dict, typing.Annotated, Sequence, Mapping):
+    if typing.get_origin(hint) in (
+        typing.Union,
+        types.UnionType,
+        list,
+        tuple,
+        dict,
+        typing.Annotated,
+        Sequence,
+        Mapping,
+    ):
         return [found for argument in typing.get_args(hint) for found in _dataclasses_in(argument)]
     return []
 

@@ -57,7 +57,9 @@ class Registry:
     def get(self, name: str) -> type:
         known = [entry.name for entry in self.entries()]
         if name not in known:
-            raise RecipeError(f"unknown {self.kind} {name!r}{did_you_mean(name, known)}", expected=f"one of {', '.join(known)}")
+            raise RecipeError(
+                f"unknown {self.kind} {name!r}{did_you_mean(name, known)}", expected=f"one of {', '.join(known)}"
+            )
         return self._entries[name].cls
 
     def build(self, value: Any) -> Any:
@@ -67,7 +69,10 @@ class Registry:
         if isinstance(value, str):
             value = {"type": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
-            raise RecipeError(f"{value!r} is not a {self.kind}", expected=f"a name, or a mapping with a `type` key naming a {self.kind}")
+            raise RecipeError(
+                f"{value!r} is not a {self.kind}",
+                expected=f"a name, or a mapping with a `type` key naming a {self.kind}",
+            )
         arguments = {key: item for key, item in value.items() if key != "type"}
         return TypeAdapter(self.get(value["type"])).validate_python(arguments)
 
@@ -77,7 +82,15 @@ class Registry:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         choices: list[dict[str, Any]] = [{"type": "string", "enum": [entry.name for entry in self.entries()]}]
         for entry in self.entries():
-            choices.append({"type": "object", "title": entry.name, "description": entry.summary, "required": ["type"], **_fields(entry)})
+            choices.append(
+                {
+                    "type": "object",
+                    "title": entry.name,
+                    "description": entry.summary,
+                    "required": ["type"],
+                    **_fields(entry),
+                }
+            )
         return {"anyOf": choices}
 
 

@@ -51,7 +51,13 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": state.cpu,
         "cuda": list(state.cuda),
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
         "python": [version, list(python_keys), python_gauss],
     }
 
