@@ -6,13 +6,17 @@ rank's loss does not need it. Gradients of gathered values are settled explicitl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from embedsmith.core.errors import EmbedsmithError
+
+T = TypeVar("T")
 
 Group = Any  # a process group; None means all ranks
 _BUCKET_BYTES = 32 * 2**20
@@ -62,6 +66,21 @@ def objects_of_all_ranks(value: Any, group: Group = None) -> list[Any]:
     values: list[Any] = [None] * world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def on_first_rank(act: Callable[[], T]) -> T:
+    """Run `act` on the first rank only; every rank gets its (small, picklable) result, or raises its error."""
+    outcome: tuple[Any, EmbedsmithError | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (act(), None)
+        except EmbedsmithError as error:
+            outcome = (None, error)
+    result, raised = objects_of_all_ranks(outcome)[0]
+    if raised is not None:
+        raise raised
+    value: T = result
+    return value
 
 
 def barrier() -> None:

@@ -34,6 +34,10 @@ class TrainingError(EmbedsmithError):
     """Training cannot go on: a value that is not finite, ranks that disagree."""
 
 
+class SearchError(EmbedsmithError):
+    """Vectors that cannot be compared, or an index that cannot be read."""
+
+
 class EvaluationError(EmbedsmithError):
     """An evaluation task is unknown or cannot be scored."""
 

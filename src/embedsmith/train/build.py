@@ -1,0 +1,130 @@
+"""What a recipe leaves open, derived: device and precision, memory, losses, batch sizes, the length of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from embedsmith.core.batch import PairBatch
+from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.loss import Loss
+from embedsmith.core.registry import losses
+from embedsmith.data import BatchPlan, RecordSet, Source, read_source
+from embedsmith.models import Embedder
+from embedsmith.train.config import Recipe, TrainConfig
+from embedsmith.train.feed import Feed
+from embedsmith.train.step import Memory
+
+DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
+
+
+@dataclass(frozen=True)
+class RunLength:
+    steps: int
+    checkpoint_every: int
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Device, ranks and trackers. Precision is autocast over fp32 parameters, never bf16 parameters."""
+    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    precision = recipe.train.precision
+    if precision == "auto":
+        precision = "bf16" if bf16_is_fast() else "fp32"
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(recipe.train.log_with) or None,
+        project_dir=recipe.output,
+    )
+
+
+def bf16_is_fast() -> bool:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
+    """Chunks are small on a CPU, where padding costs more than it hides, and large on a GPU."""
+    chunk_tokens = 2048 if device.type == "cpu" else 32768
+    if config.micro_batch is not None:
+        return Memory(chunk_tokens, None, config.micro_batch)
+    if config.token_budget is not None:
+        return Memory(min(chunk_tokens, config.token_budget), config.token_budget)
+    return Memory(chunk_tokens)
+
+
+def build_feed(recipe: Recipe, model: Embedder) -> Feed:
+    """Read every source, choose its loss, and plan the batches."""
+    sets = [read_source(source) for source in recipe.data]
+    _check_same_files(sets)
+    objectives = [choose_loss(source, record_set.task) for source, record_set in zip(recipe.data, sets, strict=True)]
+    for loss, record_set in zip(objectives, sets, strict=True):
+        loss.check(model.dimension)
+        _check_kind(loss, record_set)
+    plan = BatchPlan(
+        sizes=tuple(len(record_set.records) for record_set in sets),
+        batch_sizes=tuple(source.batch_size or recipe.train.batch_size for source in recipe.data),
+        weights=tuple(source.weight for source in recipe.data),
+        seed=recipe.train.seed,
+        world=world_size(),
+    )
+    return Feed(model, recipe.data, sets, objectives, plan, recipe.train.seed, rank(), world_size())
+
+
+def choose_loss(source: Source, task: str) -> Loss:
+    """The source's loss, or its task's default."""
+    if source.loss is not None:
+        return source.loss
+    if task not in DEFAULT_LOSSES:
+        raise RecipeError(f"{source.path}: the task {task!r} has no default loss", fix="set `loss` for this source")
+    loss: Loss = losses.build(DEFAULT_LOSSES[task])
+    return loss
+
+
+def _check_kind(loss: Loss, record_set: RecordSet) -> None:
+    wants_pairs = PairBatch in loss.batches
+    if wants_pairs and any(record.positive_scores is None for record in record_set.records[:1]):
+        raise RecipeError(
+            f"the loss {type(loss).__name__} needs a score for every pair",
+            where=record_set.name,
+            fix="use a retrieval loss, or give the rows scores",
+        )
+
+
+def _check_same_files(sets: Sequence[RecordSet]) -> None:
+    seen = objects_of_all_ranks([(record_set.name, record_set.fingerprint) for record_set in sets])
+    for other, theirs in enumerate(seen):
+        different = [mine[0] for mine, their in zip(seen[0], theirs, strict=True) if mine != their]
+        if different:
+            raise DataError(
+                f"rank {other} reads another content than rank 0: {', '.join(different)}",
+                fix="give every machine the same files",
+            )
+
+
+def build_extras(objectives: Sequence[Loss], model: Embedder) -> nn.ModuleDict:
+    """Trainable things the losses bring with them, by name; losses that share a name share the module."""
+    modules: dict[str, nn.Module] = {}
+    for loss in objectives:
+        for name, module in loss.extras(model.dimension).items():
+            modules.setdefault(name, module)
+    return nn.ModuleDict(modules)
+
+
+def run_length(config: TrainConfig, plan: BatchPlan) -> RunLength:
+    steps = config.steps or math.ceil((config.epochs or 1) * plan.steps_per_epoch)
+    return RunLength(steps, checkpoint_every=max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000))
+
+
+def without_output(recipe: Recipe) -> Recipe:
+    """The recipe of a dry run: nothing is tracked or evaluated."""
+    return replace(recipe, train=replace(recipe.train, log_with=(), final="last"))

@@ -1,0 +1,149 @@
+"""Checkpoints of a run: written whole or not at all, pruned, found again, resumed.
+
+    runs/a/recipe.yaml              the resolved recipe
+    runs/a/checkpoints/step-N/      model/ (loadable anywhere), training.pt, state.json
+    runs/a/metrics.jsonl
+    runs/a/model/                   the result, written last; `finished.json` beside it says the run is over
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsmith.core.collectives import objects_of_all_ranks, rank
+from embedsmith.core.errors import CheckpointError
+from embedsmith.core.files import atomic_file, atomic_folder
+from embedsmith.core.recipe import read_tree, save_recipe
+from embedsmith.core.registry import to_plain
+from embedsmith.core.seeds import random_state, restore_random_state
+from embedsmith.models import Embedder
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands after `step` optimizer steps. Everything else about its position is a function of this."""
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one output folder."""
+
+    def __init__(self, output: Path, keep: int) -> None:
+        self.output, self.folder, self.keep = output, output / "checkpoints", keep
+
+    def save(self, model: Embedder, extras: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+        """Write `step-N`, then drop older ones (never the best). Collective: every rank's random state goes in."""
+        random_states = objects_of_all_ranks(random_state())
+        if rank() != 0:
+            return
+        with atomic_folder(self.path(state.step)) as folder:
+            model.save(folder / "model")
+            training = {"optimizer": optimizer.state_dict(), "extras": extras.state_dict(), "random": random_states}
+            torch.save(training, folder / "training.pt")
+            (folder / "state.json").write_text(json.dumps(to_plain(state)), encoding="utf-8")
+        self._prune(state)
+
+    def load(self, step: int, extras: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+        """Restore everything but the model, which is built from `model_folder(step)`."""
+        folder = self.path(step)
+        try:
+            training: dict[str, Any] = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+            optimizer.load_state_dict(training["optimizer"])
+            extras.load_state_dict(training["extras"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint cannot be read ({error})", where=folder, fix="delete this folder to go on from the one before"
+            ) from error
+        states = training["random"]
+        if rank() < len(states):  # with more ranks than before the new ones keep their seed
+            restore_random_state(states[rank()])
+        return state
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    def model_folder(self, step: int) -> Path:
+        return self.path(step) / "model"
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, ascending. Half-written ones have another name and are not seen."""
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def _prune(self, state: RunState) -> None:
+        for step in self.steps()[: -self.keep]:
+            if step != state.best_step:
+                shutil.rmtree(self.path(step))
+
+
+def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:
+    """Make or reopen the output folder; returns the step to resume from, or None to start.
+
+    Errors: `CheckpointError` if the folder holds a finished run, a run of another recipe, or something else entirely.
+    """
+    if overwrite and rank() == 0 and output.exists():
+        _refuse_foreign(output)
+        shutil.rmtree(output)
+    if (output / FINISHED).exists():
+        raise CheckpointError("this run is finished", where=output, fix="choose another output, or pass --overwrite")
+    if not output.exists() or not any(output.iterdir()):
+        if rank() == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, output / "recipe.yaml")
+        return None
+    _refuse_foreign(output)
+    _refuse_other_recipe(output, recipe)
+    steps = Checkpoints(output, keep=1).steps()
+    return steps[-1] if steps else None
+
+
+def _refuse_foreign(output: Path) -> None:
+    if any(output.iterdir()) and not (output / "recipe.yaml").exists():
+        raise CheckpointError("the folder is not empty and holds no run", where=output, fix="choose another output")
+
+
+def _refuse_other_recipe(output: Path, recipe: Any) -> None:
+    before, now = _flat(read_tree(output / "recipe.yaml")), _flat(to_plain(recipe))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        listing = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5])
+        raise CheckpointError(
+            f"the folder holds a run of another recipe ({listing})",
+            where=output,
+            fix="use the same recipe to continue it, another output to start anew, or --overwrite",
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        items = [(str(place), value) for place, value in enumerate(tree)]
+    else:
+        return {prefix.rstrip("."): tree}
+    return {name: leaf for key, value in items for name, leaf in _flat(value, f"{prefix}{key}.").items()}
+
+
+def finish(output: Path, model: Embedder, summary: dict[str, Any]) -> Path:
+    """Write the result and mark the run as over."""
+    folder = output / "model"
+    if rank() == 0:
+        model.save(folder)
+        with atomic_file(output / FINISHED) as file:
+            json.dump(summary, file, indent=2, ensure_ascii=False)
+    return folder

@@ -1,0 +1,105 @@
+"""The recipe of a training run. These dataclasses are the only schema; a field that can be computed defaults to None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.recipe import section
+from embedsmith.data import Source
+from embedsmith.models import ModelConfig
+
+
+@section
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    `steps` or `epochs` (one epoch by default) say how long; `batch_size` is per optimizer step, all ranks together,
+    and the pool of in-batch negatives. `micro_batch` (texts) and `token_budget` (padded tokens) only bound memory:
+    they change neither the negatives nor the gradient. `group_learning_rates` maps a regular expression on parameter
+    names to a learning rate of its own. `warmup` is a share of the run below 1, or a number of steps.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    learning_rate: float = 2e-5
+    group_learning_rates: dict[str, float] = field(default_factory=dict)
+    min_learning_rate: float = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_batch: int | None = None
+    token_budget: int | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    final: Literal["last", "best"] = "last"
+    log_with: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "epochs", "batch_size", "learning_rate", "micro_batch", "token_budget", "log_every")
+        for name in (*positive, "checkpoint_every", "keep_checkpoints", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RecipeError(f"{name} is {value}", expected="a number above 0")
+        if self.steps is not None and self.epochs is not None:
+            raise RecipeError("steps and epochs are both set", fix="keep one of them")
+        if self.micro_batch is not None and self.token_budget is not None:
+            raise RecipeError("micro_batch and token_budget are both set", fix="keep one of them")
+        if self.warmup < 0 or self.weight_decay < 0 or self.min_learning_rate < 0:
+            raise RecipeError("warmup, weight_decay and min_learning_rate cannot be negative")
+
+
+@section
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure while training.
+
+    `tasks`: names or paths for `embedsmith evaluate`, looked up in `data`; `every`: steps between evaluations (`None`:
+    only at the end). `metric`: the task whose main score chooses the best checkpoint (`None`: the mean over tasks).
+    `validation`: sources whose loss is reported without training on them. `patience`: evaluations without a better
+    score after which training stops early.
+    """
+
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    every: int | None = None
+    metric: str | None = None
+    max_length: int | None = None
+    validation: tuple[Source, ...] = ()
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RecipeError(f"{name} is {value}", expected="a number above 0")
+        if self.patience is not None and not (self.tasks and self.every):
+            raise RecipeError("patience needs a score to watch", fix="set evaluate.tasks and evaluate.every")
+        if self.metric is not None and self.metric not in self.tasks:
+            raise RecipeError(f"metric {self.metric!r} is not one of evaluate.tasks", expected=", ".join(self.tasks))
+
+
+@section
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a training run depends on."""
+
+    model: ModelConfig
+    data: tuple[Source, ...]
+    output: str
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise RecipeError("data: at least one source is needed")
+        if self.train.final == "best" and not self.evaluate.tasks:
+            raise RecipeError("train.final=best needs a score", fix="set evaluate.tasks, or train.final=last")

@@ -1,0 +1,214 @@
+"""The training loop. Read it top to bottom: build, then for every step draw, encode, differentiate, update, report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from embedsmith.core.batch import Progress
+from embedsmith.core.collectives import average_gradients, max_over_ranks, mean_over_ranks, on_first_rank, rank, world_size
+from embedsmith.core.progress import Bar, log, progress_bar
+from embedsmith.core.reps import Reps
+from embedsmith.core.seeds import derive_seed, seed_everything
+from embedsmith.core.tokens import TokenBatch
+from embedsmith.models import Embedder, load
+from embedsmith.train.build import (
+    RunLength,
+    build_extras,
+    build_feed,
+    derive_memory,
+    make_accelerator,
+    run_length,
+)
+from embedsmith.train.checkpoint import Checkpoints, RunState, finish, open_output
+from embedsmith.train.config import Recipe
+from embedsmith.train.dev import Development
+from embedsmith.train.feed import Feed
+from embedsmith.train.journal import Journal
+from embedsmith.train.optim import make_optimizer, set_learning_rate
+from embedsmith.train.step import Memory, Part, StepOutput, run_step
+
+
+@dataclass
+class Run:
+    """Everything a step touches."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Embedder
+    extras: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    memory: Memory
+    length: RunLength
+    state: RunState
+
+    def encode(self, tokens: TokenBatch, heads: Any) -> Reps:
+        """The model's forward pass on a ragged chunk, under autocast."""
+        padded = tokens.pad(self.model.pad_id, self.accelerator.device, left=self.model.padding_left)
+        with self.accelerator.autocast():
+            reps: Reps = self.model(padded, heads)
+        return reps
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.model.parameters(), *self.extras.parameters()]
+
+
+def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
+    """Train as the recipe says, or continue where a stopped run of the same recipe was; returns the model's folder.
+
+    Errors: `RecipeError`, `DataError`, `ModelError` before the first step; `CheckpointError` for an output folder
+    that is finished or not ours, or a full disk; `TrainingError` when a value is not finite. In every case the
+    last checkpoint stays whole.
+    """
+    accelerator = make_accelerator(recipe)
+    output = Path(recipe.output)
+    resume = on_first_rank(lambda: open_output(output, recipe, overwrite))
+    checkpoints = Checkpoints(output, recipe.train.keep_checkpoints)
+    run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
+    if resume is not None:
+        run.state = checkpoints.load(resume, run.extras, run.optimizer)
+        log.info("continuing %s at step %d", output, resume)
+    journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
+    development = Development(recipe.evaluate, run.model, run.encode, run.memory, run.extras)
+    try:
+        with stop_signals() as stop:
+            run_steps(run, checkpoints, journal, development, stop)
+    finally:
+        journal.close()
+    final_step = run.state.best_step if recipe.train.final == "best" else None
+    model = run.model if final_step is None else load(checkpoints.model_folder(final_step))
+    summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
+    return finish(output, model, summary)
+
+
+def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = None) -> Run:
+    """Model, data, plan and optimizer. On resume the model comes from a checkpoint instead of its origin."""
+    seed_everything(recipe.train.seed)
+    model = load(recipe.model if model_folder is None else recipe.model.resumed_from(model_folder))
+    model.to(accelerator.device).train()
+    feed = build_feed(recipe, model)
+    extras = build_extras(feed.objectives, model).to(accelerator.device)
+    named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
+    optimizer = make_optimizer(named, recipe.train)
+    # Ranks start from the same weights but draw their own dropout.
+    seed_everything(derive_seed(recipe.train.seed, rank()))
+    memory = derive_memory(recipe.train, accelerator.device)
+    length = run_length(recipe.train, feed.plan)
+    return Run(recipe, accelerator, model, extras, optimizer, feed, memory, length, RunState())
+
+
+def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development: Development, stop: Stop) -> None:
+    """All steps from the run's state on, with reports, evaluations and checkpoints at their times."""
+    config, steps = run.recipe.train, run.length.steps
+    meter = Meter()
+    with progress_bar("train", total=steps, done=run.state.step) as bar:
+        for parts in run.feed.run_ahead(run.state.step, steps):
+            output, rate, norm = update(run, parts)
+            run.state = replace(run.state, step=run.state.step + 1)
+            step = run.state.step
+            meter.add(parts[0].source, output)
+            if step % config.log_every == 0 or step == steps:
+                journal.write(step, meter.report(rate, norm, bar))
+            bar.advance()
+            evaluated = development.due(step, steps)
+            if evaluated:
+                run.state, scores = development.run(run.state)
+                journal.write(step, scores)
+            interrupted = stop.agreed(run.accelerator.device)
+            if interrupted or evaluated or step == steps or step % (config.checkpoint_every or run.length.checkpoint_every) == 0:
+                checkpoints.save(run.model, run.extras, run.optimizer, run.state)
+            if interrupted:
+                raise KeyboardInterrupt
+            if development.exhausted(run.state):
+                log.info("stopping early: no better score in %d evaluations", run.state.evaluations_without_gain)
+                return
+
+
+def update(run: Run, parts: list[Part]) -> tuple[StepOutput, float, float]:
+    """One optimizer step; returns its output, learning rate and gradient norm (before clipping)."""
+    config = run.recipe.train
+    rate = set_learning_rate(run.optimizer, config, run.state.step, run.length.steps)
+    run.optimizer.zero_grad(set_to_none=True)
+    output = run_step(run.encode, parts, run.memory, run.extras, Progress(run.state.step, run.length.steps))
+    parameters = run.parameters()
+    average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+    run.optimizer.step()
+    return output, rate, float(norm)
+
+
+class Meter:
+    """Means since the last report."""
+
+    def __init__(self) -> None:
+        self._losses: dict[str, list[torch.Tensor]] = {}
+        self._tokens, self._padded, self._since = 0, 0, time.perf_counter()
+
+    def add(self, source: str, output: StepOutput) -> None:
+        for name, parts in output.parts.items():
+            for key, value in parts.items():
+                self._losses.setdefault(f"{key}/{name}", []).append(value.detach().float().mean())
+        self._tokens += output.tokens
+        self._padded += output.padded_tokens
+
+    def report(self, rate: float, norm: float, bar: Bar) -> dict[str, float]:
+        """The values since the last call, averaged over ranks, and a note on the bar. Collective."""
+        seconds = time.perf_counter() - self._since
+        means = {key: float(mean_over_ranks(torch.stack(v).mean())) for key, v in sorted(self._losses.items())}
+        speed = self._tokens * world_size() / seconds
+        values = {
+            **means,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_second": speed,
+            "padding_share": 1 - self._tokens / max(self._padded, 1),
+        }
+        losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in means.items() if key.startswith("loss/"))
+        bar.say(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
+        self.__init__()  # type: ignore[misc]
+        return values
+
+
+class Stop:
+    """A request to stop: the first Ctrl-C (or SIGTERM) ends the step and saves, the second ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.default_int_handler(signum, frame)
+        self.asked = True
+        log.warning("stopping after this step and saving; press Ctrl-C again to stop at once")
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop."""
+        return bool(max_over_ranks(int(self.asked), device))
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    stop = Stop()
+    previous = {}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[name] = signal.signal(name, stop)
+        except ValueError:  # not in the main thread: the caller keeps its own handling
+            break
+    try:
+        yield stop
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)

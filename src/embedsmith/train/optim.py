@@ -1,0 +1,64 @@
+"""Parameter groups and the learning rate. The rate is a pure function of the step: there is no scheduler to prepare,
+to step once too often on several ranks, or to checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.train.config import TrainConfig
+
+
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW. Vectors (norms, biases, a temperature) are not decayed; a name that matches a pattern of
+    `group_learning_rates` gets that rate, the first match wins."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    unmatched = set(config.group_learning_rates)
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        rate = config.learning_rate
+        for pattern, own_rate in config.group_learning_rates.items():
+            if re.search(pattern, name):
+                rate = own_rate
+                unmatched.discard(pattern)
+                break
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    if unmatched:
+        raise RecipeError(
+            f"train.group_learning_rates: no parameter matches {sorted(unmatched)}", fix="correct the pattern"
+        )
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, betas=config.betas, fused=True)
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    return math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, peak: float) -> float:
+    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then decay to `min_learning_rate`."""
+    warm = warmup_steps(config, steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    done = (step - warm) / max(steps - warm, 1)
+    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config.schedule]
+    floor = min(config.min_learning_rate, peak)
+    return floor + (peak - floor) * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> float:
+    """Set every group's rate for this step; returns the main one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, steps, group["peak_lr"])
+    return learning_rate(config, step, steps, config.learning_rate)

@@ -1,0 +1,208 @@
+"""One optimizer step's forward and backward: the only place that decides what is kept in memory and what is replayed.
+
+The texts of a step are encoded in chunks of similar length. Each chunk's representations are cut from its graph; the
+loss is computed once on all of them, whatever the memory; its gradient is then pushed back chunk by chunk. Chunks
+that fit the budget keep their graph from the forward pass, the others are encoded without one and replayed under the
+same random state (GradCache, Gao et al. 2021). So plain, accumulated and cached training are one mechanism and give
+the same gradient (proof: tests/train/test_step.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedsmith.core.batch import Batch, Progress, Side
+from embedsmith.core.collectives import Group, max_over_ranks
+from embedsmith.core.errors import TrainingError
+from embedsmith.core.loss import Loss
+from embedsmith.core.reps import Reps, concatenate, each_head
+from embedsmith.core.seeds import TorchRandom
+from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
+
+Encode = Callable[[TokenBatch, Sequence[str]], Reps]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one source on this rank, with the loss that reads them.
+
+    A step usually has one part. It has several, each with a weight and a group of ranks, where losses of different
+    tasks must move the model together (Conan's cross-GPU balance).
+    """
+
+    source: str
+    first: TokenBatch
+    second: TokenBatch
+    assemble: Callable[[Side, Side, Mapping[str, nn.Module], Progress], Batch]
+    loss: Loss
+    weight: float = 1.0
+    group: Group = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`chunk_tokens`: padded tokens encoded at once. `kept_tokens`: padded tokens whose graph may be alive together
+    (`None`: all). `max_rows`: texts in a chunk, and then also the texts whose graphs are kept (`None`: no limit)."""
+
+    chunk_tokens: int
+    kept_tokens: int | None = None
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    rows: IntArray
+    keep: bool
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """`value` is this rank's share of the loss (the mean over ranks is the loss), `parts` its named terms by source."""
+
+    value: Tensor
+    parts: dict[str, dict[str, Tensor]]
+    tokens: int
+    padded_tokens: int
+    replayed_chunks: int
+
+
+def plan_chunks(length_N: IntArray, memory: Memory) -> list[Chunk]:
+    """Chunks of similar length, longest first; those that keep their graph come last, as many as the budget allows."""
+    chunks = chunk_rows(length_N, memory.chunk_tokens, memory.max_rows)
+    sizes = [len(rows) * int(length_N[rows].max(initial=1)) for rows in chunks]
+    tokens_left = float("inf") if memory.kept_tokens is None else max(memory.kept_tokens, sizes[-1])
+    rows_left = float("inf") if memory.max_rows is None else memory.max_rows
+    planned: list[Chunk] = []
+    for rows, size in zip(reversed(chunks), reversed(sizes), strict=True):
+        tokens_left, rows_left = tokens_left - size, rows_left - len(rows)
+        planned.append(Chunk(rows, keep=tokens_left >= 0 and rows_left >= 0))
+    return planned[::-1]
+
+
+def run_step(
+    encode: Encode,
+    parts: Sequence[Part],
+    memory: Memory,
+    extras: Mapping[str, nn.Module] | None = None,
+    progress: Progress = Progress(),  # noqa: B008  (frozen)
+) -> StepOutput:
+    """Add the gradient of the parts' weighted losses to the parameters.
+
+    `encode` is the model's forward pass on a ragged batch of tokens, for the heads asked for. Gradients are this
+    rank's; the caller averages them over ranks. Errors: `TrainingError` when a representation or a loss is not
+    finite, on every rank at once, before any gradient is touched.
+    """
+    tokens = TokenBatch.concatenate([side for part in parts for side in (part.first, part.second)])
+    heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
+    chunks = plan_chunks(tokens.length_N, memory)
+    states: list[TorchRandom] = []
+    pieces: list[Reps] = []
+    for chunk in chunks:
+        states.append(TorchRandom.capture())
+        with torch.set_grad_enabled(chunk.keep):
+            pieces.append(encode(tokens.take(chunk.rows), heads))
+    sides = _sides(pieces, chunks, parts)
+    value, named = _loss(parts, sides, extras or {}, progress)
+    gradient = _row_gradients(sides)
+    after = TorchRandom.capture()
+    for chunk, piece, state in zip(chunks, pieces, states, strict=True):
+        if not chunk.keep:
+            state.restore()
+            piece = encode(tokens.take(chunk.rows), heads)
+        _push(piece, chunk.rows, gradient)
+    after.restore()
+    padded = sum(len(chunk.rows) * int(tokens.length_N[chunk.rows].max()) for chunk in chunks)
+    return StepOutput(value, named, len(tokens.id_S), padded, sum(not chunk.keep for chunk in chunks))
+
+
+def evaluate_parts(encode: Encode, parts: Sequence[Part], memory: Memory, extras: Mapping[str, nn.Module]) -> Tensor:
+    """The loss of the parts without gradient: what validation reports."""
+    with torch.no_grad():
+        tokens = TokenBatch.concatenate([side for part in parts for side in (part.first, part.second)])
+        heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
+        chunks = [Chunk(rows, keep=False) for rows in chunk_rows(tokens.length_N, memory.chunk_tokens)]
+        sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
+        batches = [part.assemble(*pair, extras, Progress()) for part, pair in zip(parts, sides, strict=True)]
+        return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
+
+
+def _sides(pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part]) -> list[tuple[Side, Side]]:
+    """Representations back in row order, cut into the sides of each part."""
+    detached = [each_head(piece, lambda r: r.map(torch.Tensor.detach)) for piece in pieces]
+    place_N = torch.from_numpy(np.argsort(np.concatenate([chunk.rows for chunk in chunks]), kind="stable"))
+    everything = concatenate(detached)
+    pairs: list[tuple[Side, Side]] = []
+    start = 0
+    for part in parts:
+        both: list[Side] = []
+        for length in (len(part.first), len(part.second)):
+            rows_N = place_N[start : start + length]
+            both.append(Side(each_head(everything, lambda r, i=rows_N: r.rows(i.to(r.tensors()[0].device))), part.group))
+            start += length
+        pairs.append((both[0], both[1]))
+    return pairs
+
+
+def _loss(
+    parts: Sequence[Part], sides: list[tuple[Side, Side]], extras: Mapping[str, nn.Module], progress: Progress
+) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+    """The weighted sum of the parts' losses, differentiated down to the leaves, gathered rows settled."""
+    values: list[Tensor] = []
+    named: dict[str, dict[str, Tensor]] = {}
+    batches: list[Batch] = []
+    for part, pair in zip(parts, sides, strict=True):
+        batch = part.assemble(*pair, extras, progress)
+        output = part.loss(batch)
+        values.append(part.weight * output.value)
+        named[part.source] = {"loss": output.value.detach(), **output.parts}
+        batches.append(batch)
+    total = torch.stack(values).sum()
+    _check_finite(parts, sides, total, progress.step)
+    total.backward()  # type: ignore[no-untyped-call]
+    for batch in batches:
+        batch.settle()
+    return total.detach(), named
+
+
+def _check_finite(parts: Sequence[Part], sides: list[tuple[Side, Side]], total: Tensor, step: int) -> None:
+    tensors = [t for pair in sides for side in pair for r in side.local.values() for t in r.floating()]
+    healthy = [torch.isfinite(tensor).all() for tensor in tensors]
+    fine = torch.isfinite(total) & torch.stack(healthy).all()
+    if max_over_ranks(int(not fine), total.device):
+        names = ", ".join(part.source for part in parts)
+        what = "the loss" if all(healthy) else "a representation"
+        raise TrainingError(
+            f"{what} is not finite (loss {float(total):g})",
+            where=f"step {step}, source {names}",
+            fix="lower train.learning_rate or set train.precision=fp32; the last checkpoint is intact",
+        )
+
+
+def _row_gradients(sides: list[tuple[Side, Side]]) -> dict[str, list[Tensor]]:
+    """Gradient of every floating field of every head, rows of all sides in order; a missing one is zero."""
+
+    def of(tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+    flat = [side for pair in sides for side in pair]
+    return {
+        head: [torch.cat(column) for column in zip(*([of(t) for t in s.local[head].floating()] for s in flat), strict=True)]
+        for head in flat[0].local
+    }
+
+
+def _push(piece: Reps, rows: IntArray, gradient: dict[str, list[Tensor]]) -> None:
+    """Backward through one chunk. Token axes were padded to the longest chunk; the chunk takes its own part back."""
+    tensors: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for head, representation in piece.items():
+        for tensor, whole in zip(representation.floating(), gradient[head], strict=True):
+            own = whole[torch.from_numpy(rows).to(whole.device)]
+            tensors.append(tensor)
+            gradients.append(own[:, : tensor.shape[1]].to(tensor.dtype))
+    torch.autograd.backward(tensors, gradients)

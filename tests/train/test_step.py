@@ -1,0 +1,125 @@
+"""Whatever the memory, and on however many ranks, the gradient is the same."""
+
+import pytest
+import torch
+
+from embedsmith.core.batch import Progress
+from embedsmith.core.collectives import average_gradients, rank, world_size
+from embedsmith.core.errors import TrainingError
+from embedsmith.core.reps import Dense
+from embedsmith.losses import CoSENT, InfoNCE
+from embedsmith.train.step import Memory, plan_chunks, run_step
+from tests.ranks import on_ranks
+from tests.train.tiny import WHOLE, TinyHeads, assert_same, gradients, pair_part, retrieval_part, tokens
+
+HEADS = ["dense", "sparse", "multivector"]
+MEMORIES = [Memory(10**9, None, 1), Memory(20, None), Memory(20, 20), Memory(30, 60), Memory(10**9, None, 7), Memory(1, 1)]
+
+
+def make_part(head, rank_=0, world=1):
+    if head == "pairs":
+        return pair_part(CoSENT(), rank_, world)
+    return retrieval_part(InfoNCE(temperature=0.1, head=head), rank_, world)
+
+
+def reference(head, dropout=0.0, memory=WHOLE):
+    model = TinyHeads(dropout)
+    torch.manual_seed(7)
+    output = run_step(model, [make_part(head)], memory)
+    return output, gradients(model)
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=str)
+@pytest.mark.parametrize("head", [*HEADS, "pairs"])
+def test_memory_does_not_change_the_gradient(head, memory):
+    expected_output, expected = reference(head)
+    output, got = reference(head, memory=memory)
+    assert output.value.item() == pytest.approx(expected_output.value.item(), abs=1e-12)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_replay_draws_the_same_dropout(head):
+    """Equal chunks, with and without replay: dropout differs between chunks but not between a chunk and its replay."""
+    kept_output, kept = reference(head, dropout=0.3, memory=Memory(30, None))
+    replayed_output, replayed = reference(head, dropout=0.3, memory=Memory(30, 30))
+    assert kept_output.replayed_chunks == 0
+    assert replayed_output.replayed_chunks > 2
+    assert kept_output.value.item() == replayed_output.value.item()
+    assert_same(replayed, kept)
+
+
+def test_replay_leaves_the_random_state_as_the_plain_pass_does():
+    states = []
+    for memory in (Memory(30, None), Memory(30, 30)):
+        reference("dense", dropout=0.3, memory=memory)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_chunks_are_of_similar_length_and_only_the_overflow_is_replayed():
+    length_N = tokens(40, 5).length_N
+    chunks = plan_chunks(length_N, Memory(20, 60))
+    assert sorted(row for chunk in chunks for row in chunk.rows) == list(range(40))
+    sizes = [len(c.rows) * length_N[c.rows].max() for c in chunks]
+    assert max(sizes) <= 20
+    assert sum(size for size, c in zip(sizes, chunks) if c.keep) <= 60
+    assert 2 <= sum(c.keep for c in chunks) < len(chunks)
+    assert sum(sizes) < 1.2 * length_N.sum()
+
+
+def test_two_parts_add_up_with_their_weights():
+    model = TinyHeads()
+    parts = [retrieval_part(InfoNCE(temperature=0.1), weight=0.5), pair_part(CoSENT(), weight=2.0)]
+    run_step(model, parts, Memory(20, 20))
+    both = gradients(model)
+    _, first = reference("dense")
+    _, second = reference("pairs")
+    assert_same(both, [0.5 * a + 2.0 * b for a, b in zip(first, second)])
+
+
+def one_rank(head, memory):
+    model = TinyHeads()
+    run_step(model, [make_part(head, rank(), world_size())], memory)
+    average_gradients(model.parameters())
+    return gradients(model)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("memory", [WHOLE, Memory(20, 20)], ids=["whole", "replayed"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(world, memory, tmp_path):
+    for head in [*HEADS, "pairs"]:
+        _, expected = reference(head)
+        for got in on_ranks(world, one_rank, tmp_path, head, memory):
+            assert_same(got, expected)
+
+
+def undefined_on_one_rank(steps):
+    """Rank 1 meets a batch of equal labels, for which CoSENT is undefined locally, at a step of its own."""
+    model = TinyHeads()
+    for step in range(steps):
+        part = pair_part(CoSENT(cross_device=False), rank(), world_size())
+        if step == rank():
+            part = pair_part(CoSENT(cross_device=False), rank(), world_size(), pairs=2 * world_size())
+        run_step(model, [part], WHOLE, progress=Progress(step, steps))
+        average_gradients(model.parameters())
+    return gradients(model)
+
+
+@pytest.mark.dist
+def test_undefined_batches_on_different_ranks_do_not_hang(tmp_path):
+    first, second = on_ranks(2, undefined_on_one_rank, tmp_path, 3)
+    assert_same(first, second)
+
+
+def test_a_value_that_is_not_finite_is_named_before_any_gradient_is_touched():
+    class Broken(TinyHeads):
+        def forward(self, batch, heads):
+            reps = super().forward(batch, heads)
+            return {"dense": Dense(reps["dense"].vector_ND * float("nan"))}
+
+    model = Broken()
+    with pytest.raises(TrainingError, match=r"step 3, source retrieval.*representation"):
+        run_step(model, [retrieval_part(InfoNCE())], WHOLE, progress=Progress(3, 10))
+    assert all(p.grad is None for p in model.parameters())
