@@ -1,0 +1,124 @@
+"""Exact search equals a full sort, whatever the blocks, and breaks ties by index."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedsmith.core.errors import SearchError
+from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
+from embedsmith.search import TopK, exact_top_k
+
+
+def naive(score_QK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """By score, then by index, in plain Python."""
+    order = [sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[:k] for row in score_QK]
+    index = np.array(order, dtype=np.int64)
+    return np.take_along_axis(score_QK, index, axis=1), index
+
+
+def whole_numbers(rows: int, width: int, seed: int) -> np.ndarray:
+    """Few distinct values, so that inner products are exact and ties are everywhere."""
+    return np.random.default_rng(seed).integers(-1, 2, (rows, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 50, None])
+@pytest.mark.parametrize("k", [1, 5, 16, 50, 80])
+def test_equals_a_full_sort_with_ties(block: int | None, k: int) -> None:
+    query, document = whole_numbers(9, 4, 0), whole_numbers(50, 4, 1)
+    score, index = exact_top_k(query, document, k, block=block)
+    expected_score, expected_index = naive(query @ document.T, k)
+    np.testing.assert_array_equal(index, expected_index)
+    np.testing.assert_array_equal(score, expected_score)
+    assert score.dtype == np.float32
+    assert index.dtype == np.int64
+
+
+def test_every_document_tied_gives_the_first_ones() -> None:
+    _, index = exact_top_k(np.ones((3, 2)), np.ones((40, 2)), 4, block=6)
+    np.testing.assert_array_equal(index, np.tile(np.arange(4), (3, 1)))
+
+
+def test_minus_zero_and_zero_are_a_tie() -> None:
+    score = np.array([[-0.0], [0.0], [-0.0], [0.0]], dtype=np.float32)
+    _, index = exact_top_k(np.ones((1, 1), np.float32), score, 3, block=2)
+    np.testing.assert_array_equal(index, [[0, 1, 2]])
+
+
+def test_inputs_of_every_kind_agree(tmp_path: Path) -> None:
+    query, document = whole_numbers(5, 8, 2), whole_numbers(30, 8, 3)
+    mapped = np.memmap(tmp_path / "v.f32", dtype=np.float32, mode="w+", shape=document.shape)
+    mapped[:] = document
+    mapped.flush()
+    read_only = np.memmap(tmp_path / "v.f32", dtype=np.float32, mode="r", shape=document.shape)
+    expected = naive(query @ document.T, 6)[1]
+    for documents in (read_only, torch.from_numpy(document), document.astype(np.int8), document.astype(np.float64)):
+        np.testing.assert_array_equal(exact_top_k(query, documents, 6, block=11)[1], expected)
+    np.testing.assert_array_equal(
+        exact_top_k(torch.from_numpy(query).bfloat16(), Dense(torch.from_numpy(document)), 6)[1], expected
+    )
+
+
+def representations(kind: str, rows: int, seed: int) -> Representation:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "sparse":
+        coordinate = torch.randint(0, 12, (rows, 5), generator=generator)
+        return Sparse(coordinate, torch.rand(rows, 5, generator=generator))
+    mask = torch.arange(4)[None] < torch.randint(1, 5, (rows, 1), generator=generator)
+    return MultiVector(torch.randn(rows, 4, 3, generator=generator), mask)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "multivector"])
+def test_other_heads_rank_by_their_own_scores(kind: str) -> None:
+    query, document = representations(kind, 40, 0), representations(kind, 33, 1)
+    score, index = exact_top_k(query, document, 7, block=10)
+    expected_score, expected_index = naive(query.scores(document)[0].numpy(), 7)
+    np.testing.assert_allclose(score, expected_score, atol=1e-6)
+    np.testing.assert_array_equal(index, expected_index)
+
+
+def test_pieces_of_a_stream_are_numbered_on() -> None:
+    query, document = whole_numbers(6, 4, 4), whole_numbers(25, 4, 5)
+    best = TopK(query, 8)
+    for piece in (document[:3], document[3:3], document[3:20], document[20:]):
+        best.add(piece)
+    np.testing.assert_array_equal(best.result()[1], naive(query @ document.T, 8)[1])
+
+
+def test_no_documents_and_no_queries_give_empty_answers() -> None:
+    assert exact_top_k(np.ones((2, 3)), np.ones((0, 3)), 5)[1].shape == (2, 0)
+    assert exact_top_k(np.ones((0, 3)), np.ones((4, 3)), 5)[1].shape[0] == 0
+
+
+def test_one_document() -> None:
+    assert exact_top_k(np.ones((2, 3)), np.ones((1, 3)), 5)[1].tolist() == [[0], [0]]
+
+
+def test_a_nan_names_the_query_and_the_document() -> None:
+    document = np.ones((10, 2), np.float32)
+    document[7, 1] = np.nan
+    with pytest.raises(SearchError, match="query 0 with document 7"):
+        exact_top_k(np.ones((3, 2), np.float32), document, 2, block=4)
+
+
+@pytest.mark.parametrize(
+    ("query", "document", "k"),
+    [
+        (np.ones((2, 3)), np.ones((2, 4)), 1),
+        (np.ones(3), np.ones((2, 3)), 1),
+        (np.ones((2, 3)), np.ones(3), 1),
+        (np.ones((2, 3)), np.ones((2, 3)), 0),
+        (np.ones((2, 3)), MultiVector(torch.ones(1, 1, 3), torch.ones(1, 1, dtype=torch.bool)), 1),
+    ],
+)
+def test_inputs_that_do_not_fit_are_errors(query: np.ndarray, document: np.ndarray, k: int) -> None:
+    with pytest.raises(SearchError):
+        exact_top_k(query, document, k)
+
+
+def test_a_block_stays_within_its_budget() -> None:
+    query = MultiVector(torch.ones(64, 32, 4), torch.ones(64, 32, dtype=torch.bool))
+    document = MultiVector(torch.ones(2, 512, 4), torch.ones(2, 512, dtype=torch.bool))
+    assert 1 <= TopK(query, 3).block_rows(document) * 32 * 32 * 512 <= 2**24
+    assert TopK(np.ones((5000, 4)), 3).block_rows(np.ones((2, 4))) * 1024 <= 2**24
