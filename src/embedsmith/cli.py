@@ -18,6 +18,25 @@ app = typer.Typer(
 
 
 @app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one step, write nothing.")] = False,
+) -> None:
+    """Train a model as a recipe says. The same command continues a run that was stopped."""
+    from embedsmith.core.recipe import load_recipe
+    from embedsmith.train import Recipe, rehearse
+    from embedsmith.train import train as run
+
+    loaded = load_recipe(recipe, Recipe, overrides or [])
+    if dry_run:
+        typer.echo(rehearse(loaded))
+    else:
+        typer.echo(f"model: {run(loaded, overwrite=overwrite)}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a training recipe, for your editor."""
     from embedsmith.core.recipe import schema_json

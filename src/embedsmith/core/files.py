@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from embedsmith.core.errors import CheckpointError
 
 
@@ -74,18 +76,31 @@ def _swap(new: Path, path: Path) -> None:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if _means_full_disk(error):
             raise CheckpointError(
                 "no space left on the disk; nothing was written",
                 where=path,
                 fix="free some space, then run the same command again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             raise CheckpointError(
                 f"cannot write here ({error.strerror})", where=path, fix="choose a folder you may write to"
             ) from error
         raise
+
+
+_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+def _means_full_disk(error: BaseException | None) -> bool:
+    """The operating system's word for it, in this error or in the one that led to it: safetensors keeps only the text,
+    and torch.save (given an open file, not a path) fails once more while it cleans up."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    return "os error 28" in str(error) or _means_full_disk(error.__context__)
 
 
 def _sync_file(path: Path) -> None:

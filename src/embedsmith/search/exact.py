@@ -32,11 +32,8 @@ def exact_top_k(
     ever held whole.
     Errors: `SearchError` for shapes that do not match, `k` below 1, and scores that are not a number.
     """
-    _check(document, "the documents")
     best = TopK(query, k)
-    rows = block or best.block_rows(document)
-    for start in range(0, _count(document), rows):
-        best.add(_part(document, start, start + rows))
+    best.add_in_blocks(document, block)
     return best.result()
 
 
@@ -66,6 +63,13 @@ class TopK:
             new_score_Qk, new_index_Qk = (torch.cat(column) for column in zip(*tops, strict=True))
             self._merge(new_score_Qk, new_index_Qk + self._seen)
         self._seen += len(block)
+
+    def add_in_blocks(self, document: Vectors, block: int | None = None) -> None:
+        """Score the next documents, `block` rows at a time (derived from the budget by default)."""
+        _check(document, "the documents")
+        rows = block or self.block_rows(document)
+        for start in range(0, _count(document), rows):
+            self.add(_part(document, start, start + rows))
 
     def result(self) -> tuple[FloatArray, IndexArray]:
         return self._score_Qk.numpy(), self._index_Qk.numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
 from embedsmith.core.registry import losses
 from embedsmith.data import BatchPlan, RecordSet, Source, read_source
-from embedsmith.models import Embedder
+from embedsmith.models import Embedder, ModelConfig
 from embedsmith.train.config import Recipe, TrainConfig
 from embedsmith.train.feed import Feed
 from embedsmith.train.step import Memory
@@ -62,22 +63,36 @@ def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
     return Memory(chunk_tokens)
 
 
-def build_feed(recipe: Recipe, model: Embedder) -> Feed:
+def from_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The same model as a checkpoint holds it: what the recipe changed about the original is already in there."""
+    return replace(
+        config,
+        path=str(folder),
+        revision=None,
+        pooling=None,
+        max_length=None,
+        prompts=None,
+        normalize=None,
+        dimension=None,
+    )
+
+
+def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source]) -> Feed:
     """Read every source, choose its loss, and plan the batches."""
-    sets = [read_source(source) for source in recipe.data]
+    sets = [read_source(source) for source in sources]
     _check_same_files(sets)
-    objectives = [choose_loss(source, record_set.task) for source, record_set in zip(recipe.data, sets, strict=True)]
+    objectives = [choose_loss(source, record_set.task) for source, record_set in zip(sources, sets, strict=True)]
     for loss, record_set in zip(objectives, sets, strict=True):
         loss.check(model.dimension)
         _check_kind(loss, record_set)
     plan = BatchPlan(
         sizes=tuple(len(record_set.records) for record_set in sets),
-        batch_sizes=tuple(source.batch_size or recipe.train.batch_size for source in recipe.data),
-        weights=tuple(source.weight for source in recipe.data),
+        batch_sizes=tuple(source.batch_size or recipe.train.batch_size for source in sources),
+        weights=tuple(source.weight for source in sources),
         seed=recipe.train.seed,
         world=world_size(),
     )
-    return Feed(model, recipe.data, sets, objectives, plan, recipe.train.seed, rank(), world_size())
+    return Feed(model, sources, sets, objectives, plan, recipe.train.seed, rank(), world_size())
 
 
 def choose_loss(source: Source, task: str) -> Loss:
@@ -123,8 +138,3 @@ def build_extras(objectives: Sequence[Loss], model: Embedder) -> nn.ModuleDict:
 def run_length(config: TrainConfig, plan: BatchPlan) -> RunLength:
     steps = config.steps or math.ceil((config.epochs or 1) * plan.steps_per_epoch)
     return RunLength(steps, checkpoint_every=max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000))
-
-
-def without_output(recipe: Recipe) -> Recipe:
-    """The recipe of a dry run: nothing is tracked or evaluated."""
-    return replace(recipe, train=replace(recipe.train, log_with=(), final="last"))

@@ -53,7 +53,8 @@ class Checkpoints:
         with atomic_folder(self.path(state.step)) as folder:
             model.save(folder / "model")
             training = {"optimizer": optimizer.state_dict(), "extras": extras.state_dict(), "random": random_states}
-            torch.save(training, folder / "training.pt")
+            with (folder / "training.pt").open("wb") as file:
+                torch.save(training, file)
             (folder / "state.json").write_text(json.dumps(to_plain(state)), encoding="utf-8")
         self._prune(state)
 

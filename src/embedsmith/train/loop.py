@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,6 +27,7 @@ from embedsmith.train.build import (
     build_extras,
     build_feed,
     derive_memory,
+    from_checkpoint,
     make_accelerator,
     run_length,
 )
@@ -81,7 +81,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         run.state = checkpoints.load(resume, run.extras, run.optimizer)
         log.info("continuing %s at step %d", output, resume)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
-    development = Development(recipe.evaluate, run.model, run.encode, run.memory, run.extras)
+    validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
+    development = Development(recipe.evaluate, run.model, run.encode, run.memory, run.extras, validation)
     try:
         with stop_signals() as stop:
             run_steps(run, checkpoints, journal, development, stop)
@@ -93,12 +94,29 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     return finish(output, model, summary)
 
 
+def rehearse(recipe: Recipe) -> str:
+    """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done."""
+    run = build(recipe, make_accelerator(recipe))
+    output, rate, norm = update(run, run.feed.parts(0))
+    plan, sets = run.feed.plan, run.feed.sets
+    lines = [f"model: {recipe.model.path}, {sum(p.numel() for p in run.parameters()):,} parameters"]
+    for record_set, loss, batch_size in zip(sets, run.feed.objectives, plan.batch_sizes, strict=True):
+        lines.append(f"source {record_set.name}: {record_set.task}, {len(record_set.records):,} rows, "
+                     f"batch {batch_size}, {loss}")
+    lines.append(f"steps: {run.length.steps} ({plan.steps_per_epoch} an epoch), on {world_size()} process(es), "
+                 f"{run.accelerator.device}, {run.accelerator.mixed_precision}")
+    lines.append(f"memory: {run.memory}")
+    lines.append(f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
+                 f"{output.tokens} tokens")
+    return "\n".join(lines)
+
+
 def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = None) -> Run:
     """Model, data, plan and optimizer. On resume the model comes from a checkpoint instead of its origin."""
     seed_everything(recipe.train.seed)
-    model = load(recipe.model if model_folder is None else recipe.model.resumed_from(model_folder))
+    model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
     model.to(accelerator.device).train()
-    feed = build_feed(recipe, model)
+    feed = build_feed(recipe, model, recipe.data)
     extras = build_extras(feed.objectives, model).to(accelerator.device)
     named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
     optimizer = make_optimizer(named, recipe.train)
