@@ -1,0 +1,155 @@
+"""The transformer and its tokenizer from a folder or the hub, with nothing random and nothing guessed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+
+from embedsmith.core.errors import ModelError
+from embedsmith.models.config import ModelConfig
+from embedsmith.models.embedder import position_table
+from embedsmith.models.folder import read_json
+from embedsmith.models.quiet import quiet
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+_UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.inv_freq$)")
+"""Weights no vector depends on: absent or extra, they change nothing."""
+
+
+def locate(path: str, revision: str | None = None) -> Path:
+    """The local folder of a folder name or a hub id; a hub id is downloaded (or found in the cache).
+
+    Errors: `ModelError` when there is no such folder, or the hub has no such model or cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(path):
+        raise ModelError("there is no such model folder", where=path, fix="check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(
+            "no folder has this name, and as a hub id it could not be fetched",
+            where=path,
+            fix="check the name; without a network, give a local folder",
+        ) from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """Errors: `ModelError` when the folder has no tokenizer (transformers would make up one of five tokens)."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            "this folder has no tokenizer",
+            where=folder,
+            expected=f"one of {', '.join(_TOKENIZER_FILES)}",
+            fix="save the tokenizer of the base model into the folder",
+        )
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"cannot load the tokenizer: {error}", where=folder) from error
+
+
+def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
+    """The encoder in eval mode, every weight from the folder.
+
+    Errors: `ModelError` for a missing or damaged file, an unknown architecture, or weights that do not fit.
+    """
+    _check_shards(folder)
+    with quiet():
+        try:
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+            kind = AutoModelForTextEncoding if getattr(model_config, "is_encoder_decoder", False) else AutoModel
+            backbone, report = kind.from_pretrained(
+                folder,
+                config=model_config,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise ModelError(
+                f"a weights file is damaged ({error})",
+                where=folder,
+                expected="whole *.safetensors files",
+                fix="copy or download the folder again",
+            ) from error
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"cannot load the model: {error}", where=folder) from error
+    _check_weights(backbone, report, folder)
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model: nn.Module = backbone.eval()
+    return model
+
+
+def positions_of(backbone: nn.Module) -> int | None:
+    """How many tokens the backbone can place; `None` where there is no bound."""
+    table = position_table(backbone)
+    if table is not None:
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    said = getattr(backbone.config, "max_position_embeddings", None)
+    return said if isinstance(said, int) and said > 0 else None
+
+
+def _check_shards(folder: Path) -> None:
+    """Before loading: every shard that the index names is there."""
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            "this folder holds no model", where=folder, expected="a config.json", fix="give the folder of a saved model"
+        )
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if missing := [name for name in shards if not (folder / name).exists()]:
+        raise ModelError(
+            f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}",
+            where=folder,
+            fix="copy or download the folder again, as a whole",
+        )
+
+
+def _check_weights(backbone: Any, report: dict[str, Any], folder: Path) -> None:
+    """No vector may depend on a random weight, and no weight of a used part may be thrown away."""
+    missing = _that_matter(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing and would be random: {_some(missing)}",
+            where=folder,
+            fix="use a folder that was saved with this architecture",
+        )
+    if any(key.startswith("pooler.") for key in report["missing_keys"]):
+        backbone.pooler = None  # unused, and otherwise saved with random weights
+    parts = {name for name, _ in backbone.named_children()}
+    prefix = f"{backbone.base_model_prefix}."
+    own = [key for key in _that_matter(report["unexpected_keys"]) if key.removeprefix(prefix).split(".")[0] in parts]
+    if own:
+        raise ModelError(
+            f"{len(own)} weights have no place in the model that config.json describes: {_some(own)}",
+            where=folder,
+            fix="check that config.json belongs to these weights",
+        )
+
+
+def _that_matter(keys: Iterable[str]) -> list[str]:
+    return sorted(key for key in keys if not _UNUSED.search(key))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,102 @@
+"""The model card written beside a saved model: what it is, its prompts, and how to load it anywhere."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embedsmith.models.embedder import Embedder
+
+_POOLED = {
+    "cls": "states[:, 0]",
+    "mean": "(states * mask).sum(1) / mask.sum(1)",
+    "weighted_mean": "(states * mask * mask.cumsum(1)).sum(1) / (mask * mask.cumsum(1)).sum(1)",
+    "last": "states[torch.arange(len(states)), tokens.attention_mask.sum(1) - 1]",
+}
+
+_CARD = """\
+---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- feature-extraction
+- sentence-similarity
+- embedsmith
+---
+
+# Text embedding model
+
+A `{architecture}` with {pooling} pooling that maps a text of up to {max_length} tokens to {dimension} numbers\
+{normalised}. Made with embedsmith.
+
+## Prompts
+
+{prompts}
+
+## Use
+
+With embedsmith:
+
+```python
+import embedsmith as es
+
+model = es.load("path/to/this/folder")
+queries = model.encode(["what is late interaction?"], role="query")
+documents = model.encode(["Late interaction compares token vectors."], role="document")
+print(model.similarity(queries, documents))
+```
+
+With sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder")
+vectors = model.encode_query(["what is late interaction?"])
+```
+
+With transformers alone (put the prompt before the text yourself):
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", padding_side="right")
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+tokens = tokenizer(["a text"], padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+with torch.no_grad():
+    states = model(**tokens).last_hidden_state
+mask = tokens.attention_mask[..., None].float()
+vectors = {pooled}
+{head}```
+"""
+
+
+def model_card(model: Embedder) -> str:
+    """Markdown with the metadata block that model hubs read."""
+    settings = model.settings
+    normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
+    if len(model.projections):
+        normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
+    return _CARD.format(
+        architecture=type(model.backbone).__name__,
+        pooling=settings.pooling.replace("_", " "),
+        max_length=settings.max_length,
+        dimension=model.dimension,
+        normalised=", normalised to length 1" if settings.normalize else "",
+        prompts=_prompts(model),
+        pooled=_POOLED[settings.pooling],
+        head=normalise,
+    )
+
+
+def _prompts(model: Embedder) -> str:
+    settings = model.settings
+    if not any(settings.prompts.values()):
+        return "None: texts go in as they are."
+    rows = [f"| `{name}` | `{json.dumps(text, ensure_ascii=False)}` |" for name, text in settings.prompts.items()]
+    default = f"\n\nDefault: `{settings.default_prompt}`." if settings.default_prompt else ""
+    left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
+    return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out

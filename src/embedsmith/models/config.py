@@ -1,0 +1,82 @@
+"""What a user may say about a model, and what is derived when nothing is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.recipe import section
+
+ComputeType = Literal["float32", "bfloat16", "float16"]
+UNBOUNDED = 1_000_000
+"""transformers writes 1e30 where a tokenizer knows no maximum; anything from here on means "not said"."""
+MODEST_LENGTH = 512
+"""Used only where neither the folder, the tokenizer nor the position table sets a bound."""
+
+
+@section
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to load and what to change about it; `None` means "as the folder says".
+
+    `path`: a transformers or sentence-transformers folder, or a hub id (with an optional `revision`).
+    `pooling`: `cls`, `mean`, `weighted_mean` or `last`; required for a folder that does not say.
+    `max_length`: tokens a text may have, special tokens included (see `derive_max_length`).
+    `prompts`: text put before every text, by `task-role`, task or role; replaces the folder's.
+    `normalize`: vectors of length 1; a plain transformers folder is normalised.
+    `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
+    `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`).
+    `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
+    """
+
+    path: str
+    revision: str | None = None
+    pooling: str | None = None
+    max_length: int | None = None
+    prompts: Mapping[str, str] | None = None
+    normalize: bool | None = None
+    dimension: int | None = None
+    attn_implementation: str | None = None
+    dtype: ComputeType = "float32"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an embedder turns texts into vectors, everything decided. What `save` writes and `load` reads back.
+
+    `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer was told to lower-case.
+    """
+
+    pooling: str
+    max_length: int
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    include_prompt: bool = True
+    normalize: bool = True
+    lower_case: bool = False
+
+    def with_prompts(self, prompts: Mapping[str, str]) -> Settings:
+        """The same settings under other prompts; a default prompt that no longer exists is dropped."""
+        default = self.default_prompt if self.default_prompt in prompts else None
+        return dataclasses.replace(self, prompts=dict(prompts), default_prompt=default)
+
+
+def derive_max_length(asked: int | None, folder: int | None, tokenizer: int | None, positions: int | None) -> int:
+    """Tokens a text may have: what was asked, else what the folder says, else the tokenizer's bound, else the number
+    of positions the backbone has; never more than those positions.
+
+    Errors: `ModelError` when more is asked for than the backbone has positions, or less than one token fits.
+    """
+    if asked is not None and (asked < 4 or (positions is not None and asked > positions)):
+        raise ModelError(
+            f"max_length={asked} is not possible for this model",
+            expected=f"from 4 to {positions}" if positions is not None else "at least 4",
+        )
+    said = (asked, folder, tokenizer if tokenizer is not None and tokenizer < UNBOUNDED else None, positions)
+    length = next((value for value in said if value is not None), MODEST_LENGTH)
+    return length if positions is None else min(length, positions)

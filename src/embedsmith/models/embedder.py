@@ -1,0 +1,186 @@
+"""The model: a backbone, a pooling, an optional dense head, normalisation, and the texts' way in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embedsmith.core.encoder import Role
+from embedsmith.core.errors import ModelError
+from embedsmith.core.reps import Dense, Reps, in_fp32
+from embedsmith.core.tokens import PaddedTokens, TokenBatch
+from embedsmith.models.config import ComputeType, Settings
+from embedsmith.models.encode import Inference, represent
+from embedsmith.models.heads import apply_heads
+from embedsmith.models.pooling import POOLINGS, pool_mask
+from embedsmith.models.save import save
+from embedsmith.models.tokenize import Instruction, TextTokenizer
+from embedsmith.models.vectors import AnyArray, FloatArray, Precision, cosine, quantize, shortened
+
+OUTPUTS = ("dense", "middle")
+
+
+class Embedder(nn.Module):
+    """Texts to representations.
+
+    `tokenize` makes token ids, `forward` makes `Reps` of a padded chunk with gradient, `represent` and `encode` do
+    both without. `extras` holds trainable things that belong to a loss, not to the vectors.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, tokenizer: Any, settings: Settings, projections: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__()
+        if settings.pooling not in POOLINGS:
+            raise ModelError(f"unknown pooling {settings.pooling!r}", expected=f"one of {', '.join(POOLINGS)}")
+        self.backbone = backbone
+        self.projections = nn.ModuleList(projections)
+        self.settings = settings
+        self.text = TextTokenizer(tokenizer)
+        self.padding_left = tokenizer.padding_side == "left"
+        self._takes_positions = _takes_positions(backbone)
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers configuration."""
+        return self.backbone.config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.text.tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        return self.text.pad_id
+
+    @property
+    def max_length(self) -> int:
+        return self.settings.max_length
+
+    @property
+    def dimension(self) -> int:
+        """D of the dense head."""
+        if len(self.projections) > 0:
+            return int(self.projections[-1].linear.out_features)  # type: ignore[union-attr, arg-type]
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def tokenize(
+        self, texts: Sequence[str], role: Role = "document", task: str | None = None, instruction: Instruction = None
+    ) -> TokenBatch:
+        """Token ids of N texts, prompt (or instruction) in front, truncated with the end tokens kept.
+
+        An instruction, one for all or one a text, replaces the prompt of the role and task.
+        """
+        return self.text(texts, self.settings, role, task, instruction)
+
+    def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Dense]:
+        """Representations of a padded chunk, with gradient, pooled and normalised in fp32.
+
+        `dense`: the text's vector [N, D]. `middle`: the same pooling of the middle layer's states [N, H], normalised
+        (hidden_states[(L + 1) // 2] of L layers).
+        Errors: `ModelError` for an output this model does not have.
+        """
+        if unknown := [name for name in outputs if name not in OUTPUTS]:
+            raise ModelError(f"this model has no output {unknown[0]!r}", expected=f"one of {', '.join(OUTPUTS)}")
+        states = self._states(padded, all_layers="middle" in outputs)
+        reps: dict[str, Dense] = {}
+        if "dense" in outputs:
+            vector_ND = apply_heads(self.projections, self._pool(states.last_hidden_state, padded))
+            reps["dense"] = Dense(F.normalize(vector_ND, dim=-1) if self.settings.normalize else vector_ND)
+        if "middle" in outputs:
+            middle_NTH = states.hidden_states[len(states.hidden_states) // 2]
+            reps["middle"] = Dense(F.normalize(self._pool(middle_NTH, padded), dim=-1))
+        return reps
+
+    def _states(self, padded: PaddedTokens, all_layers: bool) -> Any:
+        arguments: dict[str, Any] = {"input_ids": padded.id_NT, "attention_mask": padded.mask_NT.long()}
+        if self.padding_left and self._takes_positions:
+            arguments["position_ids"] = (padded.mask_NT.cumsum(1) - 1).clamp_min(0)
+        if all_layers:
+            arguments["output_hidden_states"] = True
+        return self.backbone(**arguments, return_dict=True)
+
+    def _pool(self, hidden_NTH: Tensor, padded: PaddedTokens) -> Tensor:
+        pool_NT = pool_mask(padded, self.settings.include_prompt)
+        with torch.autocast(hidden_NTH.device.type, enabled=False):
+            return POOLINGS[self.settings.pooling](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
+
+    def represent(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        instruction: Instruction = None,
+        token_budget: int | None = None,
+        dtype: ComputeType | None = None,
+        show_progress: bool | None = None,
+    ) -> Reps:
+        """Representations of N texts, in their order, on the CPU, without gradient.
+
+        `token_budget`: padded tokens in a chunk, `None` fits the device. `dtype`: computes under autocast.
+        `show_progress=None` shows a bar on a terminal.
+        """
+        how = Inference(token_budget, dtype, show_progress)
+        return represent(self, texts, how, role=role, task=task, outputs=outputs, instruction=instruction)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        dim: int | None = None,
+        precision: Precision = "float32",
+        ranges: FloatArray | None = None,
+        instruction: Instruction = None,
+        token_budget: int | None = None,
+        dtype: ComputeType | None = None,
+        show_progress: bool | None = None,
+    ) -> AnyArray:
+        """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
+
+        `dim` keeps the leading coordinates and normalises again. `precision`: see `quantize`; `ranges` [2, D] holds
+        the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
+        """
+        rows = [texts] if isinstance(texts, str) else texts
+        how = Inference(token_budget, dtype, show_progress)
+        reps = represent(self, rows, how, role=role, task=task, outputs=("dense",), instruction=instruction)
+        vector_ND = quantize(shortened(reps["dense"], dim).numpy(), precision, ranges)
+        return vector_ND[0] if isinstance(texts, str) else vector_ND
+
+    def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
+        """Cosine of every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row."""
+        return cosine(left, right)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the legacy sentence-transformers layout (see `save.py`); replaces `folder` as a whole."""
+        save(self, folder)
+
+
+def position_table(backbone: nn.Module) -> nn.Embedding | None:
+    """The learned absolute positions, or `None` for rotary and relative ones."""
+    names = ("position_embeddings", "wpe", "embed_positions")
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in names:
+            return module
+    return None
+
+
+def _takes_positions(backbone: nn.Module) -> bool:
+    """Whether explicit positions, counted from 0, mean the same as the model's own: not where a table starts behind
+    its padding index (RoBERTa), which skips padding by itself."""
+    table = position_table(backbone)
+    offset = table is not None and table.padding_idx is not None
+    return not offset and "position_ids" in inspect.signature(backbone.forward).parameters

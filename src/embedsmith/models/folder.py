@@ -1,0 +1,172 @@
+"""Reading what a folder says about itself: sentence-transformers' files, legacy and 5.4+ schema, or none of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from embedsmith.core.errors import ModelError
+from embedsmith.models.heads import Projection
+
+POOLING_NAMES: Mapping[str, str] = {
+    "cls": "cls",
+    "mean": "mean",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+"""sentence-transformers' names to ours."""
+POOLING_SWITCHES: Mapping[str, str] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""The legacy schema: one boolean a mode, in this order in the file."""
+_KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """What a folder says; `None` where it says nothing."""
+
+    backbone: Path
+    pooling: str | None = None
+    include_prompt: bool = True
+    max_length: int | None = None
+    lower_case: bool = False
+    normalize: bool | None = None
+    projections: tuple[Projection, ...] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+
+
+def read_folder(folder: Path) -> FolderFacts:
+    """Facts of a sentence-transformers folder (either schema), or of a plain transformers folder.
+
+    Errors: `ModelError` for a file that is not JSON, a module this cannot do, a pooling that is not known.
+    """
+    if not (folder / "modules.json").exists():
+        return FolderFacts(backbone=folder)
+    modules = [(_kind(entry, folder), _inside(folder, entry)) for entry in read_json(folder / "modules.json")]
+    _check_order([kind for kind, _ in modules], folder)
+    backbone = modules[0][1]
+    encoder = _optional_json(backbone / "sentence_bert_config.json") or _optional_json(
+        folder / "sentence_bert_config.json"
+    )
+    general = _optional_json(folder / "config_sentence_transformers.json")
+    pooling, include_prompt = _pooling(modules[1][1] / "config.json")
+    return FolderFacts(
+        backbone=backbone,
+        pooling=pooling,
+        include_prompt=include_prompt,
+        max_length=encoder.get("max_seq_length"),
+        lower_case=bool(encoder.get("do_lower_case", False)),
+        normalize=modules[-1][0] == "Normalize",
+        projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
+        prompts=dict(general.get("prompts") or {}),
+        default_prompt=general.get("default_prompt_name"),
+    )
+
+
+def _kind(entry: Mapping[str, Any], folder: Path) -> str:
+    """`Pooling` from `sentence_transformers.models.Pooling` or from its newer path. Other packages' modules are not
+    ours to guess at, whatever their last name."""
+    path = str(entry.get("type", ""))
+    kind = path.rpartition(".")[2]
+    if not path.startswith("sentence_transformers.") or kind not in _KINDS:
+        raise ModelError(
+            f"the module {path!r} is not supported",
+            where=folder / "modules.json",
+            expected=f"sentence-transformers modules of the kinds {', '.join(_KINDS)}",
+        )
+    return kind
+
+
+def _inside(folder: Path, entry: Mapping[str, Any]) -> Path:
+    path = (folder / str(entry.get("path", ""))).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ModelError(
+            f"the module path {entry.get('path')!r} leaves the folder",
+            where=folder / "modules.json",
+            expected="a relative path",
+        )
+    return path
+
+
+def _check_order(kinds: list[str], folder: Path) -> None:
+    middle = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]
+    if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in middle):
+        raise ModelError(
+            f"modules in the order {', '.join(kinds) or '(none)'}",
+            where=folder / "modules.json",
+            expected="Transformer, Pooling, any number of Dense, then at most one Normalize",
+        )
+
+
+def _pooling(path: Path) -> tuple[str, bool]:
+    """Mode and whether prompt tokens take part."""
+    config = read_json(path)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for switch, mode in POOLING_SWITCHES.items() if config.get(switch)]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in POOLING_NAMES:
+        raise ModelError(
+            f"pooling {' + '.join(modes) or '(none)'} is not supported",
+            where=path,
+            expected=f"exactly one of {', '.join(POOLING_NAMES)}",
+            fix="name a pooling when loading, if the model was trained with it",
+        )
+    return POOLING_NAMES[modes[0]], bool(config.get("include_prompt", True))
+
+
+def _projection(path: Path) -> Projection:
+    config = read_json(path / "config.json")
+    if not {"in_features", "out_features"} <= config.keys():
+        raise ModelError(
+            "a Dense module without its widths",
+            where=path / "config.json",
+            expected="in_features and out_features",
+        )
+    projection = Projection(
+        int(config["in_features"]),
+        int(config["out_features"]),
+        bias=bool(config.get("bias", True)),
+        activation=str(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
+        residual=bool(config.get("use_residual", False)),
+    )
+    weights = path / "model.safetensors"
+    if not weights.exists():
+        raise ModelError(
+            "the weights of a Dense module are missing",
+            where=weights,
+            expected="model.safetensors",
+            fix="save the model again with a current sentence-transformers, or copy the missing file",
+        )
+    try:
+        projection.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ModelError(f"cannot read the weights of a Dense module: {error}", where=weights) from error
+    return projection
+
+
+def read_json(path: Path) -> Any:
+    """Errors: `ModelError` naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError("this file is missing", where=path, fix="copy the folder again, as a whole") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read this file: {error}", where=path) from error
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.exists() else {}

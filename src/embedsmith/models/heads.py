@@ -1,0 +1,71 @@
+"""The dense head: linear layers between pooling and normalisation, in the shape of sentence-transformers' `Dense`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from embedsmith.core.errors import ModelError
+
+_NAMES = (
+    "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU"
+    " Softplus Softsign Tanh Tanhshrink"
+)
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {name: getattr(nn, name) for name in _NAMES.split(" ")}
+"""Known by exact name. A name from a folder is looked up here and never imported."""
+
+
+class Projection(nn.Module):
+    """activation(W x + b), plus x (or R x, where widths differ) with `residual`. Kept in fp32 whatever the backbone is.
+
+    Errors: `ModelError` for an activation that is not in `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, bias: bool = True, activation: str = "Identity", residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.use_residual = residual
+        self.linear = nn.Linear(width_in, width_out, bias=bias)
+        self.activation_function = activation_by_name(activation)  # sentence-transformers' name in the weights file
+        self.residual = nn.Linear(width_in, width_out, bias=False) if residual and width_in != width_out else None
+
+    def forward(self, vector_ND: Tensor) -> Tensor:
+        out_ND: Tensor = self.activation_function(self.linear(vector_ND))
+        if not self.use_residual:
+            return out_ND
+        return out_ND + (vector_ND if self.residual is None else self.residual(vector_ND))
+
+
+def orthogonal_projection(width_in: int, width_out: int) -> Projection:
+    """A linear head whose matrix has orthonormal rows (or columns), so that distances are kept as well as they can be.
+
+    Its bias is absent: the head then commutes with scaling, and step 0 keeps the geometry of the backbone.
+    """
+    projection = Projection(width_in, width_out, bias=False)
+    nn.init.orthogonal_(projection.linear.weight)
+    return projection
+
+
+def activation_by_name(name: str) -> nn.Module:
+    """`Tanh`, or a full name such as `torch.nn.modules.activation.Tanh`."""
+    module, _, short = name.rpartition(".")
+    if short not in ACTIVATIONS or (module and not module.startswith("torch.nn")):
+        raise ModelError(f"unknown activation {name!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[short]()
+
+
+def activation_path(projection: Projection) -> str:
+    """The full name that sentence-transformers imports."""
+    kind = type(projection.activation_function)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def apply_heads(heads: nn.ModuleList, vector_ND: Tensor) -> Tensor:
+    """Every projection in turn, in fp32 even under autocast."""
+    with torch.autocast(vector_ND.device.type, enabled=False):
+        for head in heads:
+            vector_ND = head(vector_ND)
+    return vector_ND
