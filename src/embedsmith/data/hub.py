@@ -1,0 +1,55 @@
+"""Hugging Face datasets, from the hub or from a folder, as rows. Needs the extra `hub`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from embedsmith.core.errors import DataError, MissingExtraError
+from embedsmith.data.containers import Row, Rows
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """A folder written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def hub_rows(name: str, split: str | None) -> Rows:
+    """Rows of one split, numbered from 1; without `split` that is `train`, or the only one.
+
+    Errors: `DataError` if there is no such dataset or split; `MissingExtraError` without the package `datasets`.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "hub") from error
+    try:
+        saved = is_saved_dataset(Path(name))
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"cannot load a dataset of this name ({str(error).splitlines()[0]})",
+            where=name,
+            expected="a file or folder here, or the id of a dataset on the hub",
+            fix="check the path; for a hub id, check the network and HF_HUB_OFFLINE",
+        ) from error
+    return Rows(name, _rows(_split(found, split, name)))
+
+
+def _split(found: Any, split: str | None, name: str) -> Any:
+    if not isinstance(found, dict):
+        return found
+    chosen = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
+    if chosen not in found:
+        raise DataError(
+            f"no split {split!r}" if split else "several splits",
+            where=name,
+            expected=f"one of those found: {', '.join(found)}",
+            fix="set split to one of them",
+        )
+    return found[chosen]
+
+
+def _rows(dataset: Any) -> Iterator[Row]:
+    yield from enumerate((dict(row) for row in dataset), start=1)

@@ -1,0 +1,237 @@
+"""Rows to records: which column holds which role. Always by name, never by order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.registry import did_you_mean
+from embedsmith.data.record import Record, RowError, Scores, kind_of
+
+ROLES = {
+    "query": "query",
+    "text": "query",
+    "text1": "query",
+    "positives": "positives",
+    "positive": "positives",
+    "text2": "positives",
+    "negatives": "negatives",
+    "negative": "negatives",
+    "score": "positive_scores",
+    "positive_scores": "positive_scores",
+    "negative_scores": "negative_scores",
+    "teacher_scores": "teacher_scores",
+    "teacher_positive_scores": "teacher_positive_scores",
+    "teacher_negative_scores": "teacher_negative_scores",
+    "label": "label",
+    "instruction": "instruction",
+    "task": "task",
+    "source": "source",
+}
+"""What a column may be declared to hold, and the field of `Record` that means."""
+
+Columns = Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one format name things. `columns`: role to column or columns; `required`: columns every row
+    has; `strict`: another column is an error rather than left alone; `task`: what such rows are unless told."""
+
+    name: str
+    columns: Columns
+    required: tuple[str, ...]
+    strict: bool = False
+    task: str | None = None
+    _by_role: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for role, names in self.columns.items():
+            listed = (names,) if isinstance(names, str) else tuple(names)
+            self._by_role[ROLES[role]] = self._by_role.get(ROLES[role], ()) + listed
+
+    @property
+    def known(self) -> list[str]:
+        return [name for names in self._by_role.values() for name in names]
+
+    def fits(self, keys: set[str]) -> bool:
+        return keys.issuperset(self.required)
+
+    def values(self, row: Mapping[str, Any], role: str) -> list[Any]:
+        """The values of a role's columns; a missing column or a null is left out."""
+        names = self._by_role.get(role, ())
+        return [row[name] for name in names if row.get(name) is not None]
+
+
+def _own(*columns: str) -> dict[str, str]:
+    return {name: name for name in columns}
+
+
+_RECORD_KEYS = _own(*(role for role, target in ROLES.items() if role == target))
+
+LAYOUTS = (
+    Layout("records", _RECORD_KEYS, ("query", "positives"), strict=True),
+    Layout("records", _RECORD_KEYS, ("query", "label"), strict=True),
+    Layout(
+        "flagembedding",
+        {
+            "query": "query",
+            "positives": "pos",
+            "negatives": "neg",
+            "teacher_positive_scores": "pos_scores",
+            "teacher_negative_scores": "neg_scores",
+            "instruction": "prompt",
+        },
+        ("query", "pos"),
+        task="retrieval",
+    ),
+    Layout("pairs", _own("text1", "text2", "score"), ("text1", "text2", "score"), task="sts"),
+    Layout(
+        "pairs",
+        {"text1": "sentence1", "text2": "sentence2", "score": "score"},
+        ("sentence1", "sentence2", "score"),
+        task="sts",
+    ),
+    Layout("labels", _own("text", "label"), ("text", "label"), task="classification"),
+)
+"""Formats by the columns that give them away, tried in this order."""
+
+FORMATS = ("records", "flagembedding", "pairs", "labels", "beir")
+
+
+def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None, where: object) -> Layout:
+    """The layout of a file whose first row has `keys`. Errors: `DataError` that lists what was found."""
+    if columns is not None:
+        return _declared(columns, keys, where)
+    candidates = [layout for layout in LAYOUTS if name in (None, layout.name)]
+    for layout in candidates:
+        if layout.fits(set(keys)):
+            return layout
+    raise _no_layout(candidates, list(keys), where)
+
+
+def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
+    known = sorted({column for layout in candidates for column in layout.known})
+    hints = [f"{key!r}{near}" for key in keys if key not in known and (near := did_you_mean(key, known))]
+    shapes = "; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in candidates)
+    hint = f"; {', '.join(hints)}" if hints else ""
+    return DataError(
+        f"the columns fit no known format; found: {', '.join(keys) or 'none'}{hint}",
+        where=where,
+        expected=shapes,
+        fix="rename them, or say what they are, for example columns: {query: title, positives: body}",
+    )
+
+
+def _declared(columns: Columns, keys: Sequence[str], where: object) -> Layout:
+    for role in columns:
+        if role not in ROLES:
+            raise RecipeError(
+                f"columns: unknown role {role!r}{did_you_mean(role, list(ROLES))}",
+                expected=f"one of {', '.join(ROLES)}",
+            )
+    layout = Layout("columns", columns, ())
+    missing = [name for name in layout.known if name not in keys]
+    if missing:
+        hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
+        raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
+    if "query" not in {ROLES[role] for role in columns}:
+        raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
+    return layout
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What turning a file's rows into records needs besides the rows. `labels` collects the names of classes."""
+
+    layout: Layout
+    task: str
+    source: str
+    instruction: str | None = None
+    cells: bool = False
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def record(self, row: Mapping[str, Any]) -> Record:
+        """The record of a row, not yet validated. Errors: `RowError`."""
+        self._check_keys(row)
+        positives, negatives = self._texts(row, "positives"), self._texts(row, "negatives")
+        taught = self._taught(row, len(positives))
+        return Record(
+            query=self._one(row, "query"),
+            positives=positives,
+            negatives=negatives,
+            task=self._one(row, "task") or self.task,
+            positive_scores=self._scores(row, "positive_scores"),
+            negative_scores=self._scores(row, "negative_scores"),
+            teacher_positive_scores=taught[0],
+            teacher_negative_scores=taught[1],
+            label=self._label(row),
+            instruction=self._one(row, "instruction") or self.instruction,
+            source=self._one(row, "source") or self.source,
+        )
+
+    def _check_keys(self, row: Mapping[str, Any]) -> None:
+        if self.layout.strict:
+            for key in row:
+                if key not in self.layout.known:
+                    known = self.layout.known
+                    hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
+                    raise RowError(f"unknown key {key!r}{hint}", fix="rename or remove it")
+        for name in self.layout.required:
+            if name not in row:
+                found = ", ".join(row) or "none"
+                raise RowError(
+                    f"no column {name!r}", f"no column {name!r}{did_you_mean(name, list(row))}; found: {found}"
+                )
+
+    def _one(self, row: Mapping[str, Any], role: str) -> Any:
+        values = self.layout.values(row, role)
+        return values[0] if values else ("" if role == "query" else None)
+
+    def _texts(self, row: Mapping[str, Any], role: str) -> tuple[Any, ...]:
+        """A column holds one text or a list of them; in CSV an empty cell is an absent text."""
+        texts: list[Any] = []
+        for value in self.layout.values(row, role):
+            if isinstance(value, str):
+                texts += [value] if value or not self.cells else []
+            elif isinstance(value, list | tuple):
+                texts += value
+            else:
+                kind = f"{role} are {kind_of(value)}, not texts"
+                raise RowError(kind, f"{kind}: {str(value)[:60]}", expected="a text or a list of texts")
+        return tuple(texts)
+
+    def _scores(self, row: Mapping[str, Any], role: str) -> Scores | None:
+        scores: list[Any] = []
+        for value in self.layout.values(row, role):
+            scores += value if isinstance(value, list | tuple) else [value]
+        if self.cells:
+            scores = [number_of(score, role) for score in scores if score.strip()]
+        return tuple(scores) or None
+
+    def _taught(self, row: Mapping[str, Any], positives: int) -> tuple[Scores | None, Scores | None]:
+        """`teacher_scores` is the short form of both: the scores of the positives, then of the negatives."""
+        both = self._scores(row, "teacher_scores")
+        if both is not None:
+            return both[:positives] or None, both[positives:] or None
+        return self._scores(row, "teacher_positive_scores"), self._scores(row, "teacher_negative_scores")
+
+    def _label(self, row: Mapping[str, Any]) -> int | None:
+        """A class as a number. Names are numbered as they come, and renumbered in their order at the end."""
+        value = self._one(row, "label")
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        if isinstance(value, str) and value.strip():
+            return self.labels.setdefault(value, len(self.labels))
+        kind = f"the label is {kind_of(value)}"
+        raise RowError(kind, f"{kind}: {value!r}", expected="a name or a whole number")
+
+
+def number_of(cell: str, role: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        kind = f"{role} hold text that is not a number"
+        raise RowError(kind, f"{kind}: {cell[:40]!r}", expected="a number, or an empty cell") from None

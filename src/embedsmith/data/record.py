@@ -1,0 +1,147 @@
+"""The one shape of every training example, whatever file and task it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from embedsmith.core.errors import DataError
+
+Task = Literal["retrieval", "sts", "classification", "clustering"]
+TASKS: tuple[str, ...] = get_args(Task)
+Scores = tuple[float | None, ...]
+_surrogate = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example: (task, query, positives, negatives, scores of either), CoDiEmb's unified format.
+
+    - retrieval: `positives` answer `query`, `negatives` do not; scores are graded relevance, if known;
+    - sts: `query` and each positive are a pair, `positive_scores` say how alike they are, 1.0 at most;
+    - classification, clustering: `query` is the text and `label` its class; positives may be absent.
+
+    A slot that holds nothing is simply not there: no placeholder text ever stands for it. Score tuples align with
+    their texts, `None` inside them is an unknown score. Scores of a read file lie in [0, 1]; teacher scores are the
+    teacher's own numbers. `source` names where the record came from.
+
+    Source: CoDiEmb (arXiv 2508.11442), unified data format.
+    """
+
+    query: str
+    positives: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    task: str = "retrieval"
+    positive_scores: Scores | None = None
+    negative_scores: Scores | None = None
+    teacher_positive_scores: Scores | None = None
+    teacher_negative_scores: Scores | None = None
+    label: int | None = None
+    instruction: str | None = None
+    source: str = ""
+
+
+class RowError(DataError):
+    """One row is wrong. `kind` groups rows with the same fault; `line` is its place in the file, from 1."""
+
+    def __init__(
+        self,
+        kind: str,
+        what: str | None = None,
+        *,
+        where: object = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.kind = kind
+        super().__init__(what or kind, where=where, expected=expected, fix=fix)
+
+    def at(self, where: object) -> RowError:
+        """The same error, with its place."""
+        return RowError(self.kind, self.what, where=where, expected=self.expected, fix=self.fix)
+
+
+def text_id(text: str) -> int:
+    """A 63-bit id of the text itself: equal for texts that differ only in Unicode form or in white space.
+
+    Normalised to NFC with runs of white space collapsed, then BLAKE2b; never negative, so that `ABSENT` is no text.
+    """
+    normal = " ".join(unicodedata.normalize("NFC", text).split())
+    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def validate(record: Record, where: object = None) -> None:
+    """Raise `RowError` (a `DataError`) naming `where` and the fix if the record cannot be trained on."""
+    for fault in _faults(record):
+        raise fault.at(where)
+
+
+def _faults(record: Record) -> Iterator[RowError]:
+    if record.task not in TASKS:
+        yield RowError("unknown task", f"unknown task {record.task!r}", expected=f"one of {', '.join(TASKS)}")
+    yield from text_faults("query", (record.query,))
+    yield from text_faults("positive", record.positives)
+    yield from text_faults("negative", record.negatives)
+    if record.instruction is not None and not isinstance(record.instruction, str):
+        yield _not_text("instruction", record.instruction)
+    yield from _shape_faults(record)
+    yield from _score_faults("positive_scores", record.positive_scores, len(record.positives))
+    yield from _score_faults("negative_scores", record.negative_scores, len(record.negatives))
+    yield from _score_faults("teacher_positive_scores", record.teacher_positive_scores, len(record.positives))
+    yield from _score_faults("teacher_negative_scores", record.teacher_negative_scores, len(record.negatives))
+
+
+def _shape_faults(record: Record) -> Iterator[RowError]:
+    """What each task cannot do without."""
+    if record.task in ("retrieval", "sts") and not record.positives:
+        yield RowError("no positives", fix="give the row at least one positive text, or remove it")
+    if record.task == "sts" and (record.positive_scores is None or None in record.positive_scores):
+        yield RowError("no score for an sts pair", fix="give every pair a score, or declare `task: retrieval`")
+    if record.task in ("classification", "clustering") and record.label is None and not record.positives:
+        yield RowError("neither a label nor positives", fix="give the row a label")
+
+
+def text_faults(role: str, texts: Iterable[object]) -> Iterator[RowError]:
+    for text in texts:
+        if not isinstance(text, str):
+            yield _not_text(role, text)
+        elif not text or text.isspace():
+            yield RowError(f"empty {role}", fix="remove the row or give it a text; an absent text is left out, not ''")
+        elif not text.isascii() and _surrogate.search(text):
+            yield RowError(f"broken Unicode in a {role}", expected="UTF-8 text without lone surrogates")
+
+
+def _not_text(role: str, value: object) -> RowError:
+    kind = f"the {role} is {kind_of(value)}, not text"
+    return RowError(kind, f"{kind}: {str(value)[:60]}", expected="a JSON string", fix=f"write the {role} in quotes")
+
+
+def _score_faults(role: str, scores: Scores | None, slots: int) -> Iterator[RowError]:
+    if scores is None:
+        return
+    if len(scores) != slots:
+        kind = f"{role} and their texts differ in number"
+        yield RowError(kind, f"{len(scores)} {role} for {slots} texts", fix="one score a text; null where unknown")
+    for score in scores:
+        if score is None:
+            continue
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            kind = f"{role} hold {kind_of(score)}, not a number"
+            yield RowError(kind, f"{kind}: {score!r}", expected="a number, or null where unknown")
+        elif not math.isfinite(score):
+            yield RowError(
+                f"{role} hold a value that is not finite", f"{role} hold {score}", expected="a finite number"
+            )
+
+
+def kind_of(value: object) -> str:
+    """A value's type in the words of JSON."""
+    names = ((bool, "true or false"), (int | float, "a number"), (str, "text"), (list, "a list"), (dict, "an object"))
+    if value is None:
+        return "null"
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
