@@ -49,11 +49,12 @@ def overrides(retrieval: Path, sts: Path, steps: int, seed: int, output: Path) -
         f"data.1.batch_size={BATCH_SIZE}",
         f"train.steps={steps}",
         f"train.learning_rate={LEARNING_RATE}",
-        "train.warmup_ratio=0.1",
+        "train.warmup=0.1",
         "train.schedule=linear",
         "train.weight_decay=0.0",
         "train.clip_norm=1.0",
         "train.precision=fp32",
+        "train.log_with=[]",
         f"train.seed={seed}",
         f"output={output}",
     ]
