@@ -45,6 +45,48 @@ def schema() -> None:
     typer.echo(schema_json(Recipe))
 
 
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A data file, a BEIR folder, a saved dataset or a dataset id.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="How to read it: task=sts columns.query=title")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
+) -> None:
+    """Print what is understood of a data file: counts, fields, lengths, duplicates, scores, samples."""
+    import json
+    from typing import Any
+
+    from rich.console import Console
+
+    from embedsmith.core.recipe import apply_override, parse
+    from embedsmith.core.registry import to_plain
+    from embedsmith.data.inspect import inspect_source, render
+    from embedsmith.data.source import Source
+
+    tree: dict[str, Any] = {"path": path}
+    for override in overrides or []:
+        apply_override(tree, override)
+    found = inspect_source(parse(Source, tree, where="inspect"), samples)
+    if as_json:
+        typer.echo(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
+    else:
+        Console().print(render(found))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
+    ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
+) -> None:
+    """Fine-tune a real encoder, score it before and after, and search with it: offline, in minutes."""
+    from rich.console import Console
+
+    from embedsmith.demo import QUESTION, demonstrate, render
+
+    Console().print(render(demonstrate(output, steps, ask or QUESTION, typer.echo)))
+
+
 def main() -> None:
     """Run the command line; an error a user can cause is one message and exit code 1, an interrupt 130."""
     from embedsmith.core.errors import EmbedsmithError

@@ -33,6 +33,7 @@ ROLES = {
 """What a column may be declared to hold, and the field of `Record` that means."""
 
 Columns = Mapping[str, str | Sequence[str]]
+Found = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,24 @@ class Layout:
     required: tuple[str, ...]
     strict: bool = False
     task: str | None = None
-    _by_role: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for role, names in self.columns.items():
-            listed = (names,) if isinstance(names, str) else tuple(names)
-            self._by_role[ROLES[role]] = self._by_role.get(ROLES[role], ()) + listed
-
-    @property
-    def known(self) -> list[str]:
-        return [name for names in self._by_role.values() for name in names]
+            for name in (names,) if isinstance(names, str) else names:
+                self.known[name] = ROLES[role]
 
     def fits(self, keys: set[str]) -> bool:
         return keys.issuperset(self.required)
 
-    def values(self, row: Mapping[str, Any], role: str) -> list[Any]:
-        """The values of a role's columns; a missing column or a null is left out."""
-        names = self._by_role.get(role, ())
-        return [row[name] for name in names if row.get(name) is not None]
+    def found(self, row: Mapping[str, Any]) -> Found:
+        """What a row holds, by role; a missing column or a null is left out."""
+        found: Found = {}
+        for name, role in self.known.items():
+            value = row.get(name)
+            if value is not None:
+                found.setdefault(role, []).append(value)
+        return found
 
 
 def _own(*columns: str) -> dict[str, str]:
@@ -156,27 +157,28 @@ class Reading:
     def record(self, row: Mapping[str, Any]) -> Record:
         """The record of a row, not yet validated. Errors: `RowError`."""
         self._check_keys(row)
-        positives, negatives = self._texts(row, "positives"), self._texts(row, "negatives")
-        taught = self._taught(row, len(positives))
+        found = self.layout.found(row)
+        positives, negatives = self._texts(found, "positives"), self._texts(found, "negatives")
+        taught = self._taught(found, len(positives))
         return Record(
-            query=self._one(row, "query"),
+            query=_one(found, "query", ""),
             positives=positives,
             negatives=negatives,
-            task=self._one(row, "task") or self.task,
-            positive_scores=self._scores(row, "positive_scores"),
-            negative_scores=self._scores(row, "negative_scores"),
+            task=_one(found, "task", self.task),
+            positive_scores=self._scores(found, "positive_scores"),
+            negative_scores=self._scores(found, "negative_scores"),
             teacher_positive_scores=taught[0],
             teacher_negative_scores=taught[1],
-            label=self._label(row),
-            instruction=self._one(row, "instruction") or self.instruction,
-            source=self._one(row, "source") or self.source,
+            label=self._label(_one(found, "label", None)),
+            instruction=_one(found, "instruction", None) or self.instruction,
+            source=_one(found, "source", self.source),
         )
 
     def _check_keys(self, row: Mapping[str, Any]) -> None:
         if self.layout.strict:
             for key in row:
                 if key not in self.layout.known:
-                    known = self.layout.known
+                    known = list(self.layout.known)
                     hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
                     raise RowError(f"unknown key {key!r}{hint}", fix="rename or remove it")
         for name in self.layout.required:
@@ -186,14 +188,10 @@ class Reading:
                     f"no column {name!r}", f"no column {name!r}{did_you_mean(name, list(row))}; found: {found}"
                 )
 
-    def _one(self, row: Mapping[str, Any], role: str) -> Any:
-        values = self.layout.values(row, role)
-        return values[0] if values else ("" if role == "query" else None)
-
-    def _texts(self, row: Mapping[str, Any], role: str) -> tuple[Any, ...]:
+    def _texts(self, found: Found, role: str) -> tuple[Any, ...]:
         """A column holds one text or a list of them; in CSV an empty cell is an absent text."""
         texts: list[Any] = []
-        for value in self.layout.values(row, role):
+        for value in found.get(role, ()):
             if isinstance(value, str):
                 texts += [value] if value or not self.cells else []
             elif isinstance(value, list | tuple):
@@ -203,30 +201,35 @@ class Reading:
                 raise RowError(kind, f"{kind}: {str(value)[:60]}", expected="a text or a list of texts")
         return tuple(texts)
 
-    def _scores(self, row: Mapping[str, Any], role: str) -> Scores | None:
+    def _scores(self, found: Found, role: str) -> Scores | None:
+        if role not in found:
+            return None
         scores: list[Any] = []
-        for value in self.layout.values(row, role):
+        for value in found.get(role, ()):
             scores += value if isinstance(value, list | tuple) else [value]
         if self.cells:
             scores = [number_of(score, role) for score in scores if score.strip()]
         return tuple(scores) or None
 
-    def _taught(self, row: Mapping[str, Any], positives: int) -> tuple[Scores | None, Scores | None]:
+    def _taught(self, found: Found, positives: int) -> tuple[Scores | None, Scores | None]:
         """`teacher_scores` is the short form of both: the scores of the positives, then of the negatives."""
-        both = self._scores(row, "teacher_scores")
+        both = self._scores(found, "teacher_scores")
         if both is not None:
             return both[:positives] or None, both[positives:] or None
-        return self._scores(row, "teacher_positive_scores"), self._scores(row, "teacher_negative_scores")
+        return self._scores(found, "teacher_positive_scores"), self._scores(found, "teacher_negative_scores")
 
-    def _label(self, row: Mapping[str, Any]) -> int | None:
+    def _label(self, value: Any) -> int | None:
         """A class as a number. Names are numbered as they come, and renumbered in their order at the end."""
-        value = self._one(row, "label")
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         if isinstance(value, str) and value.strip():
             return self.labels.setdefault(value, len(self.labels))
         kind = f"the label is {kind_of(value)}"
         raise RowError(kind, f"{kind}: {value!r}", expected="a name or a whole number")
+
+
+def _one(found: Found, role: str, otherwise: Any) -> Any:
+    return found[role][0] if role in found else otherwise
 
 
 def number_of(cell: str, role: str) -> float:

@@ -100,7 +100,7 @@ def source_name(source: Source) -> str:
     if source.name:
         return source.name
     last = Path(source.path.removeprefix(_HUB)).name
-    return last.partition(".")[0] if has_known_kind(last) else last
+    return Path(last.removesuffix(".gz")).stem if has_known_kind(last) else last
 
 
 _HUB = "hf://"
@@ -135,6 +135,7 @@ class _Reader:
     source: Source
     rows: Rows
     records: list[Record] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
     faults: dict[str, tuple[RowError, list[int]]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     extent: Extent = field(default_factory=Extent)
@@ -146,13 +147,14 @@ class _Reader:
         if declared is not None and not declared[0] < declared[1]:
             raise RecipeError(f"score_range {list(declared)} is not [lowest, highest]", where=self.rows.path)
         self._read_rows(declared)
-        self._report()
-        if not self.records:
+        if not self.records and not self.faults:
             raise DataError("no records in it", where=self.rows.path, fix="check that it is the right file")
         known, how = self._range(declared)
         labels = self._sort_labels()
         if known is not None:
             self.records = [rescaled(record, known) for record in self.records]
+            self._leave_out_unlike()
+        self._report()
         assert self.reading is not None
         assert self.task is not None
         return RecordSet(
@@ -184,6 +186,7 @@ class _Reader:
             self.extent.add(record, line)
             if not full:
                 self.records.append(record)
+                self.lines.append(line)
 
     def _record(self, row: dict[str, object] | RowError, line: int) -> Record:
         if isinstance(row, RowError):
@@ -192,10 +195,10 @@ class _Reader:
             self.reading = self._first(row, f"{self.rows.path}:{line}")
         record = self.reading.record(row)
         validate(record)
-        self.task = self.task or record.task
+        self.task = self.task or self.source.task or record.task
         if record.task != self.task:
-            kind = f"a row of task {record.task} in a file of task {self.task}"
-            raise RowError(kind, fix="put the rows of each task in a file of their own")
+            kind = f"a row of task {record.task} among those of task {self.task}"
+            raise RowError(kind, fix="put the rows of each task in a file of their own, and declare no other task")
         return record
 
     def _first(self, row: dict[str, object], where: str) -> Reading:
@@ -239,6 +242,19 @@ class _Reader:
         log.info("%s: scores taken as %g to %g (%s)", self.rows.path, low, high, found)
         return (low, high), f"inferred {low:g} to {high:g}, {found}"
 
+    def _leave_out_unlike(self) -> None:
+        """In retrieval a positive is a target whatever its score, so one with the lowest score would be learnt."""
+        if self.task != "retrieval":
+            return
+        kept = []
+        for record, line in zip(self.records, self.lines):
+            if 0.0 in (record.positive_scores or ()):
+                fix = "declare task: sts, or remove the rows"
+                self._note(RowError("a positive with the lowest possible score is not a positive", fix=fix), line)
+            else:
+                kept.append(record)
+        self.records = kept
+
     def _sort_labels(self) -> tuple[str, ...]:
         """Number named classes in the order of their names, so that the order of rows does not matter."""
         names = self.reading.labels if self.reading else {}
@@ -254,25 +270,25 @@ class _Reader:
 
 def _task_of(layout: Layout, row: dict[str, object]) -> str:
     """A scored pair is sts; a label without positives is classification; anything else is retrieval."""
-    positives = layout.values(row, "positives")
+    found = layout.found(row)
+    positives = found.get("positives", [])
     if not positives:
-        return "classification" if layout.values(row, "label") else "retrieval"
+        return "classification" if "label" in found else "retrieval"
     single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
-    scored = bool(layout.values(row, "positive_scores")) and not layout.values(row, "negatives")
-    return "sts" if single and scored else "retrieval"
+    return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"
 
 
 def _summary(error: RowError, count: int, lines: list[int]) -> str:
     if count == 1:
-        return error.what if error.where is None else f"{error.what}"
+        return error.what
     more = ", ..." if count > len(lines) else ""
     return f"{error.what} ({count} such rows: lines {', '.join(map(str, lines))}{more})"
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """A hash of what the records hold, in their order."""
+    """A hash of what the records hold, in their order; where they came from does not count."""
     digest = hashlib.blake2b(digest_size=16)
-    names = [f.name for f in fields(Record)]
+    names = [f.name for f in fields(Record) if f.name != "source"]
     for record in records:
         digest.update(repr([getattr(record, name) for name in names]).encode())
     return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""What a data file was understood to be, in numbers and samples: `embedsmith inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from embedsmith.data.record import Record, text_id
+from embedsmith.data.source import RecordSet, Skipped, Source, negatives_per_query, read_source
+
+PERCENTILES = (0, 50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Characters of the texts in one role, at `PERCENTILES`."""
+
+    texts: int
+    percentiles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What repeats, by text id: rows beyond the first of their content, rows whose query came before, positives that
+    came before, and negatives that are also positives of their query."""
+
+    rows: int
+    queries: int
+    positives: int
+    negatives_that_are_positives: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All of it. `fields`: how many records hold each field; `scores`: the range assumed and why."""
+
+    path: str
+    name: str
+    format: str
+    task: str
+    records: int
+    skipped: tuple[Skipped, ...]
+    fields: dict[str, int]
+    lengths: dict[str, Lengths]
+    duplicates: Duplicates
+    scores: str
+    score_counts: dict[str, int]
+    labels: dict[str, int]
+    negatives_drawn: int
+    fingerprint: str
+    samples: tuple[Record, ...]
+
+
+def inspect_source(source: Source, samples: int = 3) -> Inspection:
+    """Read a source and describe it. Samples are spread over the file. Errors: those of `read_source`."""
+    found = read_source(source)
+    records = found.records
+    places = np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)
+    return Inspection(
+        path=source.path,
+        name=found.name,
+        format=found.format,
+        task=found.task,
+        records=len(records),
+        skipped=found.skipped,
+        fields=_fields(records),
+        lengths=_lengths(records),
+        duplicates=_duplicates(records),
+        scores=found.scores,
+        score_counts=_score_counts(records),
+        labels=_labels(found),
+        negatives_drawn=negatives_per_query(source, records),
+        fingerprint=found.fingerprint,
+        samples=tuple(records[int(place)] for place in places),
+    )
+
+
+def _fields(records: Sequence[Record]) -> dict[str, int]:
+    counts = {f.name: sum(getattr(r, f.name) not in (None, (), "") for r in records) for f in fields(Record)}
+    return {name: count for name, count in counts.items() if count and name not in ("task", "source")}
+
+
+def _lengths(records: Sequence[Record]) -> dict[str, Lengths]:
+    roles = {
+        "query": [len(record.query) for record in records],
+        "positives": [len(text) for record in records for text in record.positives],
+        "negatives": [len(text) for record in records for text in record.negatives],
+    }
+    return {
+        role: Lengths(len(counts), tuple(int(value) for value in np.percentile(counts, PERCENTILES)))
+        for role, counts in roles.items()
+        if counts
+    }
+
+
+def _duplicates(records: Sequence[Record]) -> Duplicates:
+    query_ids = [text_id(record.query) for record in records]
+    positive_ids = [tuple(text_id(text) for text in record.positives) for record in records]
+    negative_ids = [tuple(text_id(text) for text in record.negatives) for record in records]
+    rows = zip(query_ids, positive_ids, negative_ids, (record.positive_scores for record in records))
+    return Duplicates(
+        rows=_repeats(rows),
+        queries=_repeats(query_ids),
+        positives=_repeats(id_ for ids in positive_ids for id_ in ids),
+        negatives_that_are_positives=sum(len(set(p) & set(n)) for p, n in zip(positive_ids, negative_ids)),
+    )
+
+
+def _repeats(values: Iterable[object]) -> int:
+    counts = Counter(values)
+    return counts.total() - len(counts)
+
+
+def _score_counts(records: Sequence[Record]) -> dict[str, int]:
+    """Positives by tenths of their score in [0, 1]."""
+    tenths = Counter(
+        min(int(score * 10), 9) for record in records for score in record.positive_scores or () if score is not None
+    )
+    return {f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": tenths[tenth] for tenth in sorted(tenths)}
+
+
+def _labels(found: RecordSet) -> dict[str, int]:
+    counts = Counter(record.label for record in found.records if record.label is not None)
+    return {found.labels[label] if found.labels else str(label): counts[label] for label in sorted(counts)}
+
+
+def render(found: Inspection) -> RenderableType:
+    """The same for a terminal."""
+    parts: list[RenderableType] = [_facts(found), _length_table(found)]
+    if found.score_counts:
+        parts.append(_bars("score, of 1", found.score_counts))
+    if found.labels:
+        most = dict(Counter(found.labels).most_common(10))
+        parts.append(_bars(f"label (10 of {len(found.labels)})" if len(found.labels) > 10 else "label", most))
+    return Group(*parts, *(_sample(record) for record in found.samples))
+
+
+def _facts(found: Inspection) -> Table:
+    table = Table("what", "found", title=found.path, title_justify="left")
+    table.add_row("format", found.format)
+    table.add_row("task", found.task)
+    table.add_row("records", f"{found.records:,}")
+    for skipped in found.skipped:
+        lines = ", ".join(map(str, skipped.lines)) + (", ..." if skipped.count > len(skipped.lines) else "")
+        table.add_row("skipped", Text(f"{skipped.count:,}: {skipped.kind} (lines {lines})"))
+    table.add_row("fields", ", ".join(f"{name} {count:,}" for name, count in found.fields.items()))
+    table.add_row("scores", found.scores)
+    repeated = found.duplicates
+    table.add_row("repeated", f"rows {repeated.rows:,}, queries {repeated.queries:,}, positives {repeated.positives:,}")
+    if repeated.negatives_that_are_positives:
+        table.add_row("negatives that are positives", f"{repeated.negatives_that_are_positives:,} (never drawn)")
+    table.add_row("negatives drawn for a query", str(found.negatives_drawn))
+    table.add_row("fingerprint", found.fingerprint)
+    return table
+
+
+def _length_table(found: Inspection) -> Table:
+    table = Table("characters", "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
+    for role, lengths in found.lengths.items():
+        table.add_row(role, f"{lengths.texts:,}", *(f"{value:,}" for value in lengths.percentiles))
+    return table
+
+
+def _bars(title: str, counts: dict[str, int]) -> Table:
+    table = Table(title, "count", "")
+    top = max(counts.values())
+    for name, count in counts.items():
+        table.add_row(Text(name), f"{count:,}", "█" * max(round(30 * count / top), 1))
+    return table
+
+
+def _sample(record: Record) -> Table:
+    table = Table(show_header=False, title="sample", title_justify="left")
+    table.add_row("query", Text(_short(record.query)))
+    for role, texts, scores in (
+        ("positive", record.positives, record.positive_scores),
+        ("negative", record.negatives, record.negative_scores),
+    ):
+        for slot, text in enumerate(texts[:3]):
+            known = scores[slot] if scores else None
+            table.add_row(role if known is None else f"{role} ({known:.2f})", Text(_short(text)))
+        if len(texts) > 3:
+            table.add_row("", f"and {len(texts) - 3} more")
+    if record.label is not None:
+        table.add_row("label", str(record.label))
+    return table
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 160 else flat[:157] + "..."
