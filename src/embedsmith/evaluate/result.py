@@ -1,0 +1,135 @@
+"""What an evaluation gives back: scores, what they were computed from, and what to know about them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedsmith.core.errors import EvaluationError
+from embedsmith.core.files import atomic_file
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ItemValues = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of one task, in [0, 1] or [-1, 1]; `metric` names the main one. NaN where a score is undefined.
+
+    `counts`: how many items were scored and how many left out. `items`: one value an item by name (a query's nDCG, a
+    pair's similarity), aligned with `item_ids`, for confidence intervals and for looking at single cases.
+    `notes`: what a reader of the scores should know.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    scores: Mapping[str, float]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    item_ids: Sequence[str] = ()
+    items: Mapping[str, ItemValues] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def main_score(self) -> float:
+        return self.scores[self.metric]
+
+    def as_dict(self, *, items: bool = False) -> dict[str, Any]:
+        """Plain values for JSON; an undefined score is `null`."""
+        plain: dict[str, Any] = {
+            "task": self.task,
+            "kind": self.kind,
+            "metric": self.metric,
+            "main_score": _number(self.main_score),
+            "scores": {name: _number(value) for name, value in self.scores.items()},
+            "counts": dict(self.counts),
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+        }
+        if items:
+            plain["item_ids"] = list(self.item_ids)
+            plain["items"] = {name: [_number(value) for value in values] for name, values in self.items.items()}
+        return plain
+
+
+@dataclass(frozen=True)
+class Results(Sequence[TaskResult]):
+    """The results of several tasks, in the order they were asked for. `about` describes the model and the run."""
+
+    tasks: tuple[TaskResult, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[TaskResult]:
+        return iter(self.tasks)
+
+    def __getitem__(self, key: Any) -> Any:
+        """By place, or by the name of a task."""
+        if not isinstance(key, str):
+            return self.tasks[key]
+        for result in self.tasks:
+            if result.task == key:
+                return result
+        raise KeyError(key)
+
+    def main_scores(self) -> dict[str, float]:
+        return {result.task: result.main_score for result in self.tasks}
+
+    def as_dict(self, *, items: bool = False) -> dict[str, Any]:
+        return {**self.about, "tasks": [result.as_dict(items=items) for result in self.tasks]}
+
+    def to_json(self, *, items: bool = False) -> str:
+        return json.dumps(self.as_dict(items=items), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path, *, items: bool = False) -> None:
+        """Write JSON; the file appears whole or not at all."""
+        if Path(path).is_dir():
+            raise EvaluationError("this is a folder", where=path, expected="a file to write JSON to")
+        with atomic_file(path) as file:
+            file.write(self.to_json(items=items))
+
+    def table(self) -> Table:
+        """One row a task: the main score and a few others, times 100."""
+        from rich.table import Table
+
+        table = Table(title=str(self.about.get("model", "")) or None, title_justify="left")
+        for name in ("task", "metric"):
+            table.add_column(name)
+        for name in ("score", "items", "seconds"):
+            table.add_column(name, justify="right")
+        table.add_column("also")
+        for result in self.tasks:
+            also = "  ".join(f"{name} {_percent(result.scores[name])}" for name in _beside(result))
+            items = str(next(iter(result.counts.values()), len(result.item_ids)))
+            cells = (result.task, result.metric, _percent(result.main_score), items, f"{result.seconds:.1f}", also)
+            table.add_row(*cells)
+        return table
+
+
+_SHOWN = ("cosine_pearson", "pearson", "recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100")
+
+
+def _beside(result: TaskResult) -> list[str]:
+    """The scores shown next to the main one. Similarities of a dense model are cosines, so those are not repeated."""
+    shown = [name for name in _SHOWN if name in result.scores]
+    return [name for name in shown if f"cosine_{name}" not in shown]
+
+
+def _percent(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
