@@ -1,0 +1,64 @@
+"""Records and their ids."""
+
+from dataclasses import replace
+
+import pytest
+
+from embedsmith.core.errors import DataError
+from embedsmith.data.record import Record, text_id, validate
+
+GOOD = Record("a question", ("an answer",), ("no answer", "nothing to do with it"))
+
+
+def test_ids_are_equal_for_the_same_text_in_another_form():
+    assert text_id("caf\u00e9  au\tlait ") == text_id("cafe\u0301 au lait")
+    assert text_id("a b") != text_id("ab")
+    assert text_id("A b") != text_id("a b")
+
+
+def test_ids_are_what_they_were():
+    """They are stored beside mined negatives and cached tokens: they must never change. The value is b2sum's."""
+    assert text_id("what is late interaction?") == 0xF4667C884E7A09A6 >> 1
+    assert all(0 <= text_id(str(number)) < 2**63 for number in range(2000))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": ""}, "empty query"),
+        ({"query": " \n\t"}, "empty query"),
+        ({"query": 12}, "the query is a number, not text: 12"),
+        ({"query": "\ud800"}, "broken Unicode"),
+        ({"positives": ()}, "no positives"),
+        ({"positives": ("",)}, "empty positive"),
+        ({"negatives": ("fine", None)}, "the negative is null"),
+        ({"positive_scores": (0.5, 0.5)}, "2 positive_scores for 1 texts"),
+        ({"positive_scores": (float("nan"),)}, "positive_scores hold nan"),
+        ({"positive_scores": ("NaN",)}, "positive_scores hold text, not a number: 'NaN'"),
+        ({"positive_scores": (True,)}, "true or false"),
+        ({"teacher_negative_scores": (1.0, float("inf"))}, "teacher_negative_scores hold inf"),
+        ({"task": "sts"}, "no score for an sts pair"),
+        ({"task": "sts", "positive_scores": (None,)}, "no score for an sts pair"),
+        ({"task": "ranking"}, "unknown task 'ranking'"),
+        ({"task": "clustering", "positives": ()}, "neither a label nor positives"),
+        ({"instruction": 3}, "the instruction is a number"),
+    ],
+)
+def test_a_wrong_record_is_named_with_its_place(change, message):
+    with pytest.raises(DataError) as caught:
+        validate(replace(GOOD, **change), "file.jsonl:7")
+    assert str(caught.value).startswith("file.jsonl:7: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        GOOD,
+        replace(GOOD, positive_scores=(None,), negative_scores=(0.0, None), teacher_positive_scores=(17.5,)),
+        Record("one text", task="classification", label=0),
+        Record("left", ("right",), task="sts", positive_scores=(0.4,)),
+    ],
+)
+def test_a_right_record_passes(record):
+    validate(record)
