@@ -13,6 +13,8 @@ from embedsmith.core.collectives import rank
 
 log = logging.getLogger("embedsmith")
 
+_on_screen: list[str] = []  # labels of the bars the terminal shows: at most one
+
 
 class Bar:
     """One running bar; `advance` it, and `say` a short text beside it."""
@@ -30,10 +32,13 @@ class Bar:
 
 @contextmanager
 def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | None = None) -> Iterator[Bar]:
-    """A bar on the terminal. `visible=None` shows it where stderr is a terminal, on the first rank."""
+    """A bar on the terminal. `visible=None` shows it where stderr is a terminal, on the first rank.
+
+    Only the outermost bar is shown: the terminal has room for one that moves (rich refuses a second).
+    """
     from rich.console import Console
 
-    shown = sys.stderr.isatty() if visible is None else visible
+    shown = (sys.stderr.isatty() if visible is None else visible) and not _on_screen
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -44,4 +49,9 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
     with Progress(
         *columns, console=Console(stderr=True), disable=not shown or rank() != 0, transient=False
     ) as progress:
-        yield Bar(progress, label, total, done)
+        mine = [label] if shown else []
+        _on_screen.extend(mine)
+        try:
+            yield Bar(progress, label, total, done)
+        finally:
+            del _on_screen[: len(mine)]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
+from embedsmith.data.containers import open_rows
+from embedsmith.data.record import RowError
 from embedsmith.evaluate.tasks import RetrievalTask, STSTask
 
 _TEXT_COLUMNS = (("text1", "text2"), ("sentence1", "sentence2"))
+_QRELS = {"query-id", "corpus-id", "score"}
 Row = dict[str, Any]
 
 
@@ -53,40 +53,29 @@ def read_beir(path: Path, name: str, split: str) -> RetrievalTask:
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Tab-separated `query-id, corpus-id, score`, with or without that heading. Grades are whole numbers."""
+    """Columns `query-id`, `corpus-id`, `score`. Grades are whole numbers; a pair judged twice must agree."""
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in _lines(path):
-        cells = [cell.strip() for cell in line.split("\t")]
-        where = f"{path}:{number}"
-        if number == 1 and len(cells) == 3 and not _is_number(cells[2]):
-            continue
-        if len(cells) != 3:
-            raise DataError(f"{len(cells)} columns", where=where, expected="query-id, corpus-id, score, by tabs")
-        query, document, score = cells
-        if not _is_number(score) or float(score) != int(float(score)):
-            raise DataError(f"the grade {score!r} is not a whole number", where=where)
+    for where, row in rows_of(path):
+        if not row.keys() >= _QRELS:
+            raise DataError(f"found: {', '.join(row)}", where=path, expected=f"columns {', '.join(sorted(_QRELS))}")
+        query, document, score = (str(row[column]) for column in ("query-id", "corpus-id", "score"))
+        if not _is_number(score) or not float(score).is_integer():
+            raise DataError(f"the grade is {score!r}", where=where, expected="a whole number")
         grade = int(float(score))
-        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            earlier = qrels[query][document]
-            raise DataError(
-                f"query {query!r} and document {document!r} have the grades {earlier} and {grade}", where=where
-            )
+        earlier = qrels.setdefault(query, {}).setdefault(document, grade)
+        if earlier != grade:
+            raise DataError(f"{document!r} has the grades {earlier} and {grade} for query {query!r}", where=where)
     if not qrels:
         raise DataError("the file has no judgements", where=path)
     return qrels
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
-    """JSON objects, one a line, each with its place (`file:line`). Empty lines are skipped."""
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not valid JSON ({error.msg})", where=where) from error
-        if not isinstance(row, dict):
-            raise DataError(f"a row is an object, not {type(row).__name__}", where=where)
-        yield where, row
+    """Rows of a file of any kind that `embedsmith.data` reads, each with its place (`file:line`)."""
+    for line, row in open_rows(path).rows:
+        if isinstance(row, RowError):
+            raise row.at(f"{path}:{line}")
+        yield f"{path}:{line}", row
 
 
 def find(folder: Path, stem: str, endings: tuple[str, ...]) -> Path | None:
@@ -99,20 +88,6 @@ def _needed(folder: Path, stem: str) -> Path:
     if path is None:
         raise DataError(f"{stem}.jsonl is missing", where=folder, expected="corpus.jsonl, queries.jsonl and qrels/")
     return path
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError("the compressed file is damaged or cut short", where=path, fix="fetch it again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text ({error.reason})", where=path) from error
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=path) from error
 
 
 def _texts_by_id(path: Path, *, document: bool) -> dict[str, str]:
