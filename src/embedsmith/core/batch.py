@@ -13,14 +13,15 @@ of one process on the whole batch (proof: tests/test_ranks.py). Tensor names: `s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from embedsmith.core.collectives import (
+    ALONE,
     Group,
     gather_rows,
     max_over_ranks,
@@ -86,6 +87,12 @@ class Side:
         padded[: len(id_N)] = id_N
         return gather_rows(padded, self.group)
 
+    def alone(self) -> Side:
+        """The same leaves as one rank's batch of its own."""
+        view = Side.__new__(Side)
+        view.local, view.group, view._gathered = self.local, ALONE, {}
+        return view
+
     def settle(self) -> None:
         """After backward: add to each local row the gradient it received on every rank."""
         for head, gathered in self._gathered.items():
@@ -119,6 +126,12 @@ class Batch:
     def settle(self) -> None:
         for side in self.sides():
             side.settle()
+
+    def alone(self) -> Self:
+        """This rank's rows as a batch of their own, on the same leaves: the local form of a loss."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        sides: dict[str, Any] = {name: value.alone() for name, value in values.items() if isinstance(value, Side)}
+        return replace(self, group=ALONE, **sides)
 
     def mean_over_rows(self, value_WQ: Tensor, valid_Q: Tensor | None = None) -> Tensor:
         """value_W: the mean over the valid rows of all ranks, as this rank's share of it.

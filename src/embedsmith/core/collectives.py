@@ -22,12 +22,18 @@ Group = Any  # a process group; None means all ranks
 _BUCKET_BYTES = 32 * 2**20
 
 
+ALONE: Group = "alone"
+"""Stands for a group of this rank only, in which everything here is the identity."""
+
+
 def world_size(group: Group = None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    several = group is not ALONE and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size(group) if several else 1
 
 
 def rank(group: Group = None) -> int:
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    several = group is not ALONE and dist.is_available() and dist.is_initialized()
+    return dist.get_rank(group) if several else 0
 
 
 def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:

@@ -1,6 +1,44 @@
 """Objectives: frozen dataclasses from a batch to a `LossOutput`. Importing this room registers all of them."""
 
+from embedsmith.losses.codiemb import CoDiEmbSTS, MidNCE
+from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balance_weights
+from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
+from embedsmith.losses.label import Classifier, SupervisedContrastive
+from embedsmith.losses.presets import F2LLM, ConanWeak, Qwen3
+from embedsmith.losses.regularisers import GOR, GORST, Uniformity
 from embedsmith.losses.retrieval import InfoNCE
-from embedsmith.losses.sts import CoSENT
+from embedsmith.losses.self_distill import M3SelfDistillation
+from embedsmith.losses.sts import PRO, AnglE, CoSENT, Pearson, RankKL
+from embedsmith.losses.wrappers import Matryoshka, PerHead, Sum, Symmetric, Weighted
 
-__all__ = ["CoSENT", "InfoNCE"]
+__all__ = [
+    "F2LLM",
+    "GOR",
+    "GORST",
+    "PRO",
+    "AnglE",
+    "Classifier",
+    "CoDiEmbSTS",
+    "CoSENT",
+    "ConanWeak",
+    "CosineConsistency",
+    "CrossBatchBalance",
+    "InfoNCE",
+    "M3RankedKD",
+    "M3SelfDistillation",
+    "MarginMSE",
+    "Matryoshka",
+    "MidNCE",
+    "Pearson",
+    "PerHead",
+    "Qwen3",
+    "RankKL",
+    "ScoreKL",
+    "Sum",
+    "SupervisedContrastive",
+    "Symmetric",
+    "TeacherVectors",
+    "Uniformity",
+    "Weighted",
+    "balance_weights",
+]

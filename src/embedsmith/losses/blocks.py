@@ -6,7 +6,7 @@ and its scores are computed again in the backward pass, so that the whole score 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -23,32 +23,36 @@ NEVER = -1e30
 
 
 def in_blocks(
-    query: Representation,
-    document: Representation,
+    pairs: Sequence[tuple[Representation, Representation]],
     widths: Widths | None,
     block_size: int | None,
-    reduce: Callable[[Tensor, int], R],
+    reduce: Callable[..., R],
 ) -> list[R]:
-    """`reduce(score_WQB, start)` of every block of candidates, in order; `start` is the block's first row."""
+    """`reduce(start, *scores)` of every block of candidates, in order.
 
-    def scored(start: int, block: Representation) -> R:
-        return reduce(query.scores(block, widths), start)
+    `pairs` are the queries and candidates of one head or of several; each gives one score_WQB of the block that
+    begins at row `start`.
+    """
 
-    if block_size is None or block_size >= len(document):
-        return [scored(0, document)]
+    def scored(start: int, *blocks: Representation) -> R:
+        return reduce(start, *(query.scores(block, widths) for (query, _), block in zip(pairs, blocks, strict=True)))
+
+    documents = [document for _, document in pairs]
+    if block_size is None or block_size >= len(documents[0]):
+        return [scored(0, *documents)]
+    blocks = zip(*(_split(document, block_size) for document in documents), strict=True)
     return [
-        checkpoint(scored, start, block, use_reentrant=False, preserve_rng_state=False)
-        for start, block in _split(document, block_size)
+        checkpoint(scored, number * block_size, *block, use_reentrant=False, preserve_rng_state=False)
+        for number, block in enumerate(blocks)
     ]
 
 
-def _split(document: Representation, size: int) -> Iterator[tuple[int, Representation]]:
+def _split(document: Representation, size: int) -> Iterator[Representation]:
     """Blocks of rows. Split, not sliced: the gradient of all blocks is then put together once, not added up in a
     full-size buffer for every block."""
     names = [f.name for f in fields(document)]
-    columns = zip(*(tensor.split(size) for tensor in document.tensors()), strict=True)
-    for number, column in enumerate(columns):
-        yield number * size, replace(document, **dict(zip(names, column, strict=True)))
+    for column in zip(*(tensor.split(size) for tensor in document.tensors()), strict=True):
+        yield replace(document, **dict(zip(names, column, strict=True)))
 
 
 def pair_scores(

@@ -103,9 +103,9 @@ class Candidates:
         self.own.mark(mask_QB, start, True)
         return mask_QB
 
-    def over_blocks(self, reduce: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
-        """`reduce(score_WQB, start)` of every block of candidates."""
-        return in_blocks(self.query, self.document, self.widths, self.block_size, reduce)
+    def over_blocks(self, reduce: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """`reduce(start, score_WQB)` of every block of candidates."""
+        return in_blocks([(self.query, self.document)], self.widths, self.block_size, reduce)
 
 
 def _own_slots(id_QX: Tensor, batch: RetrievalBatch) -> Tensor:

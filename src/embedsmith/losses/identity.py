@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, RetrievalBatch
+from embedsmith.core.batch import ABSENT, RetrievalBatch, Side
 from embedsmith.core.collectives import rank
 
 
@@ -43,14 +43,19 @@ class Relation:
     key_J: Tensor
 
     @staticmethod
+    def of_pairs(query_I: Tensor, key_I: Tensor, row_J: Tensor, key_J: Tensor) -> Relation:
+        """From lists in any order; entries with an `ABSENT` key or row are left out."""
+        kept_I, kept_J = key_I != ABSENT, (key_J != ABSENT) & (row_J != ABSENT)
+        key_I, order_I = torch.sort(key_I[kept_I])
+        row_J, order_J = torch.sort(row_J[kept_J])
+        return Relation(query_I[kept_I][order_I], key_I, row_J, key_J[kept_J][order_J])
+
+    @staticmethod
     def between(key_QX: Tensor, row_RY: Tensor, key_R: Tensor) -> Relation:
-        """Queries with their keys against rows with theirs; `ABSENT` entries of all three are left out."""
-        query_I = torch.arange(len(key_QX), device=key_QX.device)[:, None].expand_as(key_QX)[key_QX != ABSENT]
-        key_I, order_I = torch.sort(key_QX[key_QX != ABSENT])
+        """Queries with their keys against rows with theirs, both as rectangles."""
+        query_QX = torch.arange(len(key_QX), device=key_QX.device)[:, None].expand_as(key_QX)
         key_RY = key_R[:, None].expand_as(row_RY)
-        kept_RY = (row_RY != ABSENT) & (key_RY != ABSENT)
-        row_J, order_J = torch.sort(row_RY[kept_RY])
-        return Relation(query_I[order_I], key_I, row_J, key_RY[kept_RY][order_J])
+        return Relation.of_pairs(query_QX.flatten(), key_QX.flatten(), row_RY.flatten(), key_RY.flatten())
 
     @staticmethod
     def by_position(row_QX: Tensor) -> Relation:
@@ -85,10 +90,10 @@ def group_keys(batch: RetrievalBatch) -> tuple[Tensor, Tensor]:
     return batch.label_Q, batch.query.all_ids(batch.label_Q)
 
 
-def own_rows(batch: RetrievalBatch) -> slice:
-    """This rank's documents among the rows of `document.all`."""
-    start = rank(batch.group) * batch.document.rows
-    return slice(start, start + len(batch.document_id_N))
+def own_rows(side: Side) -> slice:
+    """This rank's rows among those of `side.all`."""
+    start = rank(side.group) * side.rows
+    return slice(start, start + len(side))
 
 
 def swapped(batch: RetrievalBatch) -> RetrievalBatch:
@@ -101,7 +106,7 @@ def swapped(batch: RetrievalBatch) -> RetrievalBatch:
     slots = max(int(slot_E.max()) + 1 if len(slot_E) else 0, 1)
     positive_id_KP = batch.query_id_G.new_full((len(batch.document_id_K), slots), ABSENT)
     positive_id_KP[row_GP.flatten()[asker_E], slot_E] = batch.query_id_G[asker_E // row_GP.shape[1]]
-    mine = own_rows(batch)
+    mine = own_rows(batch.document)
     asks_N = (positive_id_KP[mine] != ABSENT).any(1)
     label_N = None
     if batch.label_Q is not None:

@@ -156,7 +156,7 @@ class InfoNCE(Loss):
             terms = [_lse(logit_WQM, score_WQM, mask_QM, limit_WQP)]
         else:
 
-            def block(score_WQB: Tensor, start: int) -> Tensor:
+            def block(start: int, score_WQB: Tensor) -> Tensor:
                 mask_QB = found.allowed(start, score_WQB.shape[-1], self.negatives)
                 own_QB = found.is_own(start, score_WQB.shape[-1]) if self.hardness_weight else mask_QB
                 return _lse(self._logits(score_WQB, temperature, own_QB), score_WQB, mask_QB, limit_WQP)
@@ -189,14 +189,15 @@ class InfoNCE(Loss):
             batch.positive_id_QP, place_G.repeat_interleave(slots)[:, None], batch.positive_id_GP.flatten()
         )
 
-        def block(score_WQB: Tensor, start: int) -> Tensor:
+        def block(start: int, score_WQB: Tensor) -> Tensor:
             mask_QB = counts_G[start : start + score_WQB.shape[-1]].expand(score_WQB.shape[1:]).clone()
             same.mark(mask_QB, start, False)
             if self.mask_false_negatives:
                 shared.mark(mask_QB, start, False)
             return _lse(score_WQB / temperature, score_WQB, mask_QB, limit_WQP)
 
-        return in_blocks(found.query, batch.query.all(self.head), batch.widths, self.block_size, block)
+        pairs = [(found.query, batch.query.all(self.head))]
+        return in_blocks(pairs, batch.widths, self.block_size, block)
 
     def _document_terms(self, found: Candidates, temperature: float | Tensor, limit_WQP: Tensor | None) -> list[Tensor]:
         """The positive of each slot against other queries' positives."""
@@ -204,7 +205,7 @@ class InfoNCE(Loss):
         for slot, row_Q in enumerate(found.positive_row_QP.unbind(1)):
             limit_WQ1 = None if limit_WQP is None else limit_WQP[..., slot : slot + 1]
 
-            def block(score_WQB: Tensor, start: int, limit_WQ1: Tensor | None = limit_WQ1) -> Tensor:
+            def block(start: int, score_WQB: Tensor, limit_WQ1: Tensor | None = limit_WQ1) -> Tensor:
                 mask_QB = found.allowed(start, score_WQB.shape[-1], "positives")
                 return _lse(score_WQB / temperature, score_WQB, mask_QB, limit_WQ1)
 

@@ -1,34 +1,46 @@
-"""Losses over pairs with graded labels. They read one score a pair, so gathering all ranks' pairs is cheap."""
+"""Losses over pairs with graded labels. They read one score a pair, so gathering all ranks' pairs is cheap.
+
+With `cross_device` (the default) a loss sees the pairs of all ranks and has the same value on each; without, it is
+computed on each rank's own pairs, as in CoDiEmb, and then depends on how the batch is spread.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, Batch, PairBatch
+from embedsmith.core.batch import ABSENT, Batch, PairBatch, gather_pair_scores
 from embedsmith.core.collectives import gather_rows
+from embedsmith.core.errors import RecipeError
 from embedsmith.core.loss import Loss, LossOutput
 from embedsmith.core.registry import losses
+from embedsmith.core.reps import Dense, Widths, in_fp32
 from embedsmith.losses import checks
 from embedsmith.losses.blocks import NEVER
 
+Scorer = Callable[[PairBatch], Tensor]
 
-def scored_pairs(batch: Batch, head: str, cross_device: bool) -> tuple[Tensor, Tensor]:
-    """score_WN and label_N of all ranks' pairs, or of this rank's; rows without a text are left out."""
+
+def scored_pairs(
+    batch: Batch, head: str, cross_device: bool, scorer: Scorer | None = None
+) -> tuple[PairBatch, Tensor, Tensor]:
+    """The batch (this rank's alone unless `cross_device`), score_WN and label_N; rows without a text are left out."""
     assert isinstance(batch, PairBatch)
-    if not cross_device:
-        real_N = batch.left_id_N != ABSENT
-        return batch.scores(head)[:, real_N], batch.label_N[real_N]
-    real_G = gather_rows(batch.left_id_N, batch.group) != ABSENT
-    return batch.all_scores(head)[:, real_G], batch.label_G[real_G]
+    batch = batch if cross_device else batch.alone()
+    score_WN = batch.scores(head) if scorer is None else scorer(batch)
+    real_N = gather_rows(batch.left_id_N, batch.group) != ABSENT
+    score_WN = gather_pair_scores(score_WN, batch.group)[:, real_N]
+    return batch, score_WN, batch.label_G[real_N].to(score_WN.dtype)
 
 
 @losses.register(
     "cosent",
     formula="log( 1 + sum_{y_a > y_b} e^{(s_b - s_a)/t} )",
-    source="CoSENT (Su 2022, blog post); Conan-embedding, eq. 3",
+    source="CoSENT (Su 2022, blog post); Conan-embedding (2408.15710), eq. 3",
 )
 @dataclass(frozen=True)
 class CoSENT(Loss):
@@ -41,10 +53,10 @@ class CoSENT(Loss):
     logsumexp, so N pairs cost N log N time and N memory, never an N x N matrix.
 
     temperature: t; 0.05 is the usual scale of 20. head: the representation that is scored.
-    cross_device: over the pairs of all ranks (several ranks equal one), or over each rank's own.
+    cross_device: over the pairs of all ranks, or over each rank's own.
 
-    Batches: pairs. No pair in order (one pair, all labels equal): 0, connected. Source: J. Su's post of 2022, and
-    Conan-embedding (2408.15710), whose text mislabels the indices.
+    Batches: pairs. No pair in order (one pair, all labels equal): 0, connected. Errors: `RecipeError` for a
+    temperature of 0 or less. Source: J. Su's post of 2022; Conan-embedding, whose text mislabels the indices.
     """
 
     batches = (PairBatch,)
@@ -58,7 +70,7 @@ class CoSENT(Loss):
         checks.not_empty(self, "head")
 
     def __call__(self, batch: Batch) -> LossOutput:
-        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
         return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
 
 
@@ -71,3 +83,200 @@ def ordering_loss(logit_WN: Tensor, label_N: Tensor) -> Tensor:
     term_WN = (running_WN - logit_WN).masked_fill(below_N == 0, NEVER)
     zero_W1 = term_WN.new_zeros(len(term_WN), 1)
     return torch.cat([zero_W1, term_WN], -1).logsumexp(-1)
+
+
+@losses.register(
+    "angle",
+    formula="log( 1 + sum_{y_a > y_b} e^{(c_b - c_a)/t} ), c = |sum(Re + Im)| of x / y as unit complex vectors",
+    source="AnglE (Li and Li 2023, 2309.12871), section 3.4, and its released code",
+)
+@dataclass(frozen=True)
+class AnglE(Loss):
+    """Order pairs by the difference of angles in complex space, where cosine has flat ends.
+
+    The first half of a vector is read as real parts, the second as imaginary parts: x = a + ib, y = c + id. With
+
+        x / y (moduli divided out) = ( (a.c + b.d) + i (b.c - a.d) ) / (|x| |y|),     c(x, y) = | Re + Im |
+
+    summed over coordinates, the loss is CoSENT's over c in place of the cosine:
+
+        L = log( 1 + sum over (a, b) with y_a > y_b of e^{(c_b - c_a)/t} )
+
+    The paper adds it to CoSENT and an in-batch contrastive term, with weights 1 each: in a recipe a `sum` of `cosent`,
+    `angle` and `mid_nce` with head dense. Alone it does not constrain the sign of the cosine.
+
+    temperature: t; 0.05 is the usual scale of 20. head: a dense head of even width. cross_device: as in `cosent`.
+
+    Batches: pairs. No pair in order: 0, connected. Errors: `RecipeError` for an odd width (Matryoshka widths too).
+    Source: 2309.12871.
+    """
+
+    batches = (PairBatch,)
+
+    temperature: float = 0.05
+    head: str = "dense"
+    cross_device: bool = True
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "temperature")
+        checks.not_empty(self, "head")
+
+    def check(self, dimension: int) -> None:
+        if dimension % 2:
+            raise RecipeError(f"angle cannot halve a width of {dimension}", expected="an even width")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device, self._angles)
+        return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
+
+    def _angles(self, batch: PairBatch) -> Tensor:
+        return complex_angles(batch.left.local[self.head], batch.right.local[self.head], batch.widths)  # type: ignore[arg-type]
+
+
+def complex_angles(left: Dense, right: Dense, widths: Widths | None) -> Tensor:
+    """score_WN = |Re + Im| of left / right as unit complex vectors, at every width."""
+    left_ND, right_ND = in_fp32(left.vector_ND), in_fp32(right.vector_ND)
+
+    def at(width: int) -> Tensor:
+        x_ND, y_ND = left_ND[:, :width], right_ND[:, :width]
+        (a_NH, b_NH), (c_NH, d_NH) = x_ND.chunk(2, 1), y_ND.chunk(2, 1)
+        total_N = (a_NH * c_NH + b_NH * d_NH + b_NH * c_NH - a_NH * d_NH).sum(1)
+        norms_N = torch.linalg.vector_norm(x_ND, dim=1) * torch.linalg.vector_norm(y_ND, dim=1)
+        angle_N: Tensor = total_N.abs() / norms_N.clamp_min(1e-12)
+        return angle_N
+
+    return torch.stack([at(width) for width in widths or (left_ND.shape[1],)])
+
+
+@losses.register(
+    "pearson",
+    formula="1 - cov(s, y) / (std(s) std(y))",
+    source="Pcc-tuning (2406.09790); CoDiEmb (2508.11442), released code",
+)
+@dataclass(frozen=True)
+class Pearson(Loss):
+    """One minus the Pearson correlation of scores and labels (population moments).
+
+        L = 1 - cov(s, y) / sqrt( var(s) var(y) + 1e-16 ),     in [0, 2]
+
+    The scale and origin of labels do not matter. head: the representation that is scored. cross_device: over the
+    pairs of all ranks; the mean of ranks' own losses is another quantity.
+
+    Batches: pairs. Labels all equal, or one pair: 0, connected. Equal scores: 1, with a finite gradient.
+    Source: CoDiEmb's code; with unbiased variances, as in Pcc-tuning's, the correlation could not exceed (N-1)/N.
+    """
+
+    batches = (PairBatch,)
+
+    head: str = "dense"
+    cross_device: bool = True
+
+    def __post_init__(self) -> None:
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        count = max(len(label_N), 1)
+        label_N = label_N - label_N.sum() / count
+        score_WN = score_WN - score_WN.sum(-1, keepdim=True) / count
+        covariance_W = (score_WN * label_N).sum(-1) / count
+        label_variance = label_N.square().sum() / count
+        bound_W = (score_WN.square().sum(-1) / count * label_variance + 1e-16).sqrt()
+        return LossOutput((1 - covariance_W / bound_W).where(label_variance >= 1e-12, 0 * covariance_W))
+
+
+@losses.register(
+    "rank_kl",
+    formula="KL( softmax(g/t) || softmax(s/t) ), g = 1 - (average rank of the label) / (N - 1)",
+    source="CoDiEmb (2508.11442), released code; ListNet with rank-normalised targets",
+)
+@dataclass(frozen=True)
+class RankKL(Loss):
+    """Make the distribution over pairs that scores induce follow the one that the labels' ranks induce.
+
+        g_i = (N - 1 - r_i) / (N - 1),   r_i the average rank of y_i from the top (ties share it), from 0
+        L = sum_i P_i (log P_i - log Q_i),   P = softmax(g / t),   Q = softmax(s / t)   over the N pairs
+
+    temperature: t. At 0.05 only about the top 8 of 32 pairs carry weight.
+    reduction: `sum` is the divergence; `reference` divides it by N, as the published code does by accident
+    (torch's `batchmean` on one row), so that its weight of 5 at N = 32 is 0.156 of the divergence.
+    head: the representation that is scored. cross_device: as in `cosent`.
+
+    Batches: pairs. Labels all equal, or one pair: 0, connected (the divergence would press all scores together).
+    Source: CoDiEmb's code.
+    """
+
+    batches = (PairBatch,)
+
+    temperature: float = 0.05
+    reduction: Literal["sum", "reference"] = "reference"
+    head: str = "dense"
+    cross_device: bool = True
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "temperature")
+        checks.one_of(self, "reduction", "sum", "reference")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        log_target_N = (rank_targets(label_N).to(score_WN.dtype) / self.temperature).log_softmax(-1)
+        log_score_WN = (score_WN / self.temperature).log_softmax(-1)
+        divergence_W = (log_target_N.exp() * (log_target_N - log_score_WN)).sum(-1)
+        divergence_W = divergence_W / max(len(label_N), 1) if self.reduction == "reference" else divergence_W
+        tied = (label_N == label_N[:1]).all()
+        return LossOutput(divergence_W.where(~tied, 0 * divergence_W))
+
+
+def rank_targets(label_N: Tensor) -> Tensor:
+    """g_N in [0, 1]: 1 for the highest label, 0 for the lowest, ties at the mean of their ranks."""
+    _, place_N, count_U = torch.unique(label_N, return_inverse=True, return_counts=True)
+    above_U = len(label_N) - count_U.cumsum(0)
+    rank_U = above_U + (count_U - 1) / 2
+    target_N: Tensor = 1 - rank_U[place_N] / max(len(label_N) - 1, 1)
+    return target_N
+
+
+@losses.register(
+    "pro",
+    formula="mean_k -log( e^{s_k w_k/t} / (e^{s_k w_k/t} + sum_{y_i < y_k} e^{s_i (y_k - y_i)/t}) ), w_k = max gap",
+    source="CoDiEmb (2508.11442), released code; Preference Ranking Optimization (2306.17492)",
+)
+@dataclass(frozen=True)
+class PRO(Loss):
+    """Every pair against all pairs with a strictly lower label, each weighed by the gap between the labels.
+
+        gap_ki = y_k - y_i,   V_k = { i : gap_ki > 1e-8 },   w_k = max gap over V_k
+        l_k = -log( e^{s_k w_k / t} / ( e^{s_k w_k / t} + sum over V_k of e^{s_i gap_ki / t} ) )
+        L   = mean of l_k over the k with V_k not empty
+
+    V_k already means "ranked lower", so there is neither a sort nor a loop. Gaps multiply scores: labels should lie
+    in [0, 1], and the loss depends on the level of scores, not only on their differences.
+
+    temperature: t. center: subtract the mean score first, which removes that dependence (reconstructed: ours, not
+    published). head: the representation that is scored. cross_device: as in `cosent`.
+
+    Batches: pairs. No pair in order: 0, connected. Source: CoDiEmb's code.
+    """
+
+    batches = (PairBatch,)
+
+    temperature: float = 0.05
+    center: bool = False
+    head: str = "dense"
+    cross_device: bool = True
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "temperature")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        if self.center:
+            score_WN = score_WN - score_WN.sum(-1, keepdim=True) / max(len(label_N), 1)
+        gap_NN = (label_N[:, None] - label_N[None, :]) / self.temperature
+        lower_NN = gap_NN > 1e-8 / self.temperature
+        weight_N = gap_NN.masked_fill(~lower_NN, 0.0).amax(-1) if len(label_N) else label_N
+        logit_WNN = (score_WN[:, None, :] * gap_NN).masked_fill(~lower_NN, NEVER)
+        loss_WN = torch.nn.functional.softplus(logit_WNN.logsumexp(-1) - score_WN * weight_N, threshold=50.0)
+        return LossOutput((loss_WN * lower_NN.any(-1)).sum(-1) / lower_NN.any(-1).sum().clamp_min(1))

@@ -1,0 +1,284 @@
+"""Learning from a teacher: from its scores, or from its vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embedsmith.core.batch import ABSENT, Batch, PairBatch, RetrievalBatch, Side
+from embedsmith.core.errors import DataError
+from embedsmith.core.loss import Loss, LossOutput
+from embedsmith.core.registry import losses
+from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.losses import checks
+from embedsmith.losses.blocks import NEVER
+from embedsmith.losses.candidates import Candidates, masked_logsumexp, mean_over_slots
+from embedsmith.losses.identity import own_rows
+
+TEACHER = "teacher"
+"""The head under which precomputed teacher vectors (`Dense`, NaN rows where unknown) stand beside the model's own."""
+
+
+@dataclass(frozen=True)
+class ScoredList:
+    """A query's own documents, positives first, with the scores of student and teacher; `known_QX` marks slots that
+    hold a document the teacher scored."""
+
+    score_WQX: Tensor
+    teacher_QX: Tensor
+    known_QX: Tensor
+    positives: int
+
+    @staticmethod
+    def of(batch: RetrievalBatch, found: Candidates) -> ScoredList:
+        row_QX = torch.cat([found.positive_row_QP, found.negative_row_QM], 1)
+        score_WQX = torch.cat([found.positive_scores(), found.negative_scores()], -1)
+        teacher = [
+            _teacher_slots(batch.positive_score_QP, found.positive_row_QP),
+            _teacher_slots(batch.negative_score_QM, found.negative_row_QM),
+        ]
+        teacher_QX = torch.cat(teacher, 1).to(score_WQX.dtype)
+        known_QX = (row_QX != ABSENT) & torch.isfinite(teacher_QX)
+        return ScoredList(score_WQX, teacher_QX.masked_fill(~known_QX, 0.0), known_QX, found.positive_row_QP.shape[1])
+
+    def targets(self, temperature: float) -> Tensor:
+        """p_QX = softmax of the teacher's scores over the known slots; 0 elsewhere."""
+        logit_QX = (self.teacher_QX / temperature).masked_fill(~self.known_QX, NEVER)
+        return logit_QX.softmax(-1).masked_fill(~self.known_QX, 0.0)
+
+
+def _teacher_slots(score_QX: Tensor | None, row_QX: Tensor) -> Tensor:
+    """Teacher scores as wide as the row slots; NaN where there is none."""
+    if score_QX is None:
+        return torch.full(row_QX.shape, float("nan"), device=row_QX.device)
+    return F.pad(score_QX, (0, row_QX.shape[1] - score_QX.shape[1]), value=float("nan"))
+
+
+@losses.register(
+    "score_kl",
+    formula="mean_i KL( softmax(teacher_i / t_T) || softmax(s_i / t) ) over the query's own documents",
+    source="M3-Embedding's `kl_div` option (FlagEmbedding); Hinton et al. 2015 (1503.02531)",
+)
+@dataclass(frozen=True)
+class ScoreKL(Loss):
+    """Follow a reranker's distribution over a query's own positives and negatives.
+
+        L = mean_i sum_c T_ic ( log T_ic - log softmax(s_i / t)_c ),   T_i = softmax(teacher_i / t_T)
+
+    over the documents the teacher scored, for queries with at least two. FlagEmbedding's `kl_div` is this with
+    t_T = 1, up to a constant, plus InfoNCE: a `sum` of both.
+
+    temperature, teacher_temperature: t and t_T. head: the representation that is scored.
+
+    Batches: retrieval with teacher scores. No query with two scores: 0, connected.
+    """
+
+    batches = (RetrievalBatch,)
+
+    temperature: float = 0.02
+    teacher_temperature: float = 1.0
+    head: str = "dense"
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "temperature", "teacher_temperature")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        assert isinstance(batch, RetrievalBatch)
+        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False, block_size=None))
+        target_QX = own.targets(self.teacher_temperature)
+        log_student_WQX = (own.score_WQX / self.temperature).masked_fill(~own.known_QX, NEVER).log_softmax(-1)
+        divergence_WQX = torch.xlogy(target_QX, target_QX) - target_QX * log_student_WQX
+        value_WQ = divergence_WQX.masked_fill(~own.known_QX, 0.0).sum(-1)
+        return LossOutput(batch.mean_over_rows(value_WQ, own.known_QX.sum(-1) >= 2))
+
+
+@losses.register(
+    "margin_mse",
+    formula="mean ( (s(q,p) - s(q,n)) - scale (T(q,p) - T(q,n)) )^2",
+    source="Hofstaetter et al. 2020 (2010.02666)",
+)
+@dataclass(frozen=True)
+class MarginMSE(Loss):
+    """Reproduce the teacher's margins between positives and negatives.
+
+        L = mean_i mean over (p, n) of ( s(q_i,p) - s(q_i,n) - scale (T(q_i,p) - T(q_i,n)) )^2
+
+    over the positives and negatives of query i that the teacher scored. scale: brings the teacher's margins to the
+    range of the student's (cosines: about 1 / the teacher's largest margin). head: the representation that is scored.
+
+    Batches: retrieval with teacher scores. No scored pair: 0, connected.
+    """
+
+    batches = (RetrievalBatch,)
+
+    scale: float = 1.0
+    head: str = "dense"
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "scale")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        assert isinstance(batch, RetrievalBatch)
+        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False, block_size=None))
+        difference_WQX = own.score_WQX - self.scale * own.teacher_QX
+        positive_WQP, negative_WQM = difference_WQX.tensor_split([own.positives], -1)
+        square_WQPM = (positive_WQP[..., :, None] - negative_WQM[..., None, :]).square()
+        known_QP, known_QM = own.known_QX.tensor_split([own.positives], -1)
+        known_QPM = known_QP[:, :, None] & known_QM[:, None, :]
+        value_WQ = mean_over_slots(square_WQPM.flatten(-2), known_QPM.flatten(-2))
+        return LossOutput(batch.mean_over_rows(value_WQ, known_QPM.flatten(-2).any(-1)))
+
+
+@losses.register(
+    "m3_ranked_kd",
+    formula="mean_i sum_g T_ig * -log( e^{s_ig/t} / ( sum_{h ranked at or below g} e^{s_ih/t} + in-batch ) )",
+    source="M3-Embedding's `m3_kd_loss` option (FlagEmbedding code)",
+)
+@dataclass(frozen=True)
+class M3RankedKD(Loss):
+    """Each of a query's own documents against those the teacher ranks below it and the rest of the batch.
+
+        L = mean_i sum_g T_ig ( log( sum over h with rank(h) >= rank(g) of e^{s_ih/t} + sum over others of e^{s_i/t} )
+                                - s_ig / t ),   T_i = softmax(teacher_i)
+
+    Documents are ranked by teacher score, highest first (ties by slot): the published code leaves the order to the
+    data. The positive need not be first. Others are the candidates of all ranks that are neither the query's own nor
+    known positives of it.
+
+    temperature: t. head: the representation that is scored. block_size: as in `infonce`.
+
+    Batches: retrieval with teacher scores. No scored document: 0, connected.
+    """
+
+    batches = (RetrievalBatch,)
+
+    temperature: float = 0.02
+    head: str = "dense"
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "temperature", "block_size")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        assert isinstance(batch, RetrievalBatch)
+        found = Candidates.of(batch, self.head, mask_false_negatives=True, block_size=self.block_size)
+        own = ScoredList.of(batch, found)
+
+        def block(start: int, score_WQB: Tensor) -> Tensor:
+            mask_QB = found.allowed(start, score_WQB.shape[-1], "all")
+            found.own.mark(mask_QB, start, False)
+            return masked_logsumexp(score_WQB / self.temperature, mask_QB)
+
+        others_WQ = torch.stack(found.over_blocks(block)).logsumexp(0)
+        order_QX = torch.argsort(own.teacher_QX.masked_fill(~own.known_QX, NEVER), dim=-1, descending=True, stable=True)
+        rank_QX = torch.argsort(order_QX, dim=-1)
+        below_QXX = (rank_QX[:, None, :] >= rank_QX[:, :, None]) & own.known_QX[:, None, :]
+        logit_WQX = own.score_WQX / self.temperature
+        rest_WQX = masked_logsumexp(logit_WQX[..., None, :], below_QXX)
+        loss_WQX = torch.logaddexp(rest_WQX, others_WQ[..., None]) - logit_WQX
+        value_WQ = (loss_WQX * own.targets(1.0)).masked_fill(~own.known_QX, 0.0).sum(-1)
+        return LossOutput(batch.mean_over_rows(value_WQ, own.known_QX.any(-1)))
+
+
+@losses.register(
+    "teacher_vectors",
+    formula="mean 1 - cos(x, T)  or  mean (x - T[:d])^2, on both sides of the batch",
+    source="F2LLM-v2 (mse); EmbeddingGemma (2509.20354, cosine); spec: docs/losses.md",
+)
+@dataclass(frozen=True)
+class TeacherVectors(Loss):
+    """Match a teacher's vectors, computed beforehand, text by text.
+
+        cosine:  1 - cos(x, T)              mse:  mean over coordinates of (x - T)^2
+
+    averaged over the texts of each side that have a teacher vector, then over the two sides. T is the teacher's
+    leading coordinates, as many as the student has (a Matryoshka teacher), or, with `project`, the whole vector, to
+    which a trainable linear layer lifts the student's.
+
+    Teacher vectors stand beside the model's own in each side, as the dense head `teacher`; a row of NaN is unknown.
+    They carry no gradient. At a Matryoshka width the leading coordinates of both are compared (cosines are not
+    affected by length; for `mse` nothing is normalised again).
+
+    kind: `cosine` or `mse`. project, teacher_dimension, name: the lifting layer, the width it lifts to, and its name
+    among the model's extras. head: a dense head.
+
+    Batches: retrieval, pairs. No teacher vector: 0, connected. Errors: `DataError` when the head `teacher` is missing
+    or narrower than the student without `project`.
+    """
+
+    batches = (RetrievalBatch, PairBatch)
+
+    kind: Literal["cosine", "mse"] = "cosine"
+    project: bool = False
+    teacher_dimension: int | None = None
+    name: str = "teacher_projection"
+    head: str = "dense"
+
+    def __post_init__(self) -> None:
+        checks.one_of(self, "kind", "cosine", "mse")
+        checks.above_zero(self, "teacher_dimension")
+        checks.not_empty(self, "name", "head")
+        if self.project and self.teacher_dimension is None:
+            raise checks.wrong(self, "project without teacher_dimension", "the width of the teacher's vectors")
+
+    def extras(self, dimension: int) -> Mapping[str, nn.Module]:
+        if not self.project or self.teacher_dimension is None:
+            return {}
+        return {self.name: nn.Linear(dimension, self.teacher_dimension, bias=False)}
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        first, second = (self._side(batch, side, counts_N) for side, counts_N in zip(batch.sides(), _once(batch)))
+        return LossOutput((first + second) / 2)
+
+    def _side(self, batch: Batch, side: Side, counts_N: Tensor) -> Tensor:
+        teacher, student = side.local.get(TEACHER), side.local[self.head]
+        if not isinstance(teacher, Dense) or not isinstance(student, Dense):
+            raise DataError(
+                "no teacher vectors in this batch", where=batch.source or None, fix=f"give each side a head {TEACHER!r}"
+            )
+        student_ND = in_fp32(student.vector_ND)
+        teacher_ND = teacher.vector_ND.detach().to(student_ND.dtype)
+        known_N = torch.isfinite(teacher_ND).all(-1) & counts_N
+        teacher_ND = teacher_ND.masked_fill(~known_N[:, None], 0.0)
+        widths = batch.widths or (student_ND.shape[1],)
+        value_WN = torch.stack([self._distance(batch, student_ND[:, :w], teacher_ND) for w in widths])
+        return batch.mean_over_rows(value_WN, known_N)
+
+    def _distance(self, batch: Batch, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        width = student_ND.shape[1]
+        if self.project:
+            layer = batch.extras[self.name]
+            assert isinstance(layer, nn.Linear)
+            student_ND = F.linear(student_ND, layer.weight[:, :width].to(student_ND))
+        elif teacher_ND.shape[1] < width:
+            raise DataError(
+                f"teacher vectors of width {teacher_ND.shape[1]} for a student of {width}",
+                where=batch.source or None,
+                fix="set project: true and teacher_dimension",
+            )
+        teacher_ND = teacher_ND[:, : student_ND.shape[1]]
+        if student_ND.shape[1] != teacher_ND.shape[1]:
+            raise DataError(
+                f"teacher vectors of width {teacher_ND.shape[1]}",
+                where=batch.source or None,
+                expected=f"teacher_dimension, {self.teacher_dimension}",
+            )
+        if self.kind == "mse":
+            return (student_ND - teacher_ND).square().mean(-1)
+        return 1 - F.cosine_similarity(student_ND, teacher_ND, dim=-1, eps=1e-12)
+
+
+def _once(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Rows of each side that count: real texts; a document that several ranks hold counts once."""
+    if isinstance(batch, PairBatch):
+        return batch.left_id_N != ABSENT, batch.right_id_N != ABSENT
+    assert isinstance(batch, RetrievalBatch)
+    return batch.query_id_Q != ABSENT, batch.first_of_its_id_K[own_rows(batch.document)]

@@ -1,0 +1,213 @@
+"""Spread texts of one side over the sphere. Never across a positive pair: texts that should be close do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.batch import Batch, PairBatch, RetrievalBatch, Side
+from embedsmith.core.collectives import mean_over_ranks, sum_over_ranks, world_size
+from embedsmith.core.loss import Loss, LossOutput
+from embedsmith.core.registry import losses
+from embedsmith.losses import checks
+from embedsmith.losses.blocks import in_blocks
+from embedsmith.losses.identity import Relation, group_keys, own_rows, rows_of
+
+Sides = Literal["both", "first", "second"]
+"""Which sides of the batch are spread: queries or left texts are `first`, documents or right texts `second`."""
+
+
+@losses.register(
+    "uniformity",
+    formula="log mean_{i<j} e^{-t |x_i - x_j|^2}, mean over sides",
+    source="Wang and Isola 2020 (2005.10242)",
+)
+@dataclass(frozen=True)
+class Uniformity(Loss):
+    """Gaussian potential of the texts of a side: low when they cover the sphere evenly.
+
+        L = mean over sides of log( mean over i != j of e^{-2 t (1 - s_ij)} ),    |x_i - x_j|^2 = 2 (1 - s_ij)
+
+    Random unit vectors give -3.75 (width 32), -3.94 (128), -3.99 (1024) at t = 2; the floor is about -2t. A weight of
+    0.1 beside a contrastive loss is usual.
+
+    t: the kernel's sharpness, at most 20. sides: which side is spread. Pairs of equal texts, of queries that share a
+    positive (or a class), and of documents of one query (or class) do not count; use it on no classification or
+    clustering data without labels. cross_device: pairs over all ranks, or within each rank. head: a dense head of
+    unit length. block_size: as in `infonce`.
+
+    Batches: retrieval, pairs. Fewer than two texts: 0, connected.
+    """
+
+    batches = (RetrievalBatch, PairBatch)
+
+    t: float = 2.0
+    sides: Sides = "both"
+    head: str = "dense"
+    cross_device: bool = True
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "t", "block_size")
+        checks.one_of(self, "sides", "both", "first", "second")
+        checks.not_empty(self, "head")
+        if self.t > 20:
+            raise checks.wrong(self, f"t is {self.t}", "at most 20: beyond it the potential underflows")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        view = batch if self.cross_device else batch.alone()
+        potential = lambda score: ((score - 1) * (2 * self.t)).exp()
+        values = []
+        for crowd in _crowds(view, self.sides, self.head):
+            mean_W, count = crowd.mean(view, potential, self.block_size)
+            mean_W = _of_all_ranks(mean_W, view)
+            values.append(mean_W.clamp_min(1e-38).log().where(count > 0, 0 * mean_W))
+        return LossOutput(torch.stack(values).mean(0))
+
+
+@losses.register(
+    "gor",
+    formula="mean_{i!=j} s_ij^2, sum over sides",
+    source="EmbeddingGemma (2509.20354); Zhang et al. 2017 (1708.06320) without its mean term",
+)
+@dataclass(frozen=True)
+class GOR(Loss):
+    """Spread-out regulariser: the second moment of cosines within a side, which is 1/d for random vectors.
+
+        L = sum over sides of mean over i != j of s_ij^2
+
+    sides, head, cross_device, block_size and the pairs that do not count: as in `uniformity`.
+
+    Batches: retrieval, pairs. Fewer than two texts: 0, connected.
+    """
+
+    batches = (RetrievalBatch, PairBatch)
+
+    sides: Sides = "both"
+    head: str = "dense"
+    cross_device: bool = True
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "block_size")
+        checks.one_of(self, "sides", "both", "first", "second")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        view = batch if self.cross_device else batch.alone()
+        crowds = _crowds(view, self.sides, self.head)
+        values = [crowd.mean(view, torch.square, self.block_size)[0] for crowd in crowds]
+        return LossOutput(torch.stack(values).sum(0))
+
+
+@losses.register(
+    "gor_st",
+    formula="(mean s)^2 + relu( mean s^2 - 1/d ), mean or sum over sides",
+    source="Zhang et al. 2017 (1708.06320); sentence-transformers' GlobalOrthogonalRegularizationLoss",
+)
+@dataclass(frozen=True)
+class GORST(Loss):
+    """Global orthogonal regularisation: both moments of cosines within a side as for random vectors.
+
+        L = over sides of (M_1)^2 + relu(M_2 - 1/d),   M_k = mean over i != j of s_ij^k,   d the width
+
+    combine: `mean` or `sum` over sides. sides, head, cross_device, block_size and the pairs that do not count: as in
+    `uniformity`.
+
+    Batches: retrieval, pairs. Fewer than two texts: 0, connected.
+    """
+
+    batches = (RetrievalBatch, PairBatch)
+
+    combine: Literal["mean", "sum"] = "mean"
+    sides: Sides = "both"
+    head: str = "dense"
+    cross_device: bool = True
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "block_size")
+        checks.one_of(self, "combine", "mean", "sum")
+        checks.one_of(self, "sides", "both", "first", "second")
+        checks.not_empty(self, "head")
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        view = batch if self.cross_device else batch.alone()
+        values = []
+        for crowd in _crowds(view, self.sides, self.head):
+            first_W, second_W = (
+                _of_all_ranks(crowd.mean(view, moment, self.block_size)[0], view)
+                for moment in (lambda score: score, torch.square)
+            )
+            full = crowd.side.local[self.head].tensors()[0].shape[1]
+            width_W = first_W.new_tensor(view.widths or (full,))
+            values.append(first_W.square() + (second_W - 1 / width_W).relu())
+        stacked = torch.stack(values)
+        return LossOutput(stacked.mean(0) if self.combine == "mean" else stacked.sum(0))
+
+
+@dataclass(frozen=True)
+class _Crowd:
+    """The texts of one side: this rank's rows against all ranks' rows; `close` are pairs that should be close."""
+
+    side: Side
+    head: str
+    id_N: Tensor
+    close: tuple[Relation, ...]
+
+    def mean(self, batch: Batch, of: Callable[[Tensor], Tensor], block_size: int | None) -> tuple[Tensor, Tensor]:
+        """This rank's share of mean_W of `of(score)` over the pairs of all ranks that count, and their number."""
+        id_G = self.side.all_ids(self.id_N)
+        first_G = rows_of(id_G, id_G) == torch.arange(len(id_G), device=id_G.device)
+        first_N = first_G[own_rows(self.side)]
+
+        def block(start: int, score_WNB: Tensor) -> tuple[Tensor, Tensor]:
+            here = slice(start, start + score_WNB.shape[-1])
+            mask_NB = first_N[:, None] & first_G[here] & (id_G[here] != self.id_N[:, None])
+            for relation in self.close:
+                relation.mark(mask_NB, start, False)
+            return of(score_WNB).masked_fill(~mask_NB, 0.0).sum((1, 2)), mask_NB.sum()
+
+        pairs = [(self.side.local[self.head], self.side.all(self.head))]
+        sums, counts = zip(*in_blocks(pairs, batch.widths, block_size, block), strict=True)
+        total_W = torch.stack(list(sums)).sum(0)
+        count = sum_over_ranks(torch.stack(list(counts)).sum(), batch.group)
+        return total_W * world_size(batch.group) / count.clamp_min(1), count
+
+
+def _crowds(batch: Batch, sides: Sides, head: str) -> list[_Crowd]:
+    first, second = batch.sides()
+    if isinstance(batch, RetrievalBatch):
+        query_close, document_close = _close(batch)
+        crowds = [
+            _Crowd(first, head, batch.query_id_Q, query_close),
+            _Crowd(second, head, batch.document_id_N, document_close),
+        ]
+    else:
+        assert isinstance(batch, PairBatch)
+        crowds = [_Crowd(first, head, batch.left_id_N, ()), _Crowd(second, head, batch.right_id_N, ())]
+    return crowds if sides == "both" else crowds[:1] if sides == "first" else crowds[1:]
+
+
+def _close(batch: RetrievalBatch) -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:
+    """Queries of one group or with a positive in common, and documents that are positives of one group."""
+    key_Q, key_G = group_keys(batch)
+    id_GP = batch.positive_id_GP
+    place_G = torch.arange(len(id_GP), device=id_GP.device)
+    group = Relation.between(key_Q[:, None], place_G[:, None], key_G)
+    shared = Relation.between(batch.positive_id_QP, place_G[:, None].expand_as(id_GP).reshape(-1, 1), id_GP.flatten())
+    row_E = rows_of(id_GP, batch.document_id_K).flatten()
+    key_E = key_G[:, None].expand_as(id_GP).flatten()
+    mine = own_rows(batch.document)
+    local_E = (row_E >= mine.start) & (row_E < mine.stop)
+    documents = Relation.of_pairs(row_E[local_E] - mine.start, key_E[local_E], row_E, key_E)
+    return (group, shared), (documents,)
+
+
+def _of_all_ranks(share_W: Tensor, batch: Batch) -> Tensor:
+    """The mean of ranks' shares as a value on every rank; the gradient stays that of the own share."""
+    return share_W + (mean_over_ranks(share_W.detach(), batch.group) - share_W.detach())

@@ -1,0 +1,113 @@
+"""M3-Embedding's joint objective: three heads, their weighted ensemble, and the ensemble as teacher of each head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.batch import Batch, RetrievalBatch
+from embedsmith.core.loss import Loss, LossOutput
+from embedsmith.core.registry import losses
+from embedsmith.losses import checks
+from embedsmith.losses.blocks import NEVER, in_blocks
+from embedsmith.losses.candidates import Candidates, cross_entropy, mean_over_slots
+
+
+@losses.register(
+    "m3_self_distillation",
+    formula="(L + L')/2, L = (sum_h l_h L_h + L_ensemble)/(H+1), L' = sum_h l_h CE(ensemble, h)/H",
+    source="M3-Embedding (2402.03216), section 3.3, and FlagEmbedding's code",
+)
+@dataclass(frozen=True)
+class M3SelfDistillation(Loss):
+    """Train dense, sparse and multi-vector scores together and let their ensemble teach each of them.
+
+        s_inter = sum_h w_h s_h
+        L   = ( sum_h l_h L_h + L_inter ) / (H + 1)        L_x: InfoNCE of the scores s_x, several positives outside
+        L'  = ( sum_h l_h L'_h ) / H,                      L'_h = - sum_c P_c log softmax(s_h / t)_c
+        P   = softmax(s_inter / t) over the candidates, without gradient
+        loss = L before step `start_step`, (L + L') / 2 from it on
+
+    The scale of L halves at the switch, as in the paper's recipe (about 6,000 steps without distillation). Steps are
+    optimizer steps, so a resumed run goes on where it was.
+
+    temperature: t, of student and teacher. weights: w_h of the ensemble. lambdas: l_h. Both name the same heads, any
+    of the model's. mask_false_negatives, block_size: as in `infonce`. Every head's candidates come from all ranks
+    (the published code gathers the dense head only). Parts: `dense`, ..., `ensemble`, `distilled`.
+
+    Batches: retrieval. Errors: `RecipeError` when weights and lambdas name different heads, or one is negative.
+    """
+
+    batches = (RetrievalBatch,)
+
+    temperature: float = 0.02
+    weights: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.3, "multivector": 1.0})
+    lambdas: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.1, "multivector": 1.0})
+    start_step: int = 0
+    mask_false_negatives: bool = True
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.above_zero(self, "temperature", "block_size")
+        checks.not_negative(self, "start_step")
+        checks.not_empty(self, "weights", "lambdas")
+        if set(self.weights) != set(self.lambdas):
+            raise checks.wrong(
+                self, f"weights for {set(self.weights)}, lambdas for {set(self.lambdas)}", "the same heads"
+            )
+        if any(not 0 <= number < float("inf") for number in (*self.weights.values(), *self.lambdas.values())):
+            raise checks.wrong(self, "a negative or infinite weight or lambda", "0 or more")
+
+    def heads(self) -> frozenset[str]:
+        return frozenset(self.weights)
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        assert isinstance(batch, RetrievalBatch)
+        found = [Candidates.of(batch, head, self.mask_false_negatives, self.block_size) for head in self.weights]
+        positive_XWQP = self._with_ensemble([one.positive_scores() for one in found]) / self.temperature
+        lse_XWQ, teacher_XWQ = self._negatives(batch, found)
+        contrast_XWQP = cross_entropy(lse_XWQ[..., None], positive_XWQP)
+        # -sum_c P_c log softmax(s_h)_c = -log softmax(s_h)_positive + s_h of the positive - its mean under P
+        share_WQP = torch.sigmoid(positive_XWQP[-1] - lse_XWQ[-1][..., None]).detach()
+        mean_XWQP = share_WQP * positive_XWQP[:-1] + (1 - share_WQP) * teacher_XWQ[..., None]
+        distilled_XWQP = contrast_XWQP[:-1] + positive_XWQP[:-1] - mean_XWQP
+        valid_QP = found[0].valid_QP
+        value_XW = batch.mean_over_rows(
+            mean_over_slots(torch.cat([contrast_XWQP, distilled_XWQP]), valid_QP), valid_QP.any(-1)
+        )
+        return self._combine(batch, value_XW)
+
+    def _combine(self, batch: Batch, value_XW: Tensor) -> LossOutput:
+        heads = len(self.weights)
+        scale_X1 = value_XW.new_tensor([self.lambdas[head] for head in self.weights])[:, None]
+        contrast_XW, ensemble_W, taught_XW = value_XW[:heads], value_XW[heads], value_XW[heads + 1 :]
+        total_W = ((scale_X1 * contrast_XW).sum(0) + ensemble_W) / (heads + 1)
+        distilled_W = (scale_X1 * taught_XW).sum(0) / heads
+        parts = {head: contrast_XW[number, 0].detach() for number, head in enumerate(self.weights)}
+        parts |= {"ensemble": ensemble_W[0].detach(), "distilled": distilled_W[0].detach()}
+        started = batch.progress.step >= self.start_step
+        return LossOutput((total_W + distilled_W) / 2 if started else total_W, parts)
+
+    def _with_ensemble(self, scores: list[Tensor]) -> Tensor:
+        """score_XW...: each head's, and their weighted sum last. A head without widths is the same at every width."""
+        score_XW = torch.stack(torch.broadcast_tensors(*scores))
+        weight_X = score_XW.new_tensor(list(self.weights.values()))
+        return torch.cat([score_XW, torch.tensordot(weight_X, score_XW, dims=1)[None]])
+
+    def _negatives(self, batch: RetrievalBatch, found: list[Candidates]) -> tuple[Tensor, Tensor]:
+        """lse_XWQ of the negatives' logits, for each head and the ensemble, and each head's mean logit under the
+        ensemble's distribution over negatives (that distribution without gradient)."""
+
+        def block(start: int, *score_WQB: Tensor) -> tuple[Tensor, Tensor]:
+            logit_XWQB = self._with_ensemble(list(score_WQB)) / self.temperature
+            mask_QB = found[0].allowed(start, logit_XWQB.shape[-1], "all")
+            teacher_WQB = logit_XWQB[-1].detach().masked_fill(~mask_QB, NEVER).softmax(-1)
+            return logit_XWQB.masked_fill(~mask_QB, NEVER).logsumexp(-1), (logit_XWQB[:-1] * teacher_WQB).sum(-1)
+
+        blocks = in_blocks([(one.query, one.document) for one in found], batch.widths, self.block_size, block)
+        lse_YXWQ, mean_YXWQ = (torch.stack(list(column)) for column in zip(*blocks, strict=True))
+        share_YWQ = lse_YXWQ[:, -1].detach().softmax(0)
+        return lse_YXWQ.logsumexp(0), (share_YWQ[:, None] * mean_YXWQ).sum(0)
