@@ -87,6 +87,66 @@ def demo(
     Console().print(render(demonstrate(output, steps, ask or QUESTION, typer.echo)))
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--tasks", "-t", help="Names or paths, one or several.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder where names of tasks are looked up.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "test",
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")] = None,
+    engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
+    items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
+) -> None:
+    """Score a model: `embedsmith evaluate MODEL --tasks stsb-en cranfield path/to/mine`."""
+    from rich.console import Console
+
+    from embedsmith import __version__
+    from embedsmith.core.encoder import Encoder
+    from embedsmith.core.errors import EvaluationError
+    from embedsmith.evaluate import evaluate as score
+    from embedsmith.evaluate import load_task, split_names
+    from embedsmith.evaluate.adapters import SentenceTransformersEncoder
+
+    loaded = [load_task(name, data_dir=data, split=split) for name in split_names([*(tasks or []), *(more or [])])]
+    encoder: Encoder
+    if engine == "sentence-transformers":
+        encoder = SentenceTransformersEncoder.load(model, max_length=max_length, batch_size=batch_size)
+    elif engine == "embedsmith":
+        from embedsmith.models import load
+
+        encoder = load(model) if max_length is None else load(model, max_length=max_length)
+    else:
+        raise EvaluationError(f"no engine is called {engine!r}", expected="embedsmith or sentence-transformers")
+    about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "embedsmith": __version__}
+    results = score(encoder, loaded, about=about)
+    Console().print(results.table())
+    if json_file is not None:
+        results.save(json_file, items=items)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print versions, devices and disk space, what is missing and how to get it; exit 1 if it is needed."""
+    import json
+
+    from embedsmith.core.doctor import diagnose, render
+
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found))
+    if not found.healthy:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; an error a user can cause is one message and exit code 1, an interrupt 130."""
     from embedsmith.core.errors import EmbedsmithError

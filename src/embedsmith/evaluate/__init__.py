@@ -1,6 +1,6 @@
 """An encoder to numbers: tasks, metrics and results."""
 
-from embedsmith.evaluate.load import data_folder, known_tasks, load_task
+from embedsmith.evaluate.load import data_folder, known_tasks, load_task, split_names
 from embedsmith.evaluate.result import Results, TaskResult
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import RetrievalTask, STSTask, Task
@@ -15,4 +15,5 @@ __all__ = [
     "evaluate",
     "known_tasks",
     "load_task",
+    "split_names",
 ]

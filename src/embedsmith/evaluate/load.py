@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,6 +68,12 @@ def _unknown(name: str, known: list[str], folder: Path | None) -> EvaluationErro
         expected=f"a path, or one of: {', '.join(known)}" if known else "a path to an STS file or a BEIR folder",
         fix=None if known else f"name the folder with the data; {where}",
     )
+
+
+def split_names(given: Sequence[str]) -> list[str]:
+    """Names as a command line gives them: several in one text are separated by commas or spaces. A path that exists
+    stays whole."""
+    return [name for text in given for name in ([text] if Path(text).exists() else text.replace(",", " ").split())]
 
 
 def data_folder(given: str | Path | None = None) -> Path | None:
