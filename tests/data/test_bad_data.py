@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedsmith.core.errors import DataError, EmbedsmithError, RecipeError
+from embedsmith.core.errors import DataError, EmbedsmithError, MissingExtraError, RecipeError
 from embedsmith.data import Source, read_source
+from embedsmith.data.record import RowError
 
 GOOD = {"query": "q", "positives": ["p"]}
 PAIR = {"text1": "a", "text2": "b", "score": 0.5}
@@ -125,6 +127,8 @@ def test_a_byte_order_mark_is_tolerated_and_other_encodings_named(tmp_path):
     path.write_bytes(b"query,positives\nq,p\n\xe9,p\nr,p\n")
     assert error_of(path).startswith(f"{path}:3: not UTF-8")
     assert len(read_source(Source(path=str(path), on_error="skip")).records) == 2
+    path.write_text("query,positives\nq,p\n", encoding="utf-16")
+    assert error_of(path, RowError).startswith(f"{path}:1: not UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -188,11 +192,24 @@ def test_score_ranges(tmp_path):
     assert "not [lowest, highest]" in error_of(path, RecipeError, score_range=(5, 0))
 
 
-def test_a_dataset_that_is_not_there(tmp_path):
-    pytest.importorskip("datasets", reason="needs the extra hub")
+def test_a_dataset_that_is_not_there(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra hub")
     (tmp_path / "empty").mkdir()
-    error = error_of(tmp_path / "empty")
-    assert "cannot load a dataset" in error
+    assert "cannot load a dataset" in error_of(tmp_path / "empty")
+
+    def unreachable(name):
+        raise ConnectionError(f"no route to {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for name in ("someone/something", "hf://someone/something"):
+        error = error_of(name)
+        assert "someone/something: cannot load a dataset of this name (no route to someone/something)" in error
+        assert "a file or folder here, or the id" in error
+
+
+def test_datasets_without_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert 'pip install "embedsmith[hub]"' in error_of("hf://someone/something", MissingExtraError)
 
 
 def test_a_beir_folder_with_faults(tmp_path):
@@ -204,11 +221,14 @@ def test_a_beir_folder_with_faults(tmp_path):
     for row, message in (
         ("q1\td9\t1", f"{qrels}:2: judges the document 'd9'"),
         ("q1\td1\thigh", f"{qrels}:2: the score is 'high'"),
+        ("q1\td1\t1\nq1\td1\t2", f"{qrels}:3: grade 2, but an earlier line gave the same pair 1"),
         ("q9\td1\t1", "judgements of 1 queries that are not in queries.jsonl: q9"),
     ):
         qrels.write_text(f"query-id\tcorpus-id\tscore\n{row}\n")
         assert message in error_of(tmp_path)
     qrels.write_text("q1\td1\t1\nq1\td1\t1\n")
     assert f"{qrels}:2: found: q1, d1, 1" in error_of(tmp_path)
+    lines(tmp_path / "corpus.jsonl", *[{"_id": "d1", "text": "one"}] * 2)
+    assert f"{tmp_path / 'corpus.jsonl'}:2: the id 'd1' appears twice" in error_of(tmp_path)
     lines(tmp_path / "corpus.jsonl", {"id": "d1", "text": "one"})
     assert f"{tmp_path / 'corpus.jsonl'}:1: found: id, text" in error_of(tmp_path)

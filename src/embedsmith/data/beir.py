@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def _rows(queries: Path, qrels: Path, documents: dict[str, str], judgements: Jud
 
 def _texts(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line, id, text) of a corpus or queries file."""
+    seen: set[str] = set()
     for line, row in open_rows(path).rows:
         if isinstance(row, RowError):
             raise row.at(f"{path}:{line}")
@@ -65,7 +67,11 @@ def _texts(path: Path) -> Iterator[tuple[int, str, str]]:
                 where=f"{path}:{line}",
                 expected="the keys _id and text (a text)",
             )
-        yield line, str(row["_id"]), f"{row.get('title') or ''} {row['text']}".strip()
+        id_ = str(row["_id"])
+        if id_ in seen:
+            raise DataError(f"the id {id_!r} appears twice", where=f"{path}:{line}", fix="make ids unique")
+        seen.add(id_)
+        yield line, id_, f"{row.get('title') or ''} {row['text']}".strip()
 
 
 def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> tuple[Path, Judgements]:
@@ -79,11 +85,21 @@ def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> t
             raise DataError(f"found: {', '.join(row)}", where=where, expected="columns query-id, corpus-id, score")
         if row["corpus-id"] not in documents:
             raise DataError(f"judges the document {row['corpus-id']!r}, which is not in the corpus", where=where)
-        try:
-            judgements.setdefault(row["query-id"], {})[row["corpus-id"]] = float(int(row["score"]))
-        except ValueError as error:
-            raise DataError(f"the score is {row['score']!r}", where=where, expected="a whole number") from error
+        grade = _grade(row["score"], where)
+        earlier = judgements.setdefault(row["query-id"], {}).setdefault(row["corpus-id"], grade)
+        if earlier != grade:
+            raise DataError(f"grade {grade:g}, but an earlier line gave the same pair {earlier:g}", where=where)
     return path, judgements
+
+
+def _grade(cell: str, where: str) -> float:
+    try:
+        grade = float(cell)
+    except ValueError:
+        grade = float("nan")
+    if not math.isfinite(grade):
+        raise DataError(f"the score is {cell!r}", where=where, expected="a number")
+    return grade
 
 
 def _qrels_file(folder: Path, split: str | None) -> Path:

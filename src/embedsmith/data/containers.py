@@ -143,6 +143,8 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
         try:
             for cells in lines:
                 if header is None:
+                    if broken:
+                        raise broken.pop().at(f"{path}:{lines.line_num}")
                     header = _header(path, cells)
                 elif cells:
                     yield lines.line_num, broken.pop() if broken else _row(header, cells)

@@ -163,15 +163,17 @@ class BatchPlan:
 
     def _schedule(self, epoch: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(source_S, ordinal_S): the source of each step of the epoch, and how many of its batches came before."""
-        if epoch not in self._schedules:
+        kept = self._schedules.get(epoch)
+        if kept is None:
             source_S = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.steps_of)
             np.random.default_rng(derive_seed(self.seed, "schedule", epoch)).shuffle(source_S)
             ordinal_S = np.empty_like(source_S)
             for source, steps in enumerate(self.steps_of):
                 ordinal_S[source_S == source] = np.arange(steps, dtype=np.int32)
+            kept = (source_S, ordinal_S)
             self._schedules.clear()  # only the epoch in use is kept
-            self._schedules[epoch] = (source_S, ordinal_S)
-        return self._schedules[epoch]
+            self._schedules[epoch] = kept
+        return kept
 
     def _order(self, source: int, visit: int) -> npt.NDArray[np.integer]:
         """The permutation of a source's rows in one pass; the pass in use is kept."""
