@@ -19,19 +19,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def build_trainer(model: Any, retrieval: Path, sts: Path, scratch: Path, **options: Any) -> Any:
+def build_trainer(model: Any, retrieval: Path, sts: Path | None, scratch: Path, **options: Any) -> Any:
     """Its trainer with its losses at their defaults: ranking at scale 20 (temperature 0.05) and CoSENT at scale 20.
 
-    `retrieval` rows are `query` and `pos` (a list; the first is used), `sts` rows `text1`, `text2` and `score` in 0..1.
+    Without `sts` it trains on retrieval alone. `retrieval` rows are `query` and `pos` (a list; the first is used),
+    `sts` rows `text1`, `text2` and `score` in 0..1.
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MultipleNegativesRankingLoss
 
     pairs = Dataset.from_list([{"anchor": row["query"], "positive": row["pos"][0]} for row in read_rows(retrieval)])
-    graded = Dataset.from_list(
-        [{"text1": row["text1"], "text2": row["text2"], "score": row["score"]} for row in read_rows(sts)]
-    )
+    sets, losses = {"retrieval": pairs}, {"retrieval": MultipleNegativesRankingLoss(model)}
+    if sts is not None:
+        graded = [{name: row[name] for name in ("text1", "text2", "score")} for row in read_rows(sts)]
+        sets["sts"], losses["sts"] = Dataset.from_list(graded), CoSENTLoss(model)
     defaults = {
         "output_dir": str(scratch),
         "lr_scheduler_type": "linear",
@@ -48,8 +50,8 @@ def build_trainer(model: Any, retrieval: Path, sts: Path, scratch: Path, **optio
     return SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**defaults | options),
-        train_dataset={"retrieval": pairs, "sts": graded},
-        loss={"retrieval": MultipleNegativesRankingLoss(model), "sts": CoSENTLoss(model)},
+        train_dataset=sets,
+        loss=losses,
     )
 
 
