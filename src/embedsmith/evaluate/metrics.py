@@ -16,11 +16,13 @@ _TREC = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": 
 
 
 def cosines(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np.floating]) -> Floats:
-    """Row by row, in float64. A zero vector has cosine 0 with everything."""
+    """Row by row, in float64, as 1 - |a - b|^2 / 2 of the unit vectors: exactly 1 for equal vectors, so that pairs of
+    equal texts stay tied. A zero vector has cosine 0 with everything."""
     left, right = (side.astype(np.float64) for side in (left_ND, right_ND))
-    norm_N = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    product_N: Floats = np.einsum("nd,nd->n", left, right)
-    cosine_N: Floats = np.divide(product_N, norm_N, out=np.zeros_like(product_N), where=norm_N > 0)
+    norms = [np.linalg.norm(side, axis=1, keepdims=True) for side in (left, right)]
+    left, right = (side / np.where(norm > 0, norm, 1.0) for side, norm in zip((left, right), norms, strict=True))
+    cosine_N: Floats = 1.0 - 0.5 * np.square(left - right).sum(axis=1)
+    cosine_N[(norms[0] * norms[1])[:, 0] == 0.0] = 0.0
     return cosine_N
 
 
