@@ -1,0 +1,245 @@
+"""Files of texts to a folder of memory-mapped vectors: in blocks, over several processes, continued after a kill.
+
+The folder holds `vectors.npy` (row i is text i), `ids.txt` (line i is its id), `meta.json` (what made it), for int8
+`ranges.npy`, and while work goes on `progress-*.json`: the blocks that are whole on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+from embedsmith.core.encoder import Role
+from embedsmith.core.errors import CheckpointError, DataError, ModelError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.progress import progress_bar
+from embedsmith.models.config import ComputeType
+from embedsmith.models.embedder import Embedder
+from embedsmith.models.load import best_device, load
+from embedsmith.models.read_texts import Row, read_texts
+from embedsmith.models.tokenize import prompt_for
+from embedsmith.models.vectors import AnyArray, quantize, value_ranges
+
+Stored = Literal["float32", "float16", "int8"]
+FORMAT = 1
+_CALIBRATION = 2048
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What to encode and how. `stored`: the type of the numbers on disk; `block`: texts between two saves of the state.
+
+    `dtype`: computes under autocast. `processes`: each takes contiguous blocks and its share of the CPU threads.
+    """
+
+    model: str
+    files: tuple[Path, ...]
+    out: Path
+    role: Role = "document"
+    task: str | None = None
+    column: str | None = None
+    dim: int | None = None
+    stored: Stored = "float32"
+    dtype: ComputeType | None = None
+    block: int = 4096
+    processes: int = 1
+
+    def rows(self) -> Iterator[Row]:
+        return chain.from_iterable(read_texts(path, self.column) for path in self.files)
+
+
+def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
+    """Encode all texts of `job.files` into `job.out`; the number of texts. The same call continues a killed one.
+
+    Errors: `DataError` for unreadable input; `CheckpointError` when `out` holds other vectors, or other files.
+    """
+    if job.processes < 1 or job.block < 1 or not job.files:
+        raise ModelError("nothing to encode with", expected="at least one file, one process and a block of one text")
+    model = load(job.model)
+    identity = _identity(job, model)
+    meta = _resume_or_start(job.out, identity)
+    if meta["state"] == "complete":
+        return int(meta["count"])
+    if meta["state"] == "preparing":
+        meta |= {"count": _prepare(job, model), "state": "encoding"}
+        _write_json(job.out / "meta.json", meta)
+    count = int(meta["count"])
+    todo = sorted(set(range(-(-count // job.block))) - _collect_progress(job.out))
+    with progress_bar("encode", count, done=_texts_done(job, count), visible=show_progress) as bar:
+        if job.processes == 1 or len(todo) < 2:
+            for place in _encode_blocks(job, model, todo, worker=0):
+                bar.advance(min(job.block, count - place * job.block))
+        else:
+            _in_processes(job, todo, count, bar)
+    _write_json(job.out / "meta.json", meta | {"state": "complete"})
+    for path in job.out.glob("progress-*.json"):
+        path.unlink()
+    return count
+
+
+def _identity(job: EncodeJob, model: Embedder) -> dict[str, Any]:
+    """Everything the vectors depend on."""
+    return {
+        "format": FORMAT,
+        "weights": weights_hash(model),
+        "settings": json.loads(json.dumps(asdict(model.settings))),
+        "prompt": prompt_for(model.settings, job.role, job.task),
+        "dim": job.dim or model.dimension,
+        "stored": job.stored,
+        "dtype": job.dtype or "float32",
+        "column": job.column,
+        "block": job.block,
+        "inputs": [[path.name, _file_hash(path)] for path in job.files],
+    }
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights by name: equal for equal models, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read this file ({error.strerror})", where=path, fix="check the path") from error
+
+
+def _resume_or_start(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The folder's own state when it was made by the same command; a fresh one when it holds no vectors yet."""
+    path = out / "meta.json"
+    if not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError("this is not an empty folder", where=out, fix="choose a new output folder")
+    try:
+        meta = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"state": "preparing"}
+    except ValueError as error:
+        raise CheckpointError(f"cannot read this file: {error}", where=path, fix="delete the folder") from error
+    if meta["state"] == "preparing":
+        meta = {"state": "preparing", **identity}
+        _write_json(path, meta)
+        return meta
+    if different := [key for key, value in identity.items() if meta.get(key) != value]:
+        raise CheckpointError(
+            f"this folder was made with another {', '.join(different)}",
+            where=out,
+            fix="give the same files and options to continue it, or choose a new output folder",
+        )
+    return meta
+
+
+def _prepare(job: EncodeJob, model: Embedder) -> int:
+    """Read everything once: count, ids, and for int8 the ranges of an evenly spaced sample. Makes an empty array."""
+    with atomic_file(job.out / "ids.txt") as file:
+        count = 0
+        for count, (name, _) in enumerate(job.rows(), start=1):
+            if name is not None and ("\n" in name or "\r" in name):
+                raise DataError(f"the id {name!r} has a line break", where=f"row {count}", expected="a one-line id")
+            file.write(f"{count - 1 if name is None else name}\n")
+    if count == 0:
+        raise DataError("no text in these files", where=", ".join(map(str, job.files)))
+    if job.stored == "int8":
+        texts = [text for _, text in islice(job.rows(), 0, None, -(-count // _CALIBRATION))]
+        with atomic_file(job.out / "ranges.npy", "wb") as file:
+            np.save(file, value_ranges(_vectors(job, model, texts)))
+    np.lib.format.open_memmap(
+        job.out / "vectors.npy", mode="w+", dtype=job.stored, shape=(count, job.dim or model.dimension)
+    ).flush()
+    return count
+
+
+def _encode_blocks(job: EncodeJob, model: Embedder, blocks: Sequence[int], worker: int) -> Iterator[int]:
+    """Encode the given blocks in order; each is flushed, then entered in this worker's progress file, then yielded."""
+    array = np.lib.format.open_memmap(job.out / "vectors.npy", mode="r+")
+    ranges = np.load(job.out / "ranges.npy") if job.stored == "int8" else None
+    done = _read_progress(job.out / f"progress-{worker}.json")
+    for place, texts in _texts_of(job, blocks):
+        vectors: AnyArray = _vectors(job, model, texts)
+        vectors = quantize(vectors, "int8", ranges) if job.stored == "int8" else vectors.astype(job.stored)
+        array[place * job.block : place * job.block + len(vectors)] = vectors
+        array.flush()
+        done.append(place)
+        _write_json(job.out / f"progress-{worker}.json", done)
+        yield place
+
+
+def _vectors(job: EncodeJob, model: Embedder, texts: Sequence[str]) -> AnyArray:
+    return model.encode(texts, job.role, job.task, dim=job.dim, dtype=job.dtype, show_progress=False)
+
+
+def _texts_of(job: EncodeJob, blocks: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
+    """The texts of ascending blocks, in one pass over the files."""
+    rows, position = job.rows(), 0
+    for place in blocks:
+        start = place * job.block
+        texts = [text for _, text in islice(rows, start - position, start - position + job.block)]
+        position = start + len(texts)
+        yield place, texts
+
+
+def _in_processes(job: EncodeJob, todo: Sequence[int], count: int, bar: Any) -> None:
+    """Contiguous shares of the blocks, a process each; the bar follows their progress files."""
+    shares = [share.tolist() for share in np.array_split(np.asarray(todo), min(job.processes, len(todo)))]
+    threads = max(torch.get_num_threads() // len(shares), 1)
+    context = spawn(_worker, args=(job, shares, threads), nprocs=len(shares), join=False, daemon=True)
+    seen = _texts_done(job, count)
+    try:
+        while not context.join(timeout=0.5):
+            done = _texts_done(job, count)
+            bar.advance(done - seen)
+            seen = done
+    except ProcessException as error:
+        raise ModelError(
+            f"an encoding process failed: {str(error).strip().splitlines()[-1]}",
+            where=job.out,
+            fix="run the same command again to continue; with less memory, use fewer processes",
+        ) from error
+    bar.advance(count - seen)
+
+
+def _worker(index: int, job: EncodeJob, shares: list[list[int]], threads: int) -> None:
+    torch.set_num_threads(threads)
+    device = best_device()
+    if device == "cuda":
+        device = f"cuda:{index % torch.cuda.device_count()}"
+    for _ in _encode_blocks(job, load(job.model, device=device), shares[index], worker=index + 1):
+        pass
+
+
+def _collect_progress(out: Path) -> set[int]:
+    """Blocks that are done, whoever did them, moved to the first worker's file: the number of processes may change."""
+    parts = sorted(out.glob("progress-*.json"))
+    done = sorted(set(chain.from_iterable(map(_read_progress, parts))))
+    _write_json(out / "progress-0.json", done)
+    for path in parts:
+        if path.name != "progress-0.json":
+            path.unlink()
+    return set(done)
+
+
+def _read_progress(path: Path) -> list[int]:
+    return [int(place) for place in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+def _texts_done(job: EncodeJob, count: int) -> int:
+    done: Iterable[int] = chain.from_iterable(map(_read_progress, job.out.glob("progress-*.json")))
+    return sum(min(job.block, count - place * job.block) for place in done)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
