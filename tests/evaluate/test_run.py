@@ -1,0 +1,65 @@
+"""Results: what they hold, print and write."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from embedsmith.core.errors import CheckpointError, EvaluationError
+from embedsmith.evaluate import Results, evaluate
+from tests.evaluate.fakes import ConstantEncoder, HashEncoder
+from tests.evaluate.test_tasks import PAIRS, collection
+
+
+def results() -> Results:
+    return evaluate(HashEncoder(), [PAIRS, collection()], about={"model": "hash"})
+
+
+def test_results_are_found_by_place_and_by_name() -> None:
+    found = results()
+    assert len(found) == 2
+    assert found["small"] is found[1]
+    assert [result.task for result in found] == ["pairs", "small"]
+    assert found.main_scores() == {
+        "pairs": found[0].scores["cosine_spearman"],
+        "small": found[1].scores["ndcg_at_10"],
+    }
+    with pytest.raises(KeyError):
+        found["missing"]
+
+
+def test_json_holds_everything_and_an_undefined_score_is_null(tmp_path: Path) -> None:
+    evaluate(ConstantEncoder(), [PAIRS]).save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["tasks"][0]["scores"]["cosine_spearman"] is None
+    results().save(tmp_path / "r.json", items=True)
+    read = json.loads((tmp_path / "r.json").read_text())
+    assert read["model"] == "hash"
+    assert read["tasks"][1]["main_score"] == results()[1].main_score
+    assert len(read["tasks"][1]["items"]["ndcg_at_10"]) == len(read["tasks"][1]["item_ids"]) == 10
+    assert "items" not in results().as_dict()["tasks"][1]
+
+
+def test_results_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError):
+        results().save(tmp_path / "file" / "r.json")
+    with pytest.raises(EvaluationError, match="folder"):
+        results().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_table_shows_scores_times_100_and_says_undefined() -> None:
+    out = io.StringIO()
+    Console(file=out, width=200).print(results().table())
+    assert f"{100 * results()['small'].main_score:.2f}" in out.getvalue()
+    Console(file=out, width=200).print(evaluate(ConstantEncoder(), [PAIRS]).table())
+    assert "undefined" in out.getvalue()
+
+
+def test_no_tasks_and_one_name_twice_are_errors() -> None:
+    with pytest.raises(EvaluationError, match="no tasks"):
+        evaluate(HashEncoder(), [])
+    with pytest.raises(EvaluationError, match="two tasks are called 'pairs'"):
+        evaluate(HashEncoder(), [PAIRS, PAIRS])
