@@ -4,13 +4,12 @@ Names are loaded on first use, so that `import embedsmith` costs no torch.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedsmith.models import Embedder, load
 
-__version__ = version("embedsmith")
+    __version__: str
 
 _HOMES = {
     "Embedder": "embedsmith.models",
@@ -21,6 +20,10 @@ __all__ = ["Embedder", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # reading it costs more than everything else here
+
+        return version("embedsmith")
     if name not in _HOMES:
         raise AttributeError(f"module 'embedsmith' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -14,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes around the help would double what it costs to show it
 )
 
 
@@ -79,7 +80,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
     ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
 ) -> None:
-    """Fine-tune a real encoder, score it before and after, and search with it: offline, in minutes."""
+    """Train, score and search something real, offline, in minutes."""
     from rich.console import Console
 
     from embedsmith.demo import QUESTION, demonstrate, render
