@@ -2,7 +2,9 @@
 
 import io
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -63,3 +65,21 @@ def test_no_tasks_and_one_name_twice_are_errors() -> None:
         evaluate(HashEncoder(), [])
     with pytest.raises(EvaluationError, match="two tasks are called 'pairs'"):
         evaluate(HashEncoder(), [PAIRS, PAIRS])
+
+
+def test_a_task_of_ones_own_runs_as_the_docs_show() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    code = textwrap.dedent(text[text.index("    @dataclass") : text.index("To have it found")])
+    names: dict[str, Any] = {}
+    exec(_IMPORTS + code, names)  # noqa: S102 (our own page)
+    task = names["NearDuplicates"]("mine", [("a", "a"), ("a", "b")])
+    assert evaluate(HashEncoder(), [task])[0].main_score == 0.5
+
+
+_IMPORTS = """
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+from embedsmith.evaluate.encoding import Reader
+from embedsmith.evaluate.result import TaskResult
+"""
