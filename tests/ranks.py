@@ -6,6 +6,7 @@ the file they wrote.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -18,12 +19,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+# Workers are forked from a server that has imported everything once: starting one costs no import.
+multiprocessing.set_forkserver_preload(["torch.distributed", "embedsmith.losses", "embedsmith.train.loop"])
+
+
 def on_ranks(world: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """The return value of `work(*arguments)` on every rank, in rank order. `work` must be importable."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, (world, port, work, str(folder), arguments), nprocs=world, start_method="spawn")
+    mp.start_processes(_rank, (world, port, work, str(folder), arguments), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(world)]
 
 

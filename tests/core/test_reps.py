@@ -10,12 +10,16 @@ from embedsmith.core.reps import Dense, MultiVector, Sparse, concatenate
 
 
 def dense(n, d=8, seed=0):
-    return Dense(F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1))
+    return Dense(
+        F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    )
 
 
 def sparse(n, t=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Sparse(torch.randint(1, 12, (n, t), generator=generator), torch.rand(n, t, generator=generator, dtype=torch.float64))
+    return Sparse(
+        torch.randint(1, 12, (n, t), generator=generator), torch.rand(n, t, generator=generator, dtype=torch.float64)
+    )
 
 
 def multi(n, t=5, d=6, seed=0):
@@ -65,7 +69,9 @@ def test_widths_are_cosines_of_leading_coordinates():
             for j in range(4):
                 expected = cosine(left.vector_ND[i, :width].tolist(), right.vector_ND[j, :width].tolist())
                 assert score_WQK[w, i, j].item() == pytest.approx(expected, abs=1e-12)
-    torch.testing.assert_close(left.paired(left.map(lambda t: t.flip(0)), (2,))[0], left.scores(left, (2,))[0].flip(1).diag())
+    torch.testing.assert_close(
+        left.paired(left.map(lambda t: t.flip(0)), (2,))[0], left.scores(left, (2,))[0].flip(1).diag()
+    )
 
 
 def test_a_zero_vector_scores_zero_with_a_finite_gradient():

@@ -118,7 +118,7 @@ def test_the_layout_is_the_legacy_one(tmp_path):
     assert read["tokenizer.json"]["truncation"] is None
     assert all(not name.startswith("projections") for name in load_file(tmp_path / "saved/model.safetensors"))
     card = saved["README.md"].read_text(encoding="utf-8")
-    assert "`query: `" in card.replace('"', "") and "2_Dense" not in card.split("```")[0]
+    assert '| `query` | `"query: "` |' in card
 
 
 def test_the_snippet_in_the_card_runs_and_agrees(tmp_path):

@@ -16,7 +16,7 @@ WHOLE = Memory(chunk_tokens=10**9)
 
 
 class TinyHeads(nn.Module):
-    """dense, sparse and multivector from 16 hidden units, in float64 so that equality can be asked to the last digits."""
+    """dense, sparse and multivector from 16 hidden units, in float64: equality can be asked to the last digits."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -33,9 +33,7 @@ class TinyHeads(nn.Module):
         reps = {
             "dense": lambda: Dense(F.normalize(self.linear(mean_NH), dim=-1)),
             "sparse": lambda: Sparse(padded.id_NT, F.softplus(self.weight(hidden_NTH))[..., 0] * padded.mask_NT),
-            "multivector": lambda: MultiVector(
-                F.normalize(self.linear(hidden_NTH), dim=-1) * mask_NT1, padded.mask_NT
-            ),
+            "multivector": lambda: MultiVector(F.normalize(self.linear(hidden_NTH), dim=-1) * mask_NT1, padded.mask_NT),
         }
         return {head: reps[head]() for head in heads}
 

@@ -131,7 +131,7 @@ class Batch:
         """This rank's rows as a batch of their own, on the same leaves: the local form of a loss."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         sides: dict[str, Any] = {name: value.alone() for name, value in values.items() if isinstance(value, Side)}
-        return replace(self, group=ALONE, **sides)
+        return replace(self, group=ALONE, **sides)  # type: ignore[arg-type]
 
     def mean_over_rows(self, value_WQ: Tensor, valid_Q: Tensor | None = None) -> Tensor:
         """value_W: the mean over the valid rows of all ranks, as this rank's share of it.
@@ -223,7 +223,7 @@ def gather_pair_scores(score_WN: Tensor, group: Group = None) -> Tensor:
     """score_WG of all ranks. Every rank must go on to compute the same function of it (see `_GatherScores`)."""
     if world_size(group) == 1:
         return score_WN
-    gathered: Tensor = _GatherScores.apply(score_WN, group)
+    gathered: Tensor = _GatherScores.apply(score_WN, group)  # type: ignore[no-untyped-call]
     return gathered
 
 

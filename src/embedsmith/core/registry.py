@@ -95,7 +95,7 @@ class Registry:
 
 
 def _fields(entry: Entry) -> dict[str, Any]:
-    """Names, types and defaults of a component's fields. Shallow, because wrappers hold components of their own kind."""
+    """Names and defaults of a component's fields. Shallow, because wrappers hold components of their own kind."""
     properties: dict[str, Any] = {"type": {"const": entry.name}}
     for f in dataclasses.fields(entry.cls):
         properties[f.name] = {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}

@@ -125,7 +125,7 @@ def _prefix_cosines(
 
 @dataclass(frozen=True)
 class Sparse(Representation):
-    """Weights of vocabulary entries. A coordinate may repeat in a row: its largest weight counts. Weight 0 is padding."""
+    """Weights of vocabulary entries. A repeated coordinate counts with its largest weight; weight 0 is padding."""
 
     coordinate_NT: Tensor = _tokens(pad=0)
     weight_NT: Tensor = _tokens(pad=0.0)
@@ -148,7 +148,7 @@ class Sparse(Representation):
 
 @dataclass(frozen=True)
 class MultiVector(Representation):
-    """One vector a token. A score is the mean over query tokens of the best document token (M3-Embedding, section 3.2)."""
+    """One vector a token. Scores: the mean over query tokens of the best document token (M3-Embedding, 3.2)."""
 
     vector_NTD: Tensor = _tokens(pad=0.0)
     mask_NT: Tensor = _tokens(pad=False)
@@ -164,8 +164,10 @@ class MultiVector(Representation):
 
 
 def _best(score: Tensor, mask: Tensor) -> Tensor:
-    """Maximum over document tokens. A masked token is -inf, not a zero vector: zeros would put a floor under the score."""
-    return score.masked_fill(~mask, float("-inf")).amax(-1)
+    """Maximum over document tokens. A masked token is -inf, not a zero vector: zeros would put a floor under the score.
+    A document without any token (a row of padding) scores 0: -inf would become NaN in a sum that should ignore it."""
+    best = score.masked_fill(~mask, float("-inf")).amax(-1)
+    return best.masked_fill(~mask.any(-1), 0.0)
 
 
 def _mean_over_tokens(best: Tensor, mask: Tensor) -> Tensor:

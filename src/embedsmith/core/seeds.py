@@ -45,7 +45,7 @@ class TorchRandom:
 
 def random_state() -> dict[str, Any]:
     """Every generator's state, as values that `torch.save` and a `weights_only` load can carry."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = TorchRandom.capture()
     version, python_keys, python_gauss = random.getstate()
     return {

@@ -51,8 +51,8 @@ class TokenBatch:
         id_NT = np.full((len(self), width), pad_id, dtype=np.int64)
         id_NT[mask_NT] = self.id_S
         body_NT = mask_NT & (column_T >= start_N1 + self.body_N[:, None])
-        to = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
-        return PaddedTokens(to(id_NT), to(mask_NT), to(body_NT), to(self.is_query_N))
+        arrays = (id_NT, mask_NT, body_NT, self.is_query_N)
+        return PaddedTokens(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:

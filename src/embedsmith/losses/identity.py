@@ -111,7 +111,8 @@ def swapped(batch: RetrievalBatch) -> RetrievalBatch:
     label_N = None
     if batch.label_Q is not None:
         label_K = torch.full_like(batch.document_id_K, ABSENT)
-        label_K[row_GP.flatten()[asker_E]] = group_keys(batch)[1][asker_E // row_GP.shape[1]]
+        first_E = asker_E[slot_E == 0]  # a document of several classes takes that of its first query
+        label_K[row_GP.flatten()[first_E]] = group_keys(batch)[1][first_E // row_GP.shape[1]]
         label_N = label_K[mine]
     return RetrievalBatch(
         task=batch.task,

@@ -162,7 +162,8 @@ class Pearson(Loss):
     The scale and origin of labels do not matter. head: the representation that is scored. cross_device: over the
     pairs of all ranks; the mean of ranks' own losses is another quantity.
 
-    Batches: pairs. Labels all equal, or one pair: 0, connected. Equal scores: 1, with a finite gradient.
+    Batches: pairs. Labels all equal, or one pair: 0, connected. Scores all equal: 1, with a gradient of zero (the
+    correlation is undefined there, and its gradient next to it as large as one over the spread).
     Source: CoDiEmb's code; with unbiased variances, as in Pcc-tuning's, the correlation could not exceed (N-1)/N.
     """
 
@@ -180,9 +181,10 @@ class Pearson(Loss):
         label_N = label_N - label_N.sum() / count
         score_WN = score_WN - score_WN.sum(-1, keepdim=True) / count
         covariance_W = (score_WN * label_N).sum(-1) / count
-        label_variance = label_N.square().sum() / count
-        bound_W = (score_WN.square().sum(-1) / count * label_variance + 1e-16).sqrt()
-        return LossOutput((1 - covariance_W / bound_W).where(label_variance >= 1e-12, 0 * covariance_W))
+        score_variance_W, label_variance = score_WN.square().sum(-1) / count, label_N.square().sum() / count
+        correlation_W = covariance_W / (score_variance_W * label_variance + 1e-16).sqrt()
+        value_W = 1 - correlation_W.where(score_variance_W >= 1e-12, 0 * covariance_W)
+        return LossOutput(value_W.where(label_variance >= 1e-12, 0 * covariance_W))
 
 
 @losses.register(
@@ -220,7 +222,7 @@ class RankKL(Loss):
 
     def __call__(self, batch: Batch) -> LossOutput:
         _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
-        log_target_N = (rank_targets(label_N).to(score_WN.dtype) / self.temperature).log_softmax(-1)
+        log_target_N = (rank_targets(label_N) / self.temperature).log_softmax(-1)
         log_score_WN = (score_WN / self.temperature).log_softmax(-1)
         divergence_W = (log_target_N.exp() * (log_target_N - log_score_WN)).sum(-1)
         divergence_W = divergence_W / max(len(label_N), 1) if self.reduction == "reference" else divergence_W
@@ -232,7 +234,7 @@ def rank_targets(label_N: Tensor) -> Tensor:
     """g_N in [0, 1]: 1 for the highest label, 0 for the lowest, ties at the mean of their ranks."""
     _, place_N, count_U = torch.unique(label_N, return_inverse=True, return_counts=True)
     above_U = len(label_N) - count_U.cumsum(0)
-    rank_U = above_U + (count_U - 1) / 2
+    rank_U = above_U.to(label_N.dtype) + (count_U.to(label_N.dtype) - 1) / 2
     target_N: Tensor = 1 - rank_U[place_N] / max(len(label_N) - 1, 1)
     return target_N
 

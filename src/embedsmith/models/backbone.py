@@ -73,7 +73,7 @@ def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
     with quiet():
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-            kind = AutoModelForTextEncoding if getattr(model_config, "is_encoder_decoder", False) else AutoModel
+            kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel
             backbone, report = kind.from_pretrained(
                 folder,
                 config=model_config,
@@ -93,9 +93,17 @@ def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
             raise ModelError(f"cannot load the model: {error}", where=folder) from error
     _check_weights(backbone, report, folder)
     if config.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 renamed it on the way, and takes the old name away with version 6
+        enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     model: nn.Module = backbone.eval()
     return model
+
+
+def _has_decoder(model_config: Any) -> bool:
+    """An encoder-decoder, or the encoder saved of one (which then says it is not): only its encoder is wanted."""
+    saved_as = model_config.architectures or []
+    return bool(model_config.is_encoder_decoder) or any(name.endswith("EncoderModel") for name in saved_as)
 
 
 def positions_of(backbone: nn.Module) -> int | None:

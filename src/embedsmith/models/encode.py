@@ -44,9 +44,12 @@ def represent(
     instruction: Instruction,
 ) -> Reps:
     """See `Embedder.represent`. No text gives representations of zero rows."""
+    if len(texts) == 0:  # the shapes of one text, without its row
+        one = represent(model, [""], how, role=role, task=task, outputs=outputs, instruction=None)
+        return each_head(one, lambda rep: rep.rows(slice(0, 0)))
     parts: list[Reps] = []
     with _evaluating(model), progress_bar("encode", len(texts), visible=_worth_showing(how, len(texts))) as bar:
-        for start in range(0, max(len(texts), 1), BLOCK):
+        for start in range(0, len(texts), BLOCK):
             rows = slice(start, start + BLOCK)
             own = instruction if instruction is None or isinstance(instruction, str) else instruction[rows]
             tokens = model.tokenize(texts[rows], role, task, own)
@@ -62,7 +65,7 @@ def derive_token_budget(device: torch.device) -> int:
 def _block(model: Embedder, tokens: TokenBatch, how: Inference, outputs: Sequence[str], advance: Any) -> Reps:
     """Representations of one block: computed longest chunk first, returned in row order."""
     budget = how.token_budget or derive_token_budget(model.device)
-    chunks = chunk_rows(tokens.length_N, budget) or [np.zeros(0, np.int64)]
+    chunks = chunk_rows(tokens.length_N, budget)
     parts: list[Reps] = []
     with torch.inference_mode(), autocast(model.device, how.dtype):
         for rows in chunks:

@@ -16,10 +16,10 @@ from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
 from embedsmith.core.registry import losses
-from embedsmith.data import BatchPlan, RecordSet, Source, read_source
+from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, read_source
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.train.config import Recipe, TrainConfig
-from embedsmith.train.feed import Feed
+from embedsmith.train.feed import Feed, Supply
 from embedsmith.train.step import Memory
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
@@ -48,7 +48,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def bf16_is_fast() -> bool:
     """Whether the device multiplies bf16 matrices in hardware."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -81,18 +81,29 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source]) -> Fe
     """Read every source, choose its loss, and plan the batches."""
     sets = [read_source(source) for source in sources]
     _check_same_files(sets)
-    objectives = [choose_loss(source, record_set.task) for source, record_set in zip(sources, sets, strict=True)]
-    for loss, record_set in zip(objectives, sets, strict=True):
-        loss.check(model.dimension)
-        _check_kind(loss, record_set)
+    supplies = [make_supply(source, records, model.dimension) for source, records in zip(sources, sets, strict=True)]
     plan = BatchPlan(
         sizes=tuple(len(record_set.records) for record_set in sets),
         batch_sizes=tuple(source.batch_size or recipe.train.batch_size for source in sources),
         weights=tuple(source.weight for source in sources),
+        names=tuple(record_set.name for record_set in sets),
         seed=recipe.train.seed,
         world=world_size(),
     )
-    return Feed(model, sources, sets, objectives, plan, recipe.train.seed, rank(), world_size())
+    return Feed(model, supplies, plan, recipe.train.seed, rank(), world_size())
+
+
+def make_supply(source: Source, records: RecordSet, dimension: int) -> Supply:
+    """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
+    loss = choose_loss(source, records.task)
+    loss.check(dimension)
+    if PairBatch in loss.batches and records.records[0].positive_scores is None:
+        raise RecipeError(
+            f"the loss {type(loss).__name__} needs a score for every pair",
+            where=records.name,
+            fix="use a retrieval loss, or give the rows scores",
+        )
+    return Supply(records, loss, source.positives, negatives_per_query(source, records.records))
 
 
 def choose_loss(source: Source, task: str) -> Loss:
@@ -103,16 +114,6 @@ def choose_loss(source: Source, task: str) -> Loss:
         raise RecipeError(f"{source.path}: the task {task!r} has no default loss", fix="set `loss` for this source")
     loss: Loss = losses.build(DEFAULT_LOSSES[task])
     return loss
-
-
-def _check_kind(loss: Loss, record_set: RecordSet) -> None:
-    wants_pairs = PairBatch in loss.batches
-    if wants_pairs and any(record.positive_scores is None for record in record_set.records[:1]):
-        raise RecipeError(
-            f"the loss {type(loss).__name__} needs a score for every pair",
-            where=record_set.name,
-            fix="use a retrieval loss, or give the rows scores",
-        )
 
 
 def _check_same_files(sets: Sequence[RecordSet]) -> None:
@@ -137,4 +138,5 @@ def build_extras(objectives: Sequence[Loss], model: Embedder) -> nn.ModuleDict:
 
 def run_length(config: TrainConfig, plan: BatchPlan) -> RunLength:
     steps = config.steps or math.ceil((config.epochs or 1) * plan.steps_per_epoch)
-    return RunLength(steps, checkpoint_every=max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000))
+    tenth = max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000)
+    return RunLength(steps, config.checkpoint_every or tenth)

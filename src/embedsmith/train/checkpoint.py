@@ -1,9 +1,9 @@
 """Checkpoints of a run: written whole or not at all, pruned, found again, resumed.
 
-    runs/a/recipe.yaml              the resolved recipe
-    runs/a/checkpoints/step-N/      model/ (loadable anywhere), training.pt, state.json
-    runs/a/metrics.jsonl
-    runs/a/model/                   the result, written last; `finished.json` beside it says the run is over
+runs/a/recipe.yaml              the resolved recipe
+runs/a/checkpoints/step-N/      model/ (loadable anywhere), training.pt, state.json
+runs/a/metrics.jsonl
+runs/a/model/                   the result, written last; `finished.json` beside it says the run is over
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Checkpoints:
             extras.load_state_dict(training["extras"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint cannot be read ({error})", where=folder, fix="delete this folder to go on from the one before"
+                f"the checkpoint cannot be read ({error})",
+                where=folder,
+                fix="delete this folder to go on from the one before",
             ) from error
         states = training["random"]
         if rank() < len(states):  # with more ranks than before the new ones keep their seed

@@ -1,4 +1,4 @@
-"""The recipe of a training run. These dataclasses are the only schema; a field that can be computed defaults to None."""
+"""The recipe of a training run. These dataclasses are the only schema; what can be computed defaults to None."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -23,7 +24,7 @@ class Development:
     model: Embedder
     encode: Encode
     memory: Memory
-    extras: nn.ModuleDict
+    extras: Mapping[str, nn.Module]
     validation: Feed | None
 
     def due(self, step: int, steps: int) -> bool:

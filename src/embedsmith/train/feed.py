@@ -6,16 +6,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Batch, PairBatch, Progress, RetrievalBatch, Side
+from embedsmith.core.encoder import Role
 from embedsmith.core.loss import Loss
-from embedsmith.data import BatchPlan, PairTexts, Record, RecordSet, RetrievalTexts, Source, pair_texts, retrieval_texts
+from embedsmith.core.tokens import TokenBatch
+from embedsmith.data import (
+    BatchPlan,
+    PairTexts,
+    Record,
+    RecordSet,
+    RetrievalTexts,
+    pair_texts,
+    retrieval_texts,
+    row_seeds,
+)
 from embedsmith.models import Embedder
 from embedsmith.train.step import Part
+
+
+@dataclass(frozen=True)
+class Supply:
+    """One source, ready to draw from: its records, its loss, and how many texts a query draws."""
+
+    records: RecordSet
+    loss: Loss
+    positives: int
+    negatives: int
 
 
 @dataclass(frozen=True)
@@ -23,9 +44,7 @@ class Feed:
     """The parts of any step, for one rank."""
 
     model: Embedder
-    sources: Sequence[Source]
-    sets: Sequence[RecordSet]
-    objectives: Sequence[Loss]
+    supplies: Sequence[Supply]
     plan: BatchPlan
     seed: int
     rank: int
@@ -33,20 +52,10 @@ class Feed:
 
     def parts(self, step: int) -> list[Part]:
         planned = self.plan.at(step)
-        index = planned.source
-        records = self.sets[index].records
+        supply = self.supplies[planned.source]
         rows = planned.rows_of(self.rank, self.world)
-        seeds = [(self.seed, planned.epoch, int(row)) for row in rows]
-        return [
-            make_part(
-                self.model,
-                self.sources[index],
-                self.sets[index],
-                self.objectives[index],
-                [records[int(row)] for row in rows],
-                seeds,
-            )
-        ]
+        records = [supply.records.records[int(row)] for row in rows]
+        return [make_part(self.model, supply, records, row_seeds(self.seed, planned.visit, rows))]
 
     def run_ahead(self, start: int, stop: int, ahead: int = 2) -> Iterator[list[Part]]:
         """The parts of steps `start` to `stop - 1` in order, a few prepared while the model trains."""
@@ -61,49 +70,55 @@ class Feed:
                 yield ready
 
 
-def make_part(
-    model: Embedder,
-    source: Source,
-    record_set: RecordSet,
-    loss: Loss,
-    records: Sequence[Record],
-    seeds: Sequence[Any],
-) -> Part:
-    """Tokenize the records of one batch for the kind of batch the loss reads."""
-    if PairBatch in loss.batches:
-        return _pair_part(model, record_set, loss, pair_texts(records, seeds=seeds))
-    texts = retrieval_texts(records, positives=source.positives, negatives=source.negatives_kept, seeds=seeds)
-    return _retrieval_part(model, record_set, loss, texts)
+def make_part(model: Embedder, supply: Supply, records: Sequence[Record], seeds: Sequence[int]) -> Part:
+    """Draw and tokenize the texts of one batch, for the kind of batch the loss reads."""
+    if PairBatch in supply.loss.batches:
+        return _pair_part(model, supply, pair_texts(records, seeds=seeds))
+    texts = retrieval_texts(records, positives=supply.positives, negatives=supply.negatives, seeds=seeds)
+    return _retrieval_part(model, supply, texts)
 
 
-def _retrieval_part(model: Embedder, record_set: RecordSet, loss: Loss, texts: RetrievalTexts) -> Part:
-    task = record_set.task
-    ids = {
-        name: None if getattr(texts, name) is None else torch.from_numpy(getattr(texts, name))
-        for name in (
-            "query_id_Q",
-            "positive_id_QP",
-            "negative_id_QM",
-            "document_id_N",
-            "label_Q",
-            "positive_score_QP",
-            "negative_score_QM",
-        )
-    }
-    return Part(
-        record_set.name,
-        model.tokenize(texts.queries, role="query", task=task, instruction=texts.instructions),
-        model.tokenize(texts.documents, role="document", task=task),
-        _assembler(RetrievalBatch, ("query", "document"), ids, task, record_set.name),
-        loss,
-    )
+_RETRIEVAL_IDS = (
+    "query_id_Q",
+    "positive_id_QP",
+    "negative_id_QM",
+    "document_id_N",
+    "label_Q",
+    "positive_score_QP",
+    "negative_score_QM",
+)
 
 
-def _pair_part(model: Embedder, record_set: RecordSet, loss: Loss, texts: PairTexts) -> Part:
-    ids = {name: torch.from_numpy(getattr(texts, name)) for name in ("left_id_N", "right_id_N", "label_N")}
-    first, second = (model.tokenize(side, role="query", task=record_set.task) for side in (texts.left, texts.right))
-    assemble = _assembler(PairBatch, ("left", "right"), ids, record_set.task, record_set.name)
-    return Part(record_set.name, first, second, assemble, loss)
+def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> Part:
+    name, task = supply.records.name, supply.records.task
+    query = _tokenize(model, texts.queries, "query", task, texts.instructions)
+    document = model.tokenize(texts.documents, role="document", task=task)
+    assemble = _assembler(RetrievalBatch, ("query", "document"), _tensors(texts, _RETRIEVAL_IDS), task, name)
+    return Part(name, query, document, assemble, supply.loss)
+
+
+def _pair_part(model: Embedder, supply: Supply, texts: PairTexts) -> Part:
+    """Both sides of a pair are queries: neither is a document to be found."""
+    name, task = supply.records.name, supply.records.task
+    left, right = (_tokenize(model, side, "query", task, texts.instructions) for side in (texts.left, texts.right))
+    ids = _tensors(texts, ("left_id_N", "right_id_N", "label_N"))
+    return Part(name, left, right, _assembler(PairBatch, ("left", "right"), ids, task, name), supply.loss)
+
+
+def _tokenize(model: Embedder, texts: list[str], role: Role, task: str, instructions: list[str | None]) -> TokenBatch:
+    """A record's own instruction takes the place of the task's prompt; records without one keep the prompt."""
+    with_own = [n for n, instruction in enumerate(instructions) if instruction is not None]
+    if not with_own:
+        return model.tokenize(texts, role=role, task=task)
+    without = [n for n, instruction in enumerate(instructions) if instruction is None]
+    own = model.tokenize([texts[n] for n in with_own], role=role, instruction=[instructions[n] or "" for n in with_own])
+    plain = model.tokenize([texts[n] for n in without], role=role, task=task)
+    return TokenBatch.concatenate([own, plain]).take(np.argsort(np.array(with_own + without)))
+
+
+def _tensors(texts: RetrievalTexts | PairTexts, names: Sequence[str]) -> dict[str, Tensor | None]:
+    arrays = {name: getattr(texts, name) for name in names}
+    return {name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _assembler(

@@ -17,7 +17,9 @@ from embedsmith.core.registry import to_plain
 class Journal:
     """One line of numbers at a time, to the file and to every tracker. On the first rank only."""
 
-    def __init__(self, output: Path, accelerator: Accelerator, recipe: Any, log_with: tuple[str, ...], start: int) -> None:
+    def __init__(
+        self, output: Path, accelerator: Accelerator, recipe: Any, log_with: tuple[str, ...], start: int
+    ) -> None:
         self._accelerator = accelerator
         self._file: IO[str] | None = None
         if rank() != 0:

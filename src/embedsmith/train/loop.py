@@ -16,7 +16,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from embedsmith.core.batch import Progress
-from embedsmith.core.collectives import average_gradients, max_over_ranks, mean_over_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import (
+    average_gradients,
+    max_over_ranks,
+    mean_over_ranks,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from embedsmith.core.progress import Bar, log, progress_bar
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
@@ -82,14 +89,14 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         log.info("continuing %s at step %d", output, resume)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
-    development = Development(recipe.evaluate, run.model, run.encode, run.memory, run.extras, validation)
+    development = Development(recipe.evaluate, run.model, run.encode, run.memory, dict(run.extras.items()), validation)
     try:
         with stop_signals() as stop:
             run_steps(run, checkpoints, journal, development, stop)
     finally:
         journal.close()
     final_step = run.state.best_step if recipe.train.final == "best" else None
-    model = run.model if final_step is None else load(checkpoints.model_folder(final_step))
+    model = run.model if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
     return finish(output, model, summary)
 
@@ -98,16 +105,23 @@ def rehearse(recipe: Recipe) -> str:
     """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done."""
     run = build(recipe, make_accelerator(recipe))
     output, rate, norm = update(run, run.feed.parts(0))
-    plan, sets = run.feed.plan, run.feed.sets
+    plan = run.feed.plan
     lines = [f"model: {recipe.model.path}, {sum(p.numel() for p in run.parameters()):,} parameters"]
-    for record_set, loss, batch_size in zip(sets, run.feed.objectives, plan.batch_sizes, strict=True):
-        lines.append(f"source {record_set.name}: {record_set.task}, {len(record_set.records):,} rows, "
-                     f"batch {batch_size}, {loss}")
-    lines.append(f"steps: {run.length.steps} ({plan.steps_per_epoch} an epoch), on {world_size()} process(es), "
-                 f"{run.accelerator.device}, {run.accelerator.mixed_precision}")
+    for supply, rows, steps in zip(run.feed.supplies, plan.rows_per_step, plan.steps_of, strict=True):
+        records = supply.records
+        lines.append(
+            f"source {records.name}: {records.task}, {len(records.records):,} rows, "
+            f"{steps} steps of {rows} an epoch, {supply.loss}"
+        )
+    lines.append(
+        f"steps: {run.length.steps} ({plan.steps_per_epoch} an epoch), on {world_size()} process(es), "
+        f"{run.accelerator.device}, {run.accelerator.mixed_precision}"
+    )
     lines.append(f"memory: {run.memory}")
-    lines.append(f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
-                 f"{output.tokens} tokens")
+    lines.append(
+        f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
+        f"{output.tokens} tokens"
+    )
     return "\n".join(lines)
 
 
@@ -117,7 +131,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
     model.to(accelerator.device).train()
     feed = build_feed(recipe, model, recipe.data)
-    extras = build_extras(feed.objectives, model).to(accelerator.device)
+    extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
     named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
     optimizer = make_optimizer(named, recipe.train)
     # Ranks start from the same weights but draw their own dropout.
@@ -145,7 +159,12 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
                 run.state, scores = development.run(run.state)
                 journal.write(step, scores)
             interrupted = stop.agreed(run.accelerator.device)
-            if interrupted or evaluated or step == steps or step % (config.checkpoint_every or run.length.checkpoint_every) == 0:
+            if (
+                interrupted
+                or evaluated
+                or step == steps
+                or step % (config.checkpoint_every or run.length.checkpoint_every) == 0
+            ):
                 checkpoints.save(run.model, run.extras, run.optimizer, run.state)
             if interrupted:
                 raise KeyboardInterrupt
@@ -159,7 +178,9 @@ def update(run: Run, parts: list[Part]) -> tuple[StepOutput, float, float]:
     config = run.recipe.train
     rate = set_learning_rate(run.optimizer, config, run.state.step, run.length.steps)
     run.optimizer.zero_grad(set_to_none=True)
-    output = run_step(run.encode, parts, run.memory, run.extras, Progress(run.state.step, run.length.steps))
+    output = run_step(
+        run.encode, parts, run.memory, dict(run.extras.items()), Progress(run.state.step, run.length.steps)
+    )
     parameters = run.parameters()
     average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from embedsmith.core.batch import Batch, Progress, Side
 from embedsmith.core.collectives import Group, max_over_ranks
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.loss import Loss
-from embedsmith.core.reps import Reps, concatenate, each_head
+from embedsmith.core.reps import Representation, Reps, concatenate, each_head
 from embedsmith.core.seeds import TorchRandom
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
 
@@ -142,10 +143,14 @@ def _sides(pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part]) -> li
         both: list[Side] = []
         for length in (len(part.first), len(part.second)):
             rows_N = place_N[start : start + length]
-            both.append(Side(each_head(everything, lambda r, i=rows_N: r.rows(i.to(r.tensors()[0].device))), part.group))
+            both.append(Side(each_head(everything, partial(_rows, rows_N=rows_N)), part.group))
             start += length
         pairs.append((both[0], both[1]))
     return pairs
+
+
+def _rows(representation: Representation, rows_N: Tensor) -> Representation:
+    return representation.rows(rows_N.to(representation.tensors()[0].device))
 
 
 def _loss(
@@ -163,7 +168,7 @@ def _loss(
         batches.append(batch)
     total = torch.stack(values).sum()
     _check_finite(parts, sides, total, progress.step)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     for batch in batches:
         batch.settle()
     return total.detach(), named
@@ -191,7 +196,9 @@ def _row_gradients(sides: list[tuple[Side, Side]]) -> dict[str, list[Tensor]]:
 
     flat = [side for pair in sides for side in pair]
     return {
-        head: [torch.cat(column) for column in zip(*([of(t) for t in s.local[head].floating()] for s in flat), strict=True)]
+        head: [
+            torch.cat(column) for column in zip(*([of(t) for t in s.local[head].floating()] for s in flat), strict=True)
+        ]
         for head in flat[0].local
     }
 

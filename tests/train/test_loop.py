@@ -1,0 +1,283 @@
+"""Whole runs on a tiny model: what they write, how they stop, continue, refuse and fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import embedsmith
+from embedsmith.core.errors import CheckpointError, DataError, RecipeError, TrainingError
+from embedsmith.core.recipe import parse
+from embedsmith.train import Recipe, loop, rehearse, train
+from tests.ranks import on_ranks
+
+
+def run(tree, **changes):
+    return train(parse(Recipe, tree | changes))
+
+
+def weights(output):
+    return load_file(Path(output) / "model" / "model.safetensors")
+
+
+def assert_equal_weights(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def metrics(output):
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_and_leaves_a_model_metrics_and_recipe(tree, tmp_path, bert):
+    model_folder = run(tree)
+    output = tmp_path / "run"
+    assert model_folder == output / "model"
+    before, after = embedsmith.load(str(bert), pooling="mean"), embedsmith.load(str(model_folder))
+    texts = ["the cat sat", "a dog ran"]
+    assert abs(before.encode(texts) - after.encode(texts)).max() > 1e-3
+    lines = metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert {key for line in lines for key in line} >= {
+        "loss/pairs",
+        "loss/scored",
+        "learning_rate",
+        "tokens_per_second",
+    }
+    assert yaml.safe_load((output / "recipe.yaml").read_text())["train"]["steps"] == 12
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-10", "step-12"]
+    assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_the_loss_falls(tree):
+    run(tree, data=tree["data"][:1], train=tree["train"] | {"steps": 60, "learning_rate": 5e-3, "log_with": []})
+    losses = [line["loss/pairs"] for line in metrics(tree["output"])]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 7])
+def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, tmp_path, monkeypatch, stop_at):
+    """Dropout is on, so random states must be restored; step 3 and 7 die between checkpoints."""
+    run(tree, output=str(tmp_path / "whole"))
+    update = loop.update
+
+    def dying(run_, parts):
+        if run_.state.step == stop_at:
+            raise KeyboardInterrupt
+        return update(run_, parts)
+
+    monkeypatch.setattr(loop, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree)
+    monkeypatch.setattr(loop, "update", update)
+    run(tree)
+    assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "whole"), strict=True):
+        assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {
+            k: v for k, v in theirs.items() if k != "tokens_per_second"
+        }
+
+
+def command(recipe, *arguments):
+    return [sys.executable, "-c", "from embedsmith.cli import main; main()", "train", str(recipe), *arguments]
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+
+
+def test_kill_minus_nine_twice_ends_with_the_same_bits(tree, tmp_path):
+    train_settings = tree["train"] | {"log_with": []}
+    run(tree, train=train_settings, output=str(tmp_path / "whole"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree | {"train": train_settings}))
+    for step in (2, 8):
+        with subprocess.Popen(command(recipe), stderr=subprocess.DEVNULL) as process:
+            wait_for(tmp_path / "run" / "checkpoints" / f"step-{step}", process)
+            os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "run" / "finished.json").exists()
+    subprocess.run(command(recipe), check=True, capture_output=True)
+    assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tree, tmp_path, monkeypatch):
+    update = loop.update
+
+    def interrupting(run_, parts):
+        if run_.state.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(run_, parts)
+
+    monkeypatch.setattr(loop, "update", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree)
+    assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once(tree, tmp_path, monkeypatch):
+    def interrupting(run_, parts):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(loop, "update", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_finished_run_is_not_overwritten_unless_told(tree):
+    run(tree)
+    with pytest.raises(CheckpointError, match=r"finished.*--overwrite"):
+        run(tree)
+    train(parse(Recipe, tree), overwrite=True)
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tree, monkeypatch):
+    monkeypatch.setattr(loop, "run_steps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tree)
+    with pytest.raises(CheckpointError, match=r"train.learning_rate: 0.001 -> 0.002"):
+        run(tree, train=tree["train"] | {"learning_rate": 2e-3})
+
+
+def test_a_folder_that_holds_something_else_is_never_touched(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="holds no run"):
+            train(parse(Recipe, tree), overwrite=overwrite)
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_still_works(tree, tmp_path, monkeypatch):
+    update = loop.update
+    monkeypatch.setattr(loop, "update", lambda r, p: update(r, p) if r.state.step < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tree)
+    monkeypatch.setattr(loop, "update", update)
+    last = tmp_path / "run" / "checkpoints" / "step-4"
+    (last / "training.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"step-4.*cannot be read"):
+        run(tree)
+    for path in sorted(last.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    last.rmdir()
+    run(tree)
+
+
+def test_a_value_that_is_not_finite_stops_with_the_checkpoint_intact(tree, tmp_path, monkeypatch):
+    update = loop.update
+
+    def breaking(run_, parts):
+        if run_.state.step == 5:
+            with torch.no_grad():
+                next(run_.model.parameters()).fill_(float("nan"))
+        return update(run_, parts)
+
+    monkeypatch.setattr(loop, "update", breaking)
+    with pytest.raises(TrainingError, match="step 5"):
+        run(tree)
+    monkeypatch.setattr(loop, "update", update)
+    run(tree)
+
+
+def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_path):
+    scored = str(files / "scored.jsonl")
+    evaluate = {
+        "tasks": [scored],
+        "every": 2,
+        "patience": 2,
+        "validation": [{"path": scored, "task": "sts", "name": "held", "batch_size": 8, "score_range": [0, 1]}],
+    }
+    constant = tree["train"] | {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 20, "final": "best"}
+    run(tree, evaluate=evaluate, train=constant)
+    lines = [line for line in metrics(tmp_path / "run") if "score/scored" in line]
+    assert lines[0]["step"] == 2
+    assert lines[-1]["step"] < 20, "weights that do not move cannot improve three times"
+    assert all("validation_loss/held" in line for line in lines)
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    best = max(lines, key=lambda line: line["score/scored"])
+    assert finished["best_score"] == pytest.approx(best["score/scored"])
+    checkpoint = load_file(
+        tmp_path / "run" / "checkpoints" / f"step-{finished['best_step']}" / "model" / "model.safetensors"
+    )
+    assert_equal_weights(weights(tmp_path / "run"), checkpoint)
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
+    text = rehearse(parse(Recipe, tree))
+    assert not (tmp_path / "run").exists()
+    for word in ("pairs", "scored", "40 rows", "12", "CoSENT", "InfoNCE", "gradient norm"):
+        assert word in text
+
+
+def test_a_learnable_temperature_moves_and_survives_a_stop(tree, tmp_path, monkeypatch):
+    data = [tree["data"][0] | {"loss": {"type": "infonce", "learn_temperature": True, "temperature": 0.05}}]
+    run(tree, data=data, output=str(tmp_path / "whole"))
+    update = loop.update
+    monkeypatch.setattr(loop, "update", lambda r, p: update(r, p) if r.state.step < 7 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tree, data=data)
+    monkeypatch.setattr(loop, "update", update)
+    run(tree, data=data)
+    assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    saved = [
+        torch.load(tmp_path / name / "checkpoints" / "step-12" / "training.pt", weights_only=True)["extras"]
+        for name in ("run", "whole")
+    ]
+    assert_equal_weights(*saved)
+    assert next(iter(saved[0].values())).item() != pytest.approx(torch.tensor(0.05).log().item())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"output": None}, RecipeError, "output"),
+        ({"trian": {}}, RecipeError, "'train'"),
+        ({"data": []}, RecipeError, "at least one source"),
+        ({"data": [{"path": "missing.jsonl"}]}, DataError, "missing.jsonl"),
+        ({"train": {"final": "best"}}, RecipeError, "evaluate.tasks"),
+        ({"evaluate": {"metric": "x"}}, RecipeError, "metric"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_found_before_anything_is_written(tree, tmp_path, change, error, words):
+    with pytest.raises(error, match=words):
+        run(tree, **change)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_pair_loss_on_rows_without_scores_is_refused(tree):
+    with pytest.raises(RecipeError, match="needs a score"):
+        run(tree, data=[tree["data"][0] | {"loss": "cosent"}])
+
+
+def on_two(tree):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    train(parse(Recipe, tree))
+
+
+@pytest.mark.dist
+def test_two_processes_equal_one(tree, bert, tmp_path):
+    """Without dropout the weights after 6 steps agree to rounding, whatever the number of ranks."""
+    from tests.tinybert import tiny_bert
+
+    settings = tree["train"] | {"steps": 6, "log_with": []}
+    tree = tree | {"model": {"path": str(tiny_bert(tmp_path / "plain", dropout=0.0)), "pooling": "mean"}}
+    run(tree, train=settings, output=str(tmp_path / "one"))
+    on_ranks(2, on_two, tmp_path, tree | {"train": settings, "output": str(tmp_path / "two")})
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)

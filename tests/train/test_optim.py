@@ -1,0 +1,86 @@
+"""The learning rate is a function of the step; groups get what they were promised."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.train.config import TrainConfig
+from embedsmith.train.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
+
+
+def rates(steps=10, **changes):
+    config = TrainConfig(learning_rate=1.0, **changes)
+    return [learning_rate(config, step, steps, 1.0) for step in range(steps)]
+
+
+def test_linear_with_warmup_by_hand():
+    assert rates(warmup=0.2) == pytest.approx([0.5, 1.0, *(1 - k / 8 for k in range(8))])
+
+
+def test_cosine_ends_above_the_floor_by_hand():
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert rates(schedule="cosine", warmup=2, min_learning_rate=0.1)[2:] == pytest.approx(expected)
+
+
+def test_constant_stays():
+    assert rates(schedule="constant", warmup=0) == [1.0] * 10
+
+
+def test_warmup_is_a_share_below_one_and_steps_from_one():
+    assert warmup_steps(TrainConfig(warmup=0.25), 10) == 3
+    assert warmup_steps(TrainConfig(warmup=4), 10) == 4
+
+
+def test_a_floor_above_a_groups_peak_does_not_raise_it():
+    config = TrainConfig(learning_rate=1.0, min_learning_rate=0.5, warmup=0)
+    assert learning_rate(config, 9, 10, peak=0.1) == pytest.approx(0.1)
+
+
+def model():
+    return nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2), "norm": nn.LayerNorm(3)})
+
+
+def test_groups_by_pattern_and_no_decay_on_vectors():
+    config = TrainConfig(learning_rate=1.0, group_learning_rates={r"^head\.": 5.0}, weight_decay=0.3)
+    optimizer = make_optimizer(model().named_parameters(), config)
+    found = {(g["peak_lr"], g["weight_decay"]): sum(p.numel() for p in g["params"]) for g in optimizer.param_groups}
+    assert found == {(1.0, 0.3): 9, (1.0, 0.0): 3 + 6, (5.0, 0.3): 6, (5.0, 0.0): 2}
+    set_learning_rate(optimizer, config, 9, 10)
+    main = learning_rate(config, 9, 10, 1.0)
+    assert {g["lr"] for g in optimizer.param_groups} == {main, 5 * main}
+
+
+def test_frozen_parameters_are_left_out_and_idle_patterns_are_errors():
+    net = model()
+    net["body"].requires_grad_(False)
+    optimizer = make_optimizer(net.named_parameters(), TrainConfig())
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == 8 + 6
+    with pytest.raises(RecipeError, match="no parameter matches"):
+        make_optimizer(net.named_parameters(), TrainConfig(group_learning_rates={"haed": 1.0}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"steps": 1, "epochs": 1.0},
+        {"micro_batch": 1, "token_budget": 1},
+        {"warmup": -1},
+    ],
+)
+def test_impossible_settings_are_refused_at_once(wrong):
+    with pytest.raises(RecipeError):
+        TrainConfig(**wrong)
+
+
+def test_adamw_matches_its_formula():
+    """One step from zero state: w - lr * (g / (|g| + eps) + decay * w)."""
+    parameter = nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = make_optimizer([("w", parameter)], TrainConfig(learning_rate=0.1, weight_decay=0.5))
+    parameter.grad = torch.tensor([[3.0]])
+    optimizer.step()
+    assert parameter.item() == pytest.approx(2.0 - 0.1 * (1.0 + 0.5 * 2.0), abs=1e-6)
