@@ -33,26 +33,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 def vocabulary() -> dict[str, int]:
     """Special tokens, a few whole words, and letters for the rest: the same ids in every run, unlike a training's."""
-    words = [
-        "query",
-        "passage",
-        "late",
-        "the",
-        "fox",
-        "dog",
-        "jumps",
-        "quick",
-        "over",
-        "vector",
-        "vectors",
-        "text",
-        "inter",
-        "action",
-        ":",
-        "向",
-        "量",
-        "検",
-    ]
+    words = ["query", "passage", "late", "the", "fox", "dog", "jumps", "quick", "over", "vector", "vectors", "text"]
+    words += ["inter", "action", ":", "向", "量", "検"]
     letters = "abcdefghijklmnopqrstuvwxyzéï"
     pieces = [*SPECIAL, *words, *(letter for letter in letters if letter not in words), *(f"##{c}" for c in letters)]
     return {piece: place for place, piece in enumerate(pieces)}
