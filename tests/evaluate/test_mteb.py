@@ -114,7 +114,7 @@ def test_retrieval_figures_are_those_of_mteb(mteb: Any, tmp_path: Path, identica
 
 @pytest.mark.parametrize("equal", [False, True])
 def test_sts_figures_are_those_of_mteb(mteb: Any, tmp_path: Path, equal: bool) -> None:
-    """Pairs of equal texts are tied at a cosine of 1. Their fp32 inner products are tied in neither: rounding decides."""
+    """Pairs of equal texts are tied at a cosine of 1. Their fp32 inner products are not, in both: rounding."""
     random = np.random.default_rng(0)
     text1 = [f"left {number}" for number in range(80)]
     text2 = [text1[number] if equal and number % 4 == 0 else f"right {number}" for number in range(80)]

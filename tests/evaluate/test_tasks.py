@@ -104,10 +104,10 @@ def test_judged_documents_that_are_missing_count_as_not_found() -> None:
 
 def test_a_query_may_ignore_the_document_with_its_own_id() -> None:
     corpus = {"1": "same", "2": "other"}
-    kept = RetrievalTask("t", {"1": "same"}, corpus, {"1": {"2": 1}})
-    dropped = RetrievalTask("t", {"1": "same"}, corpus, {"1": {"2": 1}}, ignore_identical_ids=True)
-    assert evaluate(HashEncoder(), [kept])[0].scores["mrr_at_10"] == 0.5
-    assert evaluate(HashEncoder(), [dropped])[0].scores["mrr_at_10"] == 1.0
+    kept = RetrievalTask("t", {"1": "same"}, corpus, {"1": {"2": 1}}, cuts=(1, 2))
+    dropped = RetrievalTask("t", {"1": "same"}, corpus, {"1": {"2": 1}}, ignore_identical_ids=True, cuts=(1,))
+    assert evaluate(HashEncoder(), [kept])[0].scores["mrr_at_2"] == 0.5
+    assert evaluate(HashEncoder(), [dropped])[0].scores["mrr_at_1"] == 1.0
 
 
 def test_one_document() -> None:
