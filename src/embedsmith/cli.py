@@ -173,14 +173,15 @@ def encode(
 
 
 def main() -> None:
-    """Run the command line; an error a user can cause is one message and exit code 1, an interrupt 130."""
+    """Run the command line; an error a user can cause is one message and exit code 1, an interrupt exits with 130."""
+    import logging
+
     from embedsmith.core.errors import EmbedsmithError
 
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("embedsmith").setLevel(logging.INFO)
     try:
         app()
     except EmbedsmithError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.secho("stopped", err=True)
-        sys.exit(130)

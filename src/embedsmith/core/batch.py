@@ -131,7 +131,7 @@ class Batch:
         """This rank's rows as a batch of their own, on the same leaves: the local form of a loss."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         sides: dict[str, Any] = {name: value.alone() for name, value in values.items() if isinstance(value, Side)}
-        return replace(self, group=ALONE, **sides)  # type: ignore[arg-type]
+        return replace(self, group=ALONE, **sides)
 
     def mean_over_rows(self, value_WQ: Tensor, valid_Q: Tensor | None = None) -> Tensor:
         """value_W: the mean over the valid rows of all ranks, as this rank's share of it.

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from embedsmith.core.collectives import rank
 
 log = logging.getLogger("embedsmith")
+log.addFilter(lambda record: rank() == 0)
 
 _on_screen: list[str] = []  # labels of the bars the terminal shows: at most one
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +61,18 @@ def row_seeds(seed: int, visit: int, rows: Sequence[int] | IntArray) -> list[int
 
 
 def retrieval_texts(
-    records: Sequence[Record], *, positives: int, negatives: int, seeds: Sequence[int]
+    records: Sequence[Record],
+    *,
+    positives: int,
+    negatives: int,
+    seeds: Sequence[int],
+    share: tuple[int, int] = (0, 1),
 ) -> RetrievalTexts:
     """Draw up to `positives` positives and `negatives` negatives of each record, without replacement.
 
     A record with fewer leaves slots empty. A text is drawn at most once for a record, and a negative that is also
-    one of the record's positives is never drawn.
+    one of the record's positives is never drawn. `share=(k, n)` keeps every n-th negative slot from the k-th: n
+    calls with the same seeds share the drawn negatives between them.
     """
     positive_id_QP = np.full((len(records), positives), ABSENT, dtype=np.int64)
     negative_id_QM = np.full((len(records), negatives), ABSENT, dtype=np.int64)
@@ -78,7 +85,8 @@ def retrieval_texts(
         for p, (slot, id_) in enumerate(_draw(record.positives, positives, chance, set())):
             positive_id_QP[q, p], positive_score_QP[q, p] = id_, _score(record.teacher_positive_scores, slot)
             documents.setdefault(id_, record.positives[slot])
-        for m, (slot, id_) in enumerate(_draw(record.negatives, negatives, chance, known)):
+        drawn = _draw(record.negatives, negatives, chance, known)
+        for m, (slot, id_) in islice(enumerate(drawn), share[0], None, share[1]):
             negative_id_QM[q, m], negative_score_QM[q, m] = id_, _score(record.teacher_negative_scores, slot)
             documents.setdefault(id_, record.negatives[slot])
     taught = any(r.teacher_positive_scores or r.teacher_negative_scores for r in records)

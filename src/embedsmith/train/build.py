@@ -11,15 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from embedsmith.core.batch import PairBatch
 from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
 from embedsmith.core.registry import losses
-from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, read_source
+from embedsmith.data import RecordSet, Source, negatives_per_query, read_source
 from embedsmith.models import Embedder, ModelConfig
-from embedsmith.train.config import Recipe, TrainConfig
-from embedsmith.train.feed import Feed, Supply
+from embedsmith.train.balance import balanced_lanes
+from embedsmith.train.config import Balance, Recipe, TrainConfig
+from embedsmith.train.feed import Feed, Lane, Supply, plan_of
 from embedsmith.train.step import Memory
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
@@ -77,33 +77,41 @@ def from_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
     )
 
 
-def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source]) -> Feed:
+def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balance: Balance | None = None) -> Feed:
     """Read every source, choose its loss, and plan the batches."""
     sets = [read_source(source) for source in sources]
     _check_same_files(sets)
-    supplies = [make_supply(source, records, model.dimension) for source, records in zip(sources, sets, strict=True)]
-    plan = BatchPlan(
-        sizes=tuple(len(record_set.records) for record_set in sets),
-        batch_sizes=tuple(source.batch_size or recipe.train.batch_size for source in sources),
-        weights=tuple(source.weight for source in sources),
-        names=tuple(record_set.name for record_set in sets),
-        seed=recipe.train.seed,
-        world=world_size(),
-    )
-    return Feed(model, supplies, plan, recipe.train.seed, rank(), world_size())
+    supplies = [
+        make_supply(source, records, recipe.train.batch_size, model.dimension)
+        for source, records in zip(sources, sets, strict=True)
+    ]
+    seed = recipe.train.seed
+    if balance is None:
+        plan = plan_of(supplies, seed, world_size())
+        return Feed(model, [Lane(supplies, plan, rank(), world_size())], plan.steps_per_epoch, seed)
+    lanes, steps = balanced_lanes(balance, supplies, seed)
+    return Feed(model, lanes, steps, seed)
 
 
-def make_supply(source: Source, records: RecordSet, dimension: int) -> Supply:
+def make_supply(source: Source, records: RecordSet, batch_size: int, dimension: int) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
     loss = choose_loss(source, records.task)
     loss.check(dimension)
-    if PairBatch in loss.batches and records.records[0].positive_scores is None:
+    supply = Supply(
+        records,
+        loss,
+        batch_size=source.batch_size or batch_size,
+        weight=source.weight,
+        positives=source.positives,
+        negatives=negatives_per_query(source, records.records),
+    )
+    if supply.in_pairs and records.records[0].positive_scores is None:
         raise RecipeError(
             f"the loss {type(loss).__name__} needs a score for every pair",
             where=records.name,
             fix="use a retrieval loss, or give the rows scores",
         )
-    return Supply(records, loss, source.positives, negatives_per_query(source, records.records))
+    return supply
 
 
 def choose_loss(source: Source, task: str) -> Loss:
@@ -136,7 +144,7 @@ def build_extras(objectives: Sequence[Loss], model: Embedder) -> nn.ModuleDict:
     return nn.ModuleDict(modules)
 
 
-def run_length(config: TrainConfig, plan: BatchPlan) -> RunLength:
-    steps = config.steps or math.ceil((config.epochs or 1) * plan.steps_per_epoch)
+def run_length(config: TrainConfig, steps_per_epoch: int) -> RunLength:
+    steps = config.steps or math.ceil((config.epochs or 1) * steps_per_epoch)
     tenth = max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000)
     return RunLength(steps, config.checkpoint_every or tenth)

@@ -9,6 +9,7 @@ runs/a/model/                   the result, written last; `finished.json` beside
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Checkpoints:
             state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
             optimizer.load_state_dict(training["optimizer"])
             extras.load_state_dict(training["extras"])
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"the checkpoint cannot be read ({error})",
                 where=folder,
@@ -104,19 +105,26 @@ def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:
         shutil.rmtree(output)
     if (output / FINISHED).exists():
         raise CheckpointError("this run is finished", where=output, fix="choose another output, or pass --overwrite")
-    if not output.exists() or not any(output.iterdir()):
+    if _is_empty(output):
         if rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, output / "recipe.yaml")
         return None
     _refuse_foreign(output)
     _refuse_other_recipe(output, recipe)
+    for half_written in (output / "checkpoints").glob(".step-*"):
+        shutil.rmtree(half_written)
     steps = Checkpoints(output, keep=1).steps()
     return steps[-1] if steps else None
 
 
+def _is_empty(output: Path) -> bool:
+    """Nothing there, or no more than the temporary files of a run that was killed at its very start."""
+    return not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
+
+
 def _refuse_foreign(output: Path) -> None:
-    if any(output.iterdir()) and not (output / "recipe.yaml").exists():
+    if not _is_empty(output) and not (output / "recipe.yaml").exists():
         raise CheckpointError("the folder is not empty and holds no run", where=output, fix="choose another output")
 
 

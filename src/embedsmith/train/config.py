@@ -13,6 +13,30 @@ from embedsmith.models import ModelConfig
 
 @section
 @dataclass(frozen=True)
+class Balance:
+    """Conan's cross-GPU balance: every step has a retrieval part and a similarity part, which move the model together
+    with loss L_retrieval + beta L_similarity (Conan-embedding, section 3.3).
+
+    `balanced`: every rank computes both parts. With `spread_negatives` all ranks have the same queries and each
+    another slice of their negatives (the paper's figure); without, each has its own queries with all their negatives,
+    which gives the same loss and encodes less. `split`: the last `sts_ranks` ranks do the similarity part, the others
+    the retrieval part.
+    """
+
+    mode: Literal["balanced", "split"] = "balanced"
+    beta: float = 0.8
+    spread_negatives: bool = False
+    sts_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.beta < 0 or self.sts_ranks < 1:
+            raise RecipeError(f"beta {self.beta}, sts_ranks {self.sts_ranks}", expected="beta >= 0, sts_ranks >= 1")
+        if self.mode == "split" and self.spread_negatives:
+            raise RecipeError("spread_negatives belongs to the balanced mode", fix="remove one of the two")
+
+
+@section
+@dataclass(frozen=True)
 class TrainConfig:
     """How to train.
 
@@ -34,6 +58,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    balance: Balance | None = None
     micro_batch: int | None = None
     token_budget: int | None = None
     seed: int = 0

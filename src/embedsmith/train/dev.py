@@ -58,7 +58,7 @@ class Development:
         if self.validation is None:
             return {}
         values: dict[str, list[float]] = {}
-        for step in range(self.validation.plan.steps_per_epoch):
+        for step in range(self.validation.steps_per_epoch):
             parts = self.validation.parts(step)
             value = mean_over_ranks(evaluate_parts(self.encode, parts, self.memory, self.extras))
             values.setdefault(parts[0].source, []).append(float(value))

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Batch, PairBatch, Progress, RetrievalBatch, Side
+from embedsmith.core.collectives import Group
 from embedsmith.core.encoder import Role
 from embedsmith.core.loss import Loss
 from embedsmith.core.tokens import TokenBatch
@@ -31,31 +32,77 @@ from embedsmith.train.step import Part
 
 @dataclass(frozen=True)
 class Supply:
-    """One source, ready to draw from: its records, its loss, and how many texts a query draws."""
+    """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together), how often an
+    epoch sees a row, and how many texts a query draws."""
 
     records: RecordSet
     loss: Loss
+    batch_size: int
+    weight: float
     positives: int
     negatives: int
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether its batches are scored pairs; a loss that reads both kinds takes what the task is."""
+        return PairBatch in self.loss.batches and (
+            RetrievalBatch not in self.loss.batches or self.records.task == "sts"
+        )
+
+
+def plan_of(supplies: Sequence[Supply], seed: int, world: int) -> BatchPlan:
+    """The batches of some sources, shared by `world` ranks."""
+    return BatchPlan(
+        sizes=tuple(len(supply.records.records) for supply in supplies),
+        batch_sizes=tuple(supply.batch_size for supply in supplies),
+        weights=tuple(supply.weight for supply in supplies),
+        names=tuple(supply.records.name for supply in supplies),
+        seed=seed,
+        world=world,
+    )
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One part of every step: sources of which each step draws one, and the ranks that share its rows.
+
+    `rank` of `world` ranks takes its slice of the rows; with `spread` it takes all rows and its slice of every row's
+    negatives instead. `group` is the process group of those ranks (`None`: all), `weight` that of the part's loss.
+    """
+
+    supplies: Sequence[Supply]
+    plan: BatchPlan
+    rank: int
+    world: int
+    weight: float = 1.0
+    group: Group = None
+    spread: bool = False
+
+    def part(self, model: Embedder, step: int, seed: int) -> Part:
+        planned = self.plan.at(step)
+        supply = self.supplies[planned.source]
+        rows = planned.rows if self.spread else planned.rows_of(self.rank, self.world)
+        records = [supply.records.records[int(row)] for row in rows]
+        share = (self.rank, self.world) if self.spread else (0, 1)
+        part = make_part(model, supply, records, row_seeds(seed, planned.visit, rows), share)
+        return replace(part, weight=self.weight, group=self.group)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The parts of any step, for one rank."""
+    """The parts of any step, for one rank: one lane as a rule, two where Conan's balance moves tasks together."""
 
     model: Embedder
-    supplies: Sequence[Supply]
-    plan: BatchPlan
+    lanes: Sequence[Lane]
+    steps_per_epoch: int
     seed: int
-    rank: int
-    world: int
+
+    @property
+    def supplies(self) -> list[Supply]:
+        return [supply for lane in self.lanes for supply in lane.supplies]
 
     def parts(self, step: int) -> list[Part]:
-        planned = self.plan.at(step)
-        supply = self.supplies[planned.source]
-        rows = planned.rows_of(self.rank, self.world)
-        records = [supply.records.records[int(row)] for row in rows]
-        return [make_part(self.model, supply, records, row_seeds(self.seed, planned.visit, rows))]
+        return [lane.part(self.model, step, self.seed) for lane in self.lanes]
 
     def run_ahead(self, start: int, stop: int, ahead: int = 2) -> Iterator[list[Part]]:
         """The parts of steps `start` to `stop - 1` in order, a few prepared while the model trains."""
@@ -70,11 +117,18 @@ class Feed:
                 yield ready
 
 
-def make_part(model: Embedder, supply: Supply, records: Sequence[Record], seeds: Sequence[int]) -> Part:
+def make_part(
+    model: Embedder,
+    supply: Supply,
+    records: Sequence[Record],
+    seeds: Sequence[int],
+    share: tuple[int, int] = (0, 1),
+) -> Part:
     """Draw and tokenize the texts of one batch, for the kind of batch the loss reads."""
-    if PairBatch in supply.loss.batches:
+    if supply.in_pairs:
         return _pair_part(model, supply, pair_texts(records, seeds=seeds))
-    texts = retrieval_texts(records, positives=supply.positives, negatives=supply.negatives, seeds=seeds)
+    counts = {"positives": supply.positives, "negatives": supply.negatives}
+    texts = retrieval_texts(records, **counts, seeds=seeds, share=share)
     return _retrieval_part(model, supply, texts)
 
 

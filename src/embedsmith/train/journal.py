@@ -42,7 +42,8 @@ class Journal:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # `end_training` would also end the process group
+                tracker.finish()
 
 
 def cut_back(path: Path, step: int) -> None:

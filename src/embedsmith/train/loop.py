@@ -19,7 +19,7 @@ from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import (
     average_gradients,
     max_over_ranks,
-    mean_over_ranks,
+    objects_of_all_ranks,
     on_first_rank,
     rank,
     world_size,
@@ -105,16 +105,14 @@ def rehearse(recipe: Recipe) -> str:
     """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done."""
     run = build(recipe, make_accelerator(recipe))
     output, rate, norm = update(run, run.feed.parts(0))
-    plan = run.feed.plan
     lines = [f"model: {recipe.model.path}, {sum(p.numel() for p in run.parameters()):,} parameters"]
-    for supply, rows, steps in zip(run.feed.supplies, plan.rows_per_step, plan.steps_of, strict=True):
-        records = supply.records
-        lines.append(
-            f"source {records.name}: {records.task}, {len(records.records):,} rows, "
-            f"{steps} steps of {rows} an epoch, {supply.loss}"
-        )
+    for lane in run.feed.lanes:
+        for supply, rows, steps in zip(lane.supplies, lane.plan.rows_per_step, lane.plan.steps_of, strict=True):
+            records = supply.records
+            size = f"{len(records.records):,} rows, {steps} steps of {rows} an epoch"
+            lines.append(f"source {records.name}: {records.task}, {size}, {supply.loss}")
     lines.append(
-        f"steps: {run.length.steps} ({plan.steps_per_epoch} an epoch), on {world_size()} process(es), "
+        f"steps: {run.length.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
         f"{run.accelerator.device}, {run.accelerator.mixed_precision}"
     )
     lines.append(f"memory: {run.memory}")
@@ -130,14 +128,14 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     seed_everything(recipe.train.seed)
     model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
     model.to(accelerator.device).train()
-    feed = build_feed(recipe, model, recipe.data)
+    feed = build_feed(recipe, model, recipe.data, recipe.train.balance)
     extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
     named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
     optimizer = make_optimizer(named, recipe.train)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(recipe.train.seed, rank()))
     memory = derive_memory(recipe.train, accelerator.device)
-    length = run_length(recipe.train, feed.plan)
+    length = run_length(recipe.train, feed.steps_per_epoch)
     return Run(recipe, accelerator, model, extras, optimizer, feed, memory, length, RunState())
 
 
@@ -150,7 +148,7 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
             output, rate, norm = update(run, parts)
             run.state = replace(run.state, step=run.state.step + 1)
             step = run.state.step
-            meter.add(parts[0].source, output)
+            meter.add(output)
             if step % config.log_every == 0 or step == steps:
                 journal.write(step, meter.report(rate, norm, bar))
             bar.advance()
@@ -167,6 +165,7 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
             ):
                 checkpoints.save(run.model, run.extras, run.optimizer, run.state)
             if interrupted:
+                log.warning("stopped after step %d; the same command continues", step)
                 raise KeyboardInterrupt
             if development.exhausted(run.state):
                 log.info("stopping early: no better score in %d evaluations", run.state.evaluations_without_gain)
@@ -195,7 +194,7 @@ class Meter:
         self._losses: dict[str, list[torch.Tensor]] = {}
         self._tokens, self._padded, self._since = 0, 0, time.perf_counter()
 
-    def add(self, source: str, output: StepOutput) -> None:
+    def add(self, output: StepOutput) -> None:
         for name, parts in output.parts.items():
             for key, value in parts.items():
                 self._losses.setdefault(f"{key}/{name}", []).append(value.detach().float().mean())
@@ -205,19 +204,24 @@ class Meter:
     def report(self, rate: float, norm: float, bar: Bar) -> dict[str, float]:
         """The values since the last call, averaged over ranks, and a note on the bar. Collective."""
         seconds = time.perf_counter() - self._since
-        means = {key: float(mean_over_ranks(torch.stack(v).mean())) for key, v in sorted(self._losses.items())}
+        mine = {key: float(torch.stack(values).mean()) for key, values in self._losses.items()}
+        means: dict[str, list[float]] = {}
+        for theirs in objects_of_all_ranks(mine):  # ranks may hold parts of different sources
+            for key, value in theirs.items():
+                means.setdefault(key, []).append(value)
+        averages = {key: sum(values) / len(values) for key, values in sorted(means.items())}
         speed = self._tokens * world_size() / seconds
-        values = {
-            **means,
+        report = {
+            **averages,
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": speed,
             "padding_share": 1 - self._tokens / max(self._padded, 1),
         }
-        losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in means.items() if key.startswith("loss/"))
+        losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
         bar.say(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
         self.__init__()  # type: ignore[misc]
-        return values
+        return report
 
 
 class Stop:
