@@ -1,0 +1,39 @@
+"""Every recipe in recipes/ is valid and takes two steps on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedsmith.core.recipe import load_recipe, read_tree
+from embedsmith.train import Recipe, train
+from tests.tinybert import WORDS, tiny_bert
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROWS = {
+    "retrieval": lambda i: {"query": f"{WORDS[i]} cat", "pos": [f"the {WORDS[i]} dog"], "neg": [f"{WORDS[-i]} tree"]},
+    "sts": lambda i: {"text1": f"{WORDS[i]} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16},
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_takes_two_steps(path, tmp_path):
+    bert = tiny_bert(tmp_path / "bert")
+    changes = [
+        f"model.path={bert}",
+        "model.max_length=16",
+        "model.pooling=mean",
+        "train.steps=2",
+        "train.epochs=null",
+        "train.log_with=[]",
+    ]
+    for place, source in enumerate(read_tree(path)["data"]):
+        file = tmp_path / f"{place}.jsonl"
+        rows = [ROWS[source["task"]](number) for number in range(16)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        widths = source.get("loss", {}).get("dims")
+        changes += [f"model.dimension={max(widths)}"] if widths else []  # the tiny encoder gets a head this wide
+        changes += [f"data.{place}.path={file}", f"data.{place}.batch_size=4"]
+    model = train(load_recipe(path, Recipe, [*changes, f"output={tmp_path / 'run'}"]))
+    assert (model / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
