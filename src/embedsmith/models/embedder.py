@@ -30,7 +30,7 @@ class Embedder(nn.Module):
     """Texts to representations.
 
     `tokenize` makes token ids, `forward` makes `Reps` of a padded chunk with gradient, `represent` and `encode` do
-    both without. `extras` holds trainable things that belong to a loss, not to the vectors.
+    both without.
     """
 
     def __init__(

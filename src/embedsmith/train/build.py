@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
@@ -37,6 +38,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if bf16_is_fast() else "fp32"
+    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",

@@ -50,9 +50,11 @@ class Development:
         return self.config.patience is not None and state.evaluations_without_gain >= self.config.patience
 
     def _task_scores(self) -> dict[str, float]:
-        tasks = [load_task(name, data_dir=self.config.data) for name in self.config.tasks]
-        results = evaluate(self.model, tasks) if tasks else None
-        return {} if results is None else results.main_scores()
+        """Main scores by the names the recipe uses for the tasks."""
+        if not self.config.tasks:
+            return {}
+        results = evaluate(self.model, [load_task(name, data_dir=self.config.data) for name in self.config.tasks])
+        return {name: result.main_score for name, result in zip(self.config.tasks, results, strict=True)}
 
     def _validation_losses(self) -> dict[str, float]:
         if self.validation is None:

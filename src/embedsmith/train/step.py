@@ -182,7 +182,7 @@ def _check_finite(parts: Sequence[Part], sides: list[tuple[Side, Side]], total: 
         names = ", ".join(part.source for part in parts)
         what = "the loss" if all(healthy) else "a representation"
         raise TrainingError(
-            f"{what} is not finite (loss {float(total):g})",
+            f"{what} is not finite (loss {float(total.detach()):g})",
             where=f"step {step}, source {names}",
             fix="lower train.learning_rate or set train.precision=fp32; the last checkpoint is intact",
         )
