@@ -97,12 +97,11 @@ class EvaluateConfig:
     data: str | None = None
     every: int | None = None
     metric: str | None = None
-    max_length: int | None = None
     validation: tuple[Source, ...] = ()
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience", "max_length"):
+        for name in ("every", "patience"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{name} is {value}", expected="a number above 0")
