@@ -37,6 +37,29 @@ def test_blocks_keep_the_order_and_per_text_instructions(model, monkeypatch):
     np.testing.assert_allclose(model.encode(tiny.TEXTS, instruction=instruction), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_chunks_side_by_side_give_what_one_after_another_gives(model, monkeypatch, dtype):
+    texts = [f"{text} {'fox ' * n}" for n in range(6) for text in tiny.TEXTS]
+    ask = {"role": "query", "outputs": ("dense", "middle"), "token_budget": 30, "dtype": dtype}
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(encode_module, "derive_workers", lambda device, chunks: 1)
+    plain = model.represent(texts, **ask)
+    monkeypatch.setattr(encode_module, "derive_workers", lambda device, chunks: 3)
+    spread = model.represent(texts, **ask)
+    for head in ("dense", "middle"):
+        torch.testing.assert_close(spread[head].vector_ND, plain[head].vector_ND, atol=1e-5, rtol=0)
+    assert torch.get_num_threads() == threads
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_few_chunks_get_all_cores_each():
+    cores = torch.get_num_threads()
+    cpu = torch.device("cpu")
+    assert encode_module.derive_workers(cpu, 2 * cores - 1) == 1
+    assert encode_module.derive_workers(cpu, 2 * cores) == cores
+    assert encode_module.derive_workers(torch.device("cuda"), 1000) == 1
+
+
 def test_forward_by_hand(model):
     """Mean of the last states over real tokens, and of the middle ones: three layers, so hidden_states[2]."""
     padded = model.tokenize(tiny.TEXTS, "query").pad(model.pad_id)

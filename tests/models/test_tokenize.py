@@ -59,6 +59,7 @@ def test_body_starts_behind_the_prompt():
     assert "".join(ids[1 : batch.body_N[0]]).replace("##", "") == "query:"
     assert ids[batch.body_N[0]].startswith("l")
     assert text.tokenizer.convert_ids_to_tokens(rows(batch)[1])[batch.body_N[1] :] == ["[SEP]"]
+    assert text([" fox"], Settings("mean", 32, {"query": "the dog"}), "query").body_N.tolist() == [3], "no space before"
     assert text(["late"], Settings("mean", 32), "query").body_N.tolist() == [0], "without a prompt all is body"
 
 

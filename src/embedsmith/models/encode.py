@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from embedsmith.core.encoder import Role
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Reps, concatenate, each_head
-from embedsmith.core.tokens import TokenBatch, chunk_rows
+from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
 from embedsmith.models.config import ComputeType
 from embedsmith.models.tokenize import Instruction
 
@@ -62,19 +63,45 @@ def derive_token_budget(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 32768
 
 
-def _block(model: Embedder, tokens: TokenBatch, how: Inference, outputs: Sequence[str], advance: Any) -> Reps:
+def _block(
+    model: Embedder, tokens: TokenBatch, how: Inference, outputs: Sequence[str], advance: Callable[[int], None]
+) -> Reps:
     """Representations of one block: computed longest chunk first, returned in row order."""
-    budget = how.token_budget or derive_token_budget(model.device)
-    chunks = chunk_rows(tokens.length_N, budget)
+    device = model.device
+    chunks = chunk_rows(tokens.length_N, how.token_budget or derive_token_budget(device))
+
+    def compute(rows: IntArray) -> Reps:
+        with torch.inference_mode(), autocast(device, how.dtype):  # both are settings of the thread
+            padded = tokens.take(rows).pad(model.pad_id, device, model.padding_left)
+            return each_head(model(padded, outputs), lambda rep: rep.map(torch.Tensor.cpu))
+
     parts: list[Reps] = []
-    with torch.inference_mode(), autocast(model.device, how.dtype):
-        for rows in chunks:
-            padded = tokens.take(rows).pad(model.pad_id, model.device, model.padding_left)
-            parts.append(each_head(model(padded, outputs), lambda rep: rep.map(torch.Tensor.cpu)))
-            advance(len(rows))
+    for rows, part in zip(chunks, _spread(compute, chunks, derive_workers(device, len(chunks))), strict=True):
+        parts.append(part)
+        advance(len(rows))
     order = torch.from_numpy(np.argsort(np.concatenate(chunks), kind="stable"))
     joined = concatenate(parts)  # outside inference mode: ordinary tensors, which a loss may use
     return each_head(joined, lambda rep: rep.rows(order))
+
+
+def derive_workers(device: torch.device, chunks: int) -> int:
+    """Chunks computed side by side. On a CPU one a core: small products gain little from several cores, and a busy
+    core then delays its own chunk instead of every product. A few chunks get all cores each."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return threads if chunks >= 2 * threads else 1
+
+
+def _spread(compute: Callable[[IntArray], Reps], chunks: Sequence[IntArray], workers: int) -> Iterator[Reps]:
+    """`map(compute, chunks)` over threads of one core each."""
+    if workers == 1:
+        yield from map(compute, chunks)
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(compute, chunks)
+    finally:
+        torch.set_num_threads(threads)  # a worker's setting is also the default of threads to come
 
 
 def autocast(device: torch.device, dtype: ComputeType | None) -> AbstractContextManager[Any]:
