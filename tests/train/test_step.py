@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from embedsmith.core.batch import Progress
+from embedsmith.core.batch import Progress, Side
 from embedsmith.core.collectives import average_gradients, rank, world_size
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.reps import Dense
@@ -34,6 +35,20 @@ def reference(head, dropout=0.0, memory=WHOLE):
     torch.manual_seed(7)
     output = run_step(model, [make_part(head)], memory)
     return output, gradients(model)
+
+
+def test_the_step_equals_autograd_written_out():
+    """No leaves, no chunks: cross-entropy over the candidates, differentiated in one graph."""
+    part = make_part("dense")
+    model = TinyHeads()
+    query, document = (model(side, ["dense"])["dense"].vector_ND for side in (part.first, part.second))
+    batch = part.assemble(*(Side({"dense": Dense(vector)}) for vector in (query, document)), {}, Progress())
+    target_Q = torch.searchsorted(batch.document_id_N, batch.positive_id_QP[:, 0])
+    expected = F.cross_entropy(query @ document.T / 0.1, target_Q)
+    expected.backward()
+    output, got = reference("dense")
+    assert output.value.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert_same(got, gradients(model))
 
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=str)
