@@ -239,11 +239,10 @@ def test_the_ensemble_teaches_without_gradient_and_from_its_start_step():
     logit = scores_of(batch) / 0.2
     contrast = (F.cross_entropy(logit, torch.arange(5)) + F.cross_entropy(0.7 * logit, torch.arange(5))) / 2
     taught = F.cross_entropy(logit, (0.7 * logit).detach().softmax(-1))
-    for step, expected in ((1, contrast), (2, (contrast + taught) / 2)):
-        value = loss(replace(batch, progress=Progress(step, 10))).value
-        assert value.item() == pytest.approx(expected.item())
-        got = gradient_of(value, batch)
-        torch.testing.assert_close(got, gradient_of(expected, batch) if step == 2 else got)
+    before, after = (loss(replace(batch, progress=Progress(step, 10))).value for step in (1, 2))
+    assert before.item() == pytest.approx(contrast.item())
+    assert after.item() == pytest.approx(((contrast + taught) / 2).item())
+    torch.testing.assert_close(gradient_of(after, batch), gradient_of((contrast + taught) / 2, batch))
 
 
 def test_learnable_temperature_gets_the_gradient_of_its_logarithm():

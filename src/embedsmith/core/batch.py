@@ -7,7 +7,7 @@ runs inside autograd, so a loss that is undefined on one rank cannot hang the ot
 same gathered views in the same order, so a loss never branches on local data before it has asked.
 
 With gradients averaged over ranks, "local queries against gathered candidates" gives exactly the parameter gradient
-of one process on the whole batch (proof: tests/test_ranks.py). Tensor names: `shapes.md`.
+of one process on the whole batch (proof: tests/train/test_step.py). Tensor names: `shapes.md`.
 """
 
 from __future__ import annotations

@@ -58,8 +58,7 @@ class TextTokenizer:
         instruction: Instruction = None,
     ) -> TokenBatch:
         prompts = _prompts(texts, prompt_for(settings, role, task), instruction)
-        self._native.no_padding()
-        self._native.enable_truncation(max_length=settings.max_length)
+        self._set_up(settings.max_length)
         is_query = role == "query"
         if not any(prompts):
             encodings = self._native.encode_batch_fast(list(texts))
@@ -69,6 +68,15 @@ class TextTokenizer:
         rows = [encoding.ids or [self._filler_id] for encoding in encodings]
         starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
         return TokenBatch.from_rows(rows, starts, is_query)
+
+    def _set_up(self, max_length: int) -> None:
+        """Change the native tokenizer only where it differs: changing it while another thread uses it is an error, and
+        training tokenizes ahead in a thread of its own."""
+        if self._native.padding is not None:
+            self._native.no_padding()
+        truncation = self._native.truncation
+        if truncation is None or truncation["max_length"] != max_length:
+            self._native.enable_truncation(max_length=max_length)
 
 
 def _prompts(texts: Sequence[str], prompt: str, instruction: Instruction) -> list[str]:

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Batch, PairBatch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import Group
-from embedsmith.core.encoder import Role
 from embedsmith.core.loss import Loss
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import (
@@ -145,7 +143,7 @@ _RETRIEVAL_IDS = (
 
 def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> Part:
     name, task = supply.records.name, supply.records.task
-    query = _tokenize(model, texts.queries, "query", task, texts.instructions)
+    query = _tokenize(model, texts.queries, task, texts.instructions)
     document = model.tokenize(texts.documents, role="document", task=task)
     assemble = _assembler(RetrievalBatch, ("query", "document"), _tensors(texts, _RETRIEVAL_IDS), task, name)
     return Part(name, query, document, assemble, supply.loss)
@@ -154,20 +152,15 @@ def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> P
 def _pair_part(model: Embedder, supply: Supply, texts: PairTexts) -> Part:
     """Both sides of a pair are queries: neither is a document to be found."""
     name, task = supply.records.name, supply.records.task
-    left, right = (_tokenize(model, side, "query", task, texts.instructions) for side in (texts.left, texts.right))
+    left, right = (_tokenize(model, side, task, texts.instructions) for side in (texts.left, texts.right))
     ids = _tensors(texts, ("left_id_N", "right_id_N", "label_N"))
     return Part(name, left, right, _assembler(PairBatch, ("left", "right"), ids, task, name), supply.loss)
 
 
-def _tokenize(model: Embedder, texts: list[str], role: Role, task: str, instructions: list[str | None]) -> TokenBatch:
-    """A record's own instruction takes the place of the task's prompt; records without one keep the prompt."""
-    with_own = [n for n, instruction in enumerate(instructions) if instruction is not None]
-    if not with_own:
-        return model.tokenize(texts, role=role, task=task)
-    without = [n for n, instruction in enumerate(instructions) if instruction is None]
-    own = model.tokenize([texts[n] for n in with_own], role=role, instruction=[instructions[n] or "" for n in with_own])
-    plain = model.tokenize([texts[n] for n in without], role=role, task=task)
-    return TokenBatch.concatenate([own, plain]).take(np.argsort(np.array(with_own + without)))
+def _tokenize(model: Embedder, texts: list[str], task: str, instructions: list[str | None]) -> TokenBatch:
+    """Texts in the role of queries. A record's own instruction takes the place of the task's prompt."""
+    own = instructions if any(instruction is not None for instruction in instructions) else None
+    return model.tokenize(texts, role="query", task=task, instruction=own)
 
 
 def _tensors(texts: RetrievalTexts | PairTexts, names: Sequence[str]) -> dict[str, Tensor | None]:
