@@ -1,0 +1,5 @@
+"""`python -m embedsmith`, and so `torchrun -m embedsmith`."""
+
+from embedsmith.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""Writes are whole or absent, whatever stops them."""
+
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from embedsmith.core.errors import CheckpointError
+from embedsmith.core.files import atomic_file, atomic_folder
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path):
+    with atomic_file(tmp_path / "sub" / "a.txt") as file:
+        file.write("hello")
+        assert not (tmp_path / "sub" / "a.txt").exists()
+    assert (tmp_path / "sub" / "a.txt").read_text() == "hello"
+
+
+def test_an_error_leaves_the_old_content_and_no_rest(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "a.txt") as file:
+        file.write("new")
+        raise ZeroDivisionError
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_replaces_an_older_one_only_when_whole(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+        raise ZeroDivisionError
+    assert [p.name for p in target.iterdir()] == ["a"]
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@contextmanager
+def tiny_disk(tmp_path):
+    """A file system of 1 MiB."""
+    mount = tmp_path / "tiny"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    try:
+        allowed = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+BIG = torch.zeros(2**20)
+
+
+def save_with_torch(folder):
+    with (folder / "x").open("wb") as file:
+        torch.save(BIG, file)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: (folder / "x").write_bytes(bytes(2**22)),
+        save_with_torch,
+        lambda folder: save_file({"x": BIG}, folder / "x"),
+    ],
+    ids=["bytes", "torch", "safetensors"],
+)
+def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path, write):
+    with tiny_disk(tmp_path) as disk:
+        with atomic_folder(disk / "model") as folder:
+            (folder / "a").write_text("old")
+        with pytest.raises(CheckpointError, match="no space left"), atomic_folder(disk / "model") as folder:
+            write(folder)
+        assert (disk / "model" / "a").read_text() == "old"
+        assert [p.name for p in disk.iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write here"), atomic_file(tmp_path / "file" / "below"):
+        pass

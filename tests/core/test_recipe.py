@@ -1,0 +1,123 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import pytest
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree, save_recipe, schema_json, section
+from embedsmith.core.registry import Registry, to_plain
+
+shapes = Registry("shape", "tests.core.test_recipe")
+
+
+@shapes.register("circle", formula="r", source="Euclid")
+@dataclass(frozen=True)
+class Circle:
+    """A round one."""
+
+    radius: float = 1.0
+
+    def __post_init__(self):
+        if self.radius <= 0:
+            raise RecipeError(f"radius is {self.radius}", expected="a number above 0")
+
+
+@shapes.register("pair")
+@dataclass(frozen=True)
+class Pair:
+    """Two of them."""
+
+    first: Annotated[object, shapes]
+    second: Annotated[object, shapes] = Circle()
+
+
+@section
+@dataclass(frozen=True)
+class Inner:
+    learning_rate: float = 1e-5
+    widths: tuple[int, ...] = ()
+
+
+@section
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    inner: Inner = Inner()
+    shape: Annotated[object, shapes] | None = None
+    many: tuple[Inner, ...] = ()
+    table: dict[str, float] = field(default_factory=dict)
+
+
+def test_round_trip_through_a_file(tmp_path):
+    recipe = Outer("a", Inner(3e-4, (8, 4)), Pair(Circle(2.0)), (Inner(), Inner(1.0)), {"x": 1.5})
+    save_recipe(recipe, tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml", Outer) == recipe
+
+
+def test_overrides_reach_into_mappings_and_lists(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: a\nmany: [{}, {}]\n")
+    overrides = ["inner.learning_rate=1e-3", "many.1.widths=[4, 2]", "shape.type=circle", "shape.radius=3"]
+    recipe = load_recipe(path, Outer, overrides)
+    assert recipe == Outer("a", Inner(1e-3), Circle(3.0), (Inner(), Inner(widths=(4, 2))))
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"name": "a", "inner": {"learning_rat": 1}}, ["inner.learning_rat", "unknown key", "'learning_rate'"]),
+        ({"name": "a", "many": [{}, {"widthz": 1}]}, ["many.1.widthz", "'widths'"]),
+        ({"name": "a", "inner": {"learning_rate": "fast"}}, ["inner.learning_rate", "'fast'"]),
+        ({"nam": "a"}, ["nam: unknown key", "'name'", "name: this key is required"]),
+        ({"name": "a", "shape": {"type": "circel"}}, ["shape", "unknown shape 'circel'", "'circle'"]),
+        ({"name": "a", "shape": {"type": "circle", "radios": 2}}, ["shape.radios", "unknown key"]),
+        ({"name": "a", "shape": {"type": "circle", "radius": 0}}, ["shape", "radius is 0", "above 0"]),
+        ({"name": "a", "shape": {"type": "pair", "first": {"type": "circle", "radius": "x"}}}, ["shape.first.radius"]),
+        ({"name": "a", "shape": 3}, ["shape", "3 is not a shape", "`type`"]),
+        ([1], ["recipe"]),
+    ],
+)
+def test_mistakes_are_named(tree, words):
+    with pytest.raises(RecipeError) as error:
+        parse(Outer, tree)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [", "not valid YAML"), ("name: a\nname: b", "appears twice"), ("- 1", "not list")],
+)
+def test_broken_files_are_named(tmp_path, text, words):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words) as error:
+        read_tree(path)
+    assert "broken.yaml" in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(RecipeError, match=r"nowhere.yaml.*cannot read"):
+        read_tree("nowhere.yaml")
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "many.7.x=1", "many.x=1"])
+def test_overrides_that_make_no_sense(override):
+    with pytest.raises(RecipeError):
+        apply_override({"many": [1]}, override)
+
+
+def test_the_schema_lists_fields_and_components():
+    text = schema_json(Outer)
+    for word in ("learning_rate", "circle", "A round one.", "radius"):
+        assert word in text
+
+
+def test_plain_trees_hold_only_yaml_values():
+    assert to_plain(Pair(Circle(2.0))) == {
+        "type": "pair",
+        "first": {"type": "circle", "radius": 2.0},
+        "second": {"type": "circle", "radius": 1.0},
+    }
