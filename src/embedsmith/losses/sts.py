@@ -292,15 +292,18 @@ class _PreferenceRanking(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logit_WN: Tensor, label_N: Tensor) -> Tensor:
         label_N, order_N = torch.sort(label_N)
-        value_W, gradient_WN = logit_WN.new_zeros(len(logit_WN)), torch.zeros_like(logit_WN)
-        first = int((label_N - label_N[:1] <= _TIE).sum())  # the lowest labels have nothing below them
-        for width, logit_N in enumerate(logit_WN[:, order_N]):
-            for start in range(first, len(label_N), _PreferenceRanking.BLOCK):
-                stop = min(start + _PreferenceRanking.BLOCK, len(label_N))
-                value_W[width] += _rank_block(logit_N[:stop], label_N[:stop], start, gradient_WN[width, :stop])
-        anchors = max(len(label_N) - first, 1)
+        below = torch.searchsorted(label_N, label_N - _TIE).tolist()  # how many labels lie below each
+        first = sum(count == 0 for count in below)  # the lowest labels are no anchors
+        anchors, gradient_WN = max(len(below) - first, 1), torch.zeros_like(logit_WN)
+        sorted_WN, values = logit_WN[:, order_N], []
+        for logit_N, gradient_N in zip(sorted_WN.unbind(), gradient_WN.unbind(), strict=True):
+            over = [logit_N.new_zeros(0)]
+            for start in range(first, len(below), _PreferenceRanking.BLOCK):
+                stop = min(start + _PreferenceRanking.BLOCK, len(below))
+                over.append(_rank_block(logit_N[:stop], label_N[:stop], start, below[start], gradient_N[:stop]))
+            values.append(torch.nn.functional.softplus(torch.cat(over), threshold=50.0).sum() / anchors)
         ctx.save_for_backward(torch.empty_like(gradient_WN).index_copy(1, order_N, gradient_WN / anchors))
-        return value_W / anchors
+        return torch.stack(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
@@ -311,19 +314,16 @@ class _PreferenceRanking(torch.autograd.Function):
 _TIE = 1e-8
 
 
-def _rank_block(logit_N: Tensor, label_N: Tensor, start: int, gradient_N: Tensor) -> Tensor:
-    """The sum of l_k over the anchors from `start` on, adding its gradient to `gradient_N`."""
-    label_B = label_N[start:]
-    gap_BN = label_B[:, None] - label_N
-    doubtful = int((label_N < label_B[0] - _TIE).sum())  # everything before is below all anchors of the block
+def _rank_block(logit_N: Tensor, label_N: Tensor, start: int, below: int, gradient_N: Tensor) -> Tensor:
+    """By how much the logsumexp below exceeds the anchor's own logit, for the anchors from `start` on; adds the
+    gradient of their terms to `gradient_N`. The first `below` labels are below all of these anchors."""
+    gap_BN = label_N[start:, None] - label_N
     power_BN = gap_BN * logit_N
-    power_BN[:, doubtful:].masked_fill_(gap_BN[:, doubtful:] <= _TIE, float("-inf"))
+    power_BN[:, below:].masked_fill_(gap_BN[:, below:] <= _TIE, float("-inf"))
     top_B1 = power_BN.amax(1, keepdim=True)
-    power_BN.sub_(top_B1).exp_()
-    total_B = power_BN.sum(1)
-    own_B = logit_N[start:] * gap_BN[:, 0]
-    over_B = total_B.log() + top_B1[:, 0] - own_B
+    total_B = power_BN.sub_(top_B1).exp_().sum(1)
+    over_B = torch.addcmul(total_B.log() + top_B1[:, 0], logit_N[start:], gap_BN[:, 0], value=-1)
     share_B = over_B.sigmoid()
     gradient_N += (share_B / total_B) @ power_BN.mul_(gap_BN)
-    gradient_N[start:] -= share_B * gap_BN[:, 0]
-    return torch.nn.functional.softplus(over_B, threshold=50.0).sum()
+    gradient_N[start:].addcmul_(share_B, gap_BN[:, 0], value=-1)
+    return over_B
