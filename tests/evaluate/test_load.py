@@ -75,11 +75,21 @@ def test_a_wrong_sts_row_names_its_line(tmp_path: Path, rows: list[Any], message
         load_task(lines(tmp_path / "f.jsonl", rows))
 
 
+def test_a_repeated_id_that_nobody_judged_counts_once_with_its_last_text(tmp_path: Path, caplog: Any) -> None:
+    extra = [{"_id": "x", "text": "first"}, {"_id": "x", "text": "last"}]
+    task = load_task(beir(tmp_path / "b", corpus=[*CORPUS, *extra]))
+    assert task.corpus["x"] == "last"
+    assert f"corpus.jsonl:{len(CORPUS) + 2}: the id 'x' appears twice" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"corpus": [CORPUS[0], CORPUS[0]]}, r"corpus.jsonl:2: the id 'd1' appears twice"),
-        ({"corpus": [{"_id": "1", "text": "a"}, {"_id": 1, "text": "b"}]}, r"corpus.jsonl:2: the id '1' appears twice"),
+        ({"corpus": [CORPUS[0], CORPUS[0]]}, r"corpus.jsonl:2: the judged id 'd1' appears twice"),
+        (
+            {"corpus": [{"_id": "2", "text": "a"}, {"_id": 2, "text": "b"}]},
+            r"corpus.jsonl:2: the judged id '2' appears",
+        ),
         ({"corpus": []}, r"corpus.jsonl: the file has no rows"),
         ({"corpus": [{"title": "a", "text": "b"}]}, r"corpus.jsonl:1: the id is None"),
         ({"corpus": [{"_id": "a", "title": 3, "text": "b"}]}, r"corpus.jsonl:1: 'title' is 3"),

@@ -1,5 +1,7 @@
 """From texts to vectors: independent of the batch, of the padding side and of what ran before."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -41,15 +43,26 @@ def test_blocks_keep_the_order_and_per_text_instructions(model, monkeypatch):
 def test_chunks_side_by_side_give_what_one_after_another_gives(model, monkeypatch, dtype):
     texts = [f"{text} {'fox ' * n}" for n in range(6) for text in tiny.TEXTS]
     ask = {"role": "query", "outputs": ("dense", "middle"), "token_budget": 30, "dtype": dtype}
-    threads = torch.get_num_threads()
     monkeypatch.setattr(encode_module, "derive_workers", lambda device, chunks: 1)
     plain = model.represent(texts, **ask)
     monkeypatch.setattr(encode_module, "derive_workers", lambda device, chunks: 3)
     spread = model.represent(texts, **ask)
     for head in ("dense", "middle"):
         torch.testing.assert_close(spread[head].vector_ND, plain[head].vector_ND, atol=1e-5, rtol=0)
-    assert torch.get_num_threads() == threads
     assert not torch.is_inference_mode_enabled()
+
+
+def test_threads_made_later_have_all_cores_again(model, monkeypatch):
+    monkeypatch.setattr(encode_module, "derive_workers", lambda device, chunks: 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model.encode(tiny.TEXTS, token_budget=10)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_few_chunks_get_all_cores_each():

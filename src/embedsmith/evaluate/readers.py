@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.progress import log
 from embedsmith.data.containers import open_rows
 from embedsmith.data.record import RowError
 from embedsmith.evaluate.tasks import RetrievalTask, STSTask
@@ -44,9 +45,10 @@ def read_beir(path: Path, name: str, split: str) -> RetrievalTask:
             expected=f"qrels/{split}.tsv",
             fix=f"choose another split: {', '.join(have)}" if have else "add the file",
         )
-    corpus = _texts_by_id(_needed(path, "corpus"), document=True)
-    queries = _texts_by_id(_needed(path, "queries"), document=False)
     qrels = read_qrels(qrels_path)
+    judged = {document for grades in qrels.values() for document in grades}
+    corpus = _texts_by_id(_needed(path, "corpus"), judged, document=True)
+    queries = _texts_by_id(_needed(path, "queries"), qrels, document=False)
     if not any(query in queries for query in qrels):
         raise DataError("no judged query is in queries.jsonl", where=qrels_path, fix="check the ids of both files")
     return RetrievalTask(name, queries, corpus, qrels)
@@ -90,12 +92,16 @@ def _needed(folder: Path, stem: str) -> Path:
     return path
 
 
-def _texts_by_id(path: Path, *, document: bool) -> dict[str, str]:
+def _texts_by_id(path: Path, judged: Collection[str], *, document: bool) -> dict[str, str]:
+    """Texts by id. Where an id appears twice the last one counts, as in BEIR's own loader; but a judged id must be
+    one text."""
     texts: dict[str, str] = {}
     for where, row in rows_of(path):
         key = _id(row, where)
+        if key in texts and key in judged:
+            raise DataError(f"the judged id {key!r} appears twice", where=where, fix="keep one of the two rows")
         if key in texts:
-            raise DataError(f"the id {key!r} appears twice", where=where)
+            log.warning("%s: the id %r appears twice; the later text counts", where, key)
         text = _text(row, "text", where, empty=document)
         title = _text({"title": row.get("title") or ""}, "title", where, empty=True) if document else ""
         texts[key] = f"{title} {text}".strip() if title else text
