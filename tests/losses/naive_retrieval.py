@@ -1,0 +1,263 @@
+"""Naive references of the losses over candidates, labels and teachers; see naive.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import chain
+
+from tests.losses.examples import Pairs, teacher_score
+from tests.losses.world import (
+    all_positives,
+    dot,
+    everything,
+    exchanged,
+    graded,
+    known_positives,
+    mean,
+    queries,
+    softmax,
+    unique,
+)
+
+
+def infonce(loss, world):
+    forward = one_way(loss, world)
+    return forward if not loss.symmetric else (forward + one_way(loss, exchanged(world))) / 2
+
+
+def one_way(loss, world):
+    t, h, e = loss.temperature, loss.head, world.example
+    if loss.learn_temperature:
+        t = math.exp(float(world.extras[loss.temperature_name].log))
+    losses, weights = [], []
+    for row, query, positives, negatives in queries(world):
+        if not positives:
+            continue
+        known = known_positives(world, row, loss.mask_false_negatives)
+        own = [d for d in negatives if d not in known]
+        pool = {
+            "all": unique([*everything(world), *getattr(e, "more", [])]),
+            "positives": all_positives(world),
+            "positives_and_own": unique([*all_positives(world), *own]),
+            "own": own,
+        }[loss.negatives]
+        pool = [d for d in pool if d not in known]
+        positive_scores = [world.score(h, query, d) for d in positives]
+        terms = []
+        targets = positive_scores if loss.multi_positive == "outside" else [max(positive_scores)]
+        for number, target in enumerate(targets):
+            limit = math.inf
+            if loss.margin is not None:
+                limit = min(limit, target + loss.margin)
+            if loss.relative_margin is not None:
+                limit = min(limit, target * loss.relative_margin)
+            z = 0.0
+            for d in pool:
+                s = world.score(h, query, d)
+                kind = "hard" if d in own else "in_batch"
+                bonus = loss.hardness_weight * s if loss.hardness_on in (kind, "all") else 0.0
+                z += math.exp(s / t + bonus) if s <= limit else 0.0
+            if loss.include_qq:
+                for other in unique(e.query):
+                    rows = [r for r in range(len(e)) if e.query[r] == other]
+                    shares = any(set(unique(e.positive[r])) & set(positives) for r in rows)
+                    s = world.score(h, query, other)
+                    if other != query and s <= limit and not (shares and loss.mask_false_negatives):
+                        z += math.exp(s / t)
+            if loss.include_dd:
+                for d in all_positives(world):
+                    s = world.score(h, positives[number], d)
+                    z += math.exp(s / t) if d not in known and s <= limit else 0.0
+            up = (
+                math.fsum(math.exp(s / t) for s in positive_scores)
+                if loss.multi_positive == "inside"
+                else math.exp(target / t)
+            )
+            terms.append(-math.log(up / (up + z)))
+        focal = [(1 - math.exp(-term)) ** loss.focal_gamma for term in terms]
+        losses.append(mean([w * term for w, term in zip(focal, terms, strict=True)]))
+        weights.append(mean(focal))
+    return mean(losses) / mean(weights) if loss.focal_gamma and mean(weights) else mean(losses)
+
+
+def plain_infonce(world, temperature, head, **options):
+    from embedsmith.losses import InfoNCE
+
+    return infonce(InfoNCE(temperature, head, **options), world)
+
+
+def qwen3(loss, world):
+    options = {"negatives": "positives_and_own", "include_qq": True, "include_dd": True}
+    return plain_infonce(
+        world, loss.temperature, loss.head, margin=loss.margin, hardness_weight=loss.hardness_weight, **options
+    )
+
+
+def f2llm(loss, world):
+    hard = plain_infonce(world, loss.temperature, loss.head, negatives="own")
+    if not loss.in_batch:
+        return hard
+    return hard + plain_infonce(world, loss.temperature, loss.head, negatives="positives")
+
+
+def conan_weak(loss, world):
+    return plain_infonce(world, loss.temperature, loss.head, negatives="positives", symmetric=loss.symmetric)
+
+
+def cross_batch_balance(loss, world):
+    rows = list(queries(world))
+    values = []
+    for _, query, positives, _ in rows:
+        mates = [row for row in rows if row[1] == query]
+        known = {d for _, _, theirs, _ in mates for d in theirs}
+        pool = {d for _, _, _, negatives in mates for d in negatives} - known
+        z = math.fsum(math.exp(world.score(loss.head, query, d) / loss.temperature) for d in pool)
+        ups = [math.exp(world.score(loss.head, query, d) / loss.temperature) for d in positives]
+        if ups:
+            values.append(mean([-math.log(up / (up + z)) for up in ups]))
+    return mean(values)
+
+
+def cosine_consistency(loss, world):
+    if isinstance(world.example, Pairs):
+        return mean([1 - s for s, y in graded(loss, world) if y >= loss.threshold])
+    rows = [(q, positives) for _, q, positives, _ in queries(world) if positives]
+    return mean([mean([1 - world.score(loss.head, q, d) for d in positives]) for q, positives in rows])
+
+
+def supervised_contrastive(loss, world):
+    e = world.example
+    label = {q: y for q, y in zip(reversed(e.query), reversed(e.label), strict=True) if q >= 0 and y >= 0}
+    values = []
+    for query in label:
+        others = [a for a in label if a != query]
+        same = [a for a in others if label[a] == label[query]]
+        exps = {a: math.exp(world.score(loss.head, query, a) / loss.temperature) for a in others}
+        if same:
+            values.append(mean([-math.log(exps[p] / math.fsum(exps.values())) for p in same]))
+    return mean(values)
+
+
+def classifier(loss, world):
+    layer = world.extras[loss.name]
+    values = []
+    for query, label in zip(world.example.query, world.example.label, strict=True):
+        if query < 0 or label < 0:
+            continue
+        x = world.vector(loss.head, query)
+        logit = [dot(layer.weight[c].tolist()[: len(x)], x) + float(layer.bias[c]) for c in range(loss.classes)]
+        z = math.fsum(map(math.exp, logit))
+        target = [loss.smoothing / loss.classes + (1 - loss.smoothing) * (c == label) for c in range(loss.classes)]
+        values.append(-math.fsum(p * math.log(math.exp(v) / z) for p, v in zip(target, logit, strict=True)))
+    return mean(values)
+
+
+# ---- teachers
+
+
+def scored_list(loss, world, query, positives, negatives):
+    """(score, teacher) of a query's own documents that the teacher has seen, positives apart from negatives."""
+    sides = []
+    for documents in (positives, [d for d in negatives if d not in positives]):
+        seen = [d for d in documents if not math.isnan(teacher_score(query, d))]
+        sides.append([(world.score(loss.head, query, d), teacher_score(query, d)) for d in seen])
+    return sides
+
+
+def score_kl(loss, world):
+    values = []
+    for _, query, positives, negatives in queries(world):
+        own = list(chain(*scored_list(loss, world, query, positives, negatives)))
+        if len(own) < 2:
+            continue
+        target = softmax([teacher / loss.teacher_temperature for _, teacher in own])
+        student = softmax([s / loss.temperature for s, _ in own])
+        values.append(math.fsum(p * math.log(p / q) for p, q in zip(target, student, strict=True)))
+    return mean(values)
+
+
+def margin_mse(loss, world):
+    values = []
+    for _, query, positives, negatives in queries(world):
+        up, down = scored_list(loss, world, query, positives, negatives)
+        pairs = [(s - r - loss.scale * (a - b)) ** 2 for s, a in up for r, b in down]
+        if pairs:
+            values.append(mean(pairs))
+    return mean(values)
+
+
+def m3_ranked_kd(loss, world):
+    values = []
+    for row, query, positives, negatives in queries(world):
+        known = known_positives(world, row, True)
+        own_documents = [*positives, *(d for d in negatives if d not in known)]
+        own = sorted(
+            chain(*scored_list(loss, world, query, positives, [d for d in negatives if d not in known])),
+            key=lambda pair: -pair[1],
+        )
+        if not own:
+            continue
+        others = [d for d in everything(world) if d not in known and d not in own_documents]
+        z = math.fsum(math.exp(world.score(loss.head, query, d) / loss.temperature) for d in others)
+        target = softmax([teacher for _, teacher in own])
+        total = 0.0
+        for g, (score, _) in enumerate(own):
+            rest = math.fsum(math.exp(s / loss.temperature) for s, _ in own[g:])
+            total += target[g] * -math.log(math.exp(score / loss.temperature) / (rest + z))
+        values.append(total)
+    return mean(values)
+
+
+def teacher_vectors(loss, world):
+    e = world.example
+    if isinstance(e, Pairs):
+        sides = [[t for t in e.left if t >= 0], [t for t in e.right if t >= 0]]
+    else:
+        sides = [[t for t in e.query if t >= 0], [*everything(world)] or [63]]
+    totals = []
+    for texts in sides:
+        values = []
+        for text in texts:
+            teacher = world.model.teacher[text].tolist()
+            if any(math.isnan(x) for x in teacher):
+                continue
+            # at a Matryoshka width the leading coordinates as they are
+            student = replace(world, width=None).vector(loss.head, text)[: world.width]
+            if loss.project:
+                weight = world.extras[loss.name].weight.tolist()
+                student = [dot(row[: len(student)], student) for row in weight]
+            teacher = teacher[: len(student)]
+            if loss.kind == "mse":
+                values.append(mean([(a - b) ** 2 for a, b in zip(student, teacher, strict=True)]))
+            else:
+                values.append(1 - dot(student, teacher) / math.sqrt(dot(student, student) * dot(teacher, teacher)))
+        totals.append(mean(values))
+    return sum(totals) / 2
+
+
+def m3_self_distillation(loss, world):
+    t, heads = loss.temperature, list(loss.weights)
+    sums = {name: [] for name in (*heads, "ensemble", *(f"{h} taught" for h in heads))}
+    for row, query, positives, _ in queries(world):
+        known = known_positives(world, row, loss.mask_false_negatives)
+        terms = {name: [] for name in sums}
+        for positive in positives:
+            candidates = [positive, *(d for d in everything(world) if d not in known)]
+            scores = {h: [world.score(h, query, d) / t for d in candidates] for h in heads}
+            scores["ensemble"] = [
+                math.fsum(loss.weights[h] * scores[h][c] for h in heads) for c in range(len(candidates))
+            ]
+            target = softmax(scores["ensemble"])
+            for name, values in scores.items():
+                terms[name].append(-math.log(softmax(values)[0]))
+            for h in heads:
+                log_student = [math.log(p) for p in softmax(scores[h])]
+                terms[f"{h} taught"].append(-dot(target, log_student))
+        if positives:
+            for name in sums:
+                sums[name].append(mean(terms[name]))
+    value = {name: mean(values) for name, values in sums.items()}
+    first = (math.fsum(loss.lambdas[h] * value[h] for h in heads) + value["ensemble"]) / (len(heads) + 1)
+    taught = math.fsum(loss.lambdas[h] * value[f"{h} taught"] for h in heads) / len(heads)
+    return (first + taught) / 2 if world.example.step >= loss.start_step else first
