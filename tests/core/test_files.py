@@ -43,10 +43,10 @@ def test_a_folder_replaces_an_older_one_only_when_whole(tmp_path):
 
 @contextmanager
 def tiny_disk(tmp_path):
-    """A file system of 1 MiB."""
+    """A file system of 2 MiB."""
     mount = tmp_path / "tiny"
     mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
     try:
         allowed = subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -59,7 +59,7 @@ def tiny_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
-BIG = torch.zeros(2**20)
+BIG = torch.zeros(2**21)
 
 
 def save_with_torch(folder):

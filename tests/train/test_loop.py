@@ -17,6 +17,7 @@ import embedsmith
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError, TrainingError
 from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, loop, rehearse, train
+from tests.core.test_files import tiny_disk
 from tests.ranks import on_ranks
 
 
@@ -179,6 +180,28 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_still_works(tree, tmp_p
     run(tree)
 
 
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on_when_there_is_room(tree, tmp_path, monkeypatch):
+    update = loop.update
+    settings = tree["train"] | {"log_with": []}
+    run(tree, train=settings, output=str(tmp_path / "whole"))
+    with tiny_disk(tmp_path) as disk:
+        filler = disk / "filler"
+
+        def filling(run_, parts):
+            if run_.state.step == 4:
+                filler.write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 20_000))
+            return update(run_, parts)
+
+        monkeypatch.setattr(loop, "update", filling)
+        with pytest.raises(CheckpointError, match="no space left"):
+            run(tree, train=settings, output=str(disk / "run"))
+        assert sorted(path.name for path in (disk / "run" / "checkpoints").iterdir()) == ["step-2", "step-4"]
+        filler.unlink()
+        monkeypatch.setattr(loop, "update", update)
+        run(tree, train=settings, output=str(disk / "run"))
+        assert_equal_weights(weights(disk / "run"), weights(tmp_path / "whole"))
+
+
 def test_a_value_that_is_not_finite_stops_with_the_checkpoint_intact(tree, tmp_path, monkeypatch):
     update = loop.update
 
@@ -258,7 +281,7 @@ def test_a_learnable_temperature_moves_and_survives_a_stop(tree, tmp_path, monke
 def test_mistakes_in_a_recipe_are_found_before_anything_is_written(tree, tmp_path, change, error, words):
     with pytest.raises(error, match=words):
         run(tree, **change)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "run").exists(), "the corrected recipe must be able to start"
 
 
 def test_a_pair_loss_on_rows_without_scores_is_refused(tree):

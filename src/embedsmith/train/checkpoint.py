@@ -96,7 +96,7 @@ class Checkpoints:
 
 
 def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:
-    """Make or reopen the output folder; returns the step to resume from, or None to start.
+    """Look at the output folder before anything is built; returns the step to resume from, or None to start.
 
     Errors: `CheckpointError` if the folder holds a finished run, a run of another recipe, or something else entirely.
     """
@@ -106,9 +106,6 @@ def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:
     if (output / FINISHED).exists():
         raise CheckpointError("this run is finished", where=output, fix="choose another output, or pass --overwrite")
     if _is_empty(output):
-        if rank() == 0:
-            output.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, output / "recipe.yaml")
         return None
     _refuse_foreign(output)
     _refuse_other_recipe(output, recipe)
@@ -116,6 +113,12 @@ def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:
         shutil.rmtree(half_written)
     steps = Checkpoints(output, keep=1).steps()
     return steps[-1] if steps else None
+
+
+def claim_output(output: Path, recipe: Any) -> None:
+    """Write the resolved recipe into the folder, once everything is built: a recipe that failed claims nothing."""
+    if rank() == 0:
+        save_recipe(recipe, output / "recipe.yaml")
 
 
 def _is_empty(output: Path) -> bool:

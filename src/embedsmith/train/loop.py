@@ -38,7 +38,7 @@ from embedsmith.train.build import (
     make_accelerator,
     run_length,
 )
-from embedsmith.train.checkpoint import Checkpoints, RunState, finish, open_output
+from embedsmith.train.checkpoint import Checkpoints, RunState, claim_output, finish, open_output
 from embedsmith.train.config import Recipe
 from embedsmith.train.dev import Development
 from embedsmith.train.feed import Feed
@@ -87,6 +87,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     if resume is not None:
         run.state = checkpoints.load(resume, run.extras, run.optimizer)
         log.info("continuing %s at step %d", output, resume)
+    claim_output(output, recipe)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
     development = Development(recipe.evaluate, run.model, run.encode, run.memory, dict(run.extras.items()), validation)
