@@ -162,7 +162,7 @@ def in_process(*arguments: int | None) -> dict[str, float]:
 
 def streamed(quick: bool) -> dict[str, Any]:
     plain_size, large_size = ((2048, 4096), (4096, 8192)) if quick else ((8192, 16384), (32768, 65536))
-    block_size = 256
+    block_size = 512
     runs = [(in_process(*plain_size, None), in_process(*plain_size, block_size)) for _ in range(1 if quick else 3)]
     plain, blocks = (statistics.median(run[side]["seconds"] for run in runs) for side in (0, 1))
     large = in_process(*large_size, block_size)
