@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # Workers are forked from a server that has imported everything once: starting one costs no import.
 multiprocessing.set_forkserver_preload(["torch.distributed", "embedsmith.losses", "embedsmith.train.loop"])
 

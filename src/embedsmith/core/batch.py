@@ -12,6 +12,7 @@ of one process on the whole batch (proof: tests/train/test_step.py). Tensor name
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -106,7 +107,7 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(ABC):
     """What both kinds share.
 
     `extras`: trainable things outside the backbone (temperature, classifier, projection) by name.
@@ -120,8 +121,9 @@ class Batch:
     widths: Widths | None = None
     group: Group = None
 
+    @abstractmethod
     def sides(self) -> tuple[Side, ...]:
-        raise NotImplementedError  # both kinds define it
+        """Both sides, in the order in which they settle."""
 
     def settle(self) -> None:
         for side in self.sides():

@@ -123,7 +123,7 @@ def _pooling(path: Path) -> tuple[str, bool]:
             f"pooling {' + '.join(modes) or '(none)'} is not supported",
             where=path,
             expected=f"exactly one of {', '.join(POOLING_NAMES)}",
-            fix="name a pooling when loading, if the model was trained with it",
+            fix="use a model that pools in one of these ways",
         )
     return POOLING_NAMES[modes[0]], bool(config.get("include_prompt", True))
 

@@ -98,8 +98,7 @@ def run_step(
     rank's; the caller averages them over ranks. Errors: `TrainingError` when a representation or a loss is not
     finite, on every rank at once, before any gradient is touched.
     """
-    tokens = TokenBatch.concatenate([side for part in parts for side in (part.first, part.second)])
-    heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
+    tokens, heads = _texts(parts)
     chunks = plan_chunks(tokens.length_N, memory)
     states: list[TorchRandom] = []
     pieces: list[Reps] = []
@@ -124,12 +123,17 @@ def run_step(
 def evaluate_parts(encode: Encode, parts: Sequence[Part], memory: Memory, extras: Mapping[str, nn.Module]) -> Tensor:
     """The loss of the parts without gradient: what validation reports."""
     with torch.no_grad():
-        tokens = TokenBatch.concatenate([side for part in parts for side in (part.first, part.second)])
-        heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
+        tokens, heads = _texts(parts)
         chunks = [Chunk(rows, keep=False) for rows in chunk_rows(tokens.length_N, memory.chunk_tokens)]
         sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
         batches = [part.assemble(*pair, extras, Progress()) for part, pair in zip(parts, sides, strict=True)]
         return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
+
+
+def _texts(parts: Sequence[Part]) -> tuple[TokenBatch, list[str]]:
+    """All texts of a step as one list, side after side, and the heads that its losses read."""
+    tokens = TokenBatch.concatenate([side for part in parts for side in (part.first, part.second)])
+    return tokens, sorted(frozenset().union(*(part.loss.heads() for part in parts)))
 
 
 def _sides(pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part]) -> list[tuple[Side, Side]]:
