@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=75, help="steps of each task (a run takes twice as many)")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each task (a run takes twice as many)")
     parser.add_argument("--work", type=Path, default=WORK / "quality_joint")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality_joint.json")
     parser.add_argument("--train-only", action="store_true", help="leave the scores to a later call")
@@ -79,8 +79,11 @@ def main() -> None:
 
 
 def runs(arms: list[str], seeds: list[int]) -> Iterator[tuple[str, int]]:
-    for arm in arms:
-        yield from ((arm, seed) for seed in (seeds if arm != "untrained" else [0]))
+    """Seed by seed, so that a study cut short still compares the arms."""
+    if "untrained" in arms:
+        yield "untrained", 0
+    for seed in seeds:
+        yield from ((arm, seed) for arm in arms if arm != "untrained")
 
 
 def draw(work: Path, seed: int, steps: int) -> tuple[Path, Path]:

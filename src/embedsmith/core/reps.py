@@ -178,6 +178,10 @@ Reps = Mapping[str, Representation]
 """Head name (`dense`, `sparse`, `multivector`, `middle`) to representation, all with the same N."""
 
 
+TEACHER = "teacher"
+"""The head under which a teacher's vectors stand beside the model's own. A row of NaN is unknown."""
+
+
 def each_head(reps: Reps, change: Callable[[Any], Any]) -> dict[str, Any]:
     return {name: change(value) for name, value in reps.items()}
 

@@ -40,6 +40,7 @@ class Source:
     - `split`: of a dataset or a BEIR folder; `instruction`: for records that have none; `limit`: only the first;
     - `weight`: how often an epoch sees each row; `batch_size`: rows a step, all ranks together;
     - `positives`, `negatives`: texts drawn for a query; `None` negatives are derived by `negatives_per_query`;
+    - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
     - `loss`: `None` is the default of the task; `on_error`: stop at faulty rows, or skip, count and name them.
     """
 
@@ -56,6 +57,7 @@ class Source:
     batch_size: Annotated[int, Field(gt=0)] | None = None
     positives: Annotated[int, Field(gt=0)] = 1
     negatives: Annotated[int, Field(ge=0)] | None = None
+    teacher: str | None = None
     loss: Annotated[Loss, losses] | None = None
     on_error: Literal["stop", "skip"] = "stop"
 

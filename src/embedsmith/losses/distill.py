@@ -14,13 +14,12 @@ from embedsmith.core.batch import ABSENT, Batch, PairBatch, RetrievalBatch, Side
 from embedsmith.core.errors import DataError
 from embedsmith.core.loss import Loss, LossOutput
 from embedsmith.core.registry import losses
-from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.reps import TEACHER, Dense, in_fp32
 from embedsmith.losses import checks
 from embedsmith.losses.blocks import NEVER
 from embedsmith.losses.candidates import Candidates, masked_logsumexp, mean_over_slots
 from embedsmith.losses.identity import own_rows
 
-TEACHER = "teacher"
 """The head under which precomputed teacher vectors (`Dense`, NaN rows where unknown) stand beside the model's own."""
 
 
@@ -242,7 +241,7 @@ class TeacherVectors(Loss):
         teacher, student = side.local.get(TEACHER), side.local[self.head]
         if not isinstance(teacher, Dense) or not isinstance(student, Dense):
             raise DataError(
-                "no teacher vectors in this batch", where=batch.source or None, fix=f"give each side a head {TEACHER!r}"
+                "no teacher vectors in this batch", where=batch.source or None, fix="set `teacher` for this source"
             )
         student_ND = in_fp32(student.vector_ND)
         teacher_ND = teacher.vector_ND.detach().to(student_ND.dtype)

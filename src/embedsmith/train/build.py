@@ -17,7 +17,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
 from embedsmith.core.registry import losses
 from embedsmith.data import RecordSet, Source, negatives_per_query, read_source
-from embedsmith.models import Embedder, ModelConfig
+from embedsmith.models import Embedder, ModelConfig, load
 from embedsmith.train.balance import balanced_lanes
 from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, plan_of
@@ -106,6 +106,7 @@ def make_supply(source: Source, records: RecordSet, batch_size: int, dimension: 
         weight=source.weight,
         positives=source.positives,
         negatives=negatives_per_query(source, records.records),
+        teacher=None if source.teacher is None else load(source.teacher).requires_grad_(False),
     )
     if supply.in_pairs and records.records[0].positive_scores is None:
         raise RecipeError(

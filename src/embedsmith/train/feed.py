@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from embedsmith.core.batch import Batch, PairBatch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import Group
+from embedsmith.core.encoder import Role
 from embedsmith.core.loss import Loss
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import (
@@ -39,6 +40,7 @@ class Supply:
     weight: float
     positives: int
     negatives: int
+    teacher: Embedder | None = None
 
     @property
     def in_pairs(self) -> bool:
@@ -124,10 +126,21 @@ def make_part(
 ) -> Part:
     """Draw and tokenize the texts of one batch, for the kind of batch the loss reads."""
     if supply.in_pairs:
-        return _pair_part(model, supply, pair_texts(records, seeds=seeds))
+        pairs = pair_texts(records, seeds=seeds)
+        return with_teacher(_pair_part(model, supply, pairs), supply, (pairs.left, pairs.right), "query")
     counts = {"positives": supply.positives, "negatives": supply.negatives}
     texts = retrieval_texts(records, **counts, seeds=seeds, share=share)
-    return _retrieval_part(model, supply, texts)
+    return with_teacher(_retrieval_part(model, supply, texts), supply, (texts.queries, texts.documents), "document")
+
+
+def with_teacher(part: Part, supply: Supply, texts: tuple[list[str], list[str]], second: Role) -> Part:
+    """The part with the teacher's vectors of both sides, where the source has a teacher."""
+    if supply.teacher is None:
+        return part
+    task = supply.records.task
+    roles: tuple[Role, Role] = ("query", second)
+    vectors = [supply.teacher.represent(side, role=role, task=task)["dense"] for side, role in zip(texts, roles)]
+    return replace(part, teacher=(vectors[0], vectors[1]))
 
 
 _RETRIEVAL_IDS = (

@@ -21,7 +21,7 @@ from embedsmith.core.batch import Batch, Progress, Side
 from embedsmith.core.collectives import Group, max_over_ranks
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.loss import Loss
-from embedsmith.core.reps import Representation, Reps, concatenate, each_head
+from embedsmith.core.reps import TEACHER, Representation, Reps, concatenate, each_head
 from embedsmith.core.seeds import TorchRandom
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
 
@@ -43,6 +43,7 @@ class Part:
     loss: Loss
     weight: float = 1.0
     group: Group = None
+    teacher: tuple[Representation, Representation] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,19 @@ def _sides(pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part]) -> li
     start = 0
     for part in parts:
         both: list[Side] = []
-        for length in (len(part.first), len(part.second)):
+        for place, length in enumerate((len(part.first), len(part.second))):
             rows_N = place_N[start : start + length]
-            both.append(Side(each_head(everything, partial(_rows, rows_N=rows_N)), part.group))
+            local = each_head(everything, partial(_rows, rows_N=rows_N))
+            if part.teacher is not None:
+                local[TEACHER] = part.teacher[place].map(partial(torch.Tensor.to, device=_device(everything)))
+            both.append(Side(local, part.group))
             start += length
         pairs.append((both[0], both[1]))
     return pairs
+
+
+def _device(reps: Reps) -> torch.device:
+    return next(iter(reps.values())).tensors()[0].device
 
 
 def _rows(representation: Representation, rows_N: Tensor) -> Representation:
@@ -179,7 +187,8 @@ def _loss(
 
 
 def _check_finite(parts: Sequence[Part], sides: list[tuple[Side, Side]], total: Tensor, step: int) -> None:
-    tensors = [t for pair in sides for side in pair for r in side.local.values() for t in r.floating()]
+    made = [r for pair in sides for side in pair for head, r in side.local.items() if head != TEACHER]
+    tensors = [tensor for representation in made for tensor in representation.floating()]
     healthy = [torch.isfinite(tensor).all() for tensor in tensors]
     fine = torch.isfinite(total) & torch.stack(healthy).all()
     if max_over_ranks(int(not fine), total.device):
