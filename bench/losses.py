@@ -1,14 +1,14 @@
 """What the loss library's arithmetic is worth. One command, ratios to bench/results/losses.json:
 
-    python bench/losses.py [--quick]
+    python -m bench.losses [--quick] [--parts lists streamed]
 
 1. PRO, RankKL and CoSENT at 1,024 pairs, forward and backward, against the same arithmetic as published: an ordered
    Python loop over the list (PRO), ranks by comparing lists (RankKL), the matrix of all pairs (CoSENT).
 2. Streamed InfoNCE: peak memory over the inputs and their gradients at 32,768 queries by 65,536 candidates of width
    128, and its time for a score entry against the plain path at 8,192 by 16,384.
 
-Every measurement of memory runs in a process of its own. Times are processor time of one thread, so that a
-busy machine does not count, and medians of interleaved runs.
+Every measurement of memory runs in a process of its own. Times are medians of interleaved runs: of the clock, with all
+cores, for the first part; processor time of one thread for the second, which takes minutes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.common import RESULTS, environment, read_json, write_json
 from embedsmith.core.batch import PairBatch, RetrievalBatch, Side
-from embedsmith.core.files import atomic_file
 from embedsmith.core.loss import Loss
 from embedsmith.core.reps import Dense
 from embedsmith.losses import PRO, CoSENT, InfoNCE, RankKL
 
-RESULT = Path(__file__).parent / "results" / "losses.json"
+RESULT = RESULTS / "losses.json"
 WIDTH = 128
 
 
@@ -49,20 +49,21 @@ def pair_batch(count: int) -> PairBatch:
 
 
 def loop_pro(score_N: Tensor, label_N: Tensor, temperature: float = 0.05) -> Tensor:
-    """The published arithmetic: items in order of label, each against the ones after it."""
+    """The published arithmetic: items in order of label; for each the log-softmax of its own logit among those of
+    the items below it, added to a running sum."""
     order = torch.argsort(label_N, descending=True)
-    score_N, label_N = score_N[order], label_N[order]
-    terms = []
+    logit_N, label_N = score_N[order] / temperature, label_N[order]
+    total, anchors = torch.zeros(()), 0
     for k in range(len(label_N) - 1):
         gap = label_N[k] - label_N[k + 1 :]
         lower = gap > 1e-8
-        if not lower.any():
-            continue
-        gap = gap[lower]
-        own = score_N[k] * gap.max() / temperature
-        others = score_N[k + 1 :][lower] * gap / temperature
-        terms.append(torch.log(own.exp() + others.exp().sum()) - own)
-    return torch.stack(terms).mean()
+        if lower.any():
+            gap = gap[lower]
+            own = logit_N[k] * gap.max()
+            others = logit_N[k + 1 :][lower] * gap
+            total = total + torch.cat([own[None], others]).log_softmax(0)[0]
+            anchors += 1
+    return -total / anchors
 
 
 def items_pro(score_N: Tensor, label_N: Tensor, temperature: float = 0.05) -> Tensor:
@@ -98,11 +99,11 @@ def matrix_cosent(score_N: Tensor, label_N: Tensor, temperature: float = 0.05) -
 
 
 def seconds(run: Callable[[], Tensor]) -> tuple[float, float]:
-    """Forward and backward once: seconds of processor time (a busy machine does not count), and the value."""
-    start = time.process_time()
+    """Forward and backward once: seconds and the value."""
+    start = time.perf_counter()
     value = run()
     value.backward()  # type: ignore[no-untyped-call]
-    return time.process_time() - start, value.item()
+    return time.perf_counter() - start, value.item()
 
 
 def compare(loss: Loss, published: Callable[[Tensor, Tensor], Tensor], count: int, repeats: int) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def resident() -> int:
 
 
 def in_process(*arguments: int | None) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", *(str(argument or 0) for argument in arguments)]
+    command = [sys.executable, "-m", "bench.losses", "--measure", *(str(argument or 0) for argument in arguments)]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
@@ -180,27 +181,31 @@ def streamed(quick: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--parts", nargs="+", choices=("lists", "streamed"), default=["lists", "streamed"])
     parser.add_argument("--measure", nargs=3, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         queries, candidates, block_size = arguments.measure
         print(json.dumps(peak_of(queries, candidates, block_size or None)))
         return
-    count, repeats = (128, 2) if arguments.quick else (1024, 5)
-    torch.set_num_threads(1)
-    result = {
+    result = read_json(RESULT, {})
+    if "lists" in arguments.parts:
+        result |= lists(*((128, 2) if arguments.quick else (1024, 9)))
+    if "streamed" in arguments.parts:
+        result |= {"streamed_infonce": streamed(arguments.quick) | {"environment": environment()}}
+    print(json.dumps(result, indent=2))
+    if not arguments.quick:
+        write_json(RESULT, result)
+
+
+def lists(count: int, repeats: int) -> dict[str, Any]:
+    return {
         "pro": compare(PRO(), loop_pro, count, repeats),
         "pro_item_by_item": compare(PRO(), items_pro, count // 4, 1),
         "rank_kl": compare(RankKL(), loop_rank_kl, count, repeats),
         "cosent": compare(CoSENT(), matrix_cosent, count, repeats),
-        "streamed_infonce": streamed(arguments.quick),
-        "threads": 1,
-        "torch": torch.__version__,
+        "environment": environment(),
     }
-    print(json.dumps(result, indent=2))
-    if not arguments.quick:
-        with atomic_file(RESULT) as file:
-            json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":

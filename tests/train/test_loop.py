@@ -19,6 +19,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, loop, rehearse, train
 from tests.core.test_files import tiny_disk
 from tests.ranks import on_ranks
+from tests.tinybert import tiny_bert
 
 
 def run(tree, **changes):
@@ -289,20 +290,42 @@ def test_a_pair_loss_on_rows_without_scores_is_refused(tree):
         run(tree, data=[tree["data"][0] | {"loss": "cosent"}])
 
 
-def on_two(tree):
+def losses(output):
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in metrics(output)]
+
+
+def assert_same_losses(left, right):
+    for one, other in zip(losses(left), losses(right), strict=True):
+        assert one == pytest.approx(other, abs=2e-5)
+
+
+@pytest.fixture
+def plain(tree, tmp_path):
+    """The recipe without dropout, 8 rows a step, for 6 steps."""
+    bert = tiny_bert(tmp_path / "plain", dropout=0.0)
+    settings = tree["train"] | {"steps": 6, "log_with": []}
+    return tree | {"model": {"path": str(bert), "pooling": "mean"}, "train": settings}
+
+
+@pytest.mark.parametrize("memory", [{"micro_batch": 1}, {"micro_batch": 7}, {"micro_batch": 64}, {"token_budget": 20}])
+def test_the_losses_of_a_run_do_not_depend_on_the_memory(plain, tmp_path, memory):
+    run(plain, output=str(tmp_path / "whole"))
+    run(plain, train=plain["train"] | memory)
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+
+
+def on_cpu(tree):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     train(parse(Recipe, tree))
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one(tree, bert, tmp_path):
-    """Without dropout the weights after 6 steps agree to rounding, whatever the number of ranks."""
-    from tests.tinybert import tiny_bert
-
-    settings = tree["train"] | {"steps": 6, "log_with": []}
-    tree = tree | {"model": {"path": str(tiny_bert(tmp_path / "plain", dropout=0.0)), "pooling": "mean"}}
-    run(tree, train=settings, output=str(tmp_path / "one"))
-    on_ranks(2, on_two, tmp_path, tree | {"train": settings, "output": str(tmp_path / "two")})
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one(plain, tmp_path, world):
+    """1 x 8, 2 x 4 and 4 x 2 rows: the same losses at every step and the same weights, to rounding."""
+    run(plain, output=str(tmp_path / "one"))
+    on_ranks(world, on_cpu, tmp_path, plain | {"output": str(tmp_path / "several")})
+    assert_same_losses(tmp_path / "several", tmp_path / "one")
+    one, several = weights(tmp_path / "one"), weights(tmp_path / "several")
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
+        torch.testing.assert_close(several[name], tensor, rtol=0, atol=2e-5)
