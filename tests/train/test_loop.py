@@ -17,6 +17,7 @@ import embedsmith
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError, TrainingError
 from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, loop, rehearse, train
+from embedsmith.train.checkpoint import Checkpoints
 from tests.core.test_files import tiny_disk
 from tests.ranks import on_ranks
 from tests.tinybert import tiny_bert
@@ -93,20 +94,20 @@ def command(recipe, *arguments):
     return [sys.executable, "-c", "from embedsmith.cli import main; main()", "train", str(recipe), *arguments]
 
 
-def wait_for(path, process):
-    while not path.exists():
+def wait_for_step(output, step, process):
+    while max(Checkpoints(output, keep=1).steps(), default=0) < step:
         assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 def test_kill_minus_nine_twice_ends_with_the_same_bits(tree, tmp_path):
-    train_settings = tree["train"] | {"log_with": []}
+    train_settings = tree["train"] | {"log_with": [], "steps": 80}
     run(tree, train=train_settings, output=str(tmp_path / "whole"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree | {"train": train_settings}))
-    for step in (2, 8):
+    for step in (2, 20):
         with subprocess.Popen(command(recipe), stderr=subprocess.DEVNULL) as process:
-            wait_for(tmp_path / "run" / "checkpoints" / f"step-{step}", process)
+            wait_for_step(tmp_path / "run", step, process)
             os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "run" / "finished.json").exists()
     last = subprocess.run(command(recipe), capture_output=True, text=True, check=False)
