@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import mean_over_ranks, on_first_rank
 from embedsmith.evaluate import evaluate, load_task
 from embedsmith.models import Embedder
@@ -32,10 +33,10 @@ class Development:
             return False
         return step == steps or (self.config.every is not None and step % self.config.every == 0)
 
-    def run(self, state: RunState) -> tuple[RunState, dict[str, float]]:
+    def run(self, state: RunState, steps: int) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores."""
         self.model.eval()
-        values = self._validation_losses()
+        values = self._validation_losses(Progress(state.step, steps))
         scores = on_first_rank(self._task_scores)
         self.model.train()
         values |= {f"score/{name}": score for name, score in scores.items()}
@@ -56,12 +57,12 @@ class Development:
         results = evaluate(self.model, [load_task(name, data_dir=self.config.data) for name in self.config.tasks])
         return {name: result.main_score for name, result in zip(self.config.tasks, results, strict=True)}
 
-    def _validation_losses(self) -> dict[str, float]:
+    def _validation_losses(self, progress: Progress) -> dict[str, float]:
         if self.validation is None:
             return {}
         values: dict[str, list[float]] = {}
         for step in range(self.validation.steps_per_epoch):
             parts = self.validation.parts(step)
-            value = mean_over_ranks(evaluate_parts(self.encode, parts, self.memory, self.extras))
+            value = mean_over_ranks(evaluate_parts(self.encode, parts, self.memory, self.extras, progress))
             values.setdefault(parts[0].source, []).append(float(value))
         return {f"validation_loss/{source}": sum(each) / len(each) for source, each in values.items()}

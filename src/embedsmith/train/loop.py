@@ -143,6 +143,8 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
 def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development: Development, stop: Stop) -> None:
     """All steps from the run's state on, with reports, evaluations and checkpoints at their times."""
     config, steps = run.recipe.train, run.length.steps
+    if development.exhausted(run.state):  # stopped between its last checkpoint and its end
+        return
     meter = Meter()
     with progress_bar("train", total=steps, done=run.state.step) as bar:
         for parts in run.feed.run_ahead(run.state.step, steps):
@@ -155,15 +157,10 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
             bar.advance()
             evaluated = development.due(step, steps)
             if evaluated:
-                run.state, scores = development.run(run.state)
+                run.state, scores = development.run(run.state, steps)
                 journal.write(step, scores)
             interrupted = stop.agreed(run.accelerator.device)
-            if (
-                interrupted
-                or evaluated
-                or step == steps
-                or step % (config.checkpoint_every or run.length.checkpoint_every) == 0
-            ):
+            if interrupted or evaluated or step == steps or step % run.length.checkpoint_every == 0:
                 checkpoints.save(run.model, run.extras, run.optimizer, run.state)
             if interrupted:
                 log.warning("stopped after step %d; the same command continues", step)
@@ -192,6 +189,9 @@ class Meter:
     """Means since the last report."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._losses: dict[str, list[torch.Tensor]] = {}
         self._tokens, self._padded, self._since = 0, 0, time.perf_counter()
 
@@ -221,7 +221,7 @@ class Meter:
         }
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
         bar.say(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
-        self.__init__()  # type: ignore[misc]
+        self._reset()
         return report
 
 

@@ -121,13 +121,15 @@ def run_step(
     return StepOutput(value, named, len(tokens.id_S), padded, sum(not chunk.keep for chunk in chunks))
 
 
-def evaluate_parts(encode: Encode, parts: Sequence[Part], memory: Memory, extras: Mapping[str, nn.Module]) -> Tensor:
+def evaluate_parts(
+    encode: Encode, parts: Sequence[Part], memory: Memory, extras: Mapping[str, nn.Module], progress: Progress
+) -> Tensor:
     """The loss of the parts without gradient: what validation reports."""
     with torch.no_grad():
         tokens, heads = _texts(parts)
         chunks = [Chunk(rows, keep=False) for rows in chunk_rows(tokens.length_N, memory.chunk_tokens)]
         sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
-        batches = [part.assemble(*pair, extras, Progress()) for part, pair in zip(parts, sides, strict=True)]
+        batches = [part.assemble(*pair, extras, progress) for part, pair in zip(parts, sides, strict=True)]
         return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
 
 
