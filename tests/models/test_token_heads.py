@@ -42,10 +42,20 @@ def states(model, text, role="document"):
         return ids, model.backbone(ids[None], torch.ones_like(ids)[None]).last_hidden_state[0].double()
 
 
+def bias_at_the_median(model):
+    """So that half of the words have a weight; returns how many words (of a text each) there are."""
+    linear = model.token_heads["sparse"].linear
+    linear.bias.data.fill_(100.0)
+    weight_NV = weights(model.represent(tiny.TEXTS, role="document", outputs=BOTH)["sparse"])
+    linear.bias.data.sub_(weight_NV[weight_NV > 0].median())
+    return int((weight_NV > 0).sum())
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_both_heads_against_a_loop(model, left):
     """float64, token by token. [CLS] is dropped, [SEP] has a vector and no weight, an unknown word the same."""
     model.padding_left = left
+    raw = bias_at_the_median(model)
     reps = model.represent(tiny.TEXTS, role="document", outputs=BOTH, token_budget=10**6)
     found = weights(reps["sparse"]), vectors(reps["multivector"])
     scale_H, bias = (p.detach().double() for p in model.token_heads["sparse"].linear.parameters())
@@ -62,6 +72,7 @@ def test_both_heads_against_a_loop(model, left):
         expected_TD = (made_TD / made_TD.norm(dim=1, keepdim=True)).float()
         torch.testing.assert_close(found[1][row], expected_TD, atol=1e-5, rtol=0)
     assert (found[0] > 0).any(1).sum() >= 4, "weights that are all zero prove nothing"
+    assert (found[0] > 0).sum() < raw, "and weights that are all positive prove nothing about relu"
     assert UNK in model.tokenize(tiny.TEXTS).id_S
 
 
@@ -166,6 +177,9 @@ def test_saved_heads_come_back_exactly(tmp_path, heads):
     again = load(str(tmp_path / "saved"), device="cpu")
     assert again.outputs == ("dense", "middle", *heads)
     assert again.state_dict().keys() == model.state_dict().keys()
+    assert {name for name in model.state_dict() if name.startswith("token_heads")} == {
+        f"token_heads.{head}.linear.{part}" for head in heads for part in ("weight", "bias")
+    }
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
     old, new = (one.represent(tiny.TEXTS, role="query", outputs=one.outputs) for one in (model, again))
     for name in again.outputs:

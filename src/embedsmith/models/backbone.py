@@ -17,9 +17,13 @@ from embedsmith.models.config import ModelConfig
 from embedsmith.models.embedder import position_table
 from embedsmith.models.folder import read_json
 from embedsmith.models.quiet import quiet
+from embedsmith.models.token_heads import FILES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors")
+_HUB_FILES = (
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors"),
+    *FILES.values(),
+)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 _UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.inv_freq$)")
 """Weights no vector depends on: absent or extra, they change nothing."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from embedsmith.models.token_heads import FILES
+
 if TYPE_CHECKING:
     from embedsmith.models.embedder import Embedder
 
@@ -14,6 +16,8 @@ _POOLED = {
     "weighted_mean": "(states * mask * mask.cumsum(1)).sum(1) / (mask * mask.cumsum(1)).sum(1)",
     "last": "states[torch.arange(len(states)), tokens.attention_mask.sum(1) - 1]",
 }
+
+_TOKEN_HEADS = {"sparse": "`sparse`: a weight a token", "multivector": "`multivector`: a vector a token"}
 
 _CARD = """\
 ---
@@ -71,7 +75,7 @@ with torch.no_grad():
 mask = tokens.attention_mask[..., None].float()
 vectors = {pooled}
 {head}```
-"""
+{token_heads}"""
 
 
 def model_card(model: Embedder) -> str:
@@ -89,7 +93,18 @@ def model_card(model: Embedder) -> str:
         prompts=_prompts(model),
         pooled=_POOLED[settings.pooling],
         head=normalise,
+        token_heads=_token_heads(model),
     )
+
+
+def _token_heads(model: Embedder) -> str:
+    if not len(model.token_heads):
+        return ""
+    names = list(model.token_heads)
+    rows = "\n".join(f"- {_TOKEN_HEADS[name]} (`{FILES[name]}`)" for name in names)
+    outputs = ", ".join(f'"{name}"' for name in ("dense", *names))
+    code = f'reps = model.represent(["a text"], role="document", outputs=({outputs}))'
+    return f"\n## A text in other ways\n\n{rows}\n\n```python\n{code}\n```\n"
 
 
 def _prompts(model: Embedder) -> str:

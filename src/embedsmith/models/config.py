@@ -11,6 +11,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import section
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
+Head = Literal["dense", "sparse", "multivector"]
 UNBOUNDED = 1_000_000
 """transformers writes 1e30 where a tokenizer knows no maximum; anything from here on means "not said"."""
 MODEST_LENGTH = 512
@@ -28,6 +29,9 @@ class ModelConfig:
     `prompts`: text put before every text, by `task-role`, task or role; replaces the folder's.
     `normalize`: vectors of length 1; a plain transformers folder is normalised.
     `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
+    `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
+        or both. A head that the folder has not is new and has to be trained; one that is not named is left out.
+    `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
     `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`).
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
     """
@@ -39,6 +43,8 @@ class ModelConfig:
     prompts: Mapping[str, str] | None = None
     normalize: bool | None = None
     dimension: int | None = None
+    heads: tuple[Head, ...] | None = None
+    multivector_dim: int | None = None
     attn_implementation: str | None = None
     dtype: ComputeType = "float32"
     gradient_checkpointing: bool = False

@@ -1,9 +1,9 @@
-"""The model: a backbone, a pooling, an optional dense head, normalisation, and the texts' way in."""
+"""The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
-from embedsmith.core.reps import Dense, Reps, in_fp32
+from embedsmith.core.reps import Dense, Representation, Reps, in_fp32
 from embedsmith.core.tokens import PaddedTokens, TokenBatch
 from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import Inference, represent
 from embedsmith.models.heads import apply_heads
 from embedsmith.models.pooling import POOLINGS, pool_mask
 from embedsmith.models.save import save
+from embedsmith.models.token_heads import FILES, apply_token_head
 from embedsmith.models.tokenize import Instruction, TextTokenizer
 from embedsmith.models.vectors import AnyArray, FloatArray, Precision, cosine, quantize, shortened
-
-OUTPUTS = ("dense", "middle")
 
 
 class Embedder(nn.Module):
@@ -34,13 +33,19 @@ class Embedder(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, tokenizer: Any, settings: Settings, projections: Sequence[nn.Module] = ()
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        settings: Settings,
+        projections: Sequence[nn.Module] = (),
+        token_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if settings.pooling not in POOLINGS:
             raise ModelError(f"unknown pooling {settings.pooling!r}", expected=f"one of {', '.join(POOLINGS)}")
         self.backbone = backbone
         self.projections = nn.ModuleList(projections)
+        self.token_heads = nn.ModuleDict(token_heads)
         self.settings = settings
         self.text = TextTokenizer(tokenizer)
         self.padding_left = tokenizer.padding_side == "left"
@@ -71,6 +76,11 @@ class Embedder(nn.Module):
         return int(self.config.hidden_size)
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """What `forward` and `represent` can be asked for."""
+        return ("dense", "middle", *self.token_heads)
+
+    @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
@@ -83,24 +93,34 @@ class Embedder(nn.Module):
         """
         return self.text(texts, self.settings, role, task, instruction)
 
-    def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Dense]:
+    def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Representation]:
         """Representations of a padded chunk, with gradient, pooled and normalised in fp32.
 
         `dense`: the text's vector [N, D]. `middle`: the same pooling of the middle layer's states [N, H], normalised
-        (hidden_states[(L + 1) // 2] of L layers).
+        (hidden_states[(L + 1) // 2] of L layers). `sparse`: a weight a token. `multivector`: a vector a token.
         Errors: `ModelError` for an output this model does not have.
         """
-        if unknown := [name for name in outputs if name not in OUTPUTS]:
-            raise ModelError(f"this model has no output {unknown[0]!r}", expected=f"one of {', '.join(OUTPUTS)}")
+        self._check(outputs)
         states = self._states(padded, all_layers="middle" in outputs)
-        reps: dict[str, Dense] = {}
+        reps: dict[str, Representation] = {}
         if "dense" in outputs:
             vector_ND = apply_heads(self.projections, self._pool(states.last_hidden_state, padded))
             reps["dense"] = Dense(F.normalize(vector_ND, dim=-1) if self.settings.normalize else vector_ND)
         if "middle" in outputs:
             middle_NTH = states.hidden_states[len(states.hidden_states) // 2]
             reps["middle"] = Dense(F.normalize(self._pool(middle_NTH, padded), dim=-1))
+        for name in (name for name in self.token_heads if name in outputs):
+            part_NT = pool_mask(padded, self.settings.include_prompt)
+            reps[name] = apply_token_head(self.token_heads[name], states.last_hidden_state, padded, part_NT)
         return reps
+
+    def _check(self, outputs: Sequence[str]) -> None:
+        if unknown := [name for name in outputs if name not in self.outputs]:
+            raise ModelError(
+                f"this model has no output {unknown[0]!r}",
+                expected=f"one of {', '.join(self.outputs)}",
+                fix=f"to train a new one, load the model with {unknown[0]} in heads" if unknown[0] in FILES else None,
+            )
 
     def _states(self, padded: PaddedTokens, all_layers: bool) -> Any:
         arguments: dict[str, Any] = {"input_ids": padded.id_NT, "attention_mask": padded.mask_NT.long()}

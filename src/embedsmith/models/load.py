@@ -17,6 +17,7 @@ from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import FolderFacts, read_folder
 from embedsmith.models.heads import orthogonal_projection
 from embedsmith.models.pooling import POOLINGS
+from embedsmith.models.token_heads import build_token_heads
 
 
 def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None, **overrides: Any) -> Embedder:
@@ -36,7 +37,9 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
     if facts.lower_case:
         _lower_case(tokenizer)
     settings = decide(config, facts, tokenizer, positions_of(backbone))
-    embedder = Embedder(backbone, tokenizer, settings, projections(config, facts, backbone.config.hidden_size))
+    width = backbone.config.hidden_size
+    token_heads = build_token_heads(config, facts.backbone, width, tokenizer)
+    embedder = Embedder(backbone, tokenizer, settings, projections(config, facts, width), token_heads)
     return embedder.to(best_device() if device is None else device).eval()
 
 

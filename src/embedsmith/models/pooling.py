@@ -20,12 +20,12 @@ Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def cls(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The first token that takes part."""
-    return _at(hidden_NTH, pool_NT.int().argmax(1))
+    return _at(hidden_NTH, first_index(pool_NT))
 
 
 def last(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The last token that takes part."""
-    return _at(hidden_NTH, _last_index(pool_NT))
+    return _at(hidden_NTH, last_index(pool_NT))
 
 
 def mean(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def pool_mask(padded: PaddedTokens, include_prompt: bool) -> Tensor:
     if include_prompt:
         return padded.mask_NT
     column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)
-    last_NT = column_T[None, :] == _last_index(padded.mask_NT)[:, None]
+    last_NT = column_T[None, :] == last_index(padded.mask_NT)[:, None]
     return padded.body_NT | (last_NT & ~padded.body_NT.any(1, keepdim=True))
 
 
@@ -56,7 +56,13 @@ def _weighted(hidden_NTH: Tensor, weight_NT: Tensor) -> Tensor:
     return torch.bmm(share_NT[:, None, :], hidden_NTH)[:, 0]
 
 
-def _last_index(mask_NT: Tensor) -> Tensor:
+def first_index(mask_NT: Tensor) -> Tensor:
+    """index_N of the first marked token; 0 where none is."""
+    return mask_NT.int().argmax(1)
+
+
+def last_index(mask_NT: Tensor) -> Tensor:
+    """index_N of the last marked token; the last column where none is."""
     return mask_NT.shape[1] - 1 - mask_NT.flip(1).int().argmax(1)
 
 

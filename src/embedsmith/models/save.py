@@ -2,6 +2,7 @@
 
 sentence-transformers 2 to 6, transformers' AutoModel, text-embeddings-inference, vLLM and infinity all read it; the
 schema that sentence-transformers 5.4+ writes is refused or misread by the servers.
+Token heads lie beside the backbone as in BGE-M3; who does not know them sees the dense model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from embedsmith.models.card import model_card
 from embedsmith.models.folder import POOLING_NAMES, POOLING_SWITCHES
 from embedsmith.models.heads import Projection, activation_path
 from embedsmith.models.quiet import quiet
+from embedsmith.models.token_heads import FILES, save_token_head
 
 if TYPE_CHECKING:
     from embedsmith.models.embedder import Embedder
@@ -49,6 +51,8 @@ def save(model: Embedder, folder: str | Path) -> None:
             _save_projection(projection, root / _path(index, "Dense"))
         if settings.normalize:
             (root / _path(len(kinds) - 1, "Normalize")).mkdir()
+        for name, head in model.token_heads.items():
+            save_token_head(head, root / FILES[name])
         (root / "README.md").write_text(model_card(model), encoding="utf-8")
 
 

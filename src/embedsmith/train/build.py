@@ -76,6 +76,8 @@ def from_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
         prompts=None,
         normalize=None,
         dimension=None,
+        heads=None,
+        multivector_dim=None,
     )
 
 
