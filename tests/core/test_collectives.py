@@ -23,7 +23,8 @@ def talk():
     one.grad = torch.full((2,), float(rank()))
     if rank() == 1:
         two.grad = torch.ones(3, dtype=torch.float64)
-    average_gradients([one, two])
+    idle = torch.nn.Parameter(torch.zeros(1))
+    average_gradients([one, two, idle])
     try:
         on_first_rank(fail)
         raised = ""
@@ -32,6 +33,7 @@ def talk():
     return {
         "mean": one.grad.tolist(),
         "missing": two.grad.tolist(),
+        "idle": idle.grad is None,
         "max": max_over_ranks(rank()),
         "objects": objects_of_all_ranks({"rank": rank()}),
         "scalar": float(mean_over_ranks(torch.tensor(float(rank())))),
@@ -50,6 +52,7 @@ def test_ranks_agree(tmp_path):
         assert result == {
             "mean": [0.5, 0.5],
             "missing": [0.5, 0.5, 0.5],
+            "idle": True,
             "max": 1,
             "objects": [{"rank": 0}, {"rank": 1}],
             "scalar": 0.5,

@@ -291,6 +291,13 @@ def test_a_pair_loss_on_rows_without_scores_is_refused(tree):
         run(tree, data=[tree["data"][0] | {"loss": "cosent"}])
 
 
+def test_a_head_the_model_lacks_is_named_before_the_first_step(tree, tmp_path):
+    data = [tree["data"][0] | {"loss": {"type": "infonce", "head": "sparse"}}]
+    with pytest.raises(RecipeError, match=r"(?s)'sparse'.*model.heads=\[dense, sparse\]"):
+        run(tree, data=data)
+    assert not (tmp_path / "run").exists()
+
+
 def losses(output):
     return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in metrics(output)]
 

@@ -95,16 +95,19 @@ def barrier() -> None:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks; a missing gradient counts as zero.
+    """Replace every gradient by its mean over ranks; one that is missing on some ranks counts as zero there, one that
+    is missing on all stays missing, so that an optimizer leaves the parameter alone, as it would in one process.
 
     This is all that data parallelism is here. Unlike a wrapper's hooks it does not care how many chunks a rank
     encoded, in which order, or which heads its loss read.
     """
     if world_size() == 1:
         return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    holders = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device))
     gradients: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.requires_grad:
+    for parameter, count in zip(trained, holders.tolist(), strict=True):
+        if count > 0:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)

@@ -86,7 +86,7 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
     sets = [read_source(source) for source in sources]
     _check_same_files(sets)
     supplies = [
-        make_supply(source, records, recipe.train.batch_size, model.dimension)
+        make_supply(source, records, recipe.train.batch_size, model)
         for source, records in zip(sources, sets, strict=True)
     ]
     seed = recipe.train.seed
@@ -97,10 +97,17 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
     return Feed(model, lanes, steps, seed)
 
 
-def make_supply(source: Source, records: RecordSet, batch_size: int, dimension: int) -> Supply:
+def make_supply(source: Source, records: RecordSet, batch_size: int, model: Embedder) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
     loss = choose_loss(source, records.task)
-    loss.check(dimension)
+    loss.check(model.dimension)
+    if missing := sorted(loss.heads() - set(model.outputs)):
+        raise RecipeError(
+            f"the loss {type(loss).__name__} reads the head {missing[0]!r}, which the model has not",
+            where=records.name,
+            expected=f"one of {', '.join(model.outputs)}",
+            fix=f"add it: model.heads=[{', '.join(sorted({*loss.heads(), 'dense'}))}]",
+        )
     supply = Supply(
         records,
         loss,
