@@ -315,6 +315,12 @@ def plain(tree, tmp_path):
     return tree | {"model": {"path": str(bert), "pooling": "mean"}, "train": settings}
 
 
+def test_gradient_checkpointing_changes_no_loss(plain, tmp_path):
+    run(plain, output=str(tmp_path / "whole"))
+    run(plain, model=plain["model"] | {"gradient_checkpointing": True})
+    assert_same_losses(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("memory", [{"micro_batch": 1}, {"micro_batch": 7}, {"micro_batch": 64}, {"token_budget": 20}])
 def test_the_losses_of_a_run_do_not_depend_on_the_memory(plain, tmp_path, memory):
     run(plain, output=str(tmp_path / "whole"))

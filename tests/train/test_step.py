@@ -60,6 +60,17 @@ def test_memory_does_not_change_the_gradient(head, memory):
     assert_same(got, expected)
 
 
+def test_a_learnable_temperature_gets_the_same_gradient_in_every_mode():
+    found = []
+    for memory in [WHOLE, *MEMORIES]:
+        loss = InfoNCE(temperature=0.1, learn_temperature=True)
+        extras = dict(loss.extras(8))
+        run_step(TinyHeads(), [retrieval_part(loss)], memory, extras)
+        found.append(next(extras["temperature"].parameters()).grad.item())
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
+    assert abs(found[0]) > 1e-3
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_replay_draws_the_same_dropout(head):
     """Equal chunks, with and without replay: dropout differs between chunks but not between a chunk and its replay."""
