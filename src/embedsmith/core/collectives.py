@@ -89,11 +89,6 @@ def on_first_rank(act: Callable[[], T]) -> T:
     return value
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over ranks; one that is missing on some ranks counts as zero there, one that
     is missing on all stays missing, so that an optimizer leaves the parameter alone, as it would in one process.
