@@ -156,7 +156,7 @@ def _devices() -> Iterator[Device]:
     """The CPU, then every GPU that torch can use."""
     import torch
 
-    yield Device("cpu", f"{cores()} cores, {torch.get_num_threads()} threads", _memory_gb(), _cpu_bf16())
+    yield Device("cpu", f"{cores()} cores, {torch.get_num_threads()} threads", _memory_gb(), cpu_multiplies_bf16())
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         bf16 = facts.major >= 8 or torch.version.hip is not None
@@ -170,7 +170,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _cpu_bf16() -> bool | None:
+def cpu_multiplies_bf16() -> bool | None:
     """Whether the CPU multiplies bf16 itself; without it bf16 works, and is slower than fp32."""
     import torch
 

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
+from embedsmith.core.doctor import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
 from embedsmith.core.registry import losses
@@ -51,8 +52,7 @@ def bf16_is_fast() -> bool:
     """Whether the device multiplies bf16 matrices in hardware."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(cpu_multiplies_bf16())
 
 
 def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
