@@ -194,7 +194,7 @@ class _Reader:
         if isinstance(row, RowError):
             raise row
         if self.reading is None:
-            self.reading = self._first(row, f"{self.rows.path}:{line}")
+            self.reading = reading_of(row, self.source, self.rows, f"{self.rows.path}:{line}")
         record = self.reading.record(row)
         validate(record)
         self.task = self.task or self.source.task or record.task
@@ -202,15 +202,6 @@ class _Reader:
             kind = f"a row of task {record.task} among those of task {self.task}"
             raise RowError(kind, fix="put the rows of each task in a file of their own, and declare no other task")
         return record
-
-    def _first(self, row: dict[str, object], where: str) -> Reading:
-        """Decide layout and task by the first readable row."""
-        format_ = self.rows.format if self.rows.format == "beir" else self.source.format
-        layout = choose_layout(list(row), "records" if format_ == "beir" else format_, self.source.columns, where)
-        task = self.source.task or layout.task or _task_of(layout, row)
-        if layout.name == "pairs" and task != "sts":
-            layout = replace(layout, required=layout.required[:2])
-        return Reading(layout, task, source_name(self.source), self.source.instruction, self.rows.cells)
 
     def _note(self, error: RowError, line: int) -> None:
         self.counts[error.kind] += 1
@@ -268,6 +259,16 @@ class _Reader:
             record if record.label is None else replace(record, label=number[record.label]) for record in self.records
         ]
         return tuple(ordered)
+
+
+def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -> Reading:
+    """How to read the rows of a source, decided by its first readable row. Errors: `DataError` if no format fits."""
+    format_ = "records" if rows.format == "beir" else source.format
+    layout = choose_layout(list(row), format_, source.columns, where)
+    task = source.task or layout.task or _task_of(layout, row)
+    if layout.name == "pairs" and task != "sts":
+        layout = replace(layout, required=layout.required[:2])
+    return Reading(layout, task, source_name(source), source.instruction, rows.cells)
 
 
 def _task_of(layout: Layout, row: dict[str, object]) -> str:
