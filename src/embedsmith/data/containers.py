@@ -6,6 +6,7 @@ them if it was told to. A file that cannot be read any further (missing, truncat
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -27,13 +28,16 @@ Row = tuple[int, "dict[str, Any] | RowError"]
 @dataclass(frozen=True)
 class Rows:
     """`rows` yields (line, columns) or (line, error); `cells` is true where every value is text (CSV). A reader that
-    knows the format or the score range itself says so."""
+    knows the format or the score range itself says so. `version` stands for the content of a dataset that has no file
+    here, of about `size` bytes."""
 
     path: Path | str
     rows: Iterable[Row]
     cells: bool = False
     format: str | None = None
     score_range: tuple[float, float] | None = None
+    version: str | None = None
+    size: int = 0
 
 
 def open_rows(path: Path) -> Rows:
@@ -63,12 +67,16 @@ def has_known_kind(name: str) -> bool:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
-    """Lines of a UTF-8 file, gzipped or not, numbered from 1; a byte order mark at the start is dropped."""
+    """Lines of a UTF-8 file, gzipped or not, numbered from 1. A byte order mark at the start of a line is dropped: files
+    that were joined have one at every seam. A file in UTF-16 or UTF-32 is refused by its mark, once for all lines."""
     number = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
-                raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+                    fix = f"convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}"
+                    raise DataError("the file is UTF-16 or UTF-32, by its byte order mark", where=path, fix=fix)
+                raw = line.removeprefix(codecs.BOM_UTF8)
                 try:
                     yield number, raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:

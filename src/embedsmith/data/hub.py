@@ -34,7 +34,8 @@ def hub_rows(name: str, split: str | None) -> Rows:
             expected="a file or folder here, or the id of a dataset on the hub",
             fix="check the path; for a hub id, check the network and HF_HUB_OFFLINE",
         ) from error
-    return Rows(name, _rows(_split(found, split, name)))
+    chosen = _split(found, split, name)
+    return Rows(name, _rows(chosen), version=chosen._fingerprint, size=chosen.data.nbytes)
 
 
 def _split(found: Any, split: str | None, name: str) -> Any:

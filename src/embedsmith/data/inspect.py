@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from embedsmith.data.read import read_source
 from embedsmith.data.record import Record, text_id
-from embedsmith.data.source import RecordSet, Skipped, Source, negatives_per_query, read_source
+from embedsmith.data.source import RecordSet, Skipped, Source, negatives_per_query
 
 PERCENTILES = (0, 50, 90, 99, 100)
 

@@ -209,7 +209,7 @@ class Reading:
             scores += value if isinstance(value, list | tuple) else [value]
         if self.cells:
             scores = [number_of(score, role) for score in scores if score.strip()]
-        return tuple(scores) or None
+        return tuple(float(score) if type(score) is int else score for score in scores) or None
 
     def _taught(self, found: Found, positives: int) -> tuple[Scores | None, Scores | None]:
         """`teacher_scores` is the short form of both: the scores of the positives, then of the negatives."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -19,9 +18,10 @@ from embedsmith.core.registry import losses
 from embedsmith.data.beir import beir_rows, is_beir
 from embedsmith.data.containers import Rows, has_known_kind, open_rows
 from embedsmith.data.hub import hub_rows
-from embedsmith.data.layouts import FORMATS, Layout, Reading, choose_layout
+from embedsmith.data.layouts import Layout, Reading, choose_layout
 from embedsmith.data.record import Record, RowError, Task, validate
 from embedsmith.data.scores import Extent, Range, check_range, infer_range, rescaled
+from embedsmith.data.store import Fingerprint, RecordStore
 
 Format = Literal["records", "flagembedding", "pairs", "labels", "beir"]
 MOST_NEGATIVES = 4
@@ -41,7 +41,9 @@ class Source:
     - `weight`: how often an epoch sees each row; `batch_size`: rows a step, all ranks together;
     - `positives`, `negatives`: texts drawn for a query; `None` negatives are derived by `negatives_per_query`;
     - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
-    - `loss`: `None` is the default of the task; `on_error`: stop at faulty rows, or skip, count and name them.
+    - `loss`: `None` is the default of the task; `on_error`: stop at faulty rows, or skip, count and name them;
+    - `cache`: the folder where the converted source is kept on disk; `None` derives it: small sources stay in memory,
+      large ones go to the user's cache folder (`data/storecache.py`).
     """
 
     path: str
@@ -60,6 +62,7 @@ class Source:
     teacher: str | None = None
     loss: Annotated[Loss, losses] | None = None
     on_error: Literal["stop", "skip"] = "stop"
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def negatives_per_query(source: Source, records: Sequence[Record]) -> int:
     """How many negatives a query draws: as declared, otherwise the most that a record has, at most 4 (CoDiEmb's n)."""
     if source.negatives is not None:
         return source.negatives
+    if isinstance(records, RecordStore):
+        return min(records.counts.most_negatives, MOST_NEGATIVES)
     return min(max((len(record.negatives) for record in records), default=0), MOST_NEGATIVES)
 
 
@@ -120,14 +125,47 @@ def open_source(source: Source) -> Rows:
     return open_rows(path)
 
 
-def read_source(source: Source) -> RecordSet:
-    """Read, check and rescale all records of a source.
+Change = Callable[[Record, int], Record | None]
+"""What a record becomes once its whole file is known (`None`: it is left out), given its line."""
 
-    Errors: `DataError` naming file and line: every kind of fault once, with its count and first lines.
-    """
-    if source.format is not None and source.format not in FORMATS:
-        raise RecipeError(f"unknown format {source.format!r}", expected=f"one of {', '.join(FORMATS)}")
-    return _Reader(source, open_source(source)).read()
+
+class Shelf(Protocol):
+    """Where the records of a source are put while it is read, and kept afterwards."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, record: Record, line: int) -> None: ...
+
+    def settle(self, change: Change | None) -> tuple[Sequence[Record], str]:
+        """All records, changed where there is a change, and their fingerprint."""
+        ...
+
+
+class MemoryShelf:
+    """Records in a list."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._lines: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, record: Record, line: int) -> None:
+        self._records.append(record)
+        self._lines.append(line)
+
+    def settle(self, change: Change | None) -> tuple[Sequence[Record], str]:
+        records = self._records
+        if change is not None:
+            changed = map(change, records, self._lines)
+            records = [record for record in changed if record is not None]
+        return records, fingerprint(records)
+
+
+def read_rows(source: Source, rows: Rows, shelf: Shelf) -> RecordSet:
+    """Read, check and rescale all records of a source, onto a shelf. Errors: those of `read_source`."""
+    return _Reader(source, rows, shelf).read()
 
 
 @dataclass
@@ -136,8 +174,7 @@ class _Reader:
 
     source: Source
     rows: Rows
-    records: list[Record] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    shelf: Shelf
     faults: dict[str, tuple[RowError, list[int]]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     extent: Extent = field(default_factory=Extent)
@@ -149,21 +186,19 @@ class _Reader:
         if declared is not None and not declared[0] < declared[1]:
             raise RecipeError(f"score_range {list(declared)} is not [lowest, highest]", where=self.rows.path)
         self._read_rows(declared)
-        if not self.records and not self.faults:
+        if not len(self.shelf) and not self.faults:
             raise DataError("no records in it", where=self.rows.path, fix="check that it is the right file")
         known, how = self._range(declared)
-        labels = self._sort_labels()
-        if known is not None:
-            self.records = [rescaled(record, known) for record in self.records]
-            self._leave_out_unlike()
-        self._report()
+        labels = tuple(sorted(self.reading.labels)) if self.reading else ()
+        records, hash_ = self.shelf.settle(self._change(known, labels))
+        self._report(len(records))
         assert self.reading is not None
         assert self.task is not None
         return RecordSet(
             name=source_name(self.source),
             task=self.task,
-            records=self.records,
-            fingerprint=fingerprint(self.records),
+            records=records,
+            fingerprint=hash_,
             skipped=tuple(Skipped(kind, self.counts[kind], tuple(lines)) for kind, (_, lines) in self.faults.items()),
             format=self.rows.format or self.reading.layout.name,
             labels=labels,
@@ -174,7 +209,7 @@ class _Reader:
     def _read_rows(self, declared: Range | None) -> None:
         """Past `limit` rows are read only where the score range is still to be inferred: it is the whole file's."""
         for line, row in self.rows.rows:
-            full = self.source.limit is not None and len(self.records) >= self.source.limit
+            full = self.source.limit is not None and len(self.shelf) >= self.source.limit
             if full and (declared is not None or self.extent.empty):
                 return
             try:
@@ -187,8 +222,7 @@ class _Reader:
                 continue
             self.extent.add(record, line)
             if not full:
-                self.records.append(record)
-                self.lines.append(line)
+                self.shelf.add(record, line)
 
     def _record(self, row: dict[str, object] | RowError, line: int) -> Record:
         if isinstance(row, RowError):
@@ -209,13 +243,13 @@ class _Reader:
         if len(lines) < 5:
             lines.append(line)
 
-    def _report(self) -> None:
+    def _report(self, kept: int) -> None:
         """Stop with one message for all faults; or, told to skip, log the same and go on."""
         if not self.faults:
             return
         parts = [_summary(error, self.counts[kind], lines) for kind, (error, lines) in self.faults.items()]
         first = next(iter(self.faults.values()))[0]
-        if self.source.on_error == "skip" and self.records:
+        if self.source.on_error == "skip" and kept:
             log.warning("skipped %d rows of %s: %s", self.counts.total(), self.rows.path, "; ".join(parts))
             return
         raise DataError(
@@ -235,30 +269,28 @@ class _Reader:
         log.info("%s: scores taken as %g to %g (%s)", self.rows.path, low, high, found)
         return (low, high), f"inferred {low:g} to {high:g}, {found}"
 
-    def _leave_out_unlike(self) -> None:
-        """In retrieval a positive is a target whatever its score, so one with the lowest score would be learnt."""
-        if self.task != "retrieval":
-            return
-        kept = []
-        for record, line in zip(self.records, self.lines):
-            if 0.0 in (record.positive_scores or ()):
+    def _change(self, known: Range | None, labels: tuple[str, ...]) -> Change | None:
+        """What is done to all records at the end, if anything: scores rescaled, classes numbered in the order of
+        their names (so that the order of rows does not matter), positives with the lowest score left out."""
+        unlike = self.task == "retrieval" and known is not None and self.extent.low <= known[0]
+        if known in (None, (0.0, 1.0)) and not labels and not unlike:
+            return None
+        names = self.reading.labels if self.reading else {}
+        number = {names[name]: place for place, name in enumerate(labels)}
+
+        def change(record: Record, line: int) -> Record | None:
+            if labels and record.label is not None:
+                record = replace(record, label=number[record.label])
+            if known is not None:
+                record = rescaled(record, known)
+            if unlike and 0.0 in (record.positive_scores or ()):
+                # In retrieval a positive is a target whatever its score: one with the lowest would be learnt.
                 fix = "declare task: sts, or remove the rows"
                 self._note(RowError("a positive with the lowest possible score is not a positive", fix=fix), line)
-            else:
-                kept.append(record)
-        self.records = kept
+                return None
+            return record
 
-    def _sort_labels(self) -> tuple[str, ...]:
-        """Number named classes in the order of their names, so that the order of rows does not matter."""
-        names = self.reading.labels if self.reading else {}
-        if not names:
-            return ()
-        ordered = sorted(names)
-        number = {names[name]: place for place, name in enumerate(ordered)}
-        self.records = [
-            record if record.label is None else replace(record, label=number[record.label]) for record in self.records
-        ]
-        return tuple(ordered)
+        return change
 
 
 def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -> Reading:
@@ -290,8 +322,7 @@ def _summary(error: RowError, count: int, lines: list[int]) -> str:
 
 def fingerprint(records: Iterable[Record]) -> str:
     """A hash of what the records hold, in their order; where they came from does not count."""
-    digest = hashlib.blake2b(digest_size=16)
-    names = [f.name for f in fields(Record) if f.name != "source"]
+    digest = Fingerprint()
     for record in records:
-        digest.update(repr([getattr(record, name) for name in names]).encode())
-    return digest.hexdigest()
+        digest.add(record)
+    return digest.hex()
