@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.registry import did_you_mean, to_plain
+from embedsmith.core.registry import REGISTRIES, did_you_mean, to_plain
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -124,9 +124,8 @@ def _explain(detail: Any, schema: Any, prefix: tuple[Any, ...]) -> list[str]:
 def _known_keys(schema: Any, location: tuple[Any, ...]) -> list[str]:
     """The fields of the dataclass found by walking `location` down the type hints."""
     if isinstance(schema, str):
-        from embedsmith.core.registry import losses  # a component error carries only its class name
-
-        schema = next((entry.cls for entry in losses.entries() if entry.cls.__name__ == schema), None)
+        found = (registry.class_named(schema) for registry in REGISTRIES)  # an error carries only the class's name
+        schema = next((cls for cls in found if cls is not None), None)
     for part in location:
         options = _dataclasses_in(schema)
         if options and isinstance(part, str):

@@ -50,6 +50,10 @@ class Registry:
 
         return add
 
+    def class_named(self, class_name: str) -> type | None:
+        """The component whose class has this name, among those registered so far."""
+        return next((entry.cls for entry in self._entries.values() if entry.cls.__name__ == class_name), None)
+
     def entries(self) -> list[Entry]:
         importlib.import_module(self.module)
         return [self._entries[name] for name in sorted(self._entries)]
@@ -121,3 +125,5 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 losses = Registry("loss", "embedsmith.losses")
+merge_methods = Registry("merge method", "embedsmith.merge.methods")
+REGISTRIES = (losses, merge_methods)

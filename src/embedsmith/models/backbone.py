@@ -25,7 +25,7 @@ _HUB_FILES = (
     *FILES.values(),
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
-_UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.inv_freq$)")
+UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.inv_freq$)")
 """Weights no vector depends on: absent or extra, they change nothing."""
 
 
@@ -104,6 +104,22 @@ def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
     return model
 
 
+def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The encoder that `load_backbone` would load, without its weights: names, shapes, ties and buffers only.
+
+    Errors: `ModelError` for a missing config.json or an unknown architecture.
+    """
+    _check_shards(folder)
+    with quiet(), torch.device("meta"):
+        try:
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel
+            model: nn.Module = kind.from_config(model_config, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"cannot read the architecture: {error}", where=folder) from error
+    return model
+
+
 def _has_decoder(model_config: Any) -> bool:
     """An encoder-decoder, or the encoder saved of one (which then says it is not): only its encoder is wanted."""
     saved_as = model_config.architectures or []
@@ -160,7 +176,7 @@ def _check_weights(backbone: Any, report: dict[str, Any], folder: Path) -> None:
 
 
 def _that_matter(keys: Iterable[str]) -> list[str]:
-    return sorted(key for key in keys if not _UNUSED.search(key))
+    return sorted(key for key in keys if not UNUSED.search(key))
 
 
 def _some(names: list[str]) -> str:

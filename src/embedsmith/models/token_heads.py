@@ -135,7 +135,7 @@ def _read(path: Path, width_in: int, width_out: int | None) -> nn.Linear | None:
     """The linear layer in a file, `None` where there is no such file. `width_out=None` takes the file's."""
     if not path.exists():
         return None
-    state = _state(path)
+    state = head_state(path)
     width = width_out or max(len(state["bias"]), 1)
     came = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {"weight": (width, width_in), "bias": (width,)}
@@ -152,7 +152,8 @@ def _read(path: Path, width_in: int, width_out: int | None) -> nn.Linear | None:
     return linear
 
 
-def _state(path: Path) -> dict[str, Tensor]:
+def head_state(path: Path) -> dict[str, Tensor]:
+    """Weight and bias of the linear layer in a head's file. Errors: `ModelError` for a damaged or foreign file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:

@@ -1,0 +1,1 @@
+"""Checkpoints to a checkpoint: `embedsmith.merge(...)`, task vectors, methods."""

@@ -1,0 +1,297 @@
+"""Coefficient methods: pure functions from the Gram matrix of task vectors to one coefficient a parent.
+
+The merge is theta_0 + sum_i c_i V_i. K [M, M], K_ij = <V_i, V_j>, and the weights a [M] are float64; every function is
+differentiable in a (and in K where it reads K). No epsilon is absolute: fine-tuning moves weights by 1e-5 to 1e-3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.progress import log
+
+Antipodal = Literal["error", "linear", "drop_smaller"]
+Norm = Literal["raw", "geometric", "linear"]
+Accumulate = Literal["sum", "mean"]
+Order = Literal["given", "norm", "average"]
+
+_NEARLY_PARALLEL = 1e-6
+"""1 - cos below which the series of sin(t a)/sin(a) is used; its next term is below 1e-13."""
+_ANTIPODAL = -1 + 1e-4
+
+
+def normalised(weight_M: Tensor) -> Tensor:
+    """w_i = a_i / sum a. Errors: `RecipeError` when the sum is not above 0."""
+    total = weight_M.sum()
+    if not total > 0:
+        raise RecipeError(f"the weights {weight_M.tolist()} sum to {float(total):g}", expected="a sum above 0")
+    return weight_M / total
+
+
+def average(weight_M: Tensor) -> Tensor:
+    """c_i = a_i / sum a."""
+    return normalised(weight_M)
+
+
+def norm_restoring(gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+    """The weighted mean, stretched to the weighted mean norm of its parts: c = w sum_i w_i |V_i| / |sum_i w_i V_i|.
+
+    A mean of nearly orthogonal task vectors is short, by 1/sqrt(M); this is what SLERP mends. Parents that cancel out
+    give the plain mean.
+    """
+    w_M = normalised(weight_M)
+    length = norm_of(gram_MM, w_M)
+    wanted = w_M @ norms(gram_MM)
+    return w_M * (wanted / length) if length > 1e-7 * wanted else w_M
+
+
+def norms(gram_MM: Tensor) -> Tensor:
+    """|V_i| [M]."""
+    return gram_MM.diagonal().clamp_min(0).sqrt()
+
+
+def norm_of(gram_MM: Tensor, coef_M: Tensor) -> Tensor:
+    """|sum_i c_i V_i|, a scalar."""
+    return (coef_M @ gram_MM @ coef_M).clamp_min(0).sqrt()
+
+
+def cosine_of(gram_MM: Tensor, left_M: Tensor, right_M: Tensor) -> Tensor:
+    """Cosine of sum_i l_i V_i and sum_i r_i V_i; 0 where one of them is the zero vector."""
+    product = norm_of(gram_MM, left_M) * norm_of(gram_MM, right_M)
+    return (left_M @ gram_MM @ right_M / product).clamp(-1, 1) if product > 0 else product
+
+
+def slerp(
+    gram_MM: Tensor,
+    left_M: Tensor,
+    right_M: Tensor,
+    t: Tensor | float,
+    norm: Norm = "raw",
+    on_antipodal: Antipodal = "error",
+) -> Tensor:
+    """Coefficients of SLERP between two vectors that are themselves coefficient vectors over the parents.
+
+        V = [ sin((1-t) alpha) V_l + sin(t alpha) V_r ] / sin(alpha),   alpha = angle(V_l, V_r)
+
+    t = 0 is left, t = 1 is right; for weights t = a_r / (a_l + a_r). (The printed formula of 2410.15035 has the
+    angle outside the sine and the weights crossed; this is the one meant.) A zero vector has no angle: linear then.
+    `norm`: `raw` as above, or the result stretched to |V_l|^(1-t) |V_r|^t (`geometric`) or (1-t)|V_l| + t|V_r|.
+    `on_antipodal`: the great circle between opposite vectors is not unique.
+    Errors: `RecipeError` for opposite vectors with `on_antipodal="error"`.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64)
+    length_l, length_r = norm_of(gram_MM, left_M), norm_of(gram_MM, right_M)
+    if not (length_l > 0 and length_r > 0):
+        return (1 - t) * left_M + t * right_M
+    cos = cosine_of(gram_MM, left_M, right_M)
+    if cos < _ANTIPODAL:
+        return _antipodal(left_M, right_M, t, bool(length_l >= length_r), on_antipodal)
+    mixed_M = _share(1 - t, cos) * left_M + _share(t, cos) * right_M
+    if norm == "raw":
+        return mixed_M
+    linear = (1 - t) * length_l + t * length_r
+    wanted = linear if norm == "linear" else length_l ** (1 - t) * length_r**t
+    return mixed_M * wanted / norm_of(gram_MM, mixed_M)
+
+
+def _share(t: Tensor, cos: Tensor) -> Tensor:
+    """sin(t alpha) / sin(alpha). alpha = 2 atan2(|u-v|, |u+v|) of the unit vectors: acos loses half the digits."""
+    if 1 - cos < _NEARLY_PARALLEL:
+        return t * (1 + (1 - t * t) * (1 - cos) / 3)
+    alpha = 2 * torch.atan2((1 - cos).sqrt(), (1 + cos).sqrt())
+    return torch.sin(t * alpha) / torch.sin(alpha)
+
+
+def _antipodal(left_M: Tensor, right_M: Tensor, t: Tensor, left_longer: bool, policy: Antipodal) -> Tensor:
+    if policy == "error":
+        raise RecipeError(
+            "two task vectors point in opposite directions, so there is no shortest arc between them",
+            expected="a cosine above -0.9999",
+            fix="leave one parent out, or set on_antipodal to linear or drop_smaller",
+        )
+    log.warning("task vectors in opposite directions: on_antipodal=%s decides", policy)
+    if policy == "drop_smaller":
+        return left_M if left_longer else right_M
+    return (1 - t) * left_M + t * right_M
+
+
+def sequential_slerp(
+    gram_MM: Tensor,
+    weight_M: Tensor,
+    accumulate: Accumulate = "sum",
+    order: Order = "given",
+    norm: Norm = "raw",
+    on_antipodal: Antipodal = "error",
+) -> Tensor:
+    """U_1 = V_1; U_n = slerp(U_{n-1}, V_n; t_n), in the order of the parents.
+
+    `accumulate`: the weight of what is already merged is the `sum` of its weights, t_n = a_n / sum_{k<=n} a_k (equal
+    weights: equal influence), or their `mean`, t_n = a_n / (mean(a_1..a_{n-1}) + a_n), the paper's recursion
+    (2410.15035), in which later parents count more. `order`: as given, longest vector first (`norm`), or the mean
+    over all orders (`average`; 100 drawn orders above five parents).
+    """
+    options = (accumulate, norm, on_antipodal)
+    if order == "average":
+        ways = orders(len(weight_M))
+        return torch.stack([_in_order(gram_MM, weight_M, way, *options) for way in ways]).mean(0)
+    way = list(range(len(weight_M)))
+    if order == "norm":
+        way = norms(gram_MM).argsort(descending=True, stable=True).tolist()
+    return _in_order(gram_MM, weight_M, way, *options)
+
+
+def _in_order(
+    gram_MM: Tensor, weight_M: Tensor, way: Sequence[int], accumulate: Accumulate, norm: Norm, on_antipodal: Antipodal
+) -> Tensor:
+    unit_MM = torch.eye(len(weight_M), dtype=torch.float64)
+    normalised(weight_M)  # refuses weights that sum to nothing
+    merged_M, seen = unit_MM[way[0]], weight_M[way[0]]
+    for count, place in enumerate(way[1:], start=1):
+        before = seen if accumulate == "sum" else seen / count
+        both = before + weight_M[place]
+        t = weight_M[place] / both if both > 0 else torch.tensor(0.5, dtype=torch.float64)
+        merged_M = slerp(gram_MM, merged_M, unit_MM[place], t, norm, on_antipodal)
+        seen = seen + weight_M[place]
+    return merged_M
+
+
+def orders(count: int) -> list[tuple[int, ...]]:
+    """All orders of up to five parents; 100 drawn ones, always the same, of more."""
+    if count <= 5:
+        return list(itertools.permutations(range(count)))
+    draw = random.Random(count)
+    return [tuple(draw.sample(range(count), count)) for _ in range(100)]
+
+
+def order_spread(gram_MM: Tensor, weight_M: Tensor, accumulate: Accumulate = "sum") -> float:
+    """The largest angle, in degrees, between sequential SLERPs in two orders: how much the order decides."""
+    found = [_in_order(gram_MM, weight_M, way, accumulate, "raw", "linear") for way in orders(len(weight_M))]
+    cosines = [float(cosine_of(gram_MM, one, two)) for one, two in itertools.combinations(found, 2)]
+    return math.degrees(max((math.acos(min(1.0, cos)) for cos in cosines), default=0.0))
+
+
+def _directions(gram_MM: Tensor, weight_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised weights of the vectors that are not zero (the others get 0), and 1/|V_i| (0 for a zero vector)."""
+    length_M = norms(gram_MM)
+    alive_M = length_M > 0
+    inverse_M = torch.where(alive_M, 1 / torch.where(alive_M, length_M, torch.ones_like(length_M)), 0.0)
+    return normalised(weight_M * alive_M), inverse_M
+
+
+def normalised_mean(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometric"] = "linear") -> Tensor:
+    """The direction of sum_i w_i V_i/|V_i|, with the weighted mean norm.
+
+    What mergekit's `multislerp` returns: the sum in its tangent space is identically zero.
+    """
+    if not norms(gram_MM).any():
+        return normalised(weight_M)
+    w_M, inverse_M = _directions(gram_MM, weight_M)
+    return _stretched(gram_MM, w_M * inverse_M, w_M, norm)
+
+
+def _stretched(gram_MM: Tensor, coef_M: Tensor, w_M: Tensor, norm: Literal["linear", "geometric"]) -> Tensor:
+    length_M = norms(gram_MM)
+    geometric = torch.exp(w_M @ torch.where(length_M > 0, length_M, 1.0).log())
+    wanted = w_M @ length_M if norm == "linear" else geometric
+    return coef_M * wanted / norm_of(gram_MM, coef_M)
+
+
+def karcher(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometric"] = "linear") -> Tensor:
+    """The weighted mean on the sphere of directions (Frechet mean), with the weighted mean norm. Order-free.
+
+    m <- exp_m( sum_i w_i log_m(V_i/|V_i|) ) from the normalised weighted mean until the step is below 1e-10. Unique
+    where all directions lie in an open half space; all pairwise cosines above 0 suffice, and a warning says otherwise.
+    Zero vectors take no part.
+    """
+    if not norms(gram_MM).any():
+        return normalised(weight_M)
+    w_M, inverse_M = _directions(gram_MM, weight_M)
+    if bool((gram_MM < 0).any()):
+        log.warning("some task vectors are more than 90 degrees apart: their spherical mean may not be unique")
+    mean_M = w_M * inverse_M
+    if norm_of(gram_MM, mean_M) < 1e-7:
+        raise RecipeError("the task vectors cancel out: they have no spherical mean", fix="leave one parent out")
+    mean_M = mean_M / norm_of(gram_MM, mean_M)
+    for _ in range(100):
+        mean_M, step = _karcher_step(gram_MM, mean_M, w_M, inverse_M)
+        if step < 1e-10:
+            break
+    return _stretched(gram_MM, mean_M, w_M, norm)
+
+
+def _karcher_step(gram_MM: Tensor, mean_M: Tensor, w_M: Tensor, inverse_M: Tensor) -> tuple[Tensor, float]:
+    cos_M = ((gram_MM @ mean_M) * inverse_M).clamp(-1, 1)
+    theta_M = 2 * torch.atan2((1 - cos_M).sqrt(), (1 + cos_M).sqrt())
+    near_M = 1 - cos_M < _NEARLY_PARALLEL
+    safe_M = torch.where(near_M, torch.ones_like(theta_M), theta_M)
+    ratio_M = torch.where(near_M, 1 + (1 - cos_M) / 3, safe_M / torch.sin(safe_M))
+    tangent_M = w_M * ratio_M * inverse_M - (w_M * ratio_M * cos_M).sum() * mean_M
+    size = norm_of(gram_MM, tangent_M)
+    if size < 1e-10:
+        return mean_M, float(size)
+    moved_M = torch.cos(size) * mean_M + torch.sin(size) / size * tangent_M
+    return moved_M / norm_of(gram_MM, moved_M), float(size)
+
+
+def model_stock(gram_MM: Tensor) -> Tensor:
+    """c_i = t / M,  t = M cos / (1 + (M - 1) cos) in [0, 1], cos the mean pairwise cosine (Jang et al. 2024).
+
+    For runs of one task, equally long: of different tasks, nearly orthogonal, t is near 0 and the base comes back.
+    Pairs with a zero vector are left out of the mean (no cosine), and nothing is clamped at an absolute size.
+    """
+    count = len(gram_MM)
+    if count < 2:
+        raise RecipeError("model_stock needs at least two parents", fix="add a parent, or use average")
+    length_M = norms(gram_MM)
+    pairs = [(i, j) for i, j in itertools.combinations(range(count), 2) if length_M[i] > 0 and length_M[j] > 0]
+    if not pairs:
+        return torch.full((count,), 1 / count, dtype=torch.float64)
+    cosines = torch.stack([gram_MM[i, j] / (length_M[i] * length_M[j]) for i, j in pairs])
+    cos = cosines.mean().clamp(0, 1)
+    return (cos / (1 + (count - 1) * cos)).expand(count)
+
+
+def inverse_norms(gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+    """c_i proportional to a_i / |V_i|, summing to 1: trust the parent that moved least (NAN, arXiv 2505.16148).
+
+    Zero vectors contribute nothing and get no share.
+    """
+    if not norms(gram_MM).any():
+        return normalised(weight_M)
+    _, inverse_M = _directions(gram_MM, weight_M)
+    return normalised(weight_M * inverse_M)
+
+
+def greedy_soup(
+    score_M: Sequence[float], evaluate: Callable[[Tensor], float], gain: float = 0.0
+) -> tuple[Tensor, list[float]]:
+    """Parents from best to worst; each stays in the running mean if the score does not fall (Wortsman et al. 2022).
+
+    `evaluate`: coefficients [M] to a held-out score, higher is better. `gain`: the least rise that keeps a parent.
+    Returns the coefficients and the score after every trial.
+    """
+    count = len(score_M)
+    ranked = sorted(range(count), key=lambda place: -score_M[place])
+    chosen, best = [ranked[0]], score_M[ranked[0]]
+    history = [best]
+    for place in ranked[1:]:
+        score = evaluate(uniform([*chosen, place], count))
+        history.append(score)
+        if score >= best + gain:
+            chosen, best = [*chosen, place], score
+    return uniform(chosen, count), history
+
+
+def uniform(chosen: Sequence[int], count: int) -> Tensor:
+    """Equal coefficients for the chosen parents, 0 for the others."""
+    coef_M = torch.zeros(count, dtype=torch.float64)
+    coef_M[list(chosen)] = 1 / len(chosen)
+    return coef_M

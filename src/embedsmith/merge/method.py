@@ -1,0 +1,96 @@
+"""What a merging method is: a frozen dataclass that looks at the job once and says how to make each block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.merge.gram import Gram, Granularity, groups, measure
+from embedsmith.merge.parents import Parent
+from embedsmith.merge.stream import BLOCK, Block, blocks
+
+Combine = Callable[[Block], Tensor]
+"""A block of all models to the merged weights [E] of that block, in float64 (or float32)."""
+Base = Literal["needed", "optional"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method may look at. `names`: the float tensors it has to make; `weight_M`: the parents' weights a_i,
+    float64, as the recipe says (not normalised); `groups`: names that share one set of coefficients."""
+
+    parents: tuple[Parent, ...]
+    base: Parent | None
+    names: tuple[str, ...]
+    weight_M: Tensor
+    granularity: Granularity = "model"
+    seed: int = 0
+    cache: Path | None = None
+    block: int = BLOCK
+
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Group key to names, by the granularity."""
+        return groups(self.names, self.granularity)
+
+    @cached_property
+    def gram(self) -> Gram:
+        """Inner products of the task vectors of every tensor: one pass over the weights, or the cache."""
+        assert self.base is not None, "checked by `Method.base`"
+        return measure(self.parents, self.base, self.names, cache=self.cache, block=self.block)
+
+    def blocks(self, names: tuple[str, ...] | None = None, by_rows: bool = False) -> Iterator[Block]:
+        """A pass over the weights."""
+        chosen = self.names if names is None else names
+        return blocks(self.parents, self.base, chosen, size=self.block, by_rows=by_rows)
+
+
+class Method(Protocol):
+    """Frozen dataclasses registered in `core.registry.merge_methods`.
+
+    `base`: whether task vectors are needed. `by_rows`: blocks must be whole rows. `prepare` may pass over the weights,
+    read data and train; what it returns is called for every block of `job.names`, each tensor's blocks in order.
+    """
+
+    base: ClassVar[Base]
+    by_rows: ClassVar[bool]
+
+    def prepare(self, job: Job) -> Combine: ...
+
+
+def combine_coefficients(coefficients: Mapping[str, Tensor]) -> Combine:
+    """theta_m = (1 - sum_i c_i) theta_0 + sum_i c_i theta_i, which is theta_0 + sum_i c_i V_i, in float64.
+
+    `coefficients`: tensor name to c [M]. Written over the weights themselves, so that identical parents come out bit
+    for bit, and a merge whose coefficients sum to 1 needs no base.
+    """
+    plain = {name: [float(value) for value in coef_M] for name, coef_M in coefficients.items()}
+
+    def combine(block: Block) -> Tensor:
+        coefs = plain[block.name]
+        rest = base_share(coefs)
+        merged_E = torch.zeros(block.stop - block.start, dtype=torch.float64)
+        for coef, parent_E in zip(coefs, block.parents, strict=True):
+            if coef:
+                merged_E.add_(parent_E.double(), alpha=coef)  # converted first: ten times faster than a mixed addition
+        if rest:
+            if block.base_E is None:
+                raise RecipeError(f"the coefficients of {block.name} sum to {1 - rest}", fix="give the merge a base")
+            merged_E.add_(block.base_E.double(), alpha=rest)
+        return merged_E
+
+    return combine
+
+
+def base_share(coefs: list[float]) -> float:
+    """1 - sum c, and exactly 0 where the sum is 1 but for rounding."""
+    rest = 1.0 - math.fsum(coefs)
+    return 0.0 if abs(rest) < 4e-16 * len(coefs) else rest
