@@ -77,12 +77,7 @@ def facts_of(records: Iterable[Record]) -> RowFacts:
         positive_ids.extend(map(text_id, record.positives))
         ends.append(len(positive_ids))
         lengths.append(max(map(estimated_tokens, chain((record.query,), record.positives, record.negatives))))
-    return RowFacts(
-        np.frombuffer(query_ids, np.int64),
-        np.frombuffer(positive_ids, np.int64) if positive_ids else np.zeros(0, np.int64),
-        np.frombuffer(ends, np.int64),
-        np.frombuffer(lengths, np.int32),
-    )
+    return RowFacts(np.asarray(query_ids), np.asarray(positive_ids), np.asarray(ends), np.asarray(lengths, np.int32))
 
 
 def estimated_tokens(text: str) -> int:
