@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from embedsmith.data.hub import hub_rows
 from embedsmith.data.layouts import Layout, Reading, choose_layout
 from embedsmith.data.record import Record, RowError, Task, validate
 from embedsmith.data.scores import Extent, Range, check_range, infer_range, rescaled
-from embedsmith.data.store import Fingerprint, RecordStore
+from embedsmith.data.store import Fingerprint
 
 Format = Literal["records", "flagembedding", "pairs", "labels", "beir"]
 MOST_NEGATIVES = 4
@@ -38,12 +38,17 @@ class Source:
     - `format`: `None` finds it by the columns; `columns`: role to column, for files with names of their own;
     - `score_range`: the range scores were given in, [lowest, highest]; `None` infers it;
     - `split`: of a dataset or a BEIR folder; `instruction`: for records that have none; `limit`: only the first;
-    - `weight`: how often an epoch sees each row; `batch_size`: rows a step, all ranks together;
+    - `part`: the rows whose query hashes into this share of [0, 1], such as [0, 0.95] to train and [0.95, 1] to
+      validate on: rows of the same query fall together, in every file and every run;
+    - `weight`: how often an epoch sees each row; `cap`: rows that an epoch sees of it at most (others in the next);
+    - `batch_size`: rows a step, all ranks together;
     - `positives`, `negatives`: texts drawn for a query; `None` negatives are derived by `negatives_per_query`;
     - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
     - `loss`: `None` is the default of the task; `on_error`: stop at faulty rows, or skip, count and name them;
     - `cache`: the folder where the converted source is kept on disk; `None` derives it: small sources stay in memory,
-      large ones go to the user's cache folder (`data/storecache.py`).
+      large ones go to the user's cache folder (`data/storecache.py`);
+    - `streaming`: never read it whole (Parquet files, datasets), but through a shuffled buffer of `buffer` rows
+      (`data/stream.py`).
     """
 
     path: str
@@ -55,7 +60,9 @@ class Source:
     split: str | None = None
     instruction: str | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
+    part: tuple[float, float] | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
+    cap: Annotated[int, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(gt=0)] | None = None
     positives: Annotated[int, Field(gt=0)] = 1
     negatives: Annotated[int, Field(ge=0)] | None = None
@@ -63,6 +70,8 @@ class Source:
     loss: Annotated[Loss, losses] | None = None
     on_error: Literal["stop", "skip"] = "stop"
     cache: str | None = None
+    streaming: bool = False
+    buffer: Annotated[int, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +102,19 @@ class RecordSet:
     scores: str = "none"
 
 
+@runtime_checkable
+class KnowsNegatives(Protocol):
+    """Records that need not be read to find out how many negatives one of them has at most."""
+
+    def most_negatives(self) -> int: ...
+
+
 def negatives_per_query(source: Source, records: Sequence[Record]) -> int:
     """How many negatives a query draws: as declared, otherwise the most that a record has, at most 4 (CoDiEmb's n)."""
     if source.negatives is not None:
         return source.negatives
-    if isinstance(records, RecordStore):
-        return min(records.counts.most_negatives, MOST_NEGATIVES)
+    if isinstance(records, KnowsNegatives):
+        return min(records.most_negatives(), MOST_NEGATIVES)
     return min(max((len(record.negatives) for record in records), default=0), MOST_NEGATIVES)
 
 
