@@ -67,7 +67,7 @@ def has_known_kind(name: str) -> bool:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
-    """Lines of a UTF-8 file, gzipped or not, numbered from 1. A byte order mark at the start of a line is dropped: files
+    """Lines of a UTF-8 file, gzipped or not, numbered from 1. A byte order mark that starts a line is dropped: files
     that were joined have one at every seam. A file in UTF-16 or UTF-32 is refused by its mark, once for all lines."""
     number = 0
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,28 @@ def hub_rows(name: str, split: str | None) -> Rows:
 
     Errors: `DataError` if there is no such dataset or split; `MissingExtraError` without the package `datasets`.
     """
+    datasets = load_datasets()
+    with refused(name):
+        found = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name)
+    chosen = choose_split(found, split, name)
+    return Rows(name, _rows(chosen), version=chosen._fingerprint, size=chosen.data.nbytes)
+
+
+def load_datasets() -> Any:
+    """The package `datasets`. Errors: `MissingExtraError` without it."""
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError("datasets", "hub") from error
+    return datasets
+
+
+@contextmanager
+def refused(name: str) -> Iterator[None]:
+    """Whatever the package says of a dataset it cannot load, as a `DataError`."""
+    datasets = load_datasets()
     try:
-        saved = is_saved_dataset(Path(name))
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"cannot load a dataset of this name ({str(error).splitlines()[0]})",
@@ -34,11 +50,10 @@ def hub_rows(name: str, split: str | None) -> Rows:
             expected="a file or folder here, or the id of a dataset on the hub",
             fix="check the path; for a hub id, check the network and HF_HUB_OFFLINE",
         ) from error
-    chosen = _split(found, split, name)
-    return Rows(name, _rows(chosen), version=chosen._fingerprint, size=chosen.data.nbytes)
 
 
-def _split(found: Any, split: str | None, name: str) -> Any:
+def choose_split(found: Any, split: str | None, name: str) -> Any:
+    """One split of several: the one asked for, else `train`, else the only one. Errors: `DataError`."""
     if not isinstance(found, dict):
         return found
     chosen = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)

@@ -9,6 +9,7 @@ from embedsmith.core.progress import log
 from embedsmith.data.layouts import FORMATS
 from embedsmith.data.source import MemoryShelf, RecordSet, Source, open_source, read_rows
 from embedsmith.data.storecache import belongs_on_disk, look, refuse_vanished, stored, weight
+from embedsmith.data.stream import stream_source
 
 
 def read_source(source: Source) -> RecordSet:
@@ -19,6 +20,8 @@ def read_source(source: Source) -> RecordSet:
     """
     if source.format is not None and source.format not in FORMATS:
         raise RecipeError(f"unknown format {source.format!r}", expected=f"one of {', '.join(FORMATS)}")
+    if source.streaming:
+        return stream_source(source)
     path = Path(source.path).expanduser()
     if path.exists():
         files = look(path)

@@ -183,6 +183,10 @@ class RecordStore(Sequence[Record]):
         for columns in self._blocks:
             yield from map(_record, zip(*(column.to_pylist() for column in columns)))
 
+    def most_negatives(self) -> int:
+        """Of any record."""
+        return self.counts.most_negatives
+
     def facts(self) -> RowFacts:
         """The facts of all rows, memory-mapped (offsets are made anew, 8 bytes a row)."""
         return self._facts
