@@ -252,9 +252,8 @@ class PRO(Loss):
         l_k = -log( e^{s_k w_k / t} / ( e^{s_k w_k / t} + sum over V_k of e^{s_i gap_ki / t} ) )
         L   = mean of l_k over the k with V_k not empty
 
-    V_k already means "ranked lower", so there is no loop over ranks, and no N x N matrix either: anchors are taken in
-    blocks. Gaps multiply scores: labels should lie in [0, 1], and the loss depends on the level of scores, not only
-    on their differences.
+    V_k already means "ranked lower", so there is no loop over ranks, and no N x N matrix either. Gaps multiply
+    scores: labels should lie in [0, 1], and the loss depends on the level of scores, not only on their differences.
 
     temperature: t. center: subtract the mean score first, which removes that dependence (reconstructed: ours, not
     published). head: the representation that is scored. cross_device: as in `cosent`.
@@ -282,7 +281,9 @@ class PRO(Loss):
 
 
 class _PreferenceRanking(torch.autograd.Function):
-    """PRO of z = s / t in blocks of anchors, sorted by label so that a block reads only what lies below it.
+    """PRO of z = s / t, a row for every distinct label: what lies below an anchor, and by how much, is the same for
+    all anchors with its label, and human labels have few values. Rows come in blocks, sorted by label so that a block
+    reads only what lies below it.
 
     The gradient is computed beside the value, while a block is in the cache; no N x N matrix exists.
     """
@@ -292,15 +293,21 @@ class _PreferenceRanking(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logit_WN: Tensor, label_N: Tensor) -> Tensor:
         label_N, order_N = torch.sort(label_N)
-        below = torch.searchsorted(label_N, label_N - _TIE).tolist()  # how many labels lie below each
+        level_V, size_V = torch.unique_consecutive(label_N, return_counts=True)
+        end_V = size_V.cumsum(0)
+        below = torch.searchsorted(label_N, level_V - _TIE).tolist()  # how many labels lie below each level
         first = sum(count == 0 for count in below)  # the lowest labels are no anchors
-        anchors, gradient_WN = max(len(below) - first, 1), torch.zeros_like(logit_WN)
+        lowest = int(end_V[first - 1]) if first else 0
+        anchors, gradient_WN = max(len(label_N) - lowest, 1), torch.zeros_like(logit_WN)
         sorted_WN, values = logit_WN[:, order_N], []
         for logit_N, gradient_N in zip(sorted_WN.unbind(), gradient_WN.unbind(), strict=True):
-            over = [logit_N.new_zeros(0)]
-            for start in range(first, len(below), _PreferenceRanking.BLOCK):
-                stop = min(start + _PreferenceRanking.BLOCK, len(below))
-                over.append(_rank_block(logit_N[:stop], label_N[:stop], start, below[start], gradient_N[:stop]))
+            over, start = [logit_N.new_zeros(0)], lowest
+            for row in range(first, len(below), _PreferenceRanking.BLOCK):
+                rows = slice(row, row + _PreferenceRanking.BLOCK)
+                stop = int(end_V[rows][-1])
+                block = (logit_N[:stop], label_N[:stop], level_V[rows], size_V[rows])
+                over.append(_rank_block(*block, start, below[row], gradient_N[:stop]))
+                start = stop
             values.append(torch.nn.functional.softplus(torch.cat(over), threshold=50.0).sum() / anchors)
         ctx.save_for_backward(torch.empty_like(gradient_WN).index_copy(1, order_N, gradient_WN / anchors))
         return torch.stack(values)
@@ -314,16 +321,22 @@ class _PreferenceRanking(torch.autograd.Function):
 _TIE = 1e-8
 
 
-def _rank_block(logit_N: Tensor, label_N: Tensor, start: int, below: int, gradient_N: Tensor) -> Tensor:
-    """By how much the logsumexp below exceeds the anchor's own logit, for the anchors from `start` on; adds the
-    gradient of their terms to `gradient_N`. The first `below` labels are below all of these anchors."""
-    gap_BN = label_N[start:, None] - label_N
-    power_BN = gap_BN * logit_N
-    power_BN[:, below:].masked_fill_(gap_BN[:, below:] <= _TIE, float("-inf"))
-    top_B1 = power_BN.amax(1, keepdim=True)
-    total_B = power_BN.sub_(top_B1).exp_().sum(1)
-    over_B = torch.addcmul(total_B.log() + top_B1[:, 0], logit_N[start:], gap_BN[:, 0], value=-1)
-    share_B = over_B.sigmoid()
-    gradient_N += (share_B / total_B) @ power_BN.mul_(gap_BN)
-    gradient_N[start:].addcmul_(share_B, gap_BN[:, 0], value=-1)
-    return over_B
+def _rank_block(
+    logit_N: Tensor, label_N: Tensor, level_V: Tensor, size_V: Tensor, start: int, below: int, gradient_N: Tensor
+) -> Tensor:
+    """By how much the logsumexp below exceeds the anchor's own logit, for the anchors from `start` on, whose labels
+    are `level_V`, `size_V` anchors each; adds the gradient of their terms to `gradient_N`. The first `below` labels
+    are below all of these anchors. (V: distinct labels, A: anchors.)"""
+    gap_VN = level_V[:, None] - label_N
+    power_VN = gap_VN * logit_N
+    power_VN[:, below:].masked_fill_(gap_VN[:, below:] <= _TIE, float("-inf"))
+    top_V1 = power_VN.amax(1, keepdim=True)
+    total_V = power_VN.sub_(top_V1).exp_().sum(1)
+    level_A = torch.repeat_interleave(size_V)  # the row of each anchor
+    widest_A = gap_VN[:, 0][level_A]
+    over_A = torch.addcmul((total_V.log() + top_V1[:, 0])[level_A], logit_N[start:], widest_A, value=-1)
+    share_A = over_A.sigmoid()
+    share_V = torch.zeros_like(total_V).index_add_(0, level_A, share_A)
+    gradient_N += (share_V / total_V) @ power_VN.mul_(gap_VN)
+    gradient_N[start:].addcmul_(share_A, widest_A, value=-1)
+    return over_A
