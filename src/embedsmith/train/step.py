@@ -111,11 +111,13 @@ def run_step(
     value, named = _loss(parts, sides, extras or {}, progress)
     gradient = _row_gradients(sides)
     after = TorchRandom.capture()
-    for chunk, piece, state in zip(chunks, pieces, states, strict=True):
+    for chunk, piece in zip(chunks, pieces, strict=True):  # kept graphs first: none is alive beside a replayed one
+        if chunk.keep:
+            _push(piece, chunk.rows, gradient)
+    for chunk, state in zip(chunks, states, strict=True):
         if not chunk.keep:
             state.restore()
-            piece = encode(tokens.take(chunk.rows), heads)
-        _push(piece, chunk.rows, gradient)
+            _push(encode(tokens.take(chunk.rows), heads), chunk.rows, gradient)
     after.restore()
     padded = sum(len(chunk.rows) * int(tokens.length_N[chunk.rows].max()) for chunk in chunks)
     return StepOutput(value, named, len(tokens.id_S), padded, sum(not chunk.keep for chunk in chunks))
