@@ -1,6 +1,9 @@
 """Texts as records: reading, writing, drawing batches. Knows only `core`."""
 
-from embedsmith.data.plan import BatchPlan, PlannedStep
+from embedsmith.data.facts import RowFacts, row_facts
+from embedsmith.data.mixture import Joined, joined, part_of
+from embedsmith.data.plan import Account, BatchPlan, PlannedStep
+from embedsmith.data.plan_config import PlanConfig
 from embedsmith.data.read import read_source
 from embedsmith.data.record import Record, Task, text_id
 from embedsmith.data.source import RecordSet, Source, negatives_per_query
@@ -8,18 +11,25 @@ from embedsmith.data.texts import PairTexts, RetrievalTexts, pair_texts, retriev
 from embedsmith.data.writers import write_records
 
 __all__ = [
+    "Account",
     "BatchPlan",
+    "Joined",
     "PairTexts",
+    "PlanConfig",
     "PlannedStep",
     "Record",
     "RecordSet",
     "RetrievalTexts",
+    "RowFacts",
     "Source",
     "Task",
+    "joined",
     "negatives_per_query",
     "pair_texts",
+    "part_of",
     "read_source",
     "retrieval_texts",
+    "row_facts",
     "row_seeds",
     "text_id",
     "write_records",

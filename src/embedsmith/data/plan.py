@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.facts import RowFacts
 from embedsmith.data.plan_config import PlanConfig
-from embedsmith.data.plan_cut import Cut, Pass, cut, make_pass
+from embedsmith.data.plan_cut import Cut, Order, Pass, cut, make_pass
 from embedsmith.data.plan_schedule import ordinals, source_order, steps_of_sources
 
 
@@ -84,6 +84,7 @@ class BatchPlan:
     - `weights`: how often an epoch sees a source's rows, 1 each by default;
     - `facts`: of each source, or `None` where neither lengths nor shared texts matter; `apart`: whether rows of a
       batch must share no text;
+    - `orders`: of each source, how its rows are permuted, where not any order will do (streams);
     - `tasks`: for schedules by task; `world`: the number of ranks; `names`: for messages.
 
     Errors: `RecipeError` for a batch that ranks cannot share equally, an empty source, one with fewer rows than
@@ -101,6 +102,7 @@ class BatchPlan:
     texts: tuple[int, ...] | None = None
     apart: tuple[bool, ...] | None = None
     facts: tuple[RowFacts | None, ...] | None = field(default=None, repr=False, compare=False)
+    orders: tuple[Order | None, ...] | None = field(default=None, repr=False, compare=False)
     _passes: dict[int, tuple[int, Pass]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _schedules: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -173,17 +175,12 @@ class BatchPlan:
     @cached_property
     def cuts(self) -> tuple[Cut, ...]:
         """The shape of every source's passes."""
-        return tuple(
-            cut(
-                size,
-                self.batch_sizes[i],
-                self.texts[i] if self.texts else 2,
-                self.config,
-                self._facts(i),
-                self.apart is None or self.apart[i],
-            )
-            for i, size in enumerate(self.sizes)
-        )
+        shapes = []
+        for i, size in enumerate(self.sizes):
+            texts, apart = self.texts[i] if self.texts else 2, self.apart is None or self.apart[i]
+            shape = cut(size, self.batch_sizes[i], texts, self.config, self._facts(i), apart)
+            shapes.append(replace(shape, order=self.orders[i] if self.orders else None))
+        return tuple(shapes)
 
     def _left_out(self, source: int) -> bool:
         return self.config.small == "drop" and self.cuts[source].small
@@ -269,6 +266,19 @@ class BatchPlan:
             self._passes[source] = kept
         return kept[1]
 
+    def summary(self) -> list[str]:
+        """A line a source: rows, steps of an epoch and their size, rows that the first epoch does not see and why."""
+        lines = []
+        for i, account in enumerate(self.account(0)):
+            steps = f"{self.steps_of[i]:,} steps of {_range(self.cuts[i], self.world)} an epoch"
+            unseen = "".join(f", {count:,} rows left out ({why})" for why, count in account.unseen.items())
+            lines.append(f"{self.name(i)}: {self._tasks[i]}, {account.rows:,} rows, {steps}{unseen}")
+        return lines
+
+    def steps_with(self, source: int, epoch: int = 0) -> IntArray:
+        """The numbers of the steps of an epoch that draw from a source."""
+        return np.flatnonzero(self._schedule(epoch)[0] == source) + epoch * self.steps_per_epoch
+
     @cached_property
     def unused_rows(self) -> tuple[int, ...]:
         """Rows of each source that the first epoch does not see; other rows in every epoch."""
@@ -304,6 +314,11 @@ class BatchPlan:
 
 _REASONS = ("not reached", "no full batch", "shares a text", "ranks")
 _NOT_REACHED, _NO_BATCH, _CLASHES, _RANKS = range(len(_REASONS))
+
+
+def _range(shape: Cut, world: int) -> str:
+    used = [rows // world * world for rows, batches in zip(shape.rows_G, shape.batches_G, strict=True) if batches]
+    return f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
 
 
 def _near(batch: int, world: int) -> str:

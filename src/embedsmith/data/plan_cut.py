@@ -23,6 +23,8 @@ GROWTH = 1.15
 BATCHES_OF_A_GROUP = 4
 """An automatic group with fewer batches is put together with the next: its rows would meet each other every epoch."""
 RowsOfLength = Callable[[int], int]
+Order = Callable[[np.random.Generator], Ints]
+"""A permutation of all rows, drawn with a generator alone: of records that do not come in any order alike."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Cut:
     shared: Shared | None = None
     small: bool = False
     padded: bool = False
+    order: Order | None = None
 
     @property
     def batches(self) -> int:
@@ -161,8 +164,7 @@ def make_pass(shape: Cut, seed: int, source: int, visit: int) -> Pass:
     chance = np.random.default_rng(derive_seed(seed, "rows", source, visit))
     rows_B = np.repeat(shape.rows_G, shape.batches_G)
     start = np.concatenate([[0], np.cumsum(rows_B)]).astype(np.int64)
-    order_N: Ints = np.arange(shape.size, dtype=_narrow(shape.size))
-    chance.shuffle(order_N)
+    order_N = _shuffled(shape.size, chance) if shape.order is None else shape.order(chance)
     if shape.padded:
         order_N = np.resize(order_N, int(start[-1]))
     row_P, stop_X = _by_group(shape, order_N, chance)
@@ -203,6 +205,12 @@ def _set_apart(seating: Seating, rows_B: Ints, clashing: Ints) -> tuple[Ints, In
     order_P = np.lexsort((clashing_P, seating.batch_P))
     seated_P = clashing_P & (seating.batch_P < seating.batches)
     return seating.row_P[order_P], rows_B - np.bincount(seating.batch_P[seated_P], minlength=seating.batches)
+
+
+def _shuffled(size: int, chance: np.random.Generator) -> Ints:
+    order_N: Ints = np.arange(size, dtype=_narrow(size))
+    chance.shuffle(order_N)
+    return order_N
 
 
 def _narrow(size: int) -> type[np.int32 | np.int64]:

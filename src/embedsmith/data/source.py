@@ -43,6 +43,7 @@ class Source:
     - `weight`: how often an epoch sees each row; `cap`: rows that an epoch sees of it at most (others in the next);
     - `batch_size`: rows a step, all ranks together;
     - `positives`, `negatives`: texts drawn for a query; `None` negatives are derived by `negatives_per_query`;
+    - `shuffle`: the probability that a positive is given with its thirds in another order (M3 uses 0.002);
     - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
     - `loss`: `None` is the default of the task; `on_error`: stop at faulty rows, or skip, count and name them;
     - `cache`: the folder where the converted source is kept on disk; `None` derives it: small sources stay in memory,
@@ -66,6 +67,7 @@ class Source:
     batch_size: Annotated[int, Field(gt=0)] | None = None
     positives: Annotated[int, Field(gt=0)] = 1
     negatives: Annotated[int, Field(ge=0)] | None = None
+    shuffle: Annotated[float, Field(ge=0, le=1)] = 0.0
     teacher: str | None = None
     loss: Annotated[Loss, losses] | None = None
     on_error: Literal["stop", "skip"] = "stop"

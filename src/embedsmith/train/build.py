@@ -17,12 +17,13 @@ from embedsmith.core.doctor import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
 from embedsmith.core.registry import losses
-from embedsmith.data import RecordSet, Source, negatives_per_query, read_source
+from embedsmith.data import RecordSet, Source, negatives_per_query, part_of, read_source
 from embedsmith.models import Embedder, ModelConfig, load
 from embedsmith.train.balance import balanced_lanes
 from embedsmith.train.config import Balance, Recipe, TrainConfig
-from embedsmith.train.feed import Feed, Lane, Supply, plan_of
+from embedsmith.train.feed import Feed, Lane
 from embedsmith.train.step import Memory
+from embedsmith.train.supply import Planner, Supply, merge_small, mixed_supplies
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
 
@@ -85,20 +86,36 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
     """Read every source, choose its loss, and plan the batches."""
     sets = [read_source(source) for source in sources]
     _check_same_files(sets)
+    config = recipe.train
     supplies = [
-        make_supply(source, records, recipe.train.batch_size, model)
-        for source, records in zip(sources, sets, strict=True)
+        make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=True)
     ]
-    seed = recipe.train.seed
-    if balance is None:
-        plan = plan_of(supplies, seed, world_size())
-        return Feed(model, [Lane(supplies, plan, rank(), world_size())], plan.steps_per_epoch, seed)
-    lanes, steps = balanced_lanes(balance, supplies, seed)
-    return Feed(model, lanes, steps, seed)
+    planner = Planner(config.plan, config.seed, model.settings.max_length)
+    if balance is not None:
+        lanes, steps = balanced_lanes(balance, merge_small(supplies, config.plan), planner)
+    elif config.plan.batches == "mixed":
+        lanes, steps = _mixed_lanes(supplies, config, planner)
+    else:
+        supplies = merge_small(supplies, config.plan)
+        plan = planner(supplies, world_size())
+        lanes, steps = [Lane(supplies, plan, rank(), world_size())], plan.steps_per_epoch
+    return Feed(model, lanes, steps, config.seed)
 
 
-def make_supply(source: Source, records: RecordSet, batch_size: int, model: Embedder) -> Supply:
+def _mixed_lanes(supplies: Sequence[Supply], config: TrainConfig, planner: Planner) -> tuple[list[Lane], int]:
+    """Every step has a part of each kind of source, weighed by its rows; an epoch ends with the kind of most steps."""
+    mixed = mixed_supplies(supplies, config.batch_size, world_size())
+    plans = [planner([supply], world_size()) for supply in mixed]
+    lanes = [
+        Lane([supply], plan, rank(), world_size(), weight=plan.rows_per_step[0] / config.batch_size)
+        for supply, plan in zip(mixed, plans, strict=True)
+    ]
+    return lanes, max(plan.steps_per_epoch for plan in plans)
+
+
+def make_supply(source: Source, whole: RecordSet, batch_size: int | None, model: Embedder) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
+    records = part_of(whole, source.part)
     loss = choose_loss(source, records.task)
     loss.check(model.dimension)
     if missing := sorted(loss.heads() - set(model.outputs)):
@@ -112,9 +129,10 @@ def make_supply(source: Source, records: RecordSet, batch_size: int, model: Embe
         records,
         loss,
         batch_size=source.batch_size or batch_size,
-        weight=source.weight,
+        weight=source.weight if source.cap is None else min(source.weight, source.cap / len(records.records)),
         positives=source.positives,
-        negatives=negatives_per_query(source, records.records),
+        negatives=negatives_per_query(source, whole.records),
+        shuffle=source.shuffle,
         teacher=None if source.teacher is None else load(source.teacher).requires_grad_(False),
     )
     if supply.in_pairs and records.records[0].positive_scores is None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import section
-from embedsmith.data import Source
+from embedsmith.data import PlanConfig, Source
 from embedsmith.models import ModelConfig
 
 
@@ -41,9 +41,10 @@ class TrainConfig:
     """How to train.
 
     `steps` or `epochs` (one epoch by default) say how long; `batch_size` is per optimizer step, all ranks together,
-    and the pool of in-batch negatives. `micro_batch` (texts) and `token_budget` (padded tokens) only bound memory:
-    they change neither the negatives nor the gradient. `group_learning_rates` maps a regular expression on parameter
-    names to a learning rate of its own. `warmup` is a share of the run below 1, or a number of steps.
+    and the pool of in-batch negatives. `plan` says which rows meet in a batch. `micro_batch` (texts) and
+    `token_budget` (padded tokens) only bound memory: they change neither the negatives nor the gradient.
+    `group_learning_rates` maps a regular expression on parameter names to a learning rate of its own. `warmup` is a
+    share of the run below 1, or a number of steps.
     """
 
     steps: int | None = None
@@ -59,6 +60,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     balance: Balance | None = None
+    plan: PlanConfig = PlanConfig()
     micro_batch: int | None = None
     token_budget: int | None = None
     seed: int = 0
@@ -80,6 +82,16 @@ class TrainConfig:
             raise RecipeError("micro_batch and token_budget are both set", fix="keep one of them")
         if self.warmup < 0 or self.weight_decay < 0 or self.min_learning_rate < 0:
             raise RecipeError("warmup, weight_decay and min_learning_rate cannot be negative")
+        if self.balance is not None and (self.plan.batches == "mixed" or self.plan.schedule != "proportional"):
+            raise RecipeError(
+                "train.balance has both tasks in every step: a schedule or mixed batches mean nothing beside it",
+                fix="remove train.balance, or plan.batches and plan.schedule",
+            )
+
+    @property
+    def rows_a_step(self) -> int | None:
+        """Rows of a step of a source that does not say; `None` where they follow from the rows' lengths."""
+        return None if self.plan.batch_tokens is not None or self.plan.batch_sizes is not None else self.batch_size
 
 
 @section

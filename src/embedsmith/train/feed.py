@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from embedsmith.core.batch import Batch, PairBatch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import Group
 from embedsmith.core.encoder import Role
-from embedsmith.core.loss import Loss
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import (
     BatchPlan,
     PairTexts,
     Record,
-    RecordSet,
     RetrievalTexts,
     pair_texts,
     retrieval_texts,
@@ -27,39 +25,7 @@ from embedsmith.data import (
 )
 from embedsmith.models import Embedder
 from embedsmith.train.step import Part
-
-
-@dataclass(frozen=True)
-class Supply:
-    """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together), how often an
-    epoch sees a row, and how many texts a query draws."""
-
-    records: RecordSet
-    loss: Loss
-    batch_size: int
-    weight: float
-    positives: int
-    negatives: int
-    teacher: Embedder | None = None
-
-    @property
-    def in_pairs(self) -> bool:
-        """Whether its batches are scored pairs; a loss that reads both kinds takes what the task is."""
-        return PairBatch in self.loss.batches and (
-            RetrievalBatch not in self.loss.batches or self.records.task == "sts"
-        )
-
-
-def plan_of(supplies: Sequence[Supply], seed: int, world: int) -> BatchPlan:
-    """The batches of some sources, shared by `world` ranks."""
-    return BatchPlan(
-        sizes=tuple(len(supply.records.records) for supply in supplies),
-        batch_sizes=tuple(supply.batch_size for supply in supplies),
-        weights=tuple(supply.weight for supply in supplies),
-        names=tuple(supply.records.name for supply in supplies),
-        seed=seed,
-        world=world,
-    )
+from embedsmith.train.supply import Supply as Supply
 
 
 @dataclass(frozen=True)
@@ -90,7 +56,8 @@ class Lane:
 
 @dataclass(frozen=True)
 class Feed:
-    """The parts of any step, for one rank: one lane as a rule, two where Conan's balance moves tasks together."""
+    """The parts of any step, for one rank: one lane as a rule, several where Conan's balance or a mixed batch moves
+    tasks together."""
 
     model: Embedder
     lanes: Sequence[Lane]
@@ -129,7 +96,7 @@ def make_part(
         pairs = pair_texts(records, seeds=seeds)
         return with_teacher(_pair_part(model, supply, pairs), supply, (pairs.left, pairs.right), "query")
     counts = {"positives": supply.positives, "negatives": supply.negatives}
-    texts = retrieval_texts(records, **counts, seeds=seeds, share=share)
+    texts = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
     return with_teacher(_retrieval_part(model, supply, texts), supply, (texts.queries, texts.documents), "document")
 
 

@@ -108,10 +108,8 @@ def rehearse(recipe: Recipe) -> str:
     output, rate, norm = update(run, run.feed.parts(0))
     lines = [f"model: {recipe.model.path}, {sum(p.numel() for p in run.parameters()):,} parameters"]
     for lane in run.feed.lanes:
-        for supply, rows, steps in zip(lane.supplies, lane.plan.rows_per_step, lane.plan.steps_of, strict=True):
-            records = supply.records
-            size = f"{len(records.records):,} rows, {steps} steps of {rows} an epoch"
-            lines.append(f"source {records.name}: {records.task}, {size}, {supply.loss}")
+        lines += [f"source {line}" for line in lane.plan.summary()]
+        lines += [f"loss of {supply.records.name}: {supply.loss}" for supply in lane.supplies]
     lines.append(
         f"steps: {run.length.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
         f"{run.accelerator.device}, {run.accelerator.mixed_precision}"

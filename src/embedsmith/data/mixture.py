@@ -1,0 +1,122 @@
+"""Records of one source or several as one sequence, without copying: a share of the rows, or sources put together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.tokens import IntArray
+from embedsmith.data.facts import RowFacts, row_facts
+from embedsmith.data.record import Record
+from embedsmith.data.source import RecordSet
+from embedsmith.data.stream import HasOrder
+
+_ONE = float(2**63)
+"""Text ids lie below it."""
+
+
+class _View(Sequence[Record]):
+    """What is indexed one row at a time."""
+
+    def row(self, place: int) -> Record:
+        raise IndexError(place)
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Record]: ...
+    def __getitem__(self, place: int | slice) -> Record | list[Record]:
+        if isinstance(place, slice):
+            return [self.row(one) for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        return self.row(place % len(self))
+
+
+@dataclass(frozen=True)
+class Selected(_View):
+    """Some rows of other records, in the order of `rows`."""
+
+    records: Sequence[Record]
+    rows: IntArray
+    known: RowFacts
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, place: int) -> Record:
+        return self.records[int(self.rows[place])]
+
+    def facts(self) -> RowFacts:
+        return self.known
+
+
+@dataclass(frozen=True)
+class Joined(_View):
+    """The rows of several sequences, one after the other; `names` are those of their sources."""
+
+    pieces: tuple[Sequence[Record], ...]
+    names: tuple[str, ...]
+
+    @cached_property
+    def stop(self) -> IntArray:
+        """Where the rows of each piece end."""
+        return np.cumsum([len(piece) for piece in self.pieces])
+
+    def __len__(self) -> int:
+        return int(self.stop[-1])
+
+    def row(self, place: int) -> Record:
+        piece = int(np.searchsorted(self.stop, place, side="right"))
+        return self.pieces[piece][place - int(self.stop[piece]) + len(self.pieces[piece])]
+
+    def facts(self) -> RowFacts:
+        return RowFacts.concatenate([row_facts(piece) for piece in self.pieces])
+
+
+def part_of(found: RecordSet, part: tuple[float, float] | None) -> RecordSet:
+    """The rows whose query hashes into `part`, a range [from, to) of [0, 1): the same rows in every run, whatever
+    their order; rows of one query stay together, so that no query is both trained on and validated on.
+
+    Errors: `RecipeError` for a range that is none, or for a stream; `DataError` if no row falls into it.
+    """
+    if part is None:
+        return found
+    low, high = part
+    if not 0 <= low < high <= 1:
+        raise RecipeError(f"part {list(part)} of {found.name}", expected="[from, to] with 0 <= from < to <= 1")
+    if isinstance(found.records, HasOrder):
+        raise RecipeError(f"part of the stream {found.name}: it would be read whole", fix="leave streaming or part out")
+    facts = row_facts(found.records)
+    rows = np.flatnonzero(in_part(facts.query_id_N, low, high))
+    if len(rows) == 0:
+        raise DataError(f"no row falls into part {list(part)}", where=found.name, fix="widen it")
+    digest = hashlib.blake2b(f"{found.fingerprint} {low} {high}".encode(), digest_size=16).hexdigest()
+    return replace(found, records=Selected(found.records, rows, facts.take(rows)), fingerprint=digest)
+
+
+def in_part(id_N: IntArray, low: float, high: float) -> npt.NDArray[np.bool_]:
+    """Which text ids, as numbers in [0, 1), lie in [low, high)."""
+    share_N = id_N / _ONE
+    mine: npt.NDArray[np.bool_] = (share_N >= low) & ((share_N < high) | (high == 1))
+    return mine
+
+
+def joined(sets: Sequence[RecordSet]) -> RecordSet:
+    """Sources of one task as one, named after all of them."""
+    digest = hashlib.blake2b(" ".join(one.fingerprint for one in sets).encode(), digest_size=16).hexdigest()
+    names = tuple(one.name for one in sets)
+    return replace(
+        sets[0],
+        name="+".join(names),
+        records=Joined(tuple(one.records for one in sets), names),
+        fingerprint=digest,
+        skipped=tuple(skipped for one in sets for skipped in one.skipped),
+    )
