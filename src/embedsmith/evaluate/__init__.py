@@ -1,16 +1,27 @@
 """An encoder to numbers: tasks, metrics and results."""
 
+from embedsmith.evaluate.hybrid import HybridEncoder
+from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, PairClassificationTask
 from embedsmith.evaluate.load import data_folder, known_tasks, load_task, split_names
-from embedsmith.evaluate.result import Results, TaskResult
+from embedsmith.evaluate.result import Example, Results, TaskResult
+from embedsmith.evaluate.retrieval import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
 from embedsmith.evaluate.run import evaluate
-from embedsmith.evaluate.tasks import RetrievalTask, STSTask, Task
+from embedsmith.evaluate.tasks import STSTask, Task
 
 __all__ = [
+    "ClassificationTask",
+    "ClusteringTask",
+    "Example",
+    "HybridEncoder",
+    "LongDocumentTask",
+    "PairClassificationTask",
+    "RerankingTask",
     "Results",
     "RetrievalTask",
     "STSTask",
     "Task",
     "TaskResult",
+    "across_languages",
     "data_folder",
     "evaluate",
     "known_tasks",

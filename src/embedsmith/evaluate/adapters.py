@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,15 @@ class SentenceTransformersEncoder:
             show_progress_bar=False,
         )
         return {"dense": Dense(torch.from_numpy(vectors).float())}
+
+    def fingerprint(self) -> str:
+        """A hash of the weights, the modules, the prompts and the maximum length."""
+        said = (repr(self.model), sorted(self.model.prompts.items()), self.model.max_seq_length)
+        hasher = hashlib.blake2b(repr(said).encode(), digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            hasher.update(name.encode())
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return hasher.hexdigest()
 
     def prompt(self, role: Role, task: str | None) -> str | None:
         """The text put before a text of this role, `None` where the model has none for it."""

@@ -1,32 +1,42 @@
-"""Texts to representations for evaluation: in pieces of bounded size, with a progress bar, checked for NaN."""
+"""Texts to representations for evaluation: in pieces of bounded size, shared among ranks, with a progress bar, checked
+for NaN."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from embedsmith.core.collectives import ALONE, Group, objects_of_all_ranks, rank, world_size
 from embedsmith.core.encoder import Encoder, Role
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.reps import Representation, concatenate
+from embedsmith.core.reps import Dense, Representation, concatenate
+from embedsmith.evaluate.hybrid import Hybrid
 
 PIECE = 2048
 """Texts an encoder is given at once: enough to sort by length, few enough to hold and to show progress."""
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Reader:
-    """An encoder as the tasks use it: one head of it.
+    """An encoder as the tasks use it: one head of it, on the ranks of `group`.
 
-    `progress=None` shows a bar where the terminal is watched.
+    Every rank encodes a share of the texts. `progress=None` shows a bar where the terminal is watched.
     """
 
     encoder: Encoder
     head: str = "dense"
     progress: bool | None = None
+    group: Group = ALONE
 
     def pieces(self, texts: Sequence[str], *, role: Role, task: str, label: str) -> Iterator[Representation]:
-        """Representations of successive pieces of `texts`.
+        """Representations of successive pieces of `texts`, on this rank alone.
 
         Errors: `EvaluationError` for a missing head, a wrong number of rows and values that are not finite.
         """
@@ -42,9 +52,62 @@ class Reader:
                 bar.advance(len(piece))
 
     def all(self, texts: Sequence[str], *, role: Role, task: str, label: str) -> Representation:
-        parts = [{self.head: part} for part in self.pieces(texts, role=role, task=task, label=label)]
-        joined: Representation = concatenate(parts)[self.head]
-        return joined
+        """Representations of all texts, in their order, on every rank. A collective."""
+        share = self.share(len(texts))
+        mine = texts[share]
+        parts = self.together(lambda: join(list(self.pieces(mine, role=role, task=task, label=label))))
+        return parts[0] if share == slice(0, len(texts)) else join(parts)
+
+    def sides(
+        self, left: Sequence[str], right: Sequence[str], *, task: str, label: str
+    ) -> tuple[Representation, Representation]:
+        """Both sides of pairs, as queries of `task`; a text that occurs more than once is encoded once."""
+        import torch
+
+        texts = list(dict.fromkeys([*left, *right]))
+        place = {text: number for number, text in enumerate(texts)}
+        rep = self.all(texts, role="query", task=task, label=label)
+        first, second = (rep.rows(torch.tensor([place[text] for text in side])) for side in (left, right))
+        return first, second
+
+    def dense(self, texts: Sequence[str], *, task: str, label: str) -> npt.NDArray[np.float32]:
+        """vector_ND of texts that are queries of `task`. Errors: `EvaluationError` for a head without vectors."""
+        rep = self.all(texts, role="query", task=task, label=label)
+        if not isinstance(rep, Dense):
+            raise EvaluationError(f"{task} needs one vector a text; the head {self.head!r} has none", where=label)
+        vector_ND: npt.NDArray[np.float32] = rep.vector_ND.float().numpy()
+        return vector_ND
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` texts; all of them where there are fewer texts than ranks."""
+        world, mine = world_size(self.group), rank(self.group)
+        if count < world:
+            return slice(0, count)
+        return slice(count * mine // world, count * (mine + 1) // world)
+
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """What `act` returns on every rank, in rank order; where it fails on one rank, all of them raise its error."""
+        error: EmbedsmithError | None = None
+        value: T | None = None
+        try:
+            value = act()
+        except EmbedsmithError as raised:
+            error = raised
+        if world_size(self.group) == 1 and error is not None:
+            raise error
+        outcomes = objects_of_all_ranks((value, None if error is None else str(error)), self.group)
+        for number, (_, message) in enumerate(outcomes):
+            if message is not None:
+                raise EvaluationError(message, where=f"rank {number}") from error
+        return [found for found, _ in outcomes]
+
+
+def join(parts: Sequence[Representation]) -> Representation:
+    """Rows of all parts in order."""
+    if isinstance(parts[0], Hybrid):
+        return Hybrid.join([part for part in parts if isinstance(part, Hybrid)])
+    joined: Representation = concatenate([{"all": part} for part in parts])["all"]
+    return joined
 
 
 def _check(representation: Representation, texts: Sequence[str], label: str) -> None:

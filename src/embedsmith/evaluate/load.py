@@ -9,7 +9,19 @@ from pathlib import Path
 
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.registry import did_you_mean
-from embedsmith.evaluate.readers import find, read_beir, read_sts, rows_of
+from embedsmith.evaluate.readers import (
+    find,
+    read_beir,
+    read_classification,
+    read_clustering,
+    read_pairs,
+    read_reranking_folder,
+    read_reranking_rows,
+    read_sts,
+    rows_of,
+    train_file,
+)
+from embedsmith.evaluate.retrieval import LongDocumentTask, RetrievalTask, across_languages
 from embedsmith.evaluate.tasks import Task
 
 _DEPTH = 2  # how deep below the data folder a task may lie: sts/stsb-en-test.jsonl, retrieval/cranfield/
@@ -29,36 +41,95 @@ def is_beir(path: Path) -> bool:
     return path.is_dir() and find(path, "corpus", _ROWS) is not None
 
 
-def is_sts(path: Path) -> bool:
-    """A JSONL file whose first row has a score and one of the known pairs of text columns."""
+def has_candidates(path: Path) -> bool:
+    return is_beir(path) and find(path, "top_ranked", _ROWS) is not None
+
+
+def has_columns(*choices: set[str]) -> Callable[[Path], bool]:
+    """Recognises a JSONL file by the columns of its first row: those of one of the choices."""
+
+    def matches(path: Path) -> bool:
+        columns = first_columns(path)
+        return any(choice <= columns for choice in choices)
+
+    return matches
+
+
+def first_columns(path: Path) -> set[str]:
+    """The columns of the first row; none where it is no JSONL file or cannot be read."""
     if not path.is_file() or not path.name.endswith(_ROWS):
-        return False
+        return set()
     try:
-        columns = {column for _, row in islice(rows_of(path), 1) for column in row}
+        return {column for _, row in islice(rows_of(path), 1) for column in row}
     except DataError:
-        return False
-    return {"text1", "text2", "score"} <= columns or {"sentence1", "sentence2", "score"} <= columns
+        return set()
 
 
-FORMATS: tuple[Format, ...] = (Format("retrieval", is_beir, read_beir), Format("sts", is_sts, read_sts))
+def can_be_classified(path: Path) -> bool:
+    return train_file(path) is not None and _labelled(path)
+
+
+_labelled = has_columns({"text", "label"})
+
+FORMATS: tuple[Format, ...] = (  # in the order in which they are tried
+    Format("reranking", has_candidates, read_reranking_folder),
+    Format("retrieval", is_beir, read_beir),
+    Format("sts", has_columns({"text1", "text2", "score"}, {"sentence1", "sentence2", "score"}), read_sts),
+    Format(
+        "pair_classification", has_columns({"text1", "text2", "label"}, {"sentence1", "sentence2", "label"}), read_pairs
+    ),
+    Format("reranking", has_columns({"query", "positive", "negative"}), read_reranking_rows),
+    Format("classification", can_be_classified, read_classification),
+    Format("clustering", _labelled, read_clustering),
+)
+
+_READ_AS: dict[str, tuple[Callable[[Path, str, str], Task], ...]] = {}
+for _format in FORMATS:
+    _READ_AS[_format.kind] = (*_READ_AS.get(_format.kind, ()), _format.read)
+
+KINDS = (*_READ_AS, "long", "cross")
+"""What may stand before a name, as in `clustering:banking77`, where the file alone does not say it."""
 
 
 def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, split: str = "test") -> Task:
-    """A task from a BEIR folder, an STS file, or a name looked up in the data folder (see `data_folder`).
+    """A task from a file, a folder, or a name looked up in the data folder (see `data_folder`).
 
     A name is a file or folder without its ending; `stsb-en` also finds `stsb-en-SPLIT`. `split` chooses the
-    judgements of a BEIR folder; an STS file is one split already.
+    judgements of a BEIR folder; another file is one split already. `KIND:NAME` says what the task is where the file
+    could be several (`pair_classification:afqmc-dev`, `clustering:banking77`); `long:NAME` tells the score by length;
+    `cross:QUERIES:DOCUMENTS` asks the queries of one collection of the corpus of another.
     Errors: `EvaluationError` for an unknown name, with the nearest known ones; `DataError` for a wrong file.
     """
+    kind, colon, rest = str(name_or_path).partition(":")
+    if not colon or kind not in KINDS:
+        return _read(_locate(name_or_path, data_dir, split), split)
+    if kind == "cross":
+        first, colon, second = rest.partition(":")
+        if not colon:
+            raise EvaluationError(f"{name_or_path!r} names one collection", expected="cross:QUERIES:DOCUMENTS")
+        return across_languages(*(_collection(name, data_dir, split) for name in (first, second)))
+    if kind == "long":
+        return LongDocumentTask(_collection(rest, data_dir, split))
+    path = _locate(rest, data_dir, split)
+    read = _READ_AS[kind][0 if path.is_dir() else -1]
+    return read(path, _name(path), split)
+
+
+def _collection(name: str, data_dir: str | Path | None, split: str) -> RetrievalTask:
+    path = _locate(name, data_dir, split)
+    return read_beir(path, _name(path), split)
+
+
+def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -> Path:
     path = Path(name_or_path)
     if path.exists():
-        return _read(path, split)
+        return path
     folder = data_folder(data_dir)
     known = {} if folder is None else known_tasks(folder)
     found = known.get(str(name_or_path)) or known.get(f"{name_or_path}-{split}")
-    if found is not None:
-        return _read(found, split)
-    raise _unknown(str(name_or_path), list(known), folder)
+    if found is None:
+        raise _unknown(str(name_or_path), list(known), folder)
+    return found
 
 
 def _unknown(name: str, known: list[str], folder: Path | None) -> EvaluationError:

@@ -56,3 +56,34 @@ def ranking_scores(
     values = {f"{ours}_at_{k}": column(f"{theirs}_{k}") for ours, theirs in _TREC.items() for k in cuts}
     reciprocal_Q = column("recip_rank")  # has no cut-off: 1/rank counts at k only where rank <= k
     return values | {f"mrr_at_{k}": np.where(reciprocal_Q >= 1 / k, reciprocal_Q, 0.0) for k in cuts}
+
+
+def average_precision(similarity_N: Floats, label_N: npt.NDArray[np.integer]) -> float:
+    """sum_n (R_n - R_{n-1}) P_n over the distinct thresholds, as scikit-learn defines it; tied pairs count together."""
+    last_M, hits_M = _at_thresholds(similarity_N, label_N)
+    recall_M, precision_M = hits_M / hits_M[-1], hits_M / (last_M + 1)
+    return float(np.sum(np.diff(recall_M, prepend=0.0) * precision_M))
+
+
+def best_thresholds(similarity_N: Floats, label_N: npt.NDArray[np.integer]) -> dict[str, float]:
+    """Accuracy at its best threshold; F1, precision and recall at that of the best F1. A threshold lies between two
+    different similarities, so it cannot separate tied pairs, nor put all pairs on one side (mteb's rule)."""
+    last_M, hits_M = (part[:-1] for part in _at_thresholds(similarity_N, label_N))
+    positives, count = int(label_N.sum()), len(label_N)
+    if len(last_M) == 0:
+        return {"accuracy": 0.0, "f1": 0.0, "precision": 0.0, "recall": 0.0}
+    above_M = last_M + 1
+    accuracy_M = (hits_M + (count - positives) - (above_M - hits_M)) / count
+    precision_M, recall_M = hits_M / above_M, hits_M / positives
+    f1_M = 2 * hits_M / (above_M + positives)
+    best = int(f1_M.argmax())
+    values = {"f1": f1_M[best], "precision": precision_M[best], "recall": recall_M[best]}
+    return {"accuracy": float(accuracy_M.max()), **{name: float(value) for name, value in values.items()}}
+
+
+def _at_thresholds(similarity_N: Floats, label_N: npt.NDArray[np.integer]) -> tuple[Floats, Floats]:
+    """For every distinct similarity from the highest down: the place of its last pair, and the positives so far."""
+    order = np.argsort(-similarity_N, kind="stable")
+    ranked, hits_N = similarity_N[order], np.cumsum(label_N[order]).astype(np.float64)
+    last_M = np.append(np.nonzero(np.diff(ranked))[0], len(ranked) - 1)
+    return last_M.astype(np.float64), hits_N[last_M]

@@ -1,4 +1,4 @@
-"""Files of evaluation tasks: STS rows and BEIR folders. Errors are `DataError` with the file and the line."""
+"""Files of evaluation tasks. Errors are `DataError` with the file and the line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.progress import log
 from embedsmith.data.containers import open_rows
 from embedsmith.data.record import RowError
-from embedsmith.evaluate.tasks import RetrievalTask, STSTask
+from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, Label, PairClassificationTask
+from embedsmith.evaluate.retrieval import RerankingTask, RetrievalTask
+from embedsmith.evaluate.tasks import STSTask
 
 _TEXT_COLUMNS = (("text1", "text2"), ("sentence1", "sentence2"))
+_CANDIDATE_COLUMNS = (("positive", "negative"), ("pos", "neg"), ("positives", "negatives"))
 _QRELS = {"query-id", "corpus-id", "score"}
 Row = dict[str, Any]
 
@@ -70,6 +73,109 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     if not qrels:
         raise DataError("the file has no judgements", where=path)
     return qrels
+
+
+def read_pairs(path: Path, name: str, split: str) -> PairClassificationTask:
+    """Rows of `text1`, `text2` and `label` (or `score`), which is 0 or 1."""
+    text1, text2, label = [], [], []
+    for where, row in rows_of(path):
+        first, second = next((pair for pair in _TEXT_COLUMNS if pair[0] in row), _TEXT_COLUMNS[0])
+        text1.append(_text(row, first, where))
+        text2.append(_text(row, second, where))
+        value = row.get("label", row.get("score"))
+        if str(value) not in ("0", "1", "0.0", "1.0"):
+            raise DataError(f"the label is {value!r}", where=where, expected="`label` (or `score`), 0 or 1")
+        label.append(int(float(value)))
+    _filled(label, path, "text1, text2, label")
+    return PairClassificationTask(name, text1, text2, label)
+
+
+def read_clustering(path: Path, name: str, split: str) -> ClusteringTask:
+    """Rows of `text` and `label`; a label may be a list, from coarse to fine."""
+    text, label = _labelled(path)
+    return ClusteringTask(name, text, label)
+
+
+def read_classification(path: Path, name: str, split: str) -> ClassificationTask:
+    """Rows of `text` and `label`; the texts to learn from are in the file of the split `train` beside it."""
+    train = train_file(path)
+    if train is None:
+        raise DataError(
+            "there is no file with training texts beside it",
+            where=path,
+            expected="names by split, such as banking-test.jsonl beside banking-train.jsonl",
+            fix="add the file, or use it for clustering: clustering:NAME",
+        )
+    (train_text, train_label), (text, label) = _labelled(train), _labelled(path)
+    return ClassificationTask(name, train_text, train_label, text, label)
+
+
+def train_file(path: Path) -> Path | None:
+    """`banking-train.jsonl` for `banking-test.jsonl`, `train.jsonl` for `test.jsonl`, where it exists."""
+    stem, dot, ending = path.name.partition(".")
+    base, dash, split = stem.rpartition("-")
+    file = path.with_name(f"{base}{dash}train{dot}{ending}")
+    return file if split != "train" and file.is_file() else None
+
+
+def _labelled(path: Path) -> tuple[list[str], list[Label]]:
+    text, label = [], []
+    for where, row in rows_of(path):
+        text.append(_text(row, "text", where))
+        value = row.get("label")
+        plain = value if isinstance(value, list) else [value]
+        if not plain or any(isinstance(each, bool) or not isinstance(each, str | int) for each in plain):
+            raise DataError(f"the label is {value!r}", where=where, expected="`label`, a text or a whole number")
+        label.append(value)
+    _filled(label, path, "text, label")
+    if len({type(each) for each in label}) > 1:
+        raise DataError("some labels are numbers and some are texts", where=path, fix="write all of them the same way")
+    return text, label
+
+
+def _filled(rows: list[Any], path: Path, columns: str) -> None:
+    if not rows:
+        raise DataError("the file has no rows", where=path, expected=f"rows of {columns}")
+
+
+def read_reranking_folder(path: Path, name: str, split: str) -> RerankingTask:
+    """A BEIR folder with `top_ranked.jsonl` beside the corpus: rows of `query-id` and `corpus-ids`."""
+    base = read_beir(path, name, split)
+    file = find(path, "top_ranked", (".jsonl", ".jsonl.gz"))
+    if file is None:
+        raise DataError("top_ranked.jsonl is missing", where=path, expected="rows of `query-id` and `corpus-ids`")
+    candidates: dict[str, list[str]] = {}
+    for where, row in rows_of(file):
+        ids = row.get("corpus-ids")
+        if "query-id" not in row or not isinstance(ids, list):
+            raise DataError(f"found: {', '.join(row)}", where=where, expected="`query-id`, and `corpus-ids`, a list")
+        candidates[str(row["query-id"])] = [str(each) for each in ids]
+    return RerankingTask(name, base.queries, base.corpus, base.qrels, candidates)
+
+
+def read_reranking_rows(path: Path, name: str, split: str) -> RerankingTask:
+    """Rows of `query`, `positive` and `negative` (or `pos`, `neg`), lists of texts. Rows without a positive or
+    without a negative are left out, and ids are given as mteb does, so that ties are decided alike."""
+    queries: dict[str, str] = {}
+    corpus: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    number = 0
+    for where, row in rows_of(path):
+        columns = next((pair for pair in _CANDIDATE_COLUMNS if set(pair) <= row.keys()), None)
+        if columns is None:
+            raise DataError(f"found: {', '.join(row)}", where=where, expected="`query`, `positive` and `negative`")
+        positive, negative = ([row[c]] if isinstance(row[c], str) else list(row[c] or ()) for c in columns)
+        if positive and negative:
+            query = f"{split}_query{number}"
+            number += 1
+            queries[query] = _text(row, "query", where)
+            for prefix, texts, grade in (("apositive", positive, 1), ("negative", negative, 0)):
+                for place, text in enumerate(texts):
+                    document = f"{prefix}_{query}_{place:05d}"
+                    corpus[document] = _text({"text": text}, "text", where, empty=True)
+                    qrels.setdefault(query, {})[document] = grade
+    _filled(list(queries), path, "query, positive, negative")
+    return RerankingTask(name, queries, corpus, qrels, {query: list(grades) for query, grades in qrels.items()})
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:

@@ -22,12 +22,28 @@ ItemValues = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Example:
+    """One item of a task to look at: how well it went (1 is best), its texts by what they are, and its numbers."""
+
+    item_id: str
+    value: float
+    texts: Mapping[str, str]
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def ends(value_N: ItemValues, count: int = 5) -> list[int]:
+    """Places of the lowest and of the highest values, the lowest first; of few values each once."""
+    order = np.argsort(value_N, kind="stable").tolist()
+    return order if len(order) <= 2 * count else order[:count] + order[-count:]
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """Scores of one task, in [0, 1] or [-1, 1]; `metric` names the main one. NaN where a score is undefined.
 
     `counts`: how many items were scored and how many left out. `items`: one value an item by name (a query's nDCG, a
     pair's similarity), aligned with `item_ids`, for confidence intervals and for looking at single cases.
-    `notes`: what a reader of the scores should know.
+    `notes`: what a reader of the scores should know. `examples`: the items that went worst and best.
     """
 
     task: str
@@ -39,6 +55,7 @@ class TaskResult:
     items: Mapping[str, ItemValues] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    examples: tuple[Example, ...] = ()
 
     @property
     def main_score(self) -> float:
@@ -59,7 +76,45 @@ class TaskResult:
         if items:
             plain["item_ids"] = list(self.item_ids)
             plain["items"] = {name: [_number(value) for value in values] for name, values in self.items.items()}
+            plain["examples"] = [
+                {
+                    "id": example.item_id,
+                    "value": _number(example.value),
+                    "texts": dict(example.texts),
+                    "numbers": {name: _number(value) for name, value in example.numbers.items()},
+                }
+                for example in self.examples
+            ]
         return plain
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any], where: object = None) -> TaskResult:
+        """Inverse of `as_dict`. Errors: `EvaluationError` for something else."""
+        try:
+            return TaskResult(
+                task=plain["task"],
+                kind=plain["kind"],
+                metric=plain["metric"],
+                scores={name: _value(value) for name, value in plain["scores"].items()},
+                counts=plain.get("counts", {}),
+                item_ids=plain.get("item_ids", ()),
+                items={
+                    name: np.array([_value(value) for value in values])
+                    for name, values in plain.get("items", {}).items()
+                },
+                notes=tuple(plain.get("notes", ())),
+                seconds=float(plain.get("seconds", 0.0)),
+                examples=tuple(
+                    Example(each["id"], _value(each["value"]), each["texts"], _values(each["numbers"]))
+                    for each in plain.get("examples", ())
+                ),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise EvaluationError(
+                f"not the result of a task ({type(error).__name__}: {error})",
+                where=where,
+                expected="JSON that `embedsmith evaluate --json` wrote",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -100,6 +155,18 @@ class Results(Sequence[TaskResult]):
         with atomic_file(path) as file:
             file.write(self.to_json(items=items))
 
+    @staticmethod
+    def load(path: str | Path) -> Results:
+        """Read what `save` wrote. Errors: `EvaluationError` for a file that is none."""
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"cannot read the results ({error})", where=path) from error
+        if not isinstance(plain, dict) or not isinstance(plain.get("tasks"), list):
+            raise EvaluationError("no results", where=path, expected="JSON that `embedsmith evaluate --json` wrote")
+        about = {key: value for key, value in plain.items() if key != "tasks"}
+        return Results(tuple(TaskResult.from_dict(task, path) for task in plain["tasks"]), about)
+
     def table(self) -> Table:
         """One row a task: the main score and a few others, times 100."""
         from rich.table import Table
@@ -111,14 +178,14 @@ class Results(Sequence[TaskResult]):
             table.add_column(name, justify="right")
         table.add_column("also")
         for result in self.tasks:
-            also = "  ".join(f"{name} {_percent(result.scores[name])}" for name in _beside(result))
+            also = "  ".join(f"{name} {percent(result.scores[name])}" for name in _beside(result))
             items = str(next(iter(result.counts.values()), len(result.item_ids)))
-            cells = (result.task, result.metric, _percent(result.main_score), items, f"{result.seconds:.1f}", also)
+            cells = (result.task, result.metric, percent(result.main_score), items, f"{result.seconds:.1f}", also)
             table.add_row(*cells)
         return table
 
 
-_SHOWN = ("cosine_pearson", "pearson", "recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100")
+_SHOWN = ("cosine_pearson", "pearson", "recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100", "f1", "ami")
 
 
 def _beside(result: TaskResult) -> list[str]:
@@ -127,9 +194,17 @@ def _beside(result: TaskResult) -> list[str]:
     return [name for name in shown if f"cosine_{name}" not in shown]
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _value(number: float | None) -> float:
+    return float("nan") if number is None else float(number)
+
+
+def _values(numbers: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: _value(value) for name, value in numbers.items()}

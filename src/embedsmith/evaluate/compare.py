@@ -1,0 +1,227 @@
+"""Is one model better than another? Differences of main scores, with confidence from a paired bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from embedsmith.core.errors import EvaluationError
+from embedsmith.evaluate.metrics import Floats, average_precision
+from embedsmith.evaluate.result import Results, TaskResult, percent
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SAMPLES = 1000
+_BLOCK = 2**22  # numbers resampled at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value, and the bounds between which it lies in `level` of the resamples."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Main score of one model minus that of another on one task.
+
+    `p_value`: twice the share of resamples on the other side of zero, at least 1 / (samples + 1). `items`: how many
+    items were resampled; 0 where there were none to pair, and the interval is unknown (NaN).
+    """
+
+    task: str
+    metric: str
+    interval: Interval
+    p_value: float
+    items: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.interval.low > 0 or self.interval.high < 0
+
+
+Statistic = Callable[[Mapping[str, npt.NDArray[np.float64]]], Floats]
+"""Items [B, N] of B resamples to the main score of each, [B]."""
+
+
+def statistic_of(result: TaskResult) -> tuple[tuple[str, ...], Statistic]:
+    """Which items the main score is made of, and how.
+
+    Rankings, classification and clustering are means over items; correlations and average precision are computed anew
+    on every resample.
+    """
+    metric = result.metric
+    if metric in result.items:
+        return (metric,), lambda items: items[metric].mean(axis=1)
+    column = "cosine" if metric.startswith("cosine_") else "similarity"
+    if metric.endswith("spearman"):
+        return (column, "score"), lambda items: spearman_rows(items[column], items["score"])
+    if metric.endswith("ap"):
+        return (column, "label"), lambda items: _ap_rows(items[column], items["label"])
+    raise EvaluationError(f"{metric!r} has no values of single items", where=result.task)
+
+
+def spearman_rows(left_BN: Floats, right_BN: Floats) -> Floats:
+    """Spearman's correlation of every row; NaN where a side is constant."""
+    from scipy.stats import rankdata
+
+    left, right = (rankdata(side, axis=1) for side in (left_BN, right_BN))
+    left, right = (side - side.mean(axis=1, keepdims=True) for side in (left, right))
+    norm_B = np.sqrt(np.square(left).sum(axis=1) * np.square(right).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value_B: Floats = (left * right).sum(axis=1) / norm_B
+    return value_B
+
+
+def _ap_rows(similarity_BN: Floats, label_BN: Floats) -> Floats:
+    rows = zip(similarity_BN, label_BN.astype(np.int64), strict=True)
+    return np.array([average_precision(s, label) if label.any() else np.nan for s, label in rows])
+
+
+def resampled(result: TaskResult, choice_BN: npt.NDArray[np.int64]) -> Floats:
+    """The main score on every resample of items."""
+    names, statistic = statistic_of(result)
+    step = max(_BLOCK // choice_BN.shape[1], 1)
+    blocks = (choice_BN[start : start + step] for start in range(0, len(choice_BN), step))
+    return np.concatenate([statistic({name: result.items[name][rows] for name in names}) for rows in blocks])
+
+
+def confidence(result: TaskResult, *, samples: int = SAMPLES, level: float = 0.95, seed: int = 0) -> Interval:
+    """The main score with its bootstrap percentile interval over items (queries, pairs, texts)."""
+    if not result.items:
+        return Interval(result.main_score, float("nan"), float("nan"))
+    value_B = resampled(result, _choices(_count(result), samples, seed))
+    return _interval(result.main_score, value_B, level)
+
+
+def difference(
+    new: TaskResult, old: TaskResult, *, samples: int = SAMPLES, level: float = 0.95, seed: int = 0
+) -> Difference:
+    """`new` minus `old` on one task: both are scored on the same resamples of its items (paired bootstrap, Efron and
+    Tibshirani 1993, as used for retrieval by Sakai 2006).
+
+    Errors: `EvaluationError` for results of different tasks, metrics or items.
+    """
+    if (new.task, new.metric) != (old.task, old.metric):
+        raise EvaluationError(f"{new.task} ({new.metric}) and {old.task} ({old.metric}) are not the same task")
+    gap = new.main_score - old.main_score
+    if not new.items or not old.items:
+        return Difference(new.task, new.metric, Interval(gap, float("nan"), float("nan")), float("nan"), 0)
+    if list(new.item_ids) != list(old.item_ids):
+        raise EvaluationError("the two results are of different items", where=new.task, fix="score both models again")
+    choice_BN = _choices(_count(new), samples, seed)
+    gap_B = resampled(new, choice_BN) - resampled(old, choice_BN)
+    gap_B = gap_B[np.isfinite(gap_B)]
+    interval = _interval(gap, gap_B, level)
+    return Difference(new.task, new.metric, interval, _p_value(gap_B), choice_BN.shape[1])
+
+
+def _p_value(gap_B: Floats) -> float:
+    if len(gap_B) == 0:
+        return float("nan")
+    if not gap_B.any():
+        return 1.0
+    least = min(int((gap_B <= 0).sum()), int((gap_B >= 0).sum()))
+    return min(1.0, 2 * (least + 1) / (len(gap_B) + 1))
+
+
+def _interval(value: float, value_B: Floats, level: float) -> Interval:
+    finite = value_B[np.isfinite(value_B)]
+    if len(finite) == 0:
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(finite, ((1 - level) / 2, (1 + level) / 2))
+    return Interval(value, float(low), float(high))
+
+
+def _count(result: TaskResult) -> int:
+    return len(result.items[statistic_of(result)[0][0]])
+
+
+def _choices(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, (samples, count))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of several models on the same tasks; the first model is the one the others are measured against."""
+
+    models: tuple[str, ...]
+    results: tuple[Results, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.models) != len(self.results) or not self.models:
+            raise EvaluationError(f"{len(self.models)} models and {len(self.results)} results")
+        if len(set(self.models)) < len(self.models):
+            raise EvaluationError("two models have the same name", fix="give each model once")
+        for name, results in zip(self.models, self.results):
+            if [each.task for each in results] != [each.task for each in self.results[0]]:
+                raise EvaluationError(f"{name} was scored on other tasks than {self.models[0]}")
+
+    def tasks(self) -> list[str]:
+        return [result.task for result in self.results[0]]
+
+    def differences(self, model: int) -> list[Difference]:
+        """Of one model to the first, task by task."""
+        return [difference(new, old) for new, old in zip(self.results[model], self.results[0], strict=True)]
+
+    def means(self) -> list[float]:
+        """The mean main score of each model."""
+        return [float(np.mean(list(results.main_scores().values()))) for results in self.results]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        gaps = {name: self.differences(place) for place, name in enumerate(self.models) if place > 0}
+        return {
+            "baseline": self.models[0],
+            "scores": {name: results.main_scores() for name, results in zip(self.models, self.results)},
+            "means": dict(zip(self.models, self.means())),
+            "differences": {name: [_plain(each) for each in rows] for name, rows in gaps.items()},
+        }
+
+    def table(self) -> Table:
+        """One row a task: every model's main score, and its difference to the first with the bounds of 95 %."""
+        from rich.table import Table
+
+        table = Table(title=f"against {self.models[0]}; * marks an interval of 95 % without zero", title_justify="left")
+        table.add_column("task")
+        table.add_column("metric")
+        for name in self.models:
+            table.add_column(name, justify="right")
+        gaps = [self.differences(place) for place in range(1, len(self.models))]
+        for row, task in enumerate(self.tasks()):
+            scores = [results[row] for results in self.results]
+            cells = [percent(scores[0].main_score)]
+            cells += [_cell(each.main_score, gap[row]) for each, gap in zip(scores[1:], gaps)]
+            table.add_row(task, scores[0].metric, *cells)
+        if len(self.tasks()) > 1:
+            table.add_row("mean", "", *(percent(mean) for mean in self.means()))
+        return table
+
+
+def _cell(score: float, gap: Difference) -> str:
+    low, high = (f"{100 * bound:+.2f}" for bound in (gap.interval.low, gap.interval.high))
+    known = "" if gap.items == 0 else f" ({low} to {high}){'*' if gap.clear else ''}"
+    return f"{percent(score)}  {100 * gap.interval.value:+.2f}{known}"
+
+
+def _plain(gap: Difference) -> dict[str, object]:
+    values = {"difference": gap.interval.value, "low": gap.interval.low, "high": gap.interval.high, "p": gap.p_value}
+    numbers = {name: value if np.isfinite(value) else None for name, value in values.items()}
+    return {"task": gap.task, "metric": gap.metric, **numbers, "items": gap.items}
+
+
+def compare(models: Sequence[tuple[str, Results]]) -> Comparison:
+    """Names and results, the one to measure against first."""
+    return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))
+
+
+__all__ = ["Comparison", "Difference", "Interval", "compare", "confidence", "difference"]

@@ -1,0 +1,247 @@
+"""Tasks on labelled texts: pair classification, classification by a linear probe, clustering.
+
+Algorithms, settings and seeds are those of mteb 2, so the figures agree with it (tests/evaluate/test_mteb.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from embedsmith.core.errors import EvaluationError, MissingExtraError
+from embedsmith.core.reps import Dense
+from embedsmith.evaluate.encoding import Reader
+from embedsmith.evaluate.metrics import Floats, average_precision, best_thresholds, cosines
+from embedsmith.evaluate.result import TaskResult
+
+SEED = 42  # mteb's
+Label = str | int
+
+
+def need_sklearn() -> None:
+    """Errors: `MissingExtraError` where scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "eval") from error
+
+
+@dataclass(frozen=True)
+class PairClassificationTask:
+    """Pairs of texts that belong together (1) or not (0): does similarity separate them?
+
+    Main score: average precision of the cosine, `cosine_ap`; other heads than `dense` use their own similarity, under
+    `ap`. Accuracy and F1 are those at their best threshold, found on the same pairs, as in mteb.
+    """
+
+    name: str
+    text1: Sequence[str] = field(repr=False)
+    text2: Sequence[str] = field(repr=False)
+    label: Sequence[int] = field(repr=False)
+    kind: ClassVar[str] = "pair_classification"
+
+    def __post_init__(self) -> None:
+        if not len(self.text1) == len(self.text2) == len(self.label) or not self.text1:
+            sizes = f"{len(self.text1)}, {len(self.text2)} and {len(self.label)}"
+            raise EvaluationError(f"text1, text2 and label have {sizes} entries", where=self.name, expected="pairs")
+        if set(self.label) != {0, 1}:
+            found = ", ".join(str(label) for label in sorted(set(self.label))[:5])
+            raise EvaluationError(f"the labels are {found}", where=self.name, expected="0 and 1, both of them")
+
+    def evaluate(self, reader: Reader) -> TaskResult:
+        left, right = reader.sides(self.text1, self.text2, task=self.kind, label=self.name)
+        label_N = np.asarray(self.label, dtype=np.int64)
+        similarity_N = left.paired(right)[0].double().numpy()
+        scores, items = _separation("", similarity_N, label_N), {"similarity": similarity_N, "label": label_N * 1.0}
+        metric = "ap"
+        if isinstance(left, Dense) and isinstance(right, Dense):
+            cosine_N = cosines(left.vector_ND.numpy(), right.vector_ND.numpy())
+            metric, items["cosine"] = "cosine_ap", cosine_N
+            scores |= _separation("cosine_", cosine_N, label_N)
+        notes = ("the model gives every pair the same score",) if float(np.ptp(similarity_N)) == 0.0 else ()
+        ids = [str(number) for number in range(len(label_N))]
+        counts = {"pairs": len(label_N), "positives": int(label_N.sum())}
+        return TaskResult(self.name, self.kind, metric, scores, counts, ids, items, notes)
+
+
+def _separation(prefix: str, similarity_N: Floats, label_N: npt.NDArray[np.int64]) -> dict[str, float]:
+    values = {"ap": average_precision(similarity_N, label_N), **best_thresholds(similarity_N, label_N)}
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A logistic regression on the vectors of a few texts a label predicts the labels of other texts.
+
+    mteb's protocol: `experiments` times, `samples_per_label` training texts of every label are drawn, a regression is
+    fitted (scikit-learn, lbfgs, 100 iterations) and scored on all test texts. Scores are means over the experiments;
+    main score: `accuracy`. The prompt is that of the task `classification`, else the one for queries.
+    """
+
+    name: str
+    train_text: Sequence[str] = field(repr=False)
+    train_label: Sequence[Label] = field(repr=False)
+    text: Sequence[str] = field(repr=False)
+    label: Sequence[Label] = field(repr=False)
+    samples_per_label: int = 8
+    experiments: int = 10
+    kind: ClassVar[str] = "classification"
+
+    def __post_init__(self) -> None:
+        if len(self.train_text) != len(self.train_label) or len(self.text) != len(self.label) or not self.text:
+            raise EvaluationError("texts and labels differ in number, or there are none", where=self.name)
+        if len(set(self.train_label)) < 2:
+            raise EvaluationError("the training texts have one label only", where=self.name, expected="two or more")
+        if unseen := sorted({str(label) for label in set(self.label) - set(self.train_label)}):
+            raise EvaluationError(f"the label {unseen[0]!r} has no training text", where=self.name)
+
+    def evaluate(self, reader: Reader) -> TaskResult:
+        need_sklearn()
+        draws = draw_few_per_label(self.train_label, self.samples_per_label, self.experiments)
+        used = sorted(set().union(*draws))
+        place = {row: number for number, row in enumerate(used)}
+        known = [self.train_text[row] for row in used]
+        train_ND = reader.dense(known, task=self.kind, label=f"{self.name} train")
+        test_ND = reader.dense(self.text, task=self.kind, label=f"{self.name} test")
+        classes, train_code_N = np.unique(np.asarray(self.train_label), return_inverse=True)
+        test_code_N = np.searchsorted(classes, np.asarray(self.label))
+        correct: list[Floats] = []
+        runs: list[dict[str, float]] = []
+        for draw in draws:
+            predicted_N = _probe(train_ND[[place[row] for row in draw]], train_code_N[draw], test_ND)
+            correct.append((predicted_N == test_code_N) * 1.0)
+            runs.append(_classified(test_code_N, predicted_N))
+        scores = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+        items = {"accuracy": np.mean(correct, axis=0)}
+        counts = {"texts": len(self.text), "labels": len(classes), "experiments": len(draws)}
+        notes = _constant_note(test_ND)
+        ids = [str(number) for number in range(len(self.text))]
+        return TaskResult(self.name, self.kind, "accuracy", scores, counts, ids, items, notes)
+
+
+def draw_few_per_label(labels: Sequence[Label], per_label: int, experiments: int) -> list[list[int]]:
+    """Rows of each experiment: the first `per_label` of every label in an order shuffled once more each time, always
+    with the same seed (mteb's undersampling)."""
+    order = list(range(len(labels)))
+    draws = []
+    for _ in range(experiments):
+        np.random.RandomState(SEED).shuffle(order)
+        taken: Counter[Label] = Counter()
+        draw = []
+        for row in order:
+            if taken[labels[row]] < per_label:
+                taken[labels[row]] += 1
+                draw.append(row)
+        draws.append(draw)
+    return draws
+
+
+def _probe(train_ND: Any, code_N: Any, test_ND: Any) -> npt.NDArray[np.int64]:
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 100 iterations are the protocol
+        model = LogisticRegression(max_iter=100, random_state=SEED).fit(train_ND, code_N)
+    predicted_N: npt.NDArray[np.int64] = model.predict(test_ND)
+    return predicted_N
+
+
+def _classified(true_N: npt.NDArray[np.int64], predicted_N: npt.NDArray[np.int64]) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, average_precision_score, precision_recall_fscore_support
+
+    scores = {"accuracy": float(accuracy_score(true_N, predicted_N))}
+    for ending, average in (("", "macro"), ("_weighted", "weighted")):
+        values = precision_recall_fscore_support(true_N, predicted_N, average=average, zero_division=0)
+        scores |= {f"{name}{ending}": float(v) for name, v in zip(("precision", "recall", "f1"), values)}
+    if len(np.unique(true_N)) == 2 and true_N.max() == 1:
+        scores["ap"] = float(average_precision_score(true_N, predicted_N))
+    return scores
+
+
+@dataclass(frozen=True)
+class ClusteringTask:
+    """Do texts of one label lie together? v-measure between the labels and the clusters of mini-batch k-means.
+
+    mteb's protocol: `experiments` times, `sample` texts are drawn with replacement and put into as many clusters as
+    there are labels. Main score: the mean `v_measure`. `max_documents` embeds only that many texts, drawn at random
+    (`None`: all). A label may be a list, from coarse to fine: every level is scored, and all count alike.
+    """
+
+    name: str
+    text: Sequence[str] = field(repr=False)
+    label: Sequence[Label | Sequence[Label]] = field(repr=False)
+    sample: int = 16_384
+    experiments: int = 10
+    max_documents: int | None = None
+    kind: ClassVar[str] = "clustering"
+
+    def __post_init__(self) -> None:
+        if len(self.text) != len(self.label) or not self.text:
+            raise EvaluationError(f"{len(self.text)} texts and {len(self.label)} labels", where=self.name)
+
+    def evaluate(self, reader: Reader) -> TaskResult:
+        need_sklearn()
+        chance = random.Random(SEED)
+        rows = list(range(len(self.text)))
+        if self.max_documents is not None:
+            rows = chance.sample(rows, k=min(self.max_documents, len(rows)))
+        vector_ND = reader.dense([self.text[row] for row in rows], task=self.kind, label=self.name)
+        levels = label_levels([self.label[row] for row in rows])
+        values: dict[str, list[float]] = {"v_measure": [], "ami": []}
+        for label_N, has_N in levels:
+            for v_measure, ami in _clusterings(vector_ND[has_N], label_N, self, chance):
+                values["v_measure"].append(v_measure)
+                values["ami"].append(ami)
+        items = {name: np.asarray(each) for name, each in values.items()}
+        scores = {name: float(each.mean()) for name, each in items.items()}
+        scores |= {f"{name}_std": float(each.std()) for name, each in items.items()}
+        counts = {"texts": len(rows), "labels": len(np.unique(levels[-1][0])), "levels": len(levels)}
+        ids = [f"experiment {number}" for number in range(len(values["v_measure"]))]
+        return TaskResult(self.name, self.kind, "v_measure", scores, counts, ids, items, _constant_note(vector_ND))
+
+
+def label_levels(labels: Sequence[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+    """For every level the labels of the rows that have one, and which rows those are."""
+    rows = [list(label) if isinstance(label, list | tuple) else [label] for label in labels]
+    levels = []
+    for level in range(max(map(len, rows))):
+        has_N = np.array([len(row) > level for row in rows])
+        levels.append((np.array([row[level] for row in rows if len(row) > level]), has_N))
+    return levels
+
+
+def _clusterings(
+    vector_ND: Any, label_N: Any, task: ClusteringTask, chance: random.Random
+) -> list[tuple[float, float]]:
+    import warnings
+
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics.cluster import adjusted_mutual_info_score, v_measure_score
+
+    clusters = np.unique(label_N).size
+    model = MiniBatchKMeans(n_clusters=clusters, batch_size=512, init="k-means++", n_init=1, random_state=SEED)
+    found = []
+    for _ in range(task.experiments):
+        drawn = chance.choices(range(len(vector_ND)), k=task.sample)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
+            cluster_N = model.fit_predict(vector_ND[drawn])
+        label_S = label_N[drawn]
+        scores = (v_measure_score(label_S, cluster_N), adjusted_mutual_info_score(label_S, cluster_N))
+        found.append((float(scores[0]), float(scores[1])))
+    return found
+
+
+def _constant_note(vector_ND: npt.NDArray[np.floating]) -> tuple[str, ...]:
+    constant = len(vector_ND) > 1 and float(np.ptp(vector_ND, axis=0).max()) == 0.0
+    return ("the model gives every text the same vector",) if constant else ()
