@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
-from embedsmith.core.reps import Dense, Representation, Reps, in_fp32
+from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, in_fp32
 from embedsmith.core.tokens import PaddedTokens, TokenBatch
 from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import Inference, represent
@@ -77,8 +79,19 @@ class Embedder(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What `forward` and `represent` can be asked for."""
+        """What `forward` and `represent` can be asked for, beside `tokens`."""
         return ("dense", "middle", *self.token_heads)
+
+    def fingerprint(self) -> str:
+        """A hash of everything a vector depends on: weights, settings, tokenizer."""
+        hasher = hashlib.blake2b(repr(self.settings).encode(), digest_size=16)
+        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        kept = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # left by use
+        hasher.update(json.dumps(kept, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return hasher.hexdigest()
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +110,8 @@ class Embedder(nn.Module):
         """Representations of a padded chunk, with gradient, pooled and normalised in fp32.
 
         `dense`: the text's vector [N, D]. `middle`: the same pooling of the middle layer's states [N, H], normalised
-        (hidden_states[(L + 1) // 2] of L layers). `sparse`: a weight a token. `multivector`: a vector a token.
+        (hidden_states[(L + 1) // 2] of L layers). `tokens`: the last layer's states as they are, [N, T, H], special
+        tokens masked: for diagnostics. `sparse`: a weight a token. `multivector`: a vector a token.
         Errors: `ModelError` for an output this model does not have.
         """
         self._check(outputs)
@@ -109,13 +123,17 @@ class Embedder(nn.Module):
         if "middle" in outputs:
             middle_NTH = states.hidden_states[len(states.hidden_states) // 2]
             reps["middle"] = Dense(F.normalize(self._pool(middle_NTH, padded), dim=-1))
+        if "tokens" in outputs:
+            special = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
+            word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, special)
+            reps["tokens"] = MultiVector(states.last_hidden_state, word_NT)
         for name in (name for name in self.token_heads if name in outputs):
             part_NT = pool_mask(padded, self.settings.include_prompt)
             reps[name] = apply_token_head(self.token_heads[name], states.last_hidden_state, padded, part_NT)
         return reps
 
     def _check(self, outputs: Sequence[str]) -> None:
-        if unknown := [name for name in outputs if name not in self.outputs]:
+        if unknown := [name for name in outputs if name not in (*self.outputs, "tokens")]:
             raise ModelError(
                 f"this model has no output {unknown[0]!r}",
                 expected=f"one of {', '.join(self.outputs)}",
