@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embedsmith.core.errors import SearchError
@@ -18,8 +18,9 @@ IndexArray = npt.NDArray[np.int64]
 Vectors = npt.NDArray[Any] | Tensor | Representation
 """A matrix [N, D] (NumPy, memory-mapped or torch), or a representation of any kind."""
 
-_BUDGET = 2**24  # numbers held at once while scoring: 64 MB
+_BUDGET = {"cpu": 2**21, "cuda": 2**26}  # numbers of a block of scores: 8 MB stay in a CPU's cache, 256 MB fill a GPU
 _QUERIES = {Dense: 1024, Sparse: 256, MultiVector: 32}  # queries scored together
+_SPARE = 256  # places for candidates beyond the best k, before the best k are chosen again
 
 
 def exact_top_k(
@@ -28,8 +29,8 @@ def exact_top_k(
     """score_Qk and index_Qk of the `min(k, K)` best documents of each query, best first; ties go to the lower index.
 
     The score is the inner product of dense vectors, or whatever `Representation.scores` says. Documents are read in
-    blocks of `block` rows (derived from a 64 MB budget by default), so neither [Q, K] nor a memory-mapped matrix is
-    ever held whole.
+    blocks of `block` rows (derived from a budget of 8 MB by default, 256 MB on a GPU), so neither [Q, K] nor a
+    memory-mapped matrix is ever held whole.
     Errors: `SearchError` for shapes that do not match, `k` below 1, and scores that are not a number.
     """
     best = TopK(query, k)
@@ -40,7 +41,7 @@ def exact_top_k(
 class TopK:
     """The running best of documents that arrive in pieces, for a corpus that is never held whole.
 
-    `add` numbers the documents from 0 in the order they come.
+    `add` numbers the documents from 0 in the order they come. Scores are computed where the queries lie.
     """
 
     def __init__(self, query: Vectors, k: int) -> None:
@@ -48,9 +49,9 @@ class TopK:
             raise SearchError(f"k is {k}", expected="a number of documents, 1 or more")
         _check(query, "the queries")
         self._query, self._k, self._seen = query, k, 0
-        count = _count(query)
-        self._score_Qk = torch.empty(count, 0)
-        self._index_Qk = torch.empty(count, 0, dtype=torch.int64)
+        rows = _QUERIES.get(type(query), 32) if isinstance(query, Representation) else _QUERIES[Dense]
+        self._parts = [_part(query, start, start + rows) for start in range(0, _count(query), rows)]
+        self._best = [_Best(len(part), k, part.tensors()[0].device) for part in self._parts]
 
     def add(self, document: Vectors) -> None:
         """Score the next documents, given as one block."""
@@ -58,10 +59,10 @@ class TopK:
         block = _part(document, 0, _count(document))
         if len(block) == 0:
             return
-        tops = [self._top_of(part, start, block) for start, part in self._query_parts()]
-        if tops:
-            new_score_Qk, new_index_Qk = (torch.cat(column) for column in zip(*tops, strict=True))
-            self._merge(new_score_Qk, new_index_Qk + self._seen)
+        start = 0
+        for part, best in zip(self._parts, self._best, strict=True):
+            best.add(self._scores(part, start, block), self._seen)
+            start += len(part)
         self._seen += len(block)
 
     def add_in_blocks(self, document: Vectors, block: int | None = None) -> None:
@@ -72,60 +73,127 @@ class TopK:
             self.add(_part(document, start, start + rows))
 
     def result(self) -> tuple[FloatArray, IndexArray]:
-        return self._score_Qk.numpy(), self._index_Qk.numpy()
+        """score_Qk and index_Qk so far."""
+        if not self._best:
+            return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int64)
+        score, index = (torch.cat(column).cpu().numpy() for column in zip(*(best.chosen() for best in self._best)))
+        return score, index
 
     def block_rows(self, document: Vectors) -> int:
         """How many documents to score at once so that a block of scores, and what leads to it, stays in the budget."""
         kind = type(document) if isinstance(document, Representation) else Dense
         queries = min(_QUERIES.get(kind, 32), max(_count(self._query), 1))
         tokens = self._query.token_count if isinstance(self._query, Representation) else 1
-        if isinstance(document, MultiVector):
-            return max(_BUDGET // (queries * max(tokens, 1) * max(document.token_count, 1)), 1)
-        return max(_BUDGET // (queries * max(tokens, 1)), 1)  # sparse: at most queries * tokens distinct coordinates
+        device = self._parts[0].tensors()[0].device.type if self._parts else "cpu"
+        budget = _BUDGET.get(device, _BUDGET["cuda"])
+        if kind is not Dense and isinstance(document, Representation):
+            each = queries * max(tokens, 1) * (1 if isinstance(document, Sparse) else max(document.token_count, 1))
+            return max(8 * budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
+        return max(budget // queries, 1)
 
-    def _query_parts(self) -> Iterator[tuple[int, Representation]]:
-        rows = _QUERIES.get(type(self._query), 32) if isinstance(self._query, Representation) else _QUERIES[Dense]
-        for start in range(0, _count(self._query), rows):
-            yield start, _part(self._query, start, start + rows)
-
-    def _top_of(self, query: Representation, start: int, document: Representation) -> tuple[Tensor, Tensor]:
+    def _scores(self, query: Representation, start: int, document: Representation) -> Tensor:
         if type(query) is not type(document):
             raise SearchError(f"queries are {type(query).__name__} and documents are {type(document).__name__}")
         if isinstance(query, Dense) and query.vector_ND.shape[1] != document.tensors()[0].shape[1]:
             sizes = f"{query.vector_ND.shape[1]} and {document.tensors()[0].shape[1]}"
             raise SearchError(f"queries and documents have vectors of {sizes} numbers", expected="the same model")
+        device = query.tensors()[0].device
         with torch.no_grad():
-            score_QB = query.scores(document.map(lambda tensor: tensor.to(query.tensors()[0].device)))[0].float().cpu()
-        if bool(score_QB.isnan().any()):
+            if isinstance(query, Dense) and isinstance(document, Dense) and device.type == "cpu":
+                # OpenBLAS behind NumPy is a sixth faster here than the library behind torch
+                score_QB = torch.from_numpy(query.vector_ND.numpy() @ document.vector_ND.numpy().T)
+            else:
+                score_QB = query.scores(document.map(lambda tensor: tensor.to(device)))[0].float()
+        if bool(score_QB.sum().isnan()) and bool(score_QB.isnan().any()):  # one pass finds that nothing is wrong
             row, column = (int(place) for place in score_QB.isnan().nonzero()[0])
             raise SearchError(
                 f"the score of query {start + row} with document {self._seen + column} is not a number",
                 fix="look for NaN or infinite values in the vectors",
             )
-        return top_of_block(score_QB, self._k)
+        return score_QB
 
-    def _merge(self, score_Qk: Tensor, index_Qk: Tensor) -> None:
-        """Earlier documents stand first, so a stable sort keeps the lower index first among equals."""
-        joined = torch.cat([self._score_Qk, score_Qk], dim=1)
-        self._score_Qk, order = (part[:, : self._k] for part in joined.sort(dim=1, descending=True, stable=True))
-        self._index_Qk = torch.cat([self._index_Qk, index_Qk], dim=1).gather(1, order)
+
+class _Best:
+    """The best k documents of some queries, with room for candidates that beat the k-th when it was last looked up.
+
+    A row's entries stand in the order of their documents. A block only adds the few scores above the row's floor,
+    which on a CPU costs far less than choosing the best of every block.
+    """
+
+    def __init__(self, queries: int, k: int, device: torch.device) -> None:
+        self._k = k
+        self._score_QC = torch.empty(queries, 0, device=device)
+        self._index_QC = torch.empty(queries, 0, dtype=torch.int64, device=device)
+        self._count_Q = np.zeros(queries, np.int64)
+        self._floor_Q1: Tensor | None = None
+
+    def add(self, score_QB: Tensor, first: int) -> None:
+        """Score the documents `first`, `first + 1`, ..."""
+        if self._floor_Q1 is None or score_QB.device.type != "cpu":
+            self._choose_with(score_QB, first)
+            return
+        row_H, column_H = np.divmod(np.flatnonzero(score_QB.numpy() > self._floor_Q1.numpy()), score_QB.shape[1])
+        hits_Q = np.bincount(row_H, minlength=len(score_QB))
+        if int((self._count_Q + hits_Q).max()) > self._score_QC.shape[1]:
+            if int(self._count_Q.max()) > self._k:  # a higher floor lets fewer in
+                self._choose_with(score_QB[:, :0], first)
+                self.add(score_QB, first)
+            else:
+                self._choose_with(score_QB, first)
+            return
+        place_H = np.arange(len(row_H)) - np.repeat(np.cumsum(hits_Q) - hits_Q, hits_Q) + self._count_Q[row_H]
+        score_QC, index_QC = self._score_QC.numpy(), self._index_QC.numpy()  # views: numpy scatters faster than torch
+        score_QC[row_H, place_H] = score_QB.numpy()[row_H, column_H]
+        index_QC[row_H, place_H] = column_H + first
+        self._count_Q += hits_Q
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """score_Qk and index_Qk, best first. Places that were never filled hold -inf behind k entries at least."""
+        score_Qk, place_Qk = top_of_block(self._score_QC, self._k)
+        return score_Qk, self._index_QC.gather(1, place_Qk)
+
+    def _choose_with(self, score_QB: Tensor, first: int) -> None:
+        """Choose the best k of what there is and of a whole block, and make room again."""
+        index_B = torch.arange(first, first + score_QB.shape[1], device=score_QB.device)
+        score_QX = torch.cat([self._score_QC, score_QB], dim=1)
+        index_QX = torch.cat([self._index_QC, index_B.expand(len(score_QB), -1)], dim=1)
+        if score_QX.shape[1] < self._k:
+            self._score_QC, self._index_QC = score_QX, index_QX
+            return
+        place_Qk, self._floor_Q1 = _places_of_top(score_QX, self._k)
+        spare = _SPARE if score_QX.device.type == "cpu" else 0
+        self._score_QC = F.pad(score_QX.gather(1, place_Qk), (0, spare), value=float("-inf"))
+        self._index_QC = F.pad(index_QX.gather(1, place_Qk), (0, spare))
+        self._count_Q[:] = self._k
+
+
+def _places_of_top(score_QX: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """place_Qk of the k best columns in ascending order, ties to the lower column, and the k-th score, floor_Q1."""
+    floor_Q1 = _kth_best(score_QX, k)
+    kept_QX = score_QX >= floor_Q1
+    tied_Q = kept_QX.sum(1) > k
+    if bool(tied_Q.any()):
+        order = score_QX[tied_Q].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        kept_QX[tied_Q] = torch.zeros_like(kept_QX[tied_Q]).scatter(1, order, True)
+    return kept_QX.nonzero()[:, 1].view(-1, k), floor_Q1
+
+
+def _kth_best(score_QX: Tensor, k: int) -> Tensor:
+    """floor_Q1. NumPy's partition is eight times as fast as torch's topk on a CPU."""
+    if score_QX.device.type != "cpu":
+        return score_QX.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    place = score_QX.shape[1] - k
+    return torch.from_numpy(np.partition(score_QX.numpy(), place, axis=1)[:, place, None].copy())
 
 
 def top_of_block(score_QB: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best columns of every row, best first, ties to the lower column. `torch.topk` breaks ties as it likes, so
-    its choice is put in order, and made again by a full sort in the rows where a tie crosses the cut."""
+    """The k best columns of every row, best first, ties to the lower column."""
     if k >= score_QB.shape[1]:
         score_Qk, index_Qk = score_QB.sort(dim=1, descending=True, stable=True)
         return score_Qk, index_Qk
-    score, index = score_QB.topk(k + 1, dim=1)
-    index_Qk = index[:, :k].sort(dim=1).values
-    score_Qk, order = score_QB.gather(1, index_Qk).sort(dim=1, descending=True, stable=True)
-    index_Qk = index_Qk.gather(1, order)
-    tied_Q = score[:, k] == score[:, k - 1]
-    if bool(tied_Q.any()):
-        exact = score_QB[tied_Q].sort(dim=1, descending=True, stable=True)
-        score_Qk[tied_Q], index_Qk[tied_Q] = exact.values[:, :k], exact.indices[:, :k]
-    return score_Qk, index_Qk
+    place_Qk, _ = _places_of_top(score_QB, k)
+    score_Qk, order = score_QB.gather(1, place_Qk).sort(dim=1, descending=True, stable=True)
+    return score_Qk, place_Qk.gather(1, order)
 
 
 def _count(value: Vectors) -> int:
