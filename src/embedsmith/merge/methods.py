@@ -1,5 +1,5 @@
 """Every merging method, imported so that the registry knows them."""
 
-from embedsmith.merge import geometric
+from embedsmith.merge import geometric, learned
 
-__all__ = ["geometric"]
+__all__ = ["geometric", "learned"]

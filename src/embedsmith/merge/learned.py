@@ -1,0 +1,178 @@
+"""Merging methods that read data, as recipe values. Each opens the models as one live model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.progress import log
+from embedsmith.core.registry import merge_methods
+from embedsmith.merge.cocktail import CocktailConfig, cocktail_weights
+from embedsmith.merge.fisher import FisherConfig, fisher_of_parents, merge_by_fisher
+from embedsmith.merge.gram import Granularity
+from embedsmith.merge.live import LiveMerge, open_live
+from embedsmith.merge.matching import MatchBatches, Objective
+from embedsmith.merge.method import Base, Combine, Job, combine_coefficients
+from embedsmith.merge.positioning import Positioned, PositioningConfig, ProbeBatches, self_position
+from embedsmith.merge.probe import Probe
+from embedsmith.merge.regmean import RegMeanConfig, merge_by_regmean
+from embedsmith.merge.stream import Block
+
+
+@merge_methods.register(
+    "fisher", formula="sum_i a_i F_i theta_i / sum_i a_i F_i", source="Matena and Raffel 2022 (2111.09832)"
+)
+@dataclass(frozen=True, kw_only=True)
+class Fisher(FisherConfig):
+    """Every weight is the mean of the parents', weighed by how much each parent's loss depends on it."""
+
+    base: ClassVar[Base] = "optional"
+    by_rows: ClassVar[bool] = False
+
+    probe: Probe
+
+    def prepare(self, job: Job) -> Combine:
+        live = open_live(job.parents, job.base)
+        fishers = fisher_of_parents(live, self.probe.of_parents(live.parents), self, self.probe.negatives)
+        merged = merge_by_fisher(live.deltas, fishers, job.weight_M.tolist(), self)
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(live.names, merged.at_floor, strict=True))
+        log.info(
+            "fisher: %.2f of %d parents count; F below the floor: %s; %d texts encoded",
+            merged.effective_parents,
+            live.parents,
+            shares,
+            live.cost.texts,
+        )
+        return combine_deltas(merged.delta, job.weight_M)
+
+
+@merge_methods.register(
+    "regmean", formula="(sum_i a_i G_i + rho I)^-1 (sum_i a_i G_i W_i^T + rho Wbar^T)", source="2212.09849, 2508.03121"
+)
+@dataclass(frozen=True, kw_only=True)
+class RegMean(RegMeanConfig):
+    """Linear layers that keep each parent's outputs on its own texts, in closed form; the rest is averaged."""
+
+    base: ClassVar[Base] = "optional"
+    by_rows: ClassVar[bool] = False
+
+    probe: Probe
+
+    def prepare(self, job: Job) -> Combine:
+        live = open_live(job.parents, job.base)
+        delta = merge_by_regmean(live, self.probe.of_parents(live.parents), job.weight_M.tolist(), self)
+        log.info("regmean: %d texts encoded", live.cost.texts)
+        return combine_deltas(delta, job.weight_M)
+
+
+@merge_methods.register(
+    "self_positioning",
+    formula="min over a, lambda: mean task loss(theta_0 + lambda U(a)) + mu lambda",
+    source="2410.15035; optimiser settings are our own",
+)
+@dataclass(frozen=True, kw_only=True)
+class SelfPositioning(PositioningConfig):
+    """Direction and length of the merge by gradient descent on a small probe set. The job's weights are not used."""
+
+    base: ClassVar[Base] = "needed"
+    by_rows: ClassVar[bool] = False
+
+    probe: Probe
+
+    def prepare(self, job: Job) -> Combine:
+        live = open_live(job.parents, job.base, granularity=_granularity(job, self))
+        batches = ProbeBatches.of(live, self.probe.sources, self.probe.read(), self)
+        return combine_coefficients(
+            by_name(live, _told("self_positioning", live, self_position(live, batches, self)), job)
+        )
+
+
+@merge_methods.register(
+    "parent_matching",
+    formula="min over a, lambda: mean_i |cos_merged - cos_i|^2 on parent i's texts",
+    source="embedsmith",
+)
+@dataclass(frozen=True, kw_only=True)
+class ParentMatching(PositioningConfig):
+    """Direction and length so that the merge sees each parent's texts as that parent does; reads no label."""
+
+    base: ClassVar[Base] = "needed"
+    by_rows: ClassVar[bool] = False
+
+    probe: Probe
+    objective: Objective = "similarity"
+    mu: float = 0.0
+
+    def prepare(self, job: Job) -> Combine:
+        live = open_live(job.parents, job.base, granularity=_granularity(job, self))
+        batches = MatchBatches.match(live, self.probe.of_parents(live.parents), self, self.objective)
+        return combine_coefficients(
+            by_name(live, _told("parent_matching", live, self_position(live, batches, self)), job)
+        )
+
+
+@merge_methods.register("lm_cocktail", formula="w = softmax(-L_i / T)", source="LM-Cocktail (2311.13534)")
+@dataclass(frozen=True, kw_only=True)
+class LMCocktail(CocktailConfig):
+    """The parents' mean, weighed by their losses on a few examples of the task at hand."""
+
+    base: ClassVar[Base] = "optional"
+    by_rows: ClassVar[bool] = False
+
+    probe: Probe
+
+    def prepare(self, job: Job) -> Combine:
+        live = open_live(job.parents, job.base)
+        batches = ProbeBatches.whole(live, self.probe.sources, self.probe.read(), self.batch_size, self.probe.seed)
+        found = cocktail_weights(live, batches, self)
+        for temperature, weights in found.at_temperature.items():
+            log.info("lm_cocktail: at T = %g the weights are %s", temperature, _listed(live, weights))
+        return combine_coefficients(dict.fromkeys(job.names, found.weight_M))
+
+
+def _granularity(job: Job, config: PositioningConfig) -> Granularity:
+    return "block" if config.per_block and job.granularity == "model" else job.granularity
+
+
+def _told(name: str, live: LiveMerge, found: Positioned) -> Positioned:
+    """Say where it ended; a bound that was reached is a red flag."""
+    log.info(
+        "%s: weights %s, length %.3f, held-out objective %.4f, %d texts encoded",
+        name,
+        _listed(live, found.weights),
+        found.length,
+        found.objective,
+        live.cost.texts,
+    )
+    if found.at_bound:
+        log.warning("%s: the length ended at its bound: raise mu, or take a probe closer to the use", name)
+    return found
+
+
+def _listed(live: LiveMerge, weights: tuple[float, ...]) -> str:
+    return ", ".join(f"{name} {weight:.3f}" for name, weight in zip(live.names, weights, strict=True))
+
+
+def by_name(live: LiveMerge, found: Positioned, job: Job) -> dict[str, Tensor]:
+    """c_M of every tensor of the job. One that the live model has not gets the mean over the groups."""
+    mean_M = found.coefficient_GM.mean(0)
+    return {n: found.coefficient_GM[live.groups[n]] if n in live.groups else mean_M for n in job.names}
+
+
+def combine_deltas(delta: Mapping[str, Tensor], weight_M: Tensor) -> Combine:
+    """theta_0 + V_m with V_m in memory; a tensor without one is the weighted mean of the parents. Where there is no
+    base, V_m counts from the first parent."""
+    share_M = (weight_M / weight_M.sum()).tolist()
+
+    def combine(block: Block) -> Tensor:
+        if block.name not in delta:
+            return torch.stack([w * p.double() for w, p in zip(share_M, block.parents, strict=True)]).sum(0)
+        start_E = block.parents[0] if block.base_E is None else block.base_E
+        own_E = delta[block.name].reshape(-1)[block.start : block.stop]
+        return start_E.double() + own_E.cpu().double()
+
+    return combine

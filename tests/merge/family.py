@@ -1,0 +1,54 @@
+"""A tiny base and parents a step away from it, in float64 and in memory: what the data methods are tested on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from embedsmith.data import Record, RecordSet
+from embedsmith.merge.gram import groups
+from embedsmith.merge.live import LiveMerge
+from embedsmith.models import load
+from tests.tinybert import WORDS, tiny_bert
+
+
+def family(folder: Path, parents: int = 3, size: float = 0.05, per_block: bool = False) -> LiveMerge:
+    """theta_0 and V_i drawn at random, V_i of different lengths."""
+    path = folder / "tiny"
+    if not path.exists():
+        tiny_bert(path, dropout=0.0)
+    model = load(str(path), pooling="mean").double()
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(7)
+    deltas = [
+        {name: size * (i + 1) * torch.randn(t.shape, generator=generator, dtype=t.dtype) for name, t in base.items()}
+        for i in range(parents)
+    ]
+    chosen = groups(list(base), "block" if per_block else "model")
+    place = {name: number for number, members in enumerate(chosen.values()) for name in members}
+    return LiveMerge(model, base, deltas, tuple(f"parent-{i}" for i in range(parents)), place, tuple(chosen))
+
+
+def sentences(count: int, length: int = 4, seed: int = 0) -> list[str]:
+    """Texts of different words and lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (count,), generator=generator).tolist()
+    return [
+        " ".join(WORDS[w] for w in torch.randint(0, len(WORDS), (n,), generator=generator)) + f" {chr(97 + k % 26)}"
+        for k, n in enumerate(lengths)
+    ]
+
+
+def retrieval_records(count: int = 12, seed: int = 0) -> RecordSet:
+    texts = sentences(2 * count, seed=seed)
+    records = [Record(texts[2 * n], (texts[2 * n + 1],)) for n in range(count)]
+    return RecordSet("pairs", "retrieval", records, f"pairs-{seed}")
+
+
+def sts_records(count: int = 12, seed: int = 1) -> RecordSet:
+    texts = sentences(2 * count, seed=seed)
+    records = [
+        Record(texts[2 * n], (texts[2 * n + 1],), task="sts", positive_scores=(n / (count - 1),)) for n in range(count)
+    ]
+    return RecordSet("graded", "sts", records, f"graded-{seed}")
