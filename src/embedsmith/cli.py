@@ -48,12 +48,13 @@ def schema() -> None:
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A data file, a BEIR folder, a saved dataset or a dataset id.")],
+    path: Annotated[str, typer.Argument(help="A data file, BEIR folder, dataset; or a recipe (.yaml): its plan.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="How to read it: task=sts columns.query=title")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Of a recipe: time a few training steps.")] = True,
 ) -> None:
-    """Print what is understood of a data file: counts, fields, lengths, duplicates, scores, samples."""
+    """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch."""
     import json
     from typing import Any
 
@@ -64,6 +65,18 @@ def inspect(
     from embedsmith.data.inspect import inspect_source, render
     from embedsmith.data.source import Source
 
+    if path.endswith((".yaml", ".yml")):
+        from embedsmith.core.recipe import load_recipe
+        from embedsmith.train import Recipe
+        from embedsmith.train.overview import overview
+        from embedsmith.train.overview import render as render_plan
+
+        plan = overview(load_recipe(path, Recipe, overrides or []), timed=timed)
+        if as_json:
+            typer.echo(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
+        else:
+            Console().print(render_plan(plan), soft_wrap=True)
+        return
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
         apply_override(tree, override)
@@ -183,6 +196,51 @@ def list_losses(
 
     console = Console()
     console.print(table() if name is None else explain(name), markup=False, highlight=False, soft_wrap=name is not None)
+
+
+@app.command()
+def tokenize(
+    data: Annotated[list[str], typer.Argument(help="Data files or datasets; or one YAML recipe of this verb.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="For every source: key=value")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=4, help="Tokens a text may have.")] = None,
+    layout: Annotated[str | None, typer.Option(help="corpus: documents once; inline: in each row.")] = None,
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
+    adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
+) -> None:
+    """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on."""
+    from embedsmith.train.tokens import run_tokenize
+
+    tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
+    for line in run_tokenize(data, tree, changes or [], adopt):
+        typer.echo(line)
+
+
+@app.command("curate")
+def curate_data(
+    source: Annotated[str | None, typer.Argument(help="A YAML recipe; or a file, folder or pattern.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[OUT] [KEY=VALUE]...", help="Result; changes.")] = None,
+    steps: Annotated[
+        list[str] | None, typer.Option("--step", "-s", help="A step and its settings: 'length query_min=3'")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder where names of evaluation tasks are looked up.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do it again; scores and answers stay.")] = False,
+    list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their settings.")] = False,
+) -> None:
+    """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
+    from rich.console import Console
+
+    from embedsmith.data.curate.report import render, table_of_steps
+
+    if list_steps or source is None:
+        Console().print(table_of_steps())
+        return
+    from embedsmith.curation import run_curate
+
+    Console().print(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ from embedsmith.train.config import Recipe
 from embedsmith.train.dev import Development
 from embedsmith.train.feed import Feed
 from embedsmith.train.journal import Journal
+from embedsmith.train.manifest import close_manifest, open_manifest
 from embedsmith.train.optim import make_optimizer, set_learning_rate
 from embedsmith.train.step import Memory, Part, StepOutput, run_step
 
@@ -88,6 +89,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         run.state = checkpoints.load(resume, run.extras, run.optimizer)
         log.info("continuing %s at step %d", output, resume)
     claim_output(output, recipe)
+    starts = open_manifest(output, run.feed, run.state.step)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
     development = Development(recipe.evaluate, run.model, run.encode, run.memory, dict(run.extras.items()), validation)
@@ -96,6 +98,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
             run_steps(run, checkpoints, journal, development, stop)
     finally:
         journal.close()
+    close_manifest(output, run.feed, starts, run.state.step)
     final_step = run.state.best_step if recipe.train.final == "best" else None
     model = run.model if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}

@@ -1,0 +1,151 @@
+"""What an epoch of a recipe would be: `embedsmith inspect recipe.yaml`. Nothing is written.
+
+Steps and rows are exact, from the plan. Tokens and padding are those of some steps of every source, tokenized and cut
+into chunks as in training, times the steps. The time is that of some real training steps of every source.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from embedsmith.core.collectives import world_size
+from embedsmith.data import Account
+from embedsmith.train.build import make_accelerator
+from embedsmith.train.config import Recipe
+from embedsmith.train.feed import Lane
+from embedsmith.train.loop import Run, build, update
+from embedsmith.train.step import Part, plan_chunks
+
+SAMPLED_STEPS = 8
+TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class SourceOverview:
+    """One source in the first epoch. `tokens` and `padded_tokens` are of all ranks; `seconds` is `None` if not timed;
+    `sampled` is the number of its steps that were tokenized."""
+
+    name: str
+    task: str
+    account: Account
+    tokens: int
+    padded_tokens: int
+    sampled: int
+    seconds: float | None
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.tokens / max(self.padded_tokens, 1)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The plan of an epoch. `steps`: of an epoch; `run_steps`: of the whole run; `notes`: what the plan had to change;
+    `how`: how tokens and time were found."""
+
+    sources: tuple[SourceOverview, ...]
+    steps: int
+    run_steps: int
+    seconds: float | None
+    notes: tuple[str, ...]
+    how: str
+
+
+def overview(recipe: Recipe, *, timed: bool = True) -> Overview:
+    """Build the run as for training, look at its first epoch, throw it away. Errors: those of `train`."""
+    run = build(recipe, make_accelerator(recipe))
+    sources = tuple(source for lane in run.feed.lanes for source in _sources(run, lane))
+    seconds = None
+    if timed:
+        first = len(run.feed.lanes[0].supplies)
+        timings = _timings(run)
+        sources = tuple(
+            replace(source, seconds=timing)
+            for source, timing in zip(sources, [*timings, *[None] * (len(sources) - first)], strict=True)
+        )
+        seconds = sum(timings) * run.feed.steps_per_epoch / run.feed.lanes[0].plan.steps_per_epoch
+    notes = tuple(note for lane in run.feed.lanes for note in lane.plan.notes)
+    how = f"tokens from up to {SAMPLED_STEPS} steps of a source"
+    if timed:
+        how += (
+            f"; time from {TIMED_STEPS} training steps of a source after a warm-up, on {run.accelerator.device} with "
+        )
+        how += f"{world_size()} process(es), without evaluations and checkpoints"
+    return Overview(sources, run.feed.steps_per_epoch, run.length.steps, seconds, notes, how)
+
+
+def _sources(run: Run, lane: Lane) -> list[SourceOverview]:
+    found = []
+    for place, (supply, account) in enumerate(zip(lane.supplies, lane.plan.account(0), strict=True)):
+        steps = _spread(lane.plan.steps_with(place), SAMPLED_STEPS)
+        parts = [lane.part(run.model, int(step), run.recipe.train.seed) for step in steps]
+        scale = account.steps * lane.world / max(len(parts), 1)
+        real, padded = (scale * sum(each) for each in zip(*(_tokens(run, part) for part in parts), (0, 0), strict=True))
+        name, task = supply.records.name, supply.records.task
+        found.append(SourceOverview(name, task, account, round(real), round(padded), len(parts), None))
+    return found
+
+
+def _spread(steps: Sequence[int] | np.ndarray[tuple[int, ...], np.dtype[np.int64]], count: int) -> list[int]:
+    places = np.linspace(0, len(steps) - 1, min(count, len(steps))).astype(int)
+    return [int(steps[place]) for place in places]
+
+
+def _tokens(run: Run, part: Part) -> tuple[int, int]:
+    """(real, padded) tokens of a part on this rank."""
+    length_N = np.concatenate([part.first.length_N, part.second.length_N])
+    chunks = plan_chunks(length_N, run.memory)
+    return int(length_N.sum()), sum(len(chunk.rows) * int(length_N[chunk.rows].max()) for chunk in chunks)
+
+
+def _timings(run: Run) -> list[float]:
+    """Seconds of an epoch's steps of each source of the first lane, by the mean of a few whole steps."""
+    plan = run.feed.lanes[0].plan
+    update(run, run.feed.parts(0))
+    seconds = []
+    for source, count in enumerate(plan.steps_of):
+        steps = _spread(plan.steps_with(source), TIMED_STEPS)
+        start = time.perf_counter()
+        for step in steps:
+            update(run, run.feed.parts(step))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / max(len(steps), 1) * count)
+    return seconds
+
+
+def render(found: Overview) -> RenderableType:
+    table = Table("source", "task", "rows", "seen", "steps", "tokens", "padding", "time")
+    for one in found.sources:
+        account = one.account
+        cells = (f"{account.rows:,}", f"{account.seen:,}", f"{account.steps:,}", f"{one.tokens:,}")
+        table.add_row(Text(one.name), one.task, *cells, f"{one.padding_share:.1%}", _clock(one.seconds))
+    lines = [
+        f"{one.name}: {count:,} rows are not seen in the epoch: {why}"
+        for one in found.sources
+        for why, count in one.account.unseen.items()
+    ]
+    lines += [f"{one.name}: {one.account.drawn - one.account.seen:,} rows are seen again" for one in _again(found)]
+    lines.append(f"an epoch: {found.steps:,} steps, {_clock(found.seconds)}; the run: {found.run_steps:,} steps")
+    lines.append(f"({found.how})")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _again(found: Overview) -> list[SourceOverview]:
+    return [one for one in found.sources if one.account.drawn > one.account.seen]
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "not timed"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
