@@ -16,6 +16,8 @@ def one_by_one(name, states_TH, pooled_T):
         return states_TH[pooled_T[0]]
     if name == "last":
         return states_TH[pooled_T[-1]]
+    if name == "max":
+        return states_TH[pooled_T].amax(0)
     weights = [1.0 if name == "mean" else place + 1.0 for place in pooled_T]
     return sum(w * states_TH[place] for w, place in zip(weights, pooled_T, strict=True)) / sum(weights)
 
@@ -36,7 +38,7 @@ def test_pooling_equals_a_loop(name, include_prompt, left):
         np.testing.assert_allclose(pooled_NH[row], expected_H, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mean", "weighted_mean"])
+@pytest.mark.parametrize("name", ["mean", "weighted_mean", "max"])
 def test_a_row_without_tokens_is_zero_and_not_nan(name):
     none_NT = torch.zeros(2, 3, dtype=torch.bool)
     assert POOLINGS[name](torch.ones(2, 3, 4), none_NT, none_NT).abs().sum() == 0

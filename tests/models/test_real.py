@@ -13,7 +13,7 @@ from embedsmith.models.pooling import POOLINGS
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).resolve().parents[3] / "shared/data"
-THEIRS = {"cls": "cls", "mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
+THEIRS = {"cls": "cls", "mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "max": "max"}
 
 
 @pytest.fixture(scope="module")

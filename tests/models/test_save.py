@@ -30,6 +30,8 @@ def pooled_by_hand(name, states, mask):
     weight = {"mean": mask, "weighted_mean": mask * mask.cumsum(1)}.get(name)
     if weight is not None:
         return (states * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+    if name == "max":
+        return states.masked_fill(mask[..., None] == 0, -1e9).amax(1)
     return states[:, 0] if name == "cls" else states[torch.arange(len(states)), mask.sum(1) - 1]
 
 
@@ -85,7 +87,7 @@ def test_dense_heads_and_prompts_left_out_of_the_pooling(tmp_path, pooling, incl
     )
 
 
-THEIRS = {"cls": "cls", "mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken"}
+THEIRS = {"cls": "cls", "mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "max": "max"}
 
 
 def test_the_layout_is_the_legacy_one(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.errors import ModelError
+from embedsmith.models.adapters import four_bit_loading
+from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.embedder import position_table
 from embedsmith.models.folder import read_json
+from embedsmith.models.probe import layers_of
 from embedsmith.models.quiet import quiet
 from embedsmith.models.token_heads import FILES
 
@@ -23,6 +26,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors"),
     *FILES.values(),
+    "1_Pooling/*.safetensors",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.inv_freq$)")
@@ -52,9 +56,13 @@ def locate(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """Errors: `ModelError` when the folder has no tokenizer (transformers would make up one of five tokens)."""
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise ModelError(
             "this folder has no tokenizer",
             where=folder,
@@ -68,15 +76,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             raise ModelError(f"cannot load the tokenizer: {error}", where=folder) from error
 
 
-def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
-    """The encoder in eval mode, every weight from the folder.
+def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four_bit: bool = False) -> nn.Module:
+    """The encoder in eval mode, every weight from the folder, built for an attention `mode` (which `switch_attention`
+    then proves). `four_bit`: quantised, for QLoRA.
 
-    Errors: `ModelError` for a missing or damaged file, an unknown architecture, or weights that do not fit.
+    Errors: `ModelError` for a missing or damaged file, an unknown architecture, weights that do not fit, or an
+    attention kernel that this machine has not.
     """
     _check_shards(folder)
+    _check_kernel(config.attn_implementation)
+    more = {"quantization_config": four_bit_loading(torch.bfloat16)} if four_bit else {}
     with quiet():
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+            model_config = prepare_config(model_config, mode)
             kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel
             backbone, report = kind.from_pretrained(
                 folder,
@@ -85,6 +98,7 @@ def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **more,
             )
         except SafetensorError as error:
             raise ModelError(
@@ -96,12 +110,43 @@ def load_backbone(folder: Path, config: ModelConfig) -> nn.Module:
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ModelError(f"cannot load the model: {error}", where=folder) from error
     _check_weights(backbone, report, folder)
+    keep_layers(backbone, config.layers)
     if config.gradient_checkpointing:
         # transformers 5 renamed it on the way, and takes the old name away with version 6
         enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     model: nn.Module = backbone.eval()
     return model
+
+
+def _check_kernel(implementation: str | None) -> None:
+    """Never a silent fallback: what was asked for is there, or it is an error."""
+    if implementation is not None and implementation.startswith("flash") and not torch.cuda.is_available():
+        raise ModelError(
+            f"the attention {implementation!r} needs a GPU, and there is none",
+            fix="leave attn_implementation out, or say sdpa",
+        )
+
+
+def keep_layers(backbone: Any, wanted: int | Sequence[int] | None) -> None:
+    """Drop all layers but the first `wanted`, or but those listed, in place. Errors: `ModelError` if there are not."""
+    if wanted is None:
+        return
+    layers = layers_of(backbone)
+    places = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
+    if not places or sorted(set(places)) != places or places[0] < 0 or places[-1] >= len(layers):
+        raise ModelError(
+            f"layers={wanted} of a model with {len(layers)} layers", expected="a number, or a rising list from 0"
+        )
+    config = backbone.config.get_text_config()
+    holder = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and list(m) == layers)
+    types = getattr(config, "layer_types", None)
+    for place in reversed(range(len(layers))):
+        if place not in places:
+            del holder[place]
+    config.num_hidden_layers = len(places)
+    if types is not None:
+        config.layer_types = [types[place] for place in places]
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from embedsmith.models.contract import contract_of
 from embedsmith.models.token_heads import FILES
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ _POOLED = {
     "mean": "(states * mask).sum(1) / mask.sum(1)",
     "weighted_mean": "(states * mask * mask.cumsum(1)).sum(1) / (mask * mask.cumsum(1)).sum(1)",
     "last": "states[torch.arange(len(states)), tokens.attention_mask.sum(1) - 1]",
+    "max": "states.masked_fill(mask == 0, float('-inf')).amax(1)",
 }
 
 _TOKEN_HEADS = {"sparse": "`sparse`: a weight a token", "multivector": "`multivector`: a vector a token"}
@@ -33,7 +35,7 @@ tags:
 # Text embedding model
 
 A `{architecture}` with {pooling} pooling that maps a text of up to {max_length} tokens to {dimension} numbers\
-{normalised}. Made with embedsmith.
+{normalised}.{attention} Made with embedsmith.
 
 ## Prompts
 
@@ -57,10 +59,13 @@ With sentence-transformers:
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("path/to/this/folder")
+model = SentenceTransformer("path/to/this/folder"{trust})
 vectors = model.encode_query(["what is late interaction?"])
 ```
 
+{alone}{token_heads}"""
+
+_ALONE = """\
 With transformers alone (put the prompt before the text yourself):
 
 ```python
@@ -75,7 +80,7 @@ with torch.no_grad():
 mask = tokens.attention_mask[..., None].float()
 vectors = {pooled}
 {head}```
-{token_heads}"""
+"""
 
 
 def model_card(model: Embedder) -> str:
@@ -84,17 +89,37 @@ def model_card(model: Embedder) -> str:
     normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
     if len(model.projections):
         normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
+    plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
+    standard = contract_of(model).standard
     return _CARD.format(
+        alone=plain if standard else _ATTENDED,
+        trust="" if standard else ", trust_remote_code=True",
+        attention=_attention(model),
         architecture=type(model.backbone).__name__,
         pooling=settings.pooling.replace("_", " "),
         max_length=settings.max_length,
         dimension=model.dimension,
         normalised=", normalised to length 1" if settings.normalize else "",
         prompts=_prompts(model),
-        pooled=_POOLED[settings.pooling],
-        head=normalise,
         token_heads=_token_heads(model),
     )
+
+
+_ATTENDED = """\
+This model has parts that only embedsmith (`pip install embedsmith`) knows; sentence-transformers loads it through that
+package. See `embedding_config.json`.
+"""
+
+
+def _attention(model: Embedder) -> str:
+    """What the self-test showed."""
+    found = model.attention
+    if found.mode == "native":
+        return ""
+    kind = "causal" if found.mode == "causal" else "bidirectional"
+    how = {"config": "by its config", "modules": "by flags on its modules", "mask4d": "by a mask of four dimensions"}
+    left = f"; layers {', '.join(map(str, found.causal_layers))} stay causal" if found.causal_layers else ""
+    return f" Attention is {kind} ({how.get(found.how, found.how)}{left}), proven on the model by a self-test."
 
 
 def _token_heads(model: Embedder) -> str:

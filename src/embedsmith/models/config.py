@@ -9,6 +9,11 @@ from typing import Literal
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import section
+from embedsmith.models.adapters import LoraConfig
+from embedsmith.models.attention import Mode
+from embedsmith.models.heads import HeadConfig
+from embedsmith.models.masks import SoftMask
+from embedsmith.models.poolers import PoolerConfig
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
 Head = Literal["dense", "sparse", "multivector"]
@@ -24,16 +29,32 @@ class ModelConfig:
     """Which model to load and what to change about it; `None` means "as the folder says".
 
     `path`: a transformers or sentence-transformers folder, or a hub id (with an optional `revision`).
-    `pooling`: `cls`, `mean`, `weighted_mean` or `last`; required for a folder that does not say.
+    `pooling`: `cls`, `mean`, `weighted_mean`, `last`, `max`, `attention` or `latent`; required for a folder that does
+        not say. `pooler`: shape of the last two.
     `max_length`: tokens a text may have, special tokens included (see `derive_max_length`).
     `prompts`: text put before every text, by `task-role`, task or role; replaces the folder's.
+    `template`, `instructions`: prompts made from a template (`qwen3`, `e5`, ..., or one's own by role) and the
+        instruction of each task; see prompts.py.
+    `include_prompt`: prompt tokens take part in the pooling; false skips the instruction.
     `normalize`: vectors of length 1; a plain transformers folder is normalised.
-    `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
+    `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows. `head`: says more of it.
     `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
         or both. A head that the folder has not is new and has to be trained; one that is not named is left out.
     `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
     `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`).
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
+    `compile`: the backbone through torch.compile with dynamic shapes; pays on GPUs and long runs.
+
+    For decoders (docs/decoders.md):
+    `attention`: `native`, `causal`, `bidirectional` or `softmask`, proven on the model when it is loaded.
+        `partial_attention` accepts a family some of whose layers stay causal. `softmask`: its schedule.
+    `layers`: keep the first so many layers, or those in a list.
+    `lora`: train adapters instead of the weights. `base`: where the base of an adapter folder is now.
+    `append_eos`: an end token behind every text; by default for last-token pooling. `eos_token`: which one.
+    `cls_token`: a token put in front of every text, new or of the vocabulary; for cls pooling.
+    `pool_special_tokens`: bos and its like take part in averaging poolings; by default not in a folder that does not
+        say how to pool. `echo`: a text with `{text}` in it twice; the vector is pooled over the second.
+    `padding_side`: `right` or `left`; both give the same vectors, right is faster.
     """
 
     path: str
@@ -49,6 +70,33 @@ class ModelConfig:
     dtype: ComputeType = "float32"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    compile: bool = False
+    attention: Mode | None = None
+    partial_attention: bool = False
+    softmask: SoftMask = SoftMask()
+    layers: int | tuple[int, ...] | None = None
+    lora: LoraConfig | None = None
+    base: str | None = None
+    pooler: PoolerConfig | None = None
+    head: HeadConfig | None = None
+    template: str | Mapping[str, str] | None = None
+    instructions: Mapping[str, str] | None = None
+    include_prompt: bool | None = None
+    append_eos: bool | None = None
+    eos_token: str | None = None
+    cls_token: str | None = None
+    pool_special_tokens: bool | None = None
+    echo: str | None = None
+    padding_side: Literal["left", "right"] | None = None
+
+    def continued(self, folder: str) -> ModelConfig:
+        """The same model as `folder` holds it: what was changed about the original is in there, how to run it is
+        not."""
+        kept = (
+            *("attn_implementation", "dtype", "gradient_checkpointing", "trust_remote_code", "compile"),
+            *("attention", "partial_attention", "softmask", "lora", "base"),
+        )
+        return ModelConfig(path=folder, **{name: getattr(self, name) for name in kept})
 
 
 @dataclass(frozen=True)
@@ -56,6 +104,8 @@ class Settings:
     """How an embedder turns texts into vectors, everything decided. What `save` writes and `load` reads back.
 
     `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer was told to lower-case.
+    `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
+    `eos_id`: the token put behind every text, where the tokenizer did not do so by itself.
     """
 
     pooling: str
@@ -65,6 +115,10 @@ class Settings:
     include_prompt: bool = True
     normalize: bool = True
     lower_case: bool = False
+    templates: Mapping[str, str] = field(default_factory=dict)
+    echo: str | None = None
+    pool_special_tokens: bool = True
+    eos_id: int | None = None
 
     def with_prompts(self, prompts: Mapping[str, str]) -> Settings:
         """The same settings under other prompts; a default prompt that no longer exists is dropped."""

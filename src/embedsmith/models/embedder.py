@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, in_fp32
 from embedsmith.core.tokens import PaddedTokens, TokenBatch
+from embedsmith.models.attention import Attention
 from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import Inference, represent
 from embedsmith.models.heads import apply_heads
+from embedsmith.models.masks import SoftMask
+from embedsmith.models.poolers import POOLERS, PoolerConfig
 from embedsmith.models.pooling import POOLINGS, pool_mask
 from embedsmith.models.save import save
 from embedsmith.models.token_heads import FILES, apply_token_head
@@ -41,9 +45,13 @@ class Embedder(nn.Module):
         settings: Settings,
         projections: Sequence[nn.Module] = (),
         token_heads: Mapping[str, nn.Module] | None = None,
+        attention: Attention = Attention(),  # noqa: B008  (frozen)
+        softmask: SoftMask = SoftMask(),  # noqa: B008  (frozen)
+        pooler: nn.Module | None = None,
+        pooler_config: PoolerConfig | None = None,
     ) -> None:
         super().__init__()
-        if settings.pooling not in POOLINGS:
+        if (settings.pooling in POOLERS) != (pooler is not None) or settings.pooling not in (*POOLINGS, *POOLERS):
             raise ModelError(f"unknown pooling {settings.pooling!r}", expected=f"one of {', '.join(POOLINGS)}")
         self.backbone = backbone
         self.projections = nn.ModuleList(projections)
@@ -51,7 +59,13 @@ class Embedder(nn.Module):
         self.settings = settings
         self.text = TextTokenizer(tokenizer)
         self.padding_left = tokenizer.padding_side == "left"
+        self.attention, self.softmask = attention, softmask
+        self.pooler, self.pooler_config = pooler, pooler_config
+        self.base: Mapping[str, Any] | None = None
+        self.progress = 0.0
         self._takes_positions = _takes_positions(backbone)
+        self._takes_cache = "use_cache" in inspect.signature(backbone.forward).parameters
+        self._left_out_S = _averaged_over(tokenizer, settings)
 
     @property
     def config(self) -> Any:
@@ -75,7 +89,14 @@ class Embedder(nn.Module):
         """D of the dense head."""
         if len(self.projections) > 0:
             return int(self.projections[-1].linear.out_features)  # type: ignore[union-attr, arg-type]
-        return int(self.config.hidden_size)
+        return self.pooled_width
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of what the pooling gives."""
+        if self.pooler is not None:
+            return int(self.pooler.width)  # type: ignore[arg-type]
+        return int(self.config.get_text_config().hidden_size)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -122,13 +143,13 @@ class Embedder(nn.Module):
             reps["dense"] = Dense(F.normalize(vector_ND, dim=-1) if self.settings.normalize else vector_ND)
         if "middle" in outputs:
             middle_NTH = states.hidden_states[len(states.hidden_states) // 2]
-            reps["middle"] = Dense(F.normalize(self._pool(middle_NTH, padded), dim=-1))
+            reps["middle"] = Dense(F.normalize(self._pool(middle_NTH, padded, trained=False), dim=-1))
         if "tokens" in outputs:
             special = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
             word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, special)
             reps["tokens"] = MultiVector(states.last_hidden_state, word_NT)
         for name in (name for name in self.token_heads if name in outputs):
-            part_NT = pool_mask(padded, self.settings.include_prompt)
+            part_NT = self._pool_mask(padded)
             reps[name] = apply_token_head(self.token_heads[name], states.last_hidden_state, padded, part_NT)
         return reps
 
@@ -141,17 +162,42 @@ class Embedder(nn.Module):
             )
 
     def _states(self, padded: PaddedTokens, all_layers: bool) -> Any:
-        arguments: dict[str, Any] = {"input_ids": padded.id_NT, "attention_mask": padded.mask_NT.long()}
-        if self.padding_left and self._takes_positions:
+        mask = self._attention_mask(padded)
+        arguments: dict[str, Any] = {"input_ids": padded.id_NT, "attention_mask": mask}
+        four = mask is not None and mask.dim() == 4
+        if (self.padding_left or four) and self._takes_positions:
             arguments["position_ids"] = (padded.mask_NT.cumsum(1) - 1).clamp_min(0)
+        if self._takes_cache:
+            arguments["use_cache"] = False
         if all_layers:
             arguments["output_hidden_states"] = True
         return self.backbone(**arguments, return_dict=True)
 
-    def _pool(self, hidden_NTH: Tensor, padded: PaddedTokens) -> Tensor:
-        pool_NT = pool_mask(padded, self.settings.include_prompt)
+    def _attention_mask(self, padded: PaddedTokens) -> Tensor | None:
+        """What the attention mode wants; in training under softmask, as much of the future as the run is along."""
+        dtype = self.backbone.dtype
+        if self.attention.mode == "softmask" and self.training:
+            return self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
+        left = self.padding_left and not bool(padded.mask_NT.all())
+        attention = replace(self.attention, causal=self.attention.causal and not left)
+        return attention.mask(padded.mask_NT, self.config._attn_implementation, dtype)
+
+    def _pool(self, hidden_NTH: Tensor, padded: PaddedTokens, trained: bool = True) -> Tensor:
+        """`trained`: with the weights of the pooling, where it has any; the mean otherwise."""
+        pool_NT = self._pool_mask(padded)
         with torch.autocast(hidden_NTH.device.type, enabled=False):
-            return POOLINGS[self.settings.pooling](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
+            if self.pooler is None:
+                return POOLINGS[self.settings.pooling](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
+            if not trained:
+                return POOLINGS["mean"](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
+            pooled_ND: Tensor = self.pooler(in_fp32(hidden_NTH), pool_NT)
+            return pooled_ND
+
+    def _pool_mask(self, padded: PaddedTokens) -> Tensor:
+        """pool_NT: the tokens that take part in the pooling."""
+        whole = self.settings.include_prompt and self.settings.echo is None
+        left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
+        return pool_mask(padded, whole, left_out_S)
 
     def represent(
         self,
@@ -202,9 +248,21 @@ class Embedder(nn.Module):
         """Cosine of every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row."""
         return cosine(left, right)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the legacy sentence-transformers layout (see `save.py`); replaces `folder` as a whole."""
-        save(self, folder)
+    def save(self, folder: str | Path, *, merge: bool = True) -> None:
+        """Write the legacy sentence-transformers layout (see `save.py`); replaces `folder` as a whole.
+
+        An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart,
+        exactly and small, in a folder that needs its base.
+        """
+        save(self, folder, merge)
+
+
+def _averaged_over(tokenizer: Any, settings: Settings) -> Tensor | None:
+    """Ids of tokens that poolings over many tokens leave out, `None` for none. A single token is never left out: last
+    and cls pooling take what stands there."""
+    if settings.pool_special_tokens or settings.pooling in ("last", "cls"):
+        return None
+    return torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
 
 
 def position_table(backbone: nn.Module) -> nn.Embedding | None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from embedsmith.core.errors import ModelError
+from embedsmith.models.contract import Contract, read_contract
 from embedsmith.models.heads import Projection
 
 POOLING_NAMES: Mapping[str, str] = {
@@ -19,6 +20,7 @@ POOLING_NAMES: Mapping[str, str] = {
     "mean": "mean",
     "weightedmean": "weighted_mean",
     "lasttoken": "last",
+    "max": "max",
 }
 """sentence-transformers' names to ours."""
 POOLING_SWITCHES: Mapping[str, str] = {
@@ -46,6 +48,7 @@ class FolderFacts:
     projections: tuple[Projection, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+    contract: Contract = Contract()
 
 
 def read_folder(folder: Path) -> FolderFacts:
@@ -53,16 +56,18 @@ def read_folder(folder: Path) -> FolderFacts:
 
     Errors: `ModelError` for a file that is not JSON, a module this cannot do, a pooling that is not known.
     """
+    contract = read_contract(folder)
     if not (folder / "modules.json").exists():
-        return FolderFacts(backbone=folder)
-    modules = [(_kind(entry, folder), _inside(folder, entry)) for entry in read_json(folder / "modules.json")]
+        return FolderFacts(backbone=folder, contract=contract)
+    entries = contract.modules or read_json(folder / "modules.json")
+    modules = [(_kind(entry, folder), _inside(folder, entry)) for entry in entries]
     _check_order([kind for kind, _ in modules], folder)
     backbone = modules[0][1]
     encoder = _optional_json(backbone / "sentence_bert_config.json") or _optional_json(
         folder / "sentence_bert_config.json"
     )
     general = _optional_json(folder / "config_sentence_transformers.json")
-    pooling, include_prompt = _pooling(modules[1][1] / "config.json")
+    pooling, include_prompt = _pooling(modules[1][1] / "config.json", contract.pooling)
     return FolderFacts(
         backbone=backbone,
         pooling=pooling,
@@ -73,6 +78,7 @@ def read_folder(folder: Path) -> FolderFacts:
         projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
         prompts=dict(general.get("prompts") or {}),
         default_prompt=general.get("default_prompt_name"),
+        contract=contract,
     )
 
 
@@ -111,9 +117,11 @@ def _check_order(kinds: list[str], folder: Path) -> None:
         )
 
 
-def _pooling(path: Path) -> tuple[str, bool]:
-    """Mode and whether prompt tokens take part."""
+def _pooling(path: Path, named: str | None) -> tuple[str, bool]:
+    """Mode (one with weights is `named` by the contract) and whether prompt tokens take part."""
     config = read_json(path)
+    if named is not None:
+        return named, bool(config.get("include_prompt", True))
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for switch, mode in POOLING_SWITCHES.items() if config.get(switch)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
+from embedsmith.core.recipe import section
 
 _NAMES = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU"
@@ -15,6 +18,30 @@ _NAMES = (
 )
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {name: getattr(nn, name) for name in _NAMES.split(" ")}
 """Known by exact name. A name from a folder is looked up here and never imported."""
+
+
+@section
+@dataclass(frozen=True)
+class HeadConfig:
+    """A new dense head of width `out`: W x + b (`linear`), or W2 act(W1 x + b1) + b2 (`mlp`, by default without an
+    activation and without biases, as in EmbeddingGemma). `hidden` is four times `out` unless said. All matrices start
+    orthogonal, so a head without activation keeps the geometry of the backbone as well as its width allows."""
+
+    out: int
+    type: Literal["linear", "mlp"] = "linear"
+    hidden: int | None = None
+    activation: str = "Identity"
+    bias: bool = False
+
+    def build(self, width: int) -> list[nn.Module]:
+        """Errors: `ModelError` for an unknown activation or a width below 1."""
+        hidden = self.hidden or 4 * self.out
+        if self.out < 1 or hidden < 1:
+            raise ModelError(f"a head from {width} to {self.out} over {hidden}", expected="widths of at least 1")
+        if self.type == "linear":
+            return [_orthogonal(Projection(width, self.out, self.bias, self.activation))]
+        first = Projection(width, hidden, self.bias, self.activation)
+        return [_orthogonal(first), _orthogonal(Projection(hidden, self.out, self.bias))]
 
 
 class Projection(nn.Module):
@@ -44,8 +71,13 @@ def orthogonal_projection(width_in: int, width_out: int) -> Projection:
 
     Its bias is absent: the head then commutes with scaling, and step 0 keeps the geometry of the backbone.
     """
-    projection = Projection(width_in, width_out, bias=False)
+    return _orthogonal(Projection(width_in, width_out, bias=False))
+
+
+def _orthogonal(projection: Projection) -> Projection:
     nn.init.orthogonal_(projection.linear.weight)
+    if projection.linear.bias is not None:
+        nn.init.zeros_(projection.linear.bias)
     return projection
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.normalizers import Lowercase, Sequence
+from tokenizers import normalizers
 from torch import nn
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import parse
-from embedsmith.models.backbone import load_backbone, load_tokenizer, locate, positions_of
+from embedsmith.models.adapters import ADAPTER, add_adapter, check_installed, fingerprint, load_adapter, merged
+from embedsmith.models.attention import Attention, switch_attention
+from embedsmith.models.backbone import has_tokenizer, load_backbone, load_tokenizer, locate, positions_of
 from embedsmith.models.config import ModelConfig, Settings, derive_max_length
+from embedsmith.models.contract import POOLER_FILE
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import FolderFacts, read_folder
+from embedsmith.models.folder import FolderFacts, read_folder, read_json
 from embedsmith.models.heads import orthogonal_projection
+from embedsmith.models.poolers import POOLERS, PoolerConfig, build_pooler, load_pooler
 from embedsmith.models.pooling import POOLINGS
+from embedsmith.models.prompts import compiled, template_named, unescaped
+from embedsmith.models.special import added_tokens, put_end_token, put_first_token
 from embedsmith.models.token_heads import build_token_heads
 
 
@@ -32,43 +40,194 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
         config = parse(ModelConfig, {"path": str(path), **overrides}, where="load")
     folder = locate(config.path, config.revision)
     facts = read_folder(folder)
-    tokenizer = load_tokenizer(facts.backbone, config.trust_remote_code)
-    backbone: Any = load_backbone(facts.backbone, config)
-    if facts.lower_case:
-        _lower_case(tokenizer)
-    settings = decide(config, facts, tokenizer, positions_of(backbone))
-    width = backbone.config.hidden_size
-    token_heads = build_token_heads(config, facts.backbone, width, tokenizer)
-    embedder = Embedder(backbone, tokenizer, settings, projections(config, facts, width), token_heads)
+    adapter = (folder / ADAPTER).exists()
+    if adapter or config.lora is not None:
+        check_installed(config.lora)
+    base, config = _base(folder, facts, config) if adapter else (facts.backbone, config)
+    mode = config.attention or facts.contract.attention.mode
+    tokenizer = load_tokenizer(facts.backbone if has_tokenizer(facts.backbone) else base, config.trust_remote_code)
+    backbone: Any = load_backbone(base, config, mode, config.lora is not None and config.lora.four_bit)
+    prepare_tokenizer(tokenizer, backbone, config, facts)
+    allowed = config.partial_attention or bool(facts.contract.attention.causal_layers)
+    attention = switch_attention(backbone, mode, allowed)
+    settings = decide(config, facts, tokenizer, positions_of(backbone), attention)
+    embedder = _assemble(config, facts, backbone, tokenizer, settings, attention)
+    _adapt(embedder, config, facts, folder if adapter else None, base)
+    if config.compile:
+        backbone.compile(dynamic=True)
     return embedder.to(best_device() if device is None else device).eval()
 
 
-def decide(config: ModelConfig, facts: FolderFacts, tokenizer: Any, positions: int | None) -> Settings:
-    """What the user said, else what the folder says. Errors: `ModelError` when neither says which pooling."""
+def _assemble(
+    config: ModelConfig, facts: FolderFacts, backbone: Any, tokenizer: Any, settings: Settings, attention: Attention
+) -> Embedder:
+    """The embedder with the folder's heads, and new ones where they are asked for."""
+    hidden_size = backbone.config.get_text_config().hidden_size
+    named = facts.contract.pooling == settings.pooling
+    shape = config.pooler or (facts.contract.pooler if named else None) or PoolerConfig()
+    pooler = build_pooler(settings.pooling, hidden_size, shape)
+    if pooler is not None and named:
+        load_pooler(pooler, facts.backbone / POOLER_FILE)
+    width = hidden_size if pooler is None else int(pooler.width)  # type: ignore[arg-type]
+    return Embedder(
+        backbone,
+        tokenizer,
+        settings,
+        projections(config, facts, width),
+        build_token_heads(config, facts.backbone, hidden_size, tokenizer),
+        attention=attention,
+        softmask=config.softmask,
+        pooler=pooler,
+        pooler_config=None if pooler is None else shape,
+    )
+
+
+def _base(folder: Path, facts: FolderFacts, config: ModelConfig) -> tuple[Path, ModelConfig]:
+    """Where the base of an adapter folder is, and how it was changed before the adapter was put in."""
+    said = facts.contract.base or {}
+    path = config.base or said.get("path") or read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not path:
+        raise ModelError("this adapter does not say what it belongs to", where=folder, fix="say it with base=...")
+    layers, first = said.get("layers"), said.get("cls_token")
+    changed = dataclasses.replace(
+        config, layers=None if layers is None else tuple(layers), cls_token=first or config.cls_token
+    )
+    return locate(str(path), said.get("revision")), changed
+
+
+def _adapt(model: Embedder, config: ModelConfig, facts: FolderFacts, adapter: Path | None, base: Path) -> None:
+    """The folder's adapter, or a new one where the config asks for it. One that nobody asks to train is merged."""
+    if adapter is None and config.lora is None:
+        return
+    if adapter is not None:
+        load_adapter(model.backbone, adapter, facts.contract.base)
+        if config.lora is None:
+            model.backbone = merged(model.backbone)
+            return
+    else:
+        assert config.lora is not None
+        model.base = {
+            **fingerprint(model.backbone),
+            "path": str(base.resolve()),
+            "revision": config.revision,
+            "layers": layers_kept(config.layers),
+            "cls_token": config.cls_token,
+        }
+        add_adapter(model.backbone, config.lora)
+        return
+    model.base = facts.contract.base and {**facts.contract.base, "path": str(base.resolve())}
+
+
+def layers_kept(layers: int | Sequence[int] | None) -> list[int] | None:
+    if layers is None:
+        return None
+    return list(range(layers)) if isinstance(layers, int) else list(layers)
+
+
+def prepare_tokenizer(tokenizer: Any, backbone: Any, config: ModelConfig, facts: FolderFacts) -> None:
+    """Padding side, first and end tokens: as asked, else as the folder was saved."""
+    if config.padding_side is not None:
+        tokenizer.padding_side = config.padding_side
+    if facts.lower_case:
+        _lower_case(tokenizer)
+    if config.cls_token is not None:
+        put_first_token(tokenizer, backbone, config.cls_token)
+    if derive_append_eos(config, facts):
+        put_end_token(tokenizer, config.eos_token)
+    elif facts.contract.eos_id is not None:
+        put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(facts.contract.eos_id))
+
+
+def derive_append_eos(config: ModelConfig, facts: FolderFacts) -> bool:
+    """As asked; else for last-token pooling of a folder that does not say how it pools."""
+    if config.append_eos is not None or config.eos_token is not None:
+        return config.append_eos is not False
+    return config.pooling == "last" and facts.pooling is None
+
+
+def decide(
+    config: ModelConfig, facts: FolderFacts, tokenizer: Any, positions: int | None, attention: Attention
+) -> Settings:
+    """What the user said, else what the folder says. Errors: `ModelError` when neither says which pooling, for cls
+    pooling of causal attention, for prompts that leave no room for a text."""
     pooling = config.pooling or facts.pooling
-    if pooling is None or pooling not in POOLINGS:
+    known = (*POOLINGS, *POOLERS)
+    if pooling is None or pooling not in known:
         raise ModelError(
             "this folder does not say how to pool" if pooling is None else f"unknown pooling {pooling!r}",
             where=config.path,
-            expected=f"pooling, one of {', '.join(POOLINGS)}",
+            expected=f"pooling, one of {', '.join(known)}",
             fix="say it, for example pooling=mean: it must be the one the model was trained with",
         )
+    if pooling == "cls" and attention.causal:
+        raise ModelError(
+            "cls pooling of causal attention: the first token sees nothing but itself",
+            where=config.path,
+            fix="use pooling=last or mean, or attention=bidirectional",
+        )
+    contract = facts.contract
+    special = config.pool_special_tokens
+    if special is None:
+        special = contract.pool_special_tokens if facts.pooling is not None else not _adds_bos(tokenizer, attention)
     settings = Settings(
         pooling=pooling,
         max_length=derive_max_length(config.max_length, facts.max_length, tokenizer.model_max_length, positions),
         prompts=facts.prompts,
         default_prompt=facts.default_prompt,
-        include_prompt=facts.include_prompt,
+        include_prompt=_first(config.include_prompt, facts.include_prompt),
         normalize=_first(config.normalize, facts.normalize, True),
         lower_case=facts.lower_case,
+        templates=contract.templates,
+        echo=config.echo or contract.echo,
+        pool_special_tokens=special,
+        eos_id=added_tokens(tokenizer)[1][-1] if derive_append_eos(config, facts) else contract.eos_id,
     )
-    return settings if config.prompts is None else settings.with_prompts(config.prompts)
+    return checked_prompts(with_template(settings, config), tokenizer)
+
+
+def _adds_bos(tokenizer: Any, attention: Attention) -> bool:
+    """A decoder's first token is a sink of attention whose large state says nothing about the text."""
+    decoder = attention.causal or attention.mode != "native"
+    return decoder and bool(added_tokens(tokenizer)[0])
+
+
+def with_template(settings: Settings, config: ModelConfig) -> Settings:
+    """Prompts as the user gave them, or made from a template and the tasks' instructions."""
+    if config.prompts is not None:
+        if config.template is not None:
+            raise ModelError("prompts and template are both set", fix="keep one of them")
+        plain = {name: unescaped(text) for name, text in config.prompts.items()}
+        return dataclasses.replace(settings.with_prompts(plain), templates={})
+    if config.template is None and config.instructions is None:
+        return settings
+    templates = settings.templates if config.template is None else template_named(config.template)
+    if not templates:
+        raise ModelError("instructions without a template", fix="set template, for example qwen3")
+    made = compiled(templates, config.instructions or {})
+    return dataclasses.replace(settings.with_prompts(made), templates=dict(templates))
+
+
+def checked_prompts(settings: Settings, tokenizer: Any) -> Settings:
+    """Errors: `ModelError` for a prompt after which no token of a text fits: all texts would be one vector."""
+    extra = sum(map(len, added_tokens(tokenizer)))
+    for name, text in settings.prompts.items():
+        count = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else 0
+        if count + extra >= settings.max_length:
+            raise ModelError(
+                f"the prompt {name!r} takes {count} tokens of {settings.max_length}: no text would fit behind it",
+                fix="shorten the prompt or raise max_length",
+            )
+    return settings
 
 
 def projections(config: ModelConfig, facts: FolderFacts, hidden_size: int) -> list[nn.Module]:
     """The folder's dense layers, then a new one where another dimension is asked for."""
     layers: list[nn.Module] = list(facts.projections)
     width = facts.projections[-1].linear.out_features if facts.projections else hidden_size
+    if config.head is not None:
+        if config.dimension not in (None, config.head.out):
+            raise ModelError(f"dimension={config.dimension} and head.out={config.head.out}", fix="keep one of them")
+        return [*layers, *config.head.build(width)]
     if config.dimension is not None and config.dimension != width:
         if config.dimension < 1:
             raise ModelError(f"dimension={config.dimension}", expected="at least 1")
@@ -91,7 +250,7 @@ def _lower_case(tokenizer: Any) -> None:
     """sentence-transformers' `do_lower_case`: lower-case before whatever else the tokenizer normalises."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     steps = [normalizer] if normalizer is not None else []
-    if isinstance(normalizer, Sequence):
+    if isinstance(normalizer, normalizers.Sequence):
         steps = [normalizer[place] for place in range(len(normalizer))]
-    if not any(isinstance(step, Lowercase) for step in steps):
-        tokenizer.backend_tokenizer.normalizer = Sequence([Lowercase(), *steps])
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])

@@ -38,16 +38,33 @@ def weighted_mean(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tenso
     return _weighted(hidden_NTH, mask_NT.cumsum(1).masked_fill(~pool_NT, 0).to(hidden_NTH.dtype))
 
 
-POOLINGS: Mapping[str, Pool] = {"cls": cls, "mean": mean, "weighted_mean": weighted_mean, "last": last}
+def maximum(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """The largest value of each coordinate; 0 for a row without tokens."""
+    lowest = torch.finfo(hidden_NTH.dtype).min
+    largest_NH = hidden_NTH.masked_fill(~pool_NT[..., None], lowest).amax(1)
+    return largest_NH.masked_fill(~pool_NT.any(1, keepdim=True), 0.0)
 
 
-def pool_mask(padded: PaddedTokens, include_prompt: bool) -> Tensor:
-    """pool_NT: the tokens that take part. Where truncation left none of the body, the last real token does."""
-    if include_prompt:
-        return padded.mask_NT
+POOLINGS: Mapping[str, Pool] = {
+    "cls": cls,
+    "mean": mean,
+    "weighted_mean": weighted_mean,
+    "last": last,
+    "max": maximum,
+}
+
+
+def pool_mask(padded: PaddedTokens, include_prompt: bool, left_out_S: Tensor | None = None) -> Tensor:
+    """pool_NT: the tokens that take part: real ones, of the body where the prompt is not included, and not in
+    `left_out_S`. Where that leaves none (truncation cut the body, the text is empty), the last real token does."""
+    part_NT = padded.mask_NT if include_prompt else padded.body_NT
+    if left_out_S is not None:
+        part_NT = part_NT & ~torch.isin(padded.id_NT, left_out_S)
+    elif include_prompt:
+        return part_NT
     column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)
-    last_NT = column_T[None, :] == last_index(padded.mask_NT)[:, None]
-    return padded.body_NT | (last_NT & ~padded.body_NT.any(1, keepdim=True))
+    last_NT = padded.mask_NT & (column_T[None, :] == last_index(padded.mask_NT)[:, None])
+    return part_NT | (last_NT & ~part_NT.any(1, keepdim=True))
 
 
 def _weighted(hidden_NTH: Tensor, weight_NT: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.config import Settings
+from embedsmith.models.prompts import filled
 
 ROLE_NAMES: Mapping[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """Names under which folders keep the prompt of a role."""
@@ -57,9 +58,11 @@ class TextTokenizer:
         task: str | None = None,
         instruction: Instruction = None,
     ) -> TokenBatch:
-        prompts = _prompts(texts, prompt_for(settings, role, task), instruction)
-        self._set_up(settings.max_length)
+        prompts = _prompts(texts, prompt_for(settings, role, task), instruction, settings.templates.get(role))
         is_query = role == "query"
+        if settings.echo is not None:
+            prompts, texts = self._twice(prompts, texts, settings)
+        self._set_up(settings.max_length)
         if not any(prompts):
             encodings = self._native.encode_batch_fast(list(texts))
             rows = [encoding.ids or [self._filler_id] for encoding in encodings]
@@ -69,20 +72,42 @@ class TextTokenizer:
         starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
         return TokenBatch.from_rows(rows, starts, is_query)
 
-    def _set_up(self, max_length: int) -> None:
+    def _twice(
+        self, prompts: Sequence[str], texts: Sequence[str], settings: Settings
+    ) -> tuple[list[str], Sequence[str]]:
+        """Every text said twice, the first time as part of the prompt, both cut to the same half of the room."""
+        assert settings.echo is not None
+        before, between = settings.echo.split("{text}")[:2]
+        self._set_up(None)
+        around = {prompt: len(self._native.encode(prompt + before + between).ids) for prompt in set(prompts)}
+        encodings = self._native.encode_batch(list(texts), add_special_tokens=False)
+        cut: list[str] = []
+        for prompt, text, encoding in zip(prompts, texts, encodings, strict=True):
+            room = max((settings.max_length - around[prompt] - 2) // 2, 1)  # 2: a token may split at either seam
+            cut.append(text if len(encoding.ids) <= room else text[: encoding.offsets[room - 1][1]])
+        return [prompt + before + text + between for prompt, text in zip(prompts, cut, strict=True)], cut
+
+    def _set_up(self, max_length: int | None) -> None:
         """Change the native tokenizer only where it differs: changing it while another thread uses it is an error, and
         training tokenizes ahead in a thread of its own."""
         if self._native.padding is not None:
             self._native.no_padding()
         truncation = self._native.truncation
-        if truncation is None or truncation["max_length"] != max_length:
+        if max_length is None:
+            if truncation is not None:
+                self._native.no_truncation()
+        elif truncation is None or truncation["max_length"] != max_length:
             self._native.enable_truncation(max_length=max_length)
 
 
-def _prompts(texts: Sequence[str], prompt: str, instruction: Instruction) -> list[str]:
-    """One prompt a text. An instruction stands in the prompt's place, word for word."""
+def _prompts(texts: Sequence[str], prompt: str, instruction: Instruction, template: str | None) -> list[str]:
+    """One prompt a text. An instruction goes into the role's template; without one it stands in the prompt's place,
+    word for word."""
     if instruction is None:
         return [prompt] * len(texts)
+    if template is not None:
+        given = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+        instruction = [None if own is None else filled(template, own) for own in given]
     if isinstance(instruction, str):
         return [instruction] * len(texts)
     if len(instruction) != len(texts):

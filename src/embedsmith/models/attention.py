@@ -1,0 +1,181 @@
+"""The attention switch: `native`, `causal`, `bidirectional` or `softmask`, for any family transformers knows.
+
+No model class is copied or patched. In order: the config's flags, then the modules' flags, then a mask of four
+dimensions; after each the self-test of probe.py decides whether it worked. What was achieved is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.progress import log
+from embedsmith.core.recipe import section
+from embedsmith.models.masks import SoftMask, check_takes_masks, full_mask
+from embedsmith.models.probe import Probe, probe
+
+Mode = Literal["native", "causal", "bidirectional", "softmask"]
+How = Literal["native", "config", "modules", "mask4d"]
+FLOOR = "5.2"
+"""transformers from which `config.is_causal` is honoured; before, models stay causal without a word."""
+
+
+@section
+@dataclass(frozen=True)
+class Attention:
+    """What was asked of a backbone and how it was achieved; saved with the model.
+
+    `how`: `config` (its flags are enough, so plain transformers and servers see it too), `modules` (flags on modules
+    too, set by embedsmith at every load), `mask4d` (embedsmith hands over a mask; lifts sliding windows). `causal`:
+    every layer was measured to be causal. `causal_layers`: layers that stayed causal though bidirectional was asked.
+    """
+
+    mode: Mode = "native"
+    how: How = "native"
+    causal: bool = False
+    causal_layers: tuple[int, ...] = ()
+
+    @property
+    def in_config(self) -> bool:
+        """Whether config.json alone brings it about, in any program that reads it with transformers."""
+        return self.how in ("native", "config")
+
+    def mask(self, mask_NT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | None:
+        """The mask to hand to the backbone. `None` where causal attention on the left end needs none: real tokens
+        cannot see padding at the right, and without a mask the fast kernels are free to run."""
+        if self.how == "mask4d":
+            return full_mask(mask_NT, implementation, dtype)
+        return None if self.causal and bool(mask_NT[:, 0].all()) else mask_NT.long()
+
+
+def prepare_config(model_config: Any, mode: Mode) -> Any:
+    """The transformers config to build a backbone from: what has to be said before it is built.
+
+    Errors: `ModelError` under a transformers that would ignore it.
+    """
+    if mode == "native":
+        return model_config
+    if Version(transformers.__version__) < Version(FLOOR):
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot switch attention and would ignore it silently",
+            expected=f"transformers {FLOOR} or newer",
+            fix=f'pip install "transformers>={FLOOR}"',
+        )
+    bidirectional = mode != "causal"
+    said = model_config.to_dict()
+    if bidirectional and "use_bidirectional_attention" in said and not said["use_bidirectional_attention"]:
+        # Gemma computes its window from this flag, in the constructor and only there
+        flag = "all" if model_config.model_type.startswith("gemma4") else True
+        model_config = type(model_config).from_dict({**said, "use_bidirectional_attention": flag})
+    model_config.get_text_config().is_causal = not bidirectional
+    model_config.is_causal = not bidirectional
+    return model_config
+
+
+def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> Attention:
+    """Bring a backbone built from `prepare_config` to `mode` and prove it; a `native` one is only measured.
+
+    `allow_partial` accepts a family some of whose layers are causal by construction (recurrent, convolutional).
+    Errors: `ModelError` naming the layers that stay causal; for an attention that takes no mask where one is needed.
+    """
+    if mode == "native":
+        return Attention(causal=_claims_causal(backbone) and probe(backbone, _call(backbone, Attention())).causal)
+    if mode == "causal":
+        return _make_causal(backbone)
+    attempts: dict[How, Probe] = {}
+    for how in _ways(backbone):
+        if how == "modules":
+            _set_module_flags(backbone, False)
+        attempts[how] = probe(backbone, _call(backbone, Attention(mode, how)))
+        if attempts[how].bidirectional:
+            return _checked(backbone, Attention(mode, how))
+    return _checked(backbone, _partial(backbone, mode, attempts, allow_partial))
+
+
+def _ways(backbone: Any) -> tuple[How, ...]:
+    takes_mask = backbone.config._attn_implementation in ("sdpa", "eager")
+    return ("config", "modules", "mask4d") if takes_mask else ("config", "modules")
+
+
+def _checked(backbone: Any, achieved: Attention) -> Attention:
+    if achieved.mode == "softmask":
+        check_takes_masks(backbone.config._attn_implementation)
+    if achieved.how == "mask4d" and getattr(backbone.config.get_text_config(), "sliding_window", None):
+        log.info("bidirectional attention through a mask: the sliding window of this family no longer limits it")
+    return achieved
+
+
+def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Probe], allowed: bool) -> Attention:
+    """The most that was reached, where that is allowed."""
+    steady = {how: found for how, found in attempts.items() if found.steady}
+    best = min(steady, key=lambda how: len(steady[how].causal_layers), default=None)
+    name = type(backbone).__name__
+    if best is None:
+        raise ModelError(
+            f"{name} cannot be made bidirectional: a text's states depend on how its batch is padded",
+            fix="use attention=causal, or another attn_implementation (sdpa, eager)",
+        )
+    layers = steady[best].causal_layers
+    if not allowed or len(layers) == len(steady[best].ahead_L):
+        kinds = sorted(set(_layer_types(backbone, layers)))
+        fix = "use attention=causal"
+        if len(layers) < len(steady[best].ahead_L):
+            fix += ", or partial_attention=true to accept it"
+        raise ModelError(
+            f"{name} cannot be made bidirectional: the layers {', '.join(map(str, layers))} stay causal"
+            + (f" ({', '.join(kinds)})" if kinds else ""),
+            fix=fix,
+        )
+    log.warning("bidirectional in part: layers %s stay causal", ", ".join(map(str, layers)))
+    return Attention(mode, best, causal_layers=layers)
+
+
+def _layer_types(backbone: Any, layers: tuple[int, ...]) -> list[str]:
+    types = getattr(backbone.config.get_text_config(), "layer_types", None) or []
+    return [types[place] for place in layers if place < len(types)]
+
+
+def _make_causal(backbone: Any) -> Attention:
+    _set_module_flags(backbone, True)
+    achieved = Attention("causal", "config")
+    if not probe(backbone, _call(backbone, achieved)).causal:
+        raise ModelError(
+            f"{type(backbone).__name__} cannot be made causal",
+            fix="use attention=native; an encoder has no causal form",
+        )
+    return replace(achieved, causal=True)
+
+
+def _claims_causal(backbone: Any) -> bool:
+    """Whether it is worth measuring: an encoder's modules do not even say so."""
+    said = getattr(backbone.config.get_text_config(), "is_causal", True)
+    return said is not False and any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+
+
+def _set_module_flags(backbone: nn.Module, causal: bool) -> None:
+    for module in backbone.modules():
+        if isinstance(getattr(module, "is_causal", None), bool):
+            module.is_causal = causal  # type: ignore[assignment]
+
+
+def _call(backbone: Any, attention: Attention) -> Any:
+    """A forward pass under `attention`, with an ordinary mask wherever none has to be made: the self-test must not
+    lean on what it is to prove."""
+
+    def call(id_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        asked = replace(attention, causal=False)
+        mask = asked.mask(mask_NT, backbone.config._attn_implementation, backbone.dtype)
+        states: Tensor = backbone(input_ids=id_NT, attention_mask=mask, use_cache=False).last_hidden_state
+        return states
+
+    return call
+
+
+__all__ = ["Attention", "Mode", "SoftMask", "prepare_config", "switch_attention"]

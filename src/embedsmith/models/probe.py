@@ -1,0 +1,142 @@
+"""What a backbone's tokens really see, measured on the model itself: the self-test of the attention switch.
+
+Flags say what a model was told; transformers ignores some of them silently in some families, and differently for
+padded and unpadded batches. So every layer is run again with one later token changed, and it is looked whether an
+earlier one notices; and a text alone must give the same states as in a padded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Call = Callable[[Tensor, Tensor], Tensor]
+"""(id_NT, mask_NT) -> hidden_NTH: a forward pass, with whatever mask is under test."""
+
+LENGTH, SHORTER = 10, 7
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`ahead_L`: whether each layer sees later tokens (one entry, for the whole, where layers cannot be told apart),
+    in an unpadded and in a padded batch alike; `None` entries contradict themselves. `steady`: a text alone gives the
+    states it gives beside a longer one."""
+
+    ahead_L: tuple[bool | None, ...]
+    steady: bool
+
+    @property
+    def bidirectional(self) -> bool:
+        return self.steady and all(ahead is True for ahead in self.ahead_L)
+
+    @property
+    def causal(self) -> bool:
+        return self.steady and all(ahead is False for ahead in self.ahead_L)
+
+    @property
+    def causal_layers(self) -> tuple[int, ...]:
+        return tuple(place for place, ahead in enumerate(self.ahead_L) if ahead is not True)
+
+
+FAILED = Probe((None,), steady=False)
+"""The forward pass raised."""
+
+
+def probe(backbone: Any, call: Call) -> Probe:
+    """Two short random texts through `call`, in eval mode, without gradient. About four forward passes."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            return _probe(backbone, call)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return FAILED  # a family whose own code cannot take this mask, e.g. modernbert-decoder under eager
+    finally:
+        backbone.train(was_training)
+
+
+def _probe(backbone: Any, call: Call) -> Probe:
+    device = next(backbone.parameters()).device
+    id_NT = example_ids(backbone, device)
+    whole_NT = torch.ones_like(id_NT, dtype=torch.bool)
+    padded_NT = whole_NT.clone()
+    padded_NT[1, SHORTER:] = False
+    unpadded = _ahead(backbone, call, id_NT, whole_NT)
+    padded = _ahead(backbone, call, id_NT, padded_NT)
+    agreed = tuple(u if u == p else None for u, p in zip(unpadded, padded, strict=True))
+    alone_TH = call(id_NT[1:, :SHORTER], whole_NT[1:, :SHORTER])[0]
+    together_TH = call(id_NT, padded_NT)[1, :SHORTER]
+    return Probe(agreed, steady=bool(_distance(alone_TH, together_TH) < _tolerance(alone_TH.dtype)))
+
+
+def example_ids(backbone: Any, device: torch.device, rows: int = 2) -> Tensor:
+    """id_NT of made-up texts, the same in every run; clear of the lowest ids, where padding and its like are."""
+    vocabulary = backbone.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(8, vocabulary // 2), vocabulary, (rows, LENGTH), generator=generator).to(device)
+
+
+def _ahead(backbone: Any, call: Call, id_NT: Tensor, mask_NT: Tensor) -> list[bool]:
+    """For every layer whether its first token notices a change of the second (near: any sliding window sees it)."""
+    layers = layers_of(backbone)
+    seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+    handles = [layer.register_forward_hook(_keep(seen, place), with_kwargs=True) for place, layer in enumerate(layers)]
+    try:
+        hidden_NTH = call(id_NT, mask_NT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen) != len(layers) or not layers:
+        changed_NT = id_NT.clone()
+        changed_NT[:, 1] = id_NT.flip(0)[:, 1]
+        return [_notices(hidden_NTH, call(changed_NT, mask_NT))]
+    return [_layer_sees_ahead(layer, *seen[place]) for place, layer in enumerate(layers)]
+
+
+def _keep(seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], place: int) -> Callable[..., None]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        seen[place] = (inputs, named, output)
+
+    return hook
+
+
+def _layer_sees_ahead(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> bool:
+    """The layer once more with the second token's state turned around."""
+    by_name = not inputs
+    hidden_NTH = named["hidden_states"] if by_name else inputs[0]
+    changed_NTH = hidden_NTH.clone()
+    changed_NTH[:, 1] = -2 * hidden_NTH[:, 1].flip(-1)
+    again = layer(**(named | {"hidden_states": changed_NTH})) if by_name else layer(changed_NTH, *inputs[1:], **named)
+    return _notices(_states(output), _states(again))
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _notices(before_NTH: Tensor, after_NTH: Tensor) -> bool:
+    """The first token of any row. Causal attention gives the same bits, up to the order of sums in a mixture."""
+    return bool(_distance(before_NTH[:, 0], after_NTH[:, 0]) > 1e-2 * _tolerance(before_NTH.dtype))
+
+
+def _distance(left: Tensor, right: Tensor) -> Tensor:
+    """The largest difference, in units of the largest value."""
+    return (left.float() - right.float()).abs().max() / left.float().abs().max().clamp_min(1e-9)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype == torch.float32 else 5e-2
+
+
+def layers_of(backbone: Any) -> list[nn.Module]:
+    """The transformer's layers in order; empty where they cannot be told."""
+    count = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []
