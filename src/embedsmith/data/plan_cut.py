@@ -167,7 +167,7 @@ def make_pass(shape: Cut, seed: int, source: int, visit: int) -> Pass:
     order_N = _shuffled(shape.size, chance) if shape.order is None else shape.order(chance)
     if shape.padded:
         order_N = np.resize(order_N, int(start[-1]))
-    row_P, stop_X = _by_group(shape, order_N, chance)
+    row_P, stop_X = _by_group(shape, order_N)
     kept = rows_B
     if shape.shared is not None and shape.shared.texts:
         batch_P = np.full(len(row_P), len(rows_B), np.int32)
@@ -178,8 +178,9 @@ def make_pass(shape: Cut, seed: int, source: int, visit: int) -> Pass:
     return Pass(row_P, start, kept, sequence)
 
 
-def _by_group(shape: Cut, order_N: Ints, chance: np.random.Generator) -> tuple[Ints, IntArray]:
-    """(rows in the order of groups, where the rows of each group end). The last group ends with what is left over."""
+def _by_group(shape: Cut, order_N: Ints) -> tuple[Ints, IntArray]:
+    """(rows in the order of groups, where the rows of each group end). What a group has left over comes first in the
+    next, so that only one batch mixes both; the last group ends with what is left out."""
     if shape.group_N is None:
         return order_N, np.asarray([len(order_N)])
     pieces: list[Ints] = []
@@ -187,8 +188,6 @@ def _by_group(shape: Cut, order_N: Ints, chance: np.random.Generator) -> tuple[I
     in_order = shape.group_N[order_N]
     for group, (rows, batches) in enumerate(zip(shape.rows_G, shape.batches_G, strict=True)):
         pool = np.concatenate([carried, order_N[in_order == group]])
-        if len(carried):
-            chance.shuffle(pool)
         pieces.append(pool[: rows * batches])
         carried = pool[rows * batches :]
     pieces[-1] = np.concatenate([pieces[-1], carried])

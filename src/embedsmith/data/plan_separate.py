@@ -48,7 +48,7 @@ class Shared:
         row_E, text_E = row_E[several_E], text_E[several_E]
         offset_N1 = np.zeros(len(facts) + 1, np.int32)
         np.cumsum(np.bincount(row_E, minlength=len(facts)), out=offset_N1[1:])
-        return Shared(len(repeated), row_E, text_E, offset_N1)
+        return Shared(len(repeated) if len(row_E) else 0, row_E, text_E, offset_N1)
 
     def entries(self, rows: Ints) -> tuple[IntArray, IntArray]:
         """(owner, entry): every entry of some rows, and which of `rows` it belongs to."""

@@ -1,0 +1,174 @@
+"""CoDiEmb's invariants (specification A.5) where rows must share no text, go by length, or both, on one to eight ranks."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.data import BatchPlan, PlanConfig, RowFacts
+
+RANKS = range(1, 9)
+SIZES = (900, 257, 140)
+PLANS = {
+    "apart": (PlanConfig(), True),
+    "groups": (PlanConfig(lengths=(40, 100)), False),
+    "automatic groups, apart": (PlanConfig(lengths="auto"), True),
+    "tokens, apart": (PlanConfig(batch_tokens=9600, multiple=24), True),
+}
+
+
+def facts(size, seed=0, queries=400, positives=600):
+    """Rows that share queries and positives with a few others each, of 5 to 200 tokens."""
+    chance = np.random.default_rng(seed)
+    count_N = chance.integers(1, 3, size)
+    return RowFacts(
+        chance.integers(0, queries, size),
+        chance.integers(10_000, 10_000 + positives, count_N.sum()),
+        np.concatenate([[0], np.cumsum(count_N)]),
+        chance.integers(5, 201, size).astype(np.int32),
+    )
+
+
+def texts_of(known, row):
+    positives = known.positive_id_P[known.offset_N1[row] : known.offset_N1[row + 1]]
+    return {int(known.query_id_N[row]), *positives.tolist()}
+
+
+def plan_for(kind, world, seed=3, **changes):
+    config, apart = PLANS[kind]
+    if config.batch_tokens:
+        config = replace(config, multiple=world, batch_tokens=3200 * world)
+    batches = (None,) * 3 if config.batch_tokens else (24 * world, 8 * world, 3 * world)
+    known = tuple(facts(size, place) for place, size in enumerate(SIZES))
+    values = dict(seed=seed, world=world, config=config, facts=known, apart=(apart,) * 3, texts=(2,) * 3)
+    return BatchPlan(SIZES, batches, **(values | changes))
+
+
+def epoch_of(plan, epoch=0):
+    return [plan.at(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)]
+
+
+every_plan = pytest.mark.parametrize("kind", PLANS)
+every_world = pytest.mark.parametrize("world", RANKS)
+
+
+@every_plan
+@every_world
+def test_slices_of_ranks_are_equal_disjoint_and_together_the_batch(kind, world):
+    plan = plan_for(kind, world)
+    for planned in epoch_of(plan):
+        slices = [planned.rows_of(rank, world) for rank in range(world)]
+        assert len({len(rows) for rows in slices}) == 1
+        assert len(slices[0]) > 0
+        assert sorted(np.concatenate(slices)) == sorted(planned.rows)
+        assert len(set(planned.rows.tolist())) == len(planned.rows)
+
+
+@every_plan
+@every_world
+def test_an_epoch_uses_each_row_once_or_counts_it_with_a_reason(kind, world):
+    plan = plan_for(kind, world)
+    for epoch in range(2):
+        seen = [Counter(), Counter(), Counter()]
+        for planned in epoch_of(plan, epoch):
+            seen[planned.source].update(planned.rows.tolist())
+        for source, account in enumerate(plan.account(epoch)):
+            assert max(seen[source].values()) == 1
+            assert len(seen[source]) == account.seen == account.drawn
+            assert account.seen + sum(account.unseen.values()) == account.rows == SIZES[source]
+            assert account.unseen.get("no full batch", 0) < max(plan.cuts[source].rows_G)
+            assert "not reached" not in account.unseen
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, apart) in PLANS.items() if apart])
+@every_world
+def test_no_two_rows_of_a_batch_share_a_text(kind, world):
+    plan = plan_for(kind, world)
+    for epoch in range(2):
+        for planned in epoch_of(plan, epoch):
+            texts = Counter(text for row in planned.rows for text in texts_of(plan.facts[planned.source], row))
+            assert max(texts.values()) == 1
+
+
+def test_rows_do_share_texts_where_nothing_forbids_it():
+    """Otherwise the test above would hold for any plan."""
+    plan = plan_for("apart", 1, apart=(False,) * 3)
+    shared = 0
+    for planned in epoch_of(plan):
+        texts = Counter(text for row in planned.rows for text in texts_of(plan.facts[planned.source], row))
+        shared += sum(count - 1 for count in texts.values())
+    assert shared > 50
+
+
+@every_plan
+@every_world
+def test_a_resumed_run_has_the_same_batches_in_any_order_of_asking(kind, world):
+    one, other = plan_for(kind, world), plan_for(kind, world)
+    last = one.steps_per_epoch
+    for step in (last + 1, 0, last // 2, 3 * last, 1):
+        first, second = one.at(step), other.at(step)
+        assert (first.source, first.visit, first.rows.tolist()) == (second.source, second.visit, second.rows.tolist())
+
+
+@every_plan
+def test_epochs_and_seeds_differ(kind):
+    first, second, other = epoch_of(plan_for(kind, 2)), epoch_of(plan_for(kind, 2), 1), epoch_of(plan_for(kind, 2, 4))
+    for different in (second, other):
+        assert sorted(p.rows.tolist() for p in first) != sorted(p.rows.tolist() for p in different)
+
+
+@every_plan
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (8, 2), (4, 8), (3, 6)])
+def test_another_number_of_ranks_in_the_middle_of_an_epoch_keeps_it_a_partition(kind, before, after):
+    config, apart = PLANS[kind]
+    sizes = (None,) * 3 if config.batch_tokens else (48, 24, 24)
+    known = tuple(facts(size, place) for place, size in enumerate(SIZES))
+    plans = [
+        BatchPlan(SIZES, sizes, 3, world, config=config, facts=known, apart=(apart,) * 3) for world in (before, after)
+    ]
+    assert plans[0].steps_per_epoch == plans[1].steps_per_epoch
+    half = plans[0].steps_per_epoch // 2
+    steps = epoch_of(plans[0])[:half] + epoch_of(plans[1])[half:]
+    seen = Counter((planned.source, row) for planned in steps for row in planned.rows.tolist())
+    assert max(seen.values()) == 1
+    trimmed = sum(account.unseen.get("ranks", 0) for plan in plans for account in plan.account(0))
+    left = sum(sum(account.unseen.values()) for account in plans[0].account(0))
+    assert len(seen) >= sum(SIZES) - left - trimmed
+
+
+def test_rows_that_can_not_be_set_apart_are_left_out_of_a_pass_and_counted(caplog):
+    """One query has 30 rows, and a pass 20 batches."""
+    query_id_N = np.where(np.arange(200) < 30, 7, np.arange(200) + 100)
+    known = RowFacts(query_id_N, np.arange(200) + 1000, np.arange(201), np.full(200, 9, np.int32))
+    plan = BatchPlan((200,), (10,), facts=(known,), names=("faq",), world=2)
+    account = plan.account(0)[0]
+    assert account.unseen["shares a text"] >= 10
+    assert account.seen + sum(account.unseen.values()) == 200
+    assert "source 'faq': 10 of 200 rows find no batch in a pass" in caplog.text
+    for planned in epoch_of(plan):
+        assert (query_id_N[planned.rows] == 7).sum() <= 1
+        assert len(planned.rows) % 2 == 0
+    used = {row for epoch in range(12) for planned in epoch_of(plan, epoch) for row in planned.rows.tolist()}
+    assert len(used) == 200  # others are left out in other epochs
+
+
+def test_a_source_of_which_most_rows_would_be_left_out_is_refused():
+    known = RowFacts(np.arange(100), np.arange(100) % 2 + 1000, np.arange(101), np.full(100, 9, np.int32))
+    with pytest.raises(RecipeError, match="96 of 100 rows find no batch(.|\n)*plan.duplicates=allow"):
+        BatchPlan((100,), (50,), facts=(known,))
+    assert BatchPlan((100,), (50,), facts=(known,), apart=(False,)).unused_rows == (0,)
+
+
+def test_two_rows_that_are_one_text_both_ways_count_as_sharing():
+    """A query that is another row's positive would be contrasted with itself."""
+    known = RowFacts(np.asarray([1, 2]), np.asarray([2, 3]), np.arange(3), np.full(2, 9, np.int32))
+    plan = BatchPlan((2,), (1,), facts=(known,))
+    assert plan.cuts[0].shared.texts == 1
+    assert plan.cuts[0].shared.row_E.tolist() == [0, 1]
+
+
+def test_a_text_twice_in_one_row_only_is_not_shared():
+    known = RowFacts(np.asarray([1, 2]), np.asarray([1, 1, 3]), np.asarray([0, 2, 3]), np.full(2, 9, np.int32))
+    assert BatchPlan((2,), (2,), facts=(known,)).cuts[0].shared.texts == 0
