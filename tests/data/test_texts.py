@@ -109,3 +109,13 @@ def test_pairs():
 def test_one_seed_a_record():
     with pytest.raises(ValueError, match="zip"):
         retrieval_texts(RECORDS, positives=1, negatives=0, seeds=[1])
+
+
+def test_shares_split_the_drawn_negatives():
+    record = Record("q", ("p",), tuple(f"n{i}" for i in range(9)))
+    whole = retrieval_texts([record], positives=1, negatives=5, seeds=[3]).negative_id_QM
+    parts = [retrieval_texts([record], positives=1, negatives=5, seeds=[3], share=(k, 2)) for k in range(2)]
+    kept = [part.negative_id_QM[part.negative_id_QM != ABSENT].tolist() for part in parts]
+    assert [len(each) for each in kept] == [3, 2]
+    assert sorted(kept[0] + kept[1]) == sorted(whole.ravel().tolist())
+    assert set(parts[0].document_id_N) & set(parts[1].document_id_N) == {parts[0].positive_id_QP.item()}
