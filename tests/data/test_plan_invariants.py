@@ -1,4 +1,4 @@
-"""CoDiEmb's invariants (specification A.5) where rows must share no text, go by length, or both, on one to eight ranks."""
+"""CoDiEmb's invariants (specification A.5) where rows share no text, go by length, or both, on one to eight ranks."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +8,7 @@ import pytest
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import BatchPlan, PlanConfig, RowFacts
+from tests.plans import epoch_of
 
 RANKS = range(1, 9)
 SIZES = (900, 257, 140)
@@ -44,10 +45,6 @@ def plan_for(kind, world, seed=3, **changes):
     known = tuple(facts(size, place) for place, size in enumerate(SIZES))
     values = dict(seed=seed, world=world, config=config, facts=known, apart=(apart,) * 3, texts=(2,) * 3)
     return BatchPlan(SIZES, batches, **(values | changes))
-
-
-def epoch_of(plan, epoch=0):
-    return [plan.at(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)]
 
 
 every_plan = pytest.mark.parametrize("kind", PLANS)
@@ -156,7 +153,7 @@ def test_rows_that_can_not_be_set_apart_are_left_out_of_a_pass_and_counted(caplo
 
 def test_a_source_of_which_most_rows_would_be_left_out_is_refused():
     known = RowFacts(np.arange(100), np.arange(100) % 2 + 1000, np.arange(101), np.full(100, 9, np.int32))
-    with pytest.raises(RecipeError, match="96 of 100 rows find no batch(.|\n)*plan.duplicates=allow"):
+    with pytest.raises(RecipeError, match=r"96 of 100 rows find no batch(.|\n)*plan.duplicates=allow"):
         BatchPlan((100,), (50,), facts=(known,))
     assert BatchPlan((100,), (50,), facts=(known,), apart=(False,)).unused_rows == (0,)
 

@@ -1,13 +1,14 @@
 """Shares and order of the steps."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import BatchPlan, PlanConfig
-from tests.data.test_plan_invariants import epoch_of
+from tests.plans import epoch_of
 
 TASKS = ("retrieval", "sts", "retrieval")
 SIZES = (640, 64, 320)
@@ -76,7 +77,7 @@ def test_a_weight_below_one_sees_the_other_half_in_the_next_epoch():
 def test_strict_alternates_tasks_and_spreads_sources():
     plan = plan_of(schedule="balanced", order="strict")
     tasks = tasks_of(plan)
-    assert all(a != b for a, b in zip(tasks, tasks[1:]))
+    assert all(a != b for a, b in pairwise(tasks))
     retrieval = [planned.source for planned in epoch_of(plan) if planned.source != 1]
     assert all(retrieval[start : start + 3].count(2) == 1 for start in range(0, 60, 3))
     assert tasks == tasks_of(plan, 1)
@@ -96,7 +97,7 @@ def test_sequential_runs_through_one_source_after_the_other_in_a_drawn_order():
 def test_a_shuffled_epoch_has_the_steps_asked_for_in_no_order():
     tasks = tasks_of(plan_of(schedule="balanced"))
     assert Counter(tasks) == {"retrieval": 60, "sts": 60}
-    assert any(a == b for a, b in zip(tasks, tasks[1:]))
+    assert any(a == b for a, b in pairwise(tasks))
 
 
 @pytest.mark.parametrize(
