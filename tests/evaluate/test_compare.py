@@ -23,7 +23,9 @@ def results(width: int):
 def queries(values, ids=None):
     values = np.asarray(values, dtype=np.float64)
     names = ids or [str(n) for n in range(len(values))]
-    return TaskResult("t", "retrieval", "ndcg_at_10", {"ndcg_at_10": float(values.mean())}, {}, names, {"ndcg_at_10": values})
+    return TaskResult(
+        "t", "retrieval", "ndcg_at_10", {"ndcg_at_10": float(values.mean())}, {}, names, {"ndcg_at_10": values}
+    )
 
 
 def test_every_main_score_is_found_again_from_its_items():
@@ -152,7 +154,7 @@ def test_cached_vectors_are_those_of_the_model_and_are_not_computed_twice(tmp_pa
     assert len(inner.calls) == 2 * calls
     for result in (first, second):
         assert result.items["ndcg_at_10"].tolist() == expected.tolist()
-    for file in tmp_path.rglob("*.npy"):
+    for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(b"half")
     evaluate(CachedEncoder.of(inner, tmp_path), [task])
     assert len(inner.calls) == 3 * calls

@@ -1,0 +1,97 @@
+"""Several heads scored together: the weighted sum of their similarities, as M3-Embedding's hybrid retrieval."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.errors import SearchError
+from embedsmith.core.reps import MultiVector, Representation, Reps, Widths, concatenate
+
+M3_WEIGHTS: Mapping[str, float] = {"dense": 1.0, "sparse": 0.3, "multivector": 1.0}
+"""w1, w2, w3 of s = w1 s_dense + w2 s_lex + w3 s_mul: what M3-Embedding retrieves with on MIRACL and MKQA."""
+
+_NUMBERS = 2**24  # held at once while token vectors are compared: 64 MB
+
+
+@dataclass(frozen=True)
+class Hybrid(Representation):
+    """N texts under several heads. Its scores are sum_h weight_h score_h, exact for every pair (no candidates are
+    chosen by one head first)."""
+
+    parts: tuple[Representation, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.tensors()]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(tuple(part.map(change) for part in self.parts), self.weights)
+
+    @property
+    def token_count(self) -> int:
+        return max(part.token_count for part in self.parts)
+
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        """score_1QK. Documents are taken a few at a time where token vectors are compared."""
+        blocks = [
+            self._sum(other.rows(slice(start, start + rows)), lambda mine, theirs: mine.scores(theirs))
+            for rows in [self._rows_at_once(other)]
+            for start in range(0, len(other), rows)
+        ]
+        return torch.cat(blocks, dim=-1)
+
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        return self._sum(other, lambda mine, theirs: mine.paired(theirs))
+
+    def _sum(self, other: Self, score: Callable[[Any, Any], Tensor]) -> Tensor:
+        terms = zip(self.weights, self.parts, other.parts, strict=True)
+        total: Tensor = torch.stack([weight * score(mine, theirs) for weight, mine, theirs in terms]).sum(0)
+        return total
+
+    def _rows_at_once(self, other: Self) -> int:
+        if not any(isinstance(part, MultiVector) for part in self.parts):
+            return max(len(other), 1)
+        return max(_NUMBERS // max(len(self) * self.token_count * other.token_count, 1), 1)
+
+    @staticmethod
+    def join(pieces: Sequence[Hybrid]) -> Hybrid:
+        """Rows of all pieces in order."""
+        reps = [{str(number): part for number, part in enumerate(piece.parts)} for piece in pieces]
+        return Hybrid(tuple(concatenate(reps).values()), pieces[0].weights)
+
+
+@dataclass(frozen=True)
+class HybridEncoder:
+    """An encoder with one more output, `hybrid`: the heads of `weights` scored together."""
+
+    encoder: Encoder
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(M3_WEIGHTS))
+
+    def __post_init__(self) -> None:
+        if not self.weights or any(weight < 0 for weight in self.weights.values()):
+            raise SearchError(f"the weights are {dict(self.weights)}", expected="a number from 0 for every head")
+
+    def represent(
+        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+    ) -> Reps:
+        if "hybrid" not in outputs:
+            return self.encoder.represent(texts, role=role, task=task, outputs=outputs)
+        heads = tuple(self.weights)
+        plain = tuple(dict.fromkeys([*heads, *(name for name in outputs if name != "hybrid")]))
+        reps = self.encoder.represent(texts, role=role, task=task, outputs=plain)
+        hybrid = Hybrid(tuple(reps[head] for head in heads), tuple(self.weights.values()))
+        return {**{name: reps[name] for name in outputs if name != "hybrid"}, "hybrid": hybrid}
+
+    def fingerprint(self) -> str:
+        weights = ",".join(f"{head}={weight!r}" for head, weight in sorted(self.weights.items()))
+        return hashlib.blake2b(f"{fingerprint(self.encoder)} {weights}".encode(), digest_size=16).hexdigest()
