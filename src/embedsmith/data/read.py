@@ -10,6 +10,7 @@ from embedsmith.data.layouts import FORMATS
 from embedsmith.data.source import MemoryShelf, RecordSet, Source, open_source, read_rows
 from embedsmith.data.storecache import belongs_on_disk, look, refuse_vanished, stored, weight
 from embedsmith.data.stream import stream_source
+from embedsmith.data.tokenread import is_token_cache, read_tokens
 
 
 def read_source(source: Source) -> RecordSet:
@@ -23,6 +24,8 @@ def read_source(source: Source) -> RecordSet:
     if source.streaming:
         return stream_source(source)
     path = Path(source.path).expanduser()
+    if is_token_cache(path):
+        return read_tokens(source)
     if path.exists():
         files = look(path)
         if not belongs_on_disk(source, weight(files)):

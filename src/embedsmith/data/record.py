@@ -8,9 +8,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.tokens import IntArray, TokenBatch
 
 Task = Literal["retrieval", "sts", "classification", "clustering"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -66,11 +67,35 @@ class RowError(DataError):
         return RowError(self.kind, self.what, where=where, expected=self.expected, fix=self.fix)
 
 
+class TokenText(str):
+    """Stands for a text of which only the tokens are at hand: row `row` of `side`, in a token cache. `id` is the id of
+    the text; as a string it is only a name for messages."""
+
+    __slots__ = ("id", "row", "side")
+
+    id: int
+    row: int
+    side: TokenSide
+
+    def __new__(cls, name: str, id_: int, row: int, side: TokenSide) -> TokenText:
+        text = super().__new__(cls, name)
+        text.id, text.row, text.side = id_, row, side
+        return text
+
+
+class TokenSide(Protocol):
+    """The tokens of many texts, by row."""
+
+    def take(self, rows: IntArray, is_query: bool) -> TokenBatch: ...
+
+
 def text_id(text: str) -> int:
     """A 63-bit id of the text itself: equal for texts that differ only in Unicode form or in white space.
 
     Normalised to NFC with runs of white space collapsed, then BLAKE2b; never negative, so that `ABSENT` is no text.
     """
+    if isinstance(text, TokenText):
+        return text.id
     normal = " ".join(unicodedata.normalize("NFC", text).split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little") >> 1
 

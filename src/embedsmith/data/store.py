@@ -46,14 +46,14 @@ SCHEMA = pa.schema(
 )
 """The fields of `Record`, in its order."""
 
-_Kind = type[np.int32] | type[np.int64]
-_FACTS: dict[str, _Kind] = {
+Kind = type[np.int32] | type[np.int64]
+_FACTS: dict[str, Kind] = {
     "query_id_N": np.int64,
     "positive_id_P": np.int64,
     "count_N": np.int32,
     "length_N": np.int32,
 }
-_LINES: tuple[str, _Kind] = ("lines", np.int64)
+_LINES: tuple[str, Kind] = ("lines", np.int64)
 _ROWS, _CHARACTERS = 4096, 2**24
 """A block of the Arrow file ends at this many rows or, for long texts, characters: what is in memory while writing."""
 
@@ -208,10 +208,10 @@ def _record(values: Sequence[Any]) -> Record:
     return Record(*arguments)
 
 
-def map_array(path: Path, kind: _Kind) -> npt.NDArray[Any]:
+def map_array(path: Path, kind: Kind) -> npt.NDArray[Any]:
     """A plain array on disk, memory-mapped for reading. An empty file cannot be mapped, so it is an empty array."""
     return np.memmap(path, dtype=kind, mode="r") if os.path.getsize(path) else np.zeros(0, kind)
 
 
-def _suffix(kind: _Kind) -> str:
+def _suffix(kind: Kind) -> str:
     return f"i{8 * np.dtype(kind).itemsize}"

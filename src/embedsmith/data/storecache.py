@@ -49,8 +49,15 @@ def belongs_on_disk(source: Source, size: int) -> bool:
 def look(path: Path) -> Files:
     """The files of a file or folder, as they are now."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    states = [(str(file), file.stat()) for file in files]
-    return {name: (state.st_size, state.st_mtime_ns) for name, state in states}
+    return {str(file): state for file in files if (state := _state(file)) is not None}
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    try:
+        state = file.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 def weight(files: Files) -> int:
@@ -180,8 +187,9 @@ def _convert(entry: Path, source: Source, files: Files, convert: Callable[[Shelf
             found = convert(shelf)
         finally:
             shelf.abandon()
-        if files and look(Path(source.path).expanduser()) != files:
-            raise DataError("the file changed while it was read", where=source.path, fix="wait until it is whole")
+        for name, state in files.items():
+            if _state(Path(name)) != state:
+                raise DataError("the file changed while it was read", where=name, fix="wait until it is whole")
         tree = {name: value for name, value in _tree(found).items() if name != "records"}
         (folder / "set.json").write_text(json.dumps(tree), encoding="utf-8")
 

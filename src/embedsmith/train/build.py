@@ -24,6 +24,7 @@ from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane
 from embedsmith.train.step import Memory
 from embedsmith.train.supply import Planner, Supply, merge_small, mixed_supplies
+from embedsmith.train.tokens import check_tokens
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
 
@@ -135,6 +136,8 @@ def make_supply(source: Source, whole: RecordSet, batch_size: int | None, model:
         shuffle=source.shuffle,
         teacher=None if source.teacher is None else load(source.teacher).requires_grad_(False),
     )
+    wants = {"teacher": source.teacher is not None, "shuffle": source.shuffle > 0}
+    check_tokens(whole, model, in_pairs=supply.in_pairs, needs_text=[name for name, wanted in wants.items() if wanted])
     if supply.in_pairs and records.records[0].positive_scores is None:
         raise RecipeError(
             f"the loss {type(loss).__name__} needs a score for every pair",

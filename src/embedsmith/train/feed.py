@@ -23,6 +23,7 @@ from embedsmith.data import (
     retrieval_texts,
     row_seeds,
 )
+from embedsmith.data.tokenread import tokens_of
 from embedsmith.models import Embedder
 from embedsmith.train.step import Part
 from embedsmith.train.supply import Supply as Supply
@@ -124,7 +125,11 @@ _RETRIEVAL_IDS = (
 def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> Part:
     name, task = supply.records.name, supply.records.task
     query = _tokenize(model, texts.queries, task, texts.instructions)
-    document = model.tokenize(texts.documents, role="document", task=task)
+    document = tokens_of(
+        texts.documents,
+        False,
+        lambda places: model.tokenize([texts.documents[place] for place in places], role="document", task=task),
+    )
     assemble = _assembler(RetrievalBatch, ("query", "document"), _tensors(texts, _RETRIEVAL_IDS), task, name)
     return Part(name, query, document, assemble, supply.loss)
 
@@ -139,8 +144,13 @@ def _pair_part(model: Embedder, supply: Supply, texts: PairTexts) -> Part:
 
 def _tokenize(model: Embedder, texts: list[str], task: str, instructions: list[str | None]) -> TokenBatch:
     """Texts in the role of queries. A record's own instruction takes the place of the task's prompt."""
-    own = instructions if any(instruction is not None for instruction in instructions) else None
-    return model.tokenize(texts, role="query", task=task, instruction=own)
+
+    def tokenize(places: list[int]) -> TokenBatch:
+        own = [instructions[place] for place in places]
+        given = own if any(instruction is not None for instruction in own) else None
+        return model.tokenize([texts[place] for place in places], role="query", task=task, instruction=given)
+
+    return tokens_of(texts, True, tokenize)
 
 
 def _tensors(texts: RetrievalTexts | PairTexts, names: Sequence[str]) -> dict[str, Tensor | None]:

@@ -1,0 +1,223 @@
+"""Token caches: training on one equals training on the texts; what does not fit is refused; stopped work continues."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedsmith.core.errors import CheckpointError, DataError, RecipeError
+from embedsmith.core.recipe import parse
+from embedsmith.data import Source, read_source, row_facts, text_id, tokencache
+from embedsmith.data.tokencache import Manifest
+from embedsmith.models import load
+from embedsmith.train.tokens import TokenizeJob, adopt, tokenize
+from tests.core.test_files import tiny_disk
+from tests.tinybert import tiny_bert
+from tests.train.test_loop import assert_equal_weights, run, weights
+
+PROMPTS = {"query": "ask: ", "document": "text: "}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def job(tree, out, **changes):
+    sources = [{key: value for key, value in one.items() if key != "batch_size"} for one in tree["data"]]
+    return parse(TokenizeJob, {"model": tree["model"], "data": sources, "out": str(out)} | changes)
+
+
+def cached(tree, out, **model):
+    """The recipe of `tree`, its two sources read from a token cache."""
+    data = [
+        {"path": str(out), "split": "pairs", "batch_size": 8, "negatives": 1},
+        {"path": str(out), "split": "scored", "batch_size": 8},
+    ]
+    return tree | {"data": data, "model": tree["model"] | model}
+
+
+@pytest.mark.parametrize("layout", ["corpus", "inline"])
+def test_training_on_tokens_equals_training_on_texts(tree, tmp_path, layout):
+    tree["model"] |= {"prompts": PROMPTS}
+    tokenize(job(tree, tmp_path / "tokens", layout=layout))
+    run(tree)
+    run(cached(tree, tmp_path / "tokens"), output=str(tmp_path / "from-tokens"))
+    assert_equal_weights(weights(tree["output"]), weights(tmp_path / "from-tokens"))
+
+
+def test_what_is_written_and_what_is_known_of_it(tree, tmp_path):
+    tree["model"] |= {"prompts": PROMPTS}
+    out = tmp_path / "tokens"
+    manifest = tokenize(job(tree, out, keep_text=True))
+    texts = read_source(Source(**tree["data"][0]))
+    query, corpus = (pq.read_table(out / f"pairs_{kind}.parquet").to_pylist() for kind in ("query", "corpus"))
+    model = load(tree["model"]["path"], pooling="mean", prompts=PROMPTS)
+    tokens = model.tokenize([record.query for record in texts.records], "query", "retrieval")
+    assert [row["query_input_ids"] for row in query] == [
+        tokens.id_S[start:end].tolist() for start, end in zip(tokens.offset_P, tokens.offset_P[1:])
+    ]
+    assert [row["query_body_start"] for row in query] == tokens.body_N.tolist()
+    assert min(tokens.body_N) > 0
+    documents = {text for record in texts.records for text in (*record.positives, *record.negatives)}
+    assert {row["text"] for row in corpus} == documents  # each once
+    assert len(corpus) == len({text_id(text) for text in documents}) == manifest.datasets["pairs"].documents
+    assert all(row["length"] == len(row["input_ids"]) for row in corpus)
+    assert [int(row["passage_input_ids"]) for row in query] == [text_id(r.positives[0]) for r in texts.records]
+    assert manifest.tokenizer.end_id == model.tokenizer.sep_token_id
+    read = read_source(Source(path=str(out), split="pairs"))
+    ours, theirs = row_facts(read.records), row_facts(texts.records)
+    assert ours.query_id_N.tolist() == theirs.query_id_N.tolist()
+    assert ours.positive_id_P.tolist() == theirs.positive_id_P.tolist()
+    own = [model.tokenize([r.query], "query", "retrieval").length_N for r in texts.records]
+    others = [model.tokenize([*r.positives, *r.negatives]).length_N for r in texts.records]
+    assert ours.length_N.tolist() == [max(a.max(), b.max()) for a, b in zip(own, others)]
+
+
+def test_another_tokenizer_is_refused_with_both_hashes(tree, tmp_path):
+    other = tiny_bert(tmp_path / "other")
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"cat"', '"kat"'))
+    made = tokenize(job(tree, tmp_path / "tokens")).tokenizer.sha256
+    with pytest.raises(DataError) as caught:
+        run(cached(tree, tmp_path / "tokens", path=str(other)))
+    assert made in str(caught.value)
+    assert str(caught.value).count("sha256") == 2
+    with pytest.raises(DataError, match="sha256"):
+        tokenize(job(cached(tree, tmp_path, path=str(other)), tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [({"prompts": {"query": "find: "}}, "other prompts"), ({"max_length": 8}, "up to 32 tokens, the model takes 8")],
+)
+def test_other_prompts_or_a_shorter_model_are_refused(tree, tmp_path, model, message):
+    tokenize(job(tree, tmp_path / "tokens"))
+    with pytest.raises(DataError, match=message):
+        run(cached(tree, tmp_path / "tokens", **model))
+
+
+def test_documents_in_another_role_and_options_that_need_texts_are_refused(tree, tmp_path):
+    tokenize(job(tree, tmp_path / "tokens"))
+    recipe = cached(tree, tmp_path / "tokens")
+    as_retrieval = recipe["data"][1] | {"loss": "infonce"}
+    with pytest.raises(DataError, match="tokenized as query, the loss reads them as document"):
+        run(recipe | {"data": [as_retrieval]})
+    with pytest.raises(RecipeError, match="shuffle needs texts"):
+        run(recipe | {"data": [recipe["data"][0] | {"shuffle": 0.5}]})
+    with pytest.raises(DataError, match=r"expected: .*pairs, scored"):
+        run(recipe | {"data": [{"path": str(tmp_path / "tokens")}]})
+
+
+@pytest.mark.parametrize("layout", ["corpus", "inline"])
+def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(tokencache, "SHARD_ROWS", 7)
+    whole = tmp_path / "whole"
+    tokenize(job(tree, whole, layout=layout))
+    write, calls = tokencache._write_shard, []
+
+    def failing(job_, shard, tables):
+        calls.append(shard)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        write(job_, shard, tables)
+
+    monkeypatch.setattr(tokencache, "_write_shard", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(job(tree, tmp_path / "tokens", layout=layout))
+    assert not (tmp_path / "tokens" / "pairs_query.parquet").exists()
+    tokenize(job(tree, tmp_path / "tokens", layout=layout))
+    assert calls[:5] == [0, 1, 2, 3, 3]  # three shards were not done again
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    for name in names:
+        assert (whole / name).read_bytes() == (tmp_path / "tokens" / name).read_bytes(), name
+    calls.clear()
+    tokenize(job(tree, tmp_path / "tokens", layout=layout))
+    assert calls == []
+
+
+def test_a_full_disk_keeps_finished_shards(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokencache, "SHARD_ROWS", 7)
+    with tiny_disk(tmp_path) as disk:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(2 * 2**20 - 40_000))
+        with pytest.raises(CheckpointError, match="no space left"):
+            tokenize(job(tree, disk / "tokens"))
+        assert list((disk / "tokens" / ".parts" / "pairs").glob("query-*.arrow"))
+        filler.unlink()
+        tokenize(job(tree, disk / "tokens"))
+    assert tmp_path.exists()
+
+
+def f2llm(folder, tokens, layout):
+    """Files as the released scripts of F2LLM write them: no manifest, nothing of our own, doc ids that are names."""
+    folder.mkdir()
+    texts = ["the cat", "a dog ran", "big tree", "old mat"]
+    ids = {text: tokens([text]).id_S.tolist() for text in texts}
+    rows = [("red cat", "the cat", "big tree"), ("blue dog", "a dog ran", "old mat"), ("new mat", "old mat", None)]
+    columns = {"query_input_ids": [tokens([query]).id_S.tolist() for query, _, _ in rows]}
+    place = ids if layout == "inline" else {text: f"doc{number}" for number, text in enumerate(texts)}
+    columns["passage_input_ids"] = [place[positive] for _, positive, _ in rows]
+    columns["negative_1_input_ids"] = [place.get(negative) for _, _, negative in rows]
+    if layout == "inline":
+        pq.write_table(pa.table(columns), folder / "set.parquet")
+    else:
+        pq.write_table(pa.table(columns), folder / "set_query.parquet")
+        name = {"joined": "corpus.parquet"}.get(layout, "set_corpus.parquet")
+        pq.write_table(pa.table({"doc_id": list(place.values()), "input_ids": list(ids.values())}), folder / name)
+    return rows, ids
+
+
+@pytest.mark.parametrize("layout", ["inline", "corpus", "joined"])
+def test_caches_of_f2llm_are_read_once_somebody_vouches_for_their_tokenizer(tree, tmp_path, layout):
+    model = load(tree["model"]["path"], pooling="mean")
+    folder = tmp_path / "theirs"
+    rows, ids = f2llm(folder, model.tokenize, layout)
+    with pytest.raises(DataError, match=r"manifest(.|\n)*--adopt"):
+        read_source(Source(path=str(folder)))
+    adopt(folder, model, "bert", "retrieval")
+    records = read_source(Source(path=str(folder))).records
+    for record, (_, positive, negative) in zip(records, rows, strict=True):
+        texts = [*record.positives, *record.negatives]
+        found = [text.side.take(np.asarray([text.row]), False).id_S.tolist() for text in texts]
+        assert found == [ids[text] for text in (positive, negative) if text is not None]
+    assert text_id(records[1].negatives[0]) == text_id(records[2].positives[0]) != text_id(records[0].positives[0])
+    recipe = tree | {"data": [{"path": str(folder), "batch_size": 2}]}
+    run(recipe, train=tree["train"] | {"steps": 2})
+
+
+def test_a_document_that_is_missing_or_named_twice_is_named(tree, tmp_path):
+    model = load(tree["model"]["path"], pooling="mean")
+    folder = tmp_path / "theirs"
+    f2llm(folder, model.tokenize, "corpus")
+    adopt(folder, model, "bert", "retrieval")
+    path = folder / "set_corpus.parquet"
+    corpus = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist([*corpus, {"doc_id": "doc1", "input_ids": [2, 9, 3]}]), path)
+    with pytest.raises(DataError, match=r"set_corpus.parquet:5: the doc_id of row 2 stands for another document"):
+        read_source(Source(path=str(folder)))
+    pq.write_table(pa.Table.from_pylist([*corpus, corpus[1]]), path)  # the same document twice does no harm
+    assert len(read_source(Source(path=str(folder))).records) == 3
+    pq.write_table(pa.Table.from_pylist(corpus[:2]), path)
+    with pytest.raises(DataError, match="names the document doc2, which is not in the corpus"):
+        read_source(Source(path=str(folder)))
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_vouched_for(tree, tmp_path):
+    model = load(tree["model"]["path"], pooling="mean")
+    (tmp_path / "theirs").mkdir()
+    table = pa.table({"query_input_ids": [[2, 9999, 3]], "passage_input_ids": [[2, 3]]})
+    pq.write_table(table, tmp_path / "theirs" / "set.parquet")
+    with pytest.raises(DataError, match="an id is 9999"):
+        adopt(tmp_path / "theirs", model, "bert", "retrieval")
+
+
+def test_a_damaged_manifest_is_named(tree, tmp_path):
+    tokenize(job(tree, tmp_path / "tokens"))
+    path = tmp_path / "tokens" / "manifest.json"
+    path.write_text(json.dumps({"tokenizer": 3}))
+    with pytest.raises(DataError, match=r"manifest.json: not a readable manifest"):
+        Manifest.load(tmp_path / "tokens")
