@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.plans import epoch_of
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import BatchPlan, PlanConfig, RowFacts
-from tests.plans import epoch_of
 
 RANKS = range(1, 9)
 SIZES = (900, 257, 140)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from tests.plans import epoch_of
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import BatchPlan, PlanConfig, RowFacts
-from tests.plans import epoch_of
 
 WORLD = 4
 
@@ -121,7 +121,7 @@ def test_what_a_recipe_may_not_say(changes, message):
 
 def test_batches_that_ranks_cannot_share_are_refused_with_the_remedy():
     known = lengths([10] * 60)
-    with pytest.raises(RecipeError, match=r"batches of 8 rows, by length, cannot be shared equally by 3(.|\n)*multiple"):
+    with pytest.raises(RecipeError, match=r"8 rows, by length, cannot be shared equally by 3(.|\n)*multiple"):
         BatchPlan((60,), (None,), world=3, config=PlanConfig(batch_tokens=160), facts=(known,))
     assert BatchPlan((60,), (None,), world=3, config=PlanConfig(batch_tokens=120, multiple=3), facts=(known,))
     with pytest.raises(RecipeError, match="batches of 1 rows"):

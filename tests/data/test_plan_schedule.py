@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from tests.plans import epoch_of
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import BatchPlan, PlanConfig
-from tests.plans import epoch_of
 
 TASKS = ("retrieval", "sts", "retrieval")
 SIZES = (640, 64, 320)
