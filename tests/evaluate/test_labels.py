@@ -76,7 +76,9 @@ def test_a_probe_learns_what_vectors_tell_and_nothing_from_noise():
 
 
 def test_texts_of_one_label_lie_together():
-    vectors = {f"{label}{n}": (float(label == "x"), float(label == "y"), n / 1000) for label in "xyz" for n in range(20)}
+    vectors = {
+        f"{label}{n}": (float(label == "x"), float(label == "y"), n / 1000) for label in "xyz" for n in range(20)
+    }
     task = ClusteringTask("t", list(vectors), [text[0] for text in vectors], sample=100)
     assert evaluate(TableEncoder(vectors), [task])[0].main_score == pytest.approx(1.0)
 

@@ -50,8 +50,11 @@ def mteb_evaluate(
     return Results(tuple(found), about | (experiment or {}))
 
 
-def find_mteb_tasks(names: Sequence[str], *, data: str | Path | None = None, split: str = "test") -> list[Any]:
+def find_mteb_tasks(
+    names: Sequence[str], *, data: str | Path | None = None, split: str = "test", languages: Sequence[str] = ()
+) -> list[Any]:
     """Tasks by name: a path or a name in the data folder is a task of ours, anything else one of mteb's.
+    `languages` (such as `cmn`) choose among the parts of mteb's multilingual tasks.
 
     Errors: as `load_task` and `hub_task`.
     """
@@ -60,7 +63,9 @@ def find_mteb_tasks(names: Sequence[str], *, data: str | Path | None = None, spl
     tasks = []
     for name in names:
         ours = Path(name).exists() or ":" in name or name in known or f"{name}-{split}" in known
-        tasks.append(as_mteb_task(load_task(name, data_dir=data, split=split), split) if ours else hub_task(name))
+        tasks.append(
+            as_mteb_task(load_task(name, data_dir=data, split=split), split) if ours else hub_task(name, languages)
+        )
     return tasks
 
 
@@ -78,9 +83,7 @@ def from_mteb(result: Any, metadata: Any) -> TaskResult:
     metric = str(metadata.main_score) if metadata.main_score in scores else "main_score"
     counts = {key: int(scores.pop(key)) for key in ("queries_scored", "documents_searched") if key in scores}
     notes = ("the corpus was cut: the score is not comparable with others",) if _cut(rows) else ()
-    notes += (
-        ("the score does not exist: the model gives all texts the same",) if math.isnan(scores[metric]) else ()
-    )
+    notes += ("the score does not exist: the model gives all texts the same",) if math.isnan(scores[metric]) else ()
     kind, seconds = mteb_task_name(metadata.type), float(result.evaluation_time or 0.0)
     return TaskResult(result.task_name, kind, metric, scores, counts, notes=notes, seconds=seconds)
 

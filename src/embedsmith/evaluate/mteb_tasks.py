@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,11 @@ class Limits:
         return said if self.documents is None else {**said, "limit_documents": self.documents}
 
 
-def hub_task(name: str) -> Any:
+def hub_task(name: str, languages: Sequence[str] = ()) -> Any:
     """A task of mteb by name; its data is fetched when it runs. Errors: `EvaluationError` for an unknown name."""
     mteb = need_mteb()
     try:
-        return mteb.get_task(name)
+        return mteb.get_task(name, languages=list(languages) or None)
     except KeyError as error:
         known = [task.metadata.name for task in mteb.get_tasks()]
         raise EvaluationError(f"mteb has no task {name!r}{did_you_mean(name, known)}") from error
