@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embedsmith.merge import merge
     from embedsmith.models import Embedder, load
 
     __version__: str
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Embedder": "embedsmith.models",
     "load": "embedsmith.models",
+    "merge": "embedsmith.merge",
 }
 
-__all__ = ["Embedder", "__version__", "load"]
+__all__ = ["Embedder", "__version__", "load", "merge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -185,6 +185,25 @@ def encode(
     typer.echo(f"{count} vectors in {out}")
 
 
+@app.command("merge")
+def merge_models(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is already there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare the models and print the plan.")] = False,
+) -> None:
+    """Merge models as a recipe says. The same command continues a merge that was stopped."""
+    from embedsmith.core.recipe import load_recipe
+    from embedsmith.merge import MergeRecipe, merge
+    from embedsmith.merge.run import rehearse
+
+    loaded = load_recipe(recipe, MergeRecipe, overrides or [])
+    if dry_run:
+        typer.echo(rehearse(loaded))
+    else:
+        typer.echo(f"model: {merge(loaded, overwrite=overwrite)}")
+
+
 @app.command("losses")
 def list_losses(
     name: Annotated[str | None, typer.Argument(help="One loss: print all that is known about it.")] = None,

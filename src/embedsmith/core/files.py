@@ -23,7 +23,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     Errors: `CheckpointError` when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
@@ -47,18 +47,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Errors: `CheckpointError` when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            for file in temporary.rglob("*"):
-                _sync_folder(file) if file.is_dir() else _sync_file(file)
-            _sync_folder(temporary)
-            _swap(temporary, path)
+            move_into_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(new: Path, path: Path) -> None:
+    """Make a filled folder durable and give it the name `path`, in place of a folder that is there."""
+    for file in new.rglob("*"):
+        _sync_folder(file) if file.is_dir() else _sync_file(file)
+    _sync_folder(new)
+    _swap(new, path)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -73,7 +78,8 @@ def _swap(new: Path, path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Errors: `CheckpointError` in place of what the system says of a full disk or a place that cannot be written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

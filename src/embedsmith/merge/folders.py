@@ -15,6 +15,7 @@ from embedsmith.core.errors import CheckpointError, ModelError
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.tensors import Held, Weights, read_header
 from embedsmith.models.backbone import UNUSED, skeleton
+from embedsmith.models.contract import POOLER_FILE, read_contract
 from embedsmith.models.folder import read_folder, read_json
 from embedsmith.models.token_heads import FILES, head_state
 
@@ -49,6 +50,9 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False) -> Par
     for place, path in enumerate(dense_folders(folder)):
         files.append(path / WEIGHTS)
         tensors |= {f"projections.{place}.{key}": held for key, held in read_header(path / WEIGHTS).items()}
+    if (folder / POOLER_FILE).exists():
+        files.append(folder / POOLER_FILE)
+        tensors |= {f"pooler.{key}": held for key, held in read_header(folder / POOLER_FILE).items()}
     for head, file_name in FILES.items():
         if (facts.backbone / file_name).exists():
             files.append(facts.backbone / file_name)
@@ -57,6 +61,7 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False) -> Par
     return Parent(
         id=name,
         folder=folder,
+        config_folder=facts.backbone,
         tensors=tensors,
         files=tuple(files),
         unused=architecture.unused,
@@ -66,12 +71,17 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False) -> Par
     )
 
 
-def dense_folders(folder: Path) -> list[Path]:
-    """Folders of the Dense modules, in their order."""
+def module_entries(folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of every module, in order; none for a plain transformers folder."""
     if not (folder / "modules.json").exists():
         return []
-    entries = read_json(folder / "modules.json")
-    return [folder / entry["path"] for entry in entries if str(entry["type"]).endswith(".Dense")]
+    entries = read_contract(folder).modules or read_json(folder / "modules.json")
+    return [(str(entry["type"]).rpartition(".")[2], folder / str(entry["path"])) for entry in entries]
+
+
+def dense_folders(folder: Path) -> list[Path]:
+    """Folders of the Dense modules, in their order."""
+    return [path for kind, path in module_entries(folder) if kind == "Dense"]
 
 
 def architecture_of(folder: Path, trust_remote_code: bool = False) -> Architecture:

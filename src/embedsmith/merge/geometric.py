@@ -35,10 +35,13 @@ def group_coefficients(method: CoefficientMethod, job: Job) -> dict[str, Tensor]
     """Tensor name to c [M]; the members of a group share one. K is measured only where the method reads it."""
     nothing = torch.zeros(len(job.parents), len(job.parents), dtype=torch.float64)
     found: dict[str, Tensor] = {}
-    for names in job.groups.values():
+    shown: dict[str, list[float]] = {}
+    for key, names in job.groups.items():
         gram_MM = job.gram.of(names) if method.reads_gram else nothing
         coef_M = method.coefficients(gram_MM, job.weight_M)
+        shown[key] = coef_M.tolist()
         found |= {name: coef_M for name in names}
+    job.report["coefficients"] = shown
     return found
 
 

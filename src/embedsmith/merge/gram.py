@@ -73,6 +73,11 @@ def _key(name: str, granularity: Granularity) -> str:
         return name
     if granularity == "module":
         return name.rpartition(".")[0] or name
+    return block_of(name)
+
+
+def block_of(name: str) -> str:
+    """The numbered layer a tensor belongs to, or the part of the model outside the layers."""
     match = _BLOCK.match(name)
     return match[1] if match else ".".join(name.split(".")[:2])
 

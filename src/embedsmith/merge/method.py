@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ Base = Literal["needed", "optional"]
 @dataclass(frozen=True)
 class Job:
     """What a method may look at. `names`: the float tensors it has to make; `weight_M`: the parents' weights a_i,
-    float64, as the recipe says (not normalised); `groups`: names that share one set of coefficients."""
+    float64, as the recipe says (not normalised); `groups`: names that share one set of coefficients. `report`: what a
+    method wants written into merge.json (`coefficients`, densities, costs)."""
 
     parents: tuple[Parent, ...]
     base: Parent | None
@@ -35,6 +36,7 @@ class Job:
     seed: int = 0
     cache: Path | None = None
     block: int = BLOCK
+    report: dict[str, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -60,6 +62,7 @@ class Method(Protocol):
     read data and train; what it returns is called for every block of `job.names`, each tensor's blocks in order.
     """
 
+    registered_name: ClassVar[str]
     base: ClassVar[Base]
     by_rows: ClassVar[bool]
 

@@ -22,7 +22,7 @@ class Parent:
     Names are those of `Embedder.named_parameters()`, whatever the files call them: `backbone.` and transformers' own
     name, `projections.0.linear.weight`, `token_heads.sparse.linear.weight`. A tied tensor has one name.
 
-    folder: where configuration, tokenizer and modules are read from (for an adapter, its base model).
+    folder: where modules, prompts and tokenizer are read from. config_folder: where the encoder's config.json is.
     files: every file whose bytes decide the weights. remark: what else does (a vocabulary's new order).
     trajectory: the run this is a checkpoint of, for two-level merges.
     unused: names no vector depends on (a pooler). buffers: float tensors that are no weights.
@@ -31,6 +31,7 @@ class Parent:
 
     id: str
     folder: Path
+    config_folder: Path
     tensors: Mapping[str, Weights]
     files: tuple[Path, ...]
     weight: float = 1.0

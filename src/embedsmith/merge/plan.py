@@ -1,0 +1,210 @@
+"""The plan of a merge: which tensor is made how, decided before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.merge.compatible import (
+    Sheet,
+    check_copied,
+    check_descent,
+    check_same_kind,
+    check_shapes,
+    choose_like,
+    choose_max_length,
+    choose_prompts,
+)
+from embedsmith.merge.method import Job, Method
+from embedsmith.merge.open import open_models
+from embedsmith.merge.parents import Parent
+from embedsmith.merge.recipe import MergeRecipe
+from embedsmith.merge.tensors import Weights
+from embedsmith.merge.vocabulary import match_vocabularies
+
+_POSITIONS = re.compile(r"(^|\.)(position_embeddings|wpe|embed_positions)\.weight$")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first rows of a table: in row-major order they are its first elements."""
+
+    whole: Weights
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.whole.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.whole.read(start, stop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parents and base as they are merged (vocabulary and lengths matched). by_method: each method with the names it
+    makes; the base has all of them. averaged: names without an ancestor, with the places of the parents that have
+    them. copied: buffers. positions: length of a shortened position table."""
+
+    recipe: MergeRecipe
+    parents: tuple[Parent, ...]
+    base: Parent | None
+    like: Sheet
+    by_method: tuple[tuple[Method, tuple[str, ...]], ...]
+    averaged: Mapping[str, tuple[int, ...]]
+    copied: tuple[str, ...]
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    max_length: int | None
+    positions: int | None
+    distance: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def weight_M(self) -> Tensor:
+        return torch.tensor([parent.weight for parent in self.parents], dtype=torch.float64)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the result, in the order in which the files hold them."""
+        wanted = {*self.averaged, *self.copied, *(name for _, names in self.by_method for name in names)}
+        order = dict.fromkeys(name for parent in self.parents for name in parent.tensors)
+        return tuple(name for name in order if name in wanted)
+
+    def holder(self, name: str) -> Parent:
+        """A parent that has the tensor."""
+        return next(parent for parent in self.parents if name in parent.tensors)
+
+    def job(self, names: tuple[str, ...]) -> Job:
+        cache = None if self.recipe.cache is None else Path(self.recipe.cache).expanduser()
+        return Job(
+            self.parents, self.base, names, self.weight_M, self.recipe.granularity, seed=self.recipe.seed, cache=cache
+        )
+
+
+def make_plan(recipe: MergeRecipe) -> Plan:
+    """Open the models, compare them, and decide about every tensor. Reads headers, configurations and a sample.
+
+    Errors: `RecipeError`, `ModelError` or `CheckpointError` for whatever cannot be merged, with what to do about it.
+    """
+    opened, base = open_models(recipe)
+    sheets = [Sheet.of(parent) for parent in opened]
+    base_sheet = None if base is None else Sheet.of(base)
+    every = [*sheets, *([] if base_sheet is None else [base_sheet])]
+    notes = check_same_kind(every)
+    like = choose_like(sheets, base_sheet, recipe.packaging)
+    prompts, default_prompt = choose_prompts(sheets, recipe.packaging)
+    max_length = choose_max_length(sheets, recipe.packaging, notes)
+    parents, base = match_vocabularies(opened, base, like.model, recipe.packaging.vocabulary, notes)
+    parents, base, positions = _same_positions(parents, base, notes)
+    merged, averaged, copied = _sort_tensors(parents, base, recipe, notes)
+    models = [*parents, *([] if base is None else [base])]
+    check_shapes(models, [*merged, *averaged])
+    for name in copied:
+        check_copied(models, name)
+    return Plan(
+        recipe,
+        parents,
+        base,
+        like,
+        _methods(recipe, merged, base),
+        averaged,
+        copied,
+        prompts,
+        default_prompt,
+        max_length,
+        positions,
+        check_descent(parents, base, merged, recipe.unrelated),
+        tuple(notes),
+    )
+
+
+def _same_positions(
+    parents: Sequence[Parent], base: Parent | None, notes: list[str]
+) -> tuple[tuple[Parent, ...], Parent | None, int | None]:
+    """Position tables cut to the shortest."""
+    models = [*parents, *([] if base is None else [base])]
+    tables = {name for model in models for name in model.tensors if _POSITIONS.search(name)}
+    lengths = {name: {m.tensors[name].shape[0] for m in models if name in m.tensors} for name in tables}
+    short = {name: min(found) for name, found in lengths.items() if len(found) > 1}
+    if not short:
+        return tuple(parents), base, None
+    notes.append(f"position tables of different lengths were cut to the shortest, {min(short.values())}")
+
+    def cut(model: Parent) -> Parent:
+        tensors = {n: Cut(w, short[n]) if n in short else w for n, w in model.tensors.items()}
+        return replace(model, tensors=tensors, remark=f"{model.remark} positions {sorted(short.items())}")
+
+    return tuple(cut(parent) for parent in parents), None if base is None else cut(base), min(short.values())
+
+
+def _sort_tensors(
+    parents: Sequence[Parent], base: Parent | None, recipe: MergeRecipe, notes: list[str]
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Names for the method, names without an ancestor, names to copy."""
+    merged: list[str] = []
+    averaged: dict[str, tuple[int, ...]] = {}
+    copied: list[str] = []
+    for name in dict.fromkeys(name for parent in parents for name in parent.tensors):
+        holders = tuple(place for place, parent in enumerate(parents) if name in parent.tensors)
+        everywhere = len(holders) == len(parents)
+        in_base = base is None or name in base.tensors
+        parent = parents[holders[0]]
+        if not parent.tensors[name].dtype.is_floating_point or name in parent.buffers:
+            copied += [name] if everywhere else []
+        elif everywhere and in_base:
+            merged.append(name)
+        elif name in parent.unused:
+            notes.append(f"{name} is not in every model and no vector depends on it: left out")
+        elif everywhere or _keeps(name, parents, recipe):
+            averaged[name] = holders
+    if averaged:
+        notes.append(f"without an ancestor, so averaged over the parents that have them: {', '.join(averaged)}")
+    for parent in parents:
+        if parent.left_out:
+            notes.append(f"{parent.id}: {len(parent.left_out)} weights of heads the encoder does not use were left out")
+    return tuple(merged), averaged, tuple(copied)
+
+
+def _keeps(name: str, parents: Sequence[Parent], recipe: MergeRecipe) -> bool:
+    """Whether a token head that some parents lack is kept. Errors: `CheckpointError` unless the recipe decides."""
+    policy = recipe.packaging.heads
+    if not name.startswith("token_heads.") or policy == "error":
+        lacking = next(parent.id for parent in parents if name not in parent.tensors)
+        having = next(parent.id for parent in parents if name in parent.tensors)
+        fix = "packaging.heads=drop or packaging.heads=copy" if name.startswith("token_heads.") else None
+        raise CheckpointError(f"{name} is in {having} and not in {lacking}", where="merge", fix=fix)
+    return policy == "copy"
+
+
+def _methods(
+    recipe: MergeRecipe, names: Sequence[str], base: Parent | None
+) -> tuple[tuple[Method, tuple[str, ...]], ...]:
+    """Each method with its names; the first override that matches a name decides."""
+    chosen: list[tuple[Any, list[str]]] = [(recipe.method, [])] + [(entry.method, []) for entry in recipe.overrides]
+    for name in names:
+        hits = (place for place, entry in enumerate(recipe.overrides, start=1) if re.search(entry.match, name))
+        chosen[next(hits, 0)][1].append(name)
+    for method, _ in chosen:
+        if base is None and method.base == "needed":
+            raise RecipeError(
+                f"{method.registered_name} works on task vectors, theta_i - theta_0",
+                where="base",
+                expected="the model all parents were trained from",
+                fix="set base, or use method: average, which needs none",
+            )
+    unmatched = [entry.match for entry, (_, found) in zip(recipe.overrides, chosen[1:], strict=True) if not found]
+    if unmatched:
+        raise RecipeError(f"{unmatched[0]!r} matches no tensor", where="overrides", expected=f"such as {names[0]}")
+    return tuple((method, tuple(found)) for method, found in chosen if found)

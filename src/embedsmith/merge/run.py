@@ -1,0 +1,367 @@
+"""A merge from recipe to folder: plan, prepare, stream, package, rename. A killed one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.files import atomic_file, disk_errors, move_into_place
+from embedsmith.core.progress import Bar, log, progress_bar
+from embedsmith.core.recipe import load_recipe, parse, save_recipe
+from embedsmith.core.registry import to_plain
+from embedsmith.merge.coefficients import normalised
+from embedsmith.merge.method import Combine, combine_coefficients
+from embedsmith.merge.package import homes, write_around, write_index
+from embedsmith.merge.parents import Parent
+from embedsmith.merge.plan import Plan, make_plan
+from embedsmith.merge.recipe import MergeRecipe
+from embedsmith.merge.rounding import LOSSY, RoundingLoss, rounded
+from embedsmith.merge.stream import BLOCK, Block, blocks, pieces
+from embedsmith.merge.tensors import size_of
+from embedsmith.merge.writer import Slot, TensorFile, parse_size
+
+JOURNAL = "journal.json"
+_SAVE_EVERY = 64
+"""Blocks between two saves of the position: 256 MiB of float32."""
+_SPARE = 1 << 24
+
+Check = Callable[[Path], None]
+"""Looks at a finished folder before it gets its name; an error it raises keeps the folder from appearing."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: its folder, and what merge.json in it says."""
+
+    path: Path
+    report: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Tensors made in one way."""
+
+    parents: tuple[Parent, ...]
+    base: Parent | None
+    names: tuple[str, ...]
+    combine: Combine
+    by_rows: bool = False
+
+
+def merge(
+    recipe: MergeRecipe | str | Path | None = None,
+    /,
+    *,
+    overwrite: bool = False,
+    check: Check | None = None,
+    **settings: Any,
+) -> Merged:
+    """Merge models into one folder that is a whole embedder.
+
+    `recipe`: a `MergeRecipe`, or the path of a YAML file; or the recipe's keys as arguments:
+    `merge(parents=["a", "b"], base="c", method="slerp", output="merged")`. The same call continues a merge that was
+    stopped. `overwrite` replaces a finished one. `check` may refuse the result before it gets its name.
+    Errors: `RecipeError`, `ModelError` or `CheckpointError`, each saying what to do.
+    """
+    chosen = as_recipe(recipe, settings)
+    output = Path(chosen.output)
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise CheckpointError(
+            "the folder is not empty", where=output, fix="choose another output, or overwrite (--overwrite)"
+        )
+    plan = make_plan(chosen)
+    with disk_errors(output):
+        partial = output.with_name(f".{output.name}.merging")
+        with _hashes(plan) as hashes:
+            report = _stream(plan, partial)
+        report["models"] = _models(plan, hashes)
+        write_around(plan, partial, report)
+        save_recipe(chosen, partial / "recipe.yaml")
+        if check is not None:
+            check(partial)
+        (partial / JOURNAL).unlink()
+        move_into_place(partial, output)
+    _warn(report)
+    return Merged(output, report)
+
+
+def as_recipe(recipe: MergeRecipe | str | Path | None, settings: Mapping[str, Any]) -> MergeRecipe:
+    """A recipe from any of the forms `merge` takes."""
+    if recipe is None:
+        return parse(MergeRecipe, dict(settings), where="merge")
+    if settings:
+        raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
+    return recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
+
+
+def rehearse(recipe: MergeRecipe) -> str:
+    """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing."""
+    plan = make_plan(recipe)
+    dtype_of = dtypes(plan)
+    elements = {name: size_of(plan.holder(name).tensors[name]) for name in plan.names}
+    size = sum(count * dtype_of[name].itemsize for name, count in elements.items())
+    lines = [
+        f"{len(plan.parents)} parents, {len(elements)} tensors, {sum(elements.values()):,} weights, {size:,} bytes"
+    ]
+    lines += [f"{model.id}: {plan.distance[model.id]:.2%} from the base" for model in plan.parents]
+    lines += [f"{method.registered_name}: {len(names)} tensors" for method, names in plan.by_method]
+    lines += [f"mean without an ancestor: {len(plan.averaged)} tensors"] if plan.averaged else []
+    lines += [f"copied: {len(plan.copied)} tensors"] if plan.copied else []
+    lines += [f"configuration, modules and tokenizer from {plan.like.model.id}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def dtypes(plan: Plan) -> dict[str, torch.dtype]:
+    """Numbers on disk of every tensor: as the recipe says, else the widest among the parents. Buffers stay."""
+    wanted = plan.recipe.dtype
+    found: dict[str, torch.dtype] = {}
+    for name in plan.names:
+        own = [parent.tensors[name].dtype for parent in plan.parents if name in parent.tensors]
+        widest = reduce(torch.promote_types, own)
+        keep = wanted is None or name in plan.copied or name.startswith("token_heads.")
+        found[name] = widest if keep else getattr(torch, str(wanted))
+    return found
+
+
+def _stream(plan: Plan, partial: Path) -> dict[str, Any]:
+    """Prepare the methods and write all weights. Returns the report so far."""
+    dtype_of = dtypes(plan)
+    shard_bytes = None if plan.recipe.shard_size is None else parse_size(plan.recipe.shard_size)
+    files = homes(plan, dtype_of, shard_bytes)
+    _check_space(files, partial)
+    facts: dict[str, Any] = {}
+    sections = _sections(plan, facts)
+    stamp = _stamp(plan)
+    done, rounding = _open_partial(partial, stamp)
+    with _opened(partial, files) as writers:
+        _write(plan, sections, writers, dtype_of, rounding, partial, stamp, done)
+        _write_copied(plan, writers)
+    _write_heads(plan, sections, files, dtype_of, partial)
+    write_index(partial, files)
+    return _report(plan, dtype_of, facts, rounding)
+
+
+def _sections(plan: Plan, facts: dict[str, Any]) -> list[Section]:
+    """Every method prepared, and the means of what has no ancestor. Each method's report goes into `facts`."""
+    found: list[Section] = []
+    for method, names in plan.by_method:
+        job = plan.job(names)
+        combine = method.prepare(job)
+        found.append(Section(plan.parents, plan.base, names, combine, method.by_rows))
+        for key, value in job.report.items():
+            facts.setdefault(key, {}).update(value)
+    for holders in dict.fromkeys(plan.averaged.values()):
+        names = tuple(name for name, having in plan.averaged.items() if having == holders)
+        weight_M = normalised(plan.weight_M[list(holders)])
+        mean = combine_coefficients(dict.fromkeys(names, weight_M))
+        found.append(Section(tuple(plan.parents[place] for place in holders), None, names, mean))
+    return found
+
+
+def _write(
+    plan: Plan,
+    sections: list[Section],
+    writers: Mapping[str, tuple[TensorFile, str]],
+    dtype_of: Mapping[str, torch.dtype],
+    rounding: RoundingLoss,
+    partial: Path,
+    stamp: str,
+    done: int,
+) -> None:
+    """All blocks of tensors in safetensors files; every so often the position is made durable."""
+    seed = plan.recipe.seed if plan.recipe.rounding == "stochastic" else None
+    total = sum(size_of(plan.holder(name).tensors[name]) for name in writers if name not in plan.copied)
+    with progress_bar("merging", total) as bar:
+        for count, (block, exact_E) in enumerate(_made(sections, writers, done, bar), start=done + 1):
+            written_E = rounded(exact_E, dtype_of[block.name], block, seed)
+            rounding.add(block, exact_E, written_E)
+            file, key = writers[block.name]
+            file.write(key, block.start, written_E)
+            bar.advance(len(written_E))
+            if count % _SAVE_EVERY == 0:
+                for other in {id(f): f for f, _ in writers.values()}.values():
+                    other.sync()
+                _save_journal(partial, stamp, count, rounding)
+
+
+def _made(sections: list[Section], wanted: Mapping[str, object], done: int, bar: Bar) -> Iterator[tuple[Block, Tensor]]:
+    """Blocks with their merged weights, but for the first `done`, which an earlier run has written."""
+    left = done
+    for section in sections:
+        names = tuple(name for name in section.names if name in wanted)
+        options: dict[str, Any] = {"size": BLOCK, "by_rows": section.by_rows}
+        passed = count_blocks(section, names)
+        if left >= passed:
+            left -= passed
+            continue
+        for block in blocks(section.parents, section.base, names, skip=left, **options):
+            yield block, section.combine(block)
+        left = 0
+
+
+def count_blocks(section: Section, names: tuple[str, ...]) -> int:
+    """How many blocks a section is cut into."""
+    return sum(len(pieces(name, section.parents[0], BLOCK, section.by_rows)) for name in names)
+
+
+def _write_copied(plan: Plan, writers: Mapping[str, tuple[TensorFile, str]]) -> None:
+    for name in plan.copied:
+        file, key = writers[name]
+        weights = plan.holder(name).tensors[name]
+        for start in range(0, size_of(weights), BLOCK):
+            file.write(key, start, weights.read(start, min(start + BLOCK, size_of(weights))))
+
+
+def _write_heads(
+    plan: Plan,
+    sections: list[Section],
+    files: Mapping[Path, Mapping[str, Slot]],
+    dtype_of: Mapping[str, torch.dtype],
+    partial: Path,
+) -> None:
+    """Token heads: small, and kept as torch.save files, so written whole."""
+    for path, slots in files.items():
+        if path.suffix != ".pt":
+            continue
+        state = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in slots.values()}
+        for section in sections:
+            names = tuple(name for name in section.names if name in slots)
+            for block in blocks(section.parents, section.base, names, by_rows=section.by_rows):
+                made_E = rounded(section.combine(block), dtype_of[block.name], block, None)
+                state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
+        with (partial / path).open("wb") as file:
+            torch.save(state, file)
+
+
+@contextmanager
+def _opened(partial: Path, files: Mapping[Path, Mapping[str, Slot]]) -> Iterator[dict[str, tuple[TensorFile, str]]]:
+    """Canonical name to the open safetensors file that holds it and its name there."""
+    open_files: list[TensorFile] = []
+    found: dict[str, tuple[TensorFile, str]] = {}
+    try:
+        for path, slots in files.items():
+            if path.suffix == ".safetensors":
+                file = TensorFile(partial / path, list(slots.values()), {"format": "pt"})
+                open_files.append(file)
+                found |= {name: (file, slot.name) for name, slot in slots.items()}
+        yield found
+        for file in open_files:
+            file.sync()
+    finally:
+        for file in open_files:
+            file.close()
+
+
+def _stamp(plan: Plan) -> str:
+    """What the half-written weights depend on: the recipe and the models' files."""
+    recipe = json.dumps(to_plain(plan.recipe), sort_keys=True)
+    models = [*plan.parents, *([] if plan.base is None else [plan.base])]
+    text = "\n".join([recipe, str(BLOCK), *(model.stamp for model in models)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open_partial(partial: Path, stamp: str) -> tuple[int, RoundingLoss]:
+    """How many blocks an earlier run of the same merge left behind; anything else there is removed."""
+    rounding = RoundingLoss()
+    journal = partial / JOURNAL
+    if journal.exists():
+        try:
+            found = json.loads(journal.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        if found.get("stamp") == stamp:
+            rounding.restore(found["rounding"])
+            log.info("%s: going on after %d blocks", partial, found["done"])
+            return int(found["done"]), rounding
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _save_journal(partial, stamp, 0, rounding)
+    return 0, rounding
+
+
+def _save_journal(partial: Path, stamp: str, done: int, rounding: RoundingLoss) -> None:
+    with atomic_file(partial / JOURNAL) as file:
+        json.dump({"stamp": stamp, "done": done, "rounding": rounding.sums}, file)
+
+
+def _check_space(files: Mapping[Path, Mapping[str, Slot]], partial: Path) -> None:
+    """Errors: `CheckpointError` before anything is written when the disk cannot hold the result."""
+    needed = _SPARE + sum(slot.bytes for slots in files.values() for slot in slots.values())
+    place = partial.parent
+    while not place.exists():
+        place = place.parent
+    there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(place).free + there
+    if free < needed:
+        raise CheckpointError(
+            f"the merge needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; nothing was written",
+            where=partial.parent,
+            fix="free some space or choose an output on another disk, then run the same command again",
+        )
+
+
+@contextmanager
+def _hashes(plan: Plan) -> Iterator[dict[str, Future[str]]]:
+    """The contents' hashes of all models, computed beside the merge."""
+    models = [*plan.parents, *([] if plan.base is None else [plan.base])]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield {model.id: pool.submit(getattr, model, "content_hash") for model in models}
+
+
+def _models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[str, Any]]:
+    models = [*plan.parents, *([] if plan.base is None else [plan.base])]
+    return [
+        {
+            "id": model.id,
+            "path": model.folder.name,
+            "weight": model.weight if model is not plan.base else 0.0,
+            "distance": f"{plan.distance[model.id]:.2%}" if model.id in plan.distance else "-",
+            "sha256": hashes[model.id].result(),
+        }
+        for model in models
+    ]
+
+
+def _report(
+    plan: Plan, dtype_of: Mapping[str, torch.dtype], facts: Mapping[str, Any], rounding: RoundingLoss
+) -> dict[str, Any]:
+    from embedsmith import __version__
+
+    main = [dtype_of[name] for name in plan.names if dtype_of[name].is_floating_point]
+    return {
+        "embedsmith": __version__,
+        "method": plan.recipe.method.registered_name,
+        "settings": to_plain(plan.recipe.method),
+        "dtype": str(max(main, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
+        "like": plan.like.model.id,
+        **facts,
+        "rounding": {"total": rounding.total(), "blocks": rounding.report()},
+        "notes": list(plan.notes),
+    }
+
+
+def _warn(report: Mapping[str, Any]) -> None:
+    for note in report["notes"]:
+        log.info("%s", note)
+    loss = report["rounding"]["total"]
+    if loss is not None and loss > LOSSY:
+        log.warning(
+            "rounding to %s loses %.0f %% of what the merge changed: write float32 (dtype: float32)",
+            report["dtype"],
+            100 * loss,
+        )
