@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
+from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.registry import to_plain
 from embedsmith.data import BatchPlan, Joined
@@ -43,7 +44,13 @@ class _Seen:
 
 
 def open_manifest(output: Path, feed: Feed, step: int) -> list[Start]:
-    """Say what will be read, before the first step or after a resume; returns all starts so far. Collective."""
+    """Say what will be read, before the first step or after a resume; returns all starts so far. Collective.
+
+    Errors: `DataError` on a resume when a source holds other records than before: its steps would not be the same.
+    """
+    if step:
+        now = _of_all_ranks(_sources(feed))
+        on_first_rank(lambda: _refuse_changed(output, now))
     earlier = [start for start in _starts(output) if start.step < step] if step else []
     starts = [*earlier, Start(step, world_size())]
     _write(output, starts, _sources(feed))
@@ -68,6 +75,19 @@ def close_manifest(output: Path, feed: Feed, starts: list[Start], steps: int) ->
                 counts = [int(piece.sum()) for piece in pieces]
                 entry["seen"]["rows_of"] = dict(zip(supply.records.records.names, counts, strict=True))
     _write(output, starts, sources, steps)
+
+
+def _refuse_changed(output: Path, now: dict[str, dict[str, Any]]) -> None:
+    path = output / NAME
+    before = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.exists() else {}
+    changed = [name for name, entry in now.items() if name in before and before[name]["content"] != entry["content"]]
+    if changed:
+        rows = "; ".join(f"{name}: {before[name]['rows']:,} rows before, {now[name]['rows']:,} now" for name in changed)
+        raise DataError(
+            f"data of this run changed since it was stopped ({rows})",
+            where=output,
+            fix="put the files back as they were to continue it, or start anew in another output",
+        )
 
 
 def _starts(output: Path) -> list[Start]:
@@ -116,9 +136,13 @@ def _steps(starts: list[Start], steps: int, lane: Lane) -> list[tuple[int, int]]
     ]
 
 
+def _of_all_ranks(mine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}
+
+
 def _write(output: Path, starts: list[Start], mine: dict[str, dict[str, Any]], steps: int | None = None) -> None:
     """On the first rank; ranks may hold different sources (Conan's split mode)."""
-    sources = {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}
+    sources = _of_all_ranks(mine)
     if rank() != 0:
         return
     with atomic_file(output / NAME) as file:
