@@ -110,13 +110,17 @@ def in_part(id_N: IntArray, low: float, high: float) -> npt.NDArray[np.bool_]:
 
 
 def joined(sets: Sequence[RecordSet]) -> RecordSet:
-    """Sources of one task as one, named after all of them."""
+    """Sources of one task as one, named after all of them; those that were joined before are taken apart."""
     digest = hashlib.blake2b(" ".join(one.fingerprint for one in sets).encode(), digest_size=16).hexdigest()
-    names = tuple(one.name for one in sets)
+    pieces: list[Sequence[Record]] = []
+    names: list[str] = []
+    for one in sets:
+        pieces += one.records.pieces if isinstance(one.records, Joined) else [one.records]
+        names += one.records.names if isinstance(one.records, Joined) else [one.name]
     return replace(
         sets[0],
         name="+".join(names),
-        records=Joined(tuple(one.records for one in sets), names),
+        records=Joined(tuple(pieces), tuple(names)),
         fingerprint=digest,
         skipped=tuple(skipped for one in sets for skipped in one.skipped),
     )

@@ -126,7 +126,7 @@ def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:
         pair = next(((one, mate) for one in small if (mate := _mate(one, left)) is not None), None)
         if pair is None:
             return left
-        together = put_together(pair)
+        together = put_together([one for one in left if one is pair[0] or one is pair[1]])
         log.info("sources %s are put together: a batch has more rows than %s", together.records.name, pair[0].rows)
         left = [together if one is pair[1] else one for one in left if one is not pair[0]]
 
