@@ -6,7 +6,9 @@ rank's loss does not need it. Gradients of gathered values are settled explicitl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,22 @@ def world_size(group: Group = None) -> int:
 def rank(group: Group = None) -> int:
     several = group is not ALONE and dist.is_available() and dist.is_initialized()
     return dist.get_rank(group) if several else 0
+
+
+@contextmanager
+def launched_ranks() -> Iterator[None]:
+    """Join the ranks that torchrun (or accelerate launch) started, and leave them at the end. Nothing without a
+    launcher, nor where they are joined already. For work that only exchanges small objects: on the CPU, by gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:

@@ -1,0 +1,348 @@
+"""Offline mining: records and a corpus in, the same records with hard negatives out. In parts, so that a stopped run
+goes on, and shared by all ranks of the ordinary launcher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.errors import DataError, EmbedsmithError, SearchError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.progress import log, progress_bar
+from embedsmith.core.registry import to_plain
+from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
+from embedsmith.mining.bm25 import Bm25
+from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe
+from embedsmith.mining.report import Counts, MineReport, concatenate
+from embedsmith.mining.searchers import (
+    Bm25Searcher,
+    CrossEncoderScorer,
+    EmbeddingSearcher,
+    PairScorer,
+    Searcher,
+    TextReps,
+)
+from embedsmith.mining.select import Ranked, fuse, may_be_negative, order_of, ranks_in_reach, take
+from embedsmith.mining.texts import corpus_texts, loose_id
+from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.exact import FloatArray, IndexArray
+from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
+
+VERSION = 1
+OpenModel = Callable[[str], Encoder]
+
+
+def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) -> MineReport:
+    """Mine as the recipe says, or go on where a stopped run of the same recipe was. A collective of all ranks.
+
+    `open_model` gives the encoder of a path or id. Errors: `DataError` for data that cannot be mined from, or that
+    differ between ranks; what reading, encoding and searching raise.
+    """
+    started = time.monotonic()
+    texts = Texts.read(recipe)
+    encoders = {path: open_model(path) for path in _models(recipe)}
+    key = _agreed_key(recipe, texts, encoders)
+    if not overwrite and (done := on_first_rank(lambda: _finished(recipe, key))) is not None:
+        return done
+    parts = recipe.folder / f"parts-{key}"
+    if overwrite:
+        on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
+    work = _Work(recipe, texts, encoders, parts)
+    starts = range(0, len(texts.records), recipe.part)
+    failed = _attempt(lambda: work.all_parts(starts[rank() :: world_size()], len(starts)))
+    messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
+    if failed is not None:
+        raise failed
+    if messages:
+        raise SearchError(f"another rank failed: {messages[0]}", where="mine", fix="run the same command again")
+    return on_first_rank(lambda: work.finish(key, [work.path(start) for start in starts], started))
+
+
+def _attempt(act: Callable[[], None]) -> EmbedsmithError | None:
+    try:
+        act()
+    except EmbedsmithError as error:
+        return error
+    return None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is mined from: records, the corpus, and who is known to answer whom."""
+
+    found: RecordSet
+    corpus: list[str]
+
+    @staticmethod
+    def read(recipe: MineRecipe) -> Texts:
+        found = read_source(recipe.data)
+        if found.task != "retrieval":
+            raise DataError(
+                f"records of task {found.task} have no hard negatives",
+                where=recipe.data.path,
+                expected="retrieval records: queries with positives",
+                fix="declare task: retrieval, or make pairs of labels first (embedsmith curate, labels_to_pairs)",
+            )
+        texts = Texts(found, corpus_texts(found.records, recipe.corpus))
+        if len(texts.corpus) <= recipe.select.skip:
+            raise DataError(
+                f"the corpus has {len(texts.corpus)} texts, and the first {recipe.select.skip} ranks are left out",
+                where=recipe.data.path,
+                fix="add a corpus, or lower select.skip",
+            )
+        return texts
+
+    @property
+    def records(self) -> Sequence[Record]:
+        return self.found.records
+
+    @cached_property
+    def queries(self) -> list[str]:
+        return [record.query for record in self.records]
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        return {text: index for index, text in enumerate(self.corpus)}
+
+    @cached_property
+    def loose_K(self) -> IndexArray:
+        """Loose ids of the corpus, shifted into the signed range."""
+        return np.fromiter((loose_id(text) >> 1 for text in self.corpus), np.int64, len(self.corpus))
+
+    @cached_property
+    def positives(self) -> dict[int, list[int]]:
+        """Corpus places of all positives of a query, over all records that ask it, by the query's id."""
+        known: dict[int, dict[int, None]] = {}
+        for record in self.records:
+            known.setdefault(text_id(record.query), {}).update(dict.fromkeys(self.place[t] for t in record.positives))
+        return {query: list(places) for query, places in known.items()}
+
+    def positives_of(self, row: int) -> list[int]:
+        return self.positives[text_id(self.queries[row])]
+
+    def hash(self) -> str:
+        digest = hashlib.blake2b(self.found.fingerprint.encode(), digest_size=16)
+        for text in self.corpus:
+            digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def _models(recipe: MineRecipe) -> list[str]:
+    configs = [*recipe.searchers, *([recipe.teacher] if recipe.teacher else [])]
+    return list(dict.fromkeys(config.model for config in configs if isinstance(config, EmbeddingSearch)))
+
+
+def _agreed_key(recipe: MineRecipe, texts: Texts, encoders: dict[str, Encoder]) -> str:
+    """What the result depends on. Errors: `DataError` where ranks read other data or another model."""
+    plain = {name: value for name, value in to_plain(recipe).items() if name not in ("output", "work", "vectors")}
+    prints = {path: fingerprint(encoder) for path, encoder in encoders.items()}
+    facts = {"recipe": plain, "texts": texts.hash(), "models": prints, "version": VERSION}
+    everywhere = objects_of_all_ranks(facts)
+    for number, theirs in enumerate(everywhere):
+        different = [name for name in facts if theirs[name] != everywhere[0][name]]
+        if different:
+            raise DataError(
+                f"rank {number} has another {different[0]} than rank 0",
+                where="mine",
+                fix="give every machine the same files and models",
+            )
+    content = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _finished(recipe: MineRecipe, key: str) -> MineReport | None:
+    """The report of an earlier run of the same, if its output is as it was left."""
+    try:
+        known = MineReport(**json.loads(recipe.report_path.read_text(encoding="utf-8")))
+        return known if (known.key, known.output_bytes) == (key, Path(recipe.output).stat().st_size) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Work:
+    recipe: MineRecipe
+    texts: Texts
+    encoders: dict[str, Encoder]
+    parts: Path
+
+    def path(self, start: int) -> Path:
+        return self.parts / f"part-{start:09d}.jsonl"
+
+    def all_parts(self, starts: Sequence[int], count: int) -> None:
+        """Mine the parts that are not there. Searchers are opened on every rank: encoding is shared."""
+        searchers = [self._searcher(config) for config in self.recipe.searchers]
+        teacher = self._teacher()
+        done = sum(self.path(start).with_suffix(".json").exists() for start in starts)
+        with progress_bar("mine", len(starts), done) as bar:
+            for start in starts:
+                if not self.path(start).with_suffix(".json").exists():
+                    self._part(start, searchers, teacher)
+                    bar.advance()
+
+    def _searcher(self, config: Any) -> Searcher:
+        if isinstance(config, EmbeddingSearch):
+            queries, documents = (self._reps(config, role) for role in ("query", "document"))
+            return EmbeddingSearcher.of(queries, documents, config, self.parts)
+        return Bm25Searcher(self.texts.queries, Bm25(config, self.texts.corpus))
+
+    def _teacher(self) -> PairScorer | None:
+        config = self.recipe.teacher
+        if config is None:
+            return None
+        if isinstance(config, CrossEncoder):
+            return CrossEncoderScorer.of(config, self.texts.queries, self.texts.corpus)
+        return EmbeddingSearcher.of(self._reps(config, "query"), self._reps(config, "document"), config, self.parts)
+
+    def _reps(self, config: EmbeddingSearch, role: Role) -> TextReps:
+        encoder: Encoder = CachedEncoder.of(self.encoders[config.model], self.recipe.vector_folder)
+        if config.head == "hybrid":
+            encoder = HybridEncoder(encoder, config.weights or dict(M3_WEIGHTS))
+        texts = self.texts.queries if role == "query" else self.texts.corpus
+        return TextReps(encoder, texts, role, config.task or self.texts.found.task, config.head)
+
+    def _part(self, start: int, searchers: Sequence[Searcher], teacher: PairScorer | None) -> None:
+        stop = min(start + self.recipe.part, len(self.texts.records))
+        mined = mine_rows(self.texts, self.recipe, searchers, teacher, start, stop)
+        kept = [record for record in mined if self.recipe.short == "keep" or self._enough(record)]
+        write_records(self.path(start), kept)
+        with atomic_file(self.path(start).with_suffix(".json")) as file:
+            json.dump(asdict(Counts.of(mined, kept, self.recipe.select.negatives)), file)
+
+    def _enough(self, record: Record) -> bool:
+        return len(record.negatives) >= self.recipe.select.negatives
+
+    def finish(self, key: str, paths: Sequence[Path], started: float) -> MineReport:
+        """Put the parts together and report. On the first rank."""
+        missing = [path for path in paths if not path.with_suffix(".json").exists()]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(paths)} parts are not there; another rank wrote them elsewhere",
+                where=self.parts,
+                fix="set work to a folder that all machines share",
+            )
+        counts = [Counts(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))) for path in paths]
+        total = Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
+        if total.negatives == 0:
+            raise DataError(
+                f"no record got a negative: {len(self.texts.corpus)} texts, of which every query's own are known",
+                where=self.recipe.data.path,
+                fix="add a corpus, or loosen select.limits, select.skip and select.near_duplicate",
+            )
+        concatenate(paths, Path(self.recipe.output))
+        report = total.report(key, self.recipe.output, len(self.texts.corpus), time.monotonic() - started)
+        with atomic_file(self.recipe.report_path) as file:
+            json.dump(asdict(report), file, indent=1)
+        shutil.rmtree(self.parts, ignore_errors=True)
+        if report.empty:
+            log.warning("%d records have no negative", report.empty)
+        return report
+
+
+def mine_rows(
+    texts: Texts,
+    recipe: MineRecipe,
+    searchers: Sequence[Searcher],
+    teacher: PairScorer | None,
+    start: int,
+    stop: int,
+) -> list[Record]:
+    """Records `start` to `stop - 1` with their negatives, best first, and the scores of positives and negatives."""
+    index_Q, score_Q = _candidates(texts, recipe, searchers, start, stop)
+    positive_Q = [texts.positives_of(row) for row in range(start, stop)]
+    positive_score_Q = _scores(searchers[0], positive_Q, start)
+    if score_Q is None:
+        score_Q = _scores(searchers[0], index_Q, start)
+    ranked = [
+        Ranked(np.asarray(index_C, np.int64), score_C, float(min(scores, default=np.inf)))
+        for index_C, score_C, scores in zip(index_Q, score_Q, positive_score_Q, strict=True)
+    ]
+    taught_Q: list[FloatArray] | None = None
+    if teacher is not None:
+        taught_Q = _scores(teacher, positive_Q, start)
+        ranked = _taught(teacher, ranked, taught_Q, recipe, start)
+    written_Q = taught_Q or positive_score_Q
+    return [
+        _record(texts, recipe, start + place, one, dict(zip(positives, scores.tolist(), strict=True)))
+        for place, (one, positives, scores) in enumerate(zip(ranked, positive_Q, written_Q, strict=True))
+    ]
+
+
+def _candidates(
+    texts: Texts, recipe: MineRecipe, searchers: Sequence[Searcher], start: int, stop: int
+) -> tuple[list[IndexArray], list[FloatArray] | None]:
+    """For each row the candidates that are not known, each text once, in reach; with scores where one searcher gave
+    both."""
+    banned = [_banned(texts, row) for row in range(start, stop)]
+    wanted = min(recipe.candidates + max(map(len, banned)), len(texts.corpus))
+    found = [searcher.top(start, stop, wanted) for searcher in searchers]
+    index_Q: list[IndexArray] = []
+    score_Q: list[FloatArray] = []
+    for place, index_C in enumerate(fuse([index for _, index in found])):
+        loose_C = texts.loose_K[index_C]
+        kept_C = ~np.isin(loose_C, banned[place])
+        first = np.zeros(len(loose_C), bool)
+        first[np.unique(loose_C, return_index=True)[1]] = True
+        kept = np.flatnonzero(kept_C & first)[: recipe.candidates]
+        kept = kept[ranks_in_reach(recipe.select, len(kept))]
+        index_Q.append(index_C[kept])
+        if len(searchers) == 1:
+            score_Q.append(found[0][0][place][: len(index_C)][kept])
+    return index_Q, score_Q if len(searchers) == 1 else None
+
+
+def _banned(texts: Texts, row: int) -> IndexArray:
+    """Loose ids of the query and of all that is known to answer it."""
+    known = [int(texts.loose_K[place]) for place in texts.positives_of(row)]
+    return np.array([*known, loose_id(texts.queries[row]) >> 1], np.int64)
+
+
+def _scores(scorer: PairScorer, index_Q: Sequence[Sequence[int] | IndexArray], start: int) -> list[FloatArray]:
+    """Scores of ragged rows of documents."""
+    sizes = [len(index_C) for index_C in index_Q]
+    row_E = np.repeat(np.arange(start, start + len(sizes)), sizes)
+    index_E = np.concatenate([np.asarray(index_C, np.int64) for index_C in index_Q])
+    return np.split(scorer.pairs(row_E, index_E), np.cumsum(sizes)[:-1])
+
+
+def _taught(
+    teacher: PairScorer, ranked: Sequence[Ranked], positive_Q: Sequence[FloatArray], recipe: MineRecipe, start: int
+) -> list[Ranked]:
+    """With the teacher's scores of the candidates that the searcher's own limits let through; NaN for the others."""
+    kept_Q = [np.flatnonzero(may_be_negative(one, recipe.select)) for one in ranked]
+    score_Q = _scores(teacher, [one.index_C[kept] for one, kept in zip(ranked, kept_Q, strict=True)], start)
+    out: list[Ranked] = []
+    for one, kept, scores, positives in zip(ranked, kept_Q, score_Q, positive_Q, strict=True):
+        teacher_C = np.full(len(one.index_C), np.nan, np.float32)
+        teacher_C[kept] = scores
+        out.append(replace(one, teacher_C=teacher_C, teacher_positive=float(min(positives, default=np.inf))))
+    return out
+
+
+def _record(texts: Texts, recipe: MineRecipe, row: int, ranked: Ranked, scores: dict[int, float]) -> Record:
+    """The record with its negatives in rank order. Scores are the teacher's, else the first searcher's."""
+    select, record = recipe.select, texts.records[row]
+    kept = np.flatnonzero(may_be_negative(ranked, select))
+    candidates = [texts.corpus[int(index)] for index in ranked.index_C[kept]]
+    order = order_of(ranked.score_C[kept], select, (text_id(record.query), record.positives))
+    against = [record.query, *(texts.corpus[place] for place in texts.positives_of(row))]
+    taken = sorted(take(order, candidates, against, select.negatives, select.near_duplicate))
+    written_C = ranked.score_C if ranked.teacher_C is None else ranked.teacher_C
+    return replace(
+        record,
+        negatives=tuple(candidates[place] for place in taken),
+        negative_scores=None,
+        teacher_positive_scores=tuple(scores[texts.place[text]] for text in record.positives),
+        teacher_negative_scores=tuple(float(written_C[kept[place]]) for place in taken) if taken else None,
+    )

@@ -1,0 +1,290 @@
+"""Offline mining: the file it writes is what a plain loop over all pairs gives, whatever is stopped or shared."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from embedsmith.core.errors import DataError, ModelError, RecipeError, SearchError
+from embedsmith.core.recipe import parse
+from embedsmith.data import Source, read_source
+from embedsmith.mining import MineRecipe, mine
+from embedsmith.mining import searchers as searchers_module
+from tests.mining.fakes import Words, rows
+from tests.ranks import on_ranks
+
+
+@pytest.fixture
+def tree(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    return {
+        "data": {"path": str(path)},
+        "output": str(tmp_path / "mined.jsonl"),
+        "searchers": [{"type": "embedding", "model": "words"}],
+        "candidates": 12,
+        "part": 7,
+        "select": {"negatives": 4, "near_duplicate": None},
+    }
+
+
+def run(tree, encoder=None, **changes):
+    encoders = encoder if isinstance(encoder, dict) else {"words": encoder or Words(), "other": Words("b", 8)}
+    return mine(parse(MineRecipe, tree | changes), encoders.__getitem__)
+
+
+def mined(tree, encoder=None, **changes):
+    run(tree, encoder, **changes)
+    return read_source(Source(path=(tree | changes)["output"])).records
+
+
+def scores_of(tree, head="dense", encoder=None):
+    """All scores of queries with all positives, and the texts."""
+    records = read_source(Source(path=tree["data"]["path"])).records
+    corpus = list(dict.fromkeys(text for record in records for text in record.positives))
+    reps = [
+        (encoder or Words()).represent(texts, role="query", outputs=(head,))[head]
+        for texts in ([record.query for record in records], corpus)
+    ]
+    return records, corpus, reps[0].scores(reps[1])[0].numpy()
+
+
+@pytest.mark.parametrize("head", ["dense", "sparse", "multivector"])
+def test_top_negatives_of_a_plain_loop(tree, head, monkeypatch):
+    monkeypatch.setattr(searchers_module, "PIECE", 8)
+    tree["searchers"][0]["head"] = head
+    records, corpus, score_QK = scores_of(tree, head)
+    for record, found, score_K in zip(records, mined(tree), score_QK, strict=True):
+        order = [k for k in np.argsort(-score_K, kind="stable") if corpus[k] not in record.positives][:4]
+        assert found.negatives == tuple(corpus[k] for k in order)
+        np.testing.assert_allclose(found.teacher_negative_scores, score_K[order], atol=1e-5)
+        np.testing.assert_allclose(
+            found.teacher_positive_scores, [score_K[corpus.index(text)] for text in record.positives], atol=1e-5
+        )
+
+
+def test_hybrid_scores_are_the_weighted_sum(tree):
+    tree["searchers"] = [
+        {"type": "embedding", "model": "words", "head": "hybrid", "weights": {"dense": 1.0, "sparse": 0.3}}
+    ]
+    _, corpus, dense_QK = scores_of(tree)
+    _, _, sparse_QK = scores_of(tree, "sparse")
+    for record, score_K in zip(mined(tree), dense_QK + 0.3 * sparse_QK, strict=True):
+        expected = [score_K[corpus.index(text)] for text in record.negatives]
+        np.testing.assert_allclose(record.teacher_negative_scores, expected, atol=1e-5)
+        assert expected == sorted(expected, reverse=True)
+
+
+def test_limits_keep_what_is_below_the_weakest_positive(tree):
+    tree["select"] |= {"negatives": 8, "limits": {"relative_margin": 0.05, "max_score": 0.8, "min_score": 0.1}}
+    tree["candidates"] = 30
+    records = mined(tree)
+    assert any(record.negatives for record in records)
+    for record in records:
+        weakest = min(record.teacher_positive_scores)
+        for score in record.teacher_negative_scores or ():
+            assert 0.1 <= score <= min(0.8, 0.95 * weakest) + 1e-6
+
+
+def test_skip_leaves_out_the_first_ranks(tree):
+    whole = mined(tree, select={"negatives": 6, "near_duplicate": None})
+    later = mined(tree, select={"negatives": 4, "skip": 2, "near_duplicate": None}, output=tree["output"] + "2.jsonl")
+    for all_, some in zip(whole, later, strict=True):
+        assert all_.negatives[2:6] == some.negatives
+
+
+def test_union_ranks_by_both_and_scores_by_the_first(tree):
+    tree["searchers"] = [{"type": "embedding", "model": "words"}, {"type": "bm25"}]
+    _, corpus, score_QK = scores_of(tree)
+    for record, score_K in zip(mined(tree), score_QK, strict=True):
+        expected = [score_K[corpus.index(text)] for text in record.negatives]
+        np.testing.assert_allclose(record.teacher_negative_scores, expected, atol=1e-5)
+
+
+def test_a_teacher_of_another_dimension_scores_and_filters(tree):
+    tree |= {"teacher": {"type": "embedding", "model": "other"}}
+    tree["select"] |= {"teacher_limits": {"absolute_margin": 0.05}}
+    _, corpus, score_QK = scores_of(tree, encoder=Words("b", 8))
+    for record, score_K in zip(mined(tree), score_QK, strict=True):
+        expected = [score_K[corpus.index(text)] for text in record.negatives]
+        np.testing.assert_allclose(record.teacher_negative_scores or (), expected, atol=1e-5)
+        assert max(expected, default=-1) <= min(record.teacher_positive_scores) - 0.05 + 1e-6
+
+
+def test_several_positives_and_records_of_one_query_are_known(tree, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    more = [{"query": "about cats number 0", "pos": ["text on cats number 5 of many", "another answer"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows(), *more]), encoding="utf-8")
+    records = mined(tree, candidates=40, select={"negatives": 40, "near_duplicate": None})
+    known = {"text on cats number 0 of many", "text on cats number 5 of many", "another answer"}
+    for record in (records[0], records[-1]):
+        assert not known & set(record.negatives)
+        assert len(record.negatives) == 31 - 3
+    assert records[-1].teacher_positive_scores is not None
+    assert len(records[-1].teacher_positive_scores) == 2
+
+
+def test_candidates_that_are_positives_under_normalisation_never_come(tree, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ["TEXT on  cats, number 0 of many!", "ＴＥＸＴ on cats number 0 of many", "something else about cats"]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    record = mined(tree, corpus=[{"path": str(corpus)}], candidates=40, select={"negatives": 40})[0]
+    assert not set(texts[:2]) & set(record.negatives)
+    assert texts[2] in record.negatives
+
+
+def test_near_duplicates_of_positives_and_of_each_other_are_left_out(tree, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    long = "a long and winding description of the very same thing, told once more in all its detail"
+    texts = [f"{long} today", f"{long} today x", "short and unlike"]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    changes = {"corpus": [{"path": str(corpus)}], "candidates": 40}
+    strict = mined(tree, select={"negatives": 40, "near_duplicate": 0.9}, **changes)[0].negatives
+    assert len([text for text in strict if text.startswith(long)]) == 1
+    loose = mined(tree, select={"negatives": 40, "near_duplicate": None}, **changes)[0].negatives
+    assert len(loose) > len(strict)
+
+
+@pytest.mark.parametrize("strategy", ["random", "proportional", "stepped"])
+def test_draws_are_seeded(tree, strategy):
+    select = {"negatives": 3, "strategy": strategy, "offset": 3, "round": 1, "near_duplicate": None}
+    first = mined(tree, select=select)
+    again = mined(tree, select=select, output=tree["output"] + "2.jsonl", part=30)
+    other = mined(tree, select=select | {"seed": 1, "round": 2}, output=tree["output"] + "3.jsonl")
+    assert [r.negatives for r in first] == [r.negatives for r in again]
+    assert [r.negatives for r in first] != [r.negatives for r in other]
+    assert all(list(r.teacher_negative_scores) == sorted(r.teacher_negative_scores, reverse=True) for r in first)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(searchers_module, "PIECE", 8)
+    run(tree)
+    whole = (tmp_path / "mined.jsonl").read_bytes()
+    for path in (tmp_path / "mined.jsonl", tmp_path / "mined.report.json"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "mined.jsonl.work")
+    with pytest.raises(KeyboardInterrupt):
+        run(tree, Words(fail_after=40))
+    assert not (tmp_path / "mined.jsonl").exists()
+    second = Words()
+    report = run(tree, second)
+    assert (tmp_path / "mined.jsonl").read_bytes() == whole
+    assert 0 < len(second.encoded) <= 60 - 40
+    third = Words()
+    assert run(tree, third) == report
+    assert third.encoded == []
+
+
+def test_parts_that_are_there_are_not_mined_again(tree, monkeypatch):
+    from embedsmith.mining import offline as module
+
+    calls = []
+    plain = module.mine_rows
+
+    def stopping(*arguments):
+        calls.append(arguments[-2])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, "mine_rows", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree)
+    run(tree)
+    assert calls == [0, 7, 14, 14, 21, 28]
+
+
+def test_another_checkpoint_never_sees_the_vectors_of_the_first(tree):
+    first = mined(tree, {"words": Words("a")})
+    second = mined(tree, {"words": Words("b")})
+    fresh = mined(tree, {"words": Words("b")}, work=tree["output"] + ".fresh", output=tree["output"] + "2.jsonl")
+    assert [r.negatives for r in second] == [r.negatives for r in fresh] != [r.negatives for r in first]
+
+
+def test_half_written_vectors_are_made_again(tree, tmp_path, caplog):
+    expected = mined(tree)
+    files = sorted((tmp_path / "mined.jsonl.work" / "vectors").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "mined.report.json").unlink()
+    assert [r.negatives for r in mined(tree)] == [r.negatives for r in expected]
+    assert "encoded again" in caplog.text
+
+
+def test_gzipped_output(tree, tmp_path):
+    tree["output"] = str(tmp_path / "mined.jsonl.gz")
+    run(tree)
+    assert len(gzip.decompress((tmp_path / "mined.jsonl.gz").read_bytes()).splitlines()) == 30
+
+
+def test_a_query_whose_positives_are_all_the_corpus_gets_none(tree, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"query": "q", "pos": ["a b", "c d"]}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no record got a negative"):
+        run(tree)
+    more = [{"query": "q", "pos": ["a b", "c d", "e f"]}, {"query": "other", "pos": ["a b"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in more), encoding="utf-8")
+    report = run(tree)
+    assert (report.empty, report.short, report.records) == (1, 2, 2)
+    dropped = run(tree, short="drop", output=tree["output"] + "2.jsonl", select={"negatives": 2})
+    assert (dropped.dropped, dropped.records) == (1, 1)
+
+
+def test_what_cannot_be_mined_is_refused(tree, tmp_path):
+    with pytest.raises(DataError, match="the corpus has 30 texts, and the first 40 ranks"):
+        run(tree, candidates=60, select={"skip": 40, "negatives": 4})
+    with pytest.raises(RecipeError, match="do not reach rank"):
+        run(tree, candidates=5, select={"negatives": 6})
+    with pytest.raises(RecipeError, match="needs a teacher"):
+        run(tree, select={"negatives": 2, "teacher_limits": {"max_score": 1.0}})
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text(json.dumps({"text1": "a", "text2": "b", "score": 1.0}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="records of task sts"):
+        run(tree, data={"path": str(scored), "task": "sts"})
+
+
+def test_vectors_of_two_dimensions_are_an_error(tree):
+    class Odd(Words):
+        def represent(self, texts, *, role, task=None, outputs=("dense",)):
+            self.width = 16 if role == "query" else 8
+            return super().represent(texts, role=role, task=task, outputs=outputs)
+
+        def fingerprint(self):
+            return "odd"
+
+    with pytest.raises(SearchError, match="vectors of 16 and 8 numbers"):
+        run(tree, Odd())
+
+
+def test_an_encoder_that_cannot_say_who_it_is_is_refused(tree):
+    class Nameless:
+        represent = Words.represent
+
+    with pytest.raises(ModelError, match="cannot say which model"):
+        run(tree, {"words": Nameless()})
+
+
+def work(tree, other):
+    from embedsmith.core.collectives import rank
+
+    encoder = Words("b" if other and rank() == 1 else "a")
+    try:
+        mine(parse(MineRecipe, tree), {"words": encoder}.__getitem__)
+    except DataError as error:
+        return str(error)
+    return sorted(encoder.encoded)
+
+
+@pytest.mark.dist
+def test_two_ranks_give_the_file_of_one_and_share_the_encoding(tree, tmp_path, monkeypatch):
+    run(tree)
+    alone = (tmp_path / "mined.jsonl").read_bytes()
+    shared = tree | {"output": str(tmp_path / "two.jsonl")}
+    encoded = on_ranks(2, work, tmp_path, shared, False)
+    assert (tmp_path / "two.jsonl").read_bytes() == alone
+    assert sum(map(len, encoded)) == 60
+    messages = on_ranks(2, work, tmp_path, tree | {"output": str(tmp_path / "three.jsonl")}, True)
+    assert "rank 1 has another models than rank 0" in messages[0]
