@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 from embedsmith.data import Record, RecordSet
+from embedsmith.merge.folders import open_folder
 from embedsmith.merge.gram import groups
 from embedsmith.merge.live import LiveMerge
+from embedsmith.merge.method import Combine, Job
+from embedsmith.merge.parents import float_names
 from embedsmith.models import load
 from tests.tinybert import WORDS, tiny_bert
 
@@ -52,3 +55,24 @@ def sts_records(count: int = 12, seed: int = 1) -> RecordSet:
         Record(texts[2 * n], (texts[2 * n + 1],), task="sts", positive_scores=(n / (count - 1),)) for n in range(count)
     ]
     return RecordSet("graded", "sts", records, f"graded-{seed}")
+
+
+def job(folders: Path, base: bool = True) -> Job:
+    """The saved family as a method sees it, weights 1 and 3."""
+    parents = tuple(open_folder(folders / f"parent-{place}", f"p{place}") for place in range(2))
+    start = open_folder(folders / "base", "base") if base else None
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    return Job(parents, start, float_names([*parents, *([start] if start else [])]), weights)
+
+
+def merged(job_: Job, combine: Combine) -> dict[str, torch.Tensor]:
+    """Every tensor, flat, as the writer would get it."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for block in job_.blocks():
+        found.setdefault(block.name, []).append(combine(block))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def probe(folders: Path, *names: str) -> dict[str, object]:
+    """A recipe's probe section on the saved files."""
+    return {"sources": [{"path": str(folders / f"{name}.jsonl")} for name in names], "negatives": 2}

@@ -91,6 +91,16 @@ def test_the_square_of_a_batch_is_not_the_fisher(tmp_path):
     assert max(abs(r - 1) for r in ratio) > 0.1
 
 
+@pytest.mark.parametrize("definition", ["detached", "shared"])
+def test_a_document_of_two_queries_is_not_its_own_negative(tmp_path, definition):
+    """Two queries with one document between them have nothing to be told apart: no loss, no Fisher."""
+    live = family(tmp_path)
+    two = RecordSet("two", "retrieval", [Record("the cat", ("a mat",)), Record("red dog", ("a mat",))], "two")
+    third = RecordSet("x", "retrieval", [*two.records, Record("old tree", ("big tree",))], "x")
+    config = FisherConfig(definition=definition, batch_size=2)
+    assert all(float(f.sum()) < 1e-20 for f in measure(live, third, config).values())
+
+
 def test_shared_graph_with_private_candidates_is_isolated(tmp_path):
     """Two queries whose batch is each other's candidate list: both definitions see the same losses."""
     live = family(tmp_path)

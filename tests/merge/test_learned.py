@@ -1,7 +1,5 @@
 """Data methods as recipe values: from folders and files to the blocks of a merge."""
 
-import json
-
 import pytest
 import torch
 
@@ -16,49 +14,8 @@ from embedsmith.merge.parents import float_names
 from embedsmith.merge.positioning import PositioningConfig, ProbeBatches, position_step, self_position
 from embedsmith.merge.probe import sample
 from embedsmith.models import load
-from tests.merge.family import family, retrieval_records, sts_records
+from tests.merge.family import family, job, merged, probe, retrieval_records, sts_records
 from tests.merge.test_positioning import SOURCES, position
-from tests.tinybert import tiny_bert
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A base and two parents as saved embedders, and a file of each task."""
-    root = tmp_path_factory.mktemp("family")
-    model = load(str(tiny_bert(root / "plain", dropout=0.0)), pooling="mean")
-    model.save(root / "base")
-    for place in range(2):
-        torch.manual_seed(place)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save(root / f"parent-{place}")
-    pairs = [{"query": r.query, "pos": list(r.positives)} for r in retrieval_records(20).records]
-    graded = [
-        {"text1": r.query, "text2": r.positives[0], "score": r.positive_scores[0]} for r in sts_records(20).records
-    ]
-    for name, rows in (("pairs", pairs), ("graded", graded)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return root
-
-
-def job(folders, base=True):
-    parents = tuple(open_folder(folders / f"parent-{place}", f"p{place}") for place in range(2))
-    start = open_folder(folders / "base", "base") if base else None
-    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    return Job(parents, start, float_names([*parents, *([start] if start else [])]), weights)
-
-
-def merged(job_, combine):
-    found = {}
-    for block in job_.blocks():
-        found.setdefault(block.name, []).append(combine(block))
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def probe(folders, *names):
-    return {"sources": [{"path": str(folders / f"{name}.jsonl")} for name in names], "negatives": 2}
-
 
 METHODS = {
     "fisher": {"expectation": "empirical"},

@@ -39,14 +39,12 @@ class Fisher(FisherConfig):
         live = open_live(job.parents, job.base)
         fishers = fisher_of_parents(live, self.probe.of_parents(live.parents), self, self.probe.negatives)
         merged = merge_by_fisher(live.deltas, fishers, job.weight_M.tolist(), self)
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(live.names, merged.at_floor, strict=True))
-        log.info(
-            "fisher: %.2f of %d parents count; F below the floor: %s; %d texts encoded",
-            merged.effective_parents,
-            live.parents,
-            shares,
-            live.cost.texts,
-        )
+        job.report["fisher"] = {
+            "effective_parents": merged.effective_parents,
+            "below_the_floor": dict(zip(live.names, merged.at_floor, strict=True)),
+            "texts": live.cost.texts,
+        }
+        log.info("fisher: %.2f of %d parents count", merged.effective_parents, live.parents)
         return combine_deltas(merged.delta, job.weight_M)
 
 
@@ -65,7 +63,7 @@ class RegMean(RegMeanConfig):
     def prepare(self, job: Job) -> Combine:
         live = open_live(job.parents, job.base)
         delta = merge_by_regmean(live, self.probe.of_parents(live.parents), job.weight_M.tolist(), self)
-        log.info("regmean: %d texts encoded", live.cost.texts)
+        job.report["regmean"] = {"texts": live.cost.texts}
         return combine_deltas(delta, job.weight_M)
 
 
@@ -86,9 +84,8 @@ class SelfPositioning(PositioningConfig):
     def prepare(self, job: Job) -> Combine:
         live = open_live(job.parents, job.base, granularity=_granularity(job, self))
         batches = ProbeBatches.of(live, self.probe.sources, self.probe.read(), self)
-        return combine_coefficients(
-            by_name(live, _told("self_positioning", live, self_position(live, batches, self)), job)
-        )
+        found = _told("self_positioning", live, self_position(live, batches, self), job)
+        return combine_coefficients(by_name(live, found.coefficient_GM, job))
 
 
 @merge_methods.register(
@@ -110,9 +107,8 @@ class ParentMatching(PositioningConfig):
     def prepare(self, job: Job) -> Combine:
         live = open_live(job.parents, job.base, granularity=_granularity(job, self))
         batches = MatchBatches.match(live, self.probe.of_parents(live.parents), self, self.objective)
-        return combine_coefficients(
-            by_name(live, _told("parent_matching", live, self_position(live, batches, self)), job)
-        )
+        found = _told("parent_matching", live, self_position(live, batches, self), job)
+        return combine_coefficients(by_name(live, found.coefficient_GM, job))
 
 
 @merge_methods.register("lm_cocktail", formula="w = softmax(-L_i / T)", source="LM-Cocktail (2311.13534)")
@@ -129,17 +125,28 @@ class LMCocktail(CocktailConfig):
         live = open_live(job.parents, job.base)
         batches = ProbeBatches.whole(live, self.probe.sources, self.probe.read(), self.batch_size, self.probe.seed)
         found = cocktail_weights(live, batches, self)
-        for temperature, weights in found.at_temperature.items():
-            log.info("lm_cocktail: at T = %g the weights are %s", temperature, _listed(live, weights))
-        return combine_coefficients(dict.fromkeys(job.names, found.weight_M))
+        job.report["lm_cocktail"] = {
+            "losses": dict(zip(live.names, found.losses, strict=True)),
+            "weights_at_temperature": {f"{t:g}": list(weights) for t, weights in found.at_temperature.items()},
+            "texts": live.cost.texts,
+        }
+        return combine_coefficients(by_name(live, found.weight_M[None], job))
 
 
 def _granularity(job: Job, config: PositioningConfig) -> Granularity:
     return "block" if config.per_block and job.granularity == "model" else job.granularity
 
 
-def _told(name: str, live: LiveMerge, found: Positioned) -> Positioned:
-    """Say where it ended; a bound that was reached is a red flag."""
+def _told(name: str, live: LiveMerge, found: Positioned, job: Job) -> Positioned:
+    """Say where it ended, in the log and in merge.json; a bound that was reached is a red flag."""
+    job.report[name] = {
+        "weights": dict(zip(live.names, found.weights, strict=True)),
+        "length": found.length,
+        "held_out": found.objective,
+        "gap": found.gap,
+        "texts": live.cost.texts,
+        "trajectory": found.trajectory,
+    }
     log.info(
         "%s: weights %s, length %.3f, held-out objective %.4f, %d texts encoded",
         name,
@@ -157,10 +164,12 @@ def _listed(live: LiveMerge, weights: tuple[float, ...]) -> str:
     return ", ".join(f"{name} {weight:.3f}" for name, weight in zip(live.names, weights, strict=True))
 
 
-def by_name(live: LiveMerge, found: Positioned, job: Job) -> dict[str, Tensor]:
-    """c_M of every tensor of the job. One that the live model has not gets the mean over the groups."""
-    mean_M = found.coefficient_GM.mean(0)
-    return {n: found.coefficient_GM[live.groups[n]] if n in live.groups else mean_M for n in job.names}
+def by_name(live: LiveMerge, coefficient_GM: Tensor, job: Job) -> dict[str, Tensor]:
+    """c_M of every tensor of the job, also noted in merge.json. A tensor that the live model has not gets the mean
+    over the groups."""
+    job.report["coefficients"] = dict(zip(live.group_names, coefficient_GM.tolist(), strict=False))
+    mean_M = coefficient_GM.mean(0)
+    return {name: coefficient_GM[live.groups[name]] if name in live.groups else mean_M for name in job.names}
 
 
 def combine_deltas(delta: Mapping[str, Tensor], weight_M: Tensor) -> Combine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,12 +149,12 @@ def open_live(
 ) -> LiveMerge:
     """The base's weights in one live model, and M task vectors in memory, in fp32.
 
-    Pooling, prompts and tokenizer are those of the first parent's folder. Without a base the first parent takes its
-    place: enough for methods whose weights sum to 1.
+    Pooling, prompts and tokenizer are those of the first parent that is a whole embedder. Without a base the first
+    parent takes its place: enough for methods whose weights sum to 1.
     Errors: `CheckpointError` for parents without the weights that the model needs.
     """
     start = parents[0] if base is None else base
-    folder = str(parents[0].folder)
+    folder = str(_embedder([*parents, start]))
     model = load(folder, device=device) if max_length is None else load(folder, device=device, max_length=max_length)
     names = [name for name, _ in model.named_parameters()]
     for one in (start, *parents):
@@ -172,6 +173,11 @@ def open_live(
     )
     live.place_base()
     return live
+
+
+def _embedder(models: Sequence[Parent]) -> Path:
+    """The first folder that says how to pool; an adapter's is its plain base model's, which does not."""
+    return next((one.folder for one in models if (one.folder / "modules.json").exists()), models[0].folder)
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

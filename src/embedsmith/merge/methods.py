@@ -1,5 +1,5 @@
 """Every merging method, imported so that the registry knows them."""
 
-from embedsmith.merge import geometric, learned
+from embedsmith.merge import elements, geometric, guided, learned, search
 
-__all__ = ["geometric", "learned"]
+__all__ = ["elements", "geometric", "guided", "learned", "search"]

@@ -1,0 +1,5 @@
+"""Fixtures of this room."""
+
+from tests.merge.fixtures import folders
+
+__all__ = ["folders"]
