@@ -16,6 +16,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.merge.gram import Gram, Granularity, groups, measure
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.stream import BLOCK, Block, blocks
+from embedsmith.merge.tensors import size_of
 
 Combine = Callable[[Block], Tensor]
 """A block of all models to the merged weights [E] of that block, in float64 (or float32)."""
@@ -48,6 +49,10 @@ class Job:
         """Inner products of the task vectors of every tensor: one pass over the weights, or the cache."""
         assert self.base is not None, "checked by `Method.base`"
         return measure(self.parents, self.base, self.names, cache=self.cache, block=self.block)
+
+    def size(self, name: str) -> int:
+        """Elements of a tensor."""
+        return size_of(self.parents[0].tensors[name])
 
     def blocks(self, names: tuple[str, ...] | None = None, by_rows: bool = False) -> Iterator[Block]:
         """A pass over the weights."""

@@ -1,0 +1,99 @@
+"""Order statistics of task vectors that never lie in memory at once: exact, by two passes of histograms.
+
+A magnitude is ranked by the bit pattern of its float32 value, which grows with it. The first pass counts the upper 19
+of 31 bits, the second the lower 12 inside the bins that matter; ties at the threshold are all kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from embedsmith.merge.method import Job
+from embedsmith.merge.stream import Block
+
+_LOW = 12
+_BINS = 1 << (31 - _LOW)
+_IN_MEMORY = 1 << 20
+Keys = Callable[[Block], Tensor]
+"""A block to what is ranked, rows [M, E] of values that are not negative."""
+
+
+def magnitudes(block: Block) -> Tensor:
+    """|V_i|, in float32."""
+    return block.delta_ME.abs_().float()
+
+
+def keep_count(density: float, total: int) -> int:
+    """How many of `total` are kept: as near to the fraction as whole numbers allow, and never none by rounding."""
+    return min(total, max(1, round(density * total))) if density > 0 else 0
+
+
+def nth_largest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int], total: int) -> Tensor:
+    """The values at `ranks` (1 is the largest) in every row, [M, R] float32; rank 0 is infinity.
+
+    `passes` starts a pass over the rows [M, E], the same each time; `total`: elements in a row.
+    """
+    if total <= _IN_MEMORY:
+        whole_ME = torch.cat(list(passes()), 1)
+        columns = [_infinite(whole_ME) if not rank else whole_ME.kthvalue(total - rank + 1, 1).values for rank in ranks]
+        return torch.stack(columns, 1)
+    upper_MB = _count_upper(passes())
+    bins_MR, left_MR = _bins_of(upper_MB, ranks)
+    return _inside(passes(), bins_MR, left_MR, ranks)
+
+
+def _infinite(rows_ME: Tensor) -> Tensor:
+    return torch.full((len(rows_ME),), torch.inf)
+
+
+def _patterns(values_ME: Tensor) -> Tensor:
+    return values_ME.contiguous().view(torch.int32)
+
+
+def _count_upper(rows: Iterable[Tensor]) -> Tensor:
+    counted: Tensor | None = None
+    for values_ME in rows:
+        found = torch.stack([torch.bincount(row_E, minlength=_BINS) for row_E in _patterns(values_ME) >> _LOW])
+        counted = found if counted is None else counted.add_(found)
+    assert counted is not None, "a group has at least one tensor"
+    return counted
+
+
+def _bins_of(upper_MB: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """For every row and rank: the bin of the value, and its rank among the values of that bin."""
+    above_MB = upper_MB.flip(1).cumsum(1)  # how many lie in this bin or above, from the top
+    wanted_MR = torch.tensor(ranks).clamp_min(1).expand(len(upper_MB), -1).contiguous()
+    place_MR = torch.searchsorted(above_MB, wanted_MR)
+    before_MR = torch.where(place_MR > 0, above_MB.gather(1, (place_MR - 1).clamp_min(0)), 0)
+    return _BINS - 1 - place_MR, wanted_MR - before_MR
+
+
+def _inside(rows: Iterable[Tensor], bins_MR: Tensor, left_MR: Tensor, ranks: Sequence[int]) -> Tensor:
+    counts = torch.zeros(*bins_MR.shape, 1 << _LOW, dtype=torch.int64)
+    for values_ME in rows:
+        for row, pattern_E in enumerate(_patterns(values_ME)):
+            upper_E = pattern_E >> _LOW
+            for column, wanted in enumerate(bins_MR[row].tolist()):
+                low_E = pattern_E[upper_E == wanted] & ((1 << _LOW) - 1)
+                counts[row, column] += torch.bincount(low_E, minlength=1 << _LOW)
+    above = counts.flip(2).cumsum(2)
+    low_MR = (1 << _LOW) - 1 - torch.searchsorted(above, left_MR[..., None])[..., 0]
+    pattern_MR = (bins_MR << _LOW | low_MR).to(torch.int32)
+    values_MR = pattern_MR.view(torch.float32)
+    return torch.where(torch.tensor(ranks) == 0, torch.inf, values_MR)
+
+
+def group_thresholds(job: Job, ranks_of: Callable[[int], Sequence[int]], keys: Keys = magnitudes) -> dict[str, Tensor]:
+    """Group key to the values [M, R] at the ranks that `ranks_of` gives for the group's size."""
+    found: dict[str, Tensor] = {}
+    for key, names in job.groups.items():
+        total = sum(job.size(name) for name in names)
+        found[key] = nth_largest(_passes(job, names, keys), ranks_of(total), total)
+    return found
+
+
+def _passes(job: Job, names: tuple[str, ...], keys: Keys) -> Callable[[], Iterable[Tensor]]:
+    return lambda: (keys(block) for block in job.blocks(names))
