@@ -36,6 +36,13 @@ _MIXTURE = {
 }
 _LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+_RECURRENT = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 DENSE = (
     "llama qwen2 qwen3 mistral gemma gemma3_text phi phi3 olmo2 granite smollm3 glm cohere cohere2 starcoder2 gpt_neox"
@@ -51,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {name: _HEADS for name in DENSE.split()} |
     "llama4_text": _HEADS | _MIXTURE,
     "deepseek_v2": _MIXTURE | _LATENT | {"head_dim": 4, "topk_method": "greedy"},
     "deepseek_v3": _MIXTURE | _LATENT | {"q_lora_rank": 8, "head_dim": 4},
-    "qwen3_next": _HEADS | _MIXTURE | {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": _HEADS | _MIXTURE | _RECURRENT,
 }
 NO_SDPA = ("gemma2",)
 """Families whose soft-capped scores transformers computes under eager only."""

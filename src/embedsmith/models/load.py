@@ -168,7 +168,8 @@ def decide(
     contract = facts.contract
     special = config.pool_special_tokens
     if special is None:
-        special = contract.pool_special_tokens if facts.pooling is not None else not _adds_bos(tokenizer, attention)
+        told = contract.pool_special_tokens if facts.pooling is not None else not _adds_bos(tokenizer, attention)
+        special = told or pooling in ("last", "cls")  # which take a single token as it is
     settings = Settings(
         pooling=pooling,
         max_length=derive_max_length(config.max_length, facts.max_length, tokenizer.model_max_length, positions),

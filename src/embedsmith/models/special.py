@@ -6,11 +6,12 @@ twice, and a saved tokenizer adds them in every program.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.processors import Sequence as Steps
-from tokenizers.processors import TemplateProcessing
 
 from embedsmith.core.errors import ModelError
 
@@ -21,7 +22,7 @@ def put_end_token(tokenizer: Any, wanted: str | None) -> int:
     `wanted`: its text; `None` takes what the tokenizer appends, else its eos token.
     Errors: `ModelError` when there is no such token.
     """
-    tail = added_tokens(tokenizer)[1]
+    front, tail = added_tokens(tokenizer)
     if wanted is None and tail:
         return tail[-1]
     token = wanted or tokenizer.eos_token
@@ -34,7 +35,7 @@ def put_end_token(tokenizer: Any, wanted: str | None) -> int:
             fix="name one that the vocabulary has with eos_token=..., or use pooling=mean",
         )
     if tail[-1:] != [number]:
-        _process(tokenizer, ["$A", token], token, number)
+        _surround(tokenizer, front, [*tail, int(number)])
     return int(number)
 
 
@@ -49,8 +50,9 @@ def put_first_token(tokenizer: Any, backbone: Any, token: str) -> None:
         backbone.resize_token_embeddings(number + 1, mean_resizing=False)
         with torch.no_grad():
             backbone.get_input_embeddings().weight[number] = mean_H
-    if added_tokens(tokenizer)[0][:1] != [number]:
-        _process(tokenizer, [token, "$A"], token, number)
+    front, tail = added_tokens(tokenizer)
+    if front[:1] != [number]:
+        _surround(tokenizer, [number, *front], tail)
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -71,7 +73,23 @@ def ensure_padding(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
-def _process(tokenizer: Any, pieces: list[str], token: str, number: int) -> None:
+def _surround(tokenizer: Any, front: list[int], end: list[int]) -> None:
+    """One template for everything around a text: templates in a row would mistake each other's pieces for texts."""
     native = tokenizer.backend_tokenizer
-    step = TemplateProcessing(single=pieces, pair=[*pieces, "$B"], special_tokens=[(token, number)])
-    native.post_processor = step if native.post_processor is None else Steps([native.post_processor, step])
+    before, behind = (tokenizer.convert_ids_to_tokens(ids) for ids in (front, end))
+    named = [*zip(before, front, strict=True), *zip(behind, end, strict=True)]
+    template = TemplateProcessing(
+        single=[*before, "$A", *behind], pair=[*before, "$A", "$B", *behind], special_tokens=named
+    )
+    offsets = _byte_level(json.loads(native.to_str())["post_processor"])
+    native.post_processor = template if offsets is None else Steps([offsets, template])
+
+
+def _byte_level(processing: Any) -> ByteLevel | None:
+    """The step that says where tokens of bytes lie in the text, wherever it is in a tokenizer's processing."""
+    if processing is None:
+        return None
+    if processing["type"] == "ByteLevel":
+        return ByteLevel(**{key: value for key, value in processing.items() if key != "type"})
+    found = (_byte_level(step) for step in processing.get("processors", ()))
+    return next((step for step in found if step is not None), None)
