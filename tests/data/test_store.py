@@ -7,12 +7,12 @@ import threading
 
 import datasets
 import pytest
+from tests.core.test_files import tiny_disk
 
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.data import Record, Source, read_source, row_facts, store, storecache
 from embedsmith.data.facts import facts_of
 from embedsmith.data.store import RecordStore, StoreWriter
-from tests.core.test_files import tiny_disk
 
 ROWS = [{"query": f"q{i}", "pos": [f"p{i}", f"r{i}"][: 1 + i % 2], "neg": ["n"] * (i % 4)} for i in range(50)]
 SCORED = [{"text1": f"a{i}", "text2": f"b{i}", "score": i % 6} for i in range(30)]

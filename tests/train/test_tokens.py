@@ -11,6 +11,7 @@ from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.data import Source, read_source, row_facts, text_id, tokencache
 from embedsmith.data.tokencache import Manifest
+from embedsmith.data.tokenread import tokens_of
 from embedsmith.models import load
 from embedsmith.train.tokens import TokenizeJob, adopt, tokenize
 from tests.core.test_files import tiny_disk
@@ -76,6 +77,30 @@ def test_what_is_written_and_what_is_known_of_it(tree, tmp_path):
     assert ours.length_N.tolist() == [max(a.max(), b.max()) for a, b in zip(own, others)]
 
 
+def test_instructions_of_their_own_and_body_offsets_come_back(tree, tmp_path):
+    rows = [{"query": f"cat {n}", "pos": [f"mat {n}"], "prompt": "the big " * (n % 3) or None} for n in range(9)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["model"] |= {"prompts": PROMPTS}
+    tokenize(job({"model": tree["model"], "data": [{"path": str(path)}]}, tmp_path / "tokens"))
+    model = load(tree["model"]["path"], pooling="mean", prompts=PROMPTS)
+    records = read_source(Source(path=str(tmp_path / "tokens"))).records
+    order = [4, 0, 8, 1]
+    queries = [rows[n]["query"] for n in order]
+    wanted = model.tokenize(queries, "query", "retrieval", [rows[n]["prompt"] for n in order])
+    found = tokens_of([records[n].query for n in order], True, lambda places: pytest.fail("all are known"))
+    assert len(set(wanted.body_N.tolist())) == 3
+    same_tokens(found, wanted)
+    wanted = model.tokenize(["mat 2", "a text", "mat 7"])
+    mixed = [records[2].positives[0], "a text", records[7].positives[0]]  # of a cache and of a file, put together
+    same_tokens(tokens_of(mixed, False, lambda places: model.tokenize([mixed[place] for place in places])), wanted)
+
+
+def same_tokens(found, wanted):
+    for name in ("id_S", "offset_P", "body_N", "is_query_N"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+
+
 def test_another_tokenizer_is_refused_with_both_hashes(tree, tmp_path):
     other = tiny_bert(tmp_path / "other")
     path = other / "tokenizer.json"
@@ -114,6 +139,10 @@ def test_documents_in_another_role_and_options_that_need_texts_are_refused(tree,
 @pytest.mark.parametrize("layout", ["corpus", "inline"])
 def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeypatch, layout):
     monkeypatch.setattr(tokencache, "SHARD_ROWS", 7)
+    rows = [{"query": f"cat {n}", "pos": [f"mat {n % 11}"], "neg": [f"mat {n % 5}"]} for n in range(40)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["data"] = [{"path": str(path)}]
     whole = tmp_path / "whole"
     tokenize(job(tree, whole, layout=layout))
     write, calls = tokencache._write_shard, []
@@ -134,6 +163,8 @@ def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeyp
     assert names == sorted(path.name for path in (tmp_path / "tokens").iterdir())
     for name in names:
         assert (whole / name).read_bytes() == (tmp_path / "tokens" / name).read_bytes(), name
+    if layout == "corpus":
+        assert pq.read_metadata(whole / "pairs_corpus.parquet").num_rows == 11  # each once over all shards
     calls.clear()
     tokenize(job(tree, tmp_path / "tokens", layout=layout))
     assert calls == []
