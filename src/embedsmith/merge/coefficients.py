@@ -236,9 +236,9 @@ def _karcher_step(gram_MM: Tensor, mean_M: Tensor, w_M: Tensor, inverse_M: Tenso
     tangent_M = w_M * ratio_M * inverse_M - (w_M * ratio_M * cos_M).sum() * mean_M
     size = norm_of(gram_MM, tangent_M)
     if size < 1e-10:
-        return mean_M, float(size)
+        return mean_M, float(size.detach())
     moved_M = torch.cos(size) * mean_M + torch.sin(size) / size * tangent_M
-    return moved_M / norm_of(gram_MM, moved_M), float(size)
+    return moved_M / norm_of(gram_MM, moved_M), float(size.detach())
 
 
 def model_stock(gram_MM: Tensor) -> Tensor:
