@@ -155,8 +155,9 @@ def test_a_tiny_fisher_is_no_plain_average():
     """The trap of an absolute floor: F of 1e-9 would be lifted to 1e-6 everywhere, and the merge would be the mean."""
     deltas = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([0.0, 0.0])}]
     fishers = [{"w": torch.tensor([9e-9, 1e-9])}, {"w": torch.tensor([1e-9, 9e-9])}]
-    merged = merge_by_fisher(deltas, fishers, [1.0, 1.0], FisherConfig(shrink=0.0))
-    assert merged.delta["w"].tolist() == pytest.approx([0.9, 0.1])
+    for normalise in (True, False):
+        merged = merge_by_fisher(deltas, fishers, [1.0, 1.0], FisherConfig(shrink=0.0, normalise=normalise))
+        assert merged.delta["w"].tolist() == pytest.approx([0.9, 0.1])
 
 
 def test_a_part_without_gradient_is_the_weighted_mean():

@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from embedsmith.core.tokens import PaddedTokens
 from embedsmith.merge.live import linear_modules
-from embedsmith.merge.regmean import Grams, RegMeanConfig, collect, collecting, merge_by_regmean, solve, token_chunks
+from embedsmith.merge.regmean import (
+    Grams,
+    RegMeanConfig,
+    collect,
+    collecting,
+    merge_by_regmean,
+    solve,
+    token_chunks,
+    token_weights,
+)
 from tests.merge.family import family, retrieval_records, sts_records
 
 EXACT = RegMeanConfig(off_diagonal=1.0, ridge=0.0, gram_norm="none", token_weight="token", tolerance=0.0)
@@ -97,10 +107,12 @@ def test_grams_are_of_real_tokens_and_shared_between_modules_of_one_input(tmp_pa
 
 def test_long_texts_do_not_drown_short_ones():
     linear = {"l": nn.Linear(2, 2, dtype=torch.float64)}
-    x = torch.tensor([[[1.0, 0.0]] * 4, [[0.0, 1.0]] + [[9.0, 9.0]] * 3], dtype=torch.float64)
-    mask = torch.tensor([[1.0] * 4, [1.0, 0, 0, 0]], dtype=torch.float64)
+    nothing = float("nan")  # what lies at the padding is nobody's input
+    x = torch.tensor([[[1.0, 0.0]] * 4, [[0.0, 1.0]] + [[nothing] * 2] * 3], dtype=torch.float64)
+    mask_NT = torch.tensor([[True] * 4, [True, False, False, False]])
+    padded = PaddedTokens(mask_NT.long(), mask_NT, mask_NT, torch.tensor([True, True]))
     grams = Grams()
-    with collecting(linear, grams, lambda: mask / mask.sum(1, keepdim=True)):
+    with collecting(linear, grams, lambda: token_weights(padded, RegMeanConfig())):
         linear["l"](x)
     assert grams.of("l").tolist() == [[0.5, 0.0], [0.0, 0.5]]
 

@@ -67,8 +67,8 @@ def part_of(task: Task, items: int, documents: int, seed: int) -> Task:
     for the same seed; smaller parts lie within larger ones. Other kinds of task stay whole."""
     if isinstance(task, STSTask) and len(task.score) > items:
         rows = sorted(_first(range(len(task.score)), items, seed, task.name))
-        columns = ([column[row] for row in rows] for column in (task.text1, task.text2, task.score))
-        return STSTask(task.name, *columns)
+        left, right = ([column[row] for row in rows] for column in (task.text1, task.text2))
+        return STSTask(task.name, left, right, [task.score[row] for row in rows])
     if isinstance(task, RetrievalTask):
         return _part_of_retrieval(task, items, documents, seed)
     return task

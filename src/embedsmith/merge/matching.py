@@ -53,8 +53,7 @@ class MatchTeacher(Loss):
         return LossOutput((own_NN @ own_NN.T - teacher_NN @ teacher_NN.T).square().mean()[None])
 
     def _vectors(self, batch: Batch, head: str) -> Tensor:
-        parts = [in_fp32(side.local[head].tensors()[0]) for side in batch.sides()]
-        vector_ND: Tensor = torch.cat(parts)
+        vector_ND: Tensor = torch.cat([in_fp32(side.local[head].tensors()[0]) for side in batch.sides()])
         return vector_ND
 
 

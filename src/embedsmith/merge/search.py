@@ -148,14 +148,8 @@ class Study:
 
     def coefficients(self, point: Point) -> Tensor:
         """coefficient_GM of a point in the search's family, length included."""
-        turns = {
-            "slerp": lambda gram, a: sequential_slerp(gram, a, on_antipodal="linear"),
-            "paper": lambda gram, a: sequential_slerp(gram, a, accumulate="mean", on_antipodal="linear"),
-            "karcher": karcher,
-            "average": lambda gram, a: average(a),
-        }
-        turn = turns[self.config.family]
-        return point.length * torch.stack([turn(gram_MM, point.weight_M) for gram_MM in self.live.gram()])
+        rows = [_direction(self.config.family, gram_MM, point.weight_M) for gram_MM in self.live.gram()]
+        return point.length * torch.stack(rows)
 
     def try_out(self, point: Point, share: float, coefficient_GM: Tensor | None = None) -> Trial:
         """Place the merge in the live model and score it."""
@@ -198,6 +192,15 @@ class Study:
             return False
         _, _, high = self.goal.gain(bests[-1].results, bests[-1 - patience].results)
         return high < self.config.least_gain
+
+
+def _direction(family: Family, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+    if family == "karcher":
+        return karcher(gram_MM, weight_M)
+    if family == "average":
+        return average(weight_M)
+    accumulate: Literal["sum", "mean"] = "mean" if family == "paper" else "sum"
+    return sequential_slerp(gram_MM, weight_M, accumulate, on_antipodal="linear")
 
 
 def search(live: LiveMerge, config: SearchConfig) -> Found:
