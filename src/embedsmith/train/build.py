@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,28 +59,17 @@ def bf16_is_fast() -> bool:
 
 def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
     """Chunks are small on a CPU, where padding costs more than it hides, and large on a GPU."""
-    chunk_tokens = 2048 if device.type == "cpu" else 32768
+    chunk, least = (2048, 128) if device.type == "cpu" else (32768, 8192)
     if config.micro_batch is not None:
-        return Memory(chunk_tokens, None, config.micro_batch)
+        return Memory(chunk, None, config.micro_batch, least)
     if config.token_budget is not None:
-        return Memory(min(chunk_tokens, config.token_budget), config.token_budget)
-    return Memory(chunk_tokens)
+        return Memory(min(chunk, config.token_budget), config.token_budget, None, least)
+    return Memory(chunk, least_tokens=least)
 
 
 def from_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
     """The same model as a checkpoint holds it: what the recipe changed about the original is already in there."""
-    return replace(
-        config,
-        path=str(folder),
-        revision=None,
-        pooling=None,
-        max_length=None,
-        prompts=None,
-        normalize=None,
-        dimension=None,
-        heads=None,
-        multivector_dim=None,
-    )
+    return config.continued(str(folder))
 
 
 def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balance: Balance | None = None) -> Feed:

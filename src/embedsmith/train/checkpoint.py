@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, pruned, found again, resumed.
 
 runs/a/recipe.yaml              the resolved recipe
-runs/a/checkpoints/step-N/      model/ (loadable anywhere), training.pt, state.json
+runs/a/checkpoints/step-N/      model/ (loadable anywhere), training.pt, state.json, with live negatives mining.pt
 runs/a/metrics.jsonl
 runs/a/model/                   the result, written last; `finished.json` beside it says the run is over
 """
@@ -46,16 +46,26 @@ class Checkpoints:
     def __init__(self, output: Path, keep: int) -> None:
         self.output, self.folder, self.keep = output, output / "checkpoints", keep
 
-    def save(self, model: Embedder, extras: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+    def save(
+        self,
+        model: Embedder,
+        extras: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: RunState,
+        mining: dict[str, Any] | None = None,
+    ) -> None:
         """Write `step-N`, then drop older ones (never the best). Collective: every rank's random state goes in."""
         random_states = objects_of_all_ranks(random_state())
         if rank() != 0:
             return
         with atomic_folder(self.path(state.step)) as folder:
-            model.save(folder / "model")
+            model.save(folder / "model", merge=False)
             training = {"optimizer": optimizer.state_dict(), "extras": extras.state_dict(), "random": random_states}
             with (folder / "training.pt").open("wb") as file:
                 torch.save(training, file)
+            if mining is not None:
+                with (folder / "mining.pt").open("wb") as file:
+                    torch.save(mining, file)
             (folder / "state.json").write_text(json.dumps(to_plain(state)), encoding="utf-8")
         self._prune(state)
 
@@ -76,6 +86,19 @@ class Checkpoints:
         states = training["random"]
         if rank() < len(states):  # with more ranks than before the new ones keep their seed
             restore_random_state(states[rank()])
+        return state
+
+    def load_mining(self, step: int) -> dict[str, Any]:
+        """The state of live negatives. Errors: `CheckpointError` where it is missing or cannot be read."""
+        path = self.path(step) / "mining.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"the state of live negatives cannot be read ({error})",
+                where=path,
+                fix="delete this checkpoint to go on from the one before",
+            ) from error
         return state
 
     def path(self, step: int) -> Path:

@@ -176,6 +176,7 @@ def update(run: Run, parts: list[Part]) -> tuple[StepOutput, float, float]:
     config = run.recipe.train
     rate = set_learning_rate(run.optimizer, config, run.state.step, run.length.steps)
     run.optimizer.zero_grad(set_to_none=True)
+    run.model.progress = run.state.step / run.length.steps
     output = run_step(
         run.encode, parts, run.memory, dict(run.extras.items()), Progress(run.state.step, run.length.steps)
     )

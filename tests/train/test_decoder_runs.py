@@ -1,0 +1,51 @@
+"""Runs on a tiny decoder: adapters and softmask, stopped and continued."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from embedsmith.core.recipe import parse
+from embedsmith.models import load
+from embedsmith.train import Recipe, loop, train
+from tests.models.families import tiny
+from tests.models.test_decoders import TEXTS, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    tiny("qwen3", vocab_size=280).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model", [{"pooling": "last", "lora": {"r": 4}}, {"pooling": "mean", "attention": "softmask"}])
+def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, decoder, tmp_path, monkeypatch, model):
+    tree = tree | {"model": {"path": str(decoder), "max_length": 48, **model}}
+    tree["train"] = tree["train"] | {"steps": 6, "checkpoint_every": 2}
+    train(parse(Recipe, tree | {"output": str(tmp_path / "whole")}))
+    update, seen = loop.update, []
+
+    def dies(run, parts):
+        seen.append(run.model.progress)
+        if len(seen) == 5:
+            raise RuntimeError("power cut")
+        return update(run, parts)
+
+    monkeypatch.setattr(loop, "update", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(parse(Recipe, tree))
+    monkeypatch.setattr(loop, "update", update)
+    folder = train(parse(Recipe, tree))
+    for name, tensor in load_file(tmp_path / "whole/model/model.safetensors").items():
+        assert (load_file(folder / "model.safetensors")[name] == tensor).all(), name
+    assert not (folder / "adapter_config.json").exists()
+    checkpoint = Path(tree["output"]) / "checkpoints/step-6/model"
+    assert (checkpoint / "adapter_config.json").exists() == ("lora" in model)
+    np.testing.assert_allclose(load(str(checkpoint)).encode(TEXTS), load(str(folder)).encode(TEXTS), atol=1e-5)
+    if "lora" not in model:
+        assert json.loads((folder / "embedding_config.json").read_text())["attention"]["mode"] == "bidirectional"
+        assert load(str(folder)).encode(TEXTS).shape == (5, 16)
