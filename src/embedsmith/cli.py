@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from embedsmith.cli_evaluate import VERBS
 
 app = typer.Typer(
     name="embedsmith",
@@ -102,46 +105,6 @@ def demo(
 
 
 @app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--tasks", "-t", help="Names or paths, one or several.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder where names of tasks are looked up.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
-    split: Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")] = "test",
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")] = None,
-    engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
-    items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
-) -> None:
-    """Score a model: `embedsmith evaluate MODEL --tasks stsb-en cranfield path/to/mine`."""
-    from rich.console import Console
-
-    from embedsmith import __version__
-    from embedsmith.core.encoder import Encoder
-    from embedsmith.core.errors import EvaluationError
-    from embedsmith.evaluate import evaluate as score
-    from embedsmith.evaluate import load_task, split_names
-    from embedsmith.evaluate.adapters import SentenceTransformersEncoder
-
-    loaded = [load_task(name, data_dir=data, split=split) for name in split_names([*(tasks or []), *(more or [])])]
-    encoder: Encoder
-    if engine == "sentence-transformers":
-        encoder = SentenceTransformersEncoder.load(model, max_length=max_length, batch_size=batch_size)
-    elif engine == "embedsmith":
-        from embedsmith.models import load
-
-        encoder = load(model) if max_length is None else load(model, max_length=max_length)
-    else:
-        raise EvaluationError(f"no engine is called {engine!r}", expected="embedsmith or sentence-transformers")
-    about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "embedsmith": __version__}
-    results = score(encoder, loaded, about=about)
-    Console().print(results.table())
-    if json_file is not None:
-        results.save(json_file, items=items)
-
-
-@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -191,6 +154,11 @@ def merge_models(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is already there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare the models and print the plan.")] = False,
+    explain: Annotated[Path | None, typer.Option(help="Write a report on the merge to this folder, not it.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the result against its parents.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="As --verify; what fails is not written.")] = False,
+    probe: Annotated[list[str] | None, typer.Option(help="Texts to look at: one file a parent, or one.")] = None,
+    sizes: Annotated[list[int] | None, typer.Option(help="With --explain: examples each parent saw.")] = None,
 ) -> None:
     """Merge models as a recipe says. The same command continues a merge that was stopped."""
     from embedsmith.core.recipe import load_recipe
@@ -200,6 +168,14 @@ def merge_models(
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
         typer.echo(rehearse(loaded))
+    elif explain is not None:
+        from embedsmith.merge.commands import run_explain
+
+        typer.echo(f"report: {run_explain(loaded, explain, probe or [], sizes or [])}")
+    elif verify or strict:
+        from embedsmith.merge.commands import run_verified
+
+        typer.echo(f"model: {run_verified(loaded, probe or [], strict, overwrite)}")
     else:
         typer.echo(f"model: {merge(loaded, overwrite=overwrite)}")
 
@@ -222,9 +198,7 @@ def tokenize(
     data: Annotated[list[str], typer.Argument(help="Data files or datasets; or one YAML recipe of this verb.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="For every source: key=value")
-    ] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="For every source: key=value")] = None,
     max_length: Annotated[int | None, typer.Option(min=4, help="Tokens a text may have.")] = None,
     layout: Annotated[str | None, typer.Option(help="corpus: documents once; inline: in each row.")] = None,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
@@ -260,6 +234,64 @@ def curate_data(
     from embedsmith.curation import run_curate
 
     Console().print(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
+
+
+@app.command("index")
+def index_documents(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    documents: Annotated[str, typer.Argument(help="A file of documents (_id, text, ...), or a BEIR folder.")],
+    to: Annotated[Path | None, typer.Option(help="Folder of the index; an index that is there is updated.")] = None,
+    url: Annotated[str | None, typer.Option(help="Instead of a folder: URL of a Qdrant server.")] = None,
+    collection: Annotated[str, typer.Option(help="Collection on the server.")] = "embedsmith",
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option("--head", help="dense, sparse, multivector; all by default.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
+) -> None:
+    """Index documents under every head of a model; the same command continues after a stop, and updates."""
+    from embedsmith.indexing import Place, run_index
+
+    place = Place(to, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    written, size = run_index(model, documents, place, heads, batch)
+    typer.echo(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
+
+
+@app.command("search")
+def search_index(
+    queries: Annotated[list[str] | None, typer.Argument(help="One or more queries.")] = None,
+    index: Annotated[Path | None, typer.Option("--index", "-i", help="Folder of the index.")] = None,
+    url: Annotated[str | None, typer.Option(help="Instead of a folder: URL of a Qdrant server.")] = None,
+    collection: Annotated[str, typer.Option(help="Collection on the server.")] = "embedsmith",
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's new place, if it was moved.")] = None,
+    file: Annotated[str | None, typer.Option(help="A file of queries (_id, text).")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits a query.")] = 10,
+    weights: Annotated[list[str] | None, typer.Option("--weight", help="Weight of a head: sparse=0.3")] = None,
+    rrf: Annotated[bool, typer.Option("--rrf", help="Fuse ranks instead of scores.")] = False,
+    candidates: Annotated[int, typer.Option(min=1, help="Documents each head proposes.")] = 100,
+    filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
+) -> None:
+    """Search an index by all heads together, with the score of each."""
+    from embedsmith import indexing
+
+    place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    texts = [*(queries or []), *(indexing.read_queries(file) if file else [])]
+    where = indexing.parse_pairs(filters or [], "the filter")
+    asked = indexing.Asked(texts, k, indexing.parse_weights(weights or []), rrf, candidates, where)
+    for answer in indexing.run_search(place, model, asked, explain):
+        if as_json:
+            typer.echo(indexing.as_json(answer))
+        else:
+            from rich.console import Console
+
+            Console().print(indexing.table(answer))
+
+
+for verb in VERBS:
+    app.command()(verb)
 
 
 def main() -> None:

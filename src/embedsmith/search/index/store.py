@@ -1,0 +1,148 @@
+"""What an index asks of its engine. Both engines speak Qdrant's data model, each in classes of its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from embedsmith.core.errors import SearchError
+from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
+
+Kind = Literal["dense", "sparse", "multivector"]
+Vector = list[float] | list[list[float]] | tuple[list[int], list[float]]
+"""Dense: D numbers. Multi-vector: a list of D numbers for every token. Sparse: coordinates, and their weights."""
+
+Filter = Mapping[str, Any]
+"""Conditions on metadata, all of which must hold: `{"lang": "en"}`, `{"lang": ["en", "zh"]}`, `{"year": {"gte": 2000}}`
+(gt, gte, lt, lte)."""
+
+METADATA = "metadata"
+"""The payload's key under which a document's metadata stand."""
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One named field of every document; `width` is D, and None for a sparse field."""
+
+    kind: Kind
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class StoredPoint:
+    """A document as the engine keeps it. A head may be absent: a text without a single sparse weight has no vector."""
+
+    key: str
+    vectors: Mapping[str, Vector]
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The best `limit` documents of one field. `among`: only these keys, scored exactly. `ef`: how many neighbours the
+    graph search keeps in view (`None`: the engine's default)."""
+
+    head: str
+    vector: Vector
+    limit: int
+    filter: Filter = field(default_factory=dict)
+    among: frozenset[str] | None = None
+    ef: int | None = None
+
+
+class Store(Protocol):
+    """An engine's collection. Every method raises `SearchError` where the engine fails."""
+
+    def settings(self) -> dict[str, Any] | None:
+        """What `create` was given; `None` where there is no index yet."""
+
+    def create(self, fields: Mapping[str, FieldSpec], settings: Mapping[str, Any]) -> None: ...
+
+    def upsert(self, points: Sequence[StoredPoint]) -> None:
+        """Write or replace; durable when it returns."""
+
+    def delete(self, keys: Sequence[str]) -> None: ...
+
+    def payloads(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Those of the keys that exist, with the named entries of their payload."""
+
+    def search(self, requests: Sequence[Request]) -> list[list[tuple[str, float]]]:
+        """(key, score) of the best of every request, best first. A multi-vector score is the sum over query tokens."""
+
+    def count(self) -> int: ...
+
+    def optimize(self) -> None:
+        """Build what makes searching fast, where the engine does not do so by itself."""
+
+    def close(self) -> None: ...
+
+
+def point_key(document_id: str) -> str:
+    """The engine's key of a document: a UUID made from its id, so that writing a document again replaces it."""
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, document_id))
+
+
+def field_of(representation: Representation) -> FieldSpec:
+    if isinstance(representation, Dense):
+        return FieldSpec("dense", representation.vector_ND.shape[1])
+    if isinstance(representation, MultiVector):
+        return FieldSpec("multivector", representation.vector_NTD.shape[2])
+    if isinstance(representation, Sparse):
+        return FieldSpec("sparse")
+    raise SearchError(f"an index cannot hold {type(representation).__name__}", expected="dense, sparse or multivector")
+
+
+def vectors_of(representation: Representation) -> list[Vector | None]:
+    """One vector a row, `None` where a row has nothing to be found by (no sparse weight, no token)."""
+    if isinstance(representation, Dense):
+        rows: list[Vector | None] = list(representation.vector_ND.float().tolist())
+        return rows
+    if isinstance(representation, MultiVector):
+        pairs = zip(representation.vector_NTD.float(), representation.mask_NT, strict=True)
+        return [vector_TD[mask_T].tolist() or None for vector_TD, mask_T in pairs]
+    assert isinstance(representation, Sparse)
+    pairs = zip(representation.coordinate_NT.tolist(), representation.weight_NT.tolist(), strict=True)
+    return [_sparse(coordinates, weights) for coordinates, weights in pairs]
+
+
+def _sparse(coordinates: list[int], weights: list[float]) -> Vector | None:
+    """A token that comes twice counts with its larger weight, as M3's lexical weights do."""
+    best: dict[int, float] = {}
+    for coordinate, weight in zip(coordinates, weights, strict=True):
+        if weight > best.get(coordinate, 0.0):
+            best[coordinate] = weight
+    return (list(best), list(best.values())) if best else None
+
+
+_BOUNDS = ("gt", "gte", "lt", "lte")
+
+
+def conditions(filter_: Filter) -> list[tuple[str, str, Any]]:
+    """(key, "value" | "any" | "range", value) of every condition, checked. Errors: `SearchError`."""
+    found: list[tuple[str, str, Any]] = []
+    for key, wanted in filter_.items():
+        if isinstance(wanted, Mapping):
+            if not wanted or set(wanted) - set(_BOUNDS) or not all(_is_number(bound) for bound in wanted.values()):
+                raise SearchError(f"the filter on {key!r} is {dict(wanted)}", expected=f"numbers for {_BOUNDS}")
+            found.append((key, "range", {name: float(bound) for name, bound in wanted.items()}))
+        elif isinstance(wanted, list | tuple):
+            if not wanted or len({type(one) for one in wanted}) > 1 or not all(_is_exact(one) for one in wanted):
+                raise SearchError(f"the filter on {key!r} is {list(wanted)}", expected="texts, or whole numbers")
+            found.append((key, "any", list(wanted)))
+        elif _is_exact(wanted):
+            found.append((key, "value", wanted))
+        else:
+            raise SearchError(
+                f"the filter on {key!r} is {wanted!r}", expected="a text, a whole number, true or false, or a range"
+            )
+    return found
+
+
+def _is_exact(value: object) -> bool:
+    return isinstance(value, str | int)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
