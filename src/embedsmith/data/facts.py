@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -74,9 +73,10 @@ def facts_of(records: Iterable[Record]) -> RowFacts:
     query_ids, positive_ids, ends, lengths = array("q"), array("q"), array("q", [0]), array("i")
     for record in records:
         query_ids.append(text_id(record.query))
-        positive_ids.extend(map(text_id, record.positives))
+        for text in record.positives:
+            positive_ids.append(text_id(text))
         ends.append(len(positive_ids))
-        lengths.append(max(map(estimated_tokens, chain((record.query,), record.positives, record.negatives))))
+        lengths.append(max(map(estimated_tokens, (record.query, *record.positives, *record.negatives))))
     return RowFacts(np.asarray(query_ids), np.asarray(positive_ids), np.asarray(ends), np.asarray(lengths, np.int32))
 
 

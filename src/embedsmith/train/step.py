@@ -49,11 +49,13 @@ class Part:
 @dataclass(frozen=True)
 class Memory:
     """`chunk_tokens`: padded tokens encoded at once. `kept_tokens`: padded tokens whose graph may be alive together
-    (`None`: all). `max_rows`: texts in a chunk, and then also the texts whose graphs are kept (`None`: no limit)."""
+    (`None`: all). `max_rows`: texts in a chunk, and then also the texts whose graphs are kept (`None`: no limit).
+    `least_tokens`: from so many on a chunk ends where texts get shorter, to save padding (`None`: only when full)."""
 
     chunk_tokens: int
     kept_tokens: int | None = None
     max_rows: int | None = None
+    least_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class StepOutput:
 
 def plan_chunks(length_N: IntArray, memory: Memory) -> list[Chunk]:
     """Chunks of similar length, longest first; those that keep their graph come last, as many as the budget allows."""
-    chunks = chunk_rows(length_N, memory.chunk_tokens, memory.max_rows)
+    chunks = chunk_rows(length_N, memory.chunk_tokens, memory.max_rows, memory.least_tokens)
     sizes = [len(rows) * int(length_N[rows].max(initial=1)) for rows in chunks]
     tokens_left = float("inf") if memory.kept_tokens is None else max(memory.kept_tokens, sizes[-1])
     rows_left = float("inf") if memory.max_rows is None else memory.max_rows
@@ -129,7 +131,10 @@ def evaluate_parts(
     """The loss of the parts without gradient: what validation reports."""
     with torch.no_grad():
         tokens, heads = _texts(parts)
-        chunks = [Chunk(rows, keep=False) for rows in chunk_rows(tokens.length_N, memory.chunk_tokens)]
+        chunks = [
+            Chunk(rows, keep=False)
+            for rows in chunk_rows(tokens.length_N, memory.chunk_tokens, None, memory.least_tokens)
+        ]
         sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
         batches = [part.assemble(*pair, extras, progress) for part, pair in zip(parts, sides, strict=True)]
         return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
