@@ -90,9 +90,14 @@ class Geometry:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        numbers = {name: value if np.isfinite(value) else None for name, value in self.numbers.items()}
+        numbers = plain(self.numbers)
         arrays = {name: getattr(self, name).tolist() for name in ("spectrum", "variance")}
-        return {**self.about, "geometry": numbers, **arrays}
+        edges = np.linspace(float(np.concatenate([self.cosines, self.paired]).min()), 1.0 + 1e-9, 61)
+        counts = {
+            name: np.histogram(v, edges)[0].tolist() for name, v in (("random", self.cosines), ("pairs", self.paired))
+        }
+        histograms = {"edges": edges.tolist(), **counts}
+        return {**self.about, "geometry": numbers, **arrays, "histograms": histograms}
 
 
 def look(encoder: Encoder, sample: Sample, *, about: Mapping[str, Any] | None = None, tokens: bool = True) -> Geometry:
@@ -146,7 +151,8 @@ def brief(encoder: Encoder, sample: Sample) -> dict[str, float]:
     shown = ("anisotropy", "effective_rank", "uniformity", "hubness", "first_direction")
     space = geometry.sentence_space(vector_ND)
     numbers = {f"sentence/{name}": space[name] for name in shown}
-    return numbers | _named("token", token_space(encoder, sample.texts[:32]))
+    tokens = token_space(encoder, sample.texts[:32])
+    return numbers | _named("token", {name: value for name, value in tokens.items() if name != "texts"})
 
 
 def table(looks: Sequence[Geometry], names: Sequence[str], together: Mapping[str, float] | None = None) -> Table:
@@ -197,10 +203,19 @@ MEANING: Mapping[str, str] = {
 }
 
 
-def load_texts(path: Path) -> Sample:
-    """Lines of a text file, one text each."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return Sample(tuple(dict.fromkeys(line for line in lines if line)))
+def load_texts(path: Path, count: int = TEXTS, seed: int = 0) -> Sample:
+    """Different lines of a text file, one text each. Errors: `EvaluationError` for a file that cannot be read."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read the texts ({error})", where=path) from error
+    texts = list(dict.fromkeys(line for line in lines if line))
+    return Sample(tuple(texts if len(texts) <= count else random.Random(seed).sample(texts, count)))
+
+
+def plain(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers for JSON; one that does not exist is `null`."""
+    return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _vectors(reader: Reader, texts: Sequence[str], role: Any) -> npt.NDArray[np.float64]:

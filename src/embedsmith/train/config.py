@@ -102,7 +102,8 @@ class EvaluateConfig:
     `tasks`: names or paths for `embedsmith evaluate`, looked up in `data`; `every`: steps between evaluations (`None`:
     only at the end). `metric`: the task whose main score chooses the best checkpoint (`None`: the mean over tasks).
     `validation`: sources whose loss is reported without training on them. `patience`: evaluations without a better
-    score after which training stops early.
+    score after which training stops early. `before`: score the model before the first step too, so that the report can
+    tell what training changed. `geometry`: texts of the first task whose geometry is logged at every evaluation.
     """
 
     tasks: tuple[str, ...] = ()
@@ -111,12 +112,16 @@ class EvaluateConfig:
     metric: str | None = None
     validation: tuple[Source, ...] = ()
     patience: int | None = None
+    before: bool = True
+    geometry: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience"):
+        for name in ("every", "patience", "geometry"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{name} is {value}", expected="a number above 0")
+        if self.geometry is not None and not self.tasks:
+            raise RecipeError("geometry needs texts to look at", fix="set evaluate.tasks")
         if self.patience is not None and not (self.tasks and self.every):
             raise RecipeError("patience needs a score to watch", fix="set evaluate.tasks and evaluate.every")
         if self.metric is not None and self.metric not in self.tasks:

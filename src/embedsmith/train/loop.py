@@ -29,6 +29,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models import Embedder, load
+from embedsmith.train.account import save_environment, tell
 from embedsmith.train.build import (
     RunLength,
     build_extras,
@@ -89,12 +90,18 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         run.state = checkpoints.load(resume, run.extras, run.optimizer)
         log.info("continuing %s at step %d", output, resume)
     claim_output(output, recipe)
+    on_first_rank(lambda: save_environment(output))
     starts = open_manifest(output, run.feed, run.state.step)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
-    development = Development(recipe.evaluate, run.model, run.encode, run.memory, dict(run.extras.items()), validation)
+    extras, best = dict(run.extras.items()), recipe.train.final == "best"
+    development = Development(
+        recipe.evaluate, run.model, run.encode, run.memory, extras, validation, output, only_best=best
+    )
     try:
         with stop_signals() as stop:
+            if before := development.before(run.state):
+                journal.write(0, before)
             run_steps(run, checkpoints, journal, development, stop)
     finally:
         journal.close()
@@ -102,7 +109,9 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     final_step = run.state.best_step if recipe.train.final == "best" else None
     model = run.model if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
-    return finish(output, model, summary)
+    folder = finish(output, model, summary)
+    on_first_rank(lambda: tell(output, folder))
+    return folder
 
 
 def rehearse(recipe: Recipe) -> str:
