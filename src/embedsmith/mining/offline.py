@@ -23,7 +23,7 @@ from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.registry import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
 from embedsmith.mining.bm25 import Bm25
-from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe
+from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe, Selection
 from embedsmith.mining.report import Counts, MineReport, concatenate
 from embedsmith.mining.searchers import (
     Bm25Searcher,
@@ -259,7 +259,7 @@ def mine_rows(
     stop: int,
 ) -> list[Record]:
     """Records `start` to `stop - 1` with their negatives, best first, and the scores of positives and negatives."""
-    index_Q, score_Q = _candidates(texts, recipe, searchers, start, stop)
+    index_Q, score_Q = candidates_of(texts, searchers, recipe.candidates, recipe.select, start, stop)
     positive_Q = [texts.positives_of(row) for row in range(start, stop)]
     positive_score_Q = _scores(searchers[0], positive_Q, start)
     if score_Q is None:
@@ -279,13 +279,13 @@ def mine_rows(
     ]
 
 
-def _candidates(
-    texts: Texts, recipe: MineRecipe, searchers: Sequence[Searcher], start: int, stop: int
+def candidates_of(
+    texts: Texts, searchers: Sequence[Searcher], count: int, select: Selection, start: int, stop: int
 ) -> tuple[list[IndexArray], list[FloatArray] | None]:
     """For each row the candidates that are not known, each text once, in reach; with scores where one searcher gave
     both."""
     banned = [_banned(texts, row) for row in range(start, stop)]
-    wanted = min(recipe.candidates + max(map(len, banned)), len(texts.corpus))
+    wanted = min(count + max(map(len, banned)), len(texts.corpus))
     found = [searcher.top(start, stop, wanted) for searcher in searchers]
     index_Q: list[IndexArray] = []
     score_Q: list[FloatArray] = []
@@ -294,8 +294,8 @@ def _candidates(
         kept_C = ~np.isin(loose_C, banned[place])
         first = np.zeros(len(loose_C), bool)
         first[np.unique(loose_C, return_index=True)[1]] = True
-        kept = np.flatnonzero(kept_C & first)[: recipe.candidates]
-        kept = kept[ranks_in_reach(recipe.select, len(kept))]
+        kept = np.flatnonzero(kept_C & first)[:count]
+        kept = kept[ranks_in_reach(select, len(kept))]
         index_Q.append(index_C[kept])
         if len(searchers) == 1:
             score_Q.append(found[0][0][place][: len(index_C)][kept])

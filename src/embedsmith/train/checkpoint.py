@@ -93,7 +93,7 @@ class Checkpoints:
         path = self.path(step) / "mining.pt"
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"the state of live negatives cannot be read ({error})",
                 where=path,

@@ -8,6 +8,7 @@ from typing import Literal
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import section
 from embedsmith.data import PlanConfig, Source
+from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
 
 
@@ -42,9 +43,9 @@ class TrainConfig:
 
     `steps` or `epochs` (one epoch by default) say how long; `batch_size` is per optimizer step, all ranks together,
     and the pool of in-batch negatives. `plan` says which rows meet in a batch. `micro_batch` (texts) and
-    `token_budget` (padded tokens) only bound memory: they change neither the negatives nor the gradient.
-    `group_learning_rates` maps a regular expression on parameter names to a learning rate of its own. `warmup` is a
-    share of the run below 1, or a number of steps.
+    `token_budget` (padded tokens) only bound memory: they change neither the negatives nor the gradient. `mining`
+    replaces hard negatives while the model trains. `group_learning_rates` maps a regular expression on parameter names
+    to a learning rate of its own. `warmup` is a share of the run below 1, or a number of steps.
     """
 
     steps: int | None = None
@@ -60,6 +61,7 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     balance: Balance | None = None
+    mining: LiveNegatives | None = None
     plan: PlanConfig = PlanConfig()
     micro_batch: int | None = None
     token_budget: int | None = None

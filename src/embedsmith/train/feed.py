@@ -28,6 +28,9 @@ from embedsmith.models import Embedder
 from embedsmith.train.step import Part
 from embedsmith.train.supply import Supply as Supply
 
+AHEAD = 2
+"""Batches drawn while an earlier one trains; also how many steps a replaced negative waits (`mining/live.py`)."""
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -49,9 +52,11 @@ class Lane:
         planned = self.plan.at(step)
         supply = self.supplies[planned.source]
         rows = planned.rows if self.spread else planned.rows_of(self.rank, self.world)
-        records = [supply.records.records[int(row)] for row in rows]
+        live = supply.live
+        records = live.records(rows, step) if live else [supply.records.records[int(row)] for row in rows]
         share = (self.rank, self.world) if self.spread else (0, 1)
         part = make_part(model, supply, records, row_seeds(seed, planned.visit, rows), share)
+        part = live.watch(part, records, supply.negatives) if live else part
         return replace(part, weight=self.weight, group=self.group)
 
 
@@ -72,13 +77,22 @@ class Feed:
     def parts(self, step: int) -> list[Part]:
         return [lane.part(self.model, step, self.seed) for lane in self.lanes]
 
-    def run_ahead(self, start: int, stop: int, ahead: int = 2) -> Iterator[list[Part]]:
+    @property
+    def generation(self) -> int:
+        """Grows when what was drawn ahead is void: pools of negatives were mined anew."""
+        return sum(supply.live.state.generation for supply in self.supplies if supply.live)
+
+    def run_ahead(self, start: int, stop: int, ahead: int = AHEAD) -> Iterator[list[Part]]:
         """The parts of steps `start` to `stop - 1` in order, a few prepared while the model trains."""
+        generation = self.generation
         with ThreadPoolExecutor(max_workers=1) as worker:
             waiting: list[Future[list[Part]]] = []
             for step in range(start, min(start + ahead, stop)):
                 waiting.append(worker.submit(self.parts, step))
             for step in range(start, stop):
+                if self.generation != generation:
+                    generation = self.generation
+                    waiting = [worker.submit(self.parts, later) for later in range(step, min(step + ahead, stop))]
                 ready = waiting.pop(0).result()
                 if step + ahead < stop:
                     waiting.append(worker.submit(self.parts, step + ahead))

@@ -45,6 +45,7 @@ from embedsmith.train.dev import Development
 from embedsmith.train.feed import Feed
 from embedsmith.train.journal import Journal
 from embedsmith.train.manifest import close_manifest, open_manifest
+from embedsmith.train.mining import LiveMining, with_live_negatives
 from embedsmith.train.optim import make_optimizer, set_learning_rate
 from embedsmith.train.step import Memory, Part, StepOutput, run_step
 
@@ -62,6 +63,7 @@ class Run:
     memory: Memory
     length: RunLength
     state: RunState
+    mining: LiveMining
 
     def encode(self, tokens: TokenBatch, heads: Any) -> Reps:
         """The model's forward pass on a ragged chunk, under autocast."""
@@ -88,6 +90,8 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
     if resume is not None:
         run.state = checkpoints.load(resume, run.extras, run.optimizer)
+        if run.mining.sources:
+            run.mining.load_state_dict(checkpoints.load_mining(resume))
         log.info("continuing %s at step %d", output, resume)
     claim_output(output, recipe)
     on_first_rank(lambda: save_environment(output))
@@ -139,7 +143,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     seed_everything(recipe.train.seed)
     model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
     model.to(accelerator.device).train()
-    feed = build_feed(recipe, model, recipe.data, recipe.train.balance)
+    feed = with_live_negatives(build_feed(recipe, model, recipe.data, recipe.train.balance), recipe.train.mining)
     extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
     named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
     optimizer = make_optimizer(named, recipe.train)
@@ -147,7 +151,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     seed_everything(derive_seed(recipe.train.seed, rank()))
     memory = derive_memory(recipe.train, accelerator.device)
     length = run_length(recipe.train, feed.steps_per_epoch)
-    return Run(recipe, accelerator, model, extras, optimizer, feed, memory, length, RunState())
+    return Run(recipe, accelerator, model, extras, optimizer, feed, memory, length, RunState(), LiveMining(feed))
 
 
 def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development: Development, stop: Stop) -> None:
@@ -156,14 +160,16 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
     if development.exhausted(run.state):  # stopped between its last checkpoint and its end
         return
     meter = Meter()
+    run.mining.begin(run.state.step)
     with progress_bar("train", total=steps, done=run.state.step) as bar:
         for parts in run.feed.run_ahead(run.state.step, steps):
             output, rate, norm = update(run, parts)
+            refresh(run)
             run.state = replace(run.state, step=run.state.step + 1)
             step = run.state.step
             meter.add(output)
             if step % config.log_every == 0 or step == steps:
-                journal.write(step, meter.report(rate, norm, bar))
+                journal.write(step, meter.report(rate, norm, bar) | run.mining.curves())
             bar.advance()
             evaluated = development.due(step, steps)
             if evaluated:
@@ -171,7 +177,7 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
                 journal.write(step, scores)
             interrupted = stop.agreed(run.accelerator.device)
             if interrupted or evaluated or step == steps or step % run.length.checkpoint_every == 0:
-                checkpoints.save(run.model, run.extras, run.optimizer, run.state)
+                checkpoints.save(run.model, run.extras, run.optimizer, run.state, run.mining.state_dict())
             if interrupted:
                 log.warning("stopped after step %d; the same command continues", step)
                 raise KeyboardInterrupt
@@ -194,6 +200,12 @@ def update(run: Run, parts: list[Part]) -> tuple[StepOutput, float, float]:
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
     run.optimizer.step()
     return output, rate, float(norm)
+
+
+def refresh(run: Run) -> None:
+    """Tell live negatives how hard they were in the step just taken."""
+    progress = Progress(run.state.step, run.length.steps)
+    run.mining.after_step(run.state.step, run.encode, run.memory, dict(run.extras.items()), progress)
 
 
 class Meter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,11 +16,15 @@ from embedsmith.data import BatchPlan, PlanConfig, RecordSet, RowFacts, joined, 
 from embedsmith.data.stream import HasOrder
 from embedsmith.models import Embedder
 
+if TYPE_CHECKING:
+    from embedsmith.train.mining import LiveSource
+
 
 @dataclass(frozen=True)
 class Supply:
     """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together; `None`: as the
-    plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws."""
+    plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
+    chooses its negatives while the model trains."""
 
     records: RecordSet
     loss: Loss
@@ -29,6 +34,7 @@ class Supply:
     negatives: int
     teacher: Embedder | None = None
     shuffle: float = 0.0
+    live: LiveSource | None = None
 
     @property
     def in_pairs(self) -> bool:
