@@ -44,7 +44,7 @@ def run(tmp_path_factory) -> Path:
             "dense/pairs": 1.0,
             "sparse/pairs": 2.0,
             "score/search": step / 20,
-            "negatives/mean_score": 0.5,
+            "negatives_hardness/pairs": 0.5,
             "geometry/sentence/anisotropy": 0.1,
             "learning_rate": 1e-4,
             "gradient_norm": float("nan") if step == 3 else 1.0,

@@ -50,7 +50,7 @@ def matrix_shape(matrix_LD: npt.NDArray[np.floating]) -> MatrixShape:
     return MatrixShape(mean_cosine(matrix), rank, rank / least, entropy_of(sigma), condition, rank < least)
 
 
-def entropy_of(value_D: Matrix) -> float:
+def entropy_of(value_D: npt.NDArray[np.floating]) -> float:
     """-sum p ln p of the values' shares; 0 ln 0 is 0."""
     share = value_D[value_D > 0] / value_D.sum()
     return float(-(share * np.log(share)).sum())
@@ -202,7 +202,7 @@ def against(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np.floating
     rows, columns = np.triu_indices(len(left), 1)
     cosines = [(unit @ unit.T)[rows, columns] for unit in (unit_rows(left), unit_rows(right))]
     constant = any(np.ptp(each) == 0 for each in cosines)
-    agreement = float("nan") if constant else float(spearmanr(*cosines)[0])
+    agreement = float("nan") if constant else float(spearmanr(cosines[0], cosines[1])[0])
     overlap = neighbour_overlap(neighbours(left), neighbours(right))
     return {"cka": cka, "cosines": agreement, "neighbours": overlap}
 

@@ -146,7 +146,8 @@ class MtebEncoder(MtebSearch):
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Inner products row by row."""
         left, right = (torch.as_tensor(side).float() for side in (embeddings1, embeddings2))
-        return (left * right).sum(-1)
+        product: torch.Tensor = (left * right).sum(-1)
+        return product
 
 
 def mteb_model(

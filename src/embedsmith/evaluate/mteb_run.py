@@ -81,11 +81,12 @@ def from_mteb(result: Any, metadata: Any) -> TaskResult:
     for key in [key for key in scores if key.startswith("limit_")]:
         del scores[key]
     metric = str(metadata.main_score) if metadata.main_score in scores else "main_score"
-    counts = {key: int(scores.pop(key)) for key in ("queries_scored", "documents_searched") if key in scores}
-    notes = ("the corpus was cut: the score is not comparable with others",) if _cut(rows) else ()
-    notes += ("the score does not exist: the model gives all texts the same",) if math.isnan(scores[metric]) else ()
+    sizes: tuple[str, ...] = ("queries_scored", "documents_searched")
+    counts = {key: int(scores.pop(key)) for key in sizes if key in scores}
+    notes: list[str] = ["the corpus was cut: the score is not comparable with others"] if _cut(rows) else []
+    notes += ["the score does not exist: the model gives all texts the same"] if math.isnan(scores[metric]) else []
     kind, seconds = mteb_task_name(metadata.type), float(result.evaluation_time or 0.0)
-    return TaskResult(result.task_name, kind, metric, scores, counts, notes=notes, seconds=seconds)
+    return TaskResult(result.task_name, kind, metric, scores, counts, notes=tuple(notes), seconds=seconds)
 
 
 def _cut(rows: list[dict[str, Any]]) -> bool:

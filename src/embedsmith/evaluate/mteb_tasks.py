@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def as_mteb_task(task: Task, split: str = "test") -> Any:
     Errors: `EvaluationError` for a kind that mteb does not have.
     """
     need_mteb()
-    makers = {
+    makers: dict[type, Callable[[Any, str], Any]] = {
         STSTask: _sts,
         RetrievalTask: _retrieval,
         RerankingTask: _retrieval,
@@ -145,7 +145,7 @@ def _pairs(task: PairClassificationTask, split: str) -> Any:
 def _classification(task: ClassificationTask, split: str) -> Any:
     from mteb.abstasks.classification import AbsTaskClassification
 
-    number = {label: code for code, label in enumerate(sorted(set(task.train_label)))}  # type: ignore[type-var]
+    number = {label: code for code, label in enumerate(sorted(set(task.train_label)))}
 
     def dataset() -> Any:
         from datasets import Dataset, DatasetDict

@@ -82,7 +82,7 @@ def read_pairs(path: Path, name: str, split: str) -> PairClassificationTask:
         first, second = next((pair for pair in _TEXT_COLUMNS if pair[0] in row), _TEXT_COLUMNS[0])
         text1.append(_text(row, first, where))
         text2.append(_text(row, second, where))
-        value = row.get("label", row.get("score"))
+        value: Any = row.get("label", row.get("score"))
         if str(value) not in ("0", "1", "0.0", "1.0"):
             raise DataError(f"the label is {value!r}", where=where, expected="`label` (or `score`), 0 or 1")
         label.append(int(float(value)))
@@ -119,10 +119,11 @@ def train_file(path: Path) -> Path | None:
 
 
 def _labelled(path: Path) -> tuple[list[str], list[Label]]:
-    text, label = [], []
+    text: list[str] = []
+    label: list[Label] = []
     for where, row in rows_of(path):
         text.append(_text(row, "text", where))
-        value = row.get("label")
+        value: Any = row.get("label")
         plain = value if isinstance(value, list) else [value]
         if not plain or any(isinstance(each, bool) or not isinstance(each, str | int) for each in plain):
             raise DataError(f"the label is {value!r}", where=where, expected="`label`, a text or a whole number")

@@ -33,7 +33,7 @@ class Example:
 
 def ends(value_N: ItemValues, count: int = 5) -> list[int]:
     """Places of the lowest and of the highest values, the lowest first; of few values each once."""
-    order = np.argsort(value_N, kind="stable").tolist()
+    order: list[int] = np.argsort(value_N, kind="stable").tolist()
     return order if len(order) <= 2 * count else order[:count] + order[-count:]
 
 

@@ -10,8 +10,8 @@ from embedsmith.evaluate.report.page import Section, chart, finite
 
 Line = Mapping[str, float]
 _PLAIN = ("learning_rate", "gradient_norm", "tokens_per_second", "padding_share")
-_HARDNESS = ("negatives/", "mining/", "hardness/")
-_OWN = ("score/", "validation_loss/", "geometry/", "loss/", *_HARDNESS)
+_HARDNESS = "negatives_"
+_OWN = ("score/", "validation_loss/", "geometry/", "loss/", _HARDNESS)
 
 
 def curve_section(lines: Sequence[Line]) -> list[Section]:
@@ -31,9 +31,13 @@ def curve_section(lines: Sequence[Line]) -> list[Section]:
 
 
 def hardness_section(lines: Sequence[Line]) -> Section:
-    """How hard the negatives were, where mining reported it."""
+    """How hard the negatives were and how many were replaced, by source, where mining reported it."""
     keys = [key for key in dict.fromkeys(key for line in lines for key in line) if key.startswith(_HARDNESS)]
-    return Section("negatives", "Negatives", _grid(_each(lines, keys)))
+    charts = []
+    for measure in dict.fromkeys(key.split("/", 1)[0] for key in keys):
+        mine = [key for key in keys if key.startswith(f"{measure}/")]
+        charts.append(_curves(lines, mine, measure.removeprefix(_HARDNESS).replace("_", " "), ""))
+    return Section("negatives", "Negatives", _grid(charts))
 
 
 def throughput_section(lines: Sequence[Line]) -> Section:

@@ -57,7 +57,9 @@ def chart(
     axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     for name, more in layout.items():
         axes[name] = {**axes.get(name, {}), **more} if isinstance(more, dict) else more
-    spec = json.dumps({"data": list(data), "layout": {"height": height, **axes}}, allow_nan=False).replace("<", "\\u003c")
+    spec = json.dumps({"data": list(data), "layout": {"height": height, **axes}}, allow_nan=False).replace(
+        "<", "\\u003c"
+    )
     return (
         f'<figure><figcaption>{html.escape(title)}</figcaption><div class="chart" style="height:{height}px"></div>'
         f'<script type="application/json">{spec}</script></figure>'
