@@ -29,11 +29,10 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one step, write nothing.")] = False,
 ) -> None:
     """Train a model as a recipe says. The same command continues a run that was stopped."""
-    from embedsmith.core.recipe import load_recipe
-    from embedsmith.train import Recipe, rehearse
+    from embedsmith.train import read_recipe, rehearse
     from embedsmith.train import train as run
 
-    loaded = load_recipe(recipe, Recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides or [])
     if dry_run:
         typer.echo(rehearse(loaded))
     else:
@@ -292,6 +291,47 @@ def search_index(
 
 for verb in VERBS:
     app.command()(verb)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A folder or hub id of a model, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
+) -> None:
+    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
+    from embedsmith.models.convert import convert as run
+
+    typer.echo(run(model, out, changes or []))
+
+
+@app.command("mine")
+def mine_negatives(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Mine again; kept vectors stay.")] = False,
+) -> None:
+    """Find hard negatives for records. The same command continues a run that was stopped; torchrun shares the work."""
+    from embedsmith.core.recipe import apply_override, read_tree
+    from embedsmith.pipeline.verbs import run_mine
+
+    tree = read_tree(recipe)
+    for override in overrides or []:
+        apply_override(tree, override)
+    typer.echo(run_mine(tree, str(recipe), overwrite).lines())
+
+
+@app.command("run")
+def run_stages(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe with stages.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: stages.0.recipe.output=...")] = None,
+) -> None:
+    """Run the stages of a recipe in order: curate, mine, train, merge, evaluate. The same command goes on after a stop."""
+    from embedsmith.core.recipe import load_recipe
+    from embedsmith.pipeline import PipelineRecipe, run
+
+    for name, result in run(load_recipe(recipe, PipelineRecipe, overrides or [])).items():
+        typer.echo(f"{name}: {result}")
 
 
 def main() -> None:
