@@ -113,7 +113,6 @@ def _collect(places: dict[Future[Answer | Refusal], int], line: _Line) -> Iterat
                 yield places[future], future.result()
             elif isinstance(error, EndpointError):
                 failed = failed or error
-                line.stopped.set()
                 for other in places:
                     other.cancel()
             else:
@@ -165,7 +164,14 @@ class _Line:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def ask(self, prompt: str, accept: Accept) -> Answer | Refusal:
-        """One prompt, as often as needed. Errors: `EndpointError`."""
+        """One prompt, as often as needed. An error stops the other requests too. Errors: `EndpointError`."""
+        try:
+            return self._ask(prompt, accept)
+        except EndpointError:
+            self.stopped.set()
+            raise
+
+    def _ask(self, prompt: str, accept: Accept) -> Answer | Refusal:
         body = self.settings.request(prompt)
         most_in = (
             sum(len(message["content"].encode()) for message in body["messages"]) + 64

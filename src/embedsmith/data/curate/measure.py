@@ -15,7 +15,7 @@ UNSPACED = (
 
 _UNIT = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
 _LINK = re.compile(r"(?:https?://|www\.)[^\s<>\"'，。）】]+|[\w.+-]+@[\w-]+\.[\w.]+", re.IGNORECASE)
-_RUN = re.compile(r"(.)\1{4,}", re.DOTALL)
+_RUN = re.compile(r"(.)\1{9,}", re.DOTALL)
 _SCRIPTS = (
     ("han", "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"),
     ("kana", "\u3040-\u30ff\uff66-\uff9d"),
@@ -87,7 +87,7 @@ def digit_share(text: str) -> float:
 
 
 def run_share(text: str) -> float:
-    """The share of the longest run of one character, spaces not counted; 0 for runs of fewer than five."""
+    """The share of the longest run of one character, spaces not counted; 0 for runs of fewer than ten."""
     solid = "".join(text.split())
     longest = max((found.end() - found.start() for found in _RUN.finditer(solid)), default=0)
     return longest / len(solid) if longest else 0.0

@@ -113,10 +113,10 @@ class Corpus:
     def __iter__(self) -> Iterator[Record]:
         self.ledger = Ledger(self.ledger.examples)
         for record in self._read():
-            if self.input.limit is not None and self.ledger.given >= self.input.limit:
-                return
             self.ledger.given += 1
             yield record
+            if self.ledger.given == self.input.limit:
+                return
 
     def _read(self) -> Iterator[Record]:
         if self.kind == "pages":

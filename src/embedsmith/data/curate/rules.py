@@ -49,11 +49,11 @@ class Length:
 class Symbols:
     """Drop texts made of symbols, digits or one repeated character. Shares are of the characters that are not spaces.
 
-    `max_run` is the share of the longest run of one character, if it has five or more. Code, formulas and tables have
+    `max_run` is the share of the longest run of one character, if it has ten or more. Code, formulas and tables have
     few letters too: lower `min_letters` for them.
     """
 
-    min_letters: float = 0.5
+    min_letters: float = 0.4
     max_digits: float = 0.5
     max_run: float = 0.3
 

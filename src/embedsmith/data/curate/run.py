@@ -7,10 +7,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-from embedsmith import __version__
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
@@ -87,7 +87,7 @@ MAKE_QUERIES = ("synthetic_queries", "long_documents")
 
 def _keys(recipe: CurateRecipe, corpus: Corpus) -> list[str]:
     """What the result depends on: entry n covers everything up to step n."""
-    keys = [key_of(__version__, corpus.identity, recipe.examples).hex()]
+    keys = [key_of(version("embedsmith"), corpus.identity, recipe.examples).hex()]
     for step in recipe.steps:
         keys.append(key_of(keys[-1], to_plain(step)).hex())
     return keys

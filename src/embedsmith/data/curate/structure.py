@@ -200,6 +200,7 @@ def read_markdown(text: str) -> Page:
     page.title = matter
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     heading = 0
+    cells: list[str] | None = None  # of the table's row that is being read
     for token in tokens:
         if token.type == "heading_open":
             heading = int(token.tag[1])
@@ -209,8 +210,15 @@ def read_markdown(text: str) -> Page:
                 page.title = page.title or (words if heading == 1 else "")
                 page.heading(heading, words)
                 heading = 0
+            elif cells is not None:
+                cells.append(words)
             else:
                 page.text(words)
+        elif token.type == "tr_open":
+            cells = []
+        elif token.type == "tr_close":
+            page.text(" | ".join(cells or ()))
+            cells = None
         elif token.type in ("fence", "code_block"):
             page.text(token.content)
     return page
@@ -232,8 +240,11 @@ def _plain(tokens: Sequence[Any]) -> str:
 
 
 _NOISE = "script,style,noscript,template,nav,footer,header,aside,form,button,iframe,svg"
-_BLOCKS = ("p", "li", "pre", "blockquote", "td", "th", "dd", "dt", "figcaption", "caption", "summary")
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
+_LISTS = ("ul", "ol", "li", "dl", "dd", "dt", "table", "tr")
+_FRAMES = ("div", "section", "article", "main", "details", "summary", "figure", "figcaption", "caption")
+_APART = frozenset(("p", "pre", "blockquote", *_HEADINGS, *_LISTS, *_FRAMES))
+"""Elements that begin a new line."""
 
 
 def read_html(text: str) -> Page:
@@ -250,6 +261,8 @@ def read_html(text: str) -> Page:
     title = tree.css_first("title")
     first = tree.css_first("h1")
     page.title = _words(first) or _words(title)
+    for line_break in tree.css("br"):
+        line_break.replace_with("\n")
     for node in tree.css(_NOISE):
         if first is None or not _holds(node, "h1"):
             node.decompose()
@@ -261,12 +274,15 @@ def read_html(text: str) -> Page:
 
 
 def _walk(node: Any, page: Page) -> None:
-    """Headings and blocks of text in the order of the page; a block inside a block belongs to the outer one."""
+    """Headings and pieces of text in the order of the page. A piece is an element without others that stand apart from
+    their surroundings, or a row of a table."""
     for child in node.iter(include_text=True):
         if child.tag in _HEADINGS:
             if words := _words(child):
                 page.heading(int(child.tag[1]), words)
-        elif child.tag in _BLOCKS or child.tag == "-text":
+        elif child.tag == "tr":
+            page.text(" | ".join(_words(cell) for cell in child.css("td,th")))
+        elif child.tag == "-text" or not any(inner.tag in _APART for inner in child.traverse() if inner != child):
             page.text(_words(child))
         else:
             _walk(child, page)
@@ -277,7 +293,7 @@ def _holds(node: Any, selector: str) -> bool:
 
 
 def _words(node: Any) -> str:
-    return "" if node is None else " ".join(node.text(separator=" ").split())
+    return "" if node is None else " ".join(node.text().split())
 
 
 def _marked_questions(main: Any) -> Iterator[tuple[str, str]]:
