@@ -12,7 +12,7 @@ import torch
 from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Packaging
-from embedsmith.merge.stream import UNIT
+from embedsmith.merge.stream import UNIT, read_finite
 from embedsmith.merge.tensors import size_of
 from embedsmith.models.folder import FolderFacts, read_folder, read_json
 from embedsmith.models.heads import activation_path
@@ -250,7 +250,7 @@ def _sample(model: Parent, names: Sequence[str]) -> torch.Tensor:
     for name in names:
         total = size_of(model.tensors[name])
         for start in sorted({0, total // 2 // UNIT * UNIT}):
-            parts.append(model.read(name, start, min(start + UNIT, total)).double())
+            parts.append(read_finite(model, name, start, min(start + UNIT, total)).double())
     return torch.cat(parts)
 
 

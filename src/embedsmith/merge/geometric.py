@@ -37,12 +37,21 @@ def group_coefficients(method: CoefficientMethod, job: Job) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     shown: dict[str, list[float]] = {}
     for key, names in job.groups.items():
-        gram_MM = job.gram.of(names) if method.reads_gram else nothing
-        coef_M = method.coefficients(gram_MM, job.weight_M)
+        # one number has no direction: as with vectors of 0, linear coefficients
+        flat = not method.reads_gram or sum(job.size(name) for name in names) == 1
+        coef_M = _in_group(method, nothing if flat else job.gram.of(names), job.weight_M, key)
         shown[key] = coef_M.tolist()
         found |= {name: coef_M for name in names}
     job.report["coefficients"] = shown
     return found
+
+
+def _in_group(method: CoefficientMethod, gram_MM: Tensor, weight_M: Tensor, key: str) -> Tensor:
+    """The coefficients, or the error with the group's name in front."""
+    try:
+        return method.coefficients(gram_MM, weight_M)
+    except RecipeError as error:
+        raise RecipeError(error.what, where=key, expected=error.expected, fix=error.fix) from error
 
 
 def check_weights(weight_M: Tensor) -> None:

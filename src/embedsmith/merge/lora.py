@@ -125,6 +125,8 @@ def with_adapter(base: Parent, folder: Path, name: str) -> Parent:
         by_module[match["module"]][match["kind"].rpartition(".")[2]] = tensor
     tensors = dict(base.tensors)
     for module, parts in by_module.items():
+        if _is_unused(module, base):
+            continue
         _add(tensors, _found(module, tensors, folder), parts, _Settings(config, module, folder))
     files = (*base.files, folder / CONFIG, folder / WEIGHTS)
     around = folder if (folder / "modules.json").exists() else base.folder
@@ -155,11 +157,20 @@ class _Settings:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def _found(module: str, tensors: Mapping[str, Weights], folder: Path) -> str:
-    """The module's canonical name: adapters are trained on the encoder, or on a model that holds it."""
+def _is_unused(module: str, base: Parent) -> bool:
+    """A part no vector depends on, which the base was saved without (adapters on every `dense` reach the pooler)."""
+    return any(f"{name}.weight" in base.unused and f"{name}.weight" not in base.tensors for name in _places_of(module))
+
+
+def _places_of(module: str) -> list[str]:
+    """Names the module may have in the encoder: adapters are trained on it, or on a model that holds it."""
     parts = module.split(".")
-    for skip in range(len(parts)):
-        name = "backbone." + ".".join(parts[skip:])
+    return ["backbone." + ".".join(parts[skip:]) for skip in range(len(parts))]
+
+
+def _found(module: str, tensors: Mapping[str, Weights], folder: Path) -> str:
+    """The module's canonical name."""
+    for name in _places_of(module):
         if f"{name}.weight" in tensors or name in tensors:
             return name
     raise ModelError(

@@ -30,7 +30,7 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
     specs = [found for spec in recipe.specs for found in expand(spec)]
     names = unique_names(specs)
     if base is not None and base.id in names:
-        raise RecipeError(f"a parent and the base are both called {base.id!r}", fix="give the parent another id")
+        base = dataclasses.replace(base, id="theta_0")
     parents = [
         dataclasses.replace(
             _open(spec, _folder(spec), name, base, recipe.trust_remote_code),

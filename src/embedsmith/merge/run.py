@@ -342,7 +342,7 @@ def _report(
 ) -> dict[str, Any]:
     from embedsmith import __version__
 
-    main = [dtype_of[name] for name in plan.names if dtype_of[name].is_floating_point]
+    main = [dtype_of[name] for name in plan.names if name.startswith("backbone.") and dtype_of[name].is_floating_point]
     return {
         "embedsmith": __version__,
         "method": plan.recipe.method.registered_name,

@@ -85,11 +85,12 @@ def pieces(name: str, model: Parent, size: int, by_rows: bool) -> list[tuple[str
 
 def _read(parents: Sequence[Parent], base: Parent | None, name: str, start: int, stop: int) -> Block:
     shape = parents[0].tensors[name].shape
-    base_E = None if base is None else _finite(base, name, start, stop)
-    return Block(name, shape, start, stop, base_E, tuple(_finite(parent, name, start, stop) for parent in parents))
+    base_E = None if base is None else read_finite(base, name, start, stop)
+    return Block(name, shape, start, stop, base_E, tuple(read_finite(parent, name, start, stop) for parent in parents))
 
 
-def _finite(model: Parent, name: str, start: int, stop: int) -> Tensor:
+def read_finite(model: Parent, name: str, start: int, stop: int) -> Tensor:
+    """`Parent.read`. Errors: `CheckpointError` naming tensor and element where a weight is NaN or infinite."""
     values_E = model.read(name, start, stop)
     if not torch.isfinite(values_E.sum()) and not torch.isfinite(values_E).all():
         place = start + int((~torch.isfinite(values_E)).nonzero()[0])

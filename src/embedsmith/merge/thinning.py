@@ -5,6 +5,7 @@ theta_m = theta_0 + scale * rescaled( aggregate of the entries that agree with t
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -130,4 +131,4 @@ def _stretch(job: Job, key: str, seen: _Seen, how: How, undecided: float) -> flo
         wanted = norms(job.gram.of(job.groups[key])).mean()
     else:
         wanted = torch.stack(seen.thinned).sum(0).sqrt().mean()
-    return float(wanted) / square**0.5
+    return float(wanted) / math.sqrt(square)
