@@ -106,7 +106,7 @@ class Facts:
     def order_spread(self) -> dict[str, float]:
         """Degrees between sequential SLERPs of the parents in different orders, for both accumulations."""
         gram_MM = self.gram.of(list(self.gram.full_by_name))
-        return {how: order_spread(gram_MM, self.weight_M, how) for how in ("sum", "mean")}  # type: ignore[arg-type]
+        return {how: order_spread(gram_MM, self.weight_M, how) for how in ("sum", "mean")}
 
     def positions(self) -> dict[str, tuple[float, float]]:
         """Classical multidimensional scaling of the base, the parents, this merge and three others to a plane."""
@@ -137,6 +137,7 @@ def explain(plan: Plan) -> Facts:
 
 
 def _second_pass(plan: Plan, gram: Gram) -> Pass:
+    assert plan.base is not None, "checked by explain"
     found = Pass()
     total = sum(gram.size_by_name.values())
     with progress_bar("explaining", total) as bar:

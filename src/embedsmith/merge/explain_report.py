@@ -103,7 +103,7 @@ def explain_recipe(recipe: MergeRecipe, probe: Probe | None = None, sizes: Seque
     """
     plan = make_plan(recipe)
     facts = explain(plan)
-    tables = {key: facts.group_rows(key) for key in ("model", "block", "module", "tensor")}  # type: ignore[arg-type]
+    tables = {key: facts.group_rows(key) for key in ("model", "block", "module", "tensor")}
     landscape = None
     if probe is not None:
         probes = Probes.of(open_live(plan.parents, plan.base), probe.sources, probe.read())

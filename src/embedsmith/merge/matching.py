@@ -53,8 +53,8 @@ class MatchTeacher(Loss):
         return LossOutput((own_NN @ own_NN.T - teacher_NN @ teacher_NN.T).square().mean()[None])
 
     def _vectors(self, batch: Batch, head: str) -> Tensor:
-        vector_ND: Tensor = torch.cat([in_fp32(side.local[head].tensors()[0]) for side in batch.sides()])
-        return vector_ND
+        parts = [side.local[head] for side in batch.sides()]
+        return torch.cat([in_fp32(part.tensors()[0]) for part in parts])
 
 
 def linear_cka(left_ND: Tensor, right_ND: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.models import Embedder, load
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -231,12 +232,14 @@ def verify_recipe(recipe: MergeRecipe, config: VerifyConfig, folder: str | Path 
     return verify(recipe.output if folder is None else folder, live, config.probe.of_parents(live.parents), config)
 
 
-def strict_check(recipe: MergeRecipe, config: VerifyConfig) -> Callable[[Path], None]:
+def strict_check(recipe: MergeRecipe, config: VerifyConfig, console: Console | None = None) -> Callable[[Path], None]:
     """For `merge(recipe, check=...)`: a result that fails never gets its name; verify.json lies beside its weights."""
 
     def check(folder: Path) -> None:
         found = verify_recipe(recipe, config, folder)
         found.save(folder / "verify.json")
+        if console is not None:
+            console.print(found.table())
         found.require(recipe.output)
 
     return check

@@ -1,0 +1,486 @@
+"""Merging on real texts: parents, joint training, every method, the frontier of forgetting, growth with data.
+
+`python -m bench.merging` takes MiniLM's first layers as the base, trains a retrieval parent (debian-en-train), an STS
+parent (stsb-en-train with sick-train) and joint models with the same total number of steps, and scores parents, joint
+models and merges on a part of debian-dev (500 queries, 2,000 documents: those judged, and others at random) and on
+stsb-en-dev. Every (part, arm, seed) is one entry of bench/results/merging.json, kept as soon as it is known: the
+command can be stopped and continued, and `--parts`, `--arms` and `--seeds` choose what to run.
+
+parts: train, table, plane (score over direction and length), three (three parents: lambda and mu), forget (against
+cranfield), growth (length and direction against data). A forward pass counts as one text encoded, a backward as two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.common import RESULTS, WORK, data_path, environment, minilm, read_json, write_json
+from embedsmith.core.recipe import parse
+from embedsmith.core.registry import merge_methods
+from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
+from embedsmith.merge.explain_growth import fit_directions, fit_norms
+from embedsmith.merge.goal import part_of
+from embedsmith.merge.live import LiveMerge, open_live
+from embedsmith.merge.plan import Plan, make_plan
+from embedsmith.merge.recipe import MergeRecipe
+from embedsmith.models import load
+from embedsmith.train import Recipe, train
+
+PARTS = ("train", "table", "plane", "three", "forget", "growth")
+BATCH = 64
+RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
+MUS = (0.0, 0.01, 0.02, 0.05, 0.1)
+LENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5)
+GROWTH = (0.125, 0.25, 0.5, 1.0, 2.0)
+PROBED = {
+    "self_positioning": {"mu": 0.01},
+    "self_positioning karcher": {"mode": "karcher"},
+    "self_positioning simplex": {"mode": "simplex"},
+    "self_positioning free": {"mode": "free"},
+    "self_positioning per_block": {"per_block": True},
+    "parent_matching": {},
+    "fisher": {"expectation": "sampled"},
+    "fisher embedding": {"definition": "embedding"},
+    "regmean": {},
+    "regmean sequential": {"sequential": True},
+    "lm_cocktail": {},
+}
+PLAIN = {
+    "average": {},
+    "average restored": {"restore_norm": True},
+    "task_arithmetic": {"scale": 0.7},
+    "slerp": {},
+    "slerp paper": {"accumulate": "mean"},
+    "karcher": {},
+    "model_stock": {},
+    "warp": {},
+    "nan": {},
+    "ties": {},
+    "dare": {},
+    "della": {},
+    "breadcrumbs": {},
+    "sce": {},
+    "magmax": {},
+    "codiemb_layer": {},
+    "codiemb_param": {},
+    "codiemb_hier": {},
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where things are, and how large."""
+
+    steps: int
+    layers: int
+    work: Path
+    results: Path
+    items: int
+    documents: int
+    probe: int
+
+    def folder(self, arm: str, seed: int) -> Path:
+        return self.work / f"layers-{self.layers}-steps-{self.steps}" / f"{arm}-seed-{seed}"
+
+    def once(self, part: str, arm: str, seed: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """An entry of the results: what is there is kept, what is missing is computed and appended."""
+        key = {
+            "part": part,
+            "arm": arm,
+            "seed": seed,
+            "steps": self.steps,
+            "layers": self.layers,
+            "items": self.items,
+            "documents": self.documents,
+            "probe": self.probe,
+        }
+        for run in read_json(self.results, {"runs": []})["runs"]:
+            if all(run.get(name) == value for name, value in key.items()):
+                return dict(run)
+        print(f"{part}: {arm}, seed {seed} ...", flush=True)
+        started = time.perf_counter()
+        run = key | compute()
+        run |= {"minutes": run.get("minutes", (time.perf_counter() - started) / 60), "environment": environment()}
+        table = read_json(self.results, {"runs": []})
+        table["runs"].append(run)
+        write_json(self.results, table)
+        shown = {name: round(value, 2) for name, value in run.get("scores", {}).items()}
+        print(f"  {shown} {run['minutes']:.1f} minutes", flush=True)
+        return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--arms", nargs="+", help="only these arms of a part")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=60, help="steps of a parent; joint models take twice as many")
+    parser.add_argument("--layers", type=int, default=3, help="of MiniLM's six")
+    parser.add_argument("--items", type=int, default=500, help="queries of debian-dev")
+    parser.add_argument("--documents", type=int, default=2000, help="documents of debian-dev")
+    parser.add_argument("--probe", type=int, default=256, help="examples a source for the methods that read data")
+    parser.add_argument("--work", type=Path, default=WORK / "merging")
+    parser.add_argument("--results", type=Path, default=RESULTS / "merging.json")
+    a = parser.parse_args()
+    study = Study(a.steps, a.layers, a.work.resolve(), a.results, a.items, a.documents, a.probe)
+    parts: dict[str, Callable[[Study, int, list[str] | None], None]] = {
+        "train": train_part, "table": table_part, "plane": plane_part, "three": three_part, "forget": forget_part,
+        "growth": growth_part,
+    }  # fmt: skip
+    for part in (name for name in PARTS if name in a.parts):
+        main_rows = part in ("train", "table", "growth")
+        for seed in a.seeds if main_rows else a.seeds[:1]:
+            parts[part](study, seed, a.arms)
+    summarise(study)
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def base_of(study: Study) -> Path:
+    """MiniLM's first layers as a model of its own."""
+    folder = study.work / f"base-{study.layers}"
+    if not folder.exists():
+        model = load(minilm())
+        backbone: Any = model.backbone
+        backbone.encoder.layer = nn.ModuleList(list(backbone.encoder.layer)[: study.layers])
+        backbone.config.num_hidden_layers = study.layers
+        model.save(folder)
+    return folder
+
+
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Training rows of a task: pairs, graded pairs in 0..1, or two texts of one intent."""
+    if task == "retrieval":
+        return read_lines(data_path("pairs/debian-en-train.jsonl.gz"))
+    if task == "sts":
+        stsb = [row | {"score": row["score"] / 5} for row in read_lines(data_path("sts/stsb-en-train.jsonl"))]
+        sick = [row | {"score": (row["score"] - 1) / 4} for row in read_lines(data_path("sts/sick-train.jsonl"))]
+        return stsb + sick
+    by_label: dict[Any, list[str]] = {}
+    for row in read_lines(data_path("labels/banking77-train.jsonl")):
+        by_label.setdefault(row["label"], []).append(row["text"])
+    chance = random.Random(0)
+    shuffled = [chance.sample(texts, len(texts)) for texts in by_label.values()]
+    return [{"query": a, "pos": [b]} for texts in shuffled for a, b in pairwise(texts)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in content.decode("utf-8").splitlines()]
+
+
+def sources(folder: Path, steps: dict[str, int], seed: int) -> list[dict[str, Any]]:
+    """One epoch of each task for these steps, drawn by the seed and repeated where a task has fewer rows."""
+    found = []
+    for task, count in ((task, count) for task, count in steps.items() if count > 0):
+        rows = rows_of(task)
+        chosen: list[dict[str, Any]] = []
+        chance = random.Random(f"{seed}-{task}")
+        while len(chosen) < count * BATCH:
+            chosen += chance.sample(rows, min(count * BATCH - len(chosen), len(rows)))
+        path = folder.with_name(f"{folder.name}-{task}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        score = {"score_range": [0, 1]} if task == "sts" else {}
+        found.append({"path": str(path), "name": task, "batch_size": BATCH, **score})
+    return found
+
+
+def trained(study: Study, arm: str, seed: int, steps: dict[str, int]) -> Path:
+    """The arm's model; trained now if missing. `steps`: of each task."""
+    folder = study.folder(arm, seed)
+    total = sum(steps.values())
+
+    def run() -> dict[str, Any]:
+        shutil.rmtree(folder, ignore_errors=True)
+        recipe = {
+            "model": {"path": str(base_of(study)), "max_length": 128},
+            "data": sources(folder, steps, seed),
+            "train": {"steps": total, "batch_size": BATCH, "learning_rate": 3e-5, "precision": "fp32", "seed": seed,
+                      "log_with": [], "checkpoint_every": total},
+            "output": str(folder),
+        }  # fmt: skip
+        train(parse(Recipe, recipe))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return {"texts": 3 * 2 * BATCH * total, "task_steps": steps}
+
+    if not (folder / "model").exists():
+        drop(study, "train", arm, seed)
+    study.once("train", arm, seed, run)
+    return folder / "model"
+
+
+def drop(study: Study, part: str, arm: str, seed: int) -> None:
+    """Forget an entry whose model is gone."""
+    table = read_json(study.results, {"runs": []})
+    own = {"part": part, "arm": arm, "seed": seed, "steps": study.steps, "layers": study.layers}
+    kept = [run for run in table["runs"] if any(run.get(name) != value for name, value in own.items())]
+    if len(kept) < len(table["runs"]):
+        write_json(study.results, table | {"runs": kept})
+
+
+def arms_of(study: Study) -> dict[str, dict[str, int]]:
+    """Steps of each task: parents, the joint model in proportion to its data, and re-sampled."""
+    both = 2 * study.steps
+    share = len(rows_of("retrieval")) / (len(rows_of("retrieval")) + len(rows_of("sts")))
+    arms = {"retrieval": {"retrieval": study.steps}, "sts": {"sts": study.steps}}
+    joint = {"joint": share} | {f"joint {ratio}": ratio for ratio in RATIOS}
+    for name, ratio in joint.items():
+        arms[name] = {"retrieval": round(ratio * both), "sts": both - round(ratio * both)}
+    return arms
+
+
+def train_part(study: Study, seed: int, arms: list[str] | None) -> None:
+    for arm, steps in arms_of(study).items():
+        if arms is None or arm in arms:
+            trained(study, arm, seed, steps)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def tasks_of(study: Study) -> list[Task]:
+    debian = load_task(str(data_path("retrieval/debian-dev")))
+    return [
+        part_of(debian, study.items, study.documents, 0),
+        part_of(load_task(str(data_path("sts/stsb-en-dev.jsonl"))), 3 * study.items, 1, 0),
+    ]
+
+
+def cranfield(study: Study) -> Task:
+    return part_of(load_task(str(data_path("retrieval/cranfield"))), study.items, study.documents, 0)
+
+
+def banking(study: Study) -> Task:
+    """Test texts of banking77 in search of training texts of their intent."""
+    train_rows, test_rows = (read_lines(data_path(f"labels/banking77-{name}.jsonl")) for name in ("train", "test"))
+    chance = random.Random(0)
+    documents = dict(enumerate(chance.sample(train_rows, min(study.documents, len(train_rows)))))
+    queries = dict(enumerate(chance.sample(test_rows, min(study.items, len(test_rows)))))
+    qrels = {
+        f"q{q}": {f"d{d}": 1 for d, row in documents.items() if row["label"] == query["label"]}
+        for q, query in queries.items()
+    }
+    texts = {f"q{q}": row["text"] for q, row in queries.items()}
+    return RetrievalTask("banking77", texts, {f"d{d}": row["text"] for d, row in documents.items()}, qrels)
+
+
+def scored(encoder: Any, tasks: list[Task]) -> dict[str, float]:
+    """Main scores times 100 and their mean."""
+    scores = {name: 100 * value for name, value in evaluate(encoder, tasks, progress=False).main_scores().items()}
+    return scores | {"mean": sum(scores.values()) / len(scores)}
+
+
+def opened(study: Study, paths: list[Path], method: dict[str, Any]) -> Plan:
+    parents = [{"path": str(path), "id": path.parent.name} for path in paths]
+    recipe = {"parents": parents, "base": str(base_of(study)), "method": method, "output": "unused",
+              "cache": str(study.work / "cache")}  # fmt: skip
+    return make_plan(parse(MergeRecipe, recipe))
+
+
+def apply(plan: Plan, live: LiveMerge) -> dict[str, Any]:
+    """Put the planned merge into the live model, block by block, and nothing on disk; returns the methods' report."""
+    report: dict[str, Any] = {}
+    place = dict(live.model.named_parameters())
+    with torch.no_grad():
+        for method, names in plan.by_method:
+            job = plan.job(names)
+            combine = method.prepare(job)
+            for block in job.blocks(by_rows=method.by_rows):
+                if block.name in place:
+                    place[block.name].view(-1)[block.start : block.stop] = combine(block).to(place[block.name])
+            report |= job.report
+    return report
+
+
+def probe_of(study: Study, seed: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """Texts from the parents' training files."""
+    files = [
+        {"path": str(study.folder(name, seed).with_name(f"{name}-seed-{seed}-{name}.jsonl")),
+         **({"score_range": [0, 1]} if name == "sts" else {})}
+        for name in names
+    ]  # fmt: skip
+    return {"sources": files, "examples": study.probe, "seed": seed}
+
+
+def pair_of(study: Study, seed: int) -> list[Path]:
+    steps = arms_of(study)
+    return [trained(study, arm, seed, steps[arm]) for arm in ("retrieval", "sts")]
+
+
+def merged_scores(study: Study, paths: list[Path], method: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
+    """Merge, score, and what the merge alone cost."""
+    started = time.perf_counter()
+    plan = opened(study, paths, method)
+    live = open_live(plan.parents, plan.base)
+    report = apply(plan, live)
+    minutes = (time.perf_counter() - started) / 60
+    own = report.get(method["type"], {})
+    kept = {name: value for name, value in own.items() if name != "trajectory"}
+    return {"scores": scored(live, tasks), "texts": kept.get("texts", 0), "minutes": minutes, "report": kept}
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def table_part(study: Study, seed: int, arms: list[str] | None) -> None:
+    """Base, parents, joint models, every method; the best point of a grid on the same tasks is the bar."""
+    tasks = tasks_of(study)
+
+    def wanted(name: str) -> bool:
+        return arms is None or name in arms
+
+    if wanted("base"):
+        study.once("table", "base", 0, lambda: {"scores": scored(load(str(base_of(study))), tasks), "texts": 0})
+    for arm, steps in arms_of(study).items():
+        if wanted(arm):
+            path = trained(study, arm, seed, steps)
+            cost = study.once("train", arm, seed, dict)
+            own = {"texts": cost["texts"], "minutes": cost["minutes"]}
+            study.once("table", arm, seed, lambda p=path, o=own: {"scores": scored(load(str(p)), tasks), **o})
+    paths = pair_of(study, seed)
+    probe = {"probe": probe_of(study, seed, ("retrieval", "sts"))}
+    known = {entry.name for entry in merge_methods.entries()}
+    methods = {**PLAIN, **{name: settings | probe for name, settings in PROBED.items()}}
+    for name, settings in methods.items():
+        kind = name.split(" ")[0]
+        if wanted(name) and kind in known:
+            method = {"type": kind, **settings}
+            study.once("table", name, seed, lambda m=method: merged_scores(study, paths, m, tasks))
+
+
+def plane_part(study: Study, seed: int, arms: list[str] | None) -> None:
+    """Score over direction t = a_sts / (a_retrieval + a_sts) and length lambda: the grid of the table."""
+    tasks = tasks_of(study)
+    paths = pair_of(study, seed)
+    plan = opened(study, paths, {"type": "slerp"})
+    live = open_live(plan.parents, plan.base)
+
+    def point(t: float, length: float) -> dict[str, Any]:
+        live.cost.forward = 0
+        own = opened(study, paths, {"type": "slerp", "scale": length})
+        own = parse_weights(own, (1 - t, t))
+        apply(own, live)
+        return {"scores": scored(live, tasks), "texts": live.cost.texts, "t": t, "length": length}
+
+    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for length in LENGTHS:
+            study.once("plane", f"t={t} lambda={length}", seed, lambda t=t, n=length: point(t, n))
+
+
+def parse_weights(plan: Plan, weights: tuple[float, ...]) -> Plan:
+    parents = tuple(replace(parent, weight=weight) for parent, weight in zip(plan.parents, weights, strict=True))
+    return replace(plan, parents=parents)
+
+
+def three_part(study: Study, seed: int, arms: list[str] | None) -> None:
+    """Retrieval, STS and Banking77: SLERP at every length, and Self-Positioning at every mu."""
+    tasks = [*tasks_of(study), banking(study)]
+    paths = [*pair_of(study, seed), trained(study, "banking", seed, {"banking": study.steps})]
+    for path in paths:
+        name = f"three {path.parent.name}"
+        study.once("three", name, seed, lambda p=path: {"scores": scored(load(str(p)), tasks), "texts": 0})
+    for length in LENGTHS:
+        method = {"type": "slerp", "scale": length}
+        study.once("three", f"slerp lambda={length}", seed, lambda m=method: merged_scores(study, paths, m, tasks))
+    for mu in MUS:
+        method = {"type": "self_positioning", "mu": mu, "probe": probe_of(study, seed, ("retrieval", "sts", "banking"))}
+        study.once("three", f"self_positioning mu={mu}", seed, lambda m=method: merged_scores(study, paths, m, tasks))
+
+
+def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
+    """In-domain gain against the loss on cranfield, for the joint model and every coefficient method at each length."""
+    tasks = [tasks_of(study)[0], cranfield(study)]
+    study.once("forget", "base", 0, lambda: {"scores": scored(load(str(base_of(study))), tasks), "texts": 0})
+    joint = trained(study, "joint 0.5", seed, arms_of(study)["joint 0.5"])
+    single = [{"type": "average", "scale": n} for n in (0.3, 0.5, 0.7, 1.0)]
+    for method in single:
+        name = f"joint lambda={method['scale']}"
+        study.once("forget", name, seed, lambda m=method: merged_scores(study, [joint], m, tasks))
+    paths = pair_of(study, seed)
+    kinds: dict[str, dict[str, Any]] = {
+        name: PLAIN[name] for name in ("average", "average restored", "slerp", "slerp paper", "karcher", "nan")
+    }
+    for name, settings in kinds.items():
+        for n in (0.3, 0.5, 0.7, 1.0):
+            method = {"type": name.split(" ")[0], **settings, "scale": n}
+            study.once("forget", f"{name} lambda={n}", seed, lambda m=method: merged_scores(study, paths, m, tasks))
+    study.once("forget", "model_stock", seed, lambda: merged_scores(study, paths, {"type": "model_stock"}, tasks))
+
+
+def growth_part(study: Study, seed: int, arms: list[str] | None) -> None:
+    """|V| against the number of examples for both tasks, and the joint model's angle to each parent by share."""
+    for task in ("retrieval", "sts"):
+        for factor in GROWTH:
+            steps = max(round(factor * study.steps), 1)
+            path = trained(study, f"growth {task} {steps}", seed, {task: steps})
+            examples = steps * BATCH
+            study.once("growth", f"{task} {steps}", seed, lambda p=path, n=examples: geometry(study, [p], n))
+    parents = pair_of(study, seed)
+    for ratio in RATIOS:
+        joint = trained(study, f"joint {ratio}", seed, arms_of(study)[f"joint {ratio}"])
+        study.once("growth", f"joint {ratio}", seed, lambda j=joint, r=ratio: geometry(study, [j, *parents], r))
+
+
+def geometry(study: Study, paths: list[Path], x: float) -> dict[str, Any]:
+    """Length of the first model's task vector, and its angles to the others, in degrees."""
+    plan = opened(study, paths, {"type": "slerp", "on_antipodal": "linear"})
+    gram_MM = plan.job(tuple(name for _, names in plan.by_method for name in names)).gram
+    whole = gram_MM.of(list(gram_MM.full_by_name))
+    lengths = whole.diagonal().sqrt()
+    angles = [math.degrees(math.acos(float(whole[0, i] / lengths[0] / lengths[i]))) for i in range(1, len(paths))]
+    return {"x": x, "norm": float(lengths[0]), "degrees": angles, "texts": 0}
+
+
+# Summary --------------------------------------------------------------------------------------------------------------
+
+
+def summarise(study: Study) -> None:
+    """Means over seeds of every arm, and the fits of growth, stored and printed."""
+    table = read_json(study.results, {"runs": []})
+    own = [run for run in table["runs"] if (run["steps"], run["layers"]) == (study.steps, study.layers)]
+    rows: dict[str, dict[str, Any]] = {}
+    for part in ("table", "plane", "three", "forget"):
+        for arm in dict.fromkeys(run["arm"] for run in own if run["part"] == part):
+            runs = [run for run in own if (run["part"], run["arm"]) == (part, arm)]
+            scores = {name: sum(r["scores"][name] for r in runs) / len(runs) for name in runs[0]["scores"]}
+            cost = {name: sum(r[name] for r in runs) / len(runs) for name in ("texts", "minutes")}
+            rows[f"{part}: {arm}"] = {"scores": scores, **cost, "seeds": len(runs)}
+    growth = [run for run in own if run["part"] == "growth"]
+    fits: dict[str, Any] = {}
+    for task in ("retrieval", "sts"):
+        points = [(run["x"], run["norm"]) for run in growth if run["arm"].startswith(task)]
+        if len({x for x, _ in points}) > 1:
+            fits[task] = [fit.as_dict() for fit in fit_norms(*zip(*points, strict=True))]
+    joint = [run for run in growth if run["arm"].startswith("joint")]
+    if len({run["x"] for run in joint}) > 1:
+        ratios = [run["x"] / (1 - run["x"]) for run in joint]
+        fits["direction to retrieval"] = fit_directions(ratios, [run["degrees"][0] for run in joint]).as_dict()
+        fits["direction to sts"] = fit_directions(
+            [1 / r for r in ratios], [run["degrees"][1] for run in joint]
+        ).as_dict()
+    write_json(study.results, table | {"summary": rows, "growth": fits})
+    for name, row in rows.items():
+        scores = "  ".join(f"{key} {value:6.2f}" for key, value in row["scores"].items())
+        print(f"{name:40}{scores}  texts {row['texts']:9.0f}  minutes {row['minutes']:5.1f}  seeds {row['seeds']}")
+    for name, fit in fits.items():
+        print(name, fit)
+
+
+if __name__ == "__main__":
+    main()
