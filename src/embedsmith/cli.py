@@ -326,7 +326,7 @@ def run_stages(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe with stages.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes: stages.0.recipe.output=...")] = None,
 ) -> None:
-    """Run the stages of a recipe in order: curate, mine, train, merge, evaluate. The same command goes on after a stop."""
+    """Run stages in order: curate, mine, train, merge, evaluate. The same command goes on after a stop."""
     from embedsmith.core.recipe import load_recipe
     from embedsmith.pipeline import PipelineRecipe, run
 
