@@ -185,6 +185,26 @@ def test_each_parent_is_measured_on_its_own_weights(tmp_path):
     assert not torch.allclose(both[0][name], both[1][name])
 
 
+def test_what_was_measured_is_kept_for_the_same_parent_texts_and_settings(tmp_path):
+    """A second call encodes nothing; another parent, other texts or another definition are measured anew."""
+    live = family(tmp_path, parents=1)
+    cache, config = tmp_path / "cache", FisherConfig(expectation="empirical")
+
+    def texts(records, own=config, name="a"):
+        before = live.cost.texts
+        found = fisher_of_parents(live, [records], own, 2, cache, [name])
+        return live.cost.texts - before, found[0]
+
+    count, first = texts(retrieval_records(3))
+    again, second = texts(retrieval_records(3))
+    assert count > 0 == again
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+    for other in ({"own": FisherConfig(expectation="exact")}, {"name": "b"}, {"records": retrieval_records(3, seed=9)}):
+        assert texts(**{"records": retrieval_records(3)} | other)[0] > 0
+    assert texts(retrieval_records(3), FisherConfig(expectation="empirical", shrink=0.5))[0] == 0
+
+
 def test_candidates_are_frozen_and_never_the_querys_own(tmp_path):
     records = [Record("q", ("the cat", "a cat"), ("a cat", "hard one")), Record("r", ("the dog",)), Record("s", ("q",))]
     drawn = frozen_candidates(RecordSet("x", "retrieval", records, "x"), 5, 0)

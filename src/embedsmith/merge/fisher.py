@@ -7,17 +7,21 @@ Raffel 2022 (2111.09832); the definitions for contrastive encoders are our own.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.recipe import section
 from embedsmith.core.reps import Dense, in_fp32
@@ -271,11 +275,44 @@ def _length(fisher: Weights) -> float:
 
 
 def fisher_of_parents(
-    live: LiveMerge, records: Sequence[RecordSet], config: FisherConfig, negatives: int = 7
+    live: LiveMerge,
+    records: Sequence[RecordSet],
+    config: FisherConfig,
+    negatives: int = 7,
+    cache: Path | None = None,
+    hashes: Sequence[str] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """F of every parent on its own texts, measured on the parent's own weights."""
+    """F of every parent on its own texts, measured on the parent's own weights.
+
+    With a `cache` folder and the parents' content `hashes`, F is measured once for a parent, its texts and the
+    settings, and kept there as fisher-KEY.safetensors with what it was measured from in the header.
+    """
     fishers = []
     for parent, own in enumerate(records):
+        about = None if cache is None or hashes is None else _about(hashes[parent], own, config, negatives)
+        file = None if cache is None or about is None else cache / f"fisher-{_key(about)}.safetensors"
+        if file is not None and file.exists():
+            fishers.append({name: tensor.to(live.model.device) for name, tensor in load_file(file).items()})
+            continue
         live.place_parent(parent)
         fishers.append(measure(live, own, config, negatives))
+        if file is not None:
+            _keep(file, fishers[-1], about or {})
     return fishers
+
+
+def _about(content_hash: str, records: RecordSet, config: FisherConfig, negatives: int) -> dict[str, str]:
+    """What F depends on. How it is used (floor, shrink, normalise) is not part of it."""
+    texts = hashlib.sha256(repr([(r.query, r.positives, r.negatives) for r in records.records]).encode()).hexdigest()
+    names = ("definition", "expectation", "temperature", "batch_size", "draws", "seed")
+    settings = {name: str(getattr(config, name)) for name in names}
+    return {"model": content_hash, "texts": texts, "negatives": str(negatives), **settings}
+
+
+def _key(about: Mapping[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:32]
+
+
+def _keep(file: Path, fisher: Weights, about: dict[str, str]) -> None:
+    with atomic_file(file, "wb") as out:
+        out.write(save({name: tensor.cpu().contiguous() for name, tensor in fisher.items()}, metadata=about))

@@ -37,7 +37,9 @@ class Fisher(FisherConfig):
 
     def prepare(self, job: Job) -> Combine:
         live = open_live(job.parents, job.base)
-        fishers = fisher_of_parents(live, self.probe.of_parents(live.parents), self, self.probe.negatives)
+        sets = self.probe.of_parents(live.parents)
+        hashes = [parent.content_hash for parent in job.parents] if job.cache is not None else None
+        fishers = fisher_of_parents(live, sets, self, self.probe.negatives, job.cache, hashes)
         merged = merge_by_fisher(live.deltas, fishers, job.weight_M.tolist(), self)
         job.report["fisher"] = {
             "effective_parents": merged.effective_parents,

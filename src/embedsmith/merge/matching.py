@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from embedsmith.core.batch import Batch, PairBatch, Progress, Side
 from embedsmith.core.encoder import Role
 from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.reps import TEACHER, Dense, in_fp32
+from embedsmith.core.reps import TEACHER, Dense, Representation, in_fp32
 from embedsmith.data import RecordSet
 from embedsmith.merge.live import LiveMerge
 from embedsmith.merge.positioning import PositioningConfig, ProbeBatches
@@ -53,7 +53,7 @@ class MatchTeacher(Loss):
         return LossOutput((own_NN @ own_NN.T - teacher_NN @ teacher_NN.T).square().mean()[None])
 
     def _vectors(self, batch: Batch, head: str) -> Tensor:
-        parts = [side.local[head] for side in batch.sides()]
+        parts: list[Representation] = [side.local[head] for side in batch.sides()]
         return torch.cat([in_fp32(part.tensors()[0]) for part in parts])
 
 
@@ -63,7 +63,8 @@ def linear_cka(left_ND: Tensor, right_ND: Tensor) -> Tensor:
     left_ND, right_ND = (vector - vector.mean(0) for vector in (left_ND, right_ND))
     cross = (right_ND.T @ left_ND).square().sum()
     scale = (left_ND.T @ left_ND).norm() * (right_ND.T @ right_ND).norm()
-    return cross / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    alike: Tensor = cross / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return alike
 
 
 @dataclass(frozen=True)
