@@ -13,22 +13,18 @@ cranfield), growth (length and direction against data). A forward pass counts as
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from bench.common import RESULTS, WORK, data_path, environment, minilm, read_json, write_json
+from bench.common import RESULTS, WORK, data_path, read_json, write_json
+from bench.merging_models import BATCH, RATIOS, Study, arms_of, base_of, read_lines, trained
 from embedsmith.core.recipe import parse
 from embedsmith.core.registry import merge_methods
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
@@ -38,11 +34,8 @@ from embedsmith.merge.live import LiveMerge, open_live
 from embedsmith.merge.plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.models import load
-from embedsmith.train import Recipe, train
 
 PARTS = ("train", "table", "plane", "three", "forget", "growth")
-BATCH = 64
-RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MUS = (0.0, 0.01, 0.02, 0.05, 0.1)
 LENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5)
 GROWTH = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -81,48 +74,6 @@ PLAIN = {
 }
 
 
-@dataclass(frozen=True)
-class Study:
-    """Where things are, and how large."""
-
-    steps: int
-    layers: int
-    work: Path
-    results: Path
-    items: int
-    documents: int
-    probe: int
-
-    def folder(self, arm: str, seed: int) -> Path:
-        return self.work / f"layers-{self.layers}-steps-{self.steps}" / f"{arm}-seed-{seed}"
-
-    def once(self, part: str, arm: str, seed: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """An entry of the results: what is there is kept, what is missing is computed and appended."""
-        key = {
-            "part": part,
-            "arm": arm,
-            "seed": seed,
-            "steps": self.steps,
-            "layers": self.layers,
-            "items": self.items,
-            "documents": self.documents,
-            "probe": self.probe,
-        }
-        for run in read_json(self.results, {"runs": []})["runs"]:
-            if all(run.get(name) == value for name, value in key.items()):
-                return dict(run)
-        print(f"{part}: {arm}, seed {seed} ...", flush=True)
-        started = time.perf_counter()
-        run = key | compute()
-        run |= {"minutes": run.get("minutes", (time.perf_counter() - started) / 60), "environment": environment()}
-        table = read_json(self.results, {"runs": []})
-        table["runs"].append(run)
-        write_json(self.results, table)
-        shown = {name: round(value, 2) for name, value in run.get("scores", {}).items()}
-        print(f"  {shown} {run['minutes']:.1f} minutes", flush=True)
-        return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -146,103 +97,6 @@ def main() -> None:
         for seed in a.seeds if main_rows else a.seeds[:1]:
             parts[part](study, seed, a.arms)
     summarise(study)
-
-
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
-def base_of(study: Study) -> Path:
-    """MiniLM's first layers as a model of its own."""
-    folder = study.work / f"base-{study.layers}"
-    if not folder.exists():
-        model = load(minilm())
-        backbone: Any = model.backbone
-        backbone.encoder.layer = nn.ModuleList(list(backbone.encoder.layer)[: study.layers])
-        backbone.config.num_hidden_layers = study.layers
-        model.save(folder)
-    return folder
-
-
-def rows_of(task: str) -> list[dict[str, Any]]:
-    """Training rows of a task: pairs, graded pairs in 0..1, or two texts of one intent."""
-    if task == "retrieval":
-        return read_lines(data_path("pairs/debian-en-train.jsonl.gz"))
-    if task == "sts":
-        stsb = [row | {"score": row["score"] / 5} for row in read_lines(data_path("sts/stsb-en-train.jsonl"))]
-        sick = [row | {"score": (row["score"] - 1) / 4} for row in read_lines(data_path("sts/sick-train.jsonl"))]
-        return stsb + sick
-    by_label: dict[Any, list[str]] = {}
-    for row in read_lines(data_path("labels/banking77-train.jsonl")):
-        by_label.setdefault(row["label"], []).append(row["text"])
-    chance = random.Random(0)
-    shuffled = [chance.sample(texts, len(texts)) for texts in by_label.values()]
-    return [{"query": a, "pos": [b]} for texts in shuffled for a, b in pairwise(texts)]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in content.decode("utf-8").splitlines()]
-
-
-def sources(folder: Path, steps: dict[str, int], seed: int) -> list[dict[str, Any]]:
-    """One epoch of each task for these steps, drawn by the seed and repeated where a task has fewer rows."""
-    found = []
-    for task, count in ((task, count) for task, count in steps.items() if count > 0):
-        rows = rows_of(task)
-        chosen: list[dict[str, Any]] = []
-        chance = random.Random(f"{seed}-{task}")
-        while len(chosen) < count * BATCH:
-            chosen += chance.sample(rows, min(count * BATCH - len(chosen), len(rows)))
-        path = folder.with_name(f"{folder.name}-{task}.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
-        score = {"score_range": [0, 1]} if task == "sts" else {}
-        found.append({"path": str(path), "name": task, "batch_size": BATCH, **score})
-    return found
-
-
-def trained(study: Study, arm: str, seed: int, steps: dict[str, int]) -> Path:
-    """The arm's model; trained now if missing. `steps`: of each task."""
-    folder = study.folder(arm, seed)
-    total = sum(steps.values())
-
-    def run() -> dict[str, Any]:
-        shutil.rmtree(folder, ignore_errors=True)
-        recipe = {
-            "model": {"path": str(base_of(study)), "max_length": 128},
-            "data": sources(folder, steps, seed),
-            "train": {"steps": total, "batch_size": BATCH, "learning_rate": 3e-5, "precision": "fp32", "seed": seed,
-                      "log_with": [], "checkpoint_every": total},
-            "output": str(folder),
-        }  # fmt: skip
-        train(parse(Recipe, recipe))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return {"texts": 3 * 2 * BATCH * total, "task_steps": steps}
-
-    if not (folder / "model").exists():
-        drop(study, "train", arm, seed)
-    study.once("train", arm, seed, run)
-    return folder / "model"
-
-
-def drop(study: Study, part: str, arm: str, seed: int) -> None:
-    """Forget an entry whose model is gone."""
-    table = read_json(study.results, {"runs": []})
-    own = {"part": part, "arm": arm, "seed": seed, "steps": study.steps, "layers": study.layers}
-    kept = [run for run in table["runs"] if any(run.get(name) != value for name, value in own.items())]
-    if len(kept) < len(table["runs"]):
-        write_json(study.results, table | {"runs": kept})
-
-
-def arms_of(study: Study) -> dict[str, dict[str, int]]:
-    """Steps of each task: parents, the joint model in proportion to its data, and re-sampled."""
-    both = 2 * study.steps
-    share = len(rows_of("retrieval")) / (len(rows_of("retrieval")) + len(rows_of("sts")))
-    arms = {"retrieval": {"retrieval": study.steps}, "sts": {"sts": study.steps}}
-    joint = {"joint": share} | {f"joint {ratio}": ratio for ratio in RATIOS}
-    for name, ratio in joint.items():
-        arms[name] = {"retrieval": round(ratio * both), "sts": both - round(ratio * both)}
-    return arms
 
 
 def train_part(study: Study, seed: int, arms: list[str] | None) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from embedsmith.core.errors import CheckpointError
 from embedsmith.core.registry import merge_methods
 from embedsmith.core.reps import Dense
 from embedsmith.merge.cocktail import CocktailConfig, cocktail_weights, softmin
@@ -143,6 +144,15 @@ def test_cka_ignores_rotation_and_scale():
     turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     assert float(linear_cka(left, 3 * left @ turn + 1)) == pytest.approx(1.0)
     assert float(linear_cka(left, left[torch.randperm(20)])) < 0.6
+
+
+def test_a_parent_with_nan_is_named_before_anything_is_measured(folders, tmp_path):
+    model = load(str(folders / "parent-0"))
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = float("nan")
+    model.save(tmp_path / "bad")
+    with pytest.raises(CheckpointError, match="sick: the weight .* holds NaN"):
+        open_live([open_folder(folders / "parent-0", "well"), open_folder(tmp_path / "bad", "sick")])
 
 
 def test_a_probe_is_a_fixed_sample(folders):

@@ -160,8 +160,8 @@ def open_live(
     for one in (start, *parents):
         if missing := [name for name in names if name not in one.tensors]:
             raise CheckpointError(f"the weight {missing[0]} is missing", where=one.id, fix="merge models of one kind")
-    tensors = {name: start.tensor(name).to(model.device) for name in names}
-    deltas = [{name: one.tensor(name).to(model.device) - tensors[name] for name in names} for one in parents]
+    tensors = {name: _finite(start, name).to(model.device) for name in names}
+    deltas = [{name: _finite(one, name).to(model.device) - tensors[name] for name in names} for one in parents]
     chosen = groups(names, granularity)
     live = LiveMerge(
         model=model,
@@ -178,6 +178,18 @@ def open_live(
 def _embedder(models: Sequence[Parent]) -> Path:
     """The first folder that says how to pool; an adapter's is its plain base model's, which does not."""
     return next((one.folder for one in models if (one.folder / "modules.json").exists()), models[0].folder)
+
+
+def _finite(model: Parent, name: str) -> Tensor:
+    """A whole tensor. Errors: `CheckpointError` where it holds NaN or infinity: better now than after an hour."""
+    tensor = model.tensor(name)
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"the weight {name} holds NaN or infinity",
+            where=model.id,
+            fix="leave this parent out; its training diverged or its file is damaged",
+        )
+    return tensor
 
 
 def _dot(left: Tensor, right: Tensor) -> float:
