@@ -141,7 +141,8 @@ class MtebEncoder(MtebSearch):
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Inner products of every row with every row: vectors are normalised where the model normalises."""
         left, right = (torch.atleast_2d(torch.as_tensor(side)).float() for side in (embeddings1, embeddings2))
-        return left @ right.T
+        product: torch.Tensor = left @ right.T
+        return product
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Inner products row by row."""
