@@ -151,7 +151,7 @@ def test_a_parent_with_nan_is_named_before_anything_is_measured(folders, tmp_pat
     with torch.no_grad():
         next(model.parameters())[0, 0] = float("nan")
     model.save(tmp_path / "bad")
-    with pytest.raises(CheckpointError, match="sick: the weight .* holds NaN"):
+    with pytest.raises(CheckpointError, match=r"sick: the weight .* holds NaN"):
         open_live([open_folder(folders / "parent-0", "well"), open_folder(tmp_path / "bad", "sick")])
 
 

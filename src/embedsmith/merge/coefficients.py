@@ -208,14 +208,12 @@ def karcher(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometri
     """The weighted mean on the sphere of directions (Frechet mean), with the weighted mean norm. Order-free.
 
     m <- exp_m( sum_i w_i log_m(V_i/|V_i|) ) from the normalised weighted mean until the step is below 1e-10. Unique
-    where all directions lie in an open half space; all pairwise cosines above 0 suffice, and a warning says otherwise.
+    where all directions lie in an open half space; all pairwise cosines above 0 suffice.
     Zero vectors take no part.
     """
     if not norms(gram_MM).any():
         return normalised(weight_M)
     w_M, inverse_M = _directions(gram_MM, weight_M)
-    if bool((gram_MM < 0).any()):
-        log.warning("some task vectors are more than 90 degrees apart: their spherical mean may not be unique")
     mean_M = w_M * inverse_M
     if norm_of(gram_MM, mean_M) < 1e-7:
         raise RecipeError("the task vectors cancel out: they have no spherical mean", fix="leave one parent out")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.progress import log
 from embedsmith.core.registry import merge_methods
 from embedsmith.merge import coefficients as formula
 from embedsmith.merge.coefficients import Accumulate, Antipodal, Norm, Order
@@ -158,6 +159,8 @@ class Karcher(CoefficientMethod):
 
     def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         check_weights(weight_M)
+        if bool((gram_MM < 0).any()):
+            log.warning("some task vectors are more than 90 degrees apart: their spherical mean may not be unique")
         return self.scale * formula.karcher(gram_MM, weight_M, self.norm)
 
 
