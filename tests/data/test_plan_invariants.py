@@ -169,3 +169,10 @@ def test_two_rows_that_are_one_text_both_ways_count_as_sharing():
 def test_a_text_twice_in_one_row_only_is_not_shared():
     known = RowFacts(np.asarray([1, 2]), np.asarray([1, 1, 3]), np.asarray([0, 2, 3]), np.full(2, 9, np.int32))
     assert BatchPlan((2,), (2,), facts=(known,)).cuts[0].shared.texts == 0
+
+
+def test_rows_are_set_apart_even_where_batches_are_nearly_full_of_shared_texts():
+    """40 documents of 24 rows each and 40 batches of 24: every batch holds more than half of the documents."""
+    known = RowFacts(np.arange(960), np.arange(960) % 40 + 10**6, np.arange(961), np.full(960, 9, np.int32))
+    plan = BatchPlan((960,), (24,), facts=(known,))
+    assert plan.account(0)[0].seen > 0.97 * 960

@@ -173,6 +173,13 @@ def test_a_mixed_step_has_a_part_of_every_kind_weighed_by_its_rows(tree, tmp_pat
     assert [part.weight for part in parts] == [11 / 16, 5 / 16]
 
 
+def test_a_mixed_batch_is_full_whatever_the_shares_round_to(tree, tmp_path):
+    data = [write(tmp_path / f"{name}.jsonl", pairs(24, 100 * place)) for place, name in enumerate("ab")]
+    data[1]["loss"] = {"type": "infonce", "temperature": 0.5}
+    parts = feed_of(mixed_tree(tree | {"data": [*data, tree["data"][1]]}, tmp_path / "run")).parts(0)
+    assert sorted(len(part.first) for part in parts) == [5, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
