@@ -250,3 +250,21 @@ def test_a_source_is_a_recipe_section():
     ):
         with pytest.raises(RecipeError, match=message):
             parse(Source, {"path": "a.jsonl"} | wrong)
+
+
+def test_the_raw_files_of_f2llm_are_written_and_read(tmp_path):
+    records = [
+        Record("q", ("p", "r"), ("n", "m"), instruction="Instruct: find\nQuery: "),
+        Record("s", ("t",)),
+        Record("u", ("v",), tuple(f"n{i}" for i in range(30))),
+    ]
+    assert write_records(tmp_path / "set.parquet", records) == 3
+    found = read_source(Source(path=str(tmp_path / "set.parquet")))
+    assert (found.format, found.task) == ("f2llm", "retrieval")
+    assert [(r.query, r.positives, len(r.negatives)) for r in found.records] == [
+        ("Instruct: find\nQuery: q", ("p",), 2),
+        ("Instruct: find\nQuery: q", ("r",), 2),
+        ("s", ("t",), 0),
+        ("u", ("v",), 24),
+    ]
+    assert found.records[3].negatives[:2] == ("n0", "n1")

@@ -32,6 +32,9 @@ ROLES = {
 }
 """What a column may be declared to hold, and the field of `Record` that means."""
 
+F2LLM_NEGATIVES = 24
+"""Columns `negative_1` to `negative_24` of F2LLM's published Parquet files."""
+
 Columns = Mapping[str, str | Sequence[str]]
 Found = dict[str, list[Any]]
 
@@ -88,6 +91,16 @@ LAYOUTS = (
         ("query", "pos"),
         task="retrieval",
     ),
+    Layout(
+        "f2llm",
+        {
+            "query": "query",
+            "positives": "passage",
+            "negatives": [f"negative_{number}" for number in range(1, F2LLM_NEGATIVES + 1)],
+        },
+        ("query", "passage"),
+        task="retrieval",
+    ),
     Layout("pairs", _own("text1", "text2", "score"), ("text1", "text2", "score"), task="sts"),
     Layout(
         "pairs",
@@ -99,7 +112,7 @@ LAYOUTS = (
 )
 """Formats by the columns that give them away, tried in this order."""
 
-FORMATS = ("records", "flagembedding", "pairs", "labels", "beir")
+FORMATS = ("records", "flagembedding", "f2llm", "pairs", "labels", "beir")
 
 
 def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None, where: object) -> Layout:

@@ -23,7 +23,7 @@ from embedsmith.data.record import Record, RowError, Task, validate
 from embedsmith.data.scores import Extent, Range, check_range, infer_range, rescaled
 from embedsmith.data.store import Fingerprint
 
-Format = Literal["records", "flagembedding", "pairs", "labels", "beir"]
+Format = Literal["records", "flagembedding", "f2llm", "pairs", "labels", "beir"]
 MOST_NEGATIVES = 4
 
 
