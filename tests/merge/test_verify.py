@@ -141,3 +141,9 @@ def test_neighbours():
     assert neighbour_overlap(left, other, 5) < 0.5
     assert prefix_overlap(left, 8, 5) == 1.0
     assert prefix_overlap(left, 2, 5) < 1.0
+
+
+def test_a_text_is_no_neighbour_of_itself():
+    """Two models that pair four texts differently have no nearest neighbour in common."""
+    left = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    assert neighbour_overlap(left, left[[0, 2, 1, 3]], 1) == 0.0
