@@ -165,7 +165,7 @@ def test_tasks_are_found_by_path_and_by_name_and_a_missing_hub_is_told(tmp_path:
     file.write_text("\n".join(json.dumps(row) for row in rows))
     (ours,) = find_mteb_tasks([str(file)])
     assert ours.metadata.name == "mine"
-    with pytest.raises(EvaluationError, match="did you mean 'STSBenchmark'"):
+    with pytest.raises(EvaluationError, match="did you mean 'STSBenchmark"):
         hub_task("STSBenchmarkk")
     with pytest.raises(DataError, match="cannot be fetched"):
         mteb_evaluate(NamedEncoder(), [hub_task("T2Retrieval")], tmp_path, name="./m")

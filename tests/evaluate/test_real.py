@@ -46,3 +46,18 @@ def test_the_score_is_the_published_one(encoder: Encoder, task: str) -> None:
     expected, tolerance = EXPECTED[task]
     result = evaluate(encoder, [load_task(task, data_dir=DATA)])[0]
     assert 100 * result.main_score == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("task", ["stsb-en-test", "sts13-test", "sts14-test"])
+def test_mteb_gives_our_model_the_published_score(folder: str, tmp_path: Path, task: str) -> None:
+    pytest.importorskip("mteb", reason="needs mteb: pip install 'embedsmith[eval]'")
+    from embedsmith.evaluate.mteb_run import find_mteb_tasks, mteb_evaluate
+    from embedsmith.models import load
+
+    result = mteb_evaluate(
+        load(folder, max_length=256), find_mteb_tasks([task], data=DATA), tmp_path, name="local/all-MiniLM-L6-v2"
+    )[0]
+    expected, tolerance = EXPECTED[task]
+    assert 100 * result.main_score == pytest.approx(expected, abs=tolerance)
+    (file,) = tmp_path.glob(f"results/local__all-MiniLM-L6-v2/*/{task}.json")
+    assert file.is_file()

@@ -231,8 +231,8 @@ def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_p
     }
     constant = tree["train"] | {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 20, "final": "best"}
     run(tree, evaluate=evaluate, train=constant)
-    lines = [line for line in metrics(tmp_path / "run") if f"score/{scored}" in line]
-    assert lines[0]["step"] == 2
+    before, *lines = [line for line in metrics(tmp_path / "run") if f"score/{scored}" in line]
+    assert (before["step"], lines[0]["step"]) == (0, 2)
     assert lines[-1]["step"] < 20, "weights that do not move cannot improve three times"
     assert all("validation_loss/held" in line for line in lines)
     finished = json.loads((tmp_path / "run" / "finished.json").read_text())
@@ -242,6 +242,10 @@ def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_p
         tmp_path / "run" / "checkpoints" / f"step-{finished['best_step']}" / "model" / "model.safetensors"
     )
     assert_equal_weights(weights(tmp_path / "run"), checkpoint)
+    kept = json.loads((tmp_path / "run" / "evaluation" / "after.json").read_text())
+    assert kept["tasks"][0]["main_score"] == pytest.approx(finished["best_score"])
+    assert "<h2>Scores</h2>" in (tmp_path / "run" / "report.html").read_text()
+    assert "## Scores" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
