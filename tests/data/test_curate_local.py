@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tinybert import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from embedsmith.core.errors import ModelError
 from embedsmith.data import Record
 from embedsmith.data.curate import LocalModel, SyntheticQueries, Tools, apply
 from embedsmith.data.curate.ask import Spending
-from tests.tinybert import tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
