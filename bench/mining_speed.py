@@ -1,9 +1,9 @@
 """Speed and memory of offline mining from given vectors: 10,000 queries against 51,629 documents, top 100.
 
 `python -m bench.mining_speed` compares exact search with a flat FAISS index, and mining with sentence-transformers'
-`mine_hard_negatives` (same vectors, same filters), each arm in a process of its own, arms taking turns. Vectors are made
-up (unit length, in clusters); time is processor time with one thread. Peak memory is what an arm adds to vectors that
-are already loaded. Results are appended to bench/results/mining.json under `speed`.
+`mine_hard_negatives` (same vectors, same filters), each arm in a process of its own, arms taking turns. Vectors are
+made up (unit length, in clusters); time is processor time with one thread. Peak memory is what an arm adds to vectors
+that are already loaded. Results are appended to bench/results/mining.json under `speed`.
 """
 
 from __future__ import annotations

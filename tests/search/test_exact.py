@@ -8,7 +8,7 @@ import torch
 
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
-from embedsmith.search import TopK, exact_top_k
+from embedsmith.search import TopK, exact, exact_top_k
 
 
 def naive(score_QK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +33,19 @@ def test_equals_a_full_sort_with_ties(block: int | None, k: int) -> None:
     np.testing.assert_array_equal(score, expected_score)
     assert score.dtype == np.float32
     assert index.dtype == np.int64
+
+
+@pytest.mark.parametrize("spare", [1, 3, 256])
+def test_candidates_above_the_floor_overflow_into_a_new_choice(spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that get better and better fill the spare places again and again."""
+    monkeypatch.setattr(exact, "_SPARE", spare)
+    for seed in range(5):
+        query, document = whole_numbers(9, 4, seed), whole_numbers(90, 4, seed + 1)
+        document[45:] *= 2
+        score, index = exact_top_k(query, document, 6, block=7)
+        expected_score, expected_index = naive(query @ document.T, 6)
+        np.testing.assert_array_equal(index, expected_index)
+        np.testing.assert_array_equal(score, expected_score)
 
 
 def test_every_document_tied_gives_the_first_ones() -> None:

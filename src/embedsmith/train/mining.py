@@ -176,10 +176,8 @@ class LiveMining:
         started = time.perf_counter()
         encoder = _Instructed(self.feed.model, live.supply.records.records)
         task, texts = live.supply.records.task, live.texts
-        queries, documents = (
-            TextReps(encoder, strings, role, task, live.head)
-            for role, strings in (("query", texts.queries), ("document", texts.corpus))
-        )
+        queries = TextReps(encoder, texts.queries, "query", task, live.head)
+        documents = TextReps(encoder, texts.corpus, "document", task, live.head)
         live.state.install_pools(*mine_pools(texts, queries, documents, live.more, lane.group))
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -246,7 +244,7 @@ def _over_ranks(lane: Lane, score_QX: Tensor) -> Tensor:
         return gathered
     stacked = gathered.unflatten(0, (lane.world, -1))
     joined = stacked.nan_to_num(float("-inf")).amax(0)
-    return joined.masked_fill(stacked.isnan().all(0), float("nan"))
+    return torch.where(stacked.isnan().all(0), float("nan"), joined)
 
 
 def _communication_device(lane: Lane) -> torch.device:

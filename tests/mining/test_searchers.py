@@ -1,0 +1,132 @@
+"""What searchers are made of: BM25 tokens of any script, kept vectors of every head, an approximate index, pairs."""
+
+import numpy as np
+import pytest
+import torch
+
+from embedsmith.core.encoder import fingerprint
+from embedsmith.core.errors import DataError, SearchError
+from embedsmith.core.reps import Dense
+from embedsmith.mining import Bm25Search, Limits
+from embedsmith.mining import searchers as module
+from embedsmith.mining.bm25 import Bm25, tokenize
+from embedsmith.mining.searchers import EmbeddingSearcher, TextReps, top_of_pieces
+from embedsmith.mining.select import within
+from embedsmith.mining.texts import loose_id, overlap, shingles
+from embedsmith.search import exact_top_k
+from embedsmith.search.approximate import ApproximateIndex
+from embedsmith.search.cached import CachedEncoder
+from tests.mining.fakes import Words
+
+TEXTS = [f"{a} {b} {a}" for a in ("cat", "dog", "tree") for b in ("red", "blue", "old", "new")]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "expected"),
+    [
+        ("mixed", "Late-Interaction 检索模型 v2", ["late", "interaction", *"检索模型", "检索", "索模", "模型", "v2"]),
+        ("words", "Late 检索", ["late", "检索"]),
+        ("characters", "ab", ["a", "b", "ab"]),
+        ("mixed", "ＡＢＣ", ["abc"]),
+    ],
+)
+def test_tokens(tokens, text, expected):
+    assert tokenize(text, tokens) == expected
+
+
+def test_bm25_finds_chinese_text_and_scores_nothing_for_unknown_words():
+    corpus = ["今天天气很好", "检索模型的训练", "猫在睡觉", "训练一只猫"]
+    index = Bm25(Bm25Search(), corpus)
+    score_Qk, index_Qk = index.top(["怎么训练检索模型", "zzz"], 2)
+    assert index_Qk.tolist() == [[1, 3], [0, 1]]
+    assert score_Qk[0, 0] > score_Qk[0, 1] > 0
+    assert score_Qk[1].tolist() == [0, 0]
+    with pytest.raises(DataError, match="no text of the corpus has a word"):
+        Bm25(Bm25Search(), ["?!", "..."])
+
+
+@pytest.mark.parametrize("head", ["dense", "sparse", "multivector"])
+def test_kept_representations_are_those_of_the_model(tmp_path, head):
+    model = Words()
+    texts = ["one", "two words", "three words here", "a much longer text of words"]
+    expected = model.represent(texts, role="query", outputs=(head,))[head]
+    for _ in range(2):
+        kept = CachedEncoder.of(model, tmp_path).represent(texts, role="query", outputs=(head,))[head]
+        torch.testing.assert_close(kept.scores(expected), expected.scores(expected))
+    assert len(model.encoded) == 2 * len(texts)
+
+
+def test_every_part_of_the_key_counts(tmp_path):
+    model = Words()
+    paths = {
+        CachedEncoder.of(encoder, tmp_path).path(texts, role, task, head)
+        for encoder in (model, Words("b"))
+        for texts in (["a", "b"], ["ab"], ["b", "a"])
+        for role in ("query", "document")
+        for task in (None, "sts")
+        for head in ("dense", "sparse")
+    }
+    assert len(paths) == 48
+    assert fingerprint(model) == "words-a-16"
+
+
+def test_values_that_are_not_finite_are_not_kept(tmp_path):
+    class Broken(Words):
+        def _dense(self, texts):
+            return Dense(torch.full((len(texts), 4), float("nan")))
+
+    with pytest.raises(SearchError, match="not finite"):
+        CachedEncoder.of(Broken(), tmp_path).represent(["a"], role="query")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_pairs_and_pieces_equal_whole_scores(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 5)
+    monkeypatch.setattr(module, "_PAIRS", 3)
+    queries, documents = (TextReps(Words(), texts, "query", None, "dense") for texts in (TEXTS[:4], TEXTS))
+    whole_QK = Words()._dense(TEXTS[:4]).scores(Words()._dense(TEXTS))[0].numpy()
+    row_E, index_E = np.divmod(np.random.default_rng(0).permutation(whole_QK.size), len(TEXTS))
+    found = EmbeddingSearcher(queries, documents)
+    np.testing.assert_allclose(found.pairs(row_E, index_E), whole_QK[row_E, index_E], atol=1e-6)
+    query = queries.rows(np.arange(4))
+    expected = exact_top_k(query, Words()._dense(TEXTS), 6)
+    actual = top_of_pieces(query, documents.pieces(), 6)
+    np.testing.assert_allclose(actual[0], expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["HNSW8,Flat", "IVF2,Flat"])
+def test_an_approximate_index_finds_nearly_the_same(tmp_path, factory):
+    pytest.importorskip("faiss")
+    chance = np.random.default_rng(0)
+    vector_ND = torch.from_numpy(chance.standard_normal((300, 8)).astype(np.float32))
+    index = ApproximateIndex.build([Dense(vector_ND[:200]), Dense(vector_ND[200:])], factory, effort=64)
+    index.save(tmp_path / "index.faiss")
+    query = Dense(vector_ND[:20])
+    score, found = ApproximateIndex.load(tmp_path / "index.faiss", 64).top(query, 10)
+    exact_score, exact = exact_top_k(query, vector_ND, 10)
+    shared = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
+    assert shared > 0.9 * exact.size
+    np.testing.assert_allclose(score[:, 0], exact_score[:, 0], atol=1e-5)
+    with pytest.raises(SearchError, match="dimension"):
+        index.top(Dense(vector_ND[:, :4]), 2)
+    with pytest.raises(SearchError, match="cannot make an index"):
+        ApproximateIndex.build([Dense(vector_ND[:5])], "IVF64,Flat")
+
+
+def test_limits():
+    score_C = np.array([0.96, 0.95, 0.9, 0.2], np.float32)
+    keep = lambda **limits: within(score_C, 1.0, Limits(**limits)).tolist()
+    assert keep() == [True] * 4
+    assert keep(relative_margin=0.05) == [False, True, True, True]
+    assert keep(absolute_margin=0.1) == [False, False, True, True]
+    assert keep(max_score=0.5, min_score=0.3) == [False] * 4
+    below = within(np.array([-0.5, -0.6], np.float32), -0.5, Limits(relative_margin=0.1))
+    assert below.tolist() == [False, True]  # the limit is below a negative positive score, not above it
+
+
+def test_loose_ids_and_overlap():
+    assert loose_id("The  Cat, sat.") == loose_id("the cat SAT") == loose_id("ｔｈｅ cat sat")
+    assert loose_id("the cat") != loose_id("the bat")
+    assert loose_id("?!") != loose_id("...")
+    assert overlap(shingles("same text"), shingles("Same  text")) == 1
+    assert overlap(shingles("one thing"), shingles("unlike that")) < 0.2
