@@ -10,7 +10,7 @@ import pytest
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.data import Source, read_source, row_facts, text_id, tokencache
-from embedsmith.data.tokencache import Manifest
+from embedsmith.data.tokenmanifest import Manifest
 from embedsmith.data.tokenread import tokens_of
 from embedsmith.models import load
 from embedsmith.train.tokens import TokenizeJob, adopt, tokenize

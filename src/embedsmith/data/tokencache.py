@@ -19,29 +19,27 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import CheckpointError, DataError
+from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.record import Record, text_id
 from embedsmith.data.source import RecordSet
 from embedsmith.data.store import RecordStore
+from embedsmith.data.tokenmanifest import DatasetFacts, Layout
 
-VERSION = 1
 SHARD_ROWS = 20_000
 GROUP_ROWS = 50_000
-MANIFEST = "manifest.json"
 SCORES = ("positive_scores", "negative_scores", "teacher_positive_scores", "teacher_negative_scores")
-Layout = Literal["corpus", "inline"]
 
 
 class Tokenize(Protocol):
@@ -54,92 +52,6 @@ class Tokenize(Protocol):
         task: str | None = None,
         instruction: Sequence[str | None] | None = None,
     ) -> TokenBatch: ...
-
-
-@dataclass(frozen=True)
-class TokenizerFacts:
-    """What makes ids what they are: the tokenizer, by name and hash, and what it was told."""
-
-    name: str
-    sha256: str
-    max_length: int
-    end_id: int | None = None
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """One dataset of a cache. `roles`: of its documents (in sts both sides are queries); `prompts`: by role, as put
-    before texts that have no instruction of their own; `probes`: the ids of one text by role, which tell a model that
-    tokenizes in another way; `ids`: whether `doc_id` is our text id or a name."""
-
-    name: str
-    task: str
-    layout: Layout
-    rows: int
-    documents: int
-    prompts: dict[str, str]
-    document_role: Role
-    ids: Literal["text", "name"] = "text"
-    labels: tuple[str, ...] = ()
-    fingerprint: str = ""
-    probes: dict[str, list[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    tokenizer: TokenizerFacts
-    datasets: dict[str, DatasetFacts] = field(default_factory=dict)
-    version: int = VERSION
-
-    def save(self, out: Path) -> None:
-        with atomic_file(out / MANIFEST) as file:
-            json.dump(asdict(self), file, indent=2, ensure_ascii=False)
-
-    @staticmethod
-    def load(out: Path) -> Manifest:
-        """Errors: `DataError` for a manifest that is damaged or not of a token cache."""
-        try:
-            tree = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-            sets = {
-                name: DatasetFacts(**facts | {"labels": tuple(facts["labels"])})
-                for name, facts in tree["datasets"].items()
-            }
-            return Manifest(TokenizerFacts(**tree["tokenizer"]), sets, tree["version"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"not a readable manifest of a token cache ({error})",
-                where=out / MANIFEST,
-                fix="tokenize again, or for a cache of another tool: embedsmith tokenize --adopt",
-            ) from error
-
-
-def open_manifest(out: Path, tokenizer: TokenizerFacts) -> Manifest:
-    """The manifest of a folder to write into, or a new one.
-
-    Errors: `CheckpointError` for a cache of another tokenizer or maximum length, naming both.
-    """
-    if not (out / MANIFEST).exists():
-        return Manifest(tokenizer)
-    before = Manifest.load(out)
-    refuse_other_tokenizer(before.tokenizer, tokenizer, out)
-    if before.tokenizer.max_length != tokenizer.max_length:
-        raise CheckpointError(
-            f"the cache was cut at {before.tokenizer.max_length} tokens, not at {tokenizer.max_length}",
-            where=out,
-            fix="choose another folder, or the same --max-length",
-        )
-    return before
-
-
-def refuse_other_tokenizer(made: TokenizerFacts, wanted: TokenizerFacts, where: object) -> None:
-    """Errors: `DataError` naming both hashes."""
-    if made.sha256 != wanted.sha256:
-        raise DataError(
-            f"these tokens were made by the tokenizer {made.name} (sha256 {made.sha256})",
-            where=where,
-            expected=f"that of the model {wanted.name} (sha256 {wanted.sha256})",
-            fix="tokenize the texts again for this model: embedsmith tokenize",
-        )
 
 
 @dataclass(frozen=True)

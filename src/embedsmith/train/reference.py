@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree, section
-from embedsmith.data.tokencache import MANIFEST, Manifest
+from embedsmith.data.tokenmanifest import MANIFEST, Manifest
 from embedsmith.train.config import Recipe
 
 POOLINGS = {"eos": "last", "mean": "mean", "weighted_mean": "weighted_mean", "cls": "cls", "max": "max"}

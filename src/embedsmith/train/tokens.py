@@ -16,16 +16,15 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree, section
 from embedsmith.data import RecordSet, Source, read_source
-from embedsmith.data.tokencache import (
+from embedsmith.data.tokencache import TokenJob, write_tokens
+from embedsmith.data.tokenmanifest import (
     MANIFEST,
     DatasetFacts,
     Layout,
     Manifest,
     TokenizerFacts,
-    TokenJob,
     open_manifest,
     refuse_other_tokenizer,
-    write_tokens,
 )
 from embedsmith.data.tokenread import TokenRecords
 from embedsmith.models import Embedder, ModelConfig, load
