@@ -18,6 +18,9 @@ from embedsmith.core.errors import RecipeError
 C = TypeVar("C", bound=type)
 
 
+_registries: list[Registry] = []
+
+
 @dataclass(frozen=True)
 class Entry:
     """A registered component and what `embedsmith losses` and the docs say of it."""
@@ -38,6 +41,7 @@ class Registry:
     def __init__(self, kind: str, module: str) -> None:
         self.kind, self.module = kind, module
         self._entries: dict[str, Entry] = {}
+        _registries.append(self)
 
     def register(self, name: str, *, formula: str = "", source: str = "") -> Callable[[C], C]:
         """Class decorator for a frozen dataclass; unknown fields in a recipe become errors."""
@@ -117,6 +121,12 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [to_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def class_named(name: str) -> type | None:
+    """The registered component class of this name, of any kind whose module has been imported."""
+    entries = (entry for registry in _registries for entry in registry._entries.values())
+    return next((entry.cls for entry in entries if entry.cls.__name__ == name), None)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
