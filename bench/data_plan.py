@@ -7,7 +7,8 @@ Both sides get the same records in memory and cut them into batches of 64 in whi
 all files come in proportion. The peer is `NoDuplicatesBatchSampler` (with and without its precomputed hashes) under
 `ProportionalBatchSampler`, over `datasets` held in memory. Each side runs in a process of its own. Build: from records
 to the first batch. Memory: the highest resident size during build and epoch, above that before. The next batch is
-timed over a whole epoch (the peer: 4,000 batches); for embedsmith also the start of the next epoch, when every file draws a new pass.
+timed over a whole epoch (the peer: 4,000 batches); for embedsmith also the start of the next epoch, when every file
+draws a new pass.
 On a shared machine the processor seconds of the build say more than the clock.
 One row in twenty repeats an earlier query and one in twenty an earlier positive.
 """
