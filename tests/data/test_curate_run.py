@@ -10,6 +10,7 @@ import yaml
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import load_recipe
+from embedsmith.core.registry import generators
 from embedsmith.core.reps import Dense
 from embedsmith.curation import run_curate, step_of, tree_of
 from embedsmith.data import Source, read_source
@@ -25,7 +26,7 @@ from embedsmith.data.curate import (
     apply,
     curate,
 )
-from embedsmith.data.curate.ask import Answer, generators
+from embedsmith.data.curate.ask import Answer
 from embedsmith.data.curate.run import _Run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -168,6 +169,8 @@ def test_missing_and_empty_input(tmp_path):
         curate(CurateRecipe(Input(path=str(tmp_path / "no.jsonl")), str(tmp_path / "out.jsonl"), ()))
     with pytest.raises(DataError, match="no file to read"):
         curate(CurateRecipe(Input(path=str(tmp_path / "*.md")), str(tmp_path / "out.jsonl"), ()))
+    with pytest.raises(DataError, match="no records in it"):
+        curate(CurateRecipe(Input(path=write(tmp_path / "empty.jsonl", [])), str(tmp_path / "out.jsonl"), (Length(),)))
     path = write(tmp_path / "same.jsonl", [{"query": "a b", "pos": ["c"]}])
     with pytest.raises(RecipeError, match="also the input"):
         curate(CurateRecipe(Input(path=path), path, ()))

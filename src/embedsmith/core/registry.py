@@ -18,9 +18,6 @@ from embedsmith.core.errors import RecipeError
 C = TypeVar("C", bound=type)
 
 
-_registries: list[Registry] = []
-
-
 @dataclass(frozen=True)
 class Entry:
     """A registered component and what `embedsmith losses` and the docs say of it."""
@@ -36,12 +33,12 @@ class Entry:
 
 
 class Registry:
-    """Named components of one kind. `module` is imported on first use, so that parsing costs only what it needs."""
+    """Named components of one kind. `modules` are imported on first use, and one after the other until a name is
+    found, so that parsing costs only what it needs."""
 
-    def __init__(self, kind: str, module: str) -> None:
-        self.kind, self.module = kind, module
+    def __init__(self, kind: str, *modules: str) -> None:
+        self.kind, self.modules = kind, modules
         self._entries: dict[str, Entry] = {}
-        _registries.append(self)
 
     def register(self, name: str, *, formula: str = "", source: str = "") -> Callable[[C], C]:
         """Class decorator for a frozen dataclass; unknown fields in a recipe become errors."""
@@ -59,16 +56,19 @@ class Registry:
         return next((entry.cls for entry in self._entries.values() if entry.cls.__name__ == class_name), None)
 
     def entries(self) -> list[Entry]:
-        importlib.import_module(self.module)
+        for module in self.modules:
+            importlib.import_module(module)
         return [self._entries[name] for name in sorted(self._entries)]
 
     def get(self, name: str) -> type:
+        for module in self.modules:
+            importlib.import_module(module)
+            if name in self._entries:
+                return self._entries[name].cls
         known = [entry.name for entry in self.entries()]
-        if name not in known:
-            raise RecipeError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, known)}", expected=f"one of {', '.join(known)}"
-            )
-        return self._entries[name].cls
+        raise RecipeError(
+            f"unknown {self.kind} {name!r}{did_you_mean(name, known)}", expected=f"one of {', '.join(known)}"
+        )
 
     def build(self, value: Any) -> Any:
         """A component from an instance, a name, or a mapping with a `type` key."""
@@ -123,17 +123,13 @@ def to_plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def class_named(name: str) -> type | None:
-    """The registered component class of this name, of any kind whose module has been imported."""
-    entries = (entry for registry in _registries for entry in registry._entries.values())
-    return next((entry.cls for entry in entries if entry.cls.__name__ == name), None)
-
-
 def did_you_mean(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
 
 losses = Registry("loss", "embedsmith.losses")
-merge_methods = Registry("merge method", "embedsmith.merge.methods")
-REGISTRIES = (losses, merge_methods)
+merge_methods = Registry("merge method", "embedsmith.merge.methods", "embedsmith.merge.data_methods")
+curation_steps = Registry("curation step", "embedsmith.data.curate")
+generators = Registry("generator", "embedsmith.data.curate")
+REGISTRIES = (losses, merge_methods, curation_steps, generators)

@@ -1,6 +1,6 @@
 """Curation: what to keep of a pile of texts, and what to make of it. Every step is a value that stands alone."""
 
-from embedsmith.data.curate.ask import generators
+from embedsmith.core.registry import curation_steps, generators
 from embedsmith.data.curate.decontaminate import Decontaminate
 from embedsmith.data.curate.dedup import ExactDuplicates, NearDuplicates
 from embedsmith.data.curate.endpoint import Endpoint
@@ -12,7 +12,7 @@ from embedsmith.data.curate.report import Report, render
 from embedsmith.data.curate.rules import Boilerplate, Length, Links, Symbols, Trivial
 from embedsmith.data.curate.run import CurateRecipe, curate
 from embedsmith.data.curate.score import ScoreFilter
-from embedsmith.data.curate.step import EvaluationText, Ledger, Step, Tools, apply, curation_steps
+from embedsmith.data.curate.step import EvaluationText, Ledger, Step, Tools, apply
 from embedsmith.data.curate.synthesize import LongDocuments, SyntheticQueries, TranslateQueries
 
 __all__ = [

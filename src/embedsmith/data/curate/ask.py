@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from embedsmith.core.registry import Registry
 from embedsmith.data.curate.cache import key_of, open_cache
 from embedsmith.data.curate.step import Ledger, Tools, in_windows
 
 T = TypeVar("T")
 Accept = Callable[[str], bool]
 """Whether an answer can be used; one that cannot is asked for again where that may help."""
-
-generators = Registry("generator", "embedsmith.data.curate")
 
 
 @dataclass(frozen=True)

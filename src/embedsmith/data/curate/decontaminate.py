@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.registry import curation_steps
 from embedsmith.data.curate.measure import UNSPACED, tokens
-from embedsmith.data.curate.step import EvaluationText, Ledger, Tools, check_range, curation_steps, sift
+from embedsmith.data.curate.step import EvaluationText, Ledger, Tools, check_range, sift
 from embedsmith.data.record import Record
 
 Hashes = npt.NDArray[np.uint64]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from embedsmith.core.errors import MissingExtraError, RecipeError
+from embedsmith.core.registry import curation_steps
 from embedsmith.data.curate.measure import shingles
-from embedsmith.data.curate.step import Ledger, Tools, check_range, curation_steps, short
+from embedsmith.data.curate.step import Ledger, Tools, check_range, short
 from embedsmith.data.record import Record, text_id
 
 By = Literal["query", "positives", "record"]
@@ -68,7 +69,7 @@ class NearDuplicates:
     come from hash bands, and leave if the similarity estimated from all `permutations` reaches `threshold` (standard
     error at most 0.5 / sqrt(permutations)). A pair exactly at the threshold is found with a probability of at least
     0.9. Texts that differ in one number are near duplicates too: look at the examples in the report before trusting a
-    low threshold on short texts. Memory: about 2.5 KB a kept record with 128 permutations.
+    low threshold on short texts. Memory: about 3 KB a kept record with 128 permutations.
 
     Errors: `MissingExtraError` without the package rensa.
     """

@@ -13,7 +13,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError, RecipeError
-from embedsmith.data.curate.ask import Accept, Answer, Refusal, Spending, generators
+from embedsmith.core.registry import generators
+from embedsmith.data.curate.ask import Accept, Answer, Refusal, Spending
 
 if TYPE_CHECKING:
     import requests

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.registry import curation_steps
 from embedsmith.core.seeds import derive_seed
-from embedsmith.data.curate.step import Ledger, Tools, curation_steps
+from embedsmith.data.curate.step import Ledger, Tools
 from embedsmith.data.record import Record, text_id
 
 

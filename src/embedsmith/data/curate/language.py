@@ -9,8 +9,9 @@ from typing import Any
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import MissingExtraError, RecipeError
+from embedsmith.core.registry import curation_steps
 from embedsmith.data.curate.measure import scripts, without_links
-from embedsmith.data.curate.step import Ledger, Tools, check_range, curation_steps, sift
+from embedsmith.data.curate.step import Ledger, Tools, check_range, sift
 from embedsmith.data.record import Record
 
 _BY_SCRIPT = {

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.registry import generators
 from embedsmith.core.seeds import derive_seed
-from embedsmith.data.curate.ask import Accept, Answer, Refusal, Spending, generators
+from embedsmith.data.curate.ask import Accept, Answer, Refusal, Spending
 
 
 @generators.register("local", formula="transformers' generate")

@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from embedsmith.data.curate.step import Departure, Ledger, curation_steps
+from embedsmith.core.registry import curation_steps
+from embedsmith.data.curate.step import Departure, Ledger
 
 Left = dict[str, dict[str, Any]]
 """Reason to `count` and `examples`."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.registry import curation_steps
 from embedsmith.data.curate.measure import digit_share, letter_share, link_share, run_share, units, without_links
-from embedsmith.data.curate.step import Ledger, Tools, check_range, curation_steps, sift, without
+from embedsmith.data.curate.step import Ledger, Tools, check_range, sift, without
 from embedsmith.data.record import Record, text_id
 
 

@@ -15,12 +15,12 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.recipe import section
-from embedsmith.core.registry import to_plain
+from embedsmith.core.registry import curation_steps, to_plain
 from embedsmith.data.containers import open_rows
 from embedsmith.data.curate.cache import key_of
 from embedsmith.data.curate.read import Corpus, Input
 from embedsmith.data.curate.report import Report, StepReport
-from embedsmith.data.curate.step import Ledger, Step, Tools, booked, curation_steps
+from embedsmith.data.curate.step import Ledger, Step, Tools, booked
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.writers import write_records
 
@@ -125,6 +125,8 @@ class _Run:
         written = write_records(self.recipe.output, _sound(records, final))
         first = self._input_report(bool(steps))
         last = StepReport.of({"type": "checked for training"}, final, 0.0)
+        if not written and not first.given:
+            raise DataError("no records in it", where=self.corpus.paths[0], fix="check that it is the right file")
         if not written:
             lost = [step for step in (first, *steps, last) if step.left]
             raise DataError(

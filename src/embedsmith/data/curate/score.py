@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, ModelError, RecipeError
+from embedsmith.core.registry import curation_steps
 from embedsmith.core.reps import Dense
 from embedsmith.data.curate.cache import Cache, key_of, open_cache
-from embedsmith.data.curate.step import Ledger, Tools, check_range, curation_steps, in_windows, without
+from embedsmith.data.curate.step import Ledger, Tools, check_range, in_windows, without
 from embedsmith.data.record import Record
 
 BINS = 40

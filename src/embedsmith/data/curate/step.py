@@ -15,15 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.registry import Registry
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data.record import Record, Scores
 
 T = TypeVar("T")
 Fault = Callable[[str, Role], str | None]
 """Says why a text cannot stay, or `None`."""
-
-curation_steps = Registry("curation step", "embedsmith.data.curate")
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.registry import curation_steps, generators
 from embedsmith.core.seeds import derive_seed
-from embedsmith.data.curate.ask import Refusal, ask_all, generators, lines_of
+from embedsmith.data.curate.ask import Refusal, ask_all, lines_of
 from embedsmith.data.curate.language import main_script, script_of
 from embedsmith.data.curate.measure import units
-from embedsmith.data.curate.step import Ledger, Tools, curation_steps
+from embedsmith.data.curate.step import Ledger, Tools
 from embedsmith.data.record import Record, text_id
 
 LONGEST_QUERY = 100  # units; longer lines of an answer are no query
