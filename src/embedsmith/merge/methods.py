@@ -1,5 +1,5 @@
-"""Every merging method, imported so that the registry knows them."""
+"""Every merging method that reads weights alone, imported so that the registry knows them."""
 
-from embedsmith.merge import elements, geometric, guided, learned, search
+from embedsmith.merge import elements, geometric, guided
 
-__all__ = ["elements", "geometric", "guided", "learned", "search"]
+__all__ = ["elements", "geometric", "guided"]
