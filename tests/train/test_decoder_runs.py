@@ -1,10 +1,13 @@
 """Runs on a tiny decoder: adapters and softmask, stopped and continued."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from embedsmith.core.recipe import parse
@@ -12,6 +15,7 @@ from embedsmith.models import load
 from embedsmith.train import Recipe, loop, train
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
+from tests.ranks import on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +53,35 @@ def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, decoder, tm
     if "lora" not in model:
         assert json.loads((folder / "embedding_config.json").read_text())["attention"]["mode"] == "bidirectional"
         assert load(str(folder)).encode(TEXTS).shape == (5, 16)
+
+
+LORA = {"pooling": "mean", "attention": "bidirectional", "lora": {"r": 4, "dropout": 0.0}}
+
+
+def sharded(tree):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    train(parse(Recipe, tree))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("model", [{"pooling": "last"}, LORA])
+def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model):
+    """The same losses and weights as one process, with replayed chunks and with a resumed run."""
+    tree = tree | {"model": {"path": str(decoder), "max_length": 48, **model, "head": {"out": 8}}}
+    tree["train"] = tree["train"] | {"steps": 4, "checkpoint_every": 2, "token_budget": 256, "log_with": []}
+    train(parse(Recipe, tree | {"output": str(tmp_path / "one")}))
+    tree["train"] = tree["train"] | {"shard": True}
+    two = tree | {"output": str(tmp_path / "two")}
+    on_ranks(2, sharded, tmp_path, two)
+    one, several = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == several.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(several[name], tensor, rtol=0, atol=2e-5)
+    start = load_file(decoder / "model.safetensors")
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3
+    for path in (tmp_path / "two/model", tmp_path / "two/checkpoints/step-4"):
+        shutil.rmtree(path)
+    (tmp_path / "two/finished.json").unlink()
+    on_ranks(2, sharded, tmp_path, two)
+    for name, tensor in load_file(tmp_path / "two/model/model.safetensors").items():
+        torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-5)

@@ -175,7 +175,7 @@ class Embedder(nn.Module):
 
     def _attention_mask(self, padded: PaddedTokens) -> Tensor | None:
         """What the attention mode wants; in training under softmask, as much of the future as the run is along."""
-        dtype = self.backbone.dtype
+        dtype = next(self.backbone.parameters()).dtype
         if self.attention.mode == "softmask" and self.training:
             return self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
         left = self.padding_left and not bool(padded.mask_NT.all())

@@ -19,7 +19,7 @@ from embedsmith.models.embedder import Embedder
 from embedsmith.models.load import load
 
 
-class EmbedsmithModule(InputModule):
+class EmbedsmithModule(InputModule):  # type: ignore[misc]
     """A whole embedder as the only module of a SentenceTransformer."""
 
     save_in_root = True

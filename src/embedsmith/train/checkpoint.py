@@ -26,6 +26,7 @@ from embedsmith.core.recipe import read_tree, save_recipe
 from embedsmith.core.registry import to_plain
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.models import Embedder
+from embedsmith.train.moments import load_optimizer_state, optimizer_state
 
 FINISHED = "finished.json"
 
@@ -56,11 +57,12 @@ class Checkpoints:
     ) -> None:
         """Write `step-N`, then drop older ones (never the best). Collective: every rank's random state goes in."""
         random_states = objects_of_all_ranks(random_state())
+        moments = optimizer_state(optimizer)
         if rank() != 0:
             return
         with atomic_folder(self.path(state.step)) as folder:
             model.save(folder / "model", merge=False)
-            training = {"optimizer": optimizer.state_dict(), "extras": extras.state_dict(), "random": random_states}
+            training = {"optimizer": moments, "extras": extras.state_dict(), "random": random_states}
             with (folder / "training.pt").open("wb") as file:
                 torch.save(training, file)
             if mining is not None:
@@ -75,7 +77,7 @@ class Checkpoints:
         try:
             training: dict[str, Any] = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
             state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-            optimizer.load_state_dict(training["optimizer"])
+            load_optimizer_state(optimizer, training["optimizer"])
             extras.load_state_dict(training["extras"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise CheckpointError(

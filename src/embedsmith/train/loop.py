@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import (
@@ -29,6 +31,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models import Embedder, load
+from embedsmith.train import shard
 from embedsmith.train.account import save_environment, tell
 from embedsmith.train.build import (
     RunLength,
@@ -47,6 +50,7 @@ from embedsmith.train.journal import Journal
 from embedsmith.train.manifest import close_manifest, open_manifest
 from embedsmith.train.mining import LiveMining, with_live_negatives
 from embedsmith.train.optim import make_optimizer, set_learning_rate
+from embedsmith.train.shard import Shards
 from embedsmith.train.step import Memory, Part, StepOutput, run_step
 
 
@@ -64,6 +68,7 @@ class Run:
     length: RunLength
     state: RunState
     mining: LiveMining
+    shards: Shards | None = None
 
     def encode(self, tokens: TokenBatch, heads: Any) -> Reps:
         """The model's forward pass on a ragged chunk, under autocast."""
@@ -74,6 +79,10 @@ class Run:
 
     def parameters(self) -> list[nn.Parameter]:
         return [*self.model.parameters(), *self.extras.parameters()]
+
+    def whole_model(self) -> Embedder:
+        """The model with all its weights, to be saved by the first rank. Collective."""
+        return self.model if self.shards is None else self.shards.gathered(self.model)
 
 
 def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
@@ -111,7 +120,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         journal.close()
     close_manifest(output, run.feed, starts, run.state.step)
     final_step = run.state.best_step if recipe.train.final == "best" else None
-    model = run.model if final_step is None else load(str(checkpoints.model_folder(final_step)))
+    model = run.whole_model() if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
     folder = finish(output, model, summary)
     on_first_rank(lambda: tell(output, folder))
@@ -143,6 +152,10 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     seed_everything(recipe.train.seed)
     model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
     model.to(accelerator.device).train()
+    shards = None
+    if recipe.train.shard:
+        shard.check(recipe)
+        shards = Shards(model)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, recipe.train.balance), recipe.train.mining)
     extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
     named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
@@ -150,8 +163,12 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(recipe.train.seed, rank()))
     memory = derive_memory(recipe.train, accelerator.device)
+    if shards is not None:
+        memory = replace(memory, agreed=partial(shard.agreed, device=accelerator.device))
     length = run_length(recipe.train, feed.steps_per_epoch)
-    return Run(recipe, accelerator, model, extras, optimizer, feed, memory, length, RunState(), LiveMining(feed))
+    return Run(
+        recipe, accelerator, model, extras, optimizer, feed, memory, length, RunState(), LiveMining(feed), shards
+    )
 
 
 def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development: Development, stop: Stop) -> None:
@@ -177,7 +194,7 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
                 journal.write(step, scores)
             interrupted = stop.agreed(run.accelerator.device)
             if interrupted or evaluated or step == steps or step % run.length.checkpoint_every == 0:
-                checkpoints.save(run.model, run.extras, run.optimizer, run.state, run.mining.state_dict())
+                checkpoints.save(run.whole_model(), run.extras, run.optimizer, run.state, run.mining.state_dict())
             if interrupted:
                 log.warning("stopped after step %d; the same command continues", step)
                 raise KeyboardInterrupt
@@ -196,8 +213,9 @@ def update(run: Run, parts: list[Part]) -> tuple[StepOutput, float, float]:
         run.encode, parts, run.memory, dict(run.extras.items()), Progress(run.state.step, run.length.steps)
     )
     parameters = run.parameters()
-    average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+    average_gradients(p for p in parameters if not isinstance(p, DTensor))  # FSDP2 averages its own
+    clip = nn.utils.clip_grad_norm_ if run.shards is None else shard.clip
+    norm = clip(parameters, config.clip_norm or float("inf"))
     run.optimizer.step()
     return output, rate, float(norm)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.train.config import TrainConfig
@@ -18,7 +19,7 @@ from embedsmith.train.config import TrainConfig
 def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW. Vectors (norms, biases, a temperature) are not decayed; a name that matches a pattern of
     `group_learning_rates` gets that rate, the first match wins."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unmatched = set(config.group_learning_rates)
     for name, parameter in named:
         if not parameter.requires_grad:
@@ -30,14 +31,14 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
                 unmatched.discard(pattern)
                 break
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
     if unmatched:
         raise RecipeError(
             f"train.group_learning_rates: no parameter matches {sorted(unmatched)}", fix="correct the pattern"
         )
     settings: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
+        for (rate, decay, _), parameters in groups.items()
     ]
     return torch.optim.AdamW(settings, betas=config.betas, fused=True)
 

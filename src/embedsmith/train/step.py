@@ -50,18 +50,21 @@ class Part:
 class Memory:
     """`chunk_tokens`: padded tokens encoded at once. `kept_tokens`: padded tokens whose graph may be alive together
     (`None`: all). `max_rows`: texts in a chunk, and then also the texts whose graphs are kept (`None`: no limit).
-    `least_tokens`: from so many on a chunk ends where texts get shorter, to save padding (`None`: only when full)."""
+    `least_tokens`: from so many on a chunk ends where texts get shorter, to save padding (`None`: only when full).
+    `agreed`: makes the chunks of all ranks alike where a forward pass is a collective (FSDP2)."""
 
     chunk_tokens: int
     kept_tokens: int | None = None
     max_rows: int | None = None
     least_tokens: int | None = None
+    agreed: Callable[[list[Chunk]], list[Chunk]] | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
     rows: IntArray
     keep: bool
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def run_step(
     """
     tokens, heads = _texts(parts)
     chunks = plan_chunks(tokens.length_N, memory)
+    chunks = chunks if memory.agreed is None else memory.agreed(chunks)
     states: list[TorchRandom] = []
     pieces: list[Reps] = []
     for chunk in chunks:
@@ -115,11 +119,11 @@ def run_step(
     after = TorchRandom.capture()
     for chunk, piece in zip(chunks, pieces, strict=True):  # kept graphs first: none is alive beside a replayed one
         if chunk.keep:
-            _push(piece, chunk.rows, gradient)
+            _push(piece, chunk, gradient)
     for chunk, state in zip(chunks, states, strict=True):
         if not chunk.keep:
             state.restore()
-            _push(encode(tokens.take(chunk.rows), heads), chunk.rows, gradient)
+            _push(encode(tokens.take(chunk.rows), heads), chunk, gradient)
     after.restore()
     padded = sum(len(chunk.rows) * int(tokens.length_N[chunk.rows].max()) for chunk in chunks)
     return StepOutput(value, named, len(tokens.id_S), padded, sum(not chunk.keep for chunk in chunks))
@@ -135,6 +139,7 @@ def evaluate_parts(
             Chunk(rows, keep=False)
             for rows in chunk_rows(tokens.length_N, memory.chunk_tokens, None, memory.least_tokens)
         ]
+        chunks = chunks if memory.agreed is None else memory.agreed(chunks)
         sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
         batches = [part.assemble(*pair, extras, progress) for part, pair in zip(parts, sides, strict=True)]
         return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
@@ -148,6 +153,8 @@ def _texts(parts: Sequence[Part]) -> tuple[TokenBatch, list[str]]:
 
 def _sides(pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part]) -> list[tuple[Side, Side]]:
     """Representations back in row order, cut into the sides of each part."""
+    busy = [(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True) if not chunk.idle]
+    pieces, chunks = [piece for piece, _ in busy], [chunk for _, chunk in busy]
     detached = [each_head(piece, lambda r: r.map(torch.Tensor.detach)) for piece in pieces]
     place_N = torch.from_numpy(np.argsort(np.concatenate([chunk.rows for chunk in chunks]), kind="stable"))
     everything = concatenate(detached)
@@ -225,13 +232,15 @@ def _row_gradients(sides: list[tuple[Side, Side]]) -> dict[str, list[Tensor]]:
     }
 
 
-def _push(piece: Reps, rows: IntArray, gradient: dict[str, list[Tensor]]) -> None:
-    """Backward through one chunk. Token axes were padded to the longest chunk; the chunk takes its own part back."""
+def _push(piece: Reps, chunk: Chunk, gradient: dict[str, list[Tensor]]) -> None:
+    """Backward through one chunk. Token axes were padded to the longest chunk; the chunk takes its own part back. An
+    idle one takes zeros."""
     tensors: list[Tensor] = []
     gradients: list[Tensor] = []
     for head, representation in piece.items():
         for tensor, whole in zip(representation.floating(), gradient[head], strict=True):
-            own = whole[torch.from_numpy(rows).to(whole.device)]
+            own = whole[torch.from_numpy(chunk.rows).to(whole.device)]
+            own = torch.zeros_like(own) if chunk.idle else own
             tensors.append(tensor)
             gradients.append(own[:, : tensor.shape[1]].to(tensor.dtype))
     torch.autograd.backward(tensors, gradients)
