@@ -133,7 +133,8 @@ def test_a_run_from_a_flat_config(tmp_path, data):
     tiny("qwen3", vocab_size=280).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     small = {"train_steps": 2, "train_batch_size": 4, "mrl_dims": [4, 8], "max_seq_length": 48, "warmup_steps": 1}
-    changes = CONFIGS["mrl_spread.lora.bi_mean"] | small | {"attn_implementation": "sdpa", "cache_dir": None, "validation_steps": None}
+    here = {"attn_implementation": "sdpa", "cache_dir": None, "validation_steps": None}
+    changes = CONFIGS["mrl_spread.lora.bi_mean"] | small | here
     path = write(tmp_path / "c.json", data, **changes, model_path=str(tmp_path / "base"), output_dir=str(tmp_path))
     folder = train(read_recipe(path, ["log_interval=1", "train.log_with=[]"]))
     assert (folder / "model.safetensors").exists()
