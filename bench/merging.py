@@ -26,7 +26,6 @@ import torch
 from bench.common import RESULTS, WORK, data_path, read_json, write_json
 from bench.merging_models import BATCH, RATIOS, Study, arms_of, base_of, read_lines, trained
 from embedsmith.core.recipe import parse
-from embedsmith.core.registry import merge_methods
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
 from embedsmith.merge.explain_growth import fit_directions, fit_norms
 from embedsmith.merge.goal import part_of
@@ -70,9 +69,9 @@ PLAIN = {
     "breadcrumbs": {},
     "sce": {},
     "magmax": {},
-    "codiemb_layer": {},
-    "codiemb_param": {},
-    "codiemb_hier": {},
+    "codiemb layer": {"layer": 1.0, "element": 0.0},
+    "codiemb parameter": {"layer": 0.0, "element": 1.0},
+    "codiemb hierarchical": {},
 }
 
 
@@ -153,14 +152,13 @@ def apply(plan: Plan, live: LiveMerge) -> dict[str, Any]:
     """Put the planned merge into the live model, block by block, and nothing on disk; returns the methods' report."""
     report: dict[str, Any] = {}
     place = dict(live.model.named_parameters())
-    with torch.no_grad():
-        for method, names in plan.by_method:
-            job = plan.job(names)
-            combine = method.prepare(job)
-            for block in job.blocks(by_rows=method.by_rows):
-                if block.name in place:
-                    place[block.name].view(-1)[block.start : block.stop] = combine(block).to(place[block.name])
-            report |= job.report
+    for method, names in plan.by_method:
+        job = plan.job(names)
+        combine = method.prepare(job)
+        for block in (block for block in job.blocks(by_rows=method.by_rows) if block.name in place):
+            with torch.no_grad():
+                place[block.name].view(-1)[block.start : block.stop] = combine(block).to(place[block.name])
+        report |= job.report
     return report
 
 
@@ -211,12 +209,10 @@ def table_part(study: Study, seed: int, arms: list[str] | None) -> None:
             study.once("table", arm, seed, lambda p=path, o=own: {"scores": scored(load(str(p)), tasks), **o})
     paths = pair_of(study, seed)
     probe = {"probe": probe_of(study, seed, ("retrieval", "sts"))}
-    known = {entry.name for entry in merge_methods.entries()}
     methods = {**PLAIN, **{name: settings | probe for name, settings in PROBED.items()}}
     for name, settings in methods.items():
-        kind = name.split(" ")[0]
-        if wanted(name) and kind in known:
-            method = {"type": kind, **settings}
+        if wanted(name):
+            method = {"type": name.split(" ")[0], **settings}
             study.once("table", name, seed, lambda m=method: merged_scores(study, paths, m, tasks))
 
 
