@@ -324,6 +324,36 @@ def test_the_widest_parent_decides_the_type(models, tmp_path):
     assert next(iter(weights(two.path).values())).dtype == torch.float32
 
 
+def test_slerp_turns_task_vectors_not_weights(tmp_path):
+    """Weights whose cosine is above 0.9999: SLERP of them would be their average, half as long here as it should be."""
+    base, parents = family(tmp_path / "near", 2, step=1e-3)
+    one, two, origin = (torch.cat([t.flatten() for t in weights(p).values()]) for p in (*parents, base))
+    assert float(torch.cosine_similarity(one, two, dim=0)) > 0.9999
+    result = merged((base, parents), tmp_path / "out")
+    turned = torch.cat([weights(result.path)[name].flatten() for name in weights(base)]) - origin
+    assert float(turned.norm()) > 0.98 * float((one - origin).norm())
+    assert float(((one + two) / 2 - origin).norm()) < 0.75 * float((one - origin).norm())
+
+
+def test_sixteen_bit_parents_are_summed_in_full(models, tmp_path):
+    """0.1 + 0.2 + 0.7 of bfloat16 weights: exact in float32, neither weights nor sums are 16-bit numbers."""
+    _, parents = models
+    rough = [shutil.copytree(path, tmp_path / path.name) for path in parents]
+    for path in rough:
+        rewrite(path, {name: tensor.bfloat16() for name, tensor in weights(path).items()})
+    shares = (0.1, 0.2, 0.7)
+    result = embedsmith.merge(
+        parents=[{"path": str(path), "weight": share} for path, share in zip(rough, shares, strict=True)],
+        method="average",
+        dtype="float32",
+        output=str(tmp_path / "out"),
+        cache=None,
+    )
+    for name, tensor in weights(result.path).items():
+        wanted = sum(share * weights(path)[name].double() for share, path in zip(shares, rough, strict=True))
+        torch.testing.assert_close(tensor, wanted.float(), rtol=3e-7, atol=0)
+
+
 def test_tied_weights_are_written_once(tmp_path):
     """A parent that stores both names of a tied tensor merges with one that stores one; unequal copies are refused."""
     base = tiny_base(tmp_path / "base")
