@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,7 @@ class TokenBatch:
     @staticmethod
     def from_rows(rows: Sequence[Sequence[int]], body: Sequence[int], is_query: bool) -> TokenBatch:
         length_N = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-        flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
+        flat = np.fromiter(chain.from_iterable(rows), np.int64, int(length_N.sum()))
         offset_P = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64)
         return TokenBatch(flat, offset_P, np.asarray(body, np.int64), np.full(len(rows), is_query))
 

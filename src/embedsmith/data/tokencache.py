@@ -39,6 +39,7 @@ from embedsmith.data.tokenmanifest import DatasetFacts, Layout
 
 SHARD_ROWS = 20_000
 GROUP_ROWS = 50_000
+_CALL = 1000
 SCORES = ("positive_scores", "negative_scores", "teacher_positive_scores", "teacher_negative_scores")
 
 
@@ -157,6 +158,15 @@ def _part(job: TokenJob, kind: str, shard: int) -> Path:
     return job.parts / f"{kind}-{shard:06}.arrow"
 
 
+def _tokens(job: TokenJob, texts: Sequence[str], role: Role, own: Sequence[str | None] | None = None) -> TokenBatch:
+    """Tokenized a thousand at a time: what the tokenizer returns stays in the processor's caches until it is read."""
+    task, parts = job.records.task, []
+    for start in range(0, max(len(texts), 1), _CALL):
+        piece = slice(start, start + _CALL)
+        parts.append(job.tokenize(texts[piece], role, task, None if own is None else own[piece]))
+    return TokenBatch.concatenate(parts)
+
+
 def _seen(job: TokenJob) -> IntArray:
     """Sorted ids of the documents in finished shards."""
     parts = [_part(job, "corpus", shard) for shard in range(job.shards) if _part(job, "query", shard).exists()]
@@ -206,7 +216,7 @@ def _query_columns(job: TokenJob, records: Sequence[Record]) -> dict[str, Any]:
     own = [record.instruction for record in records]
     instructions = own if any(one is not None for one in own) else None
     texts = [record.query for record in records]
-    tokens = job.tokenize(texts, "query", job.records.task, instructions)
+    tokens = _tokens(job, texts, "query", instructions)
     columns: dict[str, Any] = {
         "query_input_ids": lists_of(tokens),
         "query_length": pa.array(tokens.length_N.astype(np.int32)),
@@ -224,7 +234,7 @@ def _query_columns(job: TokenJob, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _corpus_table(job: TokenJob, id_N: IntArray, texts: list[str]) -> Any:
-    tokens = job.tokenize(texts, job.document_role, job.records.task)
+    tokens = _tokens(job, texts, job.document_role)
     columns = {
         "doc_id": pa.array(map(str, id_N.tolist()), pa.string()),
         "input_ids": lists_of(tokens),
@@ -238,7 +248,7 @@ def _corpus_table(job: TokenJob, id_N: IntArray, texts: list[str]) -> Any:
 def _inline_columns(job: TokenJob, ids: dict[str, list[int | None]], texts: dict[int, str]) -> dict[str, Any]:
     """The tokens of every slot in its row; each distinct text of a shard is tokenized once."""
     place = {id_: number for number, id_ in enumerate(texts)}
-    all_tokens = job.tokenize(list(texts.values()), job.document_role, job.records.task)
+    all_tokens = _tokens(job, list(texts.values()), job.document_role)
     columns: dict[str, Any] = {}
     for name, slot in ids.items():
         held = np.asarray([id_ is not None for id_ in slot])
