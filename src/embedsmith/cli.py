@@ -318,7 +318,9 @@ def mine_negatives(
     tree = read_tree(recipe)
     for override in overrides or []:
         apply_override(tree, override)
-    typer.echo(run_mine(tree, str(recipe), overwrite).lines())
+    report = run_mine(tree, str(recipe), overwrite)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(report.lines())
 
 
 @app.command("run")
@@ -330,8 +332,9 @@ def run_stages(
     from embedsmith.core.recipe import load_recipe
     from embedsmith.pipeline import PipelineRecipe, run
 
-    for name, result in run(load_recipe(recipe, PipelineRecipe, overrides or [])).items():
-        typer.echo(f"{name}: {result}")
+    made = run(load_recipe(recipe, PipelineRecipe, overrides or []))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("\n".join(f"{name}: {result}" for name, result in made.items()))
 
 
 def main() -> None:

@@ -41,13 +41,14 @@ def rank(group: Group = None) -> int:
 @contextmanager
 def launched_ranks() -> Iterator[None]:
     """Join the ranks that torchrun (or accelerate launch) started, and leave them at the end. Nothing without a
-    launcher, nor where they are joined already. For work that only exchanges small objects: on the CPU, by gloo."""
+    launcher, nor where they are joined already. Small objects travel by gloo, tensors of a GPU by NCCL. A process joins
+    once: what joins again after leaving waits for ranks that are gone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (dist.is_available() and dist.is_initialized()):
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Bm25:
             import bm25s
         except ImportError as error:
             raise MissingExtraError("bm25s", "search") from error
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
         self._tokens, self._size = config.tokens, len(corpus)
         rows = [tokenize(text, config.tokens) for text in corpus]
         if not any(rows):

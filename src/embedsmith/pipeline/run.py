@@ -40,6 +40,11 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     where it knows no other. Errors: `RecipeError` for a reference to no earlier stage; those of the verbs.
     """
     check(recipe)
+    with launched_ranks():  # once for all stages
+        return _run(recipe)
+
+
+def _run(recipe: PipelineRecipe) -> dict[str, Path]:
     results: dict[str, str] = {"output": recipe.output}
     key = ""
     for stage in recipe.stages:
@@ -122,5 +127,4 @@ def _note(recipe: PipelineRecipe, name: str, done: Finished) -> None:
         with atomic_file(Path(recipe.output) / JOURNAL) as file:
             json.dump(entries, file, indent=1)
 
-    with launched_ranks():
-        on_first_rank(write)
+    on_first_rank(write)
