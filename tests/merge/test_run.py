@@ -172,18 +172,27 @@ def killed_after(blocks, models, out, **settings):
     assert os.WIFSIGNALED(status), "the merge ended before it could be killed"
 
 
-@pytest.mark.parametrize("method", ["slerp", {"type": "dare"}, {"type": "della"}], ids=lambda m: str(m))
-def test_a_killed_merge_goes_on(models, tmp_path, monkeypatch, method):
+SETTINGS = [
+    {"method": "slerp"},
+    {"method": "dare"},
+    {"method": "della"},
+    {"method": "karcher", "overrides": [{"match": "layer", "method": "average"}]},  # killed in the second part
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_killed_merge_goes_on(models, tmp_path, monkeypatch, settings):
     monkeypatch.setattr(run, "_SAVE_EVERY", 4)
-    killed_after(18, models, tmp_path / "out", method=method)
+    killed_after(18, models, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / ".out.merging" / run.JOURNAL).read_text())["done"] == 16
     written = []
     whole = run.TensorFile.write
     monkeypatch.setattr(run.TensorFile, "write", lambda self, *a: (written.append(a[0]), whole(self, *a)))
-    resumed = merged(models, tmp_path / "out", method=method)
-    straight = merged(models, tmp_path / "straight", method=method)
-    assert len(written) - len(weights(straight.path)) < len(weights(straight.path)) - 10
+    resumed = merged(models, tmp_path / "out", **settings)
+    resumed_blocks = len(written)
+    straight = merged(models, tmp_path / "straight", **settings)
+    assert resumed_blocks == len(written) - resumed_blocks - 16
     for name, tensor in weights(straight.path).items():
         assert torch.equal(weights(resumed.path)[name], tensor), name
     for file in ("sparse_linear.pt", "colbert_linear.pt"):
@@ -332,7 +341,7 @@ def test_slerp_turns_task_vectors_not_weights(tmp_path):
     result = merged((base, parents), tmp_path / "out")
     turned = torch.cat([weights(result.path)[name].flatten() for name in weights(base)]) - origin
     assert float(turned.norm()) > 0.98 * float((one - origin).norm())
-    assert float(((one + two) / 2 - origin).norm()) < 0.75 * float((one - origin).norm())
+    assert float(((one + two) / 2 - origin).norm()) < 0.9 * float((one - origin).norm())
 
 
 def test_sixteen_bit_parents_are_summed_in_full(models, tmp_path):
