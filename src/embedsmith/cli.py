@@ -305,6 +305,20 @@ def convert(
     typer.echo(run(model, out, changes or []))
 
 
+@app.command("export")
+def export_one_head(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    head: Annotated[str, typer.Option(help="dense, sparse or multivector.")] = "dense",
+) -> None:
+    """Write one head of a model as a folder for sentence-transformers, with the same scores."""
+    from typing import cast
+
+    from embedsmith.models.export_heads import Head, run_export
+
+    typer.echo(run_export(model, out, cast("Head", head)))
+
+
 @app.command("mine")
 def mine_negatives(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],

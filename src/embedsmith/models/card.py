@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from embedsmith.models.contract import contract_of
-from embedsmith.models.token_heads import FILES
+from embedsmith.models.token_heads import head_file
 
 if TYPE_CHECKING:
     from embedsmith.models.embedder import Embedder
@@ -123,10 +123,10 @@ def _attention(model: Embedder) -> str:
 
 
 def _token_heads(model: Embedder) -> str:
-    if not len(model.token_heads):
+    names = [name for name in model.token_heads if name in _TOKEN_HEADS]  # without what only pre-training reads
+    if not names:
         return ""
-    names = list(model.token_heads)
-    rows = "\n".join(f"- {_TOKEN_HEADS[name]} (`{FILES[name]}`)" for name in names)
+    rows = "\n".join(f"- {_TOKEN_HEADS[name]} (`{head_file(name, model.token_heads[name])}`)" for name in names)
     outputs = ", ".join(f'"{name}"' for name in ("dense", *names))
     code = f'reps = model.represent(["a text"], role="document", outputs=({outputs}))'
     return f"\n## A text in other ways\n\n{rows}\n\n```python\n{code}\n```\n"

@@ -16,7 +16,7 @@ from embedsmith.models.masks import SoftMask
 from embedsmith.models.poolers import PoolerConfig
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
-Head = Literal["dense", "sparse", "multivector"]
+Head = Literal["dense", "sparse", "multivector", "retromae"]
 UNBOUNDED = 1_000_000
 """transformers writes 1e30 where a tokenizer knows no maximum; anything from here on means "not said"."""
 MODEST_LENGTH = 512
@@ -40,7 +40,13 @@ class ModelConfig:
     `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows. `head`: says more of it.
     `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
         or both. A head that the folder has not is new and has to be trained; one that is not named is left out.
+        `retromae` is for pre-training (docs/m3.md).
+    `sparse`: what a `sparse` head is: `lexical`, M3's weight a token (the default of a new one), or `splade`, a weight
+        a word of the vocabulary through the language-model head, of which a text keeps `sparse_terms` (256).
     `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
+    `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (positions.py).
+    `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
+        loading, not saved with the model (mcls.py).
     `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`).
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
     `compile`: the backbone through torch.compile with dynamic shapes; pays on GPUs and long runs.
@@ -66,6 +72,10 @@ class ModelConfig:
     dimension: int | None = None
     heads: tuple[Head, ...] | None = None
     multivector_dim: int | None = None
+    sparse: Literal["lexical", "splade"] | None = None
+    sparse_terms: int | None = None
+    positions: int | None = None
+    mcls: int | None = None
     attn_implementation: str | None = None
     dtype: ComputeType = "float32"
     gradient_checkpointing: bool = False
@@ -105,7 +115,7 @@ class Settings:
 
     `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer was told to lower-case.
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
-    `eos_id`: the token put behind every text, where the tokenizer did not do so by itself.
+    `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
     """
 
     pooling: str
@@ -119,6 +129,7 @@ class Settings:
     echo: str | None = None
     pool_special_tokens: bool = True
     eos_id: int | None = None
+    mcls: int | None = None
 
     def with_prompts(self, prompts: Mapping[str, str]) -> Settings:
         """The same settings under other prompts; a default prompt that no longer exists is dropped."""

@@ -23,9 +23,12 @@ from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import Inference, represent
 from embedsmith.models.heads import apply_heads
 from embedsmith.models.masks import SoftMask
+from embedsmith.models.mcls import cls_places, room_for, with_cls_blocks, without_inner_cls
 from embedsmith.models.poolers import POOLERS, PoolerConfig
 from embedsmith.models.pooling import POOLINGS, pool_mask
+from embedsmith.models.retromae import RETROMAE
 from embedsmith.models.save import save
+from embedsmith.models.special import added_tokens
 from embedsmith.models.token_heads import FILES, apply_token_head
 from embedsmith.models.tokenize import Instruction, TextTokenizer
 from embedsmith.models.vectors import AnyArray, FloatArray, Precision, cosine, quantize, shortened
@@ -125,7 +128,12 @@ class Embedder(nn.Module):
 
         An instruction, one for all or one a text, replaces the prompt of the role and task.
         """
-        return self.text(texts, self.settings, role, task, instruction)
+        block = self.settings.mcls
+        if block is None:
+            return self.text(texts, self.settings, role, task, instruction)
+        ends = len(added_tokens(self.tokenizer)[1])
+        shorter = replace(self.settings, max_length=room_for(self.settings.max_length, block, ends))
+        return with_cls_blocks(self.text(texts, shorter, role, task, instruction), block, ends)
 
     def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Representation]:
         """Representations of a padded chunk, with gradient, pooled and normalised in fp32.
@@ -133,9 +141,14 @@ class Embedder(nn.Module):
         `dense`: the text's vector [N, D]. `middle`: the same pooling of the middle layer's states [N, H], normalised
         (hidden_states[(L + 1) // 2] of L layers). `tokens`: the last layer's states as they are, [N, T, H], special
         tokens masked: for diagnostics. `sparse`: a weight a token. `multivector`: a vector a token.
+        `retromae`: losses of pre-training (retromae.py).
         Errors: `ModelError` for an output this model does not have.
         """
         self._check(outputs)
+        if RETROMAE in outputs:  # reads the text in another way, in a pass of its own
+            rest = [name for name in outputs if name != RETROMAE]
+            made = self.token_heads[RETROMAE](self, padded)
+            return {**(self.forward(padded, rest) if rest else {}), RETROMAE: made}
         states = self._states(padded, all_layers="middle" in outputs)
         reps: dict[str, Representation] = {}
         if "dense" in outputs:
@@ -150,6 +163,8 @@ class Embedder(nn.Module):
             reps["tokens"] = MultiVector(states.last_hidden_state, word_NT)
         for name in (name for name in self.token_heads if name in outputs):
             part_NT = self._pool_mask(padded)
+            if self.settings.mcls is not None:
+                part_NT = without_inner_cls(part_NT, padded, self._cls_id)
             reps[name] = apply_token_head(self.token_heads[name], states.last_hidden_state, padded, part_NT)
         return reps
 
@@ -185,13 +200,20 @@ class Embedder(nn.Module):
     def _pool(self, hidden_NTH: Tensor, padded: PaddedTokens, trained: bool = True) -> Tensor:
         """`trained`: with the weights of the pooling, where it has any; the mean otherwise."""
         pool_NT = self._pool_mask(padded)
+        if self.settings.mcls is not None:
+            pool_NT = cls_places(padded, self._cls_id)
         with torch.autocast(hidden_NTH.device.type, enabled=False):
             if self.pooler is None:
-                return POOLINGS[self.settings.pooling](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
+                kind = self.settings.pooling if self.settings.mcls is None else "mean"
+                return POOLINGS[kind](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
             if not trained:
                 return POOLINGS["mean"](in_fp32(hidden_NTH), pool_NT, padded.mask_NT)
             pooled_ND: Tensor = self.pooler(in_fp32(hidden_NTH), pool_NT)
             return pooled_ND
+
+    @property
+    def _cls_id(self) -> int:
+        return added_tokens(self.tokenizer)[0][0]
 
     def _pool_mask(self, padded: PaddedTokens) -> Tensor:
         """pool_NT: the tokens that take part in the pooling."""

@@ -21,8 +21,10 @@ from embedsmith.models.contract import POOLER_FILE
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import FolderFacts, read_folder, read_json
 from embedsmith.models.heads import orthogonal_projection
+from embedsmith.models.mcls import check_mcls
 from embedsmith.models.poolers import POOLERS, PoolerConfig, build_pooler, load_pooler
 from embedsmith.models.pooling import POOLINGS
+from embedsmith.models.positions import extend_positions
 from embedsmith.models.prompts import compiled, template_named, unescaped
 from embedsmith.models.special import added_tokens, put_end_token, put_first_token
 from embedsmith.models.token_heads import build_token_heads
@@ -47,11 +49,15 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
     mode = config.attention or facts.contract.attention.mode
     tokenizer = load_tokenizer(facts.backbone if has_tokenizer(facts.backbone) else base, config.trust_remote_code)
     backbone: Any = load_backbone(base, config, mode, config.lora is not None and config.lora.four_bit)
+    if config.positions is not None:
+        if adapter or config.lora is not None:
+            raise ModelError("positions of a model with an adapter", fix="extend the base first: embedsmith convert")
+        extend_positions(backbone, config.positions)
     prepare_tokenizer(tokenizer, backbone, config, facts)
     allowed = config.partial_attention or bool(facts.contract.attention.causal_layers)
     attention = switch_attention(backbone, mode, allowed)
     settings = decide(config, facts, tokenizer, positions_of(backbone), attention)
-    embedder = _assemble(config, facts, backbone, tokenizer, settings, attention)
+    embedder = _assemble(config, facts, base, backbone, tokenizer, settings, attention)
     _adapt(embedder, config, facts, folder if adapter else None, base)
     if config.compile:
         backbone.compile(dynamic=True)
@@ -59,7 +65,13 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
 
 
 def _assemble(
-    config: ModelConfig, facts: FolderFacts, backbone: Any, tokenizer: Any, settings: Settings, attention: Attention
+    config: ModelConfig,
+    facts: FolderFacts,
+    base: Path,
+    backbone: Any,
+    tokenizer: Any,
+    settings: Settings,
+    attention: Attention,
 ) -> Embedder:
     """The embedder with the folder's heads, and new ones where they are asked for."""
     hidden_size = backbone.config.get_text_config().hidden_size
@@ -74,7 +86,7 @@ def _assemble(
         tokenizer,
         settings,
         projections(config, facts, width),
-        build_token_heads(config, facts.backbone, hidden_size, tokenizer),
+        build_token_heads(config, facts.backbone, base, backbone, tokenizer),
         attention=attention,
         softmask=config.softmask,
         pooler=pooler,
@@ -165,6 +177,7 @@ def decide(
             where=config.path,
             fix="use pooling=last or mean, or attention=bidirectional",
         )
+    check_mcls(config.mcls, pooling, tokenizer)
     contract = facts.contract
     special = config.pool_special_tokens
     if special is None:
@@ -172,7 +185,9 @@ def decide(
         special = told or pooling in ("last", "cls")  # which take a single token as it is
     settings = Settings(
         pooling=pooling,
-        max_length=derive_max_length(config.max_length, facts.max_length, tokenizer.model_max_length, positions),
+        max_length=derive_max_length(
+            config.max_length or config.positions, facts.max_length, tokenizer.model_max_length, positions
+        ),
         prompts=facts.prompts,
         default_prompt=facts.default_prompt,
         include_prompt=_first(config.include_prompt, facts.include_prompt),
@@ -182,6 +197,7 @@ def decide(
         echo=config.echo or contract.echo,
         pool_special_tokens=special,
         eos_id=added_tokens(tokenizer)[1][-1] if derive_append_eos(config, facts) else contract.eos_id,
+        mcls=config.mcls,
     )
     return checked_prompts(with_template(settings, config), tokenizer)
 

@@ -25,7 +25,7 @@ from embedsmith.models.heads import Projection, activation_path
 from embedsmith.models.poolers import save_pooler
 from embedsmith.models.quiet import quiet
 from embedsmith.models.special import ensure_padding
-from embedsmith.models.token_heads import FILES, save_token_head
+from embedsmith.models.token_heads import head_file, save_token_head
 
 if TYPE_CHECKING:
     from embedsmith.models.embedder import Embedder
@@ -53,15 +53,15 @@ def save(model: Embedder, folder: str | Path, merge: bool = True) -> None:
         contract = contract_of(model, apart)
         if not contract.standard:
             contract, modules = replace(contract, modules=tuple(modules)), [{**_module(0, ""), "type": MODULE}]
-        _write_json(root / "modules.json", modules)
+        write_json(root / "modules.json", modules)
         write_contract(contract, root)
         settings = model.settings
-        _write_json(
+        write_json(
             root / "sentence_bert_config.json",
             {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case},
         )
-        _write_json(root / "config_sentence_transformers.json", _general(model))
-        _write_json(root / _path(1, "Pooling") / "config.json", _pooling(model))
+        write_json(root / "config_sentence_transformers.json", _general(model))
+        write_json(root / _path(1, "Pooling") / "config.json", _pooling(model))
         if model.pooler is not None:
             save_pooler(model.pooler, root / POOLER_FILE)
         for index, projection in enumerate(model.projections, start=2):
@@ -70,7 +70,7 @@ def save(model: Embedder, folder: str | Path, merge: bool = True) -> None:
         if settings.normalize:
             (root / _path(len(kinds) - 1, "Normalize")).mkdir()
         for name, head in model.token_heads.items():
-            save_token_head(head, root / FILES[name])
+            save_token_head(head, root / head_file(name, head))
         (root / "README.md").write_text(model_card(model), encoding="utf-8")
 
 
@@ -111,7 +111,7 @@ def _save_tokenizer(model: Embedder, root: Path) -> None:
     if model.settings.eos_id is not None:
         # a family's own class would build its processing anew and forget the end token
         path = root / "tokenizer_config.json"
-        _write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _path(index: int, kind: str) -> str:
@@ -157,11 +157,11 @@ def _save_projection(projection: Projection, folder: Path) -> None:
         "bias": projection.linear.bias is not None,
         "activation_function": activation_path(projection),
     }
-    _write_json(folder / "config.json", config | ({"use_residual": True} if projection.use_residual else {}))
+    write_json(folder / "config.json", config | ({"use_residual": True} if projection.use_residual else {}))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in projection.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -56,9 +56,27 @@ class EmbedsmithModule(InputModule):  # type: ignore[misc]
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [N, D]."""
+        dense: Any = self.represented(features, "dense")
+        return {**features, "sentence_embedding": dense.vector_ND}
+
+    def represented(self, features: dict[str, Any], head: str) -> Any:
+        """One output of the model for the tokens of `preprocess`."""
         id_NT, mask_NT = features["input_ids"], features["attention_mask"].bool()
         rows = [ids[mask].tolist() for ids, mask in zip(id_NT, mask_NT, strict=True)]
         batch = TokenBatch.from_rows(rows, features["body"].tolist(), is_query=False)
         padded = batch.pad(self.model.pad_id, id_NT.device, left=self.model.padding_left)
-        dense: Any = self.model(padded)["dense"]
-        return {**features, "sentence_embedding": dense.vector_ND}
+        return self.model(padded, (head,))[head]
+
+
+class EmbedsmithSparse(EmbedsmithModule):
+    """The sparse head of an embedder as the only module of a SparseEncoder."""
+
+    def get_embedding_dimension(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Adds `sentence_embedding` [N, V]."""
+        sparse: Any = self.represented(features, "sparse")
+        weight_NV = sparse.weight_NT.new_zeros(len(sparse), self.get_embedding_dimension())
+        weight_NV = weight_NV.scatter_reduce(1, sparse.coordinate_NT, sparse.weight_NT, reduce="amax")
+        return {**features, "sentence_embedding": weight_NV}

@@ -22,6 +22,8 @@ from embedsmith.core.reps import MultiVector, Representation, Sparse, in_fp32
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.pooling import first_index, last_index
+from embedsmith.models.retromae import RETROMAE, RETROMAE_FILE, RetroMaeHead, build_retromae
+from embedsmith.models.splade import SPLADE_FILE, SpladeHead, build_splade
 
 FILES: Mapping[str, str] = {"sparse": "sparse_linear.pt", "multivector": "colbert_linear.pt"}
 """Token heads and BGE-M3's names of their weights, in the order of parameters."""
@@ -75,14 +77,23 @@ def apply_token_head(head: nn.Module, hidden_NTH: Tensor, padded: PaddedTokens, 
         return made
 
 
-def build_token_heads(config: ModelConfig, folder: Path, hidden_size: int, tokenizer: Any) -> dict[str, TokenHead]:
-    """The heads asked for, or those that the folder has; weights from the folder where it has them, else new.
+def build_token_heads(
+    config: ModelConfig, folder: Path, base: Path, backbone: Any, tokenizer: Any
+) -> dict[str, nn.Module]:
+    """The heads asked for, or those that the folder has; weights from the folder where it has them, else new (of the
+    language model in `base` where one is needed).
 
     Errors: `ModelError` for an unknown head, a file that is damaged or of another shape, an impossible width.
     """
     names = _wanted(config, folder)
-    heads: dict[str, TokenHead] = {}
-    if "sparse" in names:
+    hidden_size = backbone.config.get_text_config().hidden_size
+    heads: dict[str, nn.Module] = {}
+    if "sparse" in names and _is_splade(config, folder):
+        splade = build_splade(folder, base, backbone, config.sparse_terms, config.trust_remote_code)
+        if config.lora is not None and splade.lm.weight_VH is not None:  # as the backbone's own words are
+            splade.lm.weight_VH.requires_grad_(False)
+        heads["sparse"] = splade
+    elif "sparse" in names:
         sparse = _read(folder / FILES["sparse"], hidden_size, 1) or nn.Linear(hidden_size, 1)
         heads["sparse"] = SparseHead(sparse, special_ids(tokenizer))
     if "multivector" in names:
@@ -91,7 +102,18 @@ def build_token_heads(config: ModelConfig, folder: Path, hidden_size: int, token
         heads["multivector"] = MultiVectorHead(
             multivector or nn.Linear(hidden_size, width or hidden_size), cls_ids(tokenizer)
         )
+    if RETROMAE in names:
+        heads[RETROMAE] = build_retromae(folder, base, backbone, tokenizer, config.trust_remote_code)
     return heads
+
+
+def _is_splade(config: ModelConfig, folder: Path) -> bool:
+    """As asked, else as the folder has it, else lexical. Errors: `ModelError` for `sparse_terms` of a lexical head."""
+    there = (folder / SPLADE_FILE).exists()
+    splade = there if config.sparse is None else config.sparse == "splade"
+    if config.sparse_terms is not None and not splade:
+        raise ModelError("sparse_terms belongs to sparse=splade", fix="remove it; a lexical head has a text's words")
+    return splade
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -105,8 +127,18 @@ def cls_ids(tokenizer: Any) -> set[int]:
     return {number for number in (tokenizer.cls_token_id, tokenizer.bos_token_id) if number is not None}
 
 
+def head_file(name: str, head: nn.Module) -> str:
+    """The name of the file a head is saved in."""
+    if isinstance(head, RetroMaeHead):
+        return RETROMAE_FILE
+    return SPLADE_FILE if isinstance(head, SpladeHead) else FILES[name]
+
+
 def save_token_head(head: nn.Module, path: Path) -> None:
-    """BGE-M3's form: torch.save of the linear layer's state, on the CPU."""
+    """BGE-M3's form: torch.save of the linear layer's state, on the CPU. Heads of a language model: safetensors."""
+    if isinstance(head, SpladeHead | RetroMaeHead):
+        head.save(path.parent)
+        return
     assert isinstance(head, TokenHead)
     state = {name: tensor.detach().cpu().clone() for name, tensor in head.linear.state_dict().items()}
     with path.open("wb") as file:  # given a path, torch.save hides the reason when the disk is full
@@ -116,10 +148,11 @@ def save_token_head(head: nn.Module, path: Path) -> None:
 def _wanted(config: ModelConfig, folder: Path) -> set[str]:
     """Names of token heads. `dense` may be said and is always there."""
     if config.heads is None:
-        names = {name for name, file in FILES.items() if (folder / file).exists()}
+        files = (*FILES.items(), ("sparse", SPLADE_FILE), (RETROMAE, RETROMAE_FILE))
+        names = {name for name, file in files if (folder / file).exists()}
     else:
         names = set(config.heads)
-    if unknown := sorted(names - {"dense", *FILES}):
+    if unknown := sorted(names - {"dense", *FILES, RETROMAE}):
         raise ModelError(f"unknown head {unknown[0]!r}", expected=f"some of dense, {', '.join(FILES)}")
     width = config.multivector_dim
     if width is not None and (width < 1 or "multivector" not in names):

@@ -1,0 +1,159 @@
+"""One head of a model as a folder for sentence-transformers: dense, sparse or multi-vector, with the same scores.
+
+`dense` is the model without its token heads, in the layout that every version reads. `sparse` is a `SparseEncoder`:
+the family's masked-language model and `SpladePooling` where the head is SPLADE's; a lexical head, for which
+sentence-transformers has no module, is loaded through embedsmith (`trust_remote_code=True`). `multivector` is a
+`MultiVectorEncoder` (sentence-transformers 6): its mean of best matches is M3's score.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors.torch import save_file
+from torch import nn
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.files import atomic_folder
+from embedsmith.models.contract import FILE, contract_of, write_contract
+from embedsmith.models.folder import read_json
+from embedsmith.models.lm_head import masked_model
+from embedsmith.models.quiet import quiet
+from embedsmith.models.retromae import RETROMAE
+from embedsmith.models.save import save, write_json
+from embedsmith.models.splade import SpladeHead
+from embedsmith.models.token_heads import MultiVectorHead
+
+if TYPE_CHECKING:
+    from embedsmith.models.embedder import Embedder
+
+Head = Literal["dense", "sparse", "multivector"]
+_MODULES = "sentence_transformers."
+SPARSE_MODULE = "embedsmith.models.sentence.EmbedsmithSparse"
+
+
+def export_head(model: Embedder, folder: str | Path, head: Head) -> None:
+    """Write one head of `model` to `folder`, which appears whole or not at all.
+
+    Errors: `ModelError` for a head that the model has not (none is ever made up), and for what the form cannot
+    express: prompts left out of the heads, attention by a mask, an adapter apart.
+    """
+    there = ["dense", *(name for name in model.token_heads if name != RETROMAE)]
+    if head not in there:
+        raise ModelError(
+            f"this model has no head {head!r}",
+            expected=f"one of {', '.join(there)}",
+            fix="train one: load the model with it in heads",
+        )
+    with atomic_folder(folder) as root:
+        save(_with_heads(model, [] if head == "multivector" else [head]), root)
+        if head == "sparse":
+            _as_sparse(model, root)
+        elif head == "multivector":
+            _as_multivector(model, root)
+
+
+def _with_heads(model: Embedder, names: list[str]) -> Embedder:
+    """The same model, weights shared, with some of its token heads."""
+    other = copy.copy(model)
+    other.__dict__["_modules"] = dict(model._modules)
+    other.token_heads = nn.ModuleDict({name: head for name, head in model.token_heads.items() if name in names})
+    return other
+
+
+def _as_sparse(model: Embedder, root: Path) -> None:
+    head = model.token_heads["sparse"]
+    whole = None
+    if isinstance(head, SpladeHead) and model.settings.include_prompt and contract_of(model).standard:
+        whole = masked_model(head.lm, model.backbone)
+    if whole is None:
+        contract = contract_of(model)
+        standard = tuple(contract.modules or read_json(root / "modules.json"))
+        (root / FILE).unlink(missing_ok=True)
+        write_contract(replace(contract, modules=standard), root)
+        write_json(root / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": SPARSE_MODULE}])
+        _say(root, "SparseEncoder", "dot")
+        return
+    assert isinstance(head, SpladeHead)
+    _clear(root)
+    with quiet():
+        whole.save_pretrained(root)
+    _write_modules(root, [("", "sparse_encoder.models.MLMTransformer"), ("SpladePooling", _SPLADE)])
+    pooling = {"pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": None}
+    write_json(root / "1_SpladePooling" / "config.json", pooling)
+    _say(root, "SparseEncoder", "dot", max_active_dims=head.terms)
+
+
+_SPLADE = "sparse_encoder.models.SpladePooling"
+
+
+def _as_multivector(model: Embedder, root: Path) -> None:
+    head = model.token_heads["multivector"]
+    assert isinstance(head, MultiVectorHead)
+    if not (model.settings.include_prompt and contract_of(model).standard):
+        raise ModelError(
+            "a MultiVectorEncoder of sentence-transformers cannot do what this model does",
+            expected="prompts that take part, all tokens pooled, attention as its config says",
+        )
+    _clear(root)
+    linear, left_out = head.linear, model.tokenizer.convert_ids_to_tokens(head.marks_S.tolist())
+    _write_modules(
+        root,
+        [
+            ("", "base.modules.transformer.Transformer"),
+            ("Dense", "base.modules.dense.Dense"),
+            ("MultiVectorMask", "multi_vector_encoder.modules.MultiVectorMask"),
+            ("Normalize", "base.modules.normalize.Normalize"),
+        ],
+    )
+    dense = {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+        "module_input_name": "token_embeddings",
+        "module_output_name": "token_embeddings",
+    }
+    write_json(root / "1_Dense" / "config.json", dense)
+    state = {f"linear.{name}": tensor.detach().cpu().contiguous() for name, tensor in linear.state_dict().items()}
+    save_file(state, root / "1_Dense" / "model.safetensors")
+    mask = {"skiplist_words": left_out, "skiplist_tasks": ["query", "document"]}
+    write_json(root / "2_MultiVectorMask" / "config.json", mask | {"keep_only_token_ids": None})
+    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    write_json(root / "3_Normalize" / "config.json", names)
+    _say(root, "MultiVectorEncoder", "meanmaxsim")
+
+
+def _clear(root: Path) -> None:
+    """Take away what belongs to the dense form and to other heads."""
+    for path in sorted(root.rglob("*"), reverse=True):
+        if path.parent != root or path.suffix == ".pt" or path.name in (FILE, "splade_head.safetensors"):
+            path.unlink() if path.is_file() else path.rmdir()
+        elif path.is_dir():
+            path.rmdir()
+
+
+def _write_modules(root: Path, modules: list[tuple[str, str]]) -> None:
+    entries = [
+        {"idx": place, "name": str(place), "path": f"{place}_{name}" if name else "", "type": _MODULES + kind}
+        for place, (name, kind) in enumerate(modules)
+    ]
+    write_json(root / "modules.json", entries)
+
+
+def _say(root: Path, kind: str, similarity: str, **more: Any) -> None:
+    path = root / "config_sentence_transformers.json"
+    write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
+
+
+def run_export(model: str, out: Path, head: Head) -> str:
+    """What `embedsmith export` does; returns how to open the folder."""
+    from embedsmith.models.load import load
+
+    export_head(load(model, device="cpu"), out, head)
+    through = read_json(out / "modules.json")[0]["type"].startswith("embedsmith.")
+    kind = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}[head]
+    return f'{out}: sentence_transformers.{kind}("{out}"{", trust_remote_code=True" if through else ""})'
