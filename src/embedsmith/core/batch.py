@@ -135,6 +135,10 @@ class Batch(ABC):
         sides: dict[str, Any] = {name: value.alone() for name, value in values.items() if isinstance(value, Side)}
         return replace(self, group=ALONE, **sides)
 
+    def shared(self) -> dict[str, Any]:
+        """The fields that a batch made of the same texts takes over, whatever its kind."""
+        return {f.name: getattr(self, f.name) for f in fields(Batch)}
+
     def mean_over_rows(self, value_WQ: Tensor, valid_Q: Tensor | None = None) -> Tensor:
         """value_W: the mean over the valid rows of all ranks, as this rank's share of it.
 

@@ -21,12 +21,7 @@ def as_retrieval(batch: PairBatch, threshold: float) -> RetrievalBatch:
     more; every right text is a candidate. The same leaves."""
     positive_N = batch.right_id_N.where(batch.label_N >= threshold, ABSENT)
     return RetrievalBatch(
-        task=batch.task,
-        source=batch.source,
-        progress=batch.progress,
-        extras=batch.extras,
-        widths=batch.widths,
-        group=batch.group,
+        **batch.shared(),
         query=batch.left,
         document=batch.right,
         query_id_Q=batch.left_id_N,

@@ -115,12 +115,7 @@ def swapped(batch: RetrievalBatch) -> RetrievalBatch:
         label_K[row_GP.flatten()[first_E]] = group_keys(batch)[1][first_E // row_GP.shape[1]]
         label_N = label_K[mine]
     return RetrievalBatch(
-        task=batch.task,
-        source=batch.source,
-        progress=batch.progress,
-        extras=batch.extras,
-        widths=batch.widths,
-        group=batch.group,
+        **batch.shared(),
         query=batch.document,
         document=batch.query,
         query_id_Q=torch.where(asks_N, batch.document_id_N, ABSENT),
