@@ -15,6 +15,7 @@ from embedsmith.losses import (
     CoSENT,
     CosineConsistency,
     CrossBatchBalance,
+    Flops,
     InfoNCE,
     M3RankedKD,
     M3SelfDistillation,
@@ -25,6 +26,7 @@ from embedsmith.losses import (
     PerHead,
     Qwen3,
     RankKL,
+    RetroMAE,
     ScoreKL,
     Sum,
     SupervisedContrastive,
@@ -76,6 +78,7 @@ CASES = {
     "m3_self_distillation": [
         M3SelfDistillation(T),
         M3SelfDistillation(T, start_step=10),
+        M3SelfDistillation(T, start_step=2, ramp_steps=5),
         M3SelfDistillation(T, {"dense": 1.0, "sparse": 0.3}, {"dense": 1.0, "sparse": 0.1}),
     ],
     "teacher_vectors": [
@@ -97,6 +100,8 @@ CASES = {
     "uniformity": [Uniformity(), Uniformity(3.0, "second")],
     "gor": [GOR(), GOR("first")],
     "gor_st": [GORST(), GORST("sum")],
+    "flops": [Flops(0.3, 0.7), Flops(1.0, 0.0, ramp_steps=10)],
+    "retromae": [RetroMAE(), RetroMAE("both"), RetroMAE("queries")],
     "matryoshka": [
         Matryoshka(InfoNCE(T), (4, 2)),
         Matryoshka(InfoNCE(T, symmetric=True, margin=0.1, include_qq=True, include_dd=True), (5, 8)),
@@ -126,6 +131,8 @@ CASES = {
 }
 
 REFUSED = {
+    "flops": [dict(query=-1.0), dict(document=float("nan")), dict(ramp_steps=-1), dict(head="")],
+    "retromae": [dict(sides="all"), dict(head="")],
     "infonce": [
         dict(temperature=0),
         dict(temperature=-0.1),

@@ -49,7 +49,14 @@ class Tiny(nn.Module):
             "sparse": lambda: Sparse(self.coordinate[text_N], F.softplus(self.weight(feature))[..., 0] * mask),
             "multivector": lambda: MultiVector(F.normalize(self.token(feature), dim=-1), mask),
         }
+        every["retromae"] = lambda: self._pretraining(feature)
         return {head: every[head]() for head in heads}
+
+    def _pretraining(self, feature):
+        """Two sums of losses, and numbers of tokens between them."""
+        made = F.softplus(self.dense(feature.mean(1))[:, :2])
+        count = feature[:, 0, :2].abs().ceil()
+        return Dense(torch.stack([made[:, 0], count[:, 0], made[:, 1], count[:, 1]], 1))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 from itertools import chain
 
-from tests.losses.examples import Pairs, teacher_score
+import torch
+
+from tests.losses.examples import Pairs, Retrieval, teacher_score
 from tests.losses.world import (
     all_positives,
     dot,
@@ -260,4 +262,40 @@ def m3_self_distillation(loss, world):
     value = {name: mean(values) for name, values in sums.items()}
     first = (math.fsum(loss.lambdas[h] * value[h] for h in heads) + value["ensemble"]) / (len(heads) + 1)
     taught = math.fsum(loss.lambdas[h] * value[f"{h} taught"] for h in heads) / len(heads)
-    return (first + taught) / 2 if world.example.step >= loss.start_step else first
+    done = max(world.example.step - loss.start_step + 1, 0)
+    share = 0.5 * min(done / loss.ramp_steps, 1) if loss.ramp_steps else 0.5 * (done > 0)
+    return (1 - share) * first + share * taught
+
+
+def texts_of_sides(world):
+    e = world.example
+    if not isinstance(e, Retrieval):
+        return [t for t in e.left if t >= 0], [t for t in e.right if t >= 0]
+    return [q for q in e.query if q >= 0], everything(world) or [63]
+
+
+def flops(loss, world):
+    ramp = min((world.example.step + 1) / loss.ramp_steps, 1) ** 2 if loss.ramp_steps else 1.0
+    total = 0.0
+    for scale, texts in zip((loss.query, loss.document), texts_of_sides(world), strict=True):
+        if not texts:
+            continue
+        sums: dict[int, float] = {}
+        for text in texts:
+            sparse = world.model(torch.tensor([text]), ["sparse"])["sparse"]
+            table: dict[int, float] = {}
+            for word, weight in zip(sparse.coordinate_NT[0].tolist(), sparse.weight_NT[0].tolist(), strict=True):
+                table[word] = max(weight, table.get(word, 0.0))
+            for word, weight in table.items():
+                sums[word] = sums.get(word, 0.0) + weight
+        total += scale * math.fsum((value / len(texts)) ** 2 for value in sums.values())
+    return ramp * total
+
+
+def retromae(loss, world):
+    queries_, documents = texts_of_sides(world)
+    chosen = {"queries": queries_, "documents": documents, "both": [*queries_, *documents]}[loss.sides]
+    rows = [world.vector("retromae", text) for text in chosen]
+    if not rows:
+        return 0.0
+    return sum(math.fsum(row[k] for row in rows) / math.fsum(row[k + 1] for row in rows) for k in (0, 2))

@@ -48,10 +48,11 @@ def test_an_undefined_batch_gives_a_connected_zero(name, loss):
 
 
 def has_fixed_weights(loss):
-    """Losses that hold some of their own scores fixed, so that the gradient is not the derivative of the value."""
+    """Losses that hold some of their own scores fixed, so that the gradient is not the derivative of the value; and
+    flops, which has none where a word's weight is 0 in one place and a kink in the next."""
     text = repr(loss)
     fixed = "hardness_weight=0.0" not in text and "hardness_weight" in text
-    return fixed or ("focal_gamma" in text and "focal_gamma=0.0" not in text) or "M3Self" in text
+    return fixed or ("focal_gamma" in text and "focal_gamma=0.0" not in text) or any(word in text for word in ("M3Self", "RetroMAE", "Flops"))
 
 
 @pytest.mark.parametrize(("name", "loss"), [(n, one) for n, one in EVERY if not has_fixed_weights(one)], ids=str)

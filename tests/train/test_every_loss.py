@@ -21,6 +21,8 @@ ARGUMENTS = {
     "per_head": {"inner": "infonce", "weights": {"dense": 1.0, "sparse": 0.3}},
 }
 NEEDS = {
+    "flops": {"heads": ["sparse"]},
+    "retromae": {"heads": ["retromae"], "max_length": 32},
     "m3_self_distillation": {"heads": ALL_HEADS},
     "per_head": {"heads": ["dense", "sparse"]},
 }

@@ -132,13 +132,13 @@ class Sparse(Representation):
 
     def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
         vocabulary_U = torch.unique(self.coordinate_NT)
-        return (self._over(vocabulary_U) @ other._over(vocabulary_U).T)[None]
+        return (self.over(vocabulary_U) @ other.over(vocabulary_U).T)[None]
 
     def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
         vocabulary_U = torch.unique(self.coordinate_NT)
-        return (self._over(vocabulary_U) * other._over(vocabulary_U)).sum(-1)[None]
+        return (self.over(vocabulary_U) * other.over(vocabulary_U)).sum(-1)[None]
 
-    def _over(self, vocabulary_U: Tensor) -> Tensor:
+    def over(self, vocabulary_U: Tensor) -> Tensor:
         """weight_NU over the given sorted coordinates only: [N, V] never exists."""
         place_NT = torch.searchsorted(vocabulary_U, self.coordinate_NT).clamp_max(len(vocabulary_U) - 1)
         weight_NT = in_fp32(self.weight_NT) * (vocabulary_U[place_NT] == self.coordinate_NT)

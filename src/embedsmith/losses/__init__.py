@@ -3,8 +3,10 @@
 from embedsmith.losses.codiemb import CoDiEmbSTS, MidNCE
 from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balance_weights
 from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
+from embedsmith.losses.flops import Flops
 from embedsmith.losses.label import Classifier, SupervisedContrastive
 from embedsmith.losses.presets import F2LLM, ConanWeak, Qwen3
+from embedsmith.losses.pretraining import RetroMAE
 from embedsmith.losses.regularisers import GOR, GORST, Uniformity
 from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.self_distill import M3SelfDistillation
@@ -23,6 +25,7 @@ __all__ = [
     "ConanWeak",
     "CosineConsistency",
     "CrossBatchBalance",
+    "Flops",
     "InfoNCE",
     "M3RankedKD",
     "M3SelfDistillation",
@@ -33,6 +36,7 @@ __all__ = [
     "PerHead",
     "Qwen3",
     "RankKL",
+    "RetroMAE",
     "ScoreKL",
     "Sum",
     "SupervisedContrastive",

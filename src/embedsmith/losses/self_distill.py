@@ -31,8 +31,9 @@ class M3SelfDistillation(Loss):
         P   = softmax(s_inter / t) over the candidates, without gradient
         loss = L before step `start_step`, (L + L') / 2 from it on
 
-    The scale of L halves at the switch, as in the paper's recipe (about 6,000 steps without distillation). Steps are
-    optimizer steps, so a resumed run goes on where it was.
+    The scale of L halves at the switch, as in the paper's recipe (about 6,000 steps without distillation). With
+    `ramp_steps` it is (1 - a) L + a L' instead, where a grows over so many steps from 0 to 1/2. Steps are optimizer
+    steps, so a resumed run goes on where it was.
 
     temperature: t, of student and teacher. weights: w_h of the ensemble. lambdas: l_h. Both name the same heads, any
     of the model's. mask_false_negatives, block_size: as in `infonce`. Every head's candidates come from all ranks
@@ -47,12 +48,13 @@ class M3SelfDistillation(Loss):
     weights: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.3, "multivector": 1.0})
     lambdas: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.1, "multivector": 1.0})
     start_step: int = 0
+    ramp_steps: int = 0
     mask_false_negatives: bool = True
     block_size: int | None = None
 
     def __post_init__(self) -> None:
         checks.above_zero(self, "temperature", "block_size")
-        checks.not_negative(self, "start_step")
+        checks.not_negative(self, "start_step", "ramp_steps")
         checks.not_empty(self, "weights", "lambdas")
         if set(self.weights) != set(self.lambdas):
             raise checks.wrong(
@@ -88,8 +90,13 @@ class M3SelfDistillation(Loss):
         distilled_W = (scale_X1 * taught_XW).sum(0) / heads
         parts = {head: contrast_XW[number, 0].detach() for number, head in enumerate(self.weights)}
         parts |= {"ensemble": ensemble_W[0].detach(), "distilled": distilled_W[0].detach()}
-        started = batch.progress.step >= self.start_step
-        return LossOutput((total_W + distilled_W) / 2 if started else total_W, parts)
+        share = self.share_of_distillation(batch.progress.step)
+        return LossOutput((1 - share) * total_W + share * distilled_W, parts)
+
+    def share_of_distillation(self, step: int) -> float:
+        """a: 0 before the start, 1/2 in the end."""
+        done = step - self.start_step + 1
+        return 0.5 * min(max(done, 0) / max(self.ramp_steps, 1), 1.0)
 
     def _with_ensemble(self, scores: list[Tensor]) -> Tensor:
         """score_XW...: each head's, and their weighted sum last. A head without widths is the same at every width."""

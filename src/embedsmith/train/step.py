@@ -24,6 +24,7 @@ from embedsmith.core.loss import Loss
 from embedsmith.core.reps import TEACHER, Representation, Reps, concatenate, each_head
 from embedsmith.core.seeds import TorchRandom
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
+from embedsmith.train.activity import sparse_activity
 
 Encode = Callable[[TokenBatch, Sequence[str]], Reps]
 
@@ -192,7 +193,7 @@ def _loss(
         batch = part.assemble(*pair, extras, progress)
         output = part.loss(batch)
         values.append(part.weight * output.value)
-        named[part.source] = {"loss": output.value.detach(), **output.parts}
+        named[part.source] = {"loss": output.value.detach(), **output.parts, **sparse_activity(pair)}
         batches.append(batch)
     total = torch.stack(values).sum()
     _check_finite(parts, sides, total, progress.step)
