@@ -33,6 +33,7 @@ from embedsmith.core.tokens import TokenBatch
 from embedsmith.models import Embedder, load
 from embedsmith.train import shard
 from embedsmith.train.account import save_environment, tell
+from embedsmith.train.activity import DeadHeads
 from embedsmith.train.build import (
     RunLength,
     build_extras,
@@ -230,6 +231,7 @@ class Meter:
     """Means since the last report."""
 
     def __init__(self) -> None:
+        self._dead = DeadHeads()
         self._reset()
 
     def _reset(self) -> None:
@@ -260,6 +262,7 @@ class Meter:
             "tokens_per_second": speed,
             "padding_share": 1 - self._tokens / max(self._padded, 1),
         }
+        self._dead.watch(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
         bar.say(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
         self._reset()
