@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ import embedsmith
 from bench.common import RESULTS, environment, write_json
 from bench.mergekit_env import VERSION, mergekit_python
 
-STEP = 1e-3
-"""Fine-tuning moves weights by this much and less: where thresholds made for larger numbers show."""
+STEPS = {"usual": 1e-3, "small": 1e-4}
+"""How far weights move. Fine-tuning moves them by less: where thresholds made for larger numbers show."""
 
 _BY_SENTENCE_TRANSFORMERS = """
 import sys, json
@@ -50,7 +51,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def family(root: Path, kind: str) -> tuple[Path, list[Path]]:
+def family(root: Path, kind: str, step: float) -> tuple[Path, list[Path]]:
     """A base and three parents: BERT as sentence-transformers folders, or a plain Qwen3 decoder."""
     torch.manual_seed(0)
     size = {
@@ -61,7 +62,7 @@ def family(root: Path, kind: str) -> tuple[Path, list[Path]]:
         "intermediate_size": 48,
     }
     if kind == "bert":
-        model: Any = BertModel(BertConfig(max_position_embeddings=32, **size), add_pooling_layer=False)
+        model: Any = BertModel(BertConfig(max_position_embeddings=32, **size))
     else:
         model = Qwen3Model(Qwen3Config(num_key_value_heads=2, head_dim=8, max_position_embeddings=64, **size))
     plain = root / "plain"
@@ -69,19 +70,17 @@ def family(root: Path, kind: str) -> tuple[Path, list[Path]]:
     tokenizer().save_pretrained(plain)
     base = root / "base"
     embedsmith.load(str(plain), pooling="mean", max_length=32).save(base)
-    return base, [moved(base, root / f"parent{place}", place) for place in range(3)]
+    return base, [moved(base, root / f"parent{place}", place, step) for place in range(3)]
 
 
-def moved(base: Path, folder: Path, seed: int) -> Path:
-    import shutil
-
+def moved(base: Path, folder: Path, seed: int, step: float) -> Path:
     shutil.copytree(base, folder)
     generator = torch.Generator().manual_seed(seed + 1)
     state = load_file(base / "model.safetensors")
     common = torch.Generator().manual_seed(99)  # a shared part, so that task vectors are 60 degrees apart
     state = {
         name: tensor
-        + STEP * (torch.randn(tensor.shape, generator=common) + torch.randn(tensor.shape, generator=generator))
+        + step * (torch.randn(tensor.shape, generator=common) + torch.randn(tensor.shape, generator=generator))
         for name, tensor in state.items()
     }
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -140,6 +139,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"peer": "multislerp", "ours": "normalised_mean", "count": 3, "agrees": True},
     {
         "peer": "sce",
+        "step": "small",
         "ours": {"type": "sce", "density": 0.4},
         "count": 3,
         "agrees": False,
@@ -148,6 +148,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     },
     {
         "peer": "model_stock",
+        "step": "small",
         "ours": "model_stock",
         "count": 3,
         "agrees": False,
@@ -189,27 +190,33 @@ def compare(row: Mapping[str, Any], base: Path, parents: list[Path], root: Path,
     apart = torch.cat([(ours[key] - theirs[key].float()).flatten() for key in ours])
     return {
         "peer": row["peer"],
-        "by": tool.__name__,
+        "by": tool.__name__.removeprefix("by_"),
         "ours": row["ours"],
         "difference": float(apart.norm() / moved.norm()),
     }
+
+
+def _name(method: Any) -> str:
+    return method if isinstance(method, str) else str(method["type"])
 
 
 def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for kind, tool in (("bert", by_sentence_transformers), ("qwen3", by_mergekit)):
-            root = Path(folder) / kind
-            root.mkdir()
-            base, parents = family(root, kind)
+            families = {}
+            for name, step in STEPS.items():
+                root = Path(folder) / f"{kind}-{name}"
+                root.mkdir()
+                families[name] = (*family(root, kind, step), root)
             rows = ROWS if kind == "bert" else [row for row in ROWS if row["peer"] in ("linear", "ties", "nuslerp")]
             for row in rows:
-                result = compare(row, base, parents, root, tool)
+                result = compare(row, *families[row.get("step", "usual")], tool)
                 found.append(result | {"agrees": row["agrees"], "why": row.get("why", "")})
     table = Table("peer", "run by", "ours", "difference / |merge - base|", "expected")
     for entry in found:
         verdict = "the same" if entry["agrees"] else entry["why"]
-        table.add_row(entry["peer"], entry["by"], str(entry["ours"]), f"{entry['difference']:.1e}", verdict)
+        table.add_row(entry["peer"], entry["by"], _name(entry["ours"]), f"{entry['difference']:.1e}", verdict)
     Console().print(table)
     write_json(RESULTS / "merging_peers.json", {**environment(), "mergekit": VERSION, "rows": found})
     wrong = [entry for entry in found if entry["agrees"] != (entry["difference"] < 1e-3)]

@@ -27,8 +27,8 @@ def magnitudes(block: Block) -> Tensor:
 
 
 def keep_count(density: float, total: int) -> int:
-    """How many of `total` are kept: as near to the fraction as whole numbers allow, and never none by rounding."""
-    return min(total, max(1, round(density * total))) if density > 0 else 0
+    """How many of `total` are kept: the whole part of the fraction, as elsewhere, but never none by rounding."""
+    return min(total, max(1, int(density * total + 1e-9))) if density > 0 else 0
 
 
 def nth_largest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int], total: int) -> Tensor:
