@@ -65,6 +65,7 @@ def test_every_weight_is_the_formula(models, tmp_path):
     """Backbone, projection and token heads: theta_0 + sum c_i V_i with the coefficients that merge.json names."""
     result = merged(models, tmp_path / "out")
     coef = result.report["coefficients"]["model"]
+    assert 0 < result.report["order_spread"]["model"] < 30
     base, *parents = (load(str(path)).state_dict() for path in (models[0], *models[1]))
     found = load(str(result.path)).state_dict()
     for name, tensor in found.items():

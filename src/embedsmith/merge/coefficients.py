@@ -173,9 +173,13 @@ def orders(count: int) -> list[tuple[int, ...]]:
 
 def order_spread(gram_MM: Tensor, weight_M: Tensor, accumulate: Accumulate = "sum") -> float:
     """The largest angle, in degrees, between sequential SLERPs in two orders: how much the order decides."""
-    found = [_in_order(gram_MM, weight_M, way, accumulate, "raw", "linear") for way in orders(len(weight_M))]
-    cosines = [float(cosine_of(gram_MM, one, two)) for one, two in itertools.combinations(found, 2)]
-    return math.degrees(max((math.acos(min(1.0, cos)) for cos in cosines), default=0.0))
+    ways = orders(len(weight_M))
+    found_OM = torch.stack([_in_order(gram_MM, weight_M, way, accumulate, "raw", "linear") for way in ways])
+    product_OO = found_OM @ gram_MM @ found_OM.T
+    length_O = product_OO.diagonal().clamp_min(0).sqrt()
+    if not length_O.all():
+        return 0.0
+    return math.degrees(math.acos(min(1.0, float((product_OO / torch.outer(length_O, length_O)).min()))))
 
 
 def _directions(gram_MM: Tensor, weight_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,7 @@ class Slerp(CoefficientMethod):
     Of task vectors, never of raw weights: fine-tuned siblings are so nearly parallel that it would be an average.
     scale: lambda, the length of the result against that of the interpolation. accumulate: `sum` gives equal weights
     equal influence, `mean` is the paper's recursion. order, norm, on_antipodal: see `coefficients.sequential_slerp`.
+    merge.json says how far, in degrees, results in different orders lie apart (`order_spread`).
     """
 
     scale: float = 1.0
@@ -126,6 +127,14 @@ class Slerp(CoefficientMethod):
         check_weights(weight_M)
         options = (self.accumulate, self.order, self.norm, self.on_antipodal)
         return self.scale * formula.sequential_slerp(gram_MM, weight_M, *options)
+
+    def prepare(self, job: Job) -> Combine:
+        if len(job.parents) > 2 and job.granularity in ("model", "block"):
+            job.report["order_spread"] = {
+                key: formula.order_spread(job.gram.of(names), job.weight_M, self.accumulate)
+                for key, names in job.groups.items()
+            }
+        return combine_coefficients(group_coefficients(self, job))
 
 
 @merge_methods.register(
