@@ -108,6 +108,7 @@ class EvaluateConfig:
     `validation`: sources whose loss is reported without training on them. `patience`: evaluations without a better
     score after which training stops early. `before`: score the model before the first step too, so that the report can
     tell what training changed. `geometry`: texts of the first task whose geometry is logged at every evaluation.
+    `heads`: outputs beside `dense` that are scored too, logged as `score/TASK/HEAD`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -118,6 +119,7 @@ class EvaluateConfig:
     patience: int | None = None
     before: bool = True
     geometry: int | None = None
+    heads: tuple[Literal["sparse", "multivector", "hybrid"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("every", "patience", "geometry"):

@@ -16,6 +16,7 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate import Results, Task, evaluate, load_task
+from embedsmith.evaluate.hybrid import HybridEncoder
 from embedsmith.evaluate.look import Geometry, Sample, brief, look, sample_of
 from embedsmith.models import Embedder
 from embedsmith.train.checkpoint import RunState
@@ -84,9 +85,21 @@ class Development:
         results = evaluate(self.model, self.tasks, group=None, about={"when": name})
         shape = {} if self.sample is None else on_first_rank(self._geometry)
         values = {f"score/{task}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)} | shape
+        values |= self._of_heads(name)
         if rank() == 0 and improved(self._overall(values)):
             self._keep(name, results)
         self.model.train()
+        return values
+
+    def _of_heads(self, name: str) -> dict[str, float]:
+        """The main scores of every further head that the config names. Collective."""
+        values: dict[str, float] = {}
+        for head in self.config.heads:
+            encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
+            results = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name})
+            values |= {
+                f"score/{task}/{head}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)
+            }
         return values
 
     def _geometry(self) -> dict[str, float]:
