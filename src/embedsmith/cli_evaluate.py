@@ -12,6 +12,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder where names of tasks are
 Split = Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 Head = Annotated[str, typer.Option(help="dense, sparse, multivector or hybrid: which output is scored.")]
+Weight = Annotated[list[str] | None, typer.Option("--weight", help="Of a head in hybrid or all: sparse=0.3")]
 Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results: a stopped command continues.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
@@ -27,7 +28,9 @@ def evaluate(
     engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
     items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
-    head: Head = "dense",
+    head: Annotated[str, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side.")] = "dense",
+    weight: Weight = None,
+    tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
     keep: Keep = None,
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
@@ -39,8 +42,11 @@ def evaluate(
     from embedsmith.core.errors import EvaluationError
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.evaluate.commands import Scoring
+    from embedsmith.indexing import parse_weights
 
-    scoring = Scoring(tuple(split_names([*(tasks or []), *(more or [])])), data, split, head, keep)
+    weights = parse_weights(weight or []) if weight else None
+    scoring = Scoring(tuple(split_names([*(tasks or []), *(more or [])])), data, split, head, keep, weights)
+    _check_side_by_side(head, engine, mteb, tune, weights)
     if limits is not None and mteb is None:
         raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
     if mteb is None:
@@ -50,13 +56,30 @@ def evaluate(
     if mteb is not None:
         from embedsmith.evaluate.mteb_tasks import Limits
 
-        results = scoring.with_mteb(encoder, model, mteb, None if limits is None else Limits(limits))
+        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else Limits(limits))
     else:
         about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head}
-        results = scoring.score(encoder, about | {"embedsmith": __version__})
+        if head == "all":
+            from embedsmith.evaluate.heads import HEADS
+
+            heads = [name for name in HEADS if name in encoder.outputs]
+            results = scoring.side_by_side(encoder, heads, tune or [], about | {"embedsmith": __version__})
+        else:
+            results = scoring.score(encoder, about | {"embedsmith": __version__})
     Console().print(results.table())
     if json_file is not None:
         results.save(json_file, items=items)
+
+
+def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
+    from embedsmith.core.errors import EvaluationError
+
+    if head == "all" and (engine != "embedsmith" or mteb is not None):
+        raise EvaluationError("--head all is scored by embedsmith alone", fix="leave out --engine and --mteb")
+    if tune and head != "all":
+        raise EvaluationError("--tune is for --head all", fix="add --head all")
+    if weights and head not in ("all", "hybrid"):
+        raise EvaluationError(f"--weight with --head {head}", fix="use --head hybrid or all")
 
 
 def _encoder(model: str, engine: str, max_length: int | None, batch_size: int) -> Any:

@@ -1,5 +1,6 @@
 """An encoder to numbers: tasks, metrics and results."""
 
+from embedsmith.evaluate.heads import HeadScores, score_heads
 from embedsmith.evaluate.hybrid import HybridEncoder
 from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, PairClassificationTask
 from embedsmith.evaluate.load import data_folder, known_tasks, load_task, split_names
@@ -12,6 +13,7 @@ __all__ = [
     "ClassificationTask",
     "ClusteringTask",
     "Example",
+    "HeadScores",
     "HybridEncoder",
     "LongDocumentTask",
     "PairClassificationTask",
@@ -26,5 +28,6 @@ __all__ = [
     "evaluate",
     "known_tasks",
     "load_task",
+    "score_heads",
     "split_names",
 ]

@@ -15,13 +15,15 @@ from typing import Any
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.compare import Comparison, compare
-from embedsmith.evaluate.hybrid import HybridEncoder
+from embedsmith.evaluate.heads import HeadScores, score_heads
+from embedsmith.evaluate.hybrid import M3_WEIGHTS, HybridEncoder
 from embedsmith.evaluate.keep import CachedEncoder
 from embedsmith.evaluate.load import load_task
 from embedsmith.evaluate.mteb_run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb_tasks import Limits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate
+from embedsmith.evaluate.tasks import Task
 
 Load = Callable[..., Encoder]
 
@@ -35,22 +37,35 @@ class Scoring:
     split: str = "test"
     head: str = "dense"
     keep: Path | None = None
+    weights: Mapping[str, float] | None = None
 
     def score(self, encoder: Encoder, about: Mapping[str, Any]) -> Results:
         """The model on all tasks, with our own evaluator."""
-        loaded = [load_task(name, data_dir=self.data, split=self.split) for name in self.tasks]
+        loaded = self._load(self.tasks)
         if self.head == "hybrid":
-            encoder = HybridEncoder(encoder)
+            encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
         if self.keep is None:
             return evaluate(encoder, loaded, head=self.head, about=about)
         cached = CachedEncoder.of(encoder, self.keep / "vectors")
         return evaluate(cached, loaded, head=self.head, about=about, keep=self.keep / "results")
 
+    def side_by_side(
+        self, encoder: Encoder, heads: Sequence[str], tune_on: Sequence[str], about: Mapping[str, Any]
+    ) -> HeadScores:
+        """Every head alone and heads together, on all tasks; weights tuned on the dev split of `tune_on`."""
+        loaded, dev = self._load(self.tasks), self._load(tune_on, "dev")
+        if same := [one.name for one in dev if one in loaded]:
+            raise EvaluationError(f"weights tuned on {same[0]} and reported on it", fix="tune on another task")
+        return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, keep=self.keep)
+
+    def _load(self, names: Sequence[str], split: str | None = None) -> list[Task]:
+        return [load_task(name, data_dir=self.data, split=split or self.split) for name in names]
+
     def with_mteb(self, encoder: Encoder, model: str, output: Path, limits: Limits | None) -> Results:
         """The model on all tasks, with mteb."""
         chosen = find_mteb_tasks(self.tasks, data=self.data, split=self.split)
         if self.head == "hybrid":
-            encoder = HybridEncoder(encoder)
+            encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
         return mteb_evaluate(encoder, chosen, output, name=model, head=self.head, limits=limits)
 
 

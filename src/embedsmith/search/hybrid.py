@@ -78,18 +78,22 @@ class HybridEncoder:
     weights: Mapping[str, float] = field(default_factory=lambda: dict(M3_WEIGHTS))
 
     def __post_init__(self) -> None:
-        if not self.weights or any(weight < 0 for weight in self.weights.values()):
-            raise SearchError(f"the weights are {dict(self.weights)}", expected="a number from 0 for every head")
+        numbers = self.weights.values()
+        if not all(0 <= weight < float("inf") for weight in numbers) or not any(numbers):
+            raise SearchError(
+                f"the weights are {dict(self.weights)}",
+                expected="a number from 0 for every head, and one above 0: otherwise all documents score the same",
+            )
 
     def represent(
         self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
     ) -> Reps:
         if "hybrid" not in outputs:
             return self.encoder.represent(texts, role=role, task=task, outputs=outputs)
-        heads = tuple(self.weights)
+        heads = tuple(head for head, weight in self.weights.items() if weight > 0)
         plain = tuple(dict.fromkeys([*heads, *(name for name in outputs if name != "hybrid")]))
         reps = self.encoder.represent(texts, role=role, task=task, outputs=plain)
-        hybrid = Hybrid(tuple(reps[head] for head in heads), tuple(self.weights.values()))
+        hybrid = Hybrid(tuple(reps[head] for head in heads), tuple(self.weights[head] for head in heads))
         return {**{name: reps[name] for name in outputs if name != "hybrid"}, "hybrid": hybrid}
 
     def fingerprint(self) -> str:
