@@ -77,8 +77,11 @@ def test_a_run_that_dies_and_continues_saw_the_same(tree, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "update", failing)
     with pytest.raises(OSError, match="power cut"):
         train(parse(Recipe, other))
-    assert manifest(other)["steps"] is None
+    found = manifest(other)
+    assert (found["steps"], found["finished"]) == (4, False)  # as of its last checkpoint
+    assert sum(entry["seen"]["rows_drawn"] for entry in found["sources"].values()) == 4 * 8
     train(parse(Recipe, other))
+    assert manifest(other)["finished"]
     assert manifest(other)["starts"] == [{"step": 0, "ranks": 1}, {"step": 4, "ranks": 1}]
     assert manifest(other)["sources"] == manifest(tree)["sources"]
 

@@ -48,7 +48,7 @@ from embedsmith.train.config import Recipe
 from embedsmith.train.dev import Development
 from embedsmith.train.feed import Feed
 from embedsmith.train.journal import Journal
-from embedsmith.train.manifest import close_manifest, open_manifest
+from embedsmith.train.manifest import RunManifest, open_manifest
 from embedsmith.train.mining import LiveMining, with_live_negatives
 from embedsmith.train.optim import make_optimizer, set_learning_rate
 from embedsmith.train.shard import Shards
@@ -105,7 +105,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         log.info("continuing %s at step %d", output, resume)
     claim_output(output, recipe)
     on_first_rank(lambda: save_environment(output))
-    starts = open_manifest(output, run.feed, run.state.step)
+    manifest = open_manifest(output, run.feed, run.state.step)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
     extras, best = dict(run.extras.items()), recipe.train.final == "best"
@@ -116,10 +116,10 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         with stop_signals() as stop:
             if before := development.before(run.state):
                 journal.write(0, before)
-            run_steps(run, checkpoints, journal, development, stop)
+            run_steps(run, checkpoints, manifest, journal, development, stop)
     finally:
         journal.close()
-    close_manifest(output, run.feed, starts, run.state.step)
+    manifest.save(run.state.step, finished=True)
     final_step = run.state.best_step if recipe.train.final == "best" else None
     model = run.whole_model() if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
@@ -172,7 +172,14 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     )
 
 
-def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development: Development, stop: Stop) -> None:
+def run_steps(
+    run: Run,
+    checkpoints: Checkpoints,
+    manifest: RunManifest,
+    journal: Journal,
+    development: Development,
+    stop: Stop,
+) -> None:
     """All steps from the run's state on, with reports, evaluations and checkpoints at their times."""
     config, steps = run.recipe.train, run.length.steps
     if development.exhausted(run.state):  # stopped between its last checkpoint and its end
@@ -196,6 +203,7 @@ def run_steps(run: Run, checkpoints: Checkpoints, journal: Journal, development:
             interrupted = stop.agreed(run.accelerator.device)
             if interrupted or evaluated or step == steps or step % run.length.checkpoint_every == 0:
                 checkpoints.save(run.whole_model(), run.extras, run.optimizer, run.state, run.mining.state_dict())
+                manifest.save(step)
             if interrupted:
                 log.warning("stopped after step %d; the same command continues", step)
                 raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""`manifest.json` in a run's folder: what the run reads, and in the end what it saw: counts and hashes.
+"""`manifest.json` in a run's folder: what the run reads, and what it saw up to its last checkpoint: counts and hashes.
 
 The plan is a function of the step number, so what was seen is not recorded but computed: the batches are planned once
 more, without reading a text.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,44 @@ class _Seen:
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
 
-def open_manifest(output: Path, feed: Feed, step: int) -> list[Start]:
-    """Say what will be read, before the first step or after a resume; returns all starts so far. Collective.
+@dataclass
+class RunManifest:
+    """The manifest of a run under way: `save` counts what the steps since the last call saw."""
+
+    output: Path
+    feed: Feed
+    starts: list[Start]
+    _step: int = 0
+    _seen: list[list[_Seen]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._seen = [
+            [_Seen(supply.rows, mask_N=np.zeros(supply.rows, bool)) for supply in lane.supplies]
+            for lane in self.feed.lanes
+        ]
+
+    def save(self, step: int, *, finished: bool = False) -> None:
+        """Write what steps 0 to `step` - 1 saw of each source. Collective."""
+        sources = _sources(self.feed)
+        for lane, seen in zip(self.feed.lanes, self._seen, strict=True):
+            self._follow(lane, seen, step)
+            for supply, one in zip(lane.supplies, seen, strict=True):
+                sources[supply.records.name]["seen"] = _told(supply.records.records, one)
+        self._step = max(self._step, step)
+        _write(self.output, {"starts": to_plain(self.starts), "steps": step, "finished": finished}, sources)
+
+    def _follow(self, lane: Lane, seen: list[_Seen], step: int) -> None:
+        for each, ranks in _steps(self.starts, range(self._step, step), lane):
+            planned = lane.plan.at(each, ranks)
+            one = seen[planned.source]
+            one.steps += 1
+            one.drawn += len(planned.rows)
+            one.mask_N[planned.rows] = True
+            one.digest.update(planned.rows.tobytes())
+
+
+def open_manifest(output: Path, feed: Feed, step: int) -> RunManifest:
+    """Say what will be read, before the first step or after a resume, and what was seen before. Collective.
 
     Errors: `DataError` on a resume when a source holds other records than before: its steps would not be the same.
     """
@@ -52,29 +89,22 @@ def open_manifest(output: Path, feed: Feed, step: int) -> list[Start]:
         now = _of_all_ranks(_sources(feed))
         on_first_rank(lambda: _refuse_changed(output, now))
     earlier = [start for start in _starts(output) if start.step < step] if step else []
-    starts = [*earlier, Start(step, world_size())]
-    _write(output, starts, _sources(feed))
-    return starts
+    manifest = RunManifest(output, feed, [*earlier, Start(step, world_size())])
+    manifest.save(step)
+    return manifest
 
 
-def close_manifest(output: Path, feed: Feed, starts: list[Start], steps: int) -> None:
-    """Add what steps 0 to `steps` - 1 saw of each source. Collective."""
-    sources = _sources(feed)
-    for lane in feed.lanes:
-        seen = _replay(lane, starts, steps)
-        for supply, one in zip(lane.supplies, seen, strict=True):
-            entry = sources[supply.records.name]
-            entry["seen"] = {
-                "steps": one.steps,
-                "rows_drawn": one.drawn,
-                "rows": int(one.mask_N.sum()),
-                "hash": one.digest.hexdigest(),
-            }
-            if isinstance(supply.records.records, Joined):
-                pieces = np.split(one.mask_N, supply.records.records.stop[:-1])
-                counts = [int(piece.sum()) for piece in pieces]
-                entry["seen"]["rows_of"] = dict(zip(supply.records.records.names, counts, strict=True))
-    _write(output, starts, sources, steps)
+def _told(records: Any, seen: _Seen) -> dict[str, Any]:
+    told = {
+        "steps": seen.steps,
+        "rows_drawn": seen.drawn,
+        "rows": int(seen.mask_N.sum()),
+        "hash": seen.digest.hexdigest(),
+    }
+    if isinstance(records, Joined):
+        counts = [int(piece.sum()) for piece in np.split(seen.mask_N, records.stop[:-1])]
+        told["rows_of"] = dict(zip(records.names, counts, strict=True))
+    return told
 
 
 def _refuse_changed(output: Path, now: dict[str, dict[str, Any]]) -> None:
@@ -113,37 +143,25 @@ def _sources(feed: Feed) -> dict[str, dict[str, Any]]:
     return sources
 
 
-def _replay(lane: Lane, starts: list[Start], steps: int) -> list[_Seen]:
-    seen = [_Seen(supply.rows, mask_N=np.zeros(supply.rows, bool)) for supply in lane.supplies]
-    for step, ranks in _steps(starts, steps, lane):
-        planned = lane.plan.at(step, ranks)
-        one = seen[planned.source]
-        one.steps += 1
-        one.drawn += len(planned.rows)
-        one.mask_N[planned.rows] = True
-        one.digest.update(planned.rows.tobytes())
-    return seen
-
-
-def _steps(starts: list[Start], steps: int, lane: Lane) -> list[tuple[int, int]]:
-    """Every step with the number of ranks that shared its rows: all of them, or the part of them this lane has now."""
-    ends = [start.step for start in starts[1:]] + [steps]
+def _steps(starts: list[Start], wanted: range, lane: Lane) -> Iterator[tuple[int, int]]:
+    """Some steps with the number of ranks that shared their rows: all of them, or the part of them this lane has
+    now."""
+    ends = [start.step for start in starts[1:]] + [wanted.stop]
     now: BatchPlan = lane.plan
-    return [
-        (step, start.ranks if start.ranks != world_size() else now.world)
-        for start, end in zip(starts, ends, strict=True)
-        for step in range(start.step, min(end, steps))
-    ]
+    for start, end in zip(starts, ends, strict=True):
+        ranks = start.ranks if start.ranks != world_size() else now.world
+        for step in range(max(start.step, wanted.start), min(end, wanted.stop)):
+            yield step, ranks
 
 
 def _of_all_ranks(mine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}
 
 
-def _write(output: Path, starts: list[Start], mine: dict[str, dict[str, Any]], steps: int | None = None) -> None:
+def _write(output: Path, run: dict[str, Any], mine: dict[str, dict[str, Any]]) -> None:
     """On the first rank; ranks may hold different sources (Conan's split mode)."""
     sources = _of_all_ranks(mine)
     if rank() != 0:
         return
     with atomic_file(output / NAME) as file:
-        json.dump({"starts": to_plain(starts), "steps": steps, "sources": sources}, file, indent=2, ensure_ascii=False)
+        json.dump({**run, "sources": sources}, file, indent=2, ensure_ascii=False)
