@@ -199,6 +199,7 @@ def tokenize(
     out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="For every source: key=value")] = None,
     max_length: Annotated[int | None, typer.Option(min=4, help="Tokens a text may have.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="As in training: last puts an end token behind texts.")] = None,
     layout: Annotated[str | None, typer.Option(help="corpus: documents once; inline: in each row.")] = None,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
     adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
@@ -207,6 +208,7 @@ def tokenize(
     from embedsmith.train.tokens import run_tokenize
 
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
+    tree["pooling"] = pooling
     for line in run_tokenize(data, tree, changes or [], adopt):
         typer.echo(line)
 

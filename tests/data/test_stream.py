@@ -107,6 +107,16 @@ def test_the_fingerprint_changes_with_the_content(tmp_path):
     assert stream(shards(tmp_path / "d", ROWS[:-1])).fingerprint != first
 
 
+def test_a_dataset_read_from_its_start_is_known_by_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    folder = json_lines(tmp_path / "lines")
+    before = stream(folder, limit=100).fingerprint
+    assert stream(folder, limit=100).fingerprint == before
+    file = next(folder.glob("*.jsonl"))
+    file.write_bytes(file.read_bytes()[::-1].replace(b"1", b"2", 1)[::-1])  # of the same size
+    assert stream(folder, limit=100).fingerprint != before
+
+
 def test_a_faulty_row_stops_with_its_place_or_the_next_takes_its_place(tmp_path, caplog):
     rows = [dict(row) for row in ROWS]
     rows[170]["pos"] = []

@@ -7,14 +7,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedsmith.core.errors import CheckpointError, DataError, RecipeError
+from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.data import Source, read_source, row_facts, text_id, tokencache
+from embedsmith.data.curate import CurateRecipe, curate
+from embedsmith.data.inspect import inspect_source
 from embedsmith.data.tokenmanifest import Manifest
 from embedsmith.data.tokenread import tokens_of
+from embedsmith.mining.config import MineRecipe
+from embedsmith.mining.offline import mine
 from embedsmith.models import load
 from embedsmith.train.tokens import TokenizeJob, adopt, tokenize
 from tests.core.test_files import tiny_disk
+from tests.models import tiny
 from tests.tinybert import tiny_bert
 from tests.train.test_loop import assert_equal_weights, run, weights
 
@@ -252,3 +257,56 @@ def test_a_damaged_manifest_is_named(tree, tmp_path):
     path.write_text(json.dumps({"tokenizer": 3}))
     with pytest.raises(DataError, match=r"manifest.json: not a readable manifest"):
         Manifest.load(tmp_path / "tokens")
+
+
+def test_no_weights_are_needed_and_none_are_read(tree, tmp_path):
+    """A cache for a model of many gigabytes is made on any machine."""
+    tree["model"] |= {"prompts": PROMPTS, "max_length": 16}
+    made = tokenize(job(tree, tmp_path / "tokens"))
+    bare = tiny_bert(tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    again = tokenize(job(tree, tmp_path / "others", model=tree["model"] | {"path": str(bare)}))
+    assert (again.datasets, again.tokenizer.sha256) == (made.datasets, made.tokenizer.sha256)
+
+
+def decoder(folder):
+    tiny.backbone("llama").save_pretrained(folder)
+    tokenizer = tiny.tokenizer(special=False)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_decoder_is_tokenized_as_it_is_pooled(tree, tmp_path, pooling):
+    llama = decoder(tmp_path / "llama")
+    tree |= {"model": {"path": str(llama), "pooling": pooling, "max_length": 16}}
+    ends = tokenize(job(tree, tmp_path / "tokens")).tokenizer.end_id
+    assert (ends is not None) == (pooling == "last")
+    run(cached(tree, tmp_path / "tokens"), output=str(tmp_path / "run"), train={"steps": 2, "log_with": []})
+    with pytest.raises(ModelError, match="last-token pooling puts an end token"):
+        tokenize(job(tree | {"model": {"path": str(llama)}}, tmp_path / "other"))
+
+
+def test_what_needs_texts_refuses_tokens(tree, tmp_path):
+    tokenize(job(tree, tmp_path / "tokens"))
+    source = {"path": str(tmp_path / "tokens"), "split": "pairs", "negatives": 1}
+    with pytest.raises(DataError, match="tokens: tokenizing needs texts"):
+        tokenize(job(tree | {"data": [source]}, tmp_path / "again"))
+    with pytest.raises(DataError, match="tokens: mining needs texts"):
+        mine(parse(MineRecipe, {"data": source, "searchers": [{"type": "bm25"}], "output": "m.jsonl"}), load)
+    with pytest.raises(DataError, match="tokens: curating needs texts"):
+        curate(
+            parse(CurateRecipe, {"input": {"path": source["path"]}, "output": "c.jsonl", "steps": [{"type": "links"}]})
+        )
+    train = tree["train"] | {"mining": {"remine_every": 4}}
+    with pytest.raises(DataError, match="pairs: mining anew while training needs texts"):
+        run(tree | {"data": [source], "train": train})
+
+
+def test_inspecting_a_cache_counts_tokens(tree, tmp_path):
+    tokenize(job(tree, tmp_path / "tokens"))
+    found = inspect_source(Source(path=str(tmp_path / "tokens"), split="pairs"))
+    texts = read_source(Source(**tree["data"][0])).records
+    lengths = load(tree["model"]["path"], pooling="mean").tokenize([record.query for record in texts], "query").length_N
+    assert found.lengths["query"].percentiles == tuple(np.percentile(lengths, (0, 50, 90, 99, 100)).astype(int))

@@ -20,6 +20,7 @@ from embedsmith.data.hub import choose_split, is_saved_dataset, load_datasets, r
 BLOCK_ROWS = 4096
 """Rows of a block where the source has none of its own."""
 
+_END = 2**16
 Row = Mapping[str, Any]
 
 
@@ -142,11 +143,12 @@ class DatasetBlocks:
 @dataclass
 class SequentialBlocks:
     """A dataset of the hub in files that can only be read from their start (JSON, CSV, ...). Blocks read one after the
-    other cost nothing extra; to start in the middle, the rows before are skipped."""
+    other cost nothing extra; to start in the middle, the rows before are skipped. `files`: what they are read from."""
 
     name: str
     dataset: Any
     rows: int
+    files: tuple[str, ...] = ()
     _next: int = -1
     _rest: Iterator[Row] = field(default_factory=lambda: iter(()))
 
@@ -160,7 +162,11 @@ class SequentialBlocks:
 
     @property
     def version(self) -> str:
-        return f"{self.name} {self.dataset.info.version} {self.rows}"
+        """A hash of the files' sizes and of the hub's or server's hashes of them; of local files, of their ends."""
+        digest = hashlib.blake2b(f"{self.name} {self.dataset.info.version} {self.rows}".encode(), digest_size=16)
+        for file in self.files:
+            digest.update(_state_of(file))
+        return digest.hexdigest()
 
     def read(self, block: int) -> Sequence[Row]:
         if block != self._next:
@@ -218,7 +224,7 @@ def _hub_blocks(name: str, split: str | None, limit: int | None) -> Blocks:
     rows = limit or (counted.num_examples if counted is not None else 0)
     if not rows:
         raise DataError("its number of rows is not known", where=name, fix="set limit to the rows of an epoch")
-    return SequentialBlocks(name, stream, rows)
+    return SequentialBlocks(name, stream, rows, tuple(str(file) for file in chosen or ()))
 
 
 def _evenly(rows: int) -> tuple[int, ...]:
@@ -237,10 +243,27 @@ def open_anywhere(name: str) -> IO[bytes]:
     return opened
 
 
+def _state_of(name: str) -> bytes:
+    """What tells a file from a later version of it, without reading it whole."""
+    with _reading(name):
+        if "://" in name:
+            import fsspec
+
+            files, path = fsspec.core.url_to_fs(name)
+            info = files.info(path)
+            return f"{info['size']} {info.get('blob_id') or info.get('ETag')}".encode()
+        with open(name, "rb") as file:
+            head = file.read(_END)
+            size = file.seek(0, 2)
+            file.seek(max(size - _END, 0))
+            return b"%d" % size + head + file.read()
+
+
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Says which file an error comes from."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"not a readable Parquet file ({error})", where=name, fix="copy it again") from error
+        kind = "Parquet file" if name.endswith(".parquet") else "file"
+        raise DataError(f"not a readable {kind} ({error})", where=name, fix="copy it again") from error

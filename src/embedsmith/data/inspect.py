@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from embedsmith.core.tokens import IntArray
 from embedsmith.data.read import read_source
-from embedsmith.data.record import Record, text_id
+from embedsmith.data.record import Record, TokenText, text_id
 from embedsmith.data.source import RecordSet, Skipped, Source, negatives_per_query
 
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -20,7 +21,7 @@ PERCENTILES = (0, 50, 90, 99, 100)
 
 @dataclass(frozen=True)
 class Lengths:
-    """Characters of the texts in one role, at `PERCENTILES`."""
+    """Characters of the texts in one role (tokens, in a token cache), at `PERCENTILES`."""
 
     texts: int
     percentiles: tuple[int, ...]
@@ -89,15 +90,23 @@ def _fields(records: Sequence[Record]) -> dict[str, int]:
 
 def _lengths(records: Sequence[Record]) -> dict[str, Lengths]:
     roles = {
-        "query": [len(record.query) for record in records],
-        "positives": [len(text) for record in records for text in record.positives],
-        "negatives": [len(text) for record in records for text in record.negatives],
+        "query": [record.query for record in records],
+        "positives": [text for record in records for text in record.positives],
+        "negatives": [text for record in records for text in record.negatives],
     }
     return {
-        role: Lengths(len(counts), tuple(int(value) for value in np.percentile(counts, PERCENTILES)))
-        for role, counts in roles.items()
-        if counts
+        role: Lengths(len(texts), tuple(int(value) for value in np.percentile(_sizes(texts), PERCENTILES)))
+        for role, texts in roles.items()
+        if texts
     }
+
+
+def _sizes(texts: Sequence[str]) -> Sequence[int] | IntArray:
+    """Of texts in one role: they are all of the same side of a token cache, if of any."""
+    if not isinstance(first := texts[0], TokenText):
+        return [len(text) for text in texts]
+    rows = np.asarray([text.row for text in texts if isinstance(text, TokenText)], np.int64)
+    return first.side.take(rows, False).length_N
 
 
 def _duplicates(records: Sequence[Record]) -> Duplicates:
@@ -162,7 +171,8 @@ def _facts(found: Inspection) -> Table:
 
 
 def _length_table(found: Inspection) -> Table:
-    table = Table("characters", "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
+    unit = "tokens" if found.format == "tokens" else "characters"
+    table = Table(unit, "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
     for role, lengths in found.lengths.items():
         table.add_row(role, f"{lengths.texts:,}", *(f"{value:,}" for value in lengths.percentiles))
     return table

@@ -89,6 +89,18 @@ class TokenSide(Protocol):
     def take(self, rows: IntArray, is_query: bool) -> TokenBatch: ...
 
 
+def refuse_tokens(records: Iterable[Record], what: str, where: object) -> None:
+    """For what reads texts. Errors: `DataError` for records of a token cache, whose texts are only names."""
+    first = next(iter(records), None)
+    if first is not None and isinstance(first.query, TokenText):
+        raise tokens_refused(what, where)
+
+
+def tokens_refused(what: str, where: object) -> DataError:
+    fix = "name the files that the tokens were made from"
+    return DataError(f"{what} needs texts, and a token cache has only tokens", where=where, fix=fix)
+
+
 def text_id(text: str) -> int:
     """A 63-bit id of the text itself: equal for texts that differ only in Unicode form or in white space.
 

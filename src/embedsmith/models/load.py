@@ -15,7 +15,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import parse
 from embedsmith.models.adapters import ADAPTER, add_adapter, check_installed, fingerprint, load_adapter, merged
 from embedsmith.models.attention import Attention, switch_attention
-from embedsmith.models.backbone import has_tokenizer, load_backbone, load_tokenizer, locate, positions_of
+from embedsmith.models.backbone import has_tokenizer, load_backbone, load_tokenizer, locate, positions_of, skeleton
 from embedsmith.models.config import ModelConfig, Settings, derive_max_length
 from embedsmith.models.contract import POOLER_FILE
 from embedsmith.models.embedder import Embedder
@@ -62,6 +62,31 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
     if config.compile:
         backbone.compile(dynamic=True)
     return embedder.to(best_device() if device is None else device).eval()
+
+
+def without_weights(config: ModelConfig) -> Embedder:
+    """An embedder that can only `tokenize`: no weight of the backbone is read, so a large one needs no memory.
+
+    Errors: `ModelError` as of `load`; for a model that says nowhere whether texts get an end token.
+    """
+    folder = locate(config.path, config.revision)
+    facts = read_folder(folder)
+    base, config = _base(folder, facts, config) if (folder / ADAPTER).exists() else (facts.backbone, config)
+    tokenizer = load_tokenizer(facts.backbone if has_tokenizer(facts.backbone) else base, config.trust_remote_code)
+    frame: Any = skeleton(base, config.trust_remote_code)
+    if config.positions is not None:
+        extend_positions(frame, config.positions)
+    if (config.pooling or facts.pooling) is None:
+        if not added_tokens(tokenizer)[1]:
+            raise ModelError(
+                "this folder does not say how to pool, and last-token pooling puts an end token behind every text",
+                where=config.path,
+                fix="say it, for example pooling=last or pooling=mean",
+            )
+        config = dataclasses.replace(config, pooling="mean")  # of no matter to tokens
+    prepare_tokenizer(tokenizer, frame, config, facts)
+    settings = decide(config, facts, tokenizer, positions_of(frame), Attention())
+    return Embedder(frame, tokenizer, dataclasses.replace(settings, pooling="mean")).eval()
 
 
 def _assemble(

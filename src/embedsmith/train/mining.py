@@ -24,6 +24,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray
 from embedsmith.data import Record, row_seeds, text_id
+from embedsmith.data.record import refuse_tokens
 from embedsmith.losses.candidates import Candidates
 from embedsmith.mining import LiveNegatives
 from embedsmith.mining.live import EMPTY, LiveState
@@ -273,7 +274,9 @@ def _live(supply: Supply, config: LiveNegatives) -> Supply:
     if not wanted:
         return supply
     may_mine = config.remine_every is not None or config.refill == "remine"
-    sizes = [len(record.negatives) for record in supply.records.records]
+    if may_mine:
+        refuse_tokens(supply.records.records, "mining anew while training", name)
+    sizes = [supply.negatives] if supply.streamed else [len(record.negatives) for record in supply.records.records]
     if supply.in_pairs or supply.streamed or supply.negatives == 0 or (not any(sizes) and not may_mine):
         if config.sources is None and not supply.in_pairs and not any(sizes) and not may_mine:
             return supply

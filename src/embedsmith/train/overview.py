@@ -43,7 +43,7 @@ class SourceOverview:
 
     @property
     def padding_share(self) -> float:
-        return 1 - self.tokens / max(self.padded_tokens, 1)
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
 @dataclass(frozen=True)

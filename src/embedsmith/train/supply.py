@@ -149,6 +149,8 @@ def _mate(one: Supply, supplies: Sequence[Supply]) -> Supply | None:
 def _is_small(supply: Supply, config: PlanConfig) -> bool:
     if supply.batch_size is not None:
         return supply.rows < supply.batch_size
+    if supply.streamed:  # without a batch size it is refused by the planner
+        return False
     if config.batch_sizes is not None:
         return supply.rows < max(config.batch_sizes)
     longest = int(row_facts(supply.records.records).length_N.max())

@@ -16,6 +16,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree, section
 from embedsmith.data import RecordSet, Source, read_source
+from embedsmith.data.record import refuse_tokens
 from embedsmith.data.tokencache import TokenJob, write_tokens
 from embedsmith.data.tokenmanifest import (
     MANIFEST,
@@ -27,10 +28,14 @@ from embedsmith.data.tokenmanifest import (
     refuse_other_tokenizer,
 )
 from embedsmith.data.tokenread import TokenRecords
-from embedsmith.models import Embedder, ModelConfig, load
+from embedsmith.models import Embedder, ModelConfig
+from embedsmith.models.load import without_weights
+from embedsmith.models.special import added_tokens
 from embedsmith.models.tokenize import prompt_for
 
 PROBE = "Which ids does 1 text have?"
+_OF_MODEL = ("max_length", "pooling")
+"""Options of the command line that belong to the model."""
 
 
 @section
@@ -52,13 +57,13 @@ def tokenize(job: TokenizeJob) -> Manifest:
     Datasets that are finished and whose records are unchanged are left alone. Errors: those of `read_source`, `load`
     and `write_tokens`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer.
     """
-    config = job.model if job.model.pooling else replace(job.model, pooling="mean")  # of no matter to tokens
-    out, model = Path(job.out), load(config, device="cpu")
+    out, model = Path(job.out), without_weights(job.model)
     manifest = open_manifest(out, tokenizer_facts(model, job.model.path))
     manifest.save(out)
     names: set[str] = set()
     for source in job.data:
         records = read_source(source)
+        refuse_tokens(records.records, "tokenizing", source.path)
         if records.name in names:
             raise RecipeError(f"two sources are named {records.name!r}", fix="name one of them: name: ...")
         names.add(records.name)
@@ -78,7 +83,7 @@ def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence
     given = {key: value for key, value in options.items() if value is not None}
     if task is not None:
         _require(given, "model")
-        model = load(ModelConfig(given["model"], max_length=given.get("max_length"), pooling="mean"), device="cpu")
+        model = without_weights(ModelConfig(given["model"], **{key: given[key] for key in _OF_MODEL if key in given}))
         return [_said(Path(data[0]), adopt(Path(data[0]), model, given["model"], task))]
     job = job_of(data, given, changes)
     return [_said(Path(job.out), tokenize(job))]
@@ -91,10 +96,10 @@ def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -
     for target in [tree] if recipe else tree["data"]:
         for change in changes:
             apply_override(target, change)
-    for key in ("model", "max_length"):
+    for key in ("model", *_OF_MODEL):
         if key in given:
             tree["model"] = tree.get("model", {}) | {"path" if key == "model" else key: given[key]}
-    tree |= {key: value for key, value in given.items() if key not in ("model", "max_length")}
+    tree |= {key: value for key, value in given.items() if key not in ("model", *_OF_MODEL)}
     if not recipe:
         _require(tree, "model", "out")
     return parse(TokenizeJob, tree, where=data[0] if recipe else "tokenize")
@@ -140,8 +145,8 @@ def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
     tree = json.loads(model.tokenizer.backend_tokenizer.to_str())
     kept = {key: value for key, value in tree.items() if key not in ("truncation", "padding")}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    last = int(model.tokenize([PROBE]).id_S[-1])
-    return TokenizerFacts(name, digest, model.max_length, last if last in model.tokenizer.all_special_ids else None)
+    ends = added_tokens(model.tokenizer)[1]
+    return TokenizerFacts(name, digest, model.max_length, ends[-1] if ends else None)
 
 
 def probes(model: Embedder, task: str, document_role: Role) -> dict[str, list[int]]:

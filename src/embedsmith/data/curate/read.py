@@ -21,9 +21,10 @@ from embedsmith.data.curate.step import Ledger
 from embedsmith.data.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
 from embedsmith.data.hub import is_saved_dataset
 from embedsmith.data.layouts import LAYOUTS
-from embedsmith.data.record import Record, RowError, Task, validate
+from embedsmith.data.record import Record, RowError, Task, tokens_refused, validate
 from embedsmith.data.scores import Extent, Range, check_range, infer_range, rescaled
 from embedsmith.data.source import Format, Source, open_source, reading_of, source_name
+from embedsmith.data.tokenread import is_token_cache
 
 InputKind = Literal["records", "rows", "documents", "pages", "parallel"]
 
@@ -66,8 +67,13 @@ class Corpus:
 
     @cached_property
     def paths(self) -> list[str]:
-        """Folders of pages and patterns as files, in the order of their names. Errors: `DataError` for no file."""
+        """Folders of pages and patterns as files, in the order of their names.
+
+        Errors: `DataError` for no file, or a token cache.
+        """
         given = [self.input.path] if isinstance(self.input.path, str) else self.input.path
+        if caches := [path for path in given if is_token_cache(Path(path).expanduser())]:
+            raise tokens_refused("curating", caches[0])
         found = [path for each in given for path in _expand(each)]
         if not found:
             raise DataError("no file to read", where=", ".join(given), fix="check the path or the pattern")
