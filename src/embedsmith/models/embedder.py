@@ -193,9 +193,7 @@ class Embedder(nn.Module):
         dtype = next(self.backbone.parameters()).dtype
         if self.attention.mode == "softmask" and self.training:
             return self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
-        left = self.padding_left and not bool(padded.mask_NT.all())
-        attention = replace(self.attention, causal=self.attention.causal and not left)
-        return attention.mask(padded.mask_NT, self.config._attn_implementation, dtype)
+        return self.attention.mask(padded.mask_NT, self.config._attn_implementation, dtype)
 
     def _pool(self, hidden_NTH: Tensor, padded: PaddedTokens, trained: bool = True) -> Tensor:
         """`trained`: with the weights of the pooling, where it has any; the mean otherwise."""
