@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import HybridEncoder, Results, TaskResult, evaluate
 from embedsmith.evaluate.compare import compare, confidence, difference, resampled, spearman_rows
-from embedsmith.evaluate.keep import CachedEncoder
+from embedsmith.search.cached import CachedEncoder
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import HashEncoder
 

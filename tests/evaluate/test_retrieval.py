@@ -15,7 +15,7 @@ from embedsmith.evaluate import (
     encoding,
     evaluate,
 )
-from embedsmith.evaluate.hybrid import Hybrid
+from embedsmith.search.hybrid import Hybrid
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import HashEncoder, TableEncoder, vector
 from tests.ranks import on_ranks
@@ -99,7 +99,7 @@ class ManyHeads:
 
 def test_hybrid_scores_are_the_weighted_sum_of_the_heads(monkeypatch):
     monkeypatch.setattr(encoding, "PIECE", 7)
-    monkeypatch.setattr("embedsmith.evaluate.hybrid._NUMBERS", 50)
+    monkeypatch.setattr("embedsmith.search.hybrid._NUMBERS", 50)
     task, weights = small_tasks()["search"], {"dense": 1.0, "sparse": 0.3, "multivector": 2.0}
     corpus = {key: " ".join(text.split()[: 1 + n % 5]) for n, (key, text) in enumerate(task.corpus.items())}
     task = RetrievalTask("search", task.queries, corpus, task.qrels)

@@ -1,13 +1,13 @@
 """An encoder to numbers: tasks, metrics and results."""
 
 from embedsmith.evaluate.heads import HeadScores, score_heads
-from embedsmith.evaluate.hybrid import HybridEncoder
 from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, PairClassificationTask
 from embedsmith.evaluate.load import data_folder, known_tasks, load_task, split_names
 from embedsmith.evaluate.result import Example, Results, TaskResult
 from embedsmith.evaluate.retrieval import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import STSTask, Task
+from embedsmith.search.hybrid import HybridEncoder
 
 __all__ = [
     "ClassificationTask",

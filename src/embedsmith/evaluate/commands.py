@@ -16,14 +16,14 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.compare import Comparison, compare
 from embedsmith.evaluate.heads import HeadScores, score_heads
-from embedsmith.evaluate.hybrid import M3_WEIGHTS, HybridEncoder
-from embedsmith.evaluate.keep import CachedEncoder
 from embedsmith.evaluate.load import load_task
 from embedsmith.evaluate.mteb_run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb_tasks import Limits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import Task
+from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
 
 Load = Callable[..., Encoder]
 

@@ -15,7 +15,7 @@ from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, concatenate
-from embedsmith.evaluate.hybrid import Hybrid
+from embedsmith.search.hybrid import Hybrid
 
 PIECE = 2048
 """Texts an encoder is given at once: enough to sort by length, few enough to hold and to show progress."""

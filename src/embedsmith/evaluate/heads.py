@@ -21,13 +21,13 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Representation, Reps
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
 from embedsmith.evaluate.metrics import correlations, ranking_scores
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.retrieval import RetrievalTask
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import STSTask, Task
 from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,7 +117,7 @@ def combinations(heads: Sequence[str], weights: Weights | None = None) -> dict[s
     """The columns of heads together."""
     given = {head: dict(weights or M3_WEIGHTS).get(head, 0.0) for head in heads}
     found: dict[str, Weights] = {}
-    pair = {head: given[head] for head in ("dense", "sparse") if head in given}
+    pair: Weights = {head: given[head] for head in HEADS[:2] if head in given}
     if len(pair) == 2 and len(heads) > 2 and any(pair.values()):
         found["dense+sparse"] = pair
     found["all" if len(heads) == len(HEADS) else "+".join(heads)] = given

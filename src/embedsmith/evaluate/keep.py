@@ -19,7 +19,6 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.result import TaskResult
 from embedsmith.evaluate.tasks import Task
-from embedsmith.search.cached import CachedEncoder as CachedEncoder
 
 
 def fingerprint(encoder: Encoder, *also: object) -> str:

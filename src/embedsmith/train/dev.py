@@ -16,9 +16,9 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate import Results, Task, evaluate, load_task
-from embedsmith.evaluate.hybrid import HybridEncoder
 from embedsmith.evaluate.look import Geometry, Sample, brief, look, sample_of
 from embedsmith.models import Embedder
+from embedsmith.search.hybrid import HybridEncoder
 from embedsmith.train.checkpoint import RunState
 from embedsmith.train.config import EvaluateConfig
 from embedsmith.train.feed import Feed
