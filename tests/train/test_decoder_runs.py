@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, train
@@ -53,6 +54,15 @@ def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, decoder, tm
     if "lora" not in model:
         assert json.loads((folder / "embedding_config.json").read_text())["attention"]["mode"] == "bidirectional"
         assert load(str(folder)).encode(TEXTS).shape == (5, 16)
+
+
+@pytest.mark.parametrize(("flag", "engine"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
+def test_a_launch_for_an_engine_that_would_do_nothing_is_refused(tree, monkeypatch, flag, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{flag}", "true")
+    with pytest.raises(RecipeError, match=f"launched for {engine} of accelerate") as caught:
+        train(parse(Recipe, tree))
+    assert "train.shard=true" in str(caught.value)
+    assert not Path(tree["output"]).exists()
 
 
 LORA = {"pooling": "mean", "attention": "bidirectional", "lora": {"r": 4, "dropout": 0.0}}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
@@ -36,7 +37,11 @@ class RunLength:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, ranks and trackers. Precision is autocast over fp32 parameters, never bf16 parameters."""
+    """Device, ranks and trackers. Precision is autocast over fp32 parameters, never bf16 parameters.
+
+    Errors: `RecipeError` under a launch whose engine would wait for a model that it is never given.
+    """
+    _check_launch()
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     precision = recipe.train.precision
     if precision == "auto":
@@ -48,6 +53,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.train.log_with) or None,
         project_dir=recipe.output,
     )
+
+
+def _check_launch() -> None:
+    """Engines of accelerate that want to own the model and its backward pass. Left alone they would do nothing without
+    a word, and every rank would hold everything."""
+    engines = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
+    for flag, engine in engines.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise RecipeError(
+                f"this process was launched for {engine} of accelerate, which a step with replayed chunks cannot drive",
+                where="accelerate launch",
+                fix="launch with recipes/accelerate/fsdp2.yaml and train.shard=true, which spreads weights, gradients "
+                "and optimizer state over the ranks, or with ddp.yaml",
+            )
 
 
 def bf16_is_fast() -> bool:
