@@ -178,11 +178,12 @@ def _split(model: Any, backbone: Any) -> LmHead:
         expected_NTV = model(input_ids=id_NT).logits
         hidden_NTH = model.base_model(input_ids=id_NT).last_hidden_state
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    output, transform = _parts(model)
+    found, transform = _parts(model)
+    output: Any = found
     table, weight_VH, bias = backbone.get_input_embeddings(), output.weight.detach(), output.bias
     head = LmHead(table, transform, None if tied else weight_VH, None if bias is None else bias.detach())
     with torch.no_grad():
-        logit_NTV = head.states(hidden_NTH) @ weight_VH.T + (0.0 if bias is None else bias)
+        logit_NTV = torch.nn.functional.linear(head.states(hidden_NTH), weight_VH, bias)
     if not torch.allclose(logit_NTV, expected_NTV, atol=1e-3, rtol=1e-3):
         raise ModelError(
             f"{type(model).__name__} does more with its scores than a linear layer",

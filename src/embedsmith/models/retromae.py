@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
     def forward(self, query_NTH: Tensor, memory_NTH: Tensor, see_NTU: Tensor) -> Tensor:
         parts = (self.query(query_NTH), self.key(memory_NTH), self.value(memory_NTH))
         split = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        mixed = F.scaled_dot_product_attention(*split, attn_mask=see_NTU[:, None])
+        mixed = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=see_NTU[:, None])
         state_NTH = self.norms[0](query_NTH + self.out(mixed.transpose(1, 2).flatten(2)))
         made_NTH: Tensor = self.norms[1](state_NTH + self.narrow(F.gelu(self.wide(state_NTH))))
         return made_NTH
