@@ -166,3 +166,20 @@ def test_a_family_that_bends_its_scores_is_refused(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="more with its scores than a linear layer"):
         load(str(tmp_path), pooling="last", heads=("sparse",), sparse="splade", attn_implementation="eager")
+
+
+@pytest.mark.parametrize("sparse", ["lexical", "splade"])
+def test_texts_without_words_have_finite_scores_under_every_head(tmp_path, sparse):
+    """Empty after special tokens, unknown to the tokenizer, far too long."""
+    heads = ("sparse", "multivector")
+    model = load(str(lm.folder(tmp_path)), pooling="cls", heads=heads, sparse=sparse, device="cpu")
+    strange = ["", "   ", "日本 語", "cat " * 10_000]
+    queries, documents = (
+        model.represent(strange, role=role, outputs=("dense", *heads)) for role in ("query", "document")
+    )
+    for head in ("dense", *heads):
+        score_QK = queries[head].scores(documents[head])[0]
+        assert score_QK.shape == (4, 4)
+        assert score_QK.isfinite().all(), head
+    if sparse == "lexical":
+        assert (queries["sparse"].weight_NT[:3] == 0).all()
