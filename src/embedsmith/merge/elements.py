@@ -14,7 +14,8 @@ from embedsmith.merge.coefficients import normalised, norms
 from embedsmith.merge.draw import uniform
 from embedsmith.merge.method import Base, Combine, Job
 from embedsmith.merge.select import group_thresholds, keep_count
-from embedsmith.merge.stream import Block
+from embedsmith.merge.stream import UNIT, Block
+from embedsmith.merge.sums import RowSums
 from embedsmith.merge.thinning import Aggregate, Election, How, Rescale, Thin, combine_thinned
 
 Then = Literal["linear", "ties"]
@@ -93,13 +94,13 @@ def _equal_norms(job: Job, thin: Thin) -> Thin:
 
 def with_l1(job: Job, thin: Thin, by_rows: bool = False) -> Thin:
     """Every thinned tensor stretched to the L1 norm it had before (what mergekit calls rescaling)."""
-    sums: dict[str, list[Tensor]] = {}
+    sums = RowSums()
     for block in job.blocks(by_rows=by_rows):
-        both_2M = torch.stack([block.delta_ME.abs().sum(1), thin(block).abs().sum(1)])
-        sums.setdefault(block.name, []).append(both_2M)
+        both = torch.cat([block.delta_ME, thin(block)]).abs_()
+        sums.add(block.name, both, (block.shape[-1] if block.shape else 1) if by_rows else UNIT)
     factor = {}
-    for name, parts in sums.items():
-        before_M, after_M = torch.stack(parts).sum(0)
+    for name in job.names:
+        before_M, after_M = torch.tensor(sums[name], dtype=torch.float64).chunk(2)
         factor[name] = torch.where(after_M > 0, before_M / after_M, 1.0)[:, None]
     return lambda block: thin(block) * factor[block.name]
 
@@ -260,11 +261,11 @@ class Sce:
 
     def prepare(self, job: Job) -> Combine:
         thin = self._select(job)
-        squares: dict[str, list[Tensor]] = {key: [] for key in job.groups}
+        squares = RowSums()
         group_of = {name: key for key, names in job.groups.items() for name in names}
         for block in job.blocks():
-            squares[group_of[block.name]].append(thin(block).square().sum(1))
-        share = {key: _mean_squares(torch.stack(parts).sum(0), job) for key, parts in squares.items()}
+            squares.add(group_of[block.name], thin(block).square_())
+        share = {key: _mean_squares(torch.tensor(squares[key], dtype=torch.float64), job) for key in job.groups}
         job.report["weights"] = {key: share_M.tolist() for key, share_M in share.items()}
         return combine_thinned(job, thin, How(self.scale), share)
 

@@ -114,19 +114,23 @@ def cache_key(models: Sequence[Parent], names: Sequence[str]) -> str:
 
 
 def _measure(parents: Sequence[Parent], base: Parent, names: Sequence[str], block: int) -> Gram:
-    sums: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    width = len(parents) + 1
+    full: dict[str, Tensor] = {}
     nonzero = {name: torch.zeros(len(parents), dtype=torch.int64) for name in names}
     total = sum(size_of(base.tensors[name]) for name in names)
     with progress_bar("measuring task vectors", total) as bar:
         for piece in blocks(parents, base, names, size=block):
+            size = size_of(base.tensors[piece.name])
+            if piece.start == 0:
+                products = np.zeros((-(-size // UNIT), width, width))
             delta_ME = piece.delta_ME
-            sums[piece.name].append(_unit_products(delta_ME, piece))
+            products[piece.start // UNIT : -(-piece.stop // UNIT)] = _unit_products(delta_ME, piece)
             nonzero[piece.name] += delta_ME.count_nonzero(1)
+            if piece.stop == size:
+                full[piece.name] = _exact_sum(products)
             bar.advance(piece.stop - piece.start)
-    width = len(parents) + 1
-    empty = np.zeros((0, width, width))
-    full = {name: _exact_sum(np.concatenate([empty, *sums[name]])) for name in names}
-    return Gram(full, {name: size_of(base.tensors[name]) for name in names}, nonzero)
+    empty = {name: torch.zeros(width, width, dtype=torch.float64) for name in names if name not in full}
+    return Gram({**full, **empty}, {name: size_of(base.tensors[name]) for name in names}, nonzero)
 
 
 def _unit_products(delta_ME: Tensor, block: Block) -> NDArray[np.float64]:

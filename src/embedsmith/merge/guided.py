@@ -17,6 +17,7 @@ from embedsmith.merge.coefficients import normalised
 from embedsmith.merge.gram import block_of
 from embedsmith.merge.method import Base, Combine, Job
 from embedsmith.merge.stream import Block
+from embedsmith.merge.sums import RowSums
 
 _FLOOR = 1e-3
 
@@ -79,15 +80,18 @@ class DeltaGuided:
 
     def _moved(self, job: Job, vectors: Vectors) -> dict[str, Tensor]:
         """s [K] of every tensor: the power mean of |V| over its unit, in one pass."""
-        sums: dict[str, list[Tensor]] = defaultdict(list)
+        sums = RowSums()
         sizes: dict[str, int] = defaultdict(int)
         with progress_bar("measuring deviations", sum(job.size(name) for name in job.names)) as bar:
             for block in job.blocks():
                 key = self._unit(block.name)
-                sums[key].append(vectors(block).abs_().pow_(self.power).sum(1))
+                sums.add(key, vectors(block).abs_().pow_(self.power))
                 sizes[key] += block.stop - block.start
                 bar.advance(block.stop - block.start)
-        moved = {key: (torch.stack(parts).sum(0) / sizes[key]) ** (1 / self.power) for key, parts in sums.items()}
+        moved = {
+            key: (torch.tensor(sums[key], dtype=torch.float64) / size) ** (1 / self.power)
+            for key, size in sizes.items()
+        }
         return {name: moved[self._unit(name)] for name in job.names}
 
     def _unit(self, name: str) -> str:

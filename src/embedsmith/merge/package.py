@@ -75,7 +75,7 @@ def write_around(plan: Plan, folder: Path, report: Mapping[str, Any]) -> None:
     _copy(source, folder)
     for _, path in module_entries(source):
         (folder / path.relative_to(source)).mkdir(parents=True, exist_ok=True)
-        if path != source:
+        if path != source and path.exists():  # git and wheels lose the empty folder of Normalize
             _copy(path, folder / path.relative_to(source))
     backbone = folder / backbone_place(plan)
     shutil.copyfile(plan.like.model.config_folder / "config.json", backbone / "config.json")

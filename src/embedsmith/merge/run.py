@@ -33,7 +33,7 @@ from embedsmith.merge.tensors import size_of
 from embedsmith.merge.writer import Slot, TensorFile, parse_size
 
 JOURNAL = "journal.json"
-_SAVE_EVERY = 64
+_SAVE_EVERY = 512
 """Blocks between two saves of the position: 256 MiB of float32."""
 _SPARE = 1 << 24
 

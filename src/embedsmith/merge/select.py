@@ -56,8 +56,10 @@ def _patterns(values_ME: Tensor) -> Tensor:
 def _count_upper(rows: Iterable[Tensor]) -> Tensor:
     counted: Tensor | None = None
     for values_ME in rows:
-        found = torch.stack([torch.bincount(row_E, minlength=_BINS) for row_E in _patterns(values_ME) >> _LOW])
-        counted = found if counted is None else counted.add_(found)
+        if counted is None:
+            counted = torch.zeros(len(values_ME), _BINS, dtype=torch.int64)
+        for row, upper_E in enumerate(_patterns(values_ME) >> _LOW):
+            counted[row] += torch.bincount(upper_E, minlength=_BINS)
     assert counted is not None, "a group has at least one tensor"
     return counted
 

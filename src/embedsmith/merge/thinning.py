@@ -6,9 +6,8 @@ theta_m = theta_0 + scale * rescaled( aggregate of the entries that agree with t
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.merge.coefficients import normalised, norms
 from embedsmith.merge.method import Combine, Job
 from embedsmith.merge.stream import Block
+from embedsmith.merge.sums import RowSums
 
 Thin = Callable[[Block], Tensor]
 """A block to task vectors [M, E], float64, with some entries set to 0."""
@@ -43,12 +43,13 @@ class How:
 
 @dataclass
 class _Seen:
-    """What one rehearsal over a group has added up. `square`: |merged|^2 with undecided signs taken as + and as -."""
+    """What one rehearsal over a group has added up. `square`: |merged|^2 with undecided signs taken as + and as -;
+    `thinned`: |V'_i|^2; `kept`: entries that are not 0."""
 
+    kept: list[int]
     signs: float = 0.0
-    square: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    thinned: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
+    square: tuple[float, float] = (0.0, 0.0)
+    thinned: tuple[float, ...] = ()
 
 
 def combine_thinned(
@@ -63,8 +64,8 @@ def combine_thinned(
     sign = {key: 1.0 if found.signs >= 0 else -1.0 for key, found in seen.items()}
     length = {key: _stretch(job, key, found, how, sign[key]) for key, found in seen.items()}
     for key, found in seen.items():
-        kept_M = torch.stack(found.kept).sum(0) / sum(job.size(name) for name in job.groups[key])
-        job.report.setdefault("density", {})[key] = kept_M.tolist()
+        total = sum(job.size(name) for name in job.groups[key])
+        job.report.setdefault("density", {})[key] = [count / total for count in found.kept]
 
     def combine(block: Block) -> Tensor:
         key = group_of[block.name]
@@ -104,21 +105,23 @@ def _rehearse(
     job: Job, thin: Thin, how: How, shares: Mapping[str, Tensor], group_of: Mapping[str, str], by_rows: bool
 ) -> dict[str, _Seen]:
     """One pass that writes nothing: the majority sign (which decides where votes cancel), norms, densities."""
-    found: dict[str, _Seen] = defaultdict(_Seen)
+    found = {key: _Seen([0] * len(job.parents)) for key in job.groups}
+    squares = RowSums()
     weight_M = normalised(job.weight_M)
     with progress_bar("electing signs", sum(job.size(name) for name in job.names)) as bar:
         for block in job.blocks(by_rows=by_rows):
             key = group_of[block.name]
             row, thinned_ME = found[key], thin(block)
-            row.kept.append(thinned_ME.count_nonzero(1))
+            row.kept = [a + b for a, b in zip(row.kept, thinned_ME.count_nonzero(1).tolist(), strict=True)]
             if how.election is not None:
                 row.signs += float(elected(thinned_ME, weight_M, how.election).sum())
             if how.rescale != "none":
-                row.thinned.append(thinned_ME.square().sum(1))
-                for place, undecided in enumerate((1.0, -1.0)):
-                    merged_E = aggregate(thinned_ME, weight_M, shares[key], how, undecided)
-                    row.square[place] += float(merged_E.square().sum())
+                merged = [aggregate(thinned_ME, weight_M, shares[key], how, undecided) for undecided in (1.0, -1.0)]
+                squares.add(key, torch.cat([torch.stack(merged), thinned_ME]).square_())
             bar.advance(block.stop - block.start)
+    for key in squares:
+        plus, minus, *thinned = squares[key]
+        found[key].square, found[key].thinned = (plus, minus), tuple(thinned)
     return found
 
 
@@ -130,5 +133,5 @@ def _stretch(job: Job, key: str, seen: _Seen, how: How, undecided: float) -> flo
     if how.rescale == "norm":
         wanted = norms(job.gram.of(job.groups[key])).mean()
     else:
-        wanted = torch.stack(seen.thinned).sum(0).sqrt().mean()
+        wanted = torch.tensor(seen.thinned, dtype=torch.float64).sqrt().mean()
     return float(wanted) / math.sqrt(square)
