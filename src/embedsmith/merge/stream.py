@@ -17,7 +17,9 @@ UNIT = 8192
 """Elements summed at once, counted from the tensor's start. Blocks are multiples of it, so sums do not know them."""
 BLOCK = 1 << 17
 """Elements of one model in one block: half a MiB in float32. Larger ones are no faster and leave larger holes in the
-heap; no result depends on it."""64 MiB in float64: no block is larger."""
+heap; no result depends on it."""
+MOST = 1 << 23
+"""64 MiB in float64: no block is larger."""
 
 
 @dataclass(frozen=True)
