@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedsmith.core.recipe import load_recipe, read_tree
@@ -10,7 +12,7 @@ from embedsmith.train import Recipe, train
 from tests.tinybert import WORDS, tiny_bert
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-RECIPES = [path for path in FILES if "model" in read_tree(path)]  # of other verbs and of stages: their rooms' tests
+RECIPES = [path for path in FILES if {"model", "output"} <= read_tree(path).keys()]  # others: their rooms' tests
 ROWS = {
     "retrieval": lambda i: {"query": f"{WORDS[i]} cat", "pos": [f"the {WORDS[i]} dog"], "neg": [f"{WORDS[-i]} tree"]},
     "sts": lambda i: {"text1": f"{WORDS[i]} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16},
@@ -31,7 +33,11 @@ def test_recipe_takes_two_steps(path, tmp_path):
     for place, source in enumerate(read_tree(path)["data"]):
         file = tmp_path / f"{place}.jsonl"
         rows = [ROWS[source["task"]](number) for number in range(16)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if source.get("streaming"):
+            file = file.with_suffix(".parquet")
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         widths = source.get("loss", {}).get("dims")
         changes += [f"model.dimension={max(widths)}"] if widths else []  # the tiny encoder gets a head this wide
         changes += [f"data.{place}.path={file}", f"data.{place}.batch_size=4"]

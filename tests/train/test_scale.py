@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +16,8 @@ from tests.core.test_files import tiny_disk
 from tests.ranks import on_ranks
 from tests.tinybert import WORDS, tiny_bert
 from tests.train.test_loop import assert_equal_weights, metrics, run, weights
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tokenize.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,7 @@ def streamed(tree, shards):
 
 
 def test_training_from_disk_equals_training_from_memory(tree, tmp_path, monkeypatch):
+    tree["train"] |= {"steps": 4, "log_with": []}
     run(tree)
     monkeypatch.setattr(storecache, "MEMORY_BYTES", 0)
     run(tree, output=str(tmp_path / "disk"))
@@ -46,22 +50,22 @@ def test_training_from_disk_equals_training_from_memory(tree, tmp_path, monkeypa
     assert_equal_weights(weights(tree["output"]), weights(tmp_path / "disk"))
 
 
-@pytest.mark.parametrize("stop_at", [3, 14, 15])
-def test_a_stream_that_is_stopped_goes_on_with_the_same_batches(tree, shards, tmp_path, monkeypatch, stop_at):
-    """15 steps are an epoch, so the last two are stopped around its end."""
-    tree = streamed(tree, shards) | {"train": tree["train"] | {"steps": 20}}
+def test_a_stream_that_is_stopped_goes_on_with_the_same_batches(tree, shards, tmp_path, monkeypatch):
+    """Again and again: 15 steps are an epoch, so the last two stops are around its end."""
+    tree = streamed(tree, shards) | {"train": tree["train"] | {"steps": 17, "log_with": []}}
     run(tree, output=str(tmp_path / "whole"))
-    update = loop.update
+    update, stops = loop.update, [3, 14, 15]
 
     def dying(run_, parts):
-        if run_.state.step == stop_at:
+        if run_.state.step in stops:
+            stops.remove(run_.state.step)
             raise KeyboardInterrupt
         return update(run_, parts)
 
     monkeypatch.setattr(loop, "update", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run(tree)
-    monkeypatch.setattr(loop, "update", update)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            run(tree)
     run(tree)
     assert_equal_weights(weights(tree["output"]), weights(tmp_path / "whole"))
 
@@ -238,10 +242,11 @@ def test_a_model_of_another_tokenizer_is_refused_on_the_command_line(tree, tmp_p
     assert (code, "--model is missing" in error) == (1, True)
 
 
-def test_tokenize_reads_a_recipe(tree, tmp_path, cli, files):
-    path = tmp_path / "tokenize.yaml"
-    data = [{"path": str(files / "scored.jsonl"), "score_range": [0, 1]}]
-    path.write_text(yaml.safe_dump({"model": tree["model"], "data": data, "out": str(tmp_path / "tokens")}))
-    _, code = cli("tokenize", path, "--layout", "inline")
+def test_tokenize_reads_its_recipe(tree, tmp_path, cli, files):
+    changes = [f"data.{place}.path={files / name}.jsonl" for place, name in enumerate(("pairs", "scored"))]
+    changes += ["model.max_length=16", "model.pooling=mean", f"out={tmp_path / 'tokens'}"]
+    given = [part for change in changes for part in ("--set", change)]
+    _, code = cli("tokenize", RECIPE, "-m", tree["model"]["path"], *given, "--layout", "inline")
     assert code == 0
-    assert sorted(found.name for found in (tmp_path / "tokens").iterdir()) == ["manifest.json", "scored.parquet"]
+    names = ["manifest.json", "pairs.parquet", "scored.parquet"]
+    assert sorted(found.name for found in (tmp_path / "tokens").iterdir()) == names
