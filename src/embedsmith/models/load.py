@@ -194,7 +194,8 @@ def decide(
             "this folder does not say how to pool" if pooling is None else f"unknown pooling {pooling!r}",
             where=config.path,
             expected=f"pooling, one of {', '.join(known)}",
-            fix="say it, for example pooling=mean: it must be the one the model was trained with",
+            fix="say it, for example pooling=mean: it must be the one the model was trained with; where there is "
+            "no place to say it, make an embedder of the folder first: embedsmith convert",
         )
     if pooling == "cls" and attention.causal:
         raise ModelError(
