@@ -3,9 +3,10 @@
 `python -m bench.scale` writes a JSONL of `--rows` short records (5 million by default, about 400 MB, kept in
 bench/out), and in fresh processes: converts it, opens it again, plans and draws batches from it; the same rows as a
 stream of Parquet shards. Reported for each: seconds, and the most anonymous memory (what cannot be given back to the
-system; mapped files can) above that of a process that only imported the package. `prepare` is the time to draw and
-tokenize a batch of 64 queries and their documents with the tokenizer of all-MiniLM-L6-v2 (its seconds and memory
-include loading the model). Results: bench/results/scale.json.
+system; mapped files can) above that of a process that only imported the package. `prepare` compares, for batches of 64
+real pairs of up to 256 tokens and all-MiniLM-L6-v2, what the background thread does for a step (draw and tokenize) with
+the step itself (its seconds and memory include loading the model): tokenizing limits training where it takes longer.
+Results: bench/results/scale.json.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, WORK, environment, minilm, write_json
+from bench.common import RESULTS, WORK, data_path, environment, minilm, write_json
 
-BATCH, STEPS = 64, 200
+BATCH, STEPS, TIMED = 64, 200, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=5_000_000)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -37,8 +39,9 @@ def main() -> None:
         return
     folder = folder_of(arguments.rows)
     write_rows(folder, arguments.rows)
-    shutil.rmtree(folder / "cache", ignore_errors=True)
-    figures = {part: in_process(part, arguments.rows) for part in PARTS}
+    if "convert" in arguments.parts:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+    figures = {part: in_process(part, arguments.rows) for part in arguments.parts}
     for part, found in figures.items():
         print(f"{part:10} " + ", ".join(f"{name} {value:,.3f}" for name, value in found.items()))
     write_json(arguments.results, {"environment": environment(), "rows": arguments.rows, "parts": figures})
@@ -143,16 +146,28 @@ def stream(folder: Path) -> dict[str, float]:
 
 
 def prepare(folder: Path) -> dict[str, float]:
-    """A batch from texts to tokens: against the seconds of a training step, what run-ahead has to hide."""
-    from embedsmith.models import load
+    """A batch from texts to tokens, and the training step that it is prepared for, in milliseconds."""
+    from embedsmith.core.recipe import parse
+    from embedsmith.train import Recipe
+    from embedsmith.train.build import make_accelerator
+    from embedsmith.train.loop import build, update
 
-    model, records = load(minilm(), device="cpu"), records_of(folder)
-    started = time.perf_counter()
-    for step in range(STEPS):
-        some = records[step * BATCH : (step + 1) * BATCH]
-        model.tokenize([record.query for record in some], "query")
-        model.tokenize([text for record in some for text in record.positives])
-    return {"milliseconds_a_batch": (time.perf_counter() - started) / STEPS * 1000}
+    source = {"path": str(data_path("pairs/debian-en-train.jsonl.gz")), "limit": 5000, "batch_size": BATCH}
+    model = {"path": str(minilm()), "max_length": 256}
+    tree = {"model": model, "data": [source], "train": {"steps": 50, "log_with": []}, "output": str(folder / "run")}
+    recipe = parse(Recipe, tree)
+    run = build(recipe, make_accelerator(recipe))
+    update(run, run.feed.parts(0))
+    seconds = [0.0, 0.0]
+    for step in range(1, TIMED + 1):
+        started = time.perf_counter()
+        parts = run.feed.parts(step)
+        ready = time.perf_counter()
+        update(run, parts)
+        seconds[0] += ready - started
+        seconds[1] += time.perf_counter() - ready
+    batch, whole = (each / TIMED * 1000 for each in seconds)
+    return {"milliseconds_a_batch": batch, "milliseconds_a_step": whole, "share_of_a_step": batch / whole}
 
 
 PARTS = {"convert": convert, "reopen": reopen, "batches": batches, "stream": stream, "prepare": prepare}
