@@ -84,6 +84,13 @@ def test_poolings_written_by_other_versions_are_compared_by_meaning(models, tmp_
     merge(models, tmp_path)
 
 
+def test_the_empty_folder_of_normalize_may_be_lost(models, tmp_path):
+    """git and wheels drop it; the result has it again."""
+    for path in (models[0], *models[1]):
+        (path / "2_Normalize").rmdir()
+    assert (merge(models, tmp_path).path / "2_Normalize").is_dir()
+
+
 def test_one_normalises(models, tmp_path):
     path = models[1][1] / "modules.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))

@@ -1,11 +1,15 @@
 """Element methods against a loop over whole vectors, and against hand-made numbers."""
 
+import math
+import random
+
 import pytest
 import torch
 
 from embedsmith.core.registry import merge_methods
 from embedsmith.merge.draw import UNIT, uniform
 from embedsmith.merge.select import keep_count, nth_largest
+from embedsmith.merge.sums import ExactSum, RowSums
 from tests.merge.memory import deltas, flat, job_of, random_family, run
 
 BASE, MOVED = random_family()
@@ -248,6 +252,32 @@ def test_streamed_selection_is_exact(scale, monkeypatch):
     for column, rank in enumerate(ranks):
         wanted = torch.full((2,), torch.inf) if rank == 0 else ordered[:, rank - 1]
         assert torch.equal(found[:, column], wanted)
+
+
+def test_running_sums_are_exact_in_any_order():
+    draw = random.Random(0)
+    values = [draw.choice((-1, 1)) * 10.0 ** draw.uniform(-30, 30) for _ in range(2000)]
+    totals = set()
+    for _ in range(3):
+        draw.shuffle(values)
+        total = ExactSum()
+        for value in values:
+            total.add(value)
+        totals.add(total.value)
+    assert totals == {math.fsum(values)}
+    assert ExactSum().value == 0
+
+
+def test_row_sums_do_not_know_the_blocks():
+    rows = torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
+    found = []
+    for size in (8192, 16384, 32768):
+        sums = RowSums()
+        for piece in rows.split(size, dim=1):
+            sums.add("x", piece)
+        found.append(sums["x"])
+    assert found[0] == found[1] == found[2]
+    assert found[0] == pytest.approx(rows.double().sum(1).tolist(), rel=1e-12)
 
 
 def test_how_many_are_kept():
