@@ -285,3 +285,14 @@ def test_a_checkpoint_keeps_its_heads(tmp_path, model):
     resumed = load(from_checkpoint(config, tmp_path / "saved"), device="cpu")
     assert resumed.outputs == model.outputs
     assert torch.equal(resumed.token_heads["multivector"].linear.weight, model.token_heads["multivector"].linear.weight)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_new_sparse_head_is_alive(tmp_path, seed):
+    folder = str(tiny.folder(tmp_path))
+    torch.manual_seed(seed)
+    model = load(folder, pooling="mean", heads=("sparse",), device="cpu")
+    tokens = model.tokenize(tiny.TEXTS).pad(model.pad_id)
+    words_NT = tokens.mask_NT & ~torch.isin(tokens.id_NT, torch.tensor([PAD, UNK, CLS, SEP]))
+    weight_NT = model(tokens, ("sparse",))["sparse"].weight_NT
+    assert (weight_NT[words_NT] > 0).float().mean() > 0.6

@@ -21,6 +21,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import MultiVector, Representation, Sparse, in_fp32
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.config import ModelConfig
+from embedsmith.models.mntp import MNTP, MNTP_FILE, MntpHead, build_mntp
 from embedsmith.models.pooling import first_index, last_index
 from embedsmith.models.retromae import RETROMAE, RETROMAE_FILE, RetroMaeHead, build_retromae
 from embedsmith.models.splade import SPLADE_FILE, SpladeHead, build_splade
@@ -94,7 +95,7 @@ def build_token_heads(
             splade.lm.weight_VH.requires_grad_(False)
         heads["sparse"] = splade
     elif "sparse" in names:
-        sparse = _read(folder / FILES["sparse"], hidden_size, 1) or nn.Linear(hidden_size, 1)
+        sparse = _read(folder / FILES["sparse"], hidden_size, 1) or _new_sparse(hidden_size)
         heads["sparse"] = SparseHead(sparse, special_ids(tokenizer))
     if "multivector" in names:
         width = config.multivector_dim
@@ -104,7 +105,21 @@ def build_token_heads(
         )
     if RETROMAE in names:
         heads[RETROMAE] = build_retromae(folder, base, backbone, tokenizer, config.trust_remote_code)
+    if MNTP in names:
+        heads[MNTP] = build_mntp(folder, base, backbone, tokenizer, config.trust_remote_code)
+        if config.lora is not None:  # as the backbone's own words are
+            heads[MNTP].requires_grad_(False)
     return heads
+
+
+def _new_sparse(hidden_size: int) -> nn.Linear:
+    """Small weights and a bias above 0: every word starts with about the same weight, so that scores begin as counts
+    of shared words. States lean to one side, and a head of the usual size is then often dead from the start."""
+    linear = nn.Linear(hidden_size, 1)
+    with torch.no_grad():
+        linear.weight.mul_(0.1)
+        linear.bias.fill_(0.1)
+    return linear
 
 
 def _is_splade(config: ModelConfig, folder: Path) -> bool:
@@ -131,12 +146,14 @@ def head_file(name: str, head: nn.Module) -> str:
     """The name of the file a head is saved in."""
     if isinstance(head, RetroMaeHead):
         return RETROMAE_FILE
+    if isinstance(head, MntpHead):
+        return MNTP_FILE
     return SPLADE_FILE if isinstance(head, SpladeHead) else FILES[name]
 
 
 def save_token_head(head: nn.Module, path: Path) -> None:
     """BGE-M3's form: torch.save of the linear layer's state, on the CPU. Heads of a language model: safetensors."""
-    if isinstance(head, SpladeHead | RetroMaeHead):
+    if isinstance(head, SpladeHead | RetroMaeHead | MntpHead):
         head.save(path.parent)
         return
     assert isinstance(head, TokenHead)
@@ -148,11 +165,11 @@ def save_token_head(head: nn.Module, path: Path) -> None:
 def _wanted(config: ModelConfig, folder: Path) -> set[str]:
     """Names of token heads. `dense` may be said and is always there."""
     if config.heads is None:
-        files = (*FILES.items(), ("sparse", SPLADE_FILE), (RETROMAE, RETROMAE_FILE))
+        files = (*FILES.items(), ("sparse", SPLADE_FILE), (RETROMAE, RETROMAE_FILE), (MNTP, MNTP_FILE))
         names = {name for name, file in files if (folder / file).exists()}
     else:
         names = set(config.heads)
-    if unknown := sorted(names - {"dense", *FILES, RETROMAE}):
+    if unknown := sorted(names - {"dense", *FILES, RETROMAE, MNTP}):
         raise ModelError(f"unknown head {unknown[0]!r}", expected=f"some of dense, {', '.join(FILES)}")
     width = config.multivector_dim
     if width is not None and (width < 1 or "multivector" not in names):
