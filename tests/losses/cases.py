@@ -7,6 +7,7 @@ from embedsmith.losses import (
     F2LLM,
     GOR,
     GORST,
+    MNTP,
     PRO,
     AnglE,
     Classifier,
@@ -102,6 +103,7 @@ CASES = {
     "gor_st": [GORST(), GORST("sum")],
     "flops": [Flops(0.3, 0.7), Flops(1.0, 0.0, ramp_steps=10)],
     "retromae": [RetroMAE(), RetroMAE("both"), RetroMAE("queries")],
+    "mntp": [MNTP(), MNTP("both"), MNTP("queries")],
     "matryoshka": [
         Matryoshka(InfoNCE(T), (4, 2)),
         Matryoshka(InfoNCE(T, symmetric=True, margin=0.1, include_qq=True, include_dd=True), (5, 8)),

@@ -292,10 +292,14 @@ def flops(loss, world):
     return ramp * total
 
 
-def retromae(loss, world):
+def retromae(loss, world, places=(0, 2)):
     queries_, documents = texts_of_sides(world)
     chosen = {"queries": queries_, "documents": documents, "both": [*queries_, *documents]}[loss.sides]
-    rows = [world.vector("retromae", text) for text in chosen]
+    rows = [world.vector(loss.head, text) for text in chosen]
     if not rows:
         return 0.0
-    return sum(math.fsum(row[k] for row in rows) / math.fsum(row[k + 1] for row in rows) for k in (0, 2))
+    return sum(math.fsum(row[k] for row in rows) / math.fsum(row[k + 1] for row in rows) for k in places)
+
+
+def mntp(loss, world):
+    return retromae(loss, world, (0,))

@@ -23,6 +23,7 @@ ARGUMENTS = {
 NEEDS = {
     "flops": {"heads": ["sparse"]},
     "retromae": {"heads": ["retromae"], "max_length": 32},
+    "mntp": {"heads": ["mntp"], "max_length": 32},
     "m3_self_distillation": {"heads": ALL_HEADS},
     "per_head": {"heads": ["dense", "sparse"]},
 }

@@ -6,7 +6,7 @@ from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVec
 from embedsmith.losses.flops import Flops
 from embedsmith.losses.label import Classifier, SupervisedContrastive
 from embedsmith.losses.presets import F2LLM, ConanWeak, Qwen3
-from embedsmith.losses.pretraining import RetroMAE
+from embedsmith.losses.pretraining import MNTP, RetroMAE
 from embedsmith.losses.regularisers import GOR, GORST, Uniformity
 from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.self_distill import M3SelfDistillation
@@ -17,6 +17,7 @@ __all__ = [
     "F2LLM",
     "GOR",
     "GORST",
+    "MNTP",
     "PRO",
     "AnglE",
     "Classifier",

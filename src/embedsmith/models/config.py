@@ -16,7 +16,7 @@ from embedsmith.models.masks import SoftMask
 from embedsmith.models.poolers import PoolerConfig
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
-Head = Literal["dense", "sparse", "multivector", "retromae"]
+Head = Literal["dense", "sparse", "multivector", "retromae", "mntp"]
 UNBOUNDED = 1_000_000
 """transformers writes 1e30 where a tokenizer knows no maximum; anything from here on means "not said"."""
 MODEST_LENGTH = 512
@@ -40,7 +40,7 @@ class ModelConfig:
     `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows. `head`: says more of it.
     `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
         or both. A head that the folder has not is new and has to be trained; one that is not named is left out.
-        `retromae` is for pre-training (docs/m3.md).
+        `retromae` (docs/m3.md) and `mntp` (docs/decoders.md) are for pre-training.
     `sparse`: what a `sparse` head is: `lexical`, M3's weight a token (the default of a new one), or `splade`, a weight
         a word of the vocabulary through the language-model head, of which a text keeps `sparse_terms` (256).
     `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.

@@ -24,6 +24,7 @@ from embedsmith.models.encode import Inference, represent
 from embedsmith.models.heads import apply_heads
 from embedsmith.models.masks import SoftMask
 from embedsmith.models.mcls import cls_places, room_for, with_cls_blocks, without_inner_cls
+from embedsmith.models.mntp import MNTP
 from embedsmith.models.poolers import POOLERS, PoolerConfig
 from embedsmith.models.pooling import POOLINGS, pool_mask
 from embedsmith.models.retromae import RETROMAE
@@ -141,14 +142,14 @@ class Embedder(nn.Module):
         `dense`: the text's vector [N, D]. `middle`: the same pooling of the middle layer's states [N, H], normalised
         (hidden_states[(L + 1) // 2] of L layers). `tokens`: the last layer's states as they are, [N, T, H], special
         tokens masked: for diagnostics. `sparse`: a weight a token. `multivector`: a vector a token.
-        `retromae`: losses of pre-training (retromae.py).
+        `retromae`, `mntp`: losses of pre-training (retromae.py, mntp.py).
         Errors: `ModelError` for an output this model does not have.
         """
         self._check(outputs)
-        if RETROMAE in outputs:  # reads the text in another way, in a pass of its own
-            rest = [name for name in outputs if name != RETROMAE]
-            made = self.token_heads[RETROMAE](self, padded)
-            return {**(self.forward(padded, rest) if rest else {}), RETROMAE: made}
+        if own := [name for name in outputs if name in (RETROMAE, MNTP)]:  # read the text changed, each in its own pass
+            rest = [name for name in outputs if name not in own]
+            made = {name: self.token_heads[name](self, padded) for name in own}
+            return {**(self.forward(padded, rest) if rest else {}), **made}
         states = self._states(padded, all_layers="middle" in outputs)
         reps: dict[str, Representation] = {}
         if "dense" in outputs:

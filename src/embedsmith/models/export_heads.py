@@ -21,6 +21,7 @@ from embedsmith.core.files import atomic_folder
 from embedsmith.models.contract import FILE, contract_of, write_contract
 from embedsmith.models.folder import read_json
 from embedsmith.models.lm_head import masked_model
+from embedsmith.models.mntp import MNTP
 from embedsmith.models.quiet import quiet
 from embedsmith.models.retromae import RETROMAE
 from embedsmith.models.save import save, write_json
@@ -41,7 +42,7 @@ def export_head(model: Embedder, folder: str | Path, head: Head) -> None:
     Errors: `ModelError` for a head that the model has not (none is ever made up), and for what the form cannot
     express: prompts left out of the heads, attention by a mask, an adapter apart.
     """
-    there = ["dense", *(name for name in model.token_heads if name != RETROMAE)]
+    there = ["dense", *(name for name in model.token_heads if name not in (RETROMAE, MNTP))]
     if head not in there:
         raise ModelError(
             f"this model has no head {head!r}",

@@ -55,6 +55,19 @@ def check(recipe: Recipe) -> None:
             "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
             fix="remove evaluate.tasks and score the checkpoints afterwards; validation sources work",
         )
+    if recipe.train.mining is not None:
+        raise RecipeError(
+            "train.mining under train.shard: ranks would encode different numbers of texts with a sharded model",
+            fix="remove train.mining and mine beforehand (embedsmith mine), or train without train.shard",
+        )
+    words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
+        recipe.model.sparse == "splade"
+    )
+    if words:
+        raise RecipeError(
+            f"the head {words[0]} under train.shard: it reads the word table of the backbone, which no rank has whole",
+            fix="train this stage without train.shard",
+        )
     if not dist.is_initialized():
         raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
