@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ from typer.testing import CliRunner
 from embedsmith import cli
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import parse
+from embedsmith.core.registry import losses
+from embedsmith.data import Record, RecordSet
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, rehearse, train
 from embedsmith.train.build import build_feed
 from embedsmith.train.overview import overview
+from embedsmith.train.supply import Planner, Supply, mixed_supplies
+from tests.plans import epoch_of
 from tests.ranks import on_ranks
 from tests.tinybert import WORDS, tiny_bert
 
@@ -174,6 +179,38 @@ def test_a_mixed_step_has_a_part_of_every_kind_weighed_by_its_rows(tree, tmp_pat
     parts = feed.parts(0)
     assert [len(part.first) for part in parts] == [11, 5]  # 60 and 24 rows share 16
     assert [part.weight for part in parts] == [11 / 16, 5 / 16]
+
+
+def test_sources_of_one_name_are_told_apart(tree, tmp_path, caplog):
+    """As in en/train.jsonl and zh/train.jsonl."""
+    for name in ("en", "zh"):
+        (tmp_path / name).mkdir()
+    data = [write(tmp_path / name / "train.jsonl", pairs(40)) for name in ("en", "zh")]
+    train(parse(Recipe, tree | {"data": data, "train": tree["train"] | {"steps": 10}}))
+    seen = {name: entry["seen"]["rows"] for name, entry in manifest(tree)["sources"].items()}
+    assert seen == {"train": 40, "train-2": 40}
+    assert f"{data[1]['path']}: another source is named 'train' too: this one is called 'train-2'" in caplog.text
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+def test_mixed_batches_are_a_partition_on_any_number_of_ranks(world):
+    """The released sampler's `mixed` lets ranks draw the same rows (specification A.5)."""
+    supplies = [supply_of("pairs", "infonce", 300), supply_of("more", "infonce", 120), supply_of("sts", "cosent", 200)]
+    for supply in mixed_supplies([replace(s, batch_size=24 * world) for s in supplies], 24 * world, world):
+        plan = Planner(seed=3)([supply], world)
+        seen = []
+        for planned in epoch_of(plan):
+            slices = [planned.rows_of(place, world).tolist() for place in range(world)]
+            assert len({len(rows) for rows in slices}) == 1
+            seen += [row for rows in slices for row in rows]
+        assert len(set(seen)) == len(seen) == supply.rows - plan.unused_rows[0]
+        assert plan.unused_rows[0] == supply.rows % supply.batch_size
+
+
+def supply_of(name, loss, count):
+    records = [Record(f"{name} {n}", (f"{name} answer {n}",)) for n in range(count)]
+    task = "sts" if loss == "cosent" else "retrieval"
+    return Supply(RecordSet(name, task, records, name), losses.build(loss), None, 1.0, 1, 0)
 
 
 def test_a_mixed_batch_is_full_whatever_the_shares_round_to(tree, tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
 from embedsmith.core.doctor import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
+from embedsmith.core.progress import log
 from embedsmith.core.registry import losses
 from embedsmith.data import RecordSet, Source, negatives_per_query, part_of, read_source
 from embedsmith.models import Embedder, ModelConfig, load
@@ -93,7 +95,7 @@ def from_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
 
 def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balance: Balance | None = None) -> Feed:
     """Read every source, choose its loss, and plan the batches."""
-    sets = [read_source(source) for source in sources]
+    sets = _named_apart(sources, [read_source(source) for source in sources])
     _check_same_files(sets)
     config = recipe.train
     supplies = [
@@ -163,6 +165,19 @@ def choose_loss(source: Source, task: str) -> Loss:
         raise RecipeError(f"{source.path}: the task {task!r} has no default loss", fix="set `loss` for this source")
     loss: Loss = losses.build(DEFAULT_LOSSES[task])
     return loss
+
+
+def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet]) -> list[RecordSet]:
+    """Sources under names of their own: reports, the manifest and live negatives know them by name."""
+    named: dict[str, RecordSet] = {}
+    for source, found in zip(sources, sets, strict=True):
+        names = (f"{found.name}-{number}" for number in count(2))
+        name = found.name if found.name not in named else next(name for name in names if name not in named)
+        if name != found.name:
+            told = f"another source is named {found.name!r} too: this one is called {name!r}; `name` calls it otherwise"
+            log.warning("%s: %s", source.path, told)
+        named[name] = replace(found, name=name)
+    return list(named.values())
 
 
 def _check_same_files(sets: Sequence[RecordSet]) -> None:
