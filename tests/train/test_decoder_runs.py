@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.models import load
-from embedsmith.train import Recipe, loop, train
+from embedsmith.train import Recipe, loop, shard, train
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
 from tests.ranks import on_ranks
@@ -68,16 +68,40 @@ def test_a_launch_for_an_engine_that_would_do_nothing_is_refused(tree, monkeypat
 LORA = {"pooling": "mean", "attention": "bidirectional", "lora": {"r": 4, "dropout": 0.0}}
 
 
+def metrics(run):
+    """Losses, and norms before clipping: Adam hides a wrong norm from the weights."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = lambda key: key.startswith("loss/") or key == "gradient_norm"
+    return [value for line in lines for key, value in sorted(line.items()) if wanted(key)]
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("evaluate", {"tasks": ["x"]}, "evaluate.tasks under train.shard"),
+        ("train", {"mining": {}}, "train.mining under train.shard"),
+        ("model", {"heads": ["mntp"]}, "the head mntp under train.shard"),
+        ("train", {}, "train.shard needs several processes"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(tree, key, changes, message):
+    tree["train"] |= {"shard": True}
+    tree[key] = tree.get(key, {}) | changes
+    with pytest.raises(RecipeError, match=message):
+        shard.check(parse(Recipe, tree))
+
+
 def sharded(tree):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     train(parse(Recipe, tree))
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("model", [{"pooling": "last"}, LORA])
+@pytest.mark.parametrize("model", [{"pooling": "last"}, LORA | {"head": {"out": 8}}])
 def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model):
-    """The same losses and weights as one process, with replayed chunks and with a resumed run."""
-    tree = tree | {"model": {"path": str(decoder), "max_length": 48, **model, "head": {"out": 8}}}
+    """The same losses and weights as one process, with replayed chunks and with a resumed run; with everything in
+    shards, and with a head that is whole."""
+    tree = tree | {"model": {"path": str(decoder), "max_length": 48, **model}}
     tree["train"] = tree["train"] | {"steps": 4, "checkpoint_every": 2, "token_budget": 256, "log_with": []}
     train(parse(Recipe, tree | {"output": str(tmp_path / "one")}))
     tree["train"] = tree["train"] | {"shard": True}
@@ -87,6 +111,7 @@ def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model):
     assert one.keys() == several.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(several[name], tensor, rtol=0, atol=2e-5)
+    assert metrics(tmp_path / "one") == pytest.approx(metrics(tmp_path / "two"), rel=1e-4)
     start = load_file(decoder / "model.safetensors")
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3
     for path in (tmp_path / "two/model", tmp_path / "two/checkpoints/step-4"):

@@ -118,6 +118,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:  # all of them are in shards
+        return
     holders = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device))
     gradients: list[Tensor] = []
     for parameter, count in zip(trained, holders.tolist(), strict=True):
