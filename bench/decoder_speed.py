@@ -7,8 +7,9 @@ end token is found row by row in Python. Ours is the step of every training run 
 the device gets by itself: chunks of similar length, no mask for causal attention, pooling by index.
 Lengths are drawn evenly: queries of 8 to 32 tokens, documents of 32 to 512. Random weights in the shape of
 SmolLM2-135M, its first layers. A round is forward and backward of both ways, in turn; the figure is the median ratio.
-Both compute the same loss (checked). Processor time is told too: it hardly changes when others use the machine. On a GPU: `--gpu` takes the shape of Qwen3-0.6B in bf16 with documents of up to
-512 tokens and adds memory and model FLOPs utilisation (6 x parameters x tokens, over `--peak` TFLOP/s).
+Both compute the same loss (checked). Processor time is told too: it hardly changes when others use the machine.
+On a GPU: `--gpu` takes the shape of Qwen3-0.6B in bf16 with documents of up to 512 tokens and adds memory and model
+FLOPs utilisation (6 x parameters x tokens, over `--peak` TFLOP/s).
 """
 
 from __future__ import annotations
