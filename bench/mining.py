@@ -1,7 +1,7 @@
 """Do refreshed hard negatives help? MiniLM's first three layers on 3,000 queries of debian-en-train.
 
 `python -m bench.mining` trains every arm with every seed for the same number of steps on the same number of texts a
-step, and scores nDCG@10 on debian-dev (a part of 2,000 documents: all positives of 500 queries, others drawn by seed 0):
+step, and scores nDCG@10 on debian-dev (2,000 of its documents: all positives of 500 queries, others drawn by seed 0):
 
 - `in_batch`: 64 queries a step, no hard negatives;
 - `mined`: 32 queries with two negatives each, ranks 9 and 10 of what the initial model finds;

@@ -10,7 +10,6 @@ import pytest
 
 from embedsmith.core.errors import DataError, EmbedsmithError, MissingExtraError, RecipeError
 from embedsmith.data import Source, read_source
-from embedsmith.data.record import RowError
 
 GOOD = {"query": "q", "positives": ["p"]}
 PAIR = {"text1": "a", "text2": "b", "score": 0.5}

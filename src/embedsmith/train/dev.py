@@ -97,9 +97,7 @@ class Development:
         for head in self.config.heads:
             encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
             results = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name})
-            values |= {
-                f"score/{task}/{head}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)
-            }
+            values |= {f"score/{task}/{head}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)}
         return values
 
     def _geometry(self) -> dict[str, float]:
