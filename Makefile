@@ -19,6 +19,9 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+# The tests' models are tiny: threads would only wait for each other.
+test: export OMP_NUM_THREADS := 1
+
 .PHONY: setup demo test test-slow lint check clean
 
 setup: $(INSTALLED)
