@@ -135,6 +135,7 @@ CASES = {
 REFUSED = {
     "flops": [dict(query=-1.0), dict(document=float("nan")), dict(ramp_steps=-1), dict(head="")],
     "retromae": [dict(sides="all"), dict(head="")],
+    "mntp": [dict(sides="all"), dict(head="")],
     "infonce": [
         dict(temperature=0),
         dict(temperature=-0.1),
