@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.titles import titled
 from embedsmith.data.containers import Row, Rows, open_rows
 from embedsmith.data.record import RowError
 
@@ -71,7 +72,7 @@ def _texts(path: Path) -> Iterator[tuple[int, str, str]]:
         if id_ in seen:
             raise DataError(f"the id {id_!r} appears twice", where=f"{path}:{line}", fix="make ids unique")
         seen.add(id_)
-        yield line, id_, f"{row.get('title') or ''} {row['text']}".strip()
+        yield line, id_, titled(row.get("title"), row["text"]).strip()
 
 
 def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> tuple[Path, Judgements]:

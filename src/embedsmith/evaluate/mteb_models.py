@@ -18,6 +18,7 @@ import torch
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import EvaluationError, MissingExtraError
 from embedsmith.core.reps import Dense, Representation
+from embedsmith.core.titles import titled
 from embedsmith.evaluate.adapters import looks_like_a_path
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.keep import fingerprint
@@ -172,8 +173,7 @@ def mteb_model(
 
 def document_text(row: Mapping[str, Any]) -> str:
     """Title and text, joined by one space, as mteb joins them."""
-    title = row.get("title") or ""
-    return f"{title} {row['text']}".strip() if title else str(row["text"]).strip()
+    return titled(row.get("title"), str(row["text"])).strip()
 
 
 def query_text(row: Mapping[str, Any]) -> str:

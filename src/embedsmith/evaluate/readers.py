@@ -9,6 +9,7 @@ from typing import Any
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.progress import log
+from embedsmith.core.titles import titled
 from embedsmith.data.containers import open_rows
 from embedsmith.data.record import RowError
 from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, Label, PairClassificationTask
@@ -211,7 +212,7 @@ def _texts_by_id(path: Path, judged: Collection[str], *, document: bool) -> dict
             log.warning("%s: the id %r appears twice; the later text counts", where, key)
         text = _text(row, "text", where, empty=document)
         title = _text({"title": row.get("title") or ""}, "title", where, empty=True) if document else ""
-        texts[key] = f"{title} {text}".strip() if title else text
+        texts[key] = titled(title, text)
     if not texts:
         raise DataError("the file has no rows", where=path)
     return texts

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.titles import titled
 from embedsmith.data import Record
 from embedsmith.data.containers import open_rows
 from embedsmith.data.record import RowError
@@ -60,6 +61,6 @@ def _file_texts(corpus: Corpus) -> Iterator[str]:
                 fix="set corpus.column to the key that holds the text",
             )
         title = row.get("title") if corpus.column is None else None
-        text = f"{title} {text}" if title else text
+        text = titled(title, text)
         if text.strip():
             yield text.strip()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.titles import titled
 
 Row = tuple[str | None, str]
 """(id or None, text)"""
@@ -60,7 +61,7 @@ def _jsonl(file: IO[str], path: Path, column: str | None) -> Iterator[Row]:
             raise DataError(f"a {type(row).__name__}, not an object", where=where)
         text = _text(row, column or "text", where)
         title = "" if column is not None else _text(row, "title", where) if row.get("title") else ""
-        yield _id(row), f"{title} {text}" if title else text
+        yield _id(row), titled(title, text)
 
 
 def _csv(file: IO[str], path: Path, column: str | None, delimiter: str) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.titles import titled
 from embedsmith.data.containers import open_rows
 from embedsmith.data.record import RowError
 
@@ -56,7 +57,7 @@ def _document(row: Mapping[str, Any], where: str) -> Document:
         raise DataError("no id in this row", where=where, expected=f"a field _id or id; found {', '.join(row)}")
     if not isinstance(text, str) or not isinstance(title, str):
         raise DataError("no text in this row", where=where, expected=f"a field text; found {', '.join(row)}")
-    whole = f"{title} {text}".strip()
+    whole = titled(title, text).strip()
     if not whole:
         raise DataError("the text is empty", where=where, fix="remove the row, or give it a text")
     metadata = {key: value for key, value in row.items() if key not in ("_id", "id", "text", "title")}
