@@ -129,8 +129,7 @@ def record(arguments: argparse.Namespace, arm: str, seed: int, start: Path, pool
     tree = recipe_of(arguments, arm, seed, start, pool)
     sizes = {"queries": arguments.queries, "corpus": arguments.corpus, "documents": arguments.documents}
     settings = sizes | {"steps": tree["train"]["steps"], "learning_rate": arguments.learning_rate}
-    table = read_json(arguments.results, {})
-    runs = table.setdefault("quality", {}).setdefault("runs", [])
+    runs = read_json(arguments.results, {}).get("quality", {}).get("runs", [])
     if any((run["arm"], run["seed"], run["settings"]) == (arm, seed, settings) for run in runs):
         return
     output = Path(tree["output"])
@@ -141,6 +140,8 @@ def record(arguments: argparse.Namespace, arm: str, seed: int, start: Path, pool
     minutes = (time.perf_counter() - started) / 60
     entry = {"arm": arm, "seed": seed, "settings": settings, "minutes": minutes, "environment": environment()}
     entry |= {"ndcg_at_10": score(arguments, output / "model"), "curves": curves(output)}
+    table = read_json(arguments.results, {})  # another process may have added to it
+    runs = table.setdefault("quality", {}).setdefault("runs", [])
     if not any(run["arm"] == "untrained" and run["settings"] == settings for run in runs):
         base = {"arm": "untrained", "seed": 0, "settings": settings, "minutes": 0.0, "curves": {}}
         runs.append(base | {"ndcg_at_10": score(arguments, start), "environment": environment()})
