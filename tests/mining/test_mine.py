@@ -113,6 +113,38 @@ def test_a_teacher_of_another_dimension_scores_and_filters(tree):
         assert max(expected, default=-1) <= min(record.teacher_positive_scores) - 0.05 + 1e-6
 
 
+class Told(Words):
+    """The instruction is part of the text."""
+
+    def represent(self, texts, *, role, task=None, outputs=("dense",), instruction=None):
+        own = instruction or [None] * len(texts)
+        told = [text if one is None else f"{one} {text}" for one, text in zip(own, texts, strict=True)]
+        return super().represent(told, role=role, task=task, outputs=outputs)
+
+
+def test_queries_are_encoded_under_their_own_instructions(tree, tmp_path, monkeypatch):
+    """The same query twice, with and without an instruction; pieces cut between them."""
+    monkeypatch.setattr(searchers_module, "PIECE", 4)
+    pairs = [row | ({"prompt": f"find {n} stars"} if n % 3 else {}) for n, row in enumerate(rows() * 2)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    found = mined(tree, Told(), teacher={"type": "embedding", "model": "words"})
+    plain = mined(
+        tree | {"searchers": [tree["searchers"][0] | {"instructions": False}]}, output=str(tmp_path / "plain.jsonl")
+    )
+    for row, one, without in zip(pairs, found, plain, strict=True):
+        assert one.instruction == without.instruction == row.get("prompt")
+        for record, query in ((one, " ".join([*filter(None, [one.instruction]), one.query])), (without, one.query)):
+            texts = [*record.positives, *record.negatives]
+            expected = (Words()._dense([query]).scores(Words()._dense(texts))[0])[0]
+            np.testing.assert_allclose(
+                [*record.teacher_positive_scores, *record.teacher_negative_scores], expected, atol=1e-5
+            )
+    assert [r.negatives for r in found] != [r.negatives for r in plain]
+    with pytest.raises(ModelError, match="Words cannot put a record's own instruction before its query"):
+        run(tree, output=str(tmp_path / "other.jsonl"))
+
+
 def test_several_positives_and_records_of_one_query_are_known(tree, tmp_path):
     path = tmp_path / "pairs.jsonl"
     more = [{"query": "about cats number 0", "pos": ["text on cats number 5 of many", "another answer"]}]

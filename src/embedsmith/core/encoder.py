@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Reps
@@ -17,6 +18,45 @@ class Encoder(Protocol):
     ) -> Reps:
         """Representations of N texts, in their order, on the CPU, without gradient."""
         ...
+
+
+class InstructedEncoder(Protocol):
+    """An encoder that also takes an instruction with every text."""
+
+    def represent(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        instruction: Sequence[str | None] | None = None,
+    ) -> Reps:
+        """As `Encoder`; a text's instruction takes the place of the prompt of its role and task."""
+        ...
+
+
+def represent(
+    encoder: Encoder,
+    texts: Sequence[str],
+    *,
+    role: Role,
+    task: str | None,
+    outputs: Sequence[str],
+    instruction: Sequence[str | None] | None,
+) -> Reps:
+    """`encoder.represent`, told of instructions only where a text has one. Errors: `ModelError` for an encoder that
+    has no such parameter."""
+    if instruction is None or all(own is None for own in instruction):
+        return encoder.represent(texts, role=role, task=task, outputs=outputs)
+    if "instruction" not in inspect.signature(encoder.represent).parameters:
+        raise ModelError(
+            f"{type(encoder).__name__} cannot put a record's own instruction before its query",
+            expected="represent(texts, *, role, task, outputs, instruction)",
+            fix="add the parameter, or leave the instructions out",
+        )
+    able = cast(InstructedEncoder, encoder)
+    return able.represent(texts, role=role, task=task, outputs=outputs, instruction=instruction)
 
 
 @runtime_checkable

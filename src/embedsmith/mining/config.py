@@ -22,7 +22,9 @@ class EmbeddingSearch:
 
     `head`: dense, sparse, multivector or hybrid; `weights`: of the heads in a hybrid score (M3's by default).
     `index`: `exact`, or a FAISS factory string (`HNSW32,Flat`, `IVF4096,Flat`) for dense vectors; `effort`: how many
-    candidates a query looks at in it. `task`: whose prompts are used (`None`: that of the data).
+    candidates a query looks at in it. `task`: whose prompts are used (`None`: that of the data). `instructions`: a
+    record's own instruction takes the place of the query's prompt, as in training; false for a model that was not
+    trained with any.
     """
 
     type: Literal["embedding"] = "embedding"
@@ -32,6 +34,7 @@ class EmbeddingSearch:
     index: str = "exact"
     effort: Annotated[int, Field(gt=0)] = 128
     task: str | None = None
+    instructions: bool = True
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.head != "hybrid":

@@ -40,7 +40,7 @@ from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
 
-VERSION = 1
+VERSION = 2
 OpenModel = Callable[[str], Encoder]
 
 
@@ -112,6 +112,11 @@ class Texts:
     @cached_property
     def queries(self) -> list[str]:
         return [record.query for record in self.records]
+
+    @cached_property
+    def instructions(self) -> list[str | None]:
+        """Those of the records themselves, one a query."""
+        return [record.instruction for record in self.records]
 
     @cached_property
     def place(self) -> dict[str, int]:
@@ -211,8 +216,11 @@ class _Work:
         encoder: Encoder = CachedEncoder.of(self.encoders[config.model], self.recipe.vector_folder)
         if config.head == "hybrid":
             encoder = HybridEncoder(encoder, config.weights or dict(M3_WEIGHTS))
-        texts = self.texts.queries if role == "query" else self.texts.corpus
-        return TextReps(encoder, texts, role, config.task or self.texts.found.task, config.head)
+        task = config.task or self.texts.found.task
+        if role == "document":
+            return TextReps(encoder, self.texts.corpus, role, task, config.head)
+        own = self.texts.instructions if config.instructions else None
+        return TextReps(encoder, self.texts.queries, role, task, config.head, own)
 
     def _part(self, start: int, searchers: Sequence[Searcher], teacher: PairScorer | None) -> None:
         stop = min(start + self.recipe.part, len(self.texts.records))

@@ -56,7 +56,7 @@ def mine_pools(
 def _everybodys(reps: TextReps, group: Group) -> Representation:
     """All representations on every rank, each computed on one of them."""
     each = math.ceil(len(reps) / world_size(group))
-    mine = replace(reps, texts=reps.texts[rank(group) * each : (rank(group) + 1) * each])
+    mine = reps.part(slice(rank(group) * each, (rank(group) + 1) * each))
     parts = [part for theirs in objects_of_all_ranks(list(mine.pieces()), group) for part in theirs]
     return joined(parts)
 

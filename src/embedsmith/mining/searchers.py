@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.encoder import Encoder, Role, represent
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation, Reps, concatenate
@@ -43,13 +43,15 @@ class Searcher(PairScorer, Protocol):
 @dataclass(frozen=True)
 class TextReps:
     """The representations of a list of texts under one head, in pieces. With an encoder that keeps what it made
-    (`search.cached.CachedEncoder`) no piece is computed twice, by whatever process."""
+    (`search.cached.CachedEncoder`) no piece is computed twice, by whatever process. `instructions`: the texts' own
+    (`None`: the prompt of role and task)."""
 
     encoder: Encoder
     texts: Sequence[str]
     role: Role
     task: str | None
     head: str
+    instructions: Sequence[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,9 +61,15 @@ class TextReps:
             yield self.piece(start)
 
     def piece(self, start: int) -> Representation:
-        texts = self.texts[start : start + PIECE]
-        reps = self.encoder.represent(texts, role=self.role, task=self.task, outputs=(self.head,))
-        return checked(reps, self.head, len(texts))
+        part = self.part(slice(start, start + PIECE))
+        role, task, own = self.role, self.task, part.instructions
+        reps = represent(self.encoder, part.texts, role=role, task=task, outputs=(self.head,), instruction=own)
+        return checked(reps, self.head, len(part))
+
+    def part(self, rows: slice) -> TextReps:
+        """Some of the texts, each with its instruction."""
+        own = None if self.instructions is None else self.instructions[rows]
+        return replace(self, texts=self.texts[rows], instructions=own)
 
     def rows(self, index_E: IndexArray) -> Representation:
         """Representations of the given texts, in that order."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.encoder import Encoder, Role, fingerprint, represent
 from embedsmith.core.errors import SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
@@ -45,21 +45,35 @@ class CachedEncoder:
         return CachedEncoder(encoder, Path(folder), fingerprint(encoder))
 
     def represent(
-        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        instruction: Sequence[str | None] | None = None,
     ) -> Reps:
-        paths = {name: self.path(texts, role, task, name) for name in outputs}
+        paths = {name: self.path(texts, role, task, name, instruction) for name in outputs}
         found = {name: rep for name, path in paths.items() if (rep := read(path)) is not None}
         missing = [name for name in outputs if name not in found]
         if missing:
-            made = self.encoder.represent(texts, role=role, task=task, outputs=missing)
+            made = represent(self.encoder, texts, role=role, task=task, outputs=missing, instruction=instruction)
             for name in missing:
                 write(paths[name], made[name])
             found |= made
         return {name: found[name] for name in outputs}
 
-    def path(self, texts: Sequence[str], role: Role, task: str | None, head: str) -> Path:
+    def path(
+        self,
+        texts: Sequence[str],
+        role: Role,
+        task: str | None,
+        head: str,
+        instruction: Sequence[str | None] | None = None,
+    ) -> Path:
         """Where the representations of these texts are, or will be."""
-        content = json.dumps([role, task, head, list(texts)], ensure_ascii=False)
+        asked = [role, task, head, list(texts), *([] if instruction is None else [list(instruction)])]
+        content = json.dumps(asked, ensure_ascii=False)
         name = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         return self.folder / self.key / f"{name}.safetensors"
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.encoder import Encoder, Role, fingerprint, represent
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import MultiVector, Representation, Reps, Widths, concatenate
 
@@ -86,13 +86,19 @@ class HybridEncoder:
             )
 
     def represent(
-        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        instruction: Sequence[str | None] | None = None,
     ) -> Reps:
         if "hybrid" not in outputs:
-            return self.encoder.represent(texts, role=role, task=task, outputs=outputs)
+            return represent(self.encoder, texts, role=role, task=task, outputs=outputs, instruction=instruction)
         heads = tuple(head for head, weight in self.weights.items() if weight > 0)
         plain = tuple(dict.fromkeys([*heads, *(name for name in outputs if name != "hybrid")]))
-        reps = self.encoder.represent(texts, role=role, task=task, outputs=plain)
+        reps = represent(self.encoder, texts, role=role, task=task, outputs=plain, instruction=instruction)
         hybrid = Hybrid(tuple(reps[head] for head in heads), tuple(self.weights[head] for head in heads))
         return {**{name: reps[name] for name in outputs if name != "hybrid"}, "hybrid": hybrid}
 

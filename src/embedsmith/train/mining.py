@@ -175,9 +175,8 @@ class LiveMining:
 
     def _remine(self, lane: Lane, live: LiveSource) -> None:
         started = time.perf_counter()
-        encoder = _Instructed(self.feed.model, live.supply.records.records)
-        task, texts = live.supply.records.task, live.texts
-        queries = TextReps(encoder, texts.queries, "query", task, live.head)
+        encoder, task, texts = _Quiet(self.feed.model), live.supply.records.task, live.texts
+        queries = TextReps(encoder, texts.queries, "query", task, live.head, texts.instructions)
         documents = TextReps(encoder, texts.corpus, "document", task, live.head)
         live.state.install_pools(*mine_pools(texts, queries, documents, live.more, lane.group))
         seconds = time.perf_counter() - started
@@ -213,18 +212,24 @@ class LiveMining:
             live.state.load_state_dict(states[live.supply.records.name])
 
 
-class _Instructed:
-    """The live model as an encoder: queries under their records' own instructions, as in training."""
+@dataclass(frozen=True)
+class _Quiet:
+    """The live model as an encoder without bars of its own."""
 
-    def __init__(self, model: Embedder, records: Sequence[Record]) -> None:
-        self.model = model
-        self._own = {record.query: record.instruction for record in records if record.instruction is not None}
+    model: Embedder
 
     def represent(
-        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        instruction: Sequence[str | None] | None = None,
     ) -> Reps:
-        own = [self._own.get(text) for text in texts] if role == "query" and self._own else None
-        return self.model.represent(texts, role=role, task=task, outputs=outputs, instruction=own, show_progress=False)
+        return self.model.represent(
+            texts, role=role, task=task, outputs=outputs, instruction=instruction, show_progress=False
+        )
 
 
 def live_part(lane: Lane, live: LiveSource, row_Q: IntArray, seeds: Sequence[int], step: int, model: Embedder) -> Part:
