@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import parse
+from embedsmith.core.tokens import packed_rows
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, shard, train
 from tests.models.families import tiny
@@ -54,6 +55,29 @@ def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, decoder, tm
     if "lora" not in model:
         assert json.loads((folder / "embedding_config.json").read_text())["attention"]["mode"] == "bidirectional"
         assert load(str(folder)).encode(TEXTS).shape == (5, 16)
+
+
+def test_a_packed_run_equals_the_padded_one(tree, decoder, tmp_path):
+    """With replayed chunks too; and no padding is computed."""
+    tree["train"] |= {"steps": 3, "token_budget": 256, "log_with": []}
+    for packing in (False, True):
+        model = {"path": str(decoder), "max_length": 48, "pooling": "last", "attention": "causal", "packing": packing}
+        train(parse(Recipe, tree | {"model": model, "output": str(tmp_path / str(packing))}))
+    padded, packed = (load_file(tmp_path / name / "model/model.safetensors") for name in ("False", "True"))
+    for name, tensor in padded.items():
+        torch.testing.assert_close(packed[name], tensor, rtol=0, atol=2e-5)
+    assert metrics(tmp_path / "True") == pytest.approx(metrics(tmp_path / "False"), rel=1e-4)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[0] for name in ("False", "True")]
+    shares = [json.loads(line)["padding_share"] for line in lines]
+    assert shares[0] > 0.01
+    assert shares[1] == 0
+
+
+def test_packed_rows_fill_their_budget():
+    length_N = np.array([5, 1, 9, 3, 3, 30, 2])
+    chunks = packed_rows(length_N, 12)
+    assert [chunk.tolist() for chunk in chunks] == [[5], [2], [0, 3, 4], [6, 1]]
+    assert [len(chunk) for chunk in packed_rows(length_N, 100, max_rows=3)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(("flag", "engine"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])

@@ -107,3 +107,17 @@ def chunk_rows(
         chunks.append(order[start : start + count])
         start += count
     return chunks
+
+
+def packed_rows(length_N: IntArray, token_budget: int, max_rows: int | None = None) -> list[IntArray]:
+    """Rows in chunks of at most `token_budget` real tokens, longest first, for a model that computes no padding."""
+    order = np.argsort(-length_N, kind="stable")
+    total_P = np.concatenate([[0], np.cumsum(length_N[order])])
+    chunks: list[IntArray] = []
+    start = 0
+    while start < len(order):
+        fitting = int(np.searchsorted(total_P, total_P[start] + token_budget, side="right")) - 1 - start
+        count = max(fitting if max_rows is None else min(fitting, max_rows), 1)
+        chunks.append(order[start : start + count])
+        start += count
+    return chunks

@@ -24,7 +24,7 @@ from torch import nn
 from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import section
-from embedsmith.models.probe import example_ids, layers_of
+from embedsmith.models.probe import example_ids, kernel_precision, layers_of
 from embedsmith.models.quiet import quiet
 
 ADAPTER = "adapter_config.json"
@@ -230,7 +230,7 @@ def merged(backbone: Any) -> Any:
     backbone.eval()
     whole = _merge_layers(copy.deepcopy(backbone))
     id_NT = example_ids(backbone, next(backbone.parameters()).device)
-    with torch.no_grad():
+    with torch.no_grad(), kernel_precision(backbone):
         before, after = (model(input_ids=id_NT).last_hidden_state.float() for model in (backbone, whole))
     backbone.train(was_training)
     cosine = float(F.cosine_similarity(before, after, dim=-1).min())

@@ -49,6 +49,8 @@ class ModelConfig:
         loading, not saved with the model (mcls.py).
     `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`).
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
+    `packing`: no padding is computed: the texts of a chunk stand in one row, kept apart; proven on the model when it is
+        loaded. Saves time under `flash_attention_2` and `flex_attention`, none under sdpa.
     `compile`: the backbone through torch.compile with dynamic shapes; pays on GPUs and long runs.
 
     For decoders (docs/decoders.md):
@@ -80,6 +82,7 @@ class ModelConfig:
     dtype: ComputeType = "float32"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    packing: bool = False
     compile: bool = False
     attention: Mode | None = None
     partial_attention: bool = False
@@ -103,7 +106,7 @@ class ModelConfig:
         """The same model as `folder` holds it: what was changed about the original is in there, how to run it is
         not."""
         kept = (
-            *("attn_implementation", "dtype", "gradient_checkpointing", "trust_remote_code", "compile"),
+            *("attn_implementation", "dtype", "gradient_checkpointing", "trust_remote_code", "packing", "compile"),
             *("attention", "partial_attention", "softmask", "lora", "base"),
         )
         return ModelConfig(path=folder, **{name: getattr(self, name) for name in kept})

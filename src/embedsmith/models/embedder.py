@@ -25,8 +25,10 @@ from embedsmith.models.heads import apply_heads
 from embedsmith.models.masks import SoftMask
 from embedsmith.models.mcls import cls_places, room_for, with_cls_blocks, without_inner_cls
 from embedsmith.models.mntp import MNTP
+from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.poolers import POOLERS, PoolerConfig
 from embedsmith.models.pooling import POOLINGS, pool_mask
+from embedsmith.models.probe import kernel_precision
 from embedsmith.models.retromae import RETROMAE
 from embedsmith.models.save import save
 from embedsmith.models.special import added_tokens
@@ -67,6 +69,7 @@ class Embedder(nn.Module):
         self.pooler, self.pooler_config = pooler, pooler_config
         self.base: Mapping[str, Any] | None = None
         self.progress = 0.0
+        self.packing = False
         self._takes_positions = _takes_positions(backbone)
         self._takes_cache = "use_cache" in inspect.signature(backbone.forward).parameters
         self._left_out_S = _averaged_over(tokenizer, settings)
@@ -178,16 +181,26 @@ class Embedder(nn.Module):
             )
 
     def _states(self, padded: PaddedTokens, all_layers: bool) -> Any:
+        arguments = self._packed(padded) if self.packing else self._padded(padded)
+        if self._takes_cache:
+            arguments["use_cache"] = False
+        if all_layers:
+            arguments["output_hidden_states"] = True
+        with kernel_precision(self.backbone):
+            states = self.backbone(**arguments, return_dict=True)
+        return unpacked(states, padded.mask_NT) if self.packing else states
+
+    def _packed(self, padded: PaddedTokens) -> dict[str, Any]:
+        dtype = next(self.backbone.parameters()).dtype
+        return packed(padded, self.attention, self.config._attn_implementation, dtype)
+
+    def _padded(self, padded: PaddedTokens) -> dict[str, Any]:
         mask = self._attention_mask(padded)
         arguments: dict[str, Any] = {"input_ids": padded.id_NT, "attention_mask": mask}
         four = mask is not None and mask.dim() == 4
         if (self.padding_left or four) and self._takes_positions:
             arguments["position_ids"] = (padded.mask_NT.cumsum(1) - 1).clamp_min(0)
-        if self._takes_cache:
-            arguments["use_cache"] = False
-        if all_layers:
-            arguments["output_hidden_states"] = True
-        return self.backbone(**arguments, return_dict=True)
+        return arguments
 
     def _attention_mask(self, padded: PaddedTokens) -> Tensor | None:
         """What the attention mode wants; in training under softmask, as much of the future as the run is along."""

@@ -22,9 +22,11 @@ from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import FolderFacts, read_folder, read_json
 from embedsmith.models.heads import orthogonal_projection
 from embedsmith.models.mcls import check_mcls
+from embedsmith.models.packing import check_packing
 from embedsmith.models.poolers import POOLERS, PoolerConfig, build_pooler, load_pooler
 from embedsmith.models.pooling import POOLINGS
 from embedsmith.models.positions import extend_positions
+from embedsmith.models.probe import is_flash
 from embedsmith.models.prompts import compiled, template_named, unescaped
 from embedsmith.models.special import added_tokens, put_end_token, put_first_token
 from embedsmith.models.token_heads import build_token_heads
@@ -54,14 +56,21 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
             raise ModelError("positions of a model with an adapter", fix="extend the base first: embedsmith convert")
         extend_positions(backbone, config.positions)
     prepare_tokenizer(tokenizer, backbone, config, facts)
+    target = torch.device(best_device() if device is None else device)
+    if is_flash(backbone):  # the self-test runs the kernel, which is only there
+        backbone.to(target)
     allowed = config.partial_attention or bool(facts.contract.attention.causal_layers)
     attention = switch_attention(backbone, mode, allowed)
     settings = decide(config, facts, tokenizer, positions_of(backbone), attention)
     embedder = _assemble(config, facts, base, backbone, tokenizer, settings, attention)
     _adapt(embedder, config, facts, folder if adapter else None, base)
+    embedder.to(target).eval()
+    if config.packing:
+        check_packing(embedder)
+        embedder.packing = True
     if config.compile:
-        backbone.compile(dynamic=True)
-    return embedder.to(best_device() if device is None else device).eval()
+        embedder.backbone.compile(dynamic=True)  # type: ignore[operator]
+    return embedder
 
 
 def without_weights(config: ModelConfig) -> Embedder:

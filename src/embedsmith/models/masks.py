@@ -60,8 +60,12 @@ def full_mask(mask_NT: Tensor, implementation: str, dtype: torch.dtype) -> Tenso
 
     Errors: `ModelError` for an attention that takes no such mask.
     """
+    return as_mask(mask_NT[:, None, None, :].expand(-1, 1, mask_NT.shape[1], -1), implementation, dtype)
+
+
+def as_mask(sees_N1TT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """What query i sees of key j, in the form an implementation takes. Errors: `ModelError` as for `full_mask`."""
     check_takes_masks(implementation)
-    sees_N1TT = mask_NT[:, None, None, :].expand(-1, 1, mask_NT.shape[1], -1)
     if implementation == "sdpa":
         return sees_N1TT
     return torch.zeros_like(sees_N1TT, dtype=dtype).masked_fill(~sees_N1TT, torch.finfo(dtype).min)

@@ -8,6 +8,7 @@ earlier one notices; and a text alone must give the same states as in a padded b
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def probe(backbone: Any, call: Call) -> Probe:
     was_training = backbone.training
     backbone.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kernel_precision(backbone):
             return _probe(backbone, call)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         return FAILED  # a family whose own code cannot take this mask, e.g. modernbert-decoder under eager
@@ -70,7 +71,7 @@ def _probe(backbone: Any, call: Call) -> Probe:
     agreed = tuple(u if u == p else None for u, p in zip(unpadded, padded, strict=True))
     alone_TH = call(id_NT[1:, :SHORTER], whole_NT[1:, :SHORTER])[0]
     together_TH = call(id_NT, padded_NT)[1, :SHORTER]
-    return Probe(agreed, steady=bool(_distance(alone_TH, together_TH) < _tolerance(alone_TH.dtype)))
+    return Probe(agreed, steady=bool(distance(alone_TH, together_TH) < tolerance(backbone)))
 
 
 def example_ids(backbone: Any, device: torch.device, rows: int = 2) -> Tensor:
@@ -121,16 +122,33 @@ def _states(output: Any) -> Tensor:
 
 def _notices(before_NTH: Tensor, after_NTH: Tensor) -> bool:
     """The first token of any row. Causal attention gives the same bits, up to the order of sums in a mixture."""
-    return bool(_distance(before_NTH[:, 0], after_NTH[:, 0]) > 1e-2 * _tolerance(before_NTH.dtype))
+    return bool(distance(before_NTH[:, 0], after_NTH[:, 0]) > 1e-2 * _rounding(before_NTH.dtype))
 
 
-def _distance(left: Tensor, right: Tensor) -> Tensor:
+def distance(left: Tensor, right: Tensor) -> Tensor:
     """The largest difference, in units of the largest value."""
     return (left.float() - right.float()).abs().max() / left.float().abs().max().clamp_min(1e-9)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(backbone: Any) -> float:
+    """How far equal states may lie apart, given the numbers the backbone computes with."""
+    return _rounding(torch.bfloat16 if is_flash(backbone) else backbone.dtype)
+
+
+def _rounding(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 5e-2
+
+
+def is_flash(backbone: Any) -> bool:
+    return str(backbone.config._attn_implementation).startswith("flash")
+
+
+def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
+    """Flash kernels take numbers of 16 bits only: weights in fp32 compute in bf16 there, unless autocast is on."""
+    device = backbone.device.type
+    if not is_flash(backbone) or backbone.dtype != torch.float32 or torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16)
 
 
 def layers_of(backbone: Any) -> list[nn.Module]:

@@ -163,7 +163,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     optimizer = make_optimizer(named, recipe.train)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(recipe.train.seed, rank()))
-    memory = derive_memory(recipe.train, accelerator.device)
+    memory = replace(derive_memory(recipe.train, accelerator.device), packed=recipe.model.packing)
     if shards is not None:
         memory = replace(memory, agreed=partial(shard.agreed, device=accelerator.device))
     length = run_length(recipe.train, feed.steps_per_epoch)

@@ -23,7 +23,7 @@ from embedsmith.core.errors import TrainingError
 from embedsmith.core.loss import Loss
 from embedsmith.core.reps import TEACHER, Representation, Reps, concatenate, each_head
 from embedsmith.core.seeds import TorchRandom
-from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
+from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
 from embedsmith.train.activity import sparse_activity
 
 Encode = Callable[[TokenBatch, Sequence[str]], Reps]
@@ -52,12 +52,14 @@ class Memory:
     """`chunk_tokens`: padded tokens encoded at once. `kept_tokens`: padded tokens whose graph may be alive together
     (`None`: all). `max_rows`: texts in a chunk, and then also the texts whose graphs are kept (`None`: no limit).
     `least_tokens`: from so many on a chunk ends where texts get shorter, to save padding (`None`: only when full).
-    `agreed`: makes the chunks of all ranks alike where a forward pass is a collective (FSDP2)."""
+    `packed`: the model computes no padding, so only real tokens count. `agreed`: makes the chunks of all ranks alike
+    where a forward pass is a collective (FSDP2)."""
 
     chunk_tokens: int
     kept_tokens: int | None = None
     max_rows: int | None = None
     least_tokens: int | None = None
+    packed: bool = False
     agreed: Callable[[list[Chunk]], list[Chunk]] | None = None
 
 
@@ -81,8 +83,8 @@ class StepOutput:
 
 def plan_chunks(length_N: IntArray, memory: Memory) -> list[Chunk]:
     """Chunks of similar length, longest first; those that keep their graph come last, as many as the budget allows."""
-    chunks = chunk_rows(length_N, memory.chunk_tokens, memory.max_rows, memory.least_tokens)
-    sizes = [len(rows) * int(length_N[rows].max(initial=1)) for rows in chunks]
+    chunks = _chunked(length_N, memory, memory.max_rows)
+    sizes = [_computed(length_N[rows], memory) for rows in chunks]
     tokens_left = float("inf") if memory.kept_tokens is None else max(memory.kept_tokens, sizes[-1])
     rows_left = float("inf") if memory.max_rows is None else memory.max_rows
     planned: list[Chunk] = []
@@ -90,6 +92,17 @@ def plan_chunks(length_N: IntArray, memory: Memory) -> list[Chunk]:
         tokens_left, rows_left = tokens_left - size, rows_left - len(rows)
         planned.append(Chunk(rows, keep=tokens_left >= 0 and rows_left >= 0))
     return planned[::-1]
+
+
+def _chunked(length_N: IntArray, memory: Memory, max_rows: int | None) -> list[IntArray]:
+    if memory.packed:
+        return packed_rows(length_N, memory.chunk_tokens, max_rows)
+    return chunk_rows(length_N, memory.chunk_tokens, max_rows, memory.least_tokens)
+
+
+def _computed(length_N: IntArray, memory: Memory) -> int:
+    """Tokens that a chunk of such rows makes the model compute."""
+    return int(length_N.sum()) if memory.packed else len(length_N) * int(length_N.max(initial=1))
 
 
 def run_step(
@@ -126,7 +139,7 @@ def run_step(
             state.restore()
             _push(encode(tokens.take(chunk.rows), heads), chunk, gradient)
     after.restore()
-    padded = sum(len(chunk.rows) * int(tokens.length_N[chunk.rows].max()) for chunk in chunks)
+    padded = sum(_computed(tokens.length_N[chunk.rows], memory) for chunk in chunks)
     return StepOutput(value, named, len(tokens.id_S), padded, sum(not chunk.keep for chunk in chunks))
 
 
@@ -136,10 +149,7 @@ def evaluate_parts(
     """The loss of the parts without gradient: what validation reports."""
     with torch.no_grad():
         tokens, heads = _texts(parts)
-        chunks = [
-            Chunk(rows, keep=False)
-            for rows in chunk_rows(tokens.length_N, memory.chunk_tokens, None, memory.least_tokens)
-        ]
+        chunks = [Chunk(rows, keep=False) for rows in _chunked(tokens.length_N, memory, None)]
         chunks = chunks if memory.agreed is None else memory.agreed(chunks)
         sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
         batches = [part.assemble(*pair, extras, progress) for part, pair in zip(parts, sides, strict=True)]

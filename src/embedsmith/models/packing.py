@@ -1,0 +1,125 @@
+"""Unpadded execution: the texts of a chunk one behind another in a single row, so that no padding is computed.
+
+Texts must not see each other. The masks of transformers do not keep them apart (bidirectional ones ignore positions,
+causal ones lean on a cache that is not there), so the bounds are handed over: to flash attention as cumulative lengths,
+to flex attention as a block mask, to sdpa and eager as a block-diagonal mask [1, 1, S, S], which is exact and saves no
+time. What mixes tokens elsewhere (recurrence, convolution) would leak: a self-test on the model itself refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.attention import Attention
+from embedsmith.models.masks import as_mask
+from embedsmith.models.probe import SHORTER, distance, example_ids, tolerance
+
+if TYPE_CHECKING:
+    from embedsmith.models.embedder import Embedder
+
+
+def packed(padded: PaddedTokens, attention: Attention, implementation: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The backbone's arguments for the real tokens of a chunk as one row; positions begin anew with every text."""
+    mask_NT = padded.mask_NT
+    text_S = mask_NT.nonzero()[:, 0]
+    arguments: dict[str, Any] = {
+        "input_ids": padded.id_NT[mask_NT][None],
+        "position_ids": (mask_NT.cumsum(1) - 1)[mask_NT][None],
+    }
+    if implementation.startswith("flash"):
+        return arguments | _lengths(mask_NT)
+    if implementation == "flex_attention":
+        return arguments | {"attention_mask": _blocks(text_S, attention.causal)}
+    sees_SS = text_S[:, None] == text_S[None, :]
+    sees_SS = sees_SS.tril() if attention.causal else sees_SS
+    return arguments | {"attention_mask": as_mask(sees_SS[None, None], implementation, dtype)}
+
+
+def unpacked(states: Any, mask_NT: Tensor) -> BaseModelOutput:
+    """States of one row back in the rows of a padded chunk, zeros at the padding."""
+
+    def rows(state_1SH: Tensor) -> Tensor:
+        hidden_NTH = state_1SH.new_zeros(*mask_NT.shape, state_1SH.shape[-1])
+        return hidden_NTH.masked_scatter(mask_NT[..., None], state_1SH[0])
+
+    layers = getattr(states, "hidden_states", None)
+    return BaseModelOutput(
+        last_hidden_state=rows(states.last_hidden_state),
+        hidden_states=None if layers is None else tuple(map(rows, layers)),
+    )
+
+
+def _lengths(mask_NT: Tensor) -> dict[str, Any]:
+    length_N = mask_NT.sum(1)
+    end_P = torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(length_N.max())
+    return {"cu_seq_lens_q": end_P, "cu_seq_lens_k": end_P, "max_length_q": longest, "max_length_k": longest}
+
+
+def _blocks(text_S: Tensor, causal: bool) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = text_S[query] == text_S[key]
+        return same & (query >= key) if causal else same
+
+    size, device = len(text_S), text_S.device
+    return create_block_mask(sees, None, None, size, size, device=str(device), _compile=device.type == "cuda")
+
+
+def check_packing(model: Embedder) -> None:
+    """Prove on the model itself that two texts in one row have the states they have apart.
+
+    Errors: `ModelError` for softmask training, for windows that a mask would lift, and where the states differ.
+    """
+    name, attention = type(model.backbone).__name__, model.attention
+    if attention.mode == "softmask":
+        raise ModelError("packing under attention=softmask: its mask is made of one text", fix="set packing=false")
+    implementation = model.config._attn_implementation
+    window = None if implementation.startswith("flash") or attention.how == "mask4d" else _window(model.config)
+    if window is not None and window < model.max_length:
+        raise ModelError(
+            f"packing: a token of {name} sees {window} tokens, and a mask for packed texts would lift that bound",
+            fix=f"set packing=false, max_length={window}, or attn_implementation=flash_attention_2 on a GPU",
+        )
+    if not model._takes_positions or not _same_states(model):
+        raise ModelError(
+            f"{name} cannot be packed: a text's states depend on what else is in its row",
+            fix="set packing=false",
+        )
+
+
+def _window(config: Any) -> int | None:
+    """How far a token of any layer sees, where that is bounded."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ("sliding_attention", "chunked_attention")
+    names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    bounds = [getattr(text, names[kind], None) for kind in kinds if kind in names]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _same_states(model: Embedder) -> bool:
+    id_NT = example_ids(model.backbone, model.device)
+    mask_NT = torch.ones_like(id_NT, dtype=torch.bool)
+    mask_NT[0, SHORTER:] = False
+    padded = PaddedTokens(id_NT, mask_NT, mask_NT, mask_NT[:, 0])
+    was_training, was_packing = model.training, model.packing
+    model.eval()
+    try:
+        with torch.inference_mode():
+            states = []
+            for packing in (False, True):
+                model.packing = packing
+                states.append(model._states(padded, all_layers=False).last_hidden_state[mask_NT])
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return False  # a family whose own code cannot take this mask or these positions
+    finally:
+        model.train(was_training)
+        model.packing = was_packing
+    return bool(distance(*states) < tolerance(model.backbone))
