@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Sequence
 from typing import Literal, Protocol, cast, runtime_checkable
+
+import torch
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Reps
@@ -77,3 +80,12 @@ def fingerprint(encoder: Encoder) -> str:
             fix="add it, or do without what is kept on disk",
         )
     return encoder.fingerprint()
+
+
+def hash_of_model(model: torch.nn.Module, *settings: str) -> str:
+    """A hash of a module's weights, and of whatever else its output depends on."""
+    hasher = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Role, hash_of_model
 from embedsmith.core.errors import EvaluationError, MissingExtraError, ModelError
 from embedsmith.core.reps import Dense, Reps
 
@@ -77,12 +76,8 @@ class SentenceTransformersEncoder:
 
     def fingerprint(self) -> str:
         """A hash of the weights, the modules, the prompts and the maximum length."""
-        said = (repr(self.model), sorted(self.model.prompts.items()), self.model.max_seq_length)
-        hasher = hashlib.blake2b(repr(said).encode(), digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            hasher.update(name.encode())
-            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return hasher.hexdigest()
+        prompts = repr(sorted(self.model.prompts.items()))
+        return hash_of_model(self.model, repr(self.model), prompts, str(self.model.max_seq_length))
 
     def prompt(self, role: Role, task: str | None) -> str | None:
         """The text put before a text of this role, `None` where the model has none for it."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,10 @@ from embedsmith.data import Record, RecordSet, read_source, text_id, write_recor
 from embedsmith.data.record import refuse_tokens
 from embedsmith.mining.bm25 import Bm25
 from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe, Selection
+from embedsmith.mining.cross_encoder import CrossEncoderModel, CrossEncoderScorer
 from embedsmith.mining.report import Counts, MineReport, concatenate
 from embedsmith.mining.searchers import (
     Bm25Searcher,
-    CrossEncoderScorer,
     EmbeddingSearcher,
     PairScorer,
     Searcher,
@@ -53,13 +53,15 @@ def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) 
     started = time.monotonic()
     texts = Texts.read(recipe)
     encoders = {path: open_model(path) for path in _models(recipe)}
-    key = _agreed_key(recipe, texts, encoders)
+    reader = CrossEncoderModel.load(recipe.teacher) if isinstance(recipe.teacher, CrossEncoder) else None
+    prints = {path: fingerprint(encoder) for path, encoder in encoders.items()}
+    key = _agreed_key(recipe, texts, prints | ({"teacher": reader.fingerprint()} if reader else {}))
     if not overwrite and (done := on_first_rank(lambda: _finished(recipe, key))) is not None:
         return done
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
         on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
-    work = _Work(recipe, texts, encoders, parts)
+    work = _Work(recipe, texts, encoders, reader, parts)
     starts = range(0, len(texts.records), recipe.part)
     failed = _attempt(lambda: work.all_parts(starts[rank() :: world_size()], len(starts)))
     messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
@@ -150,11 +152,10 @@ def _models(recipe: MineRecipe) -> list[str]:
     return list(dict.fromkeys(config.model for config in configs if isinstance(config, EmbeddingSearch)))
 
 
-def _agreed_key(recipe: MineRecipe, texts: Texts, encoders: dict[str, Encoder]) -> str:
+def _agreed_key(recipe: MineRecipe, texts: Texts, models: Mapping[str, str]) -> str:
     """What the result depends on. Errors: `DataError` where ranks read other data or another model."""
     plain = {name: value for name, value in to_plain(recipe).items() if name not in ("output", "work", "vectors")}
-    prints = {path: fingerprint(encoder) for path, encoder in encoders.items()}
-    facts = {"recipe": plain, "texts": texts.hash(), "models": prints, "version": VERSION}
+    facts = {"recipe": plain, "texts": texts.hash(), "models": dict(models), "version": VERSION}
     everywhere = objects_of_all_ranks(facts)
     for number, theirs in enumerate(everywhere):
         different = [name for name in facts if theirs[name] != everywhere[0][name]]
@@ -182,6 +183,7 @@ class _Work:
     recipe: MineRecipe
     texts: Texts
     encoders: dict[str, Encoder]
+    reader: CrossEncoderModel | None
     parts: Path
 
     def path(self, start: int) -> Path:
@@ -206,10 +208,10 @@ class _Work:
 
     def _teacher(self) -> PairScorer | None:
         config = self.recipe.teacher
-        if config is None:
+        if self.reader is not None:
+            return CrossEncoderScorer(self.reader, self.texts.queries, self.texts.corpus)
+        if not isinstance(config, EmbeddingSearch):
             return None
-        if isinstance(config, CrossEncoder):
-            return CrossEncoderScorer.of(config, self.texts.queries, self.texts.corpus)
         return EmbeddingSearcher.of(self._reps(config, "query"), self._reps(config, "document"), config, self.parts)
 
     def _reps(self, config: EmbeddingSearch, role: Role) -> TextReps:

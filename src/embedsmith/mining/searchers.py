@@ -12,11 +12,11 @@ import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder, Role, represent
-from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, SearchError
+from embedsmith.core.errors import EmbedsmithError, ModelError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation, Reps, concatenate
 from embedsmith.mining.bm25 import Bm25
-from embedsmith.mining.config import CrossEncoder, EmbeddingSearch
+from embedsmith.mining.config import EmbeddingSearch
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
 from embedsmith.search.hybrid import Hybrid
@@ -200,37 +200,4 @@ class Bm25Searcher:
         for row in np.unique(row_E):
             mine = row_E == row
             score_E[mine] = self.index.scores(self.queries[int(row)])[index_E[mine]]
-        return score_E
-
-
-@dataclass(frozen=True)
-class CrossEncoderScorer:
-    """Pairs of all queries of a part go through the model together, in batches of similar length."""
-
-    model: object
-    batch_size: int
-    queries: Sequence[str]
-    corpus: Sequence[str]
-
-    @staticmethod
-    def of(config: CrossEncoder, queries: Sequence[str], corpus: Sequence[str]) -> CrossEncoderScorer:
-        """Errors: `MissingExtraError`; `ModelError` for a model it cannot load."""
-        try:
-            from sentence_transformers import CrossEncoder as Library
-        except ImportError as error:
-            raise MissingExtraError("sentence-transformers", "eval") from error
-        try:
-            model = Library(config.model)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"sentence-transformers cannot load it: {error}", where=config.model) from error
-        return CrossEncoderScorer(model, config.batch_size, queries, corpus)
-
-    def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
-        if len(row_E) == 0:
-            return np.zeros(0, np.float32)
-        pairs = [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]
-        score = self.model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False)  # type: ignore[attr-defined]
-        score_E = np.asarray(score, np.float32)
-        if score_E.ndim != 1:
-            raise ModelError(f"the cross-encoder gives {score_E.shape[1]} scores a pair", expected="one score a pair")
         return score_E
