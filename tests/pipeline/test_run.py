@@ -1,6 +1,7 @@
 """Stages of one recipe: in order, restartable, and Conan's two recipes from pairs to a model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,24 +132,27 @@ def test_conans_recipes_go_from_pairs_to_a_model(tmp_path, files):
             ],
         )
     )
-    result = CliRunner().invoke(
-        app,
-        [
-            "run",
-            str(RECIPES / "conan-supervised.yaml"),
-            f"output={supervised}",
-            f"stages.0.recipe.data.path={files[0]}",
-            f"stages.0.recipe.searchers.0.model={made['weak']}",
-            f"stages.1.recipe.model.path={made['weak']}",
-            "stages.1.recipe.model.dimension=1024",
-            f"stages.1.recipe.data.1.path={files[1]}",
-            "stages.1.recipe.data.0.batch_size=8",
-            "stages.1.recipe.data.1.batch_size=8",
-            *(f"stages.1.recipe.{change}" for change in quick),
-        ],
-        catch_exceptions=False,
-    )
-    assert result.exit_code == 0, result.output
-    assert (supervised / "supervised" / "model" / "model.safetensors").exists()
-    metrics = [json.loads(line) for line in (supervised / "supervised" / "metrics.jsonl").read_text().splitlines()]
-    assert any("negatives_hardness/mine" in line for line in metrics)
+    mining = [f"stages.{n}.recipe.{key}" for n in (0, 1) for key in (f"data.path={files[0]}", "candidates=23")]
+    command = [
+        "run",
+        str(RECIPES / "conan-supervised.yaml"),
+        f"output={supervised}",
+        *mining,
+        "stages.0.recipe.select.negatives=14",
+        *(f"stages.{n}.recipe.searchers.0.model={made['weak']}" for n in (0, 1)),
+        f"stages.1.recipe.teacher.model={scorer}",
+        f"stages.2.recipe.model.path={made['weak']}",
+        "stages.2.recipe.model.dimension=1024",
+        "stages.2.recipe.data.0.batch_size=8",
+        "stages.2.recipe.data.1.batch_size=8",
+        *(f"stages.2.recipe.{change}" for change in quick),
+    ]
+    own = [f"stages.2.recipe.data.1.{key}" for key in (f"path={files[1]}", "columns=null", "score_range=null")]
+    for more, similarity in (([], "pairs"), (own, "scored")):
+        result = CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert (supervised / "supervised" / "model" / "model.safetensors").exists()
+        metrics = [json.loads(line) for line in (supervised / "supervised" / "metrics.jsonl").read_text().splitlines()]
+        assert any("negatives_hardness/mine" in line for line in metrics)
+        assert metrics[-1][f"loss/{similarity}"] > 0
+        shutil.rmtree(supervised / "supervised")
