@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,27 @@ def test_a_source_without_negatives_is_mined_before_the_first_step(live, tmp_pat
         train(parse(Recipe, bare | {"output": str(tmp_path / "y")}))
 
 
+def test_curves_are_in_tensorboard_and_the_report(live, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = changed(live, tmp_path / "run", remine_every=8, pool=14)
+    shown["train"] |= {"log_with": ["tensorboard"], "log_every": 2}
+    train(parse(Recipe, shown))
+    events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out.tfevents.*")).parent)).Reload()
+    measures = ("hardness", "replaced", "suspect", "exhausted")
+    for key in (*(f"negatives_{measure}/pools" for measure in measures), "remine_seconds"):
+        written = lines(tmp_path / "run", key)
+        assert len(written) > 2, key
+        shown_there = {event.step: event.value for event in events.Scalars(key)}
+        assert list(shown_there.values()) == pytest.approx(written), key
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    section = page.split("<h2>Negatives</h2>")[1].split("<h2>")[0]
+    charts = dict(re.findall(r'<figcaption>(.*?)</figcaption>.*?application/json">(.*?)</script>', section, re.DOTALL))
+    for measure in measures:
+        assert json.loads(charts[measure])["data"][0]["y"] == lines(tmp_path / "run", f"negatives_{measure}/pools")
+    assert "Seconds spent on mining anew, so far" in charts
+
+
 def test_a_damaged_state_is_named(live, tmp_path, monkeypatch):
     broken = changed(live, tmp_path / "run")
     monkeypatch.setattr(loop_module, "finish", lambda *_: (_ for _ in ()).throw(TrainingError("a power cut")))
@@ -196,7 +218,8 @@ def test_layouts_of_the_balance_choose_the_same_negatives(live, files, tmp_path)
     train(parse(Recipe, layout("one")))
     on_ranks(2, work, tmp_path, [layout("own"), layout("spread", spread_negatives=True)])
     on_ranks(3, work, tmp_path, [layout("split", mode="split")])
+    on_ranks(5, work, tmp_path, [layout("five", mode="split"), layout("three", mode="split", sts_ranks=2)])
     expected = lines(tmp_path / "one", "negatives_replaced/pools")
     assert sum(expected) > 4
-    for name in ("own", "spread", "split"):
+    for name in ("own", "spread", "split", "five", "three"):
         assert lines(tmp_path / name, "negatives_replaced/pools") == expected, name

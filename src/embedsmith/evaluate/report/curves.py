@@ -31,12 +31,14 @@ def curve_section(lines: Sequence[Line]) -> list[Section]:
 
 
 def hardness_section(lines: Sequence[Line]) -> Section:
-    """How hard the negatives were and how many were replaced, by source, where mining reported it."""
+    """How hard the negatives were, how many were replaced and how many may be false, by source, and what mining anew
+    took, where the run reported it."""
     keys = [key for key in dict.fromkeys(key for line in lines for key in line) if key.startswith(_HARDNESS)]
     charts = []
     for measure in dict.fromkeys(key.split("/", 1)[0] for key in keys):
         mine = [key for key in keys if key.startswith(f"{measure}/")]
         charts.append(_curves(lines, mine, measure.removeprefix(_HARDNESS).replace("_", " "), ""))
+    charts.append(_curves(lines, ["remine_seconds"], "Seconds spent on mining anew, so far", "s", least=0.0))
     return Section("negatives", "Negatives", _grid(charts))
 
 
