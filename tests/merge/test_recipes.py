@@ -10,7 +10,9 @@ from embedsmith.merge import MergeRecipe, merge
 from tests.merge.models import family
 
 FILES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("merge*.yaml"))
-PLAIN = [path for path in FILES if "parents" in read_tree(path) and "probe" not in str(read_tree(path)["method"])]
+MERGES = [path for path in FILES if "parents" in read_tree(path)]
+PROBED = [path for path in MERGES if "probe" in read_tree(path)["method"]]
+PLAIN = [path for path in MERGES if path not in PROBED]
 
 
 @pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.stem)
@@ -24,3 +26,23 @@ def test_recipe_merges(path, tmp_path):
     changes += ["packaging.prompts=null"] if "packaging" in tree else []
     result = merge(load_recipe(path, MergeRecipe, changes))
     assert embedsmith.load(str(result.path)).encode("the cat").shape == (16,)
+
+
+@pytest.mark.parametrize("path", PROBED, ids=lambda path: path.stem)
+def test_recipe_with_a_probe_merges(path, tmp_path, folders):
+    parents = [f"parents.{at}.path={folders / f'parent-{at}'}" for at in range(len(read_tree(path)["parents"]))]
+    files = [f"method.probe.sources.{at}.path={folders / name}.jsonl" for at, name in enumerate(("pairs", "graded"))]
+    small = ["method.steps=2", "method.check_every=1", "method.batch_size=4", "method.held_out=0.5"]
+    out = tmp_path / "out"
+    changes = [
+        *parents,
+        *files,
+        *small,
+        "method.probe.negatives=2",
+        "unrelated=true",
+        f"base={folders / 'base'}",
+        f"output={out}",
+        "cache=null",
+    ]
+    result = merge(load_recipe(path, MergeRecipe, changes))
+    assert embedsmith.load(str(result.path)).encode("the cat").shape[-1] > 0

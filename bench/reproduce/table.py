@@ -1,0 +1,111 @@
+"""Verdicts as Markdown: what docs/reproduction.md holds between its two marks. No figure is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.reproduce.claim import Check, Claim, Measure
+from embedsmith.core.files import atomic_file
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+Judged = Mapping[str, Any]
+
+
+def update_document(path: Path, claims: Iterable[Claim], judged: Mapping[str, Judged]) -> None:
+    """Put the results between the marks of the document."""
+    text = path.read_text(encoding="utf-8")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    with atomic_file(path) as file:
+        file.write(f"{head}{BEGIN}\n{results_text(list(claims), judged)}\n{END}{tail}")
+
+
+def document_results(path: Path) -> str:
+    """What stands between the marks."""
+    return path.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def results_text(claims: list[Claim], judged: Mapping[str, Judged]) -> str:
+    """The table of all claims, then a section for each."""
+    lines = ["| claim | system | verdict | checks that hold | seeds |", "|---|---|---|---|---|"]
+    lines += [overview_row(claim, judged.get(claim.name)) for claim in claims]
+    sections = [f"### {claim.name}\n\n{claim_text(claim, judged.get(claim.name))}" for claim in claims]
+    return "\n".join(lines) + "\n\n## Claim by claim\n\n" + "\n\n".join(sections)
+
+
+def overview_row(claim: Claim, judged: Judged | None) -> str:
+    checks = (judged or {}).get("checks") or []
+    held = sum(check is not None and check["outcome"] == "holds" for check in checks)
+    counted = f"{held} of {len(claim.checks)}" if any(checks) else ""
+    seeds = (judged or {}).get("seeds") or ""
+    return f"| [{claim.name}](#{claim.name}) | {claim.system} | {word_of(claim, judged)} | {counted} | {seeds} |"
+
+
+def word_of(claim: Claim, judged: Judged | None) -> str:
+    unknown = "untestable here" if claim.untestable else "not run yet"
+    return str(judged["verdict"]) if judged else unknown
+
+
+def claim_text(claim: Claim, judged: Judged | None) -> str:
+    """One claim: words, source, setting, results, verdict, full scale."""
+    recipes = ", ".join(f"`recipes/{name}`" for name in claim.recipes)
+    parts = [
+        f"**Claim.** {claim.says}",
+        f"**Source.** {claim.source}. {claim.measured}",
+        f"**Here.** {claim.setting}" if claim.untestable is None else f"**Untestable here.** {claim.untestable}",
+    ]
+    if judged and judged["arms"]:
+        parts.append("\n".join(arm_table(claim, judged["arms"])))
+    if claim.checks:
+        parts.append("\n".join(check_table(claim, judged)))
+    parts.append(f"**Verdict.** {word_of(claim, judged)}.")
+    parts.append(f"**Full scale.** {claim.full} Recipes: {recipes}.")
+    if claim.untestable is None:
+        parts.insert(3, f"`python -m bench.reproduce {claim.name}`")
+    return "\n\n".join(parts)
+
+
+def arm_table(claim: Claim, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Means and standard deviations over seeds."""
+    shown = [measure for measure in claim.shown if any(measure.words in cells for cells in arms.values())]
+    lines = ["| arm | " + " | ".join(measure.words for measure in shown) + " |", "|---|" + "---|" * len(shown)]
+    for arm, cells in arms.items():
+        row = [spread(cells.get(measure.words), measure) for measure in shown]
+        lines.append(f"| {arm} | " + " | ".join(row) + " |")
+    return lines
+
+
+def spread(cell: Mapping[str, Any] | None, measure: Measure) -> str:
+    if cell is None:
+        return ""
+    mean = f"{cell['mean']:.{measure.digits}f}"
+    return mean if cell["sd"] is None else f"{mean} ± {cell['sd']:.{measure.digits}f}"
+
+
+def check_table(claim: Claim, judged: Judged | None) -> list[str]:
+    """What was asked, and what came of it. Differences are positive where the first arm is better."""
+    found = (judged or {}).get("checks") or [None] * len(claim.checks)
+    lines = ["| check | asked | difference | 95 % | outcome |", "|---|---|---|---|---|"]
+    for check, result in zip(claim.checks, found, strict=True):
+        cells = [check.words, asked(check), *(result_cells(check, result) if result else ("", "", "not run yet"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def asked(check: Check) -> str:
+    """The check as a formula."""
+    share = "" if check.share == 1 else f"{check.share:g} x "
+    first, second = f"{check.first}, {check.measure.words}", f"{share}{check.second}, {check.other.words}"
+    if check.measure == check.other and check.first != check.second:
+        first, second = check.first, f"{share}{check.second} ({check.measure.words})"
+    sign = "below" if check.measure.lower_is_better else "above"
+    slack = f" by {check.margin:g}" if check.margin > 0 else f" less {-check.margin:g}" if check.margin < 0 else ""
+    return f"{first} {sign} {second}{slack}"
+
+
+def result_cells(check: Check, result: Mapping[str, Any]) -> tuple[str, str, str]:
+    digits = check.measure.digits
+    how = {"bootstrap": "bootstrap", "t": "t", "one run": ""}[result["how"]]
+    bounds = "" if result["low"] is None else f"{result['low']:+.{digits}f} to {result['high']:+.{digits}f} ({how})"
+    return f"{result['value']:+.{digits}f}", bounds, result["outcome"]
