@@ -79,6 +79,11 @@ class Average(CoefficientMethod):
     def reads_gram(self) -> bool:  # type: ignore[override]
         return self.restore_norm
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the coefficients sum to 1, so that the base has no share."""
+        return self.scale == 1 and not self.restore_norm
+
     def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         check_weights(weight_M)
         if self.restore_norm:

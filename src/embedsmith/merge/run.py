@@ -22,6 +22,7 @@ from embedsmith.core.progress import Bar, log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.registry import to_plain
 from embedsmith.merge.coefficients import normalised
+from embedsmith.merge.geometric import Average
 from embedsmith.merge.method import Combine, combine_coefficients
 from embedsmith.merge.package import homes, write_around, write_index
 from embedsmith.merge.parents import Parent
@@ -145,7 +146,7 @@ def _stream(plan: Plan, partial: Path) -> dict[str, Any]:
     files = homes(plan, dtype_of, shard_bytes)
     _check_space(files, partial)
     facts: dict[str, Any] = {}
-    sections = _sections(plan, facts)
+    sections = _sections(plan, facts, dtype_of)
     stamp = _stamp(plan)
     done, rounding = _open_partial(partial, stamp)
     with _opened(partial, files) as writers:
@@ -156,13 +157,15 @@ def _stream(plan: Plan, partial: Path) -> dict[str, Any]:
     return _report(plan, dtype_of, facts, rounding)
 
 
-def _sections(plan: Plan, facts: dict[str, Any]) -> list[Section]:
+def _sections(plan: Plan, facts: dict[str, Any], dtype_of: Mapping[str, torch.dtype]) -> list[Section]:
     """Every method prepared, and the means of what has no ancestor. Each method's report goes into `facts`."""
     found: list[Section] = []
     for method, names in plan.by_method:
         job = plan.job(names)
         combine = method.prepare(job)
-        found.append(Section(plan.parents, plan.base, names, combine, method.by_rows))
+        # nobody looks at the base of a plain mean but the rounding report: one model less to read
+        unread = isinstance(method, Average) and method.is_mean and all(dtype_of[n].itemsize > 2 for n in names)
+        found.append(Section(plan.parents, None if unread else plan.base, names, combine, method.by_rows))
         for key, value in job.report.items():
             facts.setdefault(key, {}).update(value)
     for holders in dict.fromkeys(plan.averaged.values()):

@@ -58,14 +58,15 @@ class Stored:
     def read(self, start: int, stop: int) -> Tensor:
         """Errors: `CheckpointError` when the file ends early (it is damaged or was changed meanwhile)."""
         width = self.dtype.itemsize
-        buffer = bytearray((stop - start) * width)
+        values_E = torch.empty(stop - start, dtype=self.dtype)  # a bytearray would be filled with zeros first
+        buffer: memoryview = memoryview(values_E.view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * width)
-                _fill(memoryview(buffer), file, self.file)
+                _fill(buffer, file, self.file)
         except OSError as error:
             raise CheckpointError(f"cannot read the weights ({error.strerror})", where=self.file) from error
-        return torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
+        return values_E
 
 
 def _fill(view: memoryview, file: object, path: Path) -> None:
