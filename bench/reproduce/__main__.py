@@ -57,7 +57,7 @@ def main() -> None:
         print_list(study)
     if a.table:
         keep_verdicts(study, list(CLAIMS))
-        update_document(DOCUMENT, CLAIMS.values(), read_json(study.results, {})["claims"])
+        update_document(DOCUMENT, CLAIMS.values(), read_json(study.results, {}))
         print(f"wrote {DOCUMENT.relative_to(ROOT)}")
 
 

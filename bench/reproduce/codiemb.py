@@ -129,6 +129,9 @@ FULL = (
     "scored on 8 retrieval and 7 similarity tasks of CMTEB: some days on eight GPUs for all baselines."
 )
 
+LIKE = "As in codiemb-joint."
+MORE = "As for codiemb-joint."
+
 CLAIMS = (
     Claim(
         name="codiemb-joint",
@@ -157,9 +160,9 @@ CLAIMS = (
         says="One joint model does both tasks without one hurting the other: about as well as a model for each.",
         source=f"{PAPER}, abstract; table 2 (as its reviews describe it)",
         measured="A small cost in retrieval in exchange for gains in similarity; figures could not be read.",
-        setting=SETTING + " The single models take all 80 steps on their task, twice as many as the joint model does. "
+        setting=LIKE + " The single models take all 80 steps on their task, twice as many as the joint model does. "
         'A point is the margin of "about as well".',
-        full=FULL,
+        full=MORE,
         recipes=("codiemb.yaml",),
         checks=(
             Check("retrieval within a point of the retrieval model", "codiemb", "retrieval", RETRIEVAL, margin=-1.0),
@@ -176,9 +179,9 @@ CLAIMS = (
         says="Fusing checkpoints of several runs with weights from each parameter's deviation beats a uniform soup.",
         source=f"{PAPER}, abstract; the formula is reconstructed (docs/merging.md)",
         measured="Better than model soups; neither formula nor figures could be read.",
-        setting=SETTING + " Six checkpoints: the joint, the retrieval and the similarity run, each at half time and at "
+        setting=LIKE + " Six checkpoints: the joint, the retrieval and the similarity run, each at half time and at "
         "its end, are merged without training.",
-        full=FULL + " Then the checkpoints of every epoch are merged, in minutes.",
+        full=MORE + " Then the checkpoints of every epoch are merged, in minutes.",
         recipes=("codiemb.yaml", "merge-codiemb.yaml"),
         checks=(
             Check("hierarchical fusion above the soup", "fusion", "uniform soup"),
@@ -195,9 +198,9 @@ CLAIMS = (
         "condition number than after training with InfoNCE or CoSENT alone.",
         source=f"{PAPER}, table 3 (direction only); definitions reconstructed (docs/geometry.md)",
         measured="Lowest token similarity, highest rank and SVD entropy, much lower condition number; no figures.",
-        setting=SETTING + " Token states of 200 documents of debian-dev, one matrix a text; the rank is divided by the "
+        setting=LIKE + " Token states of 200 documents of debian-dev, one matrix a text; the rank is divided by the "
         "number of tokens, the condition number is the logarithm's mean.",
-        full=FULL + " `embedsmith geometry` reads any of the models.",
+        full=MORE + " `embedsmith geometry` reads any of the models.",
         recipes=("codiemb.yaml",),
         checks=tuple(
             Check(f"{measure.words}, against {arm}", "codiemb", arm, measure)

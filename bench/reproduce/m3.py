@@ -66,6 +66,9 @@ FULL = (
 )
 ALL = "all"
 
+LIKE = "As in m3-distillation."
+MORE = "As for m3-distillation."
+
 CLAIMS = (
     Claim(
         name="m3-distillation",
@@ -87,8 +90,8 @@ CLAIMS = (
         says="The heads together retrieve better than each alone.",
         source=f"{PAPER}, MIRACL table",
         measured="MIRACL nDCG@10: dense 69.2, sparse 53.9, multi-vector 70.5, dense and sparse 70.4, all 71.5.",
-        setting=SETTING + " Distilled model, the paper's weights.",
-        full=FULL,
+        setting=LIKE + " Distilled model, the paper's weights.",
+        full=MORE,
         recipes=("m3.yaml",),
         checks=tuple(
             Check(f"all above {head} alone", f"distilled: {ALL}", f"distilled: {head}", NDCG) for head in HEADS
@@ -104,7 +107,7 @@ CLAIMS = (
         source=f"{PAPER}, MKQA table",
         measured="MKQA Recall@100: dense 75.1, sparse 45.3, multi-vector 75.3, all 75.5.",
         setting="The models of m3-distillation; German questions of XQuAD on its English passages, nDCG@10.",
-        full=FULL,
+        full=MORE,
         recipes=("m3.yaml",),
         checks=(
             Check("dense above sparse", "distilled: dense", "distilled: sparse", NDCG),
@@ -122,7 +125,7 @@ CLAIMS = (
         measured="MLDR nDCG@10 of the dense head without long fine-tuning: 41.2, with MCLS 45.0.",
         setting="bench.m3: MiniLM tuned for 80 steps with cls pooling, positions extended to 8192; English XQuAD "
         "passages, each hidden among twelve abstracts, in texts of some thousand tokens. One model, so no seeds.",
-        full=FULL,
+        full=MORE,
         recipes=("m3.yaml",),
         checks=(
             Check("MCLS above one CLS", "MCLS, 8192 positions", "one CLS, 8192 positions", NDCG),

@@ -90,6 +90,9 @@ FULL = (
 )
 RECIPES = ("merge-self-positioning.yaml", "joint.yaml")
 
+LIKE = "As in self-positioning-joint."
+MORE = "As for self-positioning-joint."
+
 CLAIMS = (
     Claim(
         name="self-positioning-joint",
@@ -119,8 +122,8 @@ CLAIMS = (
         says="Learned positions beat the static methods, and of those SLERP is the best.",
         source=f"{PAPER}, comparison of methods (the table could not be read)",
         measured="SLERP is the best of the tuned static methods, Self-Positioning above it.",
-        setting=SETTING + " Every method at its defaults, which the source tuned.",
-        full=FULL,
+        setting=LIKE + " Every method at its defaults, which the source tuned.",
+        full=MORE,
         recipes=("merge-self-positioning.yaml", "merge.yaml", "merge-ties.yaml"),
         checks=(
             Check("Self-Positioning above SLERP", "self_positioning", "slerp"),
@@ -135,9 +138,9 @@ CLAIMS = (
         "fraction of its cost.",
         source=f"{PAPER}, abstract and section on cost",
         measured="Better than re-sampling at lower cost; figures could not be read.",
-        setting=SETTING + " The grid has 30 points, scored on the very tasks it is judged by; one seed. Cost: texts "
+        setting=LIKE + " The grid has 30 points, scored on the very tasks it is judged by; one seed. Cost: texts "
         "encoded, a backward pass counts as two.",
-        full=FULL,
+        full=MORE,
         recipes=RECIPES,
         checks=(
             Check("within 0.2 of the grid's best point, or above", "self_positioning", "best of grid", margin=-0.2),
@@ -154,9 +157,9 @@ CLAIMS = (
         source=f"{PAPER}, figures 3 to 5",
         measured="Lengths grow with the amount of data, and the joint model turns to the larger one; values could not "
         "be read.",
-        setting=SETTING + " Lengths at five sizes of data, from an eighth to twice 3,840 rows; joint models with five "
+        setting=LIKE + " Lengths at five sizes of data, from an eighth to twice 3,840 rows; joint models with five "
         "shares of retrieval.",
-        full=FULL + " `embedsmith merge --explain --sizes` draws the curves of any run.",
+        full=MORE + " `embedsmith merge --explain --sizes` draws the curves of any run.",
         recipes=("merge-self-positioning.yaml",),
         checks=(
             *(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 Judged = Mapping[str, Any]
 
 
-def update_document(path: Path, claims: Iterable[Claim], judged: Mapping[str, Judged]) -> None:
-    """Put the results between the marks of the document."""
+def update_document(path: Path, claims: Iterable[Claim], table: Mapping[str, Any]) -> None:
+    """Put the results of a JSON table between the marks of the document."""
     text = path.read_text(encoding="utf-8")
     head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
     with atomic_file(path) as file:
-        file.write(f"{head}{BEGIN}\n{results_text(list(claims), judged)}\n{END}{tail}")
+        file.write(f"{head}{BEGIN}\n{results_text(list(claims), table)}\n{END}{tail}")
 
 
 def document_results(path: Path) -> str:
@@ -26,12 +26,31 @@ def document_results(path: Path) -> str:
     return path.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
 
 
-def results_text(claims: list[Claim], judged: Mapping[str, Judged]) -> str:
-    """The table of all claims, then a section for each."""
-    lines = ["| claim | system | verdict | checks that hold | seeds |", "|---|---|---|---|---|"]
+def results_text(claims: list[Claim], table: Mapping[str, Any]) -> str:
+    """Where results come from, the table of all claims, then a section for each."""
+    judged: Mapping[str, Judged] = table.get("claims", {})
+    lines = [
+        about_runs(table.get("runs", [])),
+        "",
+        "| claim | system | verdict | checks that hold | seeds |",
+        "|---|---|---|---|---|",
+    ]
     lines += [overview_row(claim, judged.get(claim.name)) for claim in claims]
     sections = [f"### {claim.name}\n\n{claim_text(claim, judged.get(claim.name))}" for claim in claims]
     return "\n".join(lines) + "\n\n## Claim by claim\n\n" + "\n\n".join(sections)
+
+
+def about_runs(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The study's own runs: how many, how long, on what and when."""
+    if not runs:
+        return "No runs of the study's own yet."
+    machines = sorted({f"{run['environment']['cpu']}, {run['environment']['cores']} cores" for run in runs})
+    versions = sorted({f"torch {run['environment']['versions']['torch']}" for run in runs})
+    days = sorted(run["environment"]["date"][:10] for run in runs)
+    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    minutes = sum(run["minutes"] for run in runs)
+    where = "; ".join([*machines, *versions])
+    return f"{len(runs)} runs of the study's own, {minutes:.0f} minutes in all, on {where}; {when}."
 
 
 def overview_row(claim: Claim, judged: Judged | None) -> str:

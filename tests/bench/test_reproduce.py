@@ -287,7 +287,7 @@ def judged(claim, seed=0):
 
 def test_results_have_a_section_for_every_claim_and_every_check():
     found = {name: judged(claim) for name, claim in CLAIMS.items()}
-    text = results_text(list(CLAIMS.values()), found)
+    text = results_text(list(CLAIMS.values()), {"claims": found})
     for name, claim in CLAIMS.items():
         assert f"### {name}\n" in text
         assert found[name]["verdict"] != "not run yet"
@@ -303,6 +303,15 @@ def test_results_read_well_before_there_are_any():
     assert "None" not in text
 
 
+def test_the_results_say_where_they_come_from():
+    where = lambda day, cpu: {"date": f"2026-11-{day}T10:00", "cpu": cpu, "cores": 2, "versions": {"torch": "2.13"}}
+    runs = [{"minutes": 1.4, "environment": where("21", "A")}, {"minutes": 2.2, "environment": where("23", "B")}]
+    line = results_text([], {"runs": runs}).splitlines()[0]
+    assert line.startswith(
+        "2 runs of the study's own, 4 minutes in all, on A, 2 cores; B, 2 cores; torch 2.13; 2026-11-21 to"
+    )
+
+
 def test_the_document_is_updated_between_its_marks(tmp_path):
     path = tmp_path / "doc.md"
     path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -315,8 +324,7 @@ def test_the_document_is_updated_between_its_marks(tmp_path):
 
 
 def test_the_document_says_what_the_results_say():
-    known = read_json(RESULTS / "reproduce.json", {}).get("claims", {})
-    text = results_text(list(CLAIMS.values()), known)
+    text = results_text(list(CLAIMS.values()), read_json(RESULTS / "reproduce.json", {}))
     message = "write it anew: python -m bench.reproduce --table"
     assert document_results(ROOT / "docs" / "reproduction.md") == text, message
 
