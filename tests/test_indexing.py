@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedsmith.cli import app
-from embedsmith.core.errors import SearchError
+from embedsmith.core.errors import DataError, SearchError
 from embedsmith.models import load
 from tests.tinybert import tiny_bert
 
@@ -82,3 +82,33 @@ def test_texts_at_the_edge(model, documents, tmp_path):
     for query in ("☃", " ", "cat"):
         (line,) = typed("search", query, "-i", place, "--json").splitlines()
         assert all(abs(hit["score"]) < 10 for hit in json.loads(line)["hits"])
+
+
+def test_the_model_is_found_from_another_folder(model, documents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed("index", "model", documents, "--to", "index")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "mat" in typed("search", "mat", "-i", "../index")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"_id": "1", "text": "the dog"}', "line 1"),
+        ('{"_id": "4", "text": "a \\ud800 dog"}', "broken Unicode"),
+        ('{"_id": "4", "text": "  "}', "empty text"),
+    ],
+)
+def test_a_wrong_document_is_said_before_any_is_encoded(model, documents, tmp_path, row, says):
+    with open(documents, "a", encoding="utf-8") as file:
+        file.write(f"\n{row}")
+    with pytest.raises(DataError, match=rf"docs.jsonl:4: .*{says}"):
+        typed("index", model, documents, "--to", str(tmp_path / "index"), "--batch", "1")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_query_of_broken_unicode(model, documents, tmp_path):
+    typed("index", model, documents, "--to", str(tmp_path / "index"))
+    with pytest.raises(DataError, match="broken Unicode in text 1"):
+        typed("search", "cat", "\udcff", "-i", str(tmp_path / "index"))

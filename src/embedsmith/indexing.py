@@ -54,16 +54,21 @@ class Place:
 
 
 def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
-    """Index the documents of a file or BEIR folder; what is there unchanged is left alone. Gives the size, too."""
+    """Index the documents of a file or BEIR folder; what is there unchanged is left alone. Gives the size, too.
+
+    The documents are read twice: what is wrong with them is said before anything is encoded.
+    """
     from embedsmith.models import load
 
+    total = sum(1 for _ in read_documents(documents))
     encoder = load(model)
     store = place.open()
     try:
         fresh = store.settings() is None
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
-        index = open_index(encoder, store, heads=names, model=model, create=True)
-        return index.add(read_documents(documents), batch=batch, total=None), len(index)
+        place_of_model = str(Path(model).resolve()) if Path(model).exists() else model
+        index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
+        return index.add(read_documents(documents), batch=batch, total=total), len(index)
     finally:
         store.close()
 
@@ -100,8 +105,8 @@ def run_search(place: Place, model: str | None, asked: Asked, explained: bool) -
         raise SearchError("no query", expected="one query or more, or --file")
     store = place.open()
     try:
-        kept = store.settings()
-        encoder = load(model or (kept or {}).get("model") or _no_index(place))
+        kept = store.settings() or _no_index(place)
+        encoder = load(model or kept["model"])
         index = open_index(encoder, store, model=model or "")
         hits = index.search(
             asked.queries,
@@ -118,7 +123,7 @@ def run_search(place: Place, model: str | None, asked: Asked, explained: bool) -
         store.close()
 
 
-def _no_index(place: Place) -> str:
+def _no_index(place: Place) -> dict[str, Any]:
     raise SearchError(
         "there is no index here",
         where=place.folder or place.url,

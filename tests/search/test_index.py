@@ -7,7 +7,9 @@ import random
 import signal
 import time
 from collections import Counter
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from tests.search.words import Words
 
@@ -213,6 +215,26 @@ def test_a_server_that_goes_away_in_the_middle_loses_nothing(monkeypatch):
     assert len(index) == 40
     written = index.add(documents(), batch=20)
     assert (written.new, written.unchanged) == (80, 40)
+
+
+def test_what_is_too_large_for_one_call_is_written_in_several(monkeypatch):
+    monkeypatch.setattr("embedsmith.search.index.server._NUMBERS", 60)
+    store = ServerStore(":memory:", "docs", waits=())
+    index = open_index(Words(), store, heads=HEADS, create=True)
+    upsert, calls = store._client.upsert, []
+
+    def counting(collection, rows, **options):
+        count = lambda vector: np.size(vector) if isinstance(vector, list) else 2 * len(vector.indices)
+        numbers = [sum(map(count, row.vector.values())) for row in rows]
+        calls.append(numbers)
+        return upsert(collection, rows, **options)
+
+    monkeypatch.setattr(store._client, "upsert", counting)
+    index.add(documents(30))
+    assert len(index) == 30 == sum(map(len, calls))
+    assert len(calls) > 3
+    assert all(sum(numbers) <= 60 or len(numbers) == 1 for numbers in calls)
+    assert any(sum(one) + two[0] > 60 for one, two in pairwise(calls))
 
 
 def test_explanations_add_up():

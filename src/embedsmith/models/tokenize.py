@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import ModelError
+from embedsmith.core.errors import DataError, ModelError
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.config import Settings
 from embedsmith.models.prompts import filled
@@ -64,10 +64,11 @@ class TextTokenizer:
             prompts, texts = self._twice(prompts, texts, settings)
         self._set_up(settings.max_length)
         if not any(prompts):
-            encodings = self._native.encode_batch_fast(list(texts))
+            encodings = _read(self._native.encode_batch_fast, texts)
             rows = [encoding.ids or [self._filler_id] for encoding in encodings]
             return TokenBatch.from_rows(rows, np.zeros(len(rows), np.int64).tolist(), is_query)
-        encodings = self._native.encode_batch([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        encodings = _read(self._native.encode_batch, whole)
         rows = [encoding.ids or [self._filler_id] for encoding in encodings]
         starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
         return TokenBatch.from_rows(rows, starts, is_query)
@@ -98,6 +99,18 @@ class TextTokenizer:
                 self._native.no_truncation()
         elif truncation is None or truncation["max_length"] != max_length:
             self._native.enable_truncation(max_length=max_length)
+
+
+def _read(encode: Callable[[list[str]], list[Any]], texts: Sequence[str]) -> list[Any]:
+    """Errors: `DataError` for broken Unicode, which the native code refuses without saying where it is."""
+    try:
+        return encode(list(texts))
+    except TypeError:
+        broken = (number for number, text in enumerate(texts) if text.encode("utf-8", "replace").decode() != text)
+        number = next(broken, None)
+        if number is None:
+            raise
+        raise DataError(f"broken Unicode in text {number}", expected="text without lone surrogates") from None
 
 
 def _prompts(texts: Sequence[str], prompt: str, instruction: Instruction, template: str | None) -> list[str]:

@@ -150,7 +150,7 @@ class EdgeStore:
         with disk_errors(self._folder):
             try:
                 yield
-            except OSError:
+            except (OSError, SearchError):
                 raise
             except Exception as error:  # the engine raises nothing more exact
                 if "No space left" in str(error):

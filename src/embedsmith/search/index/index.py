@@ -219,6 +219,6 @@ def open_index(
         raise SearchError(
             f"the index has the heads {', '.join(kept['heads'])}",
             expected=", ".join(heads),
-            fix="leave --heads out, or index the documents again in a new place",
+            fix="leave --head out, or index the documents again in a new place",
         )
     return HybridIndex(encoder, store, tuple(kept["heads"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from embedsmith.core.errors import MissingExtraError, SearchError
@@ -13,6 +13,8 @@ from embedsmith.search.index.store import METADATA, FieldSpec, Request, StoredPo
 T = TypeVar("T")
 _WAITS = (0.5, 2.0, 8.0)
 """Seconds before another try of a call that did not reach the server."""
+_NUMBERS = 2**20
+"""Numbers in one call: some 22 MB of JSON, where a server by default refuses more than 32."""
 
 
 class ServerStore:
@@ -57,13 +59,15 @@ class ServerStore:
         )
 
     def upsert(self, points: Sequence[StoredPoint]) -> None:
-        rows = [
-            self._models.PointStruct(
-                id=p.key, vector={name: self._vector(v) for name, v in p.vectors.items()}, payload=dict(p.payload)
-            )
-            for p in points
-        ]
-        self._call(lambda: self._client.upsert(self._collection, rows, wait=True))
+        """In several calls where one would be larger than a server takes."""
+        for some in _in_calls(points):
+            rows = [
+                self._models.PointStruct(
+                    id=p.key, vector={name: self._vector(v) for name, v in p.vectors.items()}, payload=dict(p.payload)
+                )
+                for p in some
+            ]
+            self._call(lambda rows=rows: self._client.upsert(self._collection, rows, wait=True))  # type: ignore[misc]
 
     def delete(self, keys: Sequence[str]) -> None:
         chosen = self._models.PointIdsList(points=list(keys))
@@ -126,6 +130,26 @@ class ServerStore:
             except (ApiException, ValueError) as error:
                 raise SearchError(f"the server says: {error}", where=self._where) from error
         raise AssertionError("the last try returns or raises")
+
+
+def _in_calls(points: Sequence[StoredPoint]) -> Iterator[list[StoredPoint]]:
+    """Points in order, at most `_NUMBERS` numbers together (a point of more comes alone)."""
+    some: list[StoredPoint] = []
+    held = 0
+    for point in points:
+        count = sum(_numbers(vector) for vector in point.vectors.values())
+        if some and held + count > _NUMBERS:
+            yield some
+            some, held = [], 0
+        some, held = [*some, point], held + count
+    if some:
+        yield some
+
+
+def _numbers(vector: Vector) -> int:
+    if isinstance(vector, tuple):
+        return 2 * len(vector[0])
+    return sum(len(one) if isinstance(one, list) else 1 for one in vector)
 
 
 def _condition(models: Any, key: str, kind: str, value: Any) -> Any:
