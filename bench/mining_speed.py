@@ -2,8 +2,13 @@
 
 `python -m bench.mining_speed` compares exact search with a flat FAISS index, and mining with sentence-transformers'
 `mine_hard_negatives` (same vectors, same filters), each arm in a process of its own, arms taking turns. Vectors are
-made up (unit length, in clusters); time is processor time with one thread. Peak memory is what an arm adds to vectors
-that are already loaded. Results are appended to bench/results/mining.json under `speed`.
+made up (unit length, in clusters); time is processor time with one thread. Results are appended to
+bench/results/mining.json under `speed`.
+
+Peak memory is what an arm adds to vectors that are already loaded. `search-embedsmith` should stay within `bound`: a
+block of scores, twice copied while its best are chosen (13 bytes a score); for every query its vector, the best k with
+room for 256 more while they are collected, and the result (12 bytes a candidate). Further arms search with blocks of
+512 to 32,768 documents: their memory shows what a block costs.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from typing import Any
 from bench.common import RESULTS, ROOT, environment, read_json, write_json
 
 ARMS = ("search-embedsmith", "search-faiss", "mine-embedsmith", "mine-sentence-transformers")
+BLOCKS = (512, 8192, 32768)
+BLOCK_ARMS = tuple(f"search-block-{block}" for block in BLOCKS)
 WIDTH, NEGATIVES, MARGIN, HIGHEST = 384, 10, 0.05, 0.8
 
 
@@ -32,7 +39,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS / "mining.json")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=ARMS + BLOCK_ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.arm:
@@ -42,11 +49,15 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    import numpy as np
+
+    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS + BLOCK_ARMS}
     out = ROOT / "bench" / "out" / "mining_speed.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(arguments.rounds):
-        for arm in ARMS:
+    for name, matrix in zip(("queries", "documents"), vectors(arguments), strict=True):
+        np.save(out.with_name(f"mining_speed_{name}.npy"), matrix)
+    for number in range(arguments.rounds):
+        for arm in ARMS + (BLOCK_ARMS if number == 0 else ()):
             sizes = [f"--{name}={getattr(arguments, name)}" for name in ("queries", "documents", "top")]
             command = [sys.executable, "-m", "bench.mining_speed", *sizes, "--arm", arm, "--out", str(out)]
             threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -63,7 +74,8 @@ def report(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]
         "mine_over_sentence_transformers": median("mine-embedsmith") / median("mine-sentence-transformers"),
         "same_candidates": agreement(*(rounds[arm][0]["chosen"] for arm in ARMS[:2])),
         "same_negatives": agreement(*(rounds[arm][0]["chosen"] for arm in ARMS[2:])),
-        "megabytes": {arm: max(entry["megabytes"] for entry in rounds[arm]) for arm in ARMS},
+        "megabytes": {arm: max(entry["megabytes"] for entry in rounds[arm]) for arm in rounds},
+        "bound_megabytes": {arm: bound(arguments, arm) for arm in ("search-embedsmith", *BLOCK_ARMS)},
     }
     print(json.dumps(summary, indent=1))
     slim = {arm: [{k: v for k, v in entry.items() if k != "chosen"} for entry in each] for arm, each in rounds.items()}
@@ -72,6 +84,14 @@ def report(arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]
     entry = {"sizes": sizes, "rounds": slim, "summary": summary, "environment": environment()}
     table.setdefault("speed", []).append(entry)
     write_json(arguments.results, table)
+
+
+def bound(arguments: argparse.Namespace, arm: str) -> float:
+    """What a search may need, by the sizes of its block and of its result (see above), for blocks of 1,024 queries."""
+    rows = int(arm.rpartition("-")[2]) if arm in BLOCK_ARMS else 2048
+    block = 13 * min(arguments.queries, 1024) * rows
+    kept = arguments.queries * (12 * (2 * arguments.top + 256) + 4 * WIDTH)
+    return (block + kept) / 2**20
 
 
 def agreement(left: list[list[int]], right: list[list[int]]) -> float:
@@ -98,12 +118,17 @@ def vectors(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def alone(arguments: argparse.Namespace) -> None:
     """One arm: time of the work itself, and the memory it adds."""
-    queries, documents = vectors(arguments)
+    import numpy as np
+
+    queries, documents = (
+        np.load(arguments.out.with_name(f"mining_speed_{name}.npy")) for name in ("queries", "documents")
+    )
     work = {
         "search-embedsmith": _embedsmith_search,
         "search-faiss": _faiss_search,
         "mine-embedsmith": _embedsmith_mine,
         "mine-sentence-transformers": _library_mine,
+        **dict.fromkeys(BLOCK_ARMS, _embedsmith_search),
     }[arguments.arm](queries, documents, arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
@@ -116,7 +141,8 @@ def alone(arguments: argparse.Namespace) -> None:
 def _embedsmith_search(queries: Any, documents: Any, arguments: argparse.Namespace) -> Callable[[], Any]:
     from embedsmith.search import exact_top_k
 
-    return lambda: exact_top_k(queries, documents, arguments.top)[1][:1000].tolist()
+    block = int(arguments.arm.rpartition("-")[2]) if arguments.arm in BLOCK_ARMS else None
+    return lambda: exact_top_k(queries, documents, arguments.top, block=block)[1][:1000].tolist()
 
 
 def _faiss_search(queries: Any, documents: Any, arguments: argparse.Namespace) -> Callable[[], Any]:

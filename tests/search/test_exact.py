@@ -115,6 +115,13 @@ def test_a_nan_names_the_query_and_the_document() -> None:
         exact_top_k(np.ones((3, 2), np.float32), document, 2, block=4)
 
 
+def test_finite_vectors_whose_product_overflows_are_refused() -> None:
+    """Infinite minus infinite: only the scores tell."""
+    document = np.array([[1.0, 1.0], [3e30, -3e30]], np.float32)
+    with pytest.raises(SearchError, match="query 0 with document 1 is not a number"):
+        exact_top_k(np.full((1, 2), 3e30, np.float32), document, 1)
+
+
 @pytest.mark.parametrize(
     ("query", "document", "k"),
     [
