@@ -8,8 +8,8 @@ import torch
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.reps import Dense
 from embedsmith.evaluate import RetrievalTask, STSTask, encoding, evaluate
-from embedsmith.evaluate.metrics import ranking_scores
 from tests.evaluate.fakes import ConstantEncoder, HashEncoder, TableEncoder, WordEncoder, vector
+from tests.evaluate.oracle import trec_scores
 
 PAIRS = STSTask("pairs", ["a", "b", "c", "a"], ["b", "c", "d", "d"], [1.0, 2.0, 3.0, 0.5])
 
@@ -56,7 +56,7 @@ def test_retrieval_equals_scoring_the_complete_matrix() -> None:
         query: {d: float(vector(text) @ vector(body)) for d, body in task.corpus.items()}
         for query, text in task.queries.items()
     }
-    for name, expected in ranking_scores(task.qrels, run).items():
+    for name, expected in trec_scores(task.qrels, run).items():
         assert result.items[name] == pytest.approx(expected, abs=1e-9), name
         assert result.scores[name] == pytest.approx(expected.mean(), abs=1e-9)
 
@@ -73,7 +73,7 @@ def test_a_tie_across_the_cut_is_decided_as_in_the_complete_ranking() -> None:
     """Every document scores the same and there are more of them than are kept: only the id decides."""
     corpus = {f"d{number:03}": f"text {number}" for number in range(300)}
     task = RetrievalTask("tied", {"q": "query"}, corpus, {"q": {"d299": 2, "d250": 1, "d000": 1}})
-    complete = ranking_scores(task.qrels, {"q": dict.fromkeys(corpus, 1.0)})
+    complete = trec_scores(task.qrels, {"q": dict.fromkeys(corpus, 1.0)})
     result = evaluate(ConstantEncoder(), [task])[0]
     assert result.scores == pytest.approx({name: float(value[0]) for name, value in complete.items()})
     assert result.scores["mrr_at_1"] == 1.0

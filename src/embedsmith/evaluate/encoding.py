@@ -114,6 +114,8 @@ def _check(representation: Representation, texts: Sequence[str], label: str) -> 
     if len(representation) != len(texts):
         raise EvaluationError(f"the model gave {len(representation)} rows for {len(texts)} texts", where=label)
     for tensor in representation.floating():
+        if bool(tensor.sum().isfinite()):  # one pass finds that nothing is wrong; a sum that overflowed is looked into
+            continue
         if not bool(tensor.isfinite().all()):
             row = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
             raise EvaluationError(

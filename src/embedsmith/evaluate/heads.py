@@ -21,12 +21,14 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Representation, Reps
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import correlations, ranking_scores
+from embedsmith.evaluate.metrics import correlations
+from embedsmith.evaluate.ranking import Judgements, Ranking, ranking_scores
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.retrieval import RetrievalTask
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import STSTask, Task
 from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.exact import top_of_block
 from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
 
 if TYPE_CHECKING:
@@ -152,18 +154,12 @@ class _Ranking:
 
     def score(self, weights: Sequence[float]) -> float:
         total_QK = torch.tensordot(torch.tensor(weights), self.score_HQK, dims=1)
+        place = {document: number for number, document in enumerate(self.document_ids)}
+        ranking = Ranking(*(part.numpy() for part in top_of_block(total_QK, 11)))
         if self.task.ignore_identical_ids:
-            place = {document: number for number, document in enumerate(self.document_ids)}
-            for row, query in enumerate(self.query_ids):
-                if query in place:
-                    total_QK[row, place[query]] = -torch.inf
-        score_Qk, index_Qk = total_QK.topk(min(10, total_QK.shape[1]), dim=1)
-        run = {
-            query: {self.document_ids[index]: score for index, score in zip(index_k, score_k, strict=True)}
-            for query, index_k, score_k in zip(self.query_ids, index_Qk.tolist(), score_Qk.tolist(), strict=True)
-        }
-        qrels = {query: dict(self.task.qrels[query]) for query in self.query_ids}
-        return float(ranking_scores(qrels, run, (10,))["ndcg_at_10"].mean())
+            ranking = ranking.without(np.array([place.get(query, -1) for query in self.query_ids]))
+        judged = Judgements.of(self.task.qrels, self.query_ids, place)
+        return float(ranking_scores(ranking, judged, (10,))["ndcg_at_10"].mean())
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,14 @@
-"""The figures: correlations through scipy, rankings through trec_eval, with the conventions of mteb."""
+"""Figures of similarities, with the conventions of mteb: correlations through scipy, average precision, thresholds.
+Those of rankings are in `ranking.py`."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-CUTS = (1, 3, 5, 10, 20, 100)
 _FLAT = 1e-9  # below this spread of similarities a model does not tell the pairs apart: what is left is rounding
-
-_TREC = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "accuracy": "success"}
 
 
 def cosines(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np.floating]) -> Floats:
@@ -33,29 +29,6 @@ def correlations(similarity_N: Floats, label_N: Floats) -> tuple[float, float]:
     if len(label_N) < 2 or float(np.ptp(similarity_N)) <= _FLAT or float(np.ptp(label_N)) == 0.0:
         return float("nan"), float("nan")
     return float(spearmanr(similarity_N, label_N)[0]), float(pearsonr(similarity_N, label_N)[0])
-
-
-def ranking_scores(
-    qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]], cuts: Sequence[int] = CUTS
-) -> dict[str, Floats]:
-    """Values of every query of `run`, in its order: `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`,
-    `accuracy_at_k` (is any of the first k relevant) and `mrr_at_k`.
-
-    nDCG takes the grade itself as gain; the others count a grade of 1 or more as relevant. Recall and MAP divide by
-    all relevant documents, retrieved or not. trec_eval orders equal scores by document id, descending.
-    """
-    import pytrec_eval
-
-    at = ",".join(str(k) for k in cuts)
-    measures = {f"{name}.{at}" for name in _TREC.values()} | {"recip_rank"}
-    by_query = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
-
-    def column(name: str) -> Floats:
-        return np.array([by_query[query][name] for query in run], dtype=np.float64)
-
-    values = {f"{ours}_at_{k}": column(f"{theirs}_{k}") for ours, theirs in _TREC.items() for k in cuts}
-    reciprocal_Q = column("recip_rank")  # has no cut-off: 1/rank counts at k only where rank <= k
-    return values | {f"mrr_at_{k}": np.where(reciprocal_Q >= 1 / k, reciprocal_Q, 0.0) for k in cuts}
 
 
 def average_precision(similarity_N: Floats, label_N: npt.NDArray[np.integer]) -> float:

@@ -11,12 +11,10 @@ import torch
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import CUTS, Floats, ranking_scores
+from embedsmith.evaluate.ranking import CUTS, Floats, Judgements, Qrels, Ranking, ranking_scores
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.search import TopK
-
-Qrels = Mapping[str, Mapping[str, int]]
-Run = dict[str, dict[str, float]]
+from embedsmith.search.exact import top_of_block
 
 _NOTES = {
     "queries_without_positives": "queries without a relevant document are left out",
@@ -59,18 +57,18 @@ class RetrievalTask:
 
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
-        run = self._run(reader, query_ids)
+        document_ids = sorted(self.corpus, reverse=True)
+        ranking = self._ranking(reader, query_ids, document_ids)
         metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
-        return ranked_result(self, query_ids, run, self.cuts, metric)
+        return ranked_result(self, query_ids, document_ids, ranking, metric)
 
-    def _run(self, reader: Reader, query_ids: list[str]) -> Run:
-        """Scores of the best documents of every query.
+    def _ranking(self, reader: Reader, query_ids: list[str], document_ids: list[str]) -> Ranking:
+        """The best documents of every query.
 
         The corpus is read in descending order of id, so that the search's rule for ties (the earlier document) is
         trec_eval's (the larger id) and a tie across the cut is decided as in the complete ranking. Every rank searches
         its own share of the corpus.
         """
-        document_ids = sorted(self.corpus, reverse=True)
         asked = [self.queries[query] for query in query_ids]
         query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
         depth = max(self.cuts) + int(self.ignore_identical_ids)
@@ -85,13 +83,11 @@ class RetrievalTask:
             return score_Qk, index_Qk + share.start
 
         found = reader.together(search)
-        score_Qk, index_Qk = found[0] if share == slice(0, len(document_ids)) else _merged(found, depth)
-        run: Run = {}
-        for query, score_k, index_k in zip(query_ids, score_Qk.tolist(), index_Qk.tolist(), strict=True):
-            hits = ((document_ids[index], score) for index, score in zip(index_k, score_k, strict=True))
-            kept = [hit for hit in hits if not (self.ignore_identical_ids and hit[0] == query)]
-            run[query] = dict(kept[: max(self.cuts)])
-        return run
+        ranking = Ranking(*(found[0] if share == slice(0, len(document_ids)) else _merged(found, depth)))
+        if self.ignore_identical_ids:
+            place = {document: number for number, document in enumerate(document_ids)}
+            ranking = ranking.without(np.array([place.get(query, -1) for query in query_ids]))
+        return ranking.first(max(self.cuts))
 
 
 def _merged(found: Sequence[tuple[Any, Any]], depth: int) -> tuple[Any, Any]:
@@ -134,57 +130,55 @@ class RerankingTask:
 
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
-        wanted = sorted({document for query in query_ids for document in self.candidates[query]})
+        wanted = sorted({document for query in query_ids for document in self.candidates[query]}, reverse=True)
         place = {document: number for number, document in enumerate(wanted)}
         asked, texts = [self.queries[query] for query in query_ids], [self.corpus[document] for document in wanted]
         query_reps = reader.all(asked, role="query", task=self.kind, label=f"{self.name} queries")
         reps = reader.all(texts, role="document", task=self.kind, label=f"{self.name} candidates")
-        run: Run = {}
+        rows = []
         for number, query in enumerate(query_ids):
-            ids = list(dict.fromkeys(self.candidates[query]))
-            mine = reps.rows(torch.tensor([place[document] for document in ids]))
-            score_K = query_reps.rows(slice(number, number + 1)).scores(mine)[0, 0]
-            run[query] = dict(zip(ids, score_K.tolist(), strict=True))
-        return ranked_result(self, query_ids, run, self.cuts, f"map_at_{max(self.cuts)}")
+            index_K = torch.tensor(sorted({place[document] for document in self.candidates[query]}))
+            score_K = query_reps.rows(slice(number, number + 1)).scores(reps.rows(index_K))[0, 0].float()
+            best = top_of_block(score_K[None], max(self.cuts))
+            rows.append((best[0][0].numpy(), index_K[best[1][0]].numpy()))
+        return ranked_result(self, query_ids, wanted, Ranking.of(rows), f"map_at_{max(self.cuts)}")
 
 
 def ranked_result(
-    task: RetrievalTask | RerankingTask, query_ids: list[str], run: Run, cuts: Sequence[int], metric: str
+    task: RetrievalTask | RerankingTask, query_ids: list[str], document_ids: list[str], ranking: Ranking, metric: str
 ) -> TaskResult:
-    """Scores of a run, with the best relevant and the best other document of every query beside them."""
-    items = ranking_scores({query: dict(task.qrels[query]) for query in query_ids}, run, cuts)
+    """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
+    place = {document: number for number, document in enumerate(document_ids)}
+    judged = Judgements.of(task.qrels, query_ids, place)
+    items = ranking_scores(ranking, judged, task.cuts)
     scores = {name: float(values.mean()) for name, values in items.items()}
     counts = _counts(task, query_ids)
     notes = tuple(f"{counts[name]} {text}" for name, text in _NOTES.items() if counts[name])
-    if all(len(set(hits.values())) <= 1 for hits in run.values()) and len(task.corpus) > 1:
+    if ranking.flat and len(task.corpus) > 1:
         notes = (*notes, "the model gives every document the same score; the order is that of the ids")
-    best = [_best_of(task.qrels[query], run[query]) for query in query_ids]
-    for place, name in enumerate(("similarity_relevant", "similarity_other")):
-        items[name] = np.array([each[place][1] for each in best])
+    relevant_Qk = judged.grades(ranking) > 0
+    relevant, other = ranking.best(relevant_Qk), ranking.best(~relevant_Qk & (ranking.index_Qk >= 0))
+    items |= {"similarity_relevant": relevant[0], "similarity_other": other[0]}
     value_N = items["ndcg_at_10"] if "ndcg_at_10" in items else items[metric]
-    rows = ends(value_N)
-    examples = tuple(_example(task, query_ids[row], float(value_N[row]), run[query_ids[row]]) for row in rows)
+    found = [[(document_ids[i] if i >= 0 else "", s) for s, i in zip(*each, strict=True)] for each in (relevant, other)]
+    examples = tuple(
+        _example(task, query_ids[row], float(value_N[row]), found[0][row], found[1][row]) for row in ends(value_N)
+    )
     return TaskResult(task.name, task.kind, metric, scores, counts, query_ids, items, notes, examples=examples)
 
 
-def _best_of(grades: Mapping[str, int], hits: Mapping[str, float]) -> tuple[tuple[str, float], tuple[str, float]]:
-    """The highest-scored relevant document and the highest-scored other one, among those found; NaN where none is."""
-    nothing = ("", float("nan"))
-    relevant = [hit for hit in hits.items() if grades.get(hit[0], 0) > 0]
-    others = [hit for hit in hits.items() if grades.get(hit[0], 0) <= 0]
-    first, second = (max(part, key=lambda hit: (hit[1], hit[0]), default=nothing) for part in (relevant, others))
-    return first, second
-
-
-def _example(task: RetrievalTask | RerankingTask, query: str, value: float, hits: Mapping[str, float]) -> Example:
+def _example(
+    task: RetrievalTask | RerankingTask, query: str, value: float, best: tuple[str, float], other: tuple[str, float]
+) -> Example:
+    """`best` and `other`: the highest-scored relevant document and the highest-scored other one among those found,
+    with their scores; an empty id where there is none."""
     grades = task.qrels[query]
-    (found, _), (other, other_score) = _best_of(grades, hits)
-    relevant = found or max(grades, key=lambda document: grades[document])
+    relevant = best[0] or max(grades, key=lambda document: grades[document])
     texts = {"query": task.queries[query], "relevant": task.corpus.get(relevant, "(not in the corpus)")}
-    numbers = {"similarity of the relevant one": hits[relevant]} if relevant in hits else {}
-    if other and (relevant not in hits or other_score >= hits[relevant]):
-        texts["found before it"] = task.corpus[other]
-        numbers["similarity of the other"] = other_score
+    numbers = {"similarity of the relevant one": best[1]} if best[0] else {}
+    if other[0] and not best[1] > other[1]:
+        texts["found before it"] = task.corpus[other[0]]
+        numbers["similarity of the other"] = other[1]
     return Example(query, value, texts, numbers)
 
 
