@@ -19,6 +19,7 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge import gram, run, stream
 from embedsmith.models import load
 from tests.merge.models import child, family, rewrite, tiny_base, weights
+from tests.models import lm
 
 TEXTS = ["the cat sat on the mat", "a big red dog", "new tree"]
 
@@ -199,6 +200,24 @@ def test_a_killed_merge_goes_on(models, tmp_path, monkeypatch, settings):
     for file in ("sparse_linear.pt", "colbert_linear.pt"):
         one, two = (torch.load(path / file, weights_only=True) for path in (resumed.path, straight.path))
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_splade_head_is_merged_like_the_rest(tmp_path, kind):
+    """Tied words with a transform, and an output layer of its own."""
+    options = {"pooling": "last" if kind == "llama" else "cls", "heads": ("sparse",), "sparse": "splade"}
+    load(str(lm.folder(tmp_path / "lm", kind)), sparse_terms=7, device="cpu", **options).save(tmp_path / "base")
+    parents = [child(tmp_path / "base", tmp_path / f"parent{seed}", seed) for seed in range(2)]
+    made = merged((tmp_path / "base", parents), tmp_path / "out", method="average")
+    found, one, two = (load(str(path), device="cpu") for path in (made.path, *parents))
+    assert found.outputs == ("dense", "middle", "sparse")
+    assert found.token_heads["sparse"].terms == 7
+    names = [name for name in found.state_dict() if name.startswith("token_heads.sparse.lm.")]
+    assert names
+    for name in names:
+        mean = (one.state_dict()[name] + two.state_dict()[name]) / 2
+        torch.testing.assert_close(found.state_dict()[name], mean, msg=lambda text, name=name: f"{name}: {text}")
+    assert found.represent(TEXTS, role="query", outputs=("sparse",))["sparse"].weight_NT.any()
 
 
 def test_leftovers_of_another_merge_are_not_continued(models, tmp_path, monkeypatch):

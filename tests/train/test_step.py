@@ -8,7 +8,7 @@ from embedsmith.core.batch import Progress, Side
 from embedsmith.core.collectives import average_gradients, rank, world_size
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.reps import Dense
-from embedsmith.losses import CoSENT, InfoNCE
+from embedsmith.losses import CoSENT, InfoNCE, M3SelfDistillation, Matryoshka
 from embedsmith.train.step import Memory, plan_chunks, run_step
 from tests.ranks import on_ranks
 from tests.train.tiny import WHOLE, TinyHeads, assert_same, gradients, pair_part, retrieval_part, tokens
@@ -27,6 +27,9 @@ MEMORIES = [
 def make_part(head, rank_=0, world=1):
     if head == "pairs":
         return pair_part(CoSENT(), rank_, world)
+    if head == "m3":  # all heads and their ensemble, in the middle of the change to distillation, Matryoshka on dense
+        loss = Matryoshka(M3SelfDistillation(0.1, start_step=0, ramp_steps=2), (3, 8))
+        return retrieval_part(loss, rank_, world)
     return retrieval_part(InfoNCE(temperature=0.1, head=head), rank_, world)
 
 
@@ -52,7 +55,7 @@ def test_the_step_equals_autograd_written_out():
 
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=str)
-@pytest.mark.parametrize("head", [*HEADS, "pairs"])
+@pytest.mark.parametrize("head", [*HEADS, "m3", "pairs"])
 def test_memory_does_not_change_the_gradient(head, memory):
     expected_output, expected = reference(head)
     output, got = reference(head, memory=memory)
@@ -114,7 +117,7 @@ def test_two_parts_add_up_with_their_weights():
 def one_rank():
     """The averaged gradient of every case; one start of processes for all of them, because starting is slow."""
     found = {}
-    for head in [*HEADS, "pairs"]:
+    for head in [*HEADS, "m3", "pairs"]:
         for name, memory in (("whole", WHOLE), ("replayed", Memory(20, 20))):
             model = TinyHeads()
             run_step(model, [make_part(head, rank(), world_size())], memory)

@@ -17,6 +17,7 @@ from embedsmith.merge.tensors import Held, Weights, read_header
 from embedsmith.models.backbone import UNUSED, skeleton
 from embedsmith.models.contract import POOLER_FILE, read_contract
 from embedsmith.models.folder import read_folder, read_json
+from embedsmith.models.splade import SPLADE_FILE
 from embedsmith.models.token_heads import FILES, head_state
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,6 +59,10 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False) -> Par
             files.append(facts.backbone / file_name)
             state = head_state(facts.backbone / file_name)
             tensors |= {f"token_heads.{head}.linear.{key}": Held(tensor) for key, tensor in state.items()}
+    splade = facts.backbone / SPLADE_FILE
+    if splade.exists():
+        files.append(splade)
+        tensors |= {f"token_heads.sparse.{key}": held for key, held in read_header(splade).items()}
     return Parent(
         id=name,
         folder=folder,

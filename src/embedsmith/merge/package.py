@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import safe_open
 
 from embedsmith.core.registry import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
@@ -19,6 +20,7 @@ from embedsmith.merge.writer import Slot, index_of, shards
 from embedsmith.models.contract import FILE as CONTRACT
 from embedsmith.models.contract import POOLER_FILE
 from embedsmith.models.folder import read_json
+from embedsmith.models.splade import SPLADE_FILE
 from embedsmith.models.token_heads import FILES
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".gguf", ".ot", ".pkl", ".npz")
@@ -45,10 +47,23 @@ def homes(plan: Plan, dtype_of: Mapping[str, torch.dtype], shard_bytes: int | No
             found.setdefault(file, {})[name] = Slot(key, shape, dtype_of[name])
         elif part == "pooler":
             found.setdefault(Path(POOLER_FILE), {})[name] = Slot(rest, shape, dtype_of[name])
+        elif rest.startswith("sparse.lm."):
+            found.setdefault(backbone / SPLADE_FILE, {})[name] = Slot(
+                rest.removeprefix("sparse."), shape, dtype_of[name]
+            )
         else:
             head, _, key = rest.partition(".linear.")
             found.setdefault(backbone / FILES[head], {})[name] = Slot(key, shape, dtype_of[name])
     return _sharded(backbone, inside, shard_bytes) | found
+
+
+def about(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, str]:
+    """What a safetensors file says of itself; a SPLADE head's is that of the model it belongs to."""
+    if file.name != SPLADE_FILE:
+        return {"format": "pt"}
+    model = plan.holder(next(iter(slots)))
+    with safe_open(model.config_folder / SPLADE_FILE, framework="pt") as opened:
+        return {**opened.metadata()}
 
 
 def backbone_place(plan: Plan) -> Path:

@@ -24,7 +24,7 @@ from embedsmith.core.registry import to_plain
 from embedsmith.merge.coefficients import normalised
 from embedsmith.merge.geometric import Average
 from embedsmith.merge.method import Combine, combine_coefficients
-from embedsmith.merge.package import homes, write_around, write_index
+from embedsmith.merge.package import about, homes, write_around, write_index
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
@@ -149,7 +149,7 @@ def _stream(plan: Plan, partial: Path) -> dict[str, Any]:
     sections = _sections(plan, facts, dtype_of)
     stamp = _stamp(plan)
     done, rounding = _open_partial(partial, stamp)
-    with _opened(partial, files) as writers:
+    with _opened(plan, partial, files) as writers:
         _write(plan, sections, writers, dtype_of, rounding, partial, stamp, done)
         _write_copied(plan, writers)
     _write_heads(plan, sections, files, dtype_of, partial)
@@ -252,14 +252,16 @@ def _write_heads(
 
 
 @contextmanager
-def _opened(partial: Path, files: Mapping[Path, Mapping[str, Slot]]) -> Iterator[dict[str, tuple[TensorFile, str]]]:
+def _opened(
+    plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Slot]]
+) -> Iterator[dict[str, tuple[TensorFile, str]]]:
     """Canonical name to the open safetensors file that holds it and its name there."""
     open_files: list[TensorFile] = []
     found: dict[str, tuple[TensorFile, str]] = {}
     try:
         for path, slots in files.items():
             if path.suffix == ".safetensors":
-                file = TensorFile(partial / path, list(slots.values()), {"format": "pt"})
+                file = TensorFile(partial / path, list(slots.values()), about(plan, path, slots))
                 open_files.append(file)
                 found |= {name: (file, slot.name) for name, slot in slots.items()}
         yield found
@@ -272,7 +274,7 @@ def _opened(partial: Path, files: Mapping[Path, Mapping[str, Slot]]) -> Iterator
 
 def _stamp(plan: Plan) -> str:
     """What the half-written weights depend on: the recipe and the models' files."""
-    recipe = json.dumps(to_plain(plan.recipe), sort_keys=True)
+    recipe = json.dumps({**to_plain(plan.recipe), "verify": None}, sort_keys=True)
     models = [*plan.parents, *([] if plan.base is None else [plan.base])]
     text = "\n".join([recipe, str(BLOCK), *(model.stamp for model in models)])
     return hashlib.sha256(text.encode()).hexdigest()
