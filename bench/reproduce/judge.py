@@ -5,8 +5,8 @@
 - a check *holds* if the whole interval and every seed's difference lie above its margin; it is *contradicted* if the
   whole interval and every seed's difference lie below; otherwise it is *open*. Without an interval (one seed, no items)
   the difference itself decides: above the margin where the margin is negative, else by `Measure.least` at least;
-- a claim is *reproduced* if all its checks hold, *not* if none does, *partly* otherwise; *untestable here* is said by
-  its text alone; and with missing rows there is no verdict yet.
+- a claim is *reproduced* if all its checks hold, *not reproduced* if none does, else *partly*; *untestable here* is
+  said by its text alone; and with missing rows there is no verdict yet.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def verdict(outcomes: Sequence[str | None]) -> str:
     if any(outcome is None for outcome in outcomes):
         return "not run yet"
     held = sum(outcome == "holds" for outcome in outcomes)
-    return "reproduced" if held == len(outcomes) else "partly" if held else "not"
+    return "reproduced" if held == len(outcomes) else "partly" if held else "not reproduced"
 
 
 def judge(claim: Claim, rows: Sequence[Row]) -> dict[str, Any]:

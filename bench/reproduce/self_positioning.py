@@ -119,7 +119,7 @@ CLAIMS = (
     Claim(
         name="self-positioning-methods",
         system="Self-Positioning",
-        says="Learned positions beat the static methods, and of those SLERP is the best.",
+        says="Learned positions beat the other methods, and of those SLERP is the best.",
         source=f"{PAPER}, comparison of methods (the table could not be read)",
         measured="SLERP is the best of the tuned static methods, Self-Positioning above it.",
         setting=LIKE + " Every method at its defaults, which the source tuned.",

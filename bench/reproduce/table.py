@@ -32,7 +32,7 @@ def results_text(claims: list[Claim], table: Mapping[str, Any]) -> str:
     lines = [
         about_runs(table.get("runs", [])),
         "",
-        "| claim | system | verdict | checks that hold | seeds |",
+        "| claim | system | verdict | checks: hold, open, contradicted | seeds |",
         "|---|---|---|---|---|",
     ]
     lines += [overview_row(claim, judged.get(claim.name)) for claim in claims]
@@ -55,8 +55,8 @@ def about_runs(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def overview_row(claim: Claim, judged: Judged | None) -> str:
     checks = (judged or {}).get("checks") or []
-    held = sum(check is not None and check["outcome"] == "holds" for check in checks)
-    counted = f"{held} of {len(claim.checks)}" if any(checks) else ""
+    outcomes = [check["outcome"] for check in checks if check is not None]
+    counted = ", ".join(str(outcomes.count(name)) for name in ("holds", "open", "contradicted")) if outcomes else ""
     seeds = (judged or {}).get("seeds") or ""
     return f"| [{claim.name}](#{claim.name}) | {claim.system} | {word_of(claim, judged)} | {counted} | {seeds} |"
 

@@ -114,10 +114,10 @@ def test_outcome_of_a_check(values, margin, outcome):
 def test_a_seed_on_the_other_side_leaves_a_check_open():
     """However narrow the bootstrap over items."""
     item_N = np.random.default_rng(0).uniform(0, 100, 500)
-    shifts = (3.0, 3.0, -0.1)
+    shifts = (3.0, 3.0, 3.0, 3.0, 3.0, -0.1)
     pairs = [(with_items("new", s, item_N + d), with_items("old", s, item_N)) for s, d in enumerate(shifts)]
     found = gap(UP, [row for pair in pairs for row in pair])
-    assert found.value > 1.9
+    assert found.low > 0
     assert found.outcome(UP) == "open"
 
 
@@ -127,8 +127,8 @@ def test_a_seed_on_the_other_side_leaves_a_check_open():
         (["holds", "holds"], "reproduced"),
         (["holds", "open"], "partly"),
         (["holds", "contradicted"], "partly"),
-        (["open", "contradicted"], "not"),
-        (["open"], "not"),
+        (["open", "contradicted"], "not reproduced"),
+        (["open"], "not reproduced"),
         (["holds", None], "not run yet"),
         ([None], "not run yet"),
     ],
