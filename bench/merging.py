@@ -1,13 +1,16 @@
 """Merging on real texts: parents, joint training, every method, the frontier of forgetting, growth with data.
 
-`python -m bench.merging` takes MiniLM's first layers as the base, trains a retrieval parent (debian-en-train), an STS
-parent (stsb-en-train with sick-train) and joint models with the same total number of steps, and scores parents, joint
-models and merges on a part of debian-dev (500 queries, 2,000 documents: those judged, and others at random) and on
-stsb-en-dev. Every (part, arm, seed) is one entry of bench/results/merging.json, kept as soon as it is known: the
-command can be stopped and continued, and `--parts`, `--arms` and `--seeds` choose what to run.
+`python -m bench.merging` trains from MiniLM (`--layers 3`: from its first three layers) a retrieval parent
+(debian-en-train), an STS parent (stsb-en-train with sick-train) and joint models with the same total number of steps,
+and scores parents, joint models and merges on a part of debian-dev (300 queries, 1,000 documents: those judged, and
+others at random) and of stsb-en-dev. Every (part, arm, seed) is one entry of bench/results/merging.json, kept as soon
+as it is known: the command can be stopped and continued, several may run side by side, and `--parts`, `--arms` and
+`--seeds` choose what to run. All parts share the trained models. The verdicts on the targets come last; `--parts none`
+prints them from what is there.
 
 parts: train, table, plane (score over direction and length), three (three parents: lambda and mu), forget (against
 cranfield), growth (length and direction against data). A forward pass counts as one text encoded, a backward as two.
+Texts are cut at 64 tokens and encoded in bf16 (nDCG and Spearman within 2e-4 of float32); merges are in float64.
 """
 
 from __future__ import annotations
@@ -23,11 +26,11 @@ from typing import Any
 
 import torch
 
-from bench.common import RESULTS, WORK, data_path, read_json, write_json
+from bench.common import RESULTS, WORK, data_path
 from bench.merging_models import BATCH, RATIOS, Study, arms_of, base_of, read_lines, trained
+from bench.merging_verdicts import summarise
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
-from embedsmith.merge.explain_growth import fit_directions, fit_norms
 from embedsmith.merge.goal import part_of
 from embedsmith.merge.live import LiveMerge, open_live
 from embedsmith.merge.plan import Plan, make_plan
@@ -36,10 +39,14 @@ from embedsmith.models import load
 
 PARTS = ("train", "table", "plane", "three", "forget", "growth")
 MUS = (0.0, 0.01, 0.02, 0.05, 0.1)
-LENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5)
+LENGTHS = (0.6, 0.8, 1.0, 1.2)
+DIRECTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FORGET_LENGTHS = (0.3, 0.5, 0.7, 1.0)
 GROWTH = (0.125, 0.25, 0.5, 1.0, 2.0)
 DESCENT = {"steps": 60, "check_every": 10, "batch_size": 16, "learning_rate": 0.03, "length_learning_rate": 0.03}
 """Fewer and longer steps than the default, on half its batch: a descent then costs about a minute."""
+IN_BF16 = ("self_positioning", "parent_matching", "lm_cocktail")
+"""Methods whose texts go through the model under autocast. Fisher and RegMean measure in float32."""
 PROBED = {
     "self_positioning": DESCENT,
     "self_positioning karcher": DESCENT | {"mode": "karcher"},
@@ -60,6 +67,7 @@ PLAIN = {
     "slerp": {},
     "slerp paper": {"accumulate": "mean"},
     "karcher": {},
+    "normalised_mean": {},
     "model_stock": {},
     "warp": {},
     "nan": {},
@@ -77,14 +85,14 @@ PLAIN = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "none"], default=list(PARTS))
     parser.add_argument("--arms", nargs="+", help="only these arms of a part")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=60, help="steps of a parent; joint models take twice as many")
-    parser.add_argument("--layers", type=int, default=3, help="of MiniLM's six")
-    parser.add_argument("--items", type=int, default=500, help="queries of debian-dev")
-    parser.add_argument("--documents", type=int, default=2000, help="documents of debian-dev")
-    parser.add_argument("--probe", type=int, default=256, help="examples a source for the methods that read data")
+    parser.add_argument("--layers", type=int, default=6, help="of MiniLM's six")
+    parser.add_argument("--items", type=int, default=300, help="queries of debian-dev; twice as many pairs")
+    parser.add_argument("--documents", type=int, default=1000, help="documents of debian-dev and cranfield")
+    parser.add_argument("--probe", type=int, default=128, help="examples a source for the methods that read data")
     parser.add_argument("--work", type=Path, default=WORK / "merging")
     parser.add_argument("--results", type=Path, default=RESULTS / "merging.json")
     a = parser.parse_args()
@@ -94,8 +102,7 @@ def main() -> None:
         "growth": growth_part,
     }  # fmt: skip
     for part in (name for name in PARTS if name in a.parts):
-        main_rows = part in ("train", "table", "growth")
-        for seed in a.seeds if main_rows else a.seeds[:1]:
+        for seed in a.seeds:
             parts[part](study, seed, a.arms)
     summarise(study)
 
@@ -113,7 +120,7 @@ def tasks_of(study: Study) -> list[Task]:
     debian = load_task(str(data_path("retrieval/debian-dev")))
     return [
         part_of(debian, study.items, study.documents, 0),
-        part_of(load_task(str(data_path("sts/stsb-en-dev.jsonl"))), 3 * study.items, 1, 0),
+        part_of(load_task(str(data_path("sts/stsb-en-dev.jsonl"))), 2 * study.items, 1, 0),
     ]
 
 
@@ -137,7 +144,9 @@ def banking(study: Study) -> Task:
 
 def scored(encoder: Any, tasks: list[Task]) -> dict[str, float]:
     """Main scores times 100 and their mean."""
-    scores = {name: 100 * value for name, value in evaluate(encoder, tasks, progress=False).main_scores().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        results = evaluate(encoder, tasks, progress=False)
+    scores = {name: 100 * value for name, value in results.main_scores().items()}
     return scores | {"mean": sum(scores.values()) / len(scores)}
 
 
@@ -182,7 +191,8 @@ def merged_scores(study: Study, paths: list[Path], method: dict[str, Any], tasks
     started = time.perf_counter()
     plan = opened(study, paths, method)
     live = open_live(plan.parents, plan.base)
-    report = apply(plan, live)
+    with torch.autocast("cpu", torch.bfloat16, enabled=method["type"] in IN_BF16):
+        report = apply(plan, live)
     minutes = (time.perf_counter() - started) / 60
     own = report.get(method["type"], {})
     kept = {name: value for name, value in own.items() if name != "trajectory"}
@@ -230,7 +240,7 @@ def plane_part(study: Study, seed: int, arms: list[str] | None) -> None:
         apply(own, live)
         return {"scores": scored(live, tasks), "texts": live.cost.texts, "t": t, "length": length}
 
-    for t in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for t in DIRECTIONS:
         for length in LENGTHS:
             study.once("plane", f"t={t} lambda={length}", seed, lambda t=t, n=length: point(t, n))
 
@@ -261,23 +271,27 @@ def three_part(study: Study, seed: int, arms: list[str] | None) -> None:
 
 
 def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
-    """In-domain gain against the loss on cranfield, for the joint model and every coefficient method at each length."""
+    """In-domain gain against the loss on cranfield, for the joint model and every coefficient method at each length.
+
+    Of two parents with weights 1, `slerp`'s accumulations agree and `task_arithmetic` is an average, so neither is
+    repeated.
+    """
     tasks = [tasks_of(study)[0], cranfield(study)]
     study.once("forget", "base", 0, lambda: {"scores": scored(load(str(base_of(study))), tasks), "texts": 0})
     joint = trained(study, "joint 0.5", seed, arms_of(study)["joint 0.5"])
-    single = [{"type": "average", "scale": n} for n in (0.3, 0.5, 0.7, 1.0)]
-    for method in single:
-        name = f"joint lambda={method['scale']}"
-        study.once("forget", name, seed, lambda m=method: merged_scores(study, [joint], m, tasks))
-    paths = pair_of(study, seed)
-    kinds: dict[str, dict[str, Any]] = {
-        name: PLAIN[name] for name in ("average", "average restored", "slerp", "slerp paper", "karcher", "nan")
-    }
-    for name, settings in kinds.items():
-        for n in (0.3, 0.5, 0.7, 1.0):
-            method = {"type": name.split(" ")[0], **settings, "scale": n}
-            study.once("forget", f"{name} lambda={n}", seed, lambda m=method: merged_scores(study, paths, m, tasks))
-    study.once("forget", "model_stock", seed, lambda: merged_scores(study, paths, {"type": "model_stock"}, tasks))
+    retrieval, sts = pair_of(study, seed)
+    kinds: list[tuple[str, list[Path], dict[str, Any]]] = [
+        ("joint", [joint], {"type": "average"}),
+        ("retrieval", [retrieval], {"type": "average"}),
+        *((name, [retrieval, sts], {"type": name.split(" ")[0], **PLAIN[name]})
+          for name in ("average", "average restored", "slerp", "karcher", "normalised_mean", "nan")),
+    ]  # fmt: skip
+    for name, paths, method in kinds:
+        for n in FORGET_LENGTHS:
+            own = {**method, "scale": n}
+            study.once("forget", f"{name} lambda={n}", seed, lambda p=paths, m=own: merged_scores(study, p, m, tasks))
+    own = {"type": "model_stock"}
+    study.once("forget", "model_stock", seed, lambda: merged_scores(study, [retrieval, sts], own, tasks))
 
 
 def growth_part(study: Study, seed: int, arms: list[str] | None) -> None:
@@ -285,7 +299,8 @@ def growth_part(study: Study, seed: int, arms: list[str] | None) -> None:
     for task in ("retrieval", "sts"):
         for factor in GROWTH:
             steps = max(round(factor * study.steps), 1)
-            path = trained(study, f"growth {task} {steps}", seed, {task: steps})
+            arm = task if steps == study.steps else f"growth {task} {steps}"
+            path = trained(study, arm, seed, {task: steps})
             examples = steps * BATCH
             study.once("growth", f"{task} {steps}", seed, lambda p=path, n=examples: geometry(study, [p], n))
     parents = pair_of(study, seed)
@@ -302,41 +317,6 @@ def geometry(study: Study, paths: list[Path], x: float) -> dict[str, Any]:
     lengths = whole.diagonal().sqrt()
     angles = [math.degrees(math.acos(float(whole[0, i] / lengths[0] / lengths[i]))) for i in range(1, len(paths))]
     return {"x": x, "norm": float(lengths[0]), "degrees": angles, "texts": 0}
-
-
-# Summary --------------------------------------------------------------------------------------------------------------
-
-
-def summarise(study: Study) -> None:
-    """Means over seeds of every arm, and the fits of growth, stored and printed."""
-    table = read_json(study.results, {"runs": []})
-    own = [run for run in table["runs"] if (run["steps"], run["layers"]) == (study.steps, study.layers)]
-    rows: dict[str, dict[str, Any]] = {}
-    for part in ("table", "plane", "three", "forget"):
-        for arm in dict.fromkeys(run["arm"] for run in own if run["part"] == part):
-            runs = [run for run in own if (run["part"], run["arm"]) == (part, arm)]
-            scores = {name: sum(r["scores"][name] for r in runs) / len(runs) for name in runs[0]["scores"]}
-            cost = {name: sum(r[name] for r in runs) / len(runs) for name in ("texts", "minutes")}
-            rows[f"{part}: {arm}"] = {"scores": scores, **cost, "seeds": len(runs)}
-    growth = [run for run in own if run["part"] == "growth"]
-    fits: dict[str, Any] = {}
-    for task in ("retrieval", "sts"):
-        points = [(run["x"], run["norm"]) for run in growth if run["arm"].startswith(task)]
-        if len({x for x, _ in points}) > 1:
-            fits[task] = [fit.as_dict() for fit in fit_norms(*zip(*points, strict=True))]
-    joint = [run for run in growth if run["arm"].startswith("joint")]
-    if len({run["x"] for run in joint}) > 1:
-        ratios = [run["x"] / (1 - run["x"]) for run in joint]
-        fits["direction to retrieval"] = fit_directions(ratios, [run["degrees"][0] for run in joint]).as_dict()
-        fits["direction to sts"] = fit_directions(
-            [1 / r for r in ratios], [run["degrees"][1] for run in joint]
-        ).as_dict()
-    write_json(study.results, table | {"summary": rows, "growth": fits})
-    for name, row in rows.items():
-        scores = "  ".join(f"{key} {value:6.2f}" for key, value in row["scores"].items())
-        print(f"{name:40}{scores}  texts {row['texts']:9.0f}  minutes {row['minutes']:5.1f}  seeds {row['seeds']}")
-    for name, fit in fits.items():
-        print(name, fit)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.registry import merge_methods
 from embedsmith.merge import MergeRecipe
 from embedsmith.merge import coefficients as formula
+from embedsmith.merge.geometric import Slerp
 
 M, SIZE = 3, 50
 
@@ -150,6 +151,28 @@ def test_order_average_and_norm_do_not_know_the_order():
         one = formula.sequential_slerp(v @ v.T, a, order=order) @ v
         two = formula.sequential_slerp(v[back] @ v[back].T, a[back], order=order) @ v[back]
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_a_tree_pairs_neighbours_and_adds_their_weights():
+    vector = near(count=5)
+    first, second = direct_slerp(vector[0], vector[1], 2 / 3), direct_slerp(vector[2], vector[3], 4 / 7)
+    wanted = direct_slerp(direct_slerp(first, second, 7 / 10), vector[4], 5 / 15)
+    found_M = formula.sequential_slerp(vector @ vector.T, weights(1, 2, 3, 4, 5), order="tree")
+    torch.testing.assert_close(found_M @ vector, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_nearest_come_first():
+    vector_MD = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0.9, 0.3, 0], [0, 1, 0.2]], dtype=torch.float64)
+    gram_MM, way = vector_MD @ vector_MD.T, [0, 2, 3, 1]
+    moved_M = formula.sequential_slerp(gram_MM[way][:, way], ones(4))
+    found_M = formula.sequential_slerp(gram_MM, ones(4), order="nearest")
+    torch.testing.assert_close(found_M[way], moved_M, rtol=1e-12, atol=1e-12)
+
+
+def test_a_length_by_number():
+    vector = near()
+    coef_M = Slerp(length=0.25, scale=2.0).coefficients(vector @ vector.T, ones())
+    assert float((coef_M @ vector).norm()) == pytest.approx(0.5)
 
 
 def test_identical_vectors_come_back():

@@ -198,6 +198,7 @@ METHODS = [
     {"type": "sce", "density": 0.5},
     "magmax",
     "codiemb",
+    {"type": "codiemb", "unit": "row"},
 ]
 
 
@@ -306,6 +307,18 @@ def test_delta_guided_against_the_formula(layer, element):
     for name, base in BASE.items():
         v = deltas({name: base}, [{name: one[name]} for one in MOVED])
         wanted = base.double().flatten() + naive_guided(v, layer, element, [1.0, 2.0, 0.5])
+        torch.testing.assert_close(found[name], wanted, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("layer", "element"), [(1, 0), (1, 1), (-1, 0)])
+def test_delta_guided_by_rows(layer, element):
+    """Every row of a matrix is a unit of its own; a vector is one row."""
+    method = {"type": "codiemb", "layer": layer, "element": element, "unit": "row"}
+    found = run(method, job_of(BASE, MOVED))
+    for name, base in BASE.items():
+        v = deltas({name: base}, [{name: one[name]} for one in MOVED])
+        rows = v.view(len(v), -1, base.shape[-1]).unbind(1)
+        wanted = base.double().flatten() + torch.cat([naive_guided(row, layer, element) for row in rows])
         torch.testing.assert_close(found[name], wanted, rtol=1e-10, atol=1e-14)
 
 

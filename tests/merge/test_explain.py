@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import Source
 from embedsmith.merge.explain import explain, map_of, sign_counts, sign_mass
-from embedsmith.merge.explain_growth import fit_directions, fit_norms
+from embedsmith.merge.explain_growth import fit_directions, fit_norms, growth_of
 from embedsmith.merge.explain_planes import Probes, barriers, gradient_conflict, loss_plane, plane_axes, project
 from embedsmith.merge.explain_report import explain_recipe
 from embedsmith.merge.geometric import Average
+from embedsmith.merge.growth_report import growth_sections
+from embedsmith.merge.open import expand
 from embedsmith.merge.plan import make_plan
 from embedsmith.merge.probe import Probe
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
@@ -121,6 +124,33 @@ def test_few_points_conclude_nothing_and_bad_ones_are_errors():
             fit_norms(sizes, norms)
 
 
+def test_growth_from_runs_that_say_what_they_saw():
+    """Lengths of runs on one task; angles of joint runs to the longest run of each of their tasks."""
+    vectors = torch.tensor([[2.0, 0, 0], [4, 0, 0], [0, 3, 0], [1, 1, 0], [3, 1, 0], [1, 3, 0]], dtype=torch.float64)
+    examples = [{"a": 100}, {"a": 400}, {"b": 300}, {"a": 50, "b": 50}, {"a": 90, "b": 30}, None]
+    growth = growth_of(vectors @ vectors.T, examples)
+    assert growth.lengths == {"a": [(100, 2.0), (400, 4.0)], "b": [(300, 3.0)]}
+    near = [(1.0, pytest.approx(45.0)), (3.0, pytest.approx(math.degrees(math.atan(1 / 3))))]
+    assert growth.directions["a"] == near
+    assert growth.directions["b"][0] == (1.0, pytest.approx(45.0))
+    fits = growth.length_fits()
+    assert set(fits) == {"a"}
+    assert fits["a"][0].at(1600) == pytest.approx(8.0)
+    assert growth.direction_fits()["a"].slope < 0 < growth.direction_fits()["b"].slope * -1
+    lengths, directions = growth_sections(growth)
+    assert "|V| = c n^p" in lengths.body
+    assert "R^2" in directions.body
+    with pytest.raises(RecipeError, match="above 0"):
+        growth_of(vectors @ vectors.T, [{"a": 0.0}])
+
+
+def test_examples_of_a_pattern_are_those_of_a_step(folders, tmp_path):
+    for steps in (10, 200):
+        shutil.copytree(folders / "parent-0", tmp_path / "run" / f"step-{steps}" / "model")
+    spec = ParentSpec(path=str(tmp_path / "run" / "step-*" / "model"), examples={"a": 32})
+    assert [found.examples for found in expand(spec)] == [{"a": 320}, {"a": 6400}]
+
+
 def test_axes_of_a_plane_are_orthogonal_and_of_one_length():
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(3, 9, generator=generator, dtype=torch.float64)
@@ -177,7 +207,7 @@ def test_a_report_is_three_files(folders, tmp_path):
     found = json.loads((tmp_path / "explain.json").read_text())
     assert set(found["missing"]) == {"parent-0", "parent-1"}
     assert len(found["plane"]["losses"]) == 2
-    assert len(found["growth"]) == 2
+    assert len(found["growth"]["length_fits"]["examples"]) == 2
     rows = list(csv.DictReader((tmp_path / "groups.csv").open()))
     assert {row["granularity"] for row in rows} == {"model", "block", "module", "tensor"}
     assert page.read_text().count('class="chart"') > 5

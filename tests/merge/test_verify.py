@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from embedsmith.core.errors import CheckpointError
+from embedsmith.cli import app
+from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.data import Source
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.geometric import Average
@@ -97,11 +99,30 @@ def test_a_failing_merge_is_not_written(folders, tmp_path):
         unrelated=True,
     )
     with pytest.raises(CheckpointError, match="checks"):
-        merge(recipe, check=strict_check(recipe, config(folders, cka=1.1)))
+        merge(recipe, check=strict_check(recipe, config(folders, cka=1.0)))
     assert not (tmp_path / "out").exists()
     merge(recipe, check=strict_check(recipe, config(folders, slack=2.0)))
     assert json.loads((tmp_path / "out" / "verify.json").read_text())["passed"]
     assert verify_recipe(recipe, config(folders, slack=2.0)).passed
+
+
+def test_a_recipe_sets_the_bounds_on_the_command_line(folders, tmp_path):
+    parents = "".join(f"  - {folders / f'parent-{place}'}\n" for place in range(2))
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(
+        f"parents:\n{parents}base: {folders / 'base'}\nmethod: average\noutput: {tmp_path / 'out'}\n"
+        "cache: null\nunrelated: true\nverify: {slack: 2.0, dims: [4]}\n"
+    )
+    call = ["merge", str(recipe), "--strict", "--probe", str(folders / "pairs.jsonl")]
+    refused = CliRunner().invoke(app, [*call, "verify.cka=1.0"])
+    assert isinstance(refused.exception, CheckpointError)
+    assert "CKA" in str(refused.exception)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 0, done.output
+    assert "neighbours kept by 4 coordinates" in (tmp_path / "out" / "verify.json").read_text()
+    wrong = CliRunner().invoke(app, [*call, "verify.overlap=7"])
+    assert isinstance(wrong.exception, RecipeError)
 
 
 def test_figures_of_known_clouds():

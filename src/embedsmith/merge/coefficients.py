@@ -21,7 +21,7 @@ from embedsmith.core.progress import log
 Antipodal = Literal["error", "linear", "drop_smaller"]
 Norm = Literal["raw", "geometric", "linear"]
 Accumulate = Literal["sum", "mean"]
-Order = Literal["given", "norm", "average"]
+Order = Literal["given", "norm", "nearest", "average", "tree"]
 
 _NEARLY_PARALLEL = 1e-6
 """1 - cos below which the series of sin(t a)/sin(a) is used; its next term is below 1e-13."""
@@ -135,16 +135,21 @@ def sequential_slerp(
 
     `accumulate`: the weight of what is already merged is the `sum` of its weights, t_n = a_n / sum_{k<=n} a_k (equal
     weights: equal influence), or their `mean`, t_n = a_n / (mean(a_1..a_{n-1}) + a_n), the paper's recursion
-    (2410.15035), in which later parents count more. `order`: as given, longest vector first (`norm`), or the mean
-    over all orders (`average`; 100 drawn orders above five parents).
+    (2410.15035), in which later parents count more. `order`: as given, longest vector first (`norm`), the closest pair
+    first and then always the vector closest to one already merged (`nearest`), the mean over all orders (`average`;
+    100 drawn orders above five parents), or neighbours in pairs, then the pairs in pairs (`tree`, by sums of weights).
     """
     options = (accumulate, norm, on_antipodal)
     if order == "average":
         ways = orders(len(weight_M))
         return torch.stack([_in_order(gram_MM, weight_M, way, *options) for way in ways]).mean(0)
     way = list(range(len(weight_M)))
+    if order == "tree":
+        return _in_pairs(gram_MM, weight_M, norm, on_antipodal)
     if order == "norm":
         way = norms(gram_MM).argsort(descending=True, stable=True).tolist()
+    if order == "nearest":
+        way = _nearest_first(gram_MM.detach())
     return _in_order(gram_MM, weight_M, way, *options)
 
 
@@ -161,6 +166,37 @@ def _in_order(
         merged_M = slerp(gram_MM, merged_M, unit_MM[place], t, norm, on_antipodal)
         seen = seen + weight_M[place]
     return merged_M
+
+
+def _nearest_first(gram_MM: Tensor) -> list[int]:
+    """The closest pair, then always the vector with the largest cosine to one that is already there."""
+    length_M = norms(gram_MM).clamp_min(1e-300)
+    cosine_MM = gram_MM / torch.outer(length_M, length_M)
+    cosine_MM.fill_diagonal_(-torch.inf)
+    way = [int(place) for place in divmod(int(cosine_MM.argmax()), len(gram_MM))] if len(gram_MM) > 1 else [0]
+    while len(way) < len(gram_MM):
+        left = [place for place in range(len(gram_MM)) if place not in way]
+        way.append(max(left, key=lambda place: float(cosine_MM[way, place].max())))
+    return way
+
+
+def _in_pairs(gram_MM: Tensor, weight_M: Tensor, norm: Norm, on_antipodal: Antipodal) -> Tensor:
+    """A balanced tree: neighbours merge, then what they became, until one is left; weights add up."""
+    normalised(weight_M)  # refuses weights that sum to nothing
+    left = list(zip(torch.eye(len(weight_M), dtype=torch.float64), weight_M, strict=True))
+    while len(left) > 1:
+        rest = left[len(left) // 2 * 2 :]
+        pairs = zip(left[0::2], left[1::2], strict=False)
+        left = [_pair(gram_MM, one, two, norm, on_antipodal) for one, two in pairs] + rest
+    return left[0][0]
+
+
+def _pair(
+    gram_MM: Tensor, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], norm: Norm, on_antipodal: Antipodal
+) -> tuple[Tensor, Tensor]:
+    both = one[1] + two[1]
+    t = two[1] / both if both > 0 else torch.tensor(0.5, dtype=torch.float64)
+    return slerp(gram_MM, one[0], two[0], t, norm, on_antipodal), both
 
 
 def orders(count: int) -> list[tuple[int, ...]]:

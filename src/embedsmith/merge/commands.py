@@ -39,7 +39,7 @@ def run_verified(recipe: MergeRecipe, files: Sequence[str], strict: bool, overwr
     probe = probe_of(recipe, files)
     if probe is None:
         raise RecipeError("verifying needs texts", fix="name a file for each parent: --probe FILE --probe FILE")
-    config = VerifyConfig(probe=probe)
+    config = VerifyConfig(probe=probe, **vars(recipe.verify))
     console = Console()
     if strict:
         return merge(recipe, overwrite=overwrite, check=strict_check(recipe, config, console)).path

@@ -6,16 +6,19 @@ data set. The paper's functional form was not readable; both usual ones are fitt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
 
 Floats = npt.NDArray[np.float64]
+POWER = "|V| = c n^p"
 FEWEST = 4
 """Points below which a fit says nothing."""
 
@@ -35,6 +38,11 @@ class Fit:
     left_out: float
     points: int
 
+    def at(self, x: float) -> float:
+        """The fitted value at `x` examples, or at a ratio of them."""
+        line = self.intercept + self.slope * math.log(x)
+        return math.exp(line) if self.form == POWER else line
+
     @property
     def conclusive(self) -> bool:
         return self.points >= FEWEST
@@ -49,7 +57,7 @@ def fit_norms(examples: Sequence[float], norms: Sequence[float]) -> list[Fit]:
     Errors: `RecipeError` for fewer than two points, or values that have no logarithm.
     """
     n, y = _checked(examples, norms)
-    return [_fit("|V| = c n^p", np.log(n), y, np.log, np.exp), _fit("|V| = a + b log n", np.log(n), y)]
+    return [_fit(POWER, np.log(n), y, np.log, np.exp), _fit("|V| = a + b log n", np.log(n), y)]
 
 
 def fit_directions(ratios: Sequence[float], degrees: Sequence[float]) -> Fit:
@@ -66,6 +74,65 @@ def _checked(x: Sequence[float], y: Sequence[float]) -> tuple[Floats, Floats]:
     if len(set(x)) < 2:
         raise RecipeError("all sizes are the same", expected="runs on different amounts of data")
     return np.asarray(x, np.float64), np.asarray(y, np.float64)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What runs on different amounts of data show. `lengths`: task to (examples, |V|) of runs on that task alone.
+    `directions`: task to (n_task / n_others, degrees): how far joint runs point from the longest run on that task."""
+
+    lengths: Mapping[str, Sequence[tuple[float, float]]]
+    directions: Mapping[str, Sequence[tuple[float, float]]]
+
+    def length_fits(self) -> dict[str, list[Fit]]:
+        """Both forms for every task with runs of at least two sizes."""
+        return {task: fit_norms(*zip(*points, strict=True)) for task, points in self.lengths.items() if _spread(points)}
+
+    def direction_fits(self) -> dict[str, Fit]:
+        found = self.directions.items()
+        return {task: fit_directions(*zip(*points, strict=True)) for task, points in found if _spread(points)}
+
+    def as_dict(self) -> dict[str, Any]:
+        lengths = {task: [fit.as_dict() for fit in fits] for task, fits in self.length_fits().items()}
+        directions = {task: fit.as_dict() for task, fit in self.direction_fits().items()}
+        points = {"lengths": dict(self.lengths), "directions": dict(self.directions)}
+        return {**points, "length_fits": lengths, "direction_fits": directions}
+
+
+def growth_of(gram_MM: Tensor, examples: Sequence[Mapping[str, float] | None]) -> Growth:
+    """Length and direction of task vectors against what each run was trained on: task to examples, `None` unknown.
+
+    A run on one task is a point of that task's length; a run on several is a point of the direction to each of its
+    tasks that also has a run of its own. Errors: `RecipeError` for a number that is not above 0.
+    """
+    known = [(place, said) for place, said in enumerate(examples) if said]
+    if any(count <= 0 for _, said in known for count in said.values()):
+        raise RecipeError(f"examples {[dict(said) for _, said in known]}", expected="numbers above 0")
+    single = [(place, *next(iter(said.items()))) for place, said in known if len(said) == 1]
+    joint = [(place, said) for place, said in known if len(said) > 1]
+    tasks = list(dict.fromkeys(task for _, task, _ in single))
+    lengths = {
+        t: [(n, math.sqrt(float(gram_MM[place, place]))) for place, task, n in single if task == t] for t in tasks
+    }
+    longest = {t: max((n, place) for place, task, n in single if task == t)[1] for t in tasks}
+    directions = {
+        task: [
+            (said[task] / (sum(said.values()) - said[task]), _degrees(gram_MM, place, own))
+            for place, said in joint
+            if task in said
+        ]
+        for task, own in longest.items()
+    }
+    return Growth(lengths, {task: points for task, points in directions.items() if points})
+
+
+def _degrees(gram_MM: Tensor, one: int, two: int) -> float:
+    cosine = float(gram_MM[one, two]) / math.sqrt(float(gram_MM[one, one] * gram_MM[two, two]))
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+
+
+def _spread(points: Sequence[tuple[float, float]]) -> bool:
+    return len({x for x, _ in points}) > 1
 
 
 Change = Callable[[Floats], Floats]

@@ -18,8 +18,9 @@ from embedsmith.core.files import atomic_file
 from embedsmith.evaluate.report.page import Section, chart, finite, page, table
 from embedsmith.merge.coefficients import average, karcher, sequential_slerp
 from embedsmith.merge.explain import Facts, cosines, explain
-from embedsmith.merge.explain_growth import Fit, fit_norms
+from embedsmith.merge.explain_growth import Growth, growth_of
 from embedsmith.merge.explain_planes import Plane, Probes, along_length, barriers, gradient_conflict, loss_plane
+from embedsmith.merge.growth_report import growth_sections
 from embedsmith.merge.live import open_live
 from embedsmith.merge.plan import make_plan
 from embedsmith.merge.probe import Probe
@@ -41,12 +42,11 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Facts of the weights, and, where a probe was given, the landscape; `growth`: fits against `sizes`."""
+    """Facts of the weights, and, where a probe was given, the landscape; `growth`: against the amount of data."""
 
     facts: Facts
     landscape: Landscape | None = None
-    sizes: tuple[int, ...] = ()
-    growth: tuple[Fit, ...] = ()
+    growth: Growth | None = None
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,8 +62,7 @@ class Explanation:
             "outside_span": facts.outside_span(),
             "map": facts.positions(),
             "groups": self.tables,
-            "growth": [fit.as_dict() for fit in self.growth],
-            "sizes": list(self.sizes),
+            "growth": None if self.growth is None else self.growth.as_dict(),
         }
         if seen is not None:
             plain |= {"along_length": seen.along, "barriers": seen.barriers, "gradient_cosines": seen.gradients}
@@ -99,7 +98,7 @@ def explain_recipe(recipe: MergeRecipe, probe: Probe | None = None, sizes: Seque
     """Explain the merge that a recipe describes; it is not written.
 
     `probe`: texts for the loss landscape and the gradients. `sizes`: examples each parent was trained on, for the fits
-    of length against data.
+    of length against data; parents that name their `examples` by task need none, and joint ones show directions too.
     """
     plan = make_plan(recipe)
     facts = explain(plan)
@@ -108,9 +107,9 @@ def explain_recipe(recipe: MergeRecipe, probe: Probe | None = None, sizes: Seque
     if probe is not None:
         probes = Probes.of(open_live(plan.parents, plan.base), probe.sources, probe.read())
         landscape = look_around(probes, facts.weight_M)
-    lengths = [float(tables["model"][0][f"norm/{name}"]) for name in facts.names]
-    growth = tuple(fit_norms(sizes, lengths)) if sizes else ()
-    return Explanation(facts, landscape, tuple(sizes), growth, tables)
+    examples = [{"examples": n} for n in sizes] if sizes else [parent.examples for parent in plan.parents]
+    growth = growth_of(facts.gram.of(list(facts.gram.full_by_name)), examples) if any(examples) else None
+    return Explanation(facts, landscape, growth, tables)
 
 
 def look_around(probes: Probes, weight_M: Tensor, steps: int = 11) -> Landscape:
@@ -138,7 +137,8 @@ def to_html(explanation: Explanation) -> str:
     """One page with interactive charts. Errors: `MissingExtraError` without plotly."""
     facts = explanation.facts
     sections = [_angles(facts), _map(facts), _energy(explanation), _missing(explanation), _conflicts(explanation)]
-    sections += [_growth(explanation), *_landscape(explanation.landscape)]
+    sections += [] if explanation.growth is None else growth_sections(explanation.growth)
+    sections += _landscape(explanation.landscape)
     spread = facts.order_spread()
     lines = [
         f"{len(facts.names)} parents that point in {facts.effective_tasks():.2f} independent directions.",
@@ -201,20 +201,6 @@ def _conflicts(explanation: Explanation) -> Section:
     body = _bars(explanation, "conflict_0", "share of elements that move in opposite directions (0.5 is chance)")
     body += _bars(explanation, "conflict_mass", "weighed by the smaller move")
     return Section("conflict", "Sign conflict", body)
-
-
-def _growth(explanation: Explanation) -> Section:
-    if not explanation.growth:
-        return Section("growth", "Length against data", "")
-    row = explanation.tables["model"][0]
-    lengths = [row[f"norm/{name}"] for name in explanation.facts.names]
-    dots = {"type": "scatter", "mode": "markers", "x": list(explanation.sizes), "y": lengths}
-    cells = [
-        [html.escape(fit.form), f"{fit.slope:.4g}", f"{fit.r2:.4f}", "yes" if fit.conclusive else "too few points"]
-        for fit in explanation.growth
-    ]
-    body = chart([dots], title="length of task vectors", x="examples", y="length", xaxis={"type": "log"})
-    return Section("growth", "Length against data", body + table(["fit", "slope", "R^2", "conclusive"], cells))
 
 
 def _landscape(seen: Landscape | None) -> list[Section]:

@@ -119,6 +119,7 @@ class Slerp(CoefficientMethod):
     Of task vectors, never of raw weights: fine-tuned siblings are so nearly parallel that it would be an average.
     scale: lambda, the length of the result against that of the interpolation. accumulate: `sum` gives equal weights
     equal influence, `mean` is the paper's recursion. order, norm, on_antipodal: see `coefficients.sequential_slerp`.
+    length: the result's |V| as a number, times scale, whatever the interpolation gave.
     merge.json says how far, in degrees, results in different orders lie apart (`order_spread`).
     """
 
@@ -126,12 +127,19 @@ class Slerp(CoefficientMethod):
     accumulate: Accumulate = "sum"
     order: Order = "given"
     norm: Norm = "raw"
+    length: float | None = None
     on_antipodal: Antipodal = "error"
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length <= 0:
+            raise RecipeError(f"length is {self.length}", expected="a number above 0")
 
     def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         check_weights(weight_M)
         options = (self.accumulate, self.order, self.norm, self.on_antipodal)
-        return self.scale * formula.sequential_slerp(gram_MM, weight_M, *options)
+        coef_M = formula.sequential_slerp(gram_MM, weight_M, *options)
+        own = formula.norm_of(gram_MM, coef_M)
+        return self.scale * coef_M * (1 if self.length is None or not own > 0 else self.length / own)
 
     def prepare(self, job: Job) -> Combine:
         if len(job.parents) > 2 and job.granularity in ("model", "block"):

@@ -40,20 +40,24 @@ class DeltaGuided:
 
     with f(s) = (s/S)^layer, or exp(s / (temperature S)) with `weighting: softmax`. layer = element = 0 is the soup, 1
     and 0 the layer level, 0 and 1 the parameter level, 1 and 1 hierarchical; a negative exponent trusts what moved
-    least. unit: what a layer is, `tensor` or `block`. Checkpoints that name a trajectory are merged with each other
-    first, then the results with the deviations measured anew. A merged norm above the soup's comes with element > 0.
+    least. unit: what a layer is, `tensor`, `block`, or `row` of a matrix (a vector is one row). Checkpoints that name a
+    trajectory are merged with each other first, then the results with the deviations measured anew. A merged norm
+    above the soup's comes with element > 0.
     """
 
     base: ClassVar[Base] = "needed"
-    by_rows: ClassVar[bool] = False
 
     layer: float = 1.0
     element: float = 1.0
     power: Literal[1, 2] = 2
     weighting: Literal["power", "softmax"] = "power"
     temperature: float = 1.0
-    unit: Literal["tensor", "block"] = "tensor"
+    unit: Literal["tensor", "block", "row"] = "tensor"
     scale: float = 1.0
+
+    @property
+    def by_rows(self) -> bool:
+        return self.unit == "row"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -64,22 +68,23 @@ class DeltaGuided:
         first = [_Level(self, job.weight_M[places], self._moved(job, _rows(places))) for places in runs]
 
         def merged_runs(block: Block) -> Tensor:
-            parts = [level(_rows(places)(block), block.name) for level, places in zip(first, runs, strict=True)]
-            return torch.stack(parts)
+            return torch.stack([level(_rows(places)(block), block) for level, places in zip(first, runs, strict=True)])
 
         weight_T = torch.stack([job.weight_M[places].mean() for places in runs])
         second = _Level(self, weight_T, self._moved(job, merged_runs))
         last, rows = (first[0], _rows(runs[0])) if len(runs) == 1 else (second, merged_runs)
-        job.report["effective_parents"] = last.effective()
+        job.report["effective_parents"] = {} if self.by_rows else last.effective()
 
         def combine(block: Block) -> Tensor:
             assert block.base_E is not None
-            return last(rows(block), block.name).mul_(self.scale).add_(block.base_E.double())
+            return last(rows(block), block).mul_(self.scale).add_(block.base_E.double())
 
         return combine
 
     def _moved(self, job: Job, vectors: Vectors) -> dict[str, Tensor]:
-        """s [K] of every tensor: the power mean of |V| over its unit, in one pass."""
+        """s [K] of every tensor: the power mean of |V| over its unit, in one pass; for rows a block says it."""
+        if self.by_rows:
+            return {}
         sums = RowSums()
         sizes: dict[str, int] = defaultdict(int)
         with progress_bar("measuring deviations", sum(job.size(name) for name in job.names)) as bar:
@@ -114,33 +119,41 @@ class _Level:
     weight_K: Tensor
     moved: Mapping[str, Tensor]
 
-    def __call__(self, vector_KE: Tensor, name: str) -> Tensor:
+    def __call__(self, vector_KE: Tensor, block: Block) -> Tensor:
         """sum_i w_i V_i [E]."""
         if len(vector_KE) == 1:
             return vector_KE[0]
-        share_K, moved_K = self.share(name), self.moved[name]
-        if self.how.element == 0 or not moved_K.any():
-            return share_K @ vector_KE
-        size_KE = vector_KE.abs().add_(_FLOOR * moved_K.mean())
-        weight_KE = (size_KE / size_KE.mean(0)).pow_(self.how.element).mul_(share_K[:, None])
-        total_E = weight_KE.sum(0)
-        return weight_KE.mul_(vector_KE).sum(0).div_(total_E)
-
-    def share(self, name: str) -> Tensor:
-        """a_i f(s_i), normalised; a_i alone where nothing moved."""
-        moved_K = self.moved[name]
-        relative_K = moved_K / moved_K.mean() if moved_K.any() else torch.ones_like(moved_K)
-        if self.how.weighting == "softmax":
-            factor_K = torch.softmax(relative_K / self.how.temperature, 0)
+        width = len(vector_KE[0]) if not self.how.by_rows else block.shape[-1] if block.shape else 1
+        vector_KRW = vector_KE.view(len(vector_KE), -1, width)
+        if self.how.by_rows:
+            moved_KR = vector_KRW.abs().pow(self.how.power).mean(-1) ** (1 / self.how.power)
         else:
-            factor_K = relative_K.clamp_min(0.0 if self.how.layer >= 0 else _FLOOR) ** self.how.layer
-        return normalised(self.weight_K * factor_K)
+            moved_KR = self.moved[block.name][:, None]
+        share_KR = self.share(moved_KR)
+        if self.how.element == 0 or not moved_KR.any():
+            return (share_KR[..., None] * vector_KRW).sum(0).flatten()
+        floor_R1 = (_FLOOR * moved_KR.mean(0)).clamp_min(torch.finfo(moved_KR.dtype).tiny)[:, None]
+        size_KRW = vector_KRW.abs().add_(floor_R1)
+        weight_KRW = (size_KRW / size_KRW.mean(0)).pow_(self.how.element).mul_(share_KR[..., None])
+        return (weight_KRW * vector_KRW).sum(0).div_(weight_KRW.sum(0)).flatten()
+
+    def share(self, moved_KR: Tensor) -> Tensor:
+        """a_i f(s_i) of every unit, normalised; a_i alone where nothing moved."""
+        normalised(self.weight_K)  # refuses weights that sum to nothing
+        mean_R = moved_KR.mean(0)
+        relative_KR = torch.where(mean_R > 0, moved_KR / torch.where(mean_R > 0, mean_R, 1.0), 1.0)
+        if self.how.weighting == "softmax":
+            factor_KR = torch.softmax(relative_KR / self.how.temperature, 0)
+        else:
+            factor_KR = relative_KR.clamp_min(0.0 if self.how.layer >= 0 else _FLOOR) ** self.how.layer
+        share_KR = self.weight_K[:, None] * factor_KR
+        return share_KR / share_KR.sum(0)
 
     def effective(self) -> dict[str, float]:
         """exp of the entropy of the layer's weights: how many parents count, by tensor."""
         found = {}
         for name in self.moved:
-            share_K = self.share(name)
+            share_K = self.share(self.moved[name][:, None])[:, 0]
             found[name] = float(torch.exp(-torch.xlogy(share_K, share_K).sum()))
         return found
 

@@ -24,7 +24,7 @@ class Parent:
 
     folder: where modules, prompts and tokenizer are read from. config_folder: where the encoder's config.json is.
     files: every file whose bytes decide the weights. remark: what else does (a vocabulary's new order).
-    trajectory: the run this is a checkpoint of, for two-level merges.
+    trajectory: the run this is a checkpoint of, for two-level merges. examples: task to what it was trained on.
     unused: names no vector depends on (a pooler). buffers: float tensors that are no weights.
     token_tables: names whose rows belong to tokens. left_out: tensors of the files that the encoder does not have.
     """
@@ -36,6 +36,7 @@ class Parent:
     files: tuple[Path, ...]
     weight: float = 1.0
     trajectory: str | None = None
+    examples: Mapping[str, float] | None = None
     remark: str = ""
     unused: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()

@@ -24,6 +24,8 @@ class ParentSpec:
     `runs/a/checkpoints/step-*/model` that stands for every folder it matches, in natural order; `last` keeps the last
     so many of them. `adapter`: a LoRA folder on top of the model at `path`. `weight`: a_i, each checkpoint's own.
     `trajectory`: the run a checkpoint belongs to; methods that merge in two levels merge each run first.
+    `examples`: task to the number of examples it was trained on, for the curves of `--explain`; with a pattern, of one
+    step: a checkpoint's own is that times the last number in its path.
     """
 
     path: str
@@ -33,6 +35,7 @@ class ParentSpec:
     trajectory: str | None = None
     last: int | None = None
     revision: str | None = None
+    examples: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
@@ -75,6 +78,31 @@ class Packaging:
 
 @section
 @dataclass(frozen=True)
+class Bounds:
+    """What `--verify` and `--strict` hold a merge to.
+
+    `cka`, `overlap`: the least linear CKA, and the least share of the `neighbours` nearest neighbours, that a merge has
+    in common with at least one parent on that parent's texts. `slack`: how much worse than the worst parent a geometric
+    figure may be: anisotropy and prompt sensitivity in cosines, uniformity in its logarithm, effective rank and margin
+    as a share. `dims`: widths whose Matryoshka retention is compared; those from the model's own on are left out.
+    `same`: largest difference of vectors after saving and loading.
+    """
+
+    cka: float = 0.5
+    overlap: float = 0.2
+    slack: float = 0.15
+    dims: tuple[int, ...] = (64, 128, 256, 512)
+    neighbours: int = 10
+    same: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.cka <= 1 and 0 <= self.overlap <= 1 and self.slack >= 0 and self.neighbours >= 1):
+            expected = "cka and overlap from 0 to 1, slack from 0, neighbours from 1"
+            raise RecipeError(f"these bounds cannot be kept: {self}", where="verify", expected=expected)
+
+
+@section
+@dataclass(frozen=True)
 class MergeRecipe:
     """Everything a merge depends on.
 
@@ -82,7 +110,7 @@ class MergeRecipe:
     `dtype`: numbers on disk, by default the widest among the parents; `rounding` to 16 bits is to the `nearest` or
     `stochastic` (right on average, the same for the same seed). `shard_size`: bytes a file, such as 5GB. `unrelated`:
     merge although a parent does not look like a descendant of the base. `cache`: where statistics are kept; `null`
-    keeps none.
+    keeps none. `verify`: the bounds of `--verify` and `--strict`.
     """
 
     parents: tuple[ParentSpec | str, ...]
@@ -99,6 +127,7 @@ class MergeRecipe:
     unrelated: bool = False
     trust_remote_code: bool = False
     cache: str | None = "~/.cache/embedsmith/merge"
+    verify: Bounds = field(default_factory=Bounds)
 
     def __post_init__(self) -> None:
         if not self.parents:

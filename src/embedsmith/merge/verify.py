@@ -25,7 +25,7 @@ from embedsmith.merge.likeness import (
 from embedsmith.merge.live import LiveMerge, open_live
 from embedsmith.merge.plan import make_plan
 from embedsmith.merge.probe import Probe
-from embedsmith.merge.recipe import MergeRecipe
+from embedsmith.merge.recipe import Bounds, MergeRecipe
 from embedsmith.models import Embedder, load
 
 if TYPE_CHECKING:
@@ -35,23 +35,10 @@ if TYPE_CHECKING:
 
 @section
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
-    """What a merge must not fall below. `probe`: texts, one source a parent in their order, or one for all.
-
-    `cka`, `overlap`: the least linear CKA, and the least share of the ten nearest neighbours, that a merge has in
-    common with at least one parent on that parent's texts. `slack`: how much worse than the worst parent a geometric
-    figure may be: anisotropy and prompt sensitivity in cosines, uniformity in its logarithm, effective rank and margin
-    as a share. `dims`: widths whose Matryoshka retention is compared; those from the model's own on are left out.
-    `same`: largest difference of vectors after saving and loading.
-    """
+class VerifyConfig(Bounds):
+    """The bounds of a recipe, and the `probe`: texts, one source a parent in their order, or one for all."""
 
     probe: Probe
-    cka: float = 0.5
-    overlap: float = 0.2
-    slack: float = 0.15
-    dims: tuple[int, ...] = (64, 128, 256, 512)
-    neighbours: int = 10
-    same: float = 1e-5
 
 
 @dataclass(frozen=True)
