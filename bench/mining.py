@@ -6,7 +6,12 @@ step, and scores nDCG@10 on debian-dev (2,000 of its documents: all positives of
 - `in_batch`: 64 queries a step, no hard negatives;
 - `mined`: 32 queries with two negatives each, ranks 9 and 10 of what the initial model finds;
 - `refreshed`: begins with the same two and replaces them by Conan's rule of each loss, from a pool of 60;
-- `scheduled`: the same by the first paper's rule; `remined`: the second rule, and new pools from the live model.
+- `scheduled`: the same by the first paper's rule; `remined`: the second rule, and new pools from the live model;
+  `guarded`: the same without candidates above 0.95 times the positive's score;
+- `fewer`: 32 queries without negatives, so that each is seen as often as in the arms with negatives.
+
+`--miner full` takes the pools from the whole MiniLM instead of the initial model, whose first candidates are hardly
+better than random texts (it finds little before it is trained).
 
 Runs resume where they were stopped, scores are appended to bench/results/mining.json under `quality`, and whatever is
 there is not done again. `--parts overhead` measures what live mining adds to a step.
@@ -25,7 +30,7 @@ from typing import Any
 from bench.common import RESULTS, WORK, data_path, environment, minilm, read_json, write_json
 from bench.quality_joint import read_lines, spread
 
-ARMS = ("in_batch", "mined", "refreshed", "scheduled", "remined")
+ARMS = ("in_batch", "mined", "refreshed", "scheduled", "remined", "guarded", "fewer")
 
 
 def main() -> None:
@@ -39,6 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--miner", choices=("start", "full"), default="start")
     parser.add_argument("--work", type=Path, default=WORK / "mining")
     parser.add_argument("--results", type=Path, default=RESULTS / "mining.json")
     arguments = parser.parse_args()
@@ -59,7 +65,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, Path]:
     from embedsmith.pipeline.verbs import run_mine
 
     folder = arguments.work
-    start, pool, few = folder / "start", folder / "pool.jsonl", folder / "few.jsonl"
+    mark = marked(arguments)
+    start, pool, few = folder / "start", folder / f"pool{mark}.jsonl", folder / f"few{mark}.jsonl"
     if not start.exists():
         embedsmith.load(minilm(), layers=3, max_length=arguments.max_length).save(start)
     rows = read_lines(data_path("pairs/debian-en-train.jsonl.gz"))
@@ -71,7 +78,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, Path]:
         "data": {"path": str(folder / "pairs.jsonl")},
         "corpus": [{"path": str(folder / "corpus.jsonl")}],
         "output": str(pool),
-        "searchers": [{"type": "embedding", "model": str(start)}],
+        "searchers": [{"type": "embedding", "model": minilm() if mark else str(start)}],
         "candidates": 100,
         "select": {"negatives": 60},
     }
@@ -82,6 +89,11 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, Path]:
     return start, pool
 
 
+def marked(arguments: argparse.Namespace) -> str:
+    """What tells files and arms of another miner from those of the initial model."""
+    return "" if arguments.miner == "start" else f"-{arguments.miner}"
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -89,23 +101,25 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def recipe_of(arguments: argparse.Namespace, arm: str, seed: int, start: Path, pool: Path) -> dict[str, Any]:
     """128 texts a step in every arm; steps are those of the arms with negatives."""
-    contrasts = arm != "in_batch"
-    few = arguments.work / "few.jsonl"
+    contrasts = arm not in ("in_batch", "fewer")
+    few = arguments.work / f"few{marked(arguments)}.jsonl"
     steps = max(round(arguments.epochs * (arguments.queries // 32)), 1)
+    anew = {"rule": "each_loss", "remine_every": max(steps // 3, 1), "pool": 60}
     mining: dict[str, Any] | None = {
         "refreshed": {"rule": "each_loss"},
         "scheduled": {"rule": "scheduled"},
-        "remined": {"rule": "each_loss", "remine_every": max(steps // 3, 1), "pool": 60},
+        "remined": anew,
+        "guarded": anew | {"guard": 0.95},
     }.get(arm)
     return {
         "model": {"path": str(start), "max_length": arguments.max_length},
         "data": [
             {
-                "path": str(few if arm in ("in_batch", "mined") else pool),
+                "path": str(few if arm in ("in_batch", "fewer", "mined") else pool),
                 "name": "debian",
                 "task": "retrieval",
                 "negatives": 2 if contrasts else 0,
-                "batch_size": 32 if contrasts else 64,
+                "batch_size": 64 if arm == "in_batch" else 32,
                 "loss": {"type": "infonce", "temperature": 0.05},
             }
         ],
@@ -117,7 +131,7 @@ def recipe_of(arguments: argparse.Namespace, arm: str, seed: int, start: Path, p
             "log_with": [],
             "mining": mining,
         },
-        "output": str(arguments.work / f"{arm}-{steps}-{seed}"),
+        "output": str(arguments.work / f"{arm}{marked(arguments)}-{steps}-{seed}"),
     }
 
 
@@ -130,9 +144,10 @@ def record(arguments: argparse.Namespace, arm: str, seed: int, start: Path, pool
     sizes = {"queries": arguments.queries, "corpus": arguments.corpus, "documents": arguments.documents}
     settings = sizes | {"steps": tree["train"]["steps"], "learning_rate": arguments.learning_rate}
     runs = read_json(arguments.results, {}).get("quality", {}).get("runs", [])
-    if any((run["arm"], run["seed"], run["settings"]) == (arm, seed, settings) for run in runs):
+    done = (f"{arm}{marked(arguments)}", seed, settings)
+    if any((run["arm"], run["seed"], run["settings"]) == done for run in runs):
         return
-    output = Path(tree["output"])
+    output, arm = Path(tree["output"]), f"{arm}{marked(arguments)}"
     print(f"{arm}, seed {seed} ...", flush=True)
     started = time.perf_counter()
     if not (output / "finished.json").exists():
@@ -140,6 +155,7 @@ def record(arguments: argparse.Namespace, arm: str, seed: int, start: Path, pool
     minutes = (time.perf_counter() - started) / 60
     entry = {"arm": arm, "seed": seed, "settings": settings, "minutes": minutes, "environment": environment()}
     entry |= {"ndcg_at_10": score(arguments, output / "model"), "curves": curves(output)}
+    entry |= {"max_length": arguments.max_length}
     table = read_json(arguments.results, {})  # another process may have added to it
     runs = table.setdefault("quality", {}).setdefault("runs", [])
     if not any(run["arm"] == "untrained" and run["settings"] == settings for run in runs):

@@ -270,6 +270,8 @@ def test_what_cannot_be_mined_is_refused(tree, tmp_path):
         run(tree, candidates=60, select={"skip": 40, "negatives": 4})
     with pytest.raises(RecipeError, match="do not reach rank"):
         run(tree, candidates=5, select={"negatives": 6})
+    with pytest.raises(RecipeError, match="which is read from"):
+        run(tree, output=tree["data"]["path"])
     with pytest.raises(RecipeError, match="needs a teacher"):
         run(tree, select={"negatives": 2, "teacher_limits": {"max_score": 1.0}})
     scored = tmp_path / "scored.jsonl"

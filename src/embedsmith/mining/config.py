@@ -156,6 +156,9 @@ class MineRecipe:
     def __post_init__(self) -> None:
         if not self.output.removesuffix(".gz").endswith(".jsonl"):
             raise RecipeError(f"output is {self.output!r}", expected="a name in .jsonl or .jsonl.gz")
+        read = [self.data.path, *(corpus.path for corpus in self.corpus)]
+        if Path(self.output).resolve() in [Path(path).expanduser().resolve() for path in read]:
+            raise RecipeError(f"output is {self.output!r}, which is read from", fix="name another file")
         if not self.searchers:
             raise RecipeError("searchers: at least one is needed", expected="type: embedding or type: bm25")
         if self.select.teacher_limits != Limits() and self.teacher is None:
