@@ -6,6 +6,7 @@ import argparse
 import itertools
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def filtered_pairs(study: Study, seed: int) -> Path:
     from embedsmith.data.curate import CurateRecipe, Tools, curate
 
     source = weak_pairs(study, seed)
-    tree = {
+    tree: dict[str, Any] = {
         "input": {"path": str(source)},
         "output": str(source.with_suffix(".filtered.jsonl")),
         "steps": [{"type": "score_filter", "model": minilm(), "threshold": THRESHOLD, "keep_scores": False}],
@@ -131,7 +132,7 @@ def oscillation(study: Study, seed: int, together: bool) -> dict[str, float]:
 def jump(values: list[float]) -> float:
     """100 sqrt(mean (L_t - L_(t-1))^2) / mean L."""
     changes = [b - a for a, b in itertools.pairwise(values)]
-    return 100 * statistics.fmean(change**2 for change in changes) ** 0.5 / statistics.fmean(values)
+    return float(100 * statistics.fmean(change**2 for change in changes) ** 0.5 / statistics.fmean(values))
 
 
 def probe_curve(study: Study, seed: int, together: bool) -> dict[str, list[float]]:
@@ -141,7 +142,6 @@ def probe_curve(study: Study, seed: int, together: bool) -> dict[str, list[float
     from embedsmith.train import Recipe
     from embedsmith.train.build import build_feed, make_accelerator
     from embedsmith.train.loop import build, refresh, update
-    from embedsmith.train.mining import replace
     from embedsmith.train.step import evaluate_parts
 
     steps = max(study.steps // 2, 4)

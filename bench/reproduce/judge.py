@@ -77,7 +77,7 @@ def gap(check: Check, rows: Sequence[Row]) -> Gap | None:
 def pairs_of(check: Check, rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Rows of both arms by seed. A row without a seed stands beside every seed of the other arm."""
     first, second = ({row.seed: row for row in rows if row.arm == arm} for arm in (check.first, check.second))
-    seeds = sorted({seed for seed in (*first, *second) if seed is not None}) or [None]
+    seeds: list[int | None] = [*sorted({seed for seed in (*first, *second) if seed is not None})] or [None]
     found = [(first.get(seed, first.get(None)), second.get(seed, second.get(None))) for seed in seeds]
     return [(a, b) for a, b in found if a is not None and b is not None]
 

@@ -44,12 +44,8 @@ def _columns(arm: str, seed: int, runs: list[dict[str, Any]]) -> list[Row]:
 def read_mcls(table: dict[str, Any]) -> list[Row]:
     """The ways of reading one model, of the newest settings."""
     runs = [run for run in table.get("runs", []) if run["part"] == "mcls"]
-    sizes = lambda run: (run.get("steps"), run.get("documents"))
-    return [
-        Row(run["way"], run.get("seed", 0), {"ndcg": run["ndcg_at_10"]})
-        for run in runs
-        if sizes(run) == sizes(runs[-1])
-    ]
+    runs = [run for run in runs if all(run[name] == runs[-1][name] for name in ("steps", "documents"))]
+    return [Row(run["way"], run.get("seed", 0), {"ndcg": run["ndcg_at_10"]}) for run in runs]
 
 
 NDCG = Measure("nDCG@10", ("ndcg",))

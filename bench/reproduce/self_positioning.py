@@ -16,11 +16,13 @@ STATIC = ("average", "task_arithmetic", "ties", "fisher", "regmean")
 PAPER = "Self-Positioning, arXiv 2410.15035"
 
 
+SIZES_OF_A_RUN = ("steps", "layers", "items", "documents", "probe")
+
+
 def newest(table: dict[str, Any], parts: tuple[str, ...]) -> list[dict[str, Any]]:
     """Runs of these parts, of the settings of the last one."""
     runs = [run for run in table.get("runs", []) if run["part"] in parts]
-    settings = lambda run: tuple(run[name] for name in ("steps", "layers", "items", "documents", "probe"))
-    return [run for run in runs if settings(run) == settings(runs[-1])]
+    return [run for run in runs if all(run[name] == runs[-1][name] for name in SIZES_OF_A_RUN)]
 
 
 def read_table(table: dict[str, Any]) -> list[Row]:

@@ -291,7 +291,7 @@ def _items(result: TaskResult) -> str:
     """Single values of the main score: a query's nDCG times 100, or a pair's cosine."""
     if result.metric in result.items:
         return _text([100 * value for value in result.items[result.metric]], 2)
-    return _text(result.items["cosine"], 4)
+    return _text(result.items["cosine"].tolist(), 4)
 
 
 def _text(values: Sequence[float], digits: int) -> str:
