@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import embedsmith
-from embedsmith.core.errors import ModelError
+from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.lora import with_adapter
 from embedsmith.merge.tensors import size_of
-from tests.merge.models import rewrite, tiny_base, weights
+from tests.merge.models import child, rewrite, tiny_base, weights
 
 peft = pytest.importorskip("peft")
 
@@ -161,3 +161,73 @@ def test_a_damaged_adapter_weight_is_found(base, tmp_path):
 
     with pytest.raises(CheckpointError, match="NaN"):
         embedsmith.merge(parents=[str(spoiled)], method="average", output=str(tmp_path / "out"), unrelated=True)
+
+
+def lora_merge(folders, base, out, **settings):
+    return embedsmith.merge(
+        parents=[{"path": str(f), "weight": w} for f, w in zip(folders, (1.0, 3.0), strict=True)],
+        base=str(base),
+        output=str(out),
+        cache=None,
+        unrelated=True,
+        **{"method": "slerp", **settings},
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["query", "word_embeddings"]}, {"use_rslora": True}])
+def test_adapters_are_merged_in_their_factors(base, tmp_path, settings):
+    """The adapter that is written holds what the merge of the whole models is, at the sum of the ranks."""
+    folders = [adapter(base, tmp_path / f"a{seed}", seed, **settings)[0] for seed in range(2)]
+    whole = lora_merge(folders, base, tmp_path / "whole")
+    small = lora_merge(folders, base, tmp_path / "small", adapter={})
+    assert max(small.report["adapter"]["rank"].values()) <= 8
+    assert min(small.report["adapter"]["energy"].values()) == pytest.approx(1.0)
+    assert small.report["adapter"]["left_out"] == 0
+    assert not (small.path / "model.safetensors").exists()
+    again = with_adapter(open_folder(base, "base"), small.path, "small")
+    for name, tensor in weights(whole.path).items():
+        torch.testing.assert_close(again.tensor(f"backbone.{name}"), tensor, rtol=1e-5, atol=1e-6)
+    one, two = (embedsmith.load(str(path)).encode(["the cat", "a dog"]) for path in (whole.path, small.path))
+    assert abs(one - two).max() < 1e-5
+
+
+def test_peft_loads_the_merged_adapter(base, tmp_path):
+    from transformers import AutoModel
+
+    folders = [adapter(base, tmp_path / f"a{seed}", seed)[0] for seed in range(2)]
+    whole = lora_merge(folders, base, tmp_path / "whole")
+    small = lora_merge(folders, base, tmp_path / "small", adapter={})
+    model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), small.path).merge_and_unload()
+    state = model.state_dict()
+    for name, tensor in weights(whole.path).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_keeps_the_largest_directions(base, tmp_path):
+    """Cut to a rank, the factors are the best of that rank, by sums of adapters and by dense vectors alike."""
+    folders = [adapter(base, tmp_path / f"a{seed}", seed)[0] for seed in range(2)]
+    whole = weights(lora_merge(folders, base, tmp_path / "whole").path)
+    small = lora_merge(folders, base, tmp_path / "small", adapter={"rank": 2})
+    key = "encoder.layer.0.attention.self.query.weight"
+    delta = whole[key].double() - weights(base)[key].double()
+    _, size, _ = torch.linalg.svd(delta)
+    kept = float(size[:2].square().sum() / size.square().sum())
+    assert small.report["adapter"]["energy"][f"backbone.{key}"] == pytest.approx(kept, rel=1e-4)
+    dense = lora_merge(folders, base, tmp_path / "dense", adapter={"rank": 2}, method={"type": "ties", "density": 1.0})
+    assert dense.report["adapter"]["rank"][f"backbone.{key}"] == 2
+    with pytest.raises(RecipeError, match=r"adapter\.rank"):
+        lora_merge(folders, base, tmp_path / "none", adapter={}, method={"type": "ties", "density": 1.0})
+
+
+def test_whole_parents_become_an_adapter(base, tmp_path):
+    """Extraction: biases and norms have no place in one, and the report says how much that is."""
+    parents = [child(base, tmp_path / f"p{seed}", seed) for seed in range(2)]
+    found = lora_merge(parents, base, tmp_path / "out", adapter={"rank": 16})
+    whole = lora_merge(parents, base, tmp_path / "whole").path
+    old = weights(base)
+    moved = {name: (tensor.double() - old[name].double()).square().sum() for name, tensor in weights(whole).items()}
+    vectors = sum(float(square) for name, square in moved.items() if weights(whole)[name].dim() == 1)
+    assert found.report["adapter"]["left_out"] == pytest.approx(vectors / float(sum(moved.values())), rel=1e-3)
+    assert min(found.report["adapter"]["energy"].values()) > 0.99
+    with pytest.raises(RecipeError, match="at least 1"):
+        lora_merge(parents, base, tmp_path / "bad", adapter={"rank": 0})

@@ -78,6 +78,18 @@ class Packaging:
 
 @section
 @dataclass(frozen=True)
+class Adapter:
+    """The result as a LoRA adapter on the base. `rank`: of a matrix at most; `None` is exact, for sums of adapters."""
+
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise RecipeError(f"rank is {self.rank}", where="adapter", expected="at least 1")
+
+
+@section
+@dataclass(frozen=True)
 class Bounds:
     """What `--verify` and `--strict` hold a merge to.
 
@@ -110,7 +122,7 @@ class MergeRecipe:
     `dtype`: numbers on disk, by default the widest among the parents; `rounding` to 16 bits is to the `nearest` or
     `stochastic` (right on average, the same for the same seed). `shard_size`: bytes a file, such as 5GB. `unrelated`:
     merge although a parent does not look like a descendant of the base. `cache`: where statistics are kept; `null`
-    keeps none. `verify`: the bounds of `--verify` and `--strict`.
+    keeps none. `verify`: the bounds of `--verify` and `--strict`. `adapter`: write an adapter instead of a whole model.
     """
 
     parents: tuple[ParentSpec | str, ...]
@@ -128,6 +140,7 @@ class MergeRecipe:
     trust_remote_code: bool = False
     cache: str | None = "~/.cache/embedsmith/merge"
     verify: Bounds = field(default_factory=Bounds)
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if not self.parents:

@@ -89,7 +89,7 @@ def merge(
     with disk_errors(output):
         partial = output.with_name(f".{output.name}.merging")
         with _hashes(plan) as hashes:
-            report = _stream(plan, partial)
+            report = _stream(plan, partial) if chosen.adapter is None else _factors(plan, chosen.adapter.rank, partial)
         report["models"] = _models(plan, hashes)
         write_around(plan, partial, report)
         save_recipe(chosen, partial / "recipe.yaml")
@@ -155,6 +155,18 @@ def _stream(plan: Plan, partial: Path) -> dict[str, Any]:
     _write_heads(plan, sections, files, dtype_of, partial)
     write_index(partial, files)
     return _report(plan, dtype_of, facts, rounding)
+
+
+def _factors(plan: Plan, rank: int | None, partial: Path) -> dict[str, Any]:
+    """The merge as an adapter: a few megabytes, so written at once and never continued."""
+    from embedsmith.merge.adapter import extract, write_adapter
+
+    found, facts = extract(plan, rank)
+    _open_partial(partial, "adapter")
+    write_adapter(found, plan, partial)
+    if found.left_out > 0:
+        log.warning("%.2f %% of the merge lies in weights that an adapter has no place for", 100 * found.left_out)
+    return _report(plan, dtypes(plan), {**facts, "adapter": found.report()}, RoundingLoss())
 
 
 def _sections(plan: Plan, facts: dict[str, Any], dtype_of: Mapping[str, torch.dtype]) -> list[Section]:

@@ -76,7 +76,7 @@ def _probe(backbone: Any, call: Call) -> Probe:
 
 def example_ids(backbone: Any, device: torch.device, rows: int = 2) -> Tensor:
     """id_NT of made-up texts, the same in every run; clear of the lowest ids, where padding and its like are."""
-    vocabulary = backbone.get_input_embeddings().num_embeddings
+    vocabulary = len(backbone.get_input_embeddings().weight)  # an adapter around the table has no num_embeddings
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(8, vocabulary // 2), vocabulary, (rows, LENGTH), generator=generator).to(device)
 
