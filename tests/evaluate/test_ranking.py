@@ -40,7 +40,8 @@ def ours(qrels: Grades, run: Run, cuts: tuple[int, ...] = CUTS) -> dict[str, Flo
     rows = [
         (np.array([s for s, _ in row], np.float32), np.array([number for _, number in row], np.int64)) for row in ranked
     ]
-    return ranking_scores(Ranking.of(rows), Judgements.of(qrels, list(run), place), cuts)
+    judged = Judgements.of(qrels, list(run), place)
+    return ranking_scores(judged.grades(Ranking.of(rows)), judged, cuts)
 
 
 def naive(grades: dict[str, int], ranked: list[str], k: int) -> dict[str, float]:

@@ -159,7 +159,7 @@ class _Ranking:
         if self.task.ignore_identical_ids:
             ranking = ranking.without(np.array([place.get(query, -1) for query in self.query_ids]))
         judged = Judgements.of(self.task.qrels, self.query_ids, place)
-        return float(ranking_scores(ranking, judged, (10,))["ndcg_at_10"].mean())
+        return float(ranking_scores(judged.grades(ranking), judged, (10,))["ndcg_at_10"].mean())
 
 
 @dataclass(frozen=True)

@@ -108,15 +108,14 @@ class Judgements:
         return np.bincount(self.query_J, weights=gain_J, minlength=self.queries)
 
 
-def ranking_scores(ranking: Ranking, judged: Judgements, cuts: Sequence[int] = CUTS) -> dict[str, Floats]:
-    """Values of every query: `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`, `accuracy_at_k` (is any of the
-    first k relevant) and `mrr_at_k`.
+def ranking_scores(grade_Qk: Ints, judged: Judgements, cuts: Sequence[int] = CUTS) -> dict[str, Floats]:
+    """Values of every query, from the grades of what was found (`Judgements.grades`): `ndcg_at_k`, `map_at_k`,
+    `recall_at_k`, `precision_at_k`, `accuracy_at_k` (is any of the first k relevant) and `mrr_at_k`.
 
     nDCG takes the grade itself as gain, discounted by log2(1 + rank); the others count a grade of 1 or more as
     relevant. Recall and MAP divide by all relevant documents, retrieved or not. A query without a relevant document
     scores 0 everywhere.
     """
-    grade_Qk = judged.grades(ranking)
     rank_k = np.arange(1, grade_Qk.shape[1] + 1)
     hit_Qk = grade_Qk >= 1
     found_Qk = hit_Qk.cumsum(axis=1)

@@ -150,14 +150,14 @@ def ranked_result(
     """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
     place = {document: number for number, document in enumerate(document_ids)}
     judged = Judgements.of(task.qrels, query_ids, place)
-    items = ranking_scores(ranking, judged, task.cuts)
+    grade_Qk = judged.grades(ranking)
+    items = ranking_scores(grade_Qk, judged, task.cuts)
     scores = {name: float(values.mean()) for name, values in items.items()}
     counts = _counts(task, query_ids)
     notes = tuple(f"{counts[name]} {text}" for name, text in _NOTES.items() if counts[name])
     if ranking.flat and len(task.corpus) > 1:
         notes = (*notes, "the model gives every document the same score; the order is that of the ids")
-    relevant_Qk = judged.grades(ranking) > 0
-    relevant, other = ranking.best(relevant_Qk), ranking.best(~relevant_Qk & (ranking.index_Qk >= 0))
+    relevant, other = ranking.best(grade_Qk > 0), ranking.best((grade_Qk <= 0) & (ranking.index_Qk >= 0))
     items |= {"similarity_relevant": relevant[0], "similarity_other": other[0]}
     value_N = items["ndcg_at_10"] if "ndcg_at_10" in items else items[metric]
     found = [[(document_ids[i] if i >= 0 else "", s) for s, i in zip(*each, strict=True)] for each in (relevant, other)]
