@@ -1,17 +1,23 @@
 """Every merge recipe in recipes/ runs on tiny models."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import embedsmith
+from embedsmith.cli import app
 from embedsmith.core.recipe import load_recipe, read_tree
 from embedsmith.merge import MergeRecipe, merge
-from tests.merge.models import family
+from tests.merge.family import retrieval_records, sts_records
+from tests.merge.models import family, tiny_base, weights
 
 FILES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("merge*.yaml"))
 MERGES = [path for path in FILES if "parents" in read_tree(path)]
 PROBED = [path for path in MERGES if "probe" in read_tree(path)["method"]]
+STAGES = [path for path in FILES if "stages" in read_tree(path)]
 PLAIN = [path for path in MERGES if path not in PROBED]
 
 
@@ -46,3 +52,43 @@ def test_recipe_with_a_probe_merges(path, tmp_path, folders):
     ]
     result = merge(load_recipe(path, MergeRecipe, changes))
     assert embedsmith.load(str(result.path)).encode("the cat").shape[-1] > 0
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Records of both tasks in files."""
+    pairs = [{"query": r.query, "pos": list(r.positives)} for r in retrieval_records(16).records]
+    graded = [
+        {"text1": r.query, "text2": r.positives[0], "score": r.positive_scores[0]} for r in sts_records(16).records
+    ]
+    for name, rows in (("pairs", pairs), ("graded", graded)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_stages_train_merge_and_evaluate(path, texts, tmp_path):
+    """Training apart, along a sequence, or of a model in use; the merge lies between base and parents."""
+    base = tiny_base(tmp_path / "base")
+    changes = [f"output={tmp_path / 'out'}"]
+    for place, stage in enumerate(read_tree(path)["stages"]):
+        own, recipe = f"stages.{place}.recipe", stage["recipe"]
+        if stage["verb"] == "train":
+            file = "graded" if recipe["data"][0]["task"] == "sts" else "pairs"
+            start = [] if recipe["model"]["path"].startswith("$") else [f"{own}.model.path={base}"]
+            quick = ("train.steps=2", "train.log_with=[]", "model.max_length=16", "data.0.batch_size=4")
+            changes += [*start, f"{own}.data.0.path={texts / f'{file}.jsonl'}", *(f"{own}.{c}" for c in quick)]
+        elif stage["verb"] == "merge":
+            changes += [f"{own}.base={base}", f"{own}.cache=null"]
+        else:
+            changes += [f"{own}.tasks=[{texts / 'graded.jsonl'}]"]
+    result = CliRunner().invoke(app, ["run", str(path), *changes], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    assert json.loads((out / "scores.json").read_text())
+    found, start = weights(out / "merged"), weights(base)
+    assert any(not torch.equal(found[name], start[name]) for name in found)
+    if path.stem == "merge-update":
+        new = weights(out / "new" / "model")
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, (new[name] + start[name]) / 2, rtol=1e-5, atol=1e-6)

@@ -420,6 +420,40 @@ def test_integer_buffers_are_copied_and_must_be_equal(models, tmp_path):
         merged((copies[0], copies[1:]), tmp_path / "other")
 
 
+def test_parents_may_lie_in_shards(models, tmp_path):
+    """Some parents in several files and some in one: the same merge, bit for bit."""
+    from embedsmith.merge.folders import INDEX
+
+    base, parents = models
+    sharded = shutil.copytree(parents[1], tmp_path / "sharded")
+    state = weights(sharded)
+    names = sorted(state)
+    places = {name: f"model-{1 + at % 3:05d}-of-00003.safetensors" for at, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: state[name] for name in names if places[name] == file}, sharded / file, {"format": "pt"})
+    (sharded / "model.safetensors").unlink()
+    (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    method = {"type": "ties", "density": 0.5}
+    one = merged((base, parents[:2]), tmp_path / "one", method=method)
+    two = merged((base, [parents[0], sharded]), tmp_path / "two", method=method)
+    assert all(torch.equal(a, b) for a, b in zip(weights(one.path).values(), weights(two.path).values(), strict=True))
+    assert not (two.path / INDEX).exists()
+    assert load(str(two.path)).encode("a cat").shape == (8,)
+
+
+def test_a_trained_pooling_is_merged(tmp_path):
+    """The weights of attention pooling are tensors of the merge like any other."""
+    base = tiny_base(tmp_path / "base", pooling="attention")
+    parents = [child(base, tmp_path / f"p{seed}", seed) for seed in range(2)]
+    result = merged((base, parents), tmp_path / "out", method="average")
+    found, one, two = (load_file(folder / "1_Pooling" / "pooler.safetensors") for folder in (result.path, *parents))
+    assert found.keys() == one.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (one[name] + two[name]) / 2)
+        assert not torch.equal(tensor, one[name])
+    assert load(str(result.path)).settings.pooling == "attention"
+
+
 def test_pytorch_files_can_be_parents(models, tmp_path):
     base, parents = models
     old = shutil.copytree(parents[0], tmp_path / "old")
