@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.common import RESULTS, ROOT, WORK, read_json, write_json
 from bench.reproduce.claim import Claim
-from bench.reproduce.claims import CLAIMS, rows_of, study_of
+from bench.reproduce.claims import CLAIMS, results_of, study_of
 from bench.reproduce.judge import judge, pairs_of
 from bench.reproduce.study import Study
 from bench.reproduce.table import claim_text, update_document
@@ -78,14 +78,14 @@ def make_rows(claim: Claim, study: Study, seeds: list[int]) -> None:
 def lacking(claim: Claim, study: Study, seeds: list[int]) -> bool:
     """Whether a check of a claim has no rows, or fewer than the seeds ask for."""
     assert claim.bench is not None
-    rows = rows_of(claim, study)
+    rows, _ = results_of(claim, study)
     least = len(seeds) if claim.bench.takes_seeds else 1
     return any(len(pairs_of(check, rows)) < least for check in claim.checks)
 
 
 def keep_verdicts(study: Study, names: list[str]) -> None:
     """Judge these claims by the rows there are, beside the runs. Another process may add to the file meanwhile."""
-    found = {name: judge(CLAIMS[name], rows_of(CLAIMS[name], study)) for name in names}
+    found = {name: judge(CLAIMS[name], *results_of(CLAIMS[name], study)) for name in names}
     table = read_json(study.results, {})
     known = table.get("claims", {}) | found
     table["claims"] = {name: known[name] for name in CLAIMS if name in known}

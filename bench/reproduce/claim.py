@@ -45,6 +45,11 @@ class Check:
     against: Measure | None = None
 
     @property
+    def gains(self) -> bool:
+        """Whether it asks for something better, not only for nothing lost (a negative margin, a share of a score)."""
+        return self.margin >= 0 and (self.share == 1 or self.measure.lower_is_better)
+
+    @property
     def other(self) -> Measure:
         """What the second arm is measured by."""
         return self.against or self.measure
@@ -65,18 +70,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Another bench that already makes the rows of a claim."""
+    """Another bench that already makes the rows of a claim. `sizes`: of the runs that are read."""
 
     module: str
     arguments: tuple[str, ...]
     file: str
     read: Callable[[Any], list[Row]]
+    sizes: Callable[[Any], Mapping[str, Any]]
     takes_seeds: bool = True
 
-    def rows(self, results: Path) -> list[Row]:
+    def results(self, folder: Path) -> tuple[list[Row], dict[str, Any]]:
+        """The rows, and the sizes of their runs."""
         from bench.common import read_json
 
-        return self.read(read_json(results / self.file, {}))
+        table = read_json(folder / self.file, {})
+        rows = self.read(table)
+        return rows, dict(self.sizes(table)) if rows else {}
 
 
 @dataclass(frozen=True)

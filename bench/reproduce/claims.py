@@ -27,6 +27,6 @@ def study_of(work: Path, results: Path, **sizes: Any) -> Study:
     )
 
 
-def rows_of(claim: Claim, study: Study) -> list[Row]:
-    """The rows a claim is judged by: those of its bench, or the study's own."""
-    return study.rows() if claim.bench is None else claim.bench.rows(study.results.parent)
+def results_of(claim: Claim, study: Study) -> tuple[list[Row], dict[str, Any]]:
+    """The rows a claim is judged by and the sizes of their runs: those of its bench, or the study's own."""
+    return (study.rows(), study.settings) if claim.bench is None else claim.bench.results(study.results.parent)

@@ -5,14 +5,15 @@
 - a check *holds* if the whole interval and every seed's difference lie above its margin; it is *contradicted* if the
   whole interval and every seed's difference lie below; otherwise it is *open*. Without an interval (one seed, no items)
   the difference itself decides: above the margin where the margin is negative, else by `Measure.least` at least;
-- a claim is *reproduced* if all its checks hold, *not reproduced* if none does, else *partly*; *untestable here* is
-  said by its text alone; and with missing rows there is no verdict yet.
+- a claim is *reproduced* if all its checks hold, *partly* if some do, and *not reproduced* if none does that asks for a
+  gain: that nothing is lost proves little where nothing is won (a claim without gains counts all its checks);
+  *untestable here* is said by its text alone; and with missing rows there is no verdict yet.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -108,24 +109,26 @@ def _resampled(item_N: tuple[float, ...], label_N: tuple[float, ...] | None) -> 
     return mean_B
 
 
-def verdict(outcomes: Sequence[str | None]) -> str:
-    """Of the outcomes of a claim's checks; `None` is a check without rows."""
+def verdict(outcomes: Sequence[str | None], gains: Sequence[bool]) -> str:
+    """Of the outcomes of a claim's checks, and whether each asks for a gain; `None` is a check without rows."""
     if any(outcome is None for outcome in outcomes):
         return "not run yet"
-    held = sum(outcome == "holds" for outcome in outcomes)
-    return "reproduced" if held == len(outcomes) else "partly" if held else "not reproduced"
+    held = [outcome == "holds" for outcome in outcomes]
+    won = any(each for each, gain in zip(held, gains, strict=True) if gain or not any(gains))
+    return "reproduced" if all(held) else "partly" if won else "not reproduced"
 
 
-def judge(claim: Claim, rows: Sequence[Row]) -> dict[str, Any]:
+def judge(claim: Claim, rows: Sequence[Row], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the results table says of a claim, as plain values."""
     if claim.untestable is not None:
-        return {"verdict": "untestable here", "checks": [], "arms": {}, "seeds": 0}
+        return {"verdict": "untestable here", "checks": [], "arms": {}, "seeds": 0, "sizes": {}}
     gaps = [gap(check, rows) for check in claim.checks]
     outcomes = [None if found is None else found.outcome(check) for check, found in zip(claim.checks, gaps)]
     arms = {arm: summary for arm in claim.shown_arms() if (summary := arm_summary(claim, arm, rows))}
     seeds = [len(found.seeds) for found in gaps if found is not None]
     return {
-        "verdict": verdict(outcomes),
+        "verdict": verdict(outcomes, [check.gains for check in claim.checks]),
+        "sizes": dict(sizes),
         "seeds": min(seeds, default=0),
         "checks": [_check_row(check, found) for check, found in zip(claim.checks, gaps)],
         "arms": arms,

@@ -75,6 +75,8 @@ def claim_text(claim: Claim, judged: Judged | None) -> str:
         f"**Here.** {claim.setting}" if claim.untestable is None else f"**Untestable here.** {claim.untestable}",
     ]
     if judged and judged["arms"]:
+        sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in judged["sizes"].items())
+        parts.append(f"Sizes of the runs below: {sizes}.")
         parts.append("\n".join(arm_table(claim, judged["arms"])))
     if claim.checks:
         parts.append("\n".join(check_table(claim, judged)))

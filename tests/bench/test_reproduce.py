@@ -11,7 +11,7 @@ from bench.common import RESULTS, ROOT, read_json
 from bench.reproduce import __main__ as command
 from bench.reproduce import conan, decoder, m3, self_positioning
 from bench.reproduce.claim import MEAN, RETRIEVAL, STS, Bench, Check, Claim, Measure, Row
-from bench.reproduce.claims import CLAIMS, rows_of, study_of
+from bench.reproduce.claims import CLAIMS, results_of, study_of
 from bench.reproduce.judge import gap, judge, resampled, verdict
 from bench.reproduce.study import save_lines
 from bench.reproduce.table import BEGIN, END, document_results, results_text, update_document
@@ -121,24 +121,37 @@ def test_a_seed_on_the_other_side_leaves_a_check_open():
     assert found.outcome(UP) == "open"
 
 
+GAINS = [True, False]
+
+
 @pytest.mark.parametrize(
-    ("outcomes", "word"),
+    ("outcomes", "gains", "word"),
     [
-        (["holds", "holds"], "reproduced"),
-        (["holds", "open"], "partly"),
-        (["holds", "contradicted"], "partly"),
-        (["open", "contradicted"], "not reproduced"),
-        (["open"], "not reproduced"),
-        (["holds", None], "not run yet"),
-        ([None], "not run yet"),
+        (["holds", "holds"], GAINS, "reproduced"),
+        (["holds", "open"], GAINS, "partly"),
+        (["holds", "contradicted"], GAINS, "partly"),
+        (["open", "holds"], GAINS, "not reproduced"),  # nothing lost, nothing won
+        (["open", "contradicted"], GAINS, "not reproduced"),
+        (["holds", "open"], [False, False], "partly"),
+        (["open"], [True], "not reproduced"),
+        (["holds", None], GAINS, "not run yet"),
+        ([None], [True], "not run yet"),
     ],
 )
-def test_verdict(outcomes, word):
-    assert verdict(outcomes) == word
+def test_verdict(outcomes, gains, word):
+    assert verdict(outcomes, gains) == word
+
+
+def test_what_asks_for_a_gain():
+    assert UP.gains
+    assert replace(UP, margin=2.0).gains
+    assert not replace(UP, margin=-1.0).gains
+    assert not replace(UP, share=0.98).gains
+    assert replace(UP, measure=COST, share=0.5).gains
 
 
 def test_untestable_whatever_the_rows():
-    assert judge(CLAIMS["conan-softmask"], rows("new", 1.0))["verdict"] == "untestable here"
+    assert judge(CLAIMS["conan-softmask"], rows("new", 1.0), {})["verdict"] == "untestable here"
 
 
 # Rows of other benches ------------------------------------------------------------------------------------------------
@@ -150,12 +163,18 @@ def test_rows_of_mining_are_those_of_the_newest_settings():
     found = conan.read_mining({"quality": {"runs": [run, newer, newer | {"arm": "untrained"}]}})
     assert found == [Row("mined", 0, {"debian": 80.0}), Row("untrained", None, {"debian": 80.0})]
     assert conan.read_mining({}) == []
+    assert conan.sizes_of_mining({"quality": {"runs": [run, newer | {"max_length": 48}]}}) == {
+        "steps": 558,
+        "max_length": 48,
+    }
 
 
 def test_rows_of_m3_are_means_over_tasks_of_complete_runs():
     run = {"part": "quality", "model": "x", "steps": 80, "batch": 32, "arm": "distilled", "seed": 0}
     one, two = run | {"task": "a", "scores": {"dense": 40.0}}, run | {"task": "b", "scores": {"dense": 60.0}}
-    found = m3.read_part("quality")({"runs": [one, two, two | {"seed": 1}, one | {"part": "crosslingual"}]})
+    table = {"runs": [one | {"steps": 2}, one, two, two | {"seed": 1}, one | {"part": "crosslingual"}]}
+    found = m3.read_part("quality")(table)
+    assert m3.sizes_of("quality")(table) == {"model": "x", "steps": 80, "batch": 32}
     assert found == [Row("distilled", 0, {"dense": 50.0}), Row("distilled: dense", 0, {"ndcg": 50.0})]
 
 
@@ -180,7 +199,9 @@ def test_rows_of_merging():
     arms |= {"joint 0.7": (60, 60), "joint 0.9": (60, 60), "self_positioning": (76, 80)}
     runs = [merging_run("table", arm, **score(*values)) for arm, values in arms.items()]
     grid = [merging_run("plane", f"t={t}", **score(70 + t, 80)) for t in range(3)]
-    found = {row.arm: row.scores for row in self_positioning.read_plane({"runs": runs + grid})}
+    grid.append(merging_run("plane", "t=0", 1, **score(90, 90)))
+    found = {row.arm: row.scores for row in self_positioning.read_plane({"runs": runs + grid}) if row.seed == 0}
+    assert self_positioning.sizes_of("plane")({"runs": runs + grid})["items"] == 500
     assert found["best joint"]["debian"] == 75
     assert found["best of grid"] == {"debian": 72, "stsb": 80, "texts": 12}
     growth = [merging_run("growth", "retrieval 8", norm=0.5), merging_run("growth", "sts 120", norm=2.0)]
@@ -195,7 +216,7 @@ def test_rows_of_merging():
 def test_a_bench_is_called_only_where_rows_are_missing(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(command.subprocess, "run", lambda line, **options: calls.append(line[2:]))
-    bench = Bench("bench.other", ("--parts", "x"), "other.json", lambda table: [Row(*row) for row in table])
+    bench = Bench("bench.other", ("--parts", "x"), "other.json", lambda t: [Row(*row) for row in t], lambda t: {})
     claim = replace(CLAIMS["conan-refreshed"], bench=bench, checks=(UP,))
     study = study_of(tmp_path, tmp_path / "own.json")
     (tmp_path / "other.json").write_text(json.dumps([["new", 0, {"debian": 1}], ["old", 0, {"debian": 0}]]))
@@ -282,7 +303,7 @@ def judged(claim, seed=0):
     names |= {part for measure in claim.shown for part in measure.parts}
     arms = {arm for check in claim.checks for arm in (check.first, check.second)}
     invented = [Row(arm, s, {name: chance.uniform(1, 90) for name in names}) for arm in sorted(arms) for s in range(2)]
-    return judge(claim, invented)
+    return judge(claim, invented, {"steps": 80})
 
 
 def test_results_have_a_section_for_every_claim_and_every_check():
@@ -334,4 +355,4 @@ def test_the_verdicts_follow_from_the_committed_rows():
     """Every claim that is judged, judged again; claims whose rows came later wait for `--table`."""
     study = study_of(ROOT, RESULTS / "reproduce.json")
     for name, kept in read_json(RESULTS / "reproduce.json", {}).get("claims", {}).items():
-        assert judge(CLAIMS[name], rows_of(CLAIMS[name], study)) == kept, name
+        assert judge(CLAIMS[name], *results_of(CLAIMS[name], study)) == kept, name
