@@ -151,6 +151,14 @@ def test_curves_are_in_tensorboard_and_the_report(live, tmp_path):
     assert "Seconds spent on mining anew, so far" in charts
 
 
+@pytest.mark.parametrize("loss", ["score_kl", {"type": "sum", "parts": ["infonce", "margin_mse"]}])
+def test_negatives_without_scores_are_not_mined_for_a_loss_of_scores(live, tmp_path, loss):
+    tree = changed(live, tmp_path / "run", remine_every=5)
+    tree["data"] = [tree["data"][0] | {"loss": loss}]
+    with pytest.raises(RecipeError, match="negatives mined while training have none"):
+        train(parse(Recipe, tree))
+
+
 def test_a_damaged_state_is_named(live, tmp_path, monkeypatch):
     broken = changed(live, tmp_path / "run")
     monkeypatch.setattr(loop_module, "finish", lambda *_: (_ for _ in ()).throw(TrainingError("a power cut")))

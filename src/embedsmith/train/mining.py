@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from embedsmith.core.batch import ABSENT, Batch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import gather_rows, objects_of_all_ranks
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError, TrainingError
+from embedsmith.core.loss import Loss
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray
 from embedsmith.data import Record, row_seeds, text_id
 from embedsmith.data.record import refuse_tokens
+from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
 from embedsmith.losses.candidates import Candidates
 from embedsmith.mining import LiveNegatives
 from embedsmith.mining.live import EMPTY, LiveState
@@ -232,6 +234,14 @@ class _Quiet:
         )
 
 
+def _learns_from_scores(loss: Loss) -> bool:
+    """Whether the loss, or one that it holds, reads a teacher's scores of documents."""
+    held = [getattr(loss, one.name) for one in fields(cast(Any, loss))]
+    inner = [each for value in held for each in (value if isinstance(value, tuple) else (value,))]
+    scored = isinstance(loss, ScoreKL | MarginMSE | M3RankedKD)
+    return scored or any(_learns_from_scores(each) for each in inner if isinstance(each, Loss))
+
+
 def live_part(lane: Lane, live: LiveSource, row_Q: IntArray, seeds: Sequence[int], step: int, model: Embedder) -> Part:
     """The part of some rows with their live negatives, watched."""
     records = live.records(row_Q, step)
@@ -290,6 +300,12 @@ def _live(supply: Supply, config: LiveNegatives) -> Supply:
             expected="retrieval records in a fixed order, with negatives, and `negatives` of the source above 0",
             where=f"source {name!r}",
             fix="run embedsmith mine first, or set train.mining.remine_every and the source's negatives",
+        )
+    if may_mine and _learns_from_scores(supply.loss):
+        raise RecipeError(
+            "the loss learns from a teacher's scores, and negatives mined while training have none",
+            where=f"source {name!r}",
+            fix="leave out train.mining.remine_every and refill, or choose a loss without scores such as infonce",
         )
     state = LiveState(config, sizes, supply.negatives, AHEAD)
     return replace(supply, live=LiveSource(supply, state, config))
