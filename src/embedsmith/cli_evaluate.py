@@ -13,6 +13,7 @@ Split = Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 Head = Annotated[str, typer.Option(help="dense, sparse, multivector or hybrid: which output is scored.")]
 Weight = Annotated[list[str] | None, typer.Option("--weight", help="Of a head in hybrid or all: sparse=0.3")]
+Dims = Annotated[list[str] | None, typer.Option(help="Widths of the vectors that are scored too: 64 128 256")]
 Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results: a stopped command continues.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
@@ -31,6 +32,7 @@ def evaluate(
     head: Annotated[str, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side.")] = "dense",
     weight: Weight = None,
     tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
+    dims: Dims = None,
     keep: Keep = None,
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
@@ -45,8 +47,10 @@ def evaluate(
     from embedsmith.indexing import parse_weights
 
     weights = parse_weights(weight or []) if weight else None
-    scoring = Scoring(tuple(split_names([*(tasks or []), *(more or [])])), data, split, head, keep, weights)
+    widths, more = _widths(dims, more or [])
+    scoring = Scoring(tuple(split_names([*(tasks or []), *more])), data, split, head, keep, weights)
     _check_side_by_side(head, engine, mteb, tune, weights)
+    _check_widths(widths, head, mteb)
     if limits is not None and mteb is None:
         raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
     if mteb is None:
@@ -64,6 +68,8 @@ def evaluate(
 
             heads = [name for name in HEADS if name in encoder.outputs]
             results = scoring.side_by_side(encoder, heads, tune or [], about | {"embedsmith": __version__})
+        elif widths:
+            results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
         else:
             results = scoring.score(encoder, about | {"embedsmith": __version__})
     Console().print(results.table())
@@ -80,6 +86,27 @@ def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[st
         raise EvaluationError("--tune is for --head all", fix="add --head all")
     if weights and head not in ("all", "hybrid"):
         raise EvaluationError(f"--weight with --head {head}", fix="use --head hybrid or all")
+
+
+def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[str]]:
+    """The widths, and what else was named. Typer takes one value an option: of `--dims 64 128` the 128 is among the
+    others, so whole numbers there that are no paths are widths too."""
+    from embedsmith.core.errors import EvaluationError
+
+    if not dims:
+        return [], others
+    more = [name for name in others if name.isdecimal() and not Path(name).exists()]
+    said = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
+    if wrong := [part for part in said if not part.isdecimal() or int(part) < 1]:
+        raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
+    return [int(part) for part in said], [name for name in others if name not in more]
+
+
+def _check_widths(widths: list[int], head: str, mteb: Path | None = None) -> None:
+    from embedsmith.core.errors import EvaluationError
+
+    if widths and (head != "dense" or mteb is not None):
+        raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb")
 
 
 def _encoder(model: str, engine: str, max_length: int | None, batch_size: int) -> Any:
@@ -103,6 +130,7 @@ def compare(
     json_file: JsonFile = None,
     split: Split = "test",
     head: Head = "dense",
+    dims: Dims = None,
     keep: Keep = None,
     report: Annotated[Path | None, typer.Option(help="Write the table and charts to this HTML file.")] = None,
 ) -> None:
@@ -116,8 +144,10 @@ def compare(
     from embedsmith.evaluate.commands import Scoring, compare_models
     from embedsmith.models import load
 
+    widths, models = _widths(dims, models)
+    _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
-    made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), load)
+    made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), load, widths)
     Console().print(made.table())
     if json_file is not None:
         with atomic_file(json_file) as file:

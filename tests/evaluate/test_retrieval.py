@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.reps import Dense, MultiVector, Sparse
 from embedsmith.evaluate import (
     HybridEncoder,
@@ -161,3 +161,56 @@ def test_two_ranks_equal_one(tmp_path):
 @pytest.mark.dist
 def test_nan_on_one_rank_is_an_error_on_all(tmp_path):
     assert all("not finite" in message for message in on_ranks(2, error_on_all_ranks, tmp_path))
+
+
+class Unlucky(NamedEncoder):
+    """Fails on rank 1, with an error that is none of ours."""
+
+    def represent(self, texts, **options):
+        from embedsmith.core.collectives import rank
+
+        if rank() == 1:
+            raise ZeroDivisionError("a surprise")
+        return super().represent(texts, **options)
+
+
+def fails_while_encoding(folder):
+    return evaluate(Unlucky(), [small_tasks()["search"]], group=None)
+
+
+def fails_after_the_last_talk(folder):
+    """Rank 1 fails while it computes its figures, when nothing is left to exchange."""
+    from embedsmith.core.collectives import rank
+    from embedsmith.evaluate import retrieval
+
+    if rank() == 1:
+        retrieval.ranking_scores = lambda *_: 1 / 0
+    return evaluate(NamedEncoder(), [small_tasks()["search"]], group=None)
+
+
+def fails_to_keep(folder):
+    """Rank 0 cannot write: a file stands where the folder should be."""
+    return evaluate(NamedEncoder(), list(small_tasks().values())[:2], group=None, keep=folder / "file")
+
+
+def what_each_rank_raises(folder):
+    (folder / "file").write_text("no folder")
+    told = []
+    for act in (fails_while_encoding, fails_after_the_last_talk, fails_to_keep):
+        try:
+            act(folder)
+            told.append("no error")
+        except (ArithmeticError, OSError, EmbedsmithError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+@pytest.mark.dist
+def test_any_error_on_one_rank_is_an_error_on_all(tmp_path):
+    first, second = on_ranks(2, what_each_rank_raises, tmp_path, tmp_path)
+    assert second[0] == "ZeroDivisionError: a surprise"
+    assert first[0].startswith("FailedElsewhereError: rank 1: ZeroDivisionError: a surprise")
+    assert second[1].startswith("ZeroDivisionError")
+    assert first[1].startswith("FailedElsewhereError: rank 1: ZeroDivisionError")
+    assert second[2].startswith("FailedElsewhereError: rank 0")
+    assert not first[2].startswith(("FailedElsewhereError", "no error"))

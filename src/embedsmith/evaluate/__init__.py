@@ -7,6 +7,7 @@ from embedsmith.evaluate.result import Example, Results, TaskResult
 from embedsmith.evaluate.retrieval import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import STSTask, Task
+from embedsmith.evaluate.widths import NarrowEncoder, score_widths
 from embedsmith.search.hybrid import HybridEncoder
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "HeadScores",
     "HybridEncoder",
     "LongDocumentTask",
+    "NarrowEncoder",
     "PairClassificationTask",
     "RerankingTask",
     "Results",
@@ -29,5 +31,6 @@ __all__ = [
     "known_tasks",
     "load_task",
     "score_heads",
+    "score_widths",
     "split_names",
 ]

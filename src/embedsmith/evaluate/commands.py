@@ -22,6 +22,7 @@ from embedsmith.evaluate.mteb_tasks import Limits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks import Task
+from embedsmith.evaluate.widths import FULL, score_widths
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
 
@@ -58,6 +59,10 @@ class Scoring:
             raise EvaluationError(f"weights tuned on {same[0]} and reported on it", fix="tune on another task")
         return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, keep=self.keep)
 
+    def at_widths(self, encoder: Encoder, widths: Sequence[int], about: Mapping[str, Any]) -> HeadScores:
+        """The whole vectors and their first numbers, on all tasks."""
+        return score_widths(encoder, self._load(self.tasks), widths, about=about, keep=self.keep)
+
     def _load(self, names: Sequence[str], split: str | None = None) -> list[Task]:
         return [load_task(name, data_dir=self.data, split=split or self.split) for name in names]
 
@@ -69,18 +74,22 @@ class Scoring:
         return mteb_evaluate(encoder, chosen, output, name=model, head=self.head, limits=limits)
 
 
-def compare_models(models: Sequence[str], scoring: Scoring, load: Load) -> Comparison:
+def compare_models(models: Sequence[str], scoring: Scoring, load: Load, widths: Sequence[int] = ()) -> Comparison:
     """Models by folder or hub id, or results by file (`evaluate --items --json`), the one to measure against first.
+    With `widths` every model is scored at those widths too.
 
-    Errors: `EvaluationError` for fewer than two, and results of other tasks.
+    Errors: `EvaluationError` for fewer than two to compare, and results of other tasks.
     """
-    if len(models) < 2:
+    if len(models) < 2 and not widths:
         raise EvaluationError(f"{len(models)} model given", expected="two or more")
     scored: list[tuple[str, Results]] = []
     for name in models:
         if name.endswith(".json"):
             results = Results.load(name)
             scored.append((name, _chosen(results, scoring, name)))
+        elif widths:
+            columns = scoring.at_widths(load(name), widths, {"model": name}).columns
+            scored += [(name if width == FULL else f"{name} at {width}", each) for width, each in columns.items()]
         else:
             scored.append((name, scoring.score(load(name), {"model": name})))
     return compare(scored)

@@ -4,6 +4,7 @@ for NaN."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +22,10 @@ PIECE = 2048
 """Texts an encoder is given at once: enough to sort by length, few enough to hold and to show progress."""
 
 T = TypeVar("T")
+
+
+class FailedElsewhereError(EvaluationError):
+    """Another rank failed, so this one stops too."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +91,30 @@ class Reader:
         return slice(count * mine // world, count * (mine + 1) // world)
 
     def together(self, act: Callable[[], T]) -> list[T]:
-        """What `act` returns on every rank, in rank order; where it fails on one rank, all of them raise its error."""
-        error: EmbedsmithError | None = None
-        value: T | None = None
-        try:
-            value = act()
-        except EmbedsmithError as raised:
-            error = raised
-        if world_size(self.group) == 1 and error is not None:
-            raise error
-        outcomes = objects_of_all_ranks((value, None if error is None else str(error)), self.group)
+        """What `act` returns on every rank, in rank order. Errors: see `as_one`."""
+        outcomes: list[tuple[T, str | None]] = objects_of_all_ranks((act(), None), self.group)
         for number, (_, message) in enumerate(outcomes):
             if message is not None:
-                raise EvaluationError(message, where=f"rank {number}") from error
-        return [found for found, _ in outcomes]
+                raise FailedElsewhereError(message, where=f"rank {number}")
+        return [value for value, _ in outcomes]
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """An error of any kind on one rank ends all of them here: none waits for a rank that is gone.
+
+        All talk between the ranks inside goes through `together`, so what a failed rank says is heard by each of the
+        others where it talks next, at the latest at the end. Errors: the rank's own; on the others
+        `FailedElsewhereError` with its message.
+        """
+        try:
+            yield
+            self.together(lambda: None)
+        except FailedElsewhereError:
+            raise
+        except BaseException as error:
+            name = "" if isinstance(error, EmbedsmithError) else f"{type(error).__name__}: "
+            objects_of_all_ranks((None, f"{name}{error}"), self.group)
+            raise
 
 
 def join(parts: Sequence[Representation]) -> Representation:

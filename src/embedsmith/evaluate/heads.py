@@ -45,7 +45,8 @@ Weights = Mapping[str, float]
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Results by column, in the order of the paper's tables, and the weights of each column's heads."""
+    """Results by column (heads, in the order of the paper's tables, or widths), and the weights of each column's
+    heads."""
 
     columns: Mapping[str, Results]
     weights: Mapping[str, Weights]
@@ -96,7 +97,7 @@ def score_heads(
     Errors: `EvaluationError` for one head, weights of heads that are not there or all 0, other kinds of dev task.
     """
     check_heads(heads, weights)
-    with _encoded_once(encoder, heads, keep) as shared:
+    with encoded_once(encoder, heads, keep) as shared:
         columns: dict[str, Weights] = {head: {head: 1.0} for head in heads}
         columns |= combinations(heads, weights)
         if tune_on:
@@ -208,7 +209,8 @@ def _evaluate(encoder: Encoder, tasks: Sequence[Task], weights: Weights) -> Resu
 
 
 @contextmanager
-def _encoded_once(encoder: Encoder, heads: Sequence[str], keep: str | Path | None) -> Iterator[_Shared]:
+def encoded_once(encoder: Encoder, heads: Sequence[str], keep: str | Path | None) -> Iterator[_Shared]:
+    """An encoder that computes all heads of a text the first time and reads them from a folder after that."""
     if keep is not None:
         yield _Shared(CachedEncoder.of(encoder, Path(keep) / "vectors"), tuple(heads))
         return

@@ -35,7 +35,8 @@ def evaluate(
     model's name. `keep`: a folder for the results of single tasks; a task that was scored there before by the same
     model is not scored again, so an interrupted evaluation continues. `group`: the ranks that share the work
     (`None`: all); every one of them must call this, and gets the same results.
-    Errors: `EvaluationError` for no tasks, two tasks of one name, and a model whose output cannot be scored.
+    Errors: `EvaluationError` for no tasks, two tasks of one name, and a model whose output cannot be scored. What goes
+    wrong on one rank, of any kind, is an error on all.
     """
     if not tasks:
         raise EvaluationError("no tasks were given", fix="name some with --tasks, or give paths")
@@ -44,7 +45,8 @@ def evaluate(
         raise EvaluationError(f"two tasks are called {twice[0]!r}", fix="give each task once")
     reader = Reader(encoder, head, progress, group)
     kept = None if keep is None else KeptResults(Path(keep), fingerprint(encoder, head))
-    return Results(tuple(_scored(task, reader, kept) for task in tasks), dict(about or {}))
+    with reader.as_one():
+        return Results(tuple(_scored(task, reader, kept) for task in tasks), dict(about or {}))
 
 
 def _scored(task: Task, reader: Reader, kept: KeptResults | None) -> TaskResult:
