@@ -245,6 +245,18 @@ def test_opposite_parents(models, tmp_path):
     merge(models, tmp_path, method={"type": "slerp", "on_antipodal": "linear"})
 
 
+@pytest.mark.parametrize("method", ["karcher", "normalised_mean"])
+def test_opposite_parents_have_no_mean_direction(models, tmp_path, method):
+    """What rounding leaves of two opposite vectors is not stretched to their length; the restored mean stays short."""
+    base, (one, two) = models
+    start, moved = weights(base), weights(one)
+    rewrite(two, {name: 2 * start[name] - moved[name] for name in moved})
+    refused(models, tmp_path, "cancel out", RecipeError, method=method)
+    plain = merge(models, tmp_path, method={"type": "average", "restore_norm": True})
+    for name, tensor in weights(plain.path).items():
+        torch.testing.assert_close(tensor, start[name], rtol=1e-4, atol=1e-5)
+
+
 def test_no_base(models, tmp_path):
     error = refused(models, tmp_path, "slerp works on task vectors", RecipeError, base=None)
     assert "method: average" in error.fix

@@ -264,6 +264,13 @@ def test_a_finished_merge_is_not_replaced_unasked(models, tmp_path):
     assert torch.equal(next(iter(weights(tmp_path / "out").values())), next(iter(weights(parents[0]).values())))
 
 
+def test_an_output_that_is_a_file(models, tmp_path):
+    (tmp_path / "out").write_text("kept")
+    with pytest.raises(CheckpointError, match="this is a file"):
+        merged(models, tmp_path / "out", method="average")
+    assert (tmp_path / "out").read_text() == "kept"
+
+
 def test_a_check_can_refuse_the_result(models, tmp_path):
     def refuse(folder):
         assert (folder / "model.safetensors").exists()

@@ -26,6 +26,9 @@ Order = Literal["given", "norm", "nearest", "average", "tree"]
 _NEARLY_PARALLEL = 1e-6
 """1 - cos below which the series of sin(t a)/sin(a) is used; its next term is below 1e-13."""
 _ANTIPODAL = -1 + 1e-4
+_CANCELLED = 7e-3
+"""|sum w_i u_i| of unit vectors below which they cancel out: two equal ones at the antipodal cosine have this left, and
+what is left is noise that must not be stretched to full length."""
 
 
 def normalised(weight_M: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def norm_restoring(gram_MM: Tensor, weight_M: Tensor) -> Tensor:
     w_M = normalised(weight_M)
     length = norm_of(gram_MM, w_M)
     wanted = w_M @ norms(gram_MM)
-    return w_M * (wanted / length) if length > 1e-7 * wanted else w_M
+    return w_M * (wanted / length) if length > _CANCELLED * wanted else w_M
 
 
 def norms(gram_MM: Tensor) -> Tensor:
@@ -234,7 +237,16 @@ def normalised_mean(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "
     if not norms(gram_MM).any():
         return normalised(weight_M)
     w_M, inverse_M = _directions(gram_MM, weight_M)
+    _refuse_cancelled(gram_MM, w_M * inverse_M)
     return _stretched(gram_MM, w_M * inverse_M, w_M, norm)
+
+
+def _refuse_cancelled(gram_MM: Tensor, mean_M: Tensor) -> None:
+    """Errors: `RecipeError` for directions whose mean is next to nothing."""
+    if norm_of(gram_MM, mean_M) < _CANCELLED:
+        raise RecipeError(
+            "the task vectors cancel out: their directions have no mean", fix="leave one parent out, or use average"
+        )
 
 
 def _stretched(gram_MM: Tensor, coef_M: Tensor, w_M: Tensor, norm: Literal["linear", "geometric"]) -> Tensor:
@@ -255,8 +267,7 @@ def karcher(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometri
         return normalised(weight_M)
     w_M, inverse_M = _directions(gram_MM, weight_M)
     mean_M = w_M * inverse_M
-    if norm_of(gram_MM, mean_M) < 1e-7:
-        raise RecipeError("the task vectors cancel out: they have no spherical mean", fix="leave one parent out")
+    _refuse_cancelled(gram_MM, mean_M)
     mean_M = mean_M / norm_of(gram_MM, mean_M)
     for _ in range(100):
         mean_M, step = _karcher_step(gram_MM, mean_M, w_M, inverse_M)

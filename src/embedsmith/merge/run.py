@@ -81,6 +81,8 @@ def merge(
     """
     chosen = as_recipe(recipe, settings)
     output = Path(chosen.output)
+    if output.exists() and not output.is_dir():
+        raise CheckpointError("this is a file", where=output, expected="a new folder", fix="choose another output")
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(
             "the folder is not empty", where=output, fix="choose another output, or overwrite (--overwrite)"
