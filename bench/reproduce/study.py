@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ class Study:
 
     def folder(self, arm: str, seed: int | None) -> Path:
         sizes = f"{self.layers}-{self.steps}x{self.batch}-{self.learning_rate}"
-        return self.work / sizes / f"{arm.replace(' ', '-')}-{seed}"
+        return self.work / sizes / f"{re.sub(r'[^a-z]+', '-', arm).strip('-')}-{seed}"
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,10 @@ class Study:
     def _measured(self, arm: str, seed: int) -> dict[str, Any]:
         if arm in self.measurers:
             return {"scores": self.measurers[arm](self, seed), "items": {}}
-        return self.score(self.model(arm, seed), arm in self.widths, arm in self.geometry)
+        model = self.model(arm, seed)
+        found = self.score(model, arm in self.widths, arm in self.geometry)
+        found["scores"] |= replaced(model.parent / "metrics.jsonl")
+        return found
 
     # Models -------------------------------------------------------------------------------------------------------
 
@@ -274,6 +278,13 @@ def token_values(encoder: Any, texts: Sequence[str]) -> dict[str, list[float]]:
         "token_entropy": [shape.entropy for shape in shapes],
         "token_condition": [math.log10(shape.condition) for shape in shapes],
     }
+
+
+def replaced(metrics: Path) -> dict[str, float]:
+    """How many hard negatives a run replaced; nothing of a run that refreshes none."""
+    lines = read_lines(metrics) if metrics.exists() else []
+    counts = [value for line in lines for name, value in line.items() if name.startswith("negatives_replaced/")]
+    return {"replaced": sum(counts)} if counts else {}
 
 
 def save_lines(path: Path, rows: Sequence[Any]) -> None:

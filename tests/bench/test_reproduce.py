@@ -13,7 +13,7 @@ from bench.reproduce import conan, decoder, m3, self_positioning
 from bench.reproduce.claim import MEAN, RETRIEVAL, STS, Bench, Check, Claim, Measure, Row
 from bench.reproduce.claims import CLAIMS, results_of, study_of
 from bench.reproduce.judge import gap, judge, resampled, verdict
-from bench.reproduce.study import save_lines
+from bench.reproduce.study import replaced, save_lines
 from bench.reproduce.table import BEGIN, END, document_results, results_text, update_document
 from scipy.stats import spearmanr, ttest_1samp
 
@@ -271,6 +271,15 @@ def test_weak_pairs_are_wrong_as_often_as_said(tmp_path, monkeypatch):
     made = [json.loads(line) for line in conan.weak_pairs(study, 0).read_text().splitlines()]
     assert len(made) == 150
     assert sum(row["query"][1:] != row["pos"][0][1:] for row in made) == round(conan.WRONG * 150)
+
+
+def test_replaced_negatives_are_counted_over_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert replaced(path) == {}
+    save_lines(path, [{"step": 1, "loss/debian": 1.0}])
+    assert replaced(path) == {}
+    save_lines(path, [{"step": step, "negatives_replaced/mined": 2 * step} for step in (1, 2)])
+    assert replaced(path) == {"replaced": 6}
 
 
 def test_jump_is_the_change_from_step_to_step():
