@@ -26,17 +26,17 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one step, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, run one step.")] = False,
 ) -> None:
     """Train a model as a recipe says. The same command continues a run that was stopped."""
+    from embedsmith.core.collectives import rank
     from embedsmith.train import read_recipe, rehearse
     from embedsmith.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])
-    if dry_run:
-        typer.echo(rehearse(loaded))
-    else:
-        typer.echo(f"model: {run(loaded, overwrite=overwrite)}")
+    said = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
+    if rank() == 0:
+        typer.echo(said)
 
 
 @app.command()
@@ -311,9 +311,9 @@ def convert(
 def export_one_head(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    head: Annotated[str, typer.Option(help="dense, sparse or multivector.")] = "dense",
+    head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
 ) -> None:
-    """Write one head of a model as a folder for sentence-transformers, with the same scores."""
+    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
     from typing import cast
 
     from embedsmith.models.export_heads import Head, run_export

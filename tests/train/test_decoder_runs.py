@@ -1,5 +1,6 @@
 """Runs on a tiny decoder: adapters and softmask, stopped and continued."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from embedsmith.core.errors import RecipeError
+from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import packed_rows
 from embedsmith.models import load
-from embedsmith.train import Recipe, loop, shard, train
+from embedsmith.train import Recipe, loop, shard, train, zero
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
 from tests.ranks import on_ranks
@@ -120,15 +121,28 @@ def sharded(tree):
     train(parse(Recipe, tree))
 
 
+def test_zero_needs_its_extra_and_several_processes(tree, monkeypatch):
+    tree["train"] |= {"shard": "zero2"}
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(MissingExtraError, match="deepspeed"):
+            train(parse(Recipe, tree))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(RecipeError, match=r"train\.shard=zero2 needs several processes"):
+        zero.check_zero()
+
+
 @pytest.mark.dist
+@pytest.mark.parametrize("engine", [True, "zero2"])
 @pytest.mark.parametrize("model", [{"pooling": "last"}, LORA | {"head": {"out": 8}}])
-def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model):
+def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model, engine):
     """The same losses and weights as one process, with replayed chunks and with a resumed run; with everything in
     shards, and with a head that is whole."""
+    if engine == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip('needs DeepSpeed: pip install "embedsmith[deepspeed]"')
     tree = tree | {"model": {"path": str(decoder), "max_length": 48, **model}}
     tree["train"] = tree["train"] | {"steps": 4, "checkpoint_every": 2, "token_budget": 256, "log_with": []}
     train(parse(Recipe, tree | {"output": str(tmp_path / "one")}))
-    tree["train"] = tree["train"] | {"shard": True}
+    tree["train"] = tree["train"] | {"shard": engine}
     two = tree | {"output": str(tmp_path / "two")}
     on_ranks(2, sharded, tmp_path, two)
     one, several = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))

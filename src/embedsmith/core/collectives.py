@@ -117,9 +117,19 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
+    for bucket in _buckets(complete_gradients(parameters)):
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, mean in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            gradient.copy_(mean)
+
+
+def complete_gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    """The gradients that any rank has, in the same order on every rank; zeros stand in where one is missing here."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:  # all of them are in shards
-        return
+        return []
     holders = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device))
     gradients: list[Tensor] = []
     for parameter, count in zip(trained, holders.tolist(), strict=True):
@@ -127,12 +137,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
-        flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for gradient, mean in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-            gradient.copy_(mean)
+    return gradients
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:

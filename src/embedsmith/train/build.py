@@ -67,7 +67,7 @@ def _check_launch() -> None:
                 f"this process was launched for {engine} of accelerate, which a step with replayed chunks cannot drive",
                 where="accelerate launch",
                 fix="launch with recipes/accelerate/fsdp2.yaml and train.shard=true, which spreads weights, gradients "
-                "and optimizer state over the ranks, or with ddp.yaml",
+                "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
             )
 
 

@@ -46,7 +46,8 @@ class TrainConfig:
     `token_budget` (padded tokens) only bound memory: they change neither the negatives nor the gradient. `mining`
     replaces hard negatives while the model trains. `group_learning_rates` maps a regular expression on parameter names
     to a learning rate of its own. `warmup` is a share of the run below 1, or a number of steps.
-    `shard` spreads the backbone's weights and optimizer state over the ranks (FSDP2).
+    `shard` spreads the backbone's weights and optimizer state over the ranks (FSDP2); `zero2` the optimizer's state and
+    gradients alone (DeepSpeed, extra `deepspeed`).
     """
 
     steps: int | None = None
@@ -61,7 +62,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    shard: bool = False
+    shard: bool | Literal["zero2"] = False
     balance: Balance | None = None
     mining: LiveNegatives | None = None
     plan: PlanConfig = PlanConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from embedsmith.train.mining import LiveMining, with_live_negatives
 from embedsmith.train.optim import make_optimizer, set_learning_rate
 from embedsmith.train.shard import Shards
 from embedsmith.train.step import Memory, Part, StepOutput, run_step
+from embedsmith.train.zero import Zero, check_zero
 
 
 @dataclass
@@ -154,13 +155,17 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
     model.to(accelerator.device).train()
     shards = None
-    if recipe.train.shard:
+    if recipe.train.shard == "zero2":
+        check_zero()
+    elif recipe.train.shard:
         shard.check(recipe)
         shards = Shards(model)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, recipe.train.balance), recipe.train.mining)
     extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
     named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
-    optimizer = make_optimizer(named, recipe.train)
+    optimizer: torch.optim.Optimizer = (adamw := make_optimizer(named, recipe.train))
+    if recipe.train.shard == "zero2":
+        optimizer = Zero(nn.ModuleList([model, extras]), adamw, recipe.train.clip_norm)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(recipe.train.seed, rank()))
     memory = replace(derive_memory(recipe.train, accelerator.device), packed=recipe.model.packing)
@@ -218,15 +223,21 @@ def update(run: Run, parts: list[Part]) -> tuple[StepOutput, float, float]:
     rate = set_learning_rate(run.optimizer, config, run.state.step, run.length.steps)
     run.optimizer.zero_grad(set_to_none=True)
     run.model.progress = run.state.step / run.length.steps
-    output = run_step(
-        run.encode, parts, run.memory, dict(run.extras.items()), Progress(run.state.step, run.length.steps)
-    )
+    with run.optimizer.reducing() if isinstance(run.optimizer, Zero) else nullcontext():
+        output = run_step(
+            run.encode, parts, run.memory, dict(run.extras.items()), Progress(run.state.step, run.length.steps)
+        )
+    norm = 0.0 if isinstance(run.optimizer, Zero) else _average_and_clip(run)
+    run.optimizer.step()
+    return output, rate, run.optimizer.norm if isinstance(run.optimizer, Zero) else norm
+
+
+def _average_and_clip(run: Run) -> float:
+    """Gradients over ranks, and their norm before clipping."""
     parameters = run.parameters()
     average_gradients(p for p in parameters if not isinstance(p, DTensor))  # FSDP2 averages its own
     clip = nn.utils.clip_grad_norm_ if run.shards is None else shard.clip
-    norm = clip(parameters, config.clip_norm or float("inf"))
-    run.optimizer.step()
-    return output, rate, float(norm)
+    return float(clip(parameters, run.recipe.train.clip_norm or float("inf")))
 
 
 def refresh(run: Run) -> None:
