@@ -1,7 +1,9 @@
 """Adapters: found targets, exact checkpoints, merging, and refusals."""
 
+import copy
 import json
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -97,8 +99,61 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
 
 
 def test_four_bits_need_their_extra(base):
+    if find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is here")
     with pytest.raises(MissingExtraError, match="bitsandbytes"):
         load(str(base), pooling="mean", lora={"four_bit": True})
+
+
+def gradients(model):
+    model.train().zero_grad()
+    vector_ND = model(model.tokenize(TEXTS).pad(0))["dense"].vector_ND
+    (vector_ND * torch.arange(float(vector_ND.shape[1]))).sum().backward()
+    return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def four_bit(tmp_path):
+    """A 4-bit decoder, wide enough for the blocks of its weights, with an adapter that has been trained a little."""
+    pytest.importorskip("bitsandbytes", reason='needs bitsandbytes: pip install "embedsmith[qlora]"')
+    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    tiny("qwen3", vocab_size=280, **wide).save_pretrained(tmp_path / "wide")
+    byte_tokenizer().save_pretrained(tmp_path / "wide")
+    lora = {"r": 4, "dropout": 0.0, "four_bit": True}
+    model = embed(tmp_path / "wide", pooling="mean", attention="bidirectional", lora=lora)
+    disturb(model)
+    return model
+
+
+def test_four_bits_have_the_gradient_of_the_same_numbers_in_full(four_bit):
+    """It is easily lost: what bitsandbytes packs for inference on a CPU has none."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    four_bit.encode(TEXTS)  # as the self-test and every evaluation do
+    found = gradients(four_bit)
+    assert {p.dtype for p in four_bit.parameters() if p.requires_grad} == {torch.float32}
+    plain = copy.deepcopy(four_bit)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            parent, _, leaf = name.rpartition(".")
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
+            layer.weight.data.copy_(weight)
+            setattr(plain.get_submodule(parent), leaf, layer)
+    for name, gradient in gradients(plain.float()).items():
+        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.99, name
+
+
+def test_four_bits_are_saved_apart_and_merged_into_full_weights(four_bit, tmp_path):
+    vectors = four_bit.encode(TEXTS)
+    four_bit.save(tmp_path / "apart", merge=False)
+    again = embed(tmp_path / "apart", lora={"r": 4, "four_bit": True}).encode(TEXTS)
+    assert (again * vectors).sum(1).min() > 0.9999
+    four_bit.save(tmp_path / "merged")
+    whole = embed(tmp_path / "merged").encode(TEXTS)
+    np.testing.assert_allclose(embed(tmp_path / "apart").encode(TEXTS), whole, atol=1e-5)
+    assert (whole * vectors).sum(1).min() > 0.5  # they differ by what four bits lose
 
 
 def test_a_pruned_base_with_a_new_token_is_rebuilt_under_its_adapter(base, tmp_path):

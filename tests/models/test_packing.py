@@ -173,3 +173,21 @@ def test_kernels_equal_sdpa_on_a_gpu(tmp_path, implementation, attention):
     padded = row.tokenize(TEXTS).pad(row.pad_id, "cuda")
     row.train()(padded)["dense"].vector_ND.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in row.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"adapter": True}])
+def test_a_compiled_backbone_has_the_same_vectors(folders, tmp_path, monkeypatch, options):
+    """Graphs without their kernels; also of a backbone that an adapter was merged into."""
+    compiled = []
+    real = torch.compile
+    stand_in = lambda call, **how: compiled.append(how) or real(call, **how, backend="eager")
+    monkeypatch.setattr(torch, "compile", stand_in)
+    path, how = folders("qwen3"), {"pooling": "mean", "attention": "bidirectional"}
+    if options.get("adapter"):
+        embed(path, **how, lora={"r": 2}).save(tmp_path / "apart", merge=False)
+        path, how, options = str(tmp_path / "apart"), {}, {}
+    expected = embed(path, **how).encode(TEXTS)
+    model = embed(path, **how, **options, compile=True)
+    assert compiled == [{"dynamic": True}]
+    assert model.backbone._compiled_call_impl is not None
+    np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)

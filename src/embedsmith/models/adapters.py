@@ -75,6 +75,16 @@ def four_bit_loading(compute: torch.dtype) -> Any:
     )
 
 
+def keep_trainable(backbone: Any) -> None:
+    """On CPUs with bf16 instructions bitsandbytes packs a layer's weights when it first runs in eval mode, and what
+    runs packed has no gradient, without a word. The self-test of attention runs every layer in eval mode."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in backbone.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def add_adapter(backbone: Any, config: LoraConfig) -> None:
     """New adapters; everything else in the backbone is frozen. Errors: `ModelError` where nothing fits."""
     from peft import LoraConfig as PeftConfig
@@ -100,10 +110,12 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
 
 def _inject(backbone: Any, peft_config: Any) -> None:
     from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # about GPT-2's transposed layers, which peft then sets right by itself
         inject_adapter_in_model(peft_config, backbone)
+        cast_adapter_dtype(backbone, _NAME)  # in bf16, as the frozen weights may be, it would barely move
     backbone.peft_config = {_NAME: peft_config}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models.adapters import four_bit_loading
+from embedsmith.models.adapters import four_bit_loading, keep_trainable
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.embedder import position_table
@@ -110,6 +110,8 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ModelError(f"cannot load the model: {error}", where=folder) from error
     _check_weights(backbone, report, folder)
+    if four_bit:
+        keep_trainable(backbone)
     keep_layers(backbone, config.layers)
     if config.gradient_checkpointing:
         # transformers 5 renamed it on the way, and takes the old name away with version 6

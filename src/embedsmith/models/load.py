@@ -69,7 +69,7 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
         check_packing(embedder)
         embedder.packing = True
     if config.compile:
-        embedder.backbone.compile(dynamic=True)  # type: ignore[operator]
+        embedder.backbone.compile(dynamic=True)
     return embedder
 
 
