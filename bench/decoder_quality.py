@@ -1,11 +1,13 @@
 """A real decoder, untrained and tuned: SmolLM2-135M's first six layers as an embedder, three ways, adapters or weights.
 
-    python -m bench.decoder_quality [--cells causal-last-lora ...] [--steps 80] [--full-depth]
+    python -m bench.decoder_quality [--cells causal-last-lora ...] [--steps 40] [--batch 48] [--full-depth]
 
 Cells are {causal+last, causal+weighted_mean, bidirectional+mean} x {lora, full}. Each is scored on stsb-en-dev and
 xquad-en before and after training on debian-en-train and stsb-en-train (a step of each in turn), at most about twelve
-minutes on two cores. `--full-depth` adds bidirectional+mean+lora with all 30 layers, scored on debian-dev too. What is
-trained or scored already is kept: stop and repeat the command. Results: bench/results/decoder_quality.json.
+minutes on two cores. `--full-depth` adds bidirectional+mean+lora with all 30 layers, scored on a part of debian-dev too
+(500 queries, 2,000 documents; the same part whatever is scored). What is trained or scored already is kept: stop and
+repeat the command, or run several with `--cells` side by side. Scores are computed in fp32, or with `--bf16` in bf16
+(untrained and trained alike). Results: bench/results/decoder_quality.json.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +63,10 @@ def start_of(way: str, deep: bool, work: Path) -> Path:
     return out
 
 
-def trained(cell: str, steps: int, work: Path) -> tuple[Path, float]:
+def trained(cell: str, steps: int, batch: int, work: Path) -> tuple[Path, float]:
     """The tuned model of a cell and its minutes of training."""
     way, _, kind = cell.removesuffix("-deep").rpartition("-")
-    run = work / f"{cell}-{steps}"
+    run = work / f"{cell}-{steps}-{batch}"
     if not (run / "finished.json").exists():
         start = time.perf_counter()
         adapters = ["model.lora.r=16", "model.lora.alpha=32"] if kind == "lora" else []
@@ -75,8 +78,8 @@ def trained(cell: str, steps: int, work: Path) -> tuple[Path, float]:
             *adapters,
             f"data.0.path={data_path('pairs/debian-en-train.jsonl.gz')}",
             f"data.1.path={data_path('sts/stsb-en-train.jsonl')}",
-            "data.0.batch_size=64",
-            "data.1.batch_size=64",
+            f"data.0.batch_size={batch}",
+            f"data.1.batch_size={batch}",
             f"train.steps={steps}",
             "train.epochs=null",
             f"train.learning_rate={RATES[kind]}",
@@ -90,12 +93,39 @@ def trained(cell: str, steps: int, work: Path) -> tuple[Path, float]:
     return run / "model", float(minutes.read_text()) if minutes.exists() else float("nan")
 
 
-def scores(model: Path, tasks: dict[str, str]) -> dict[str, float]:
+def scores(model: Path, deep: bool, bf16: bool) -> dict[str, float]:
     from embedsmith.evaluate import evaluate, load_task
+    from embedsmith.merge.goal import part_of
     from embedsmith.models import load
 
-    results = evaluate(load(str(model), max_length=128), [load_task(str(data_path(path))) for path in tasks.values()])
-    return {name: round(result.main_score, 4) for name, result in zip(tasks, results, strict=True)}
+    tasks = [load_task(str(data_path(path))) for path in TASKS.values()]
+    if deep:
+        tasks += [part_of(load_task(str(data_path(path))), 500, 2000, 0) for path in DEEP.values()]
+    encoder = load(str(model), max_length=128)
+    if bf16:
+        encoder.represent = partial(encoder.represent, dtype="bfloat16")  # type: ignore[method-assign]
+    names = [*TASKS, *(DEEP if deep else ())]
+    return {name: round(result.main_score, 4) for name, result in zip(names, evaluate(encoder, tasks), strict=True)}
+
+
+def untrained(cell: str, arguments: argparse.Namespace, work: Path) -> dict[str, float]:
+    """Scores of where a cell starts, from another cell that starts there or measured."""
+    deep = cell.endswith("-deep")
+    way = cell.removesuffix("-deep").rpartition("-")[0]
+    for name, row in read_json(arguments.results, {"cells": {}})["cells"].items():
+        other = name.partition(", ")[0]
+        if other.startswith(f"{way}-") and other.endswith("-deep") == deep and row.get("bf16", False) == arguments.bf16:
+            found: dict[str, float] = row["before"]
+            return found
+    return scores(start_of(way, deep, work), deep, arguments.bf16)
+
+
+def keep(results: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Add a cell to the file as it is now: another process may have added to it."""
+    kept: dict[str, Any] = read_json(results, {"environment": environment(), "cells": {}})
+    kept["cells"][name] = row
+    write_json(results, kept)
+    return kept
 
 
 def table(kept: dict[str, Any]) -> str:
@@ -114,24 +144,25 @@ def table(kept: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--full-depth", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="compute scores in bf16")
     parser.add_argument("--work", type=Path, default=WORK / "decoder_quality")
     parser.add_argument("--results", type=Path, default=RESULTS / "decoder_quality.json")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
-    kept = read_json(arguments.results, {"environment": environment(), "cells": {}})
     for cell in [*arguments.cells, *(["both-mean-lora-deep"] if arguments.full_depth else [])]:
         name = f"{cell}, {arguments.steps} steps"
-        if name in kept["cells"]:
+        if name in read_json(arguments.results, {"cells": {}})["cells"]:
             continue
-        deep = cell.endswith("-deep")
-        tasks = TASKS | (DEEP if deep else {})
-        model, minutes = trained(cell, arguments.steps, work)
-        before = scores(start_of(cell.removesuffix("-deep").rpartition("-")[0], deep, work), tasks)
-        kept["cells"][name] = {"before": before, "after": scores(model, tasks), "minutes": minutes}
-        write_json(arguments.results, kept)
-    print(table(kept))
+        model, minutes = trained(cell, arguments.steps, arguments.batch, work)
+        row = {
+            "before": untrained(cell, arguments, work),
+            "after": scores(model, cell.endswith("-deep"), arguments.bf16),
+        }
+        keep(arguments.results, name, row | {"minutes": minutes, "batch": arguments.batch, "bf16": arguments.bf16})
+    print(table(read_json(arguments.results, {"cells": {}})))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def convert(model: str, out: Path, changes: Sequence[str] = ()) -> str:
         embedder.save(out)
     found, size = embedder.attention, sum(p.numel() for p in embedder.parameters())
     kind = "causal" if found.causal else "bidirectional" if found.mode != "native" else "native"
+    kind += " in part" if found.causal_layers else ""
     return (
         f"{out}: {type(embedder.backbone).__name__}, {size:,} parameters, {embedder.dimension} numbers a text, "
         f"{embedder.settings.pooling} pooling, {kind} attention, up to {embedder.max_length} tokens"

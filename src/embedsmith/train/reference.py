@@ -152,6 +152,10 @@ def _remark(flat: Reference) -> None:
         log.warning("learning_rate %g moves adapters hardly; 1e-4 is usual", flat.learning_rate)
     if flat.pooling_mode == "eos" and flat.bi_attn_enabled:
         log.warning("eos pooling of bidirectional attention: legal, mean is the usual choice")
+    if flat.pooling_mode == "mean" and not flat.bi_attn_enabled:
+        log.warning("mean pooling of causal attention: legal, weighted_mean or eos is the usual choice")
+    if flat.spread_enabled and flat.spread_weight > 0 and flat.train_batch_size < 4:
+        log.warning("spread_weight with %d rows a process: there is little to spread", flat.train_batch_size)
     if flat.skip_instruction and flat.pooling_mode == "eos":
         log.warning("skip_instruction changes nothing under eos pooling: the end token is never an instruction")
     if flat.mrl_enabled and not flat.mrl_dims:
