@@ -79,7 +79,7 @@ SETTING = (
 )
 ENCODER = (
     "On an encoder, MiniLM's first three layers, since its vectors are good enough to lose something: the retrieval "
-    "run of codiemb-single (80 steps of 32 Debian pairs, InfoNCE) with and without the extra loss. "
+    "run of codiemb-single (Debian pairs, InfoNCE) with and without the extra loss. "
 )
 FULL = (
     "Qwen3-0.6B on five million rows, 2 epochs at 1024 tokens: some days on eight GPUs for a run of F2LLM; 80,000 "
