@@ -1,10 +1,11 @@
-"""An environment of its own for mergekit, beside ours: the same torch and transformers, plus mergekit."""
+"""Environments of their own for peers, beside ours: the same torch, plus packages that want other versions."""
 
 from __future__ import annotations
 
 import site
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common import WORK
@@ -15,22 +16,27 @@ _PACKAGES = (f"mergekit=={VERSION}", "immutables", "sentencepiece")
 
 def mergekit_python() -> Path:
     """The interpreter of the environment, made on first use under bench/out."""
-    folder = WORK / "mergekit"
+    return installed("mergekit", _PACKAGES)
+
+
+def installed(name: str, packages: Sequence[str]) -> Path:
+    """The interpreter of an environment `bench/out/NAME` with these packages over ours, made on first use."""
+    folder = WORK / name
     python = folder / "bin" / "python"
     target = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    if not (target / "mergekit").exists():
+    if not (target / name).exists():
         WORK.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         (target / "parent.pth").write_text(site.getsitepackages()[0] + "\n", encoding="utf-8")
-        _install(target)
+        _install(target, packages)
     return python
 
 
-def _install(target: Path) -> None:
+def _install(target: Path, packages: Sequence[str]) -> None:
     for command in (["uv", "pip"], [str(Path(sys.executable).with_name("uv")), "pip"], [sys.executable, "-m", "pip"]):
         try:
-            subprocess.run([*command, "install", "--no-deps", "--target", str(target), *_PACKAGES], check=True)
+            subprocess.run([*command, "install", "--no-deps", "--target", str(target), *packages], check=True)
         except (FileNotFoundError, subprocess.CalledProcessError):
             continue
         return
-    sys.exit("mergekit could not be installed: it needs uv or pip and a package index")
+    sys.exit(f"{packages[0]} could not be installed: it needs uv or pip and a package index")

@@ -1,6 +1,10 @@
 """Each head in sentence-transformers: it loads there and gives the same scores."""
 
+import importlib
+import importlib.util
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -90,7 +94,52 @@ def test_a_head_that_is_not_there_is_an_error_and_leaves_nothing(tmp_path):
     model = model_of(tmp_path, heads=("sparse",), multivector_dim=None)
     with pytest.raises(ModelError, match=r"no head 'multivector'(.|\n)*dense, sparse"):
         export_head(model, tmp_path / "multi", "multivector")
+    with pytest.raises(ModelError, match="no head 'multivector'"):
+        export_head(model, tmp_path / "multi", "pylate")
     assert not (tmp_path / "multi").exists()
+
+
+@pytest.fixture
+def pylate(monkeypatch):
+    """In place of PyLate, where it is not installed, what our module takes of it (bench/pylate_scores.py runs the
+    real one)."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self, in_features, out_features, bias):
+            super().__init__()
+            self.linear = torch.nn.Linear(in_features, out_features, bias)
+
+    if importlib.util.find_spec("pylate") is None:
+        monkeypatch.setitem(sys.modules, "pylate", types.ModuleType("pylate"))
+        monkeypatch.setitem(sys.modules, "pylate.models", types.SimpleNamespace(Dense=Linear))
+    monkeypatch.delitem(sys.modules, "embedsmith.models.late", raising=False)
+    yield
+    sys.modules.pop("embedsmith.models.late", None)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "llama"])
+def test_multivectors_for_pylate(tmp_path, kind, pylate):
+    """The module that the folder names, on states and masks of a padded batch: ours, without the CLS."""
+    model = model_of(tmp_path, kind)
+    export_head(model, tmp_path / "late", "pylate")
+    plain, dense = json.loads((tmp_path / "late" / "modules.json").read_text())
+    assert plain["type"] == "sentence_transformers.models.Transformer"
+    place, _, name = dense["type"].rpartition(".")
+    module = getattr(importlib.import_module(place), name).load(str(tmp_path / "late" / dense["path"]))
+    general = json.loads((tmp_path / "late" / "config_sentence_transformers.json").read_text())
+    assert general["model_type"] == "ColBERT"
+    assert general["query_prefix"] == general["document_prefix"] == ""
+    assert (general["skiplist_words"], general["do_query_expansion"]) == ([], False)
+    assert general["query_length"] == general["document_length"] == model.max_length
+    padded = model.tokenize(DOCUMENTS).pad(model.pad_id)
+    with torch.no_grad():
+        states = model.backbone(padded.id_NT, padded.mask_NT.long()).last_hidden_state
+        features = {"input_ids": padded.id_NT, "attention_mask": padded.mask_NT.long(), "token_embeddings": states}
+        made = module(features)
+        expected = model(padded, ("multivector",))["multivector"]
+    assert torch.equal(made["attention_mask"].bool(), expected.mask_NT)
+    assert int(expected.mask_NT.sum()) < int(padded.mask_NT.sum())
+    torch.testing.assert_close(made["token_embeddings"], expected.vector_NTD, atol=1e-5, rtol=0)
 
 
 def test_what_a_form_cannot_do_is_an_error(tmp_path):

@@ -16,6 +16,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import packed_rows
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, shard, train, zero
+from tests.models import lm
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
 from tests.ranks import on_ranks
@@ -114,6 +115,14 @@ def test_what_shards_cannot_do_is_refused(tree, key, changes, message):
     tree[key] = tree.get(key, {}) | changes
     with pytest.raises(RecipeError, match=message):
         shard.check(parse(Recipe, tree))
+
+
+@pytest.mark.parametrize(("heads", "sparse", "said"), [("retromae", None, "retromae"), ("sparse", "splade", "splade")])
+def test_a_head_that_lies_in_the_folder_is_refused_too(tmp_path, heads, sparse, said):
+    folder = lm.folder(tmp_path / "lm")
+    load(str(folder), pooling="cls", heads=(heads,), sparse=sparse, device="cpu").save(tmp_path / "saved")
+    with pytest.raises(RecipeError, match=f"the head {said} under train.shard"):
+        shard.Shards(load(str(tmp_path / "saved"), device="cpu"))
 
 
 def sharded(tree):

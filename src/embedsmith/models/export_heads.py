@@ -3,7 +3,8 @@
 `dense` is the model without its token heads, in the layout that every version reads. `sparse` is a `SparseEncoder`:
 the family's masked-language model and `SpladePooling` where the head is SPLADE's; a lexical head, for which
 sentence-transformers has no module, is loaded through embedsmith (`trust_remote_code=True`). `multivector` is a
-`MultiVectorEncoder` (sentence-transformers 6): its mean of best matches is M3's score.
+`MultiVectorEncoder` (sentence-transformers 6): its mean of best matches is M3's score. `pylate` is the same head for
+PyLate's `ColBERT`, loaded through embedsmith, since PyLate's own modules cannot leave the CLS of a query out.
 """
 
 from __future__ import annotations
@@ -31,30 +32,34 @@ from embedsmith.models.token_heads import MultiVectorHead
 if TYPE_CHECKING:
     from embedsmith.models.embedder import Embedder
 
-Head = Literal["dense", "sparse", "multivector"]
+Head = Literal["dense", "sparse", "multivector", "pylate"]
 _MODULES = "sentence_transformers."
+LATE_MODULE = "embedsmith.models.late.WordVectors"
 SPARSE_MODULE = "embedsmith.models.sentence.EmbedsmithSparse"
 
 
 def export_head(model: Embedder, folder: str | Path, head: Head) -> None:
-    """Write one head of `model` to `folder`, which appears whole or not at all.
+    """Write one head of `model` to `folder`, which appears whole or not at all (`pylate`: multivector, for PyLate).
 
     Errors: `ModelError` for a head that the model has not (none is ever made up), and for what the form cannot
     express: prompts left out of the heads, attention by a mask, an adapter apart.
     """
     there = ["dense", *(name for name in model.token_heads if name not in (RETROMAE, MNTP))]
-    if head not in there:
+    name = "multivector" if head == "pylate" else head
+    if name not in there:
         raise ModelError(
-            f"this model has no head {head!r}",
+            f"this model has no head {name!r}",
             expected=f"one of {', '.join(there)}",
             fix="train one: load the model with it in heads",
         )
     with atomic_folder(folder) as root:
-        save(_with_heads(model, [] if head == "multivector" else [head]), root)
+        save(_with_heads(model, [] if name == "multivector" else [name]), root)
         if head == "sparse":
             _as_sparse(model, root)
         elif head == "multivector":
             _as_multivector(model, root)
+        elif head == "pylate":
+            _as_pylate(model, root)
 
 
 def _with_heads(model: Embedder, names: list[str]) -> Embedder:
@@ -91,14 +96,41 @@ def _as_sparse(model: Embedder, root: Path) -> None:
 _SPLADE = "sparse_encoder.models.SpladePooling"
 
 
-def _as_multivector(model: Embedder, root: Path) -> None:
+def _multivector(model: Embedder) -> MultiVectorHead:
+    """The head, where other libraries can do what this model does."""
     head = model.token_heads["multivector"]
     assert isinstance(head, MultiVectorHead)
     if not (model.settings.include_prompt and contract_of(model).standard):
         raise ModelError(
-            "a MultiVectorEncoder of sentence-transformers cannot do what this model does",
+            "the multi-vector models of other libraries cannot do what this model does",
             expected="prompts that take part, all tokens pooled, attention as its config says",
         )
+    return head
+
+
+def _as_pylate(model: Embedder, root: Path) -> None:
+    """PyLate's layout: texts as they are (no marks in front, no expansion, no punctuation left out)."""
+    head = _multivector(model)
+    _clear(root)
+    types = {"": _MODULES + "models.Transformer", "1_Dense": LATE_MODULE}
+    entries = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(types.items())]
+    write_json(root / "modules.json", entries)
+    linear = head.linear
+    widths = {"in_features": linear.in_features, "out_features": linear.out_features}
+    write_json(root / "1_Dense" / "config.json", widths | {"left_out": head.marks_S.tolist()})
+    _save_linear(linear, root / "1_Dense")
+    lengths = dict.fromkeys(("query_length", "document_length"), model.max_length)
+    plain = {"query_prefix": "", "document_prefix": "", "skiplist_words": [], "do_query_expansion": False}
+    _say(root, "ColBERT", "MaxSim", **lengths, **plain, attend_to_expansion_tokens=False)
+
+
+def _save_linear(linear: nn.Linear, folder: Path) -> None:
+    state = {f"linear.{name}": tensor.detach().cpu().contiguous() for name, tensor in linear.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+
+
+def _as_multivector(model: Embedder, root: Path) -> None:
+    head = _multivector(model)
     _clear(root)
     linear, left_out = head.linear, model.tokenizer.convert_ids_to_tokens(head.marks_S.tolist())
     _write_modules(
@@ -119,8 +151,7 @@ def _as_multivector(model: Embedder, root: Path) -> None:
         "module_output_name": "token_embeddings",
     }
     write_json(root / "1_Dense" / "config.json", dense)
-    state = {f"linear.{name}": tensor.detach().cpu().contiguous() for name, tensor in linear.state_dict().items()}
-    save_file(state, root / "1_Dense" / "model.safetensors")
+    _save_linear(linear, root / "1_Dense")
     mask = {"skiplist_words": left_out, "skiplist_tasks": ["query", "document"]}
     write_json(root / "2_MultiVectorMask" / "config.json", mask | {"keep_only_token_ids": None})
     names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
@@ -155,6 +186,8 @@ def run_export(model: str, out: Path, head: Head) -> str:
     from embedsmith.models.load import load
 
     export_head(load(model, device="cpu"), out, head)
+    if head == "pylate":
+        return f'{out}: pylate.models.ColBERT("{out}")'
     through = read_json(out / "modules.json")[0]["type"].startswith("embedsmith.")
     kind = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}[head]
     return f'{out}: sentence_transformers.{kind}("{out}"{", trust_remote_code=True" if through else ""})'

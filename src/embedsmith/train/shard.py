@@ -23,6 +23,7 @@ from embedsmith.core.collectives import max_over_ranks, rank, world_size
 from embedsmith.core.errors import RecipeError
 from embedsmith.models import Embedder
 from embedsmith.models.probe import layers_of
+from embedsmith.models.token_heads import TokenHead
 from embedsmith.train.config import Recipe
 from embedsmith.train.moments import whole
 from embedsmith.train.step import Chunk
@@ -32,6 +33,8 @@ class Shards:
     """The sharding of one model. `whole`: on the first rank a copy in main memory, to save and nothing else."""
 
     def __init__(self, model: Embedder) -> None:
+        heads = model.token_heads.items()  # also those that lay in the model's folder unasked
+        _refuse(["splade" if name == "sparse" else name for name, head in heads if not isinstance(head, TokenHead)])
         self.whole = copy.deepcopy(model).cpu() if rank() == 0 else None
         device = next(model.backbone.parameters()).device
         mesh = init_device_mesh(device.type, (world_size(),))
@@ -63,13 +66,17 @@ def check(recipe: Recipe) -> None:
     words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
         recipe.model.sparse == "splade"
     )
+    _refuse(words)
+    if not dist.is_initialized():
+        raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
+
+
+def _refuse(words: list[str]) -> None:
     if words:
         raise RecipeError(
             f"the head {words[0]} under train.shard: it reads the word table of the backbone, which no rank has whole",
-            fix="train this stage without train.shard",
+            fix="train this stage without train.shard, or leave the head out (model.heads)",
         )
-    if not dist.is_initialized():
-        raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
 
 def agreed(chunks: list[Chunk], device: torch.device) -> list[Chunk]:
