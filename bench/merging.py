@@ -255,7 +255,7 @@ def three_part(study: Study, seed: int, arms: list[str] | None) -> None:
     tasks = [*tasks_of(study), banking(study)]
     paths = [*pair_of(study, seed), trained(study, "banking", seed, {"banking": study.steps})]
     for path in paths:
-        name = f"three {path.parent.name}"
+        name = f"three {path.parent.name.partition('-seed')[0]}"
         study.once("three", name, seed, lambda p=path: {"scores": scored(load(str(p)), tasks), "texts": 0})
     for length in LENGTHS:
         method = {"type": "slerp", "scale": length}

@@ -18,6 +18,7 @@ FILES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("merge*.ya
 MERGES = [path for path in FILES if "parents" in read_tree(path)]
 PROBED = [path for path in MERGES if "probe" in read_tree(path)["method"]]
 STAGES = [path for path in FILES if "stages" in read_tree(path)]
+PROBED = [path for path in FILES if "probe" in str(read_tree(path).get("method"))]
 PLAIN = [path for path in MERGES if path not in PROBED]
 
 
@@ -64,6 +65,17 @@ def texts(tmp_path):
     for name, rows in (("pairs", pairs), ("graded", graded)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
+
+
+@pytest.mark.parametrize("path", PROBED, ids=lambda path: path.stem)
+def test_a_recipe_that_reads_texts_merges(path, texts, tmp_path):
+    base, parents = family(tmp_path, 2)
+    changes = [f"parents.{at}.path={place}" for at, place in enumerate(parents)]
+    changes += [f"method.probe.sources.{at}.path={texts / name}.jsonl" for at, name in enumerate(("pairs", "graded"))]
+    changes += [f"base={base}", f"output={tmp_path / 'out'}", "cache=null", "method.steps=2", "method.batch_size=4"]
+    result = merge(load_recipe(path, MergeRecipe, changes))
+    assert sum(result.report[read_tree(path)["method"]["type"]]["weights"].values()) == pytest.approx(1.0)
+    assert embedsmith.load(str(result.path)).encode("the cat").shape == (16,)
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
