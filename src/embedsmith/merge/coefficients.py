@@ -186,7 +186,7 @@ def _nearest_first(gram_MM: Tensor) -> list[int]:
 def _in_pairs(gram_MM: Tensor, weight_M: Tensor, norm: Norm, on_antipodal: Antipodal) -> Tensor:
     """A balanced tree: neighbours merge, then what they became, until one is left; weights add up."""
     normalised(weight_M)  # refuses weights that sum to nothing
-    left = list(zip(torch.eye(len(weight_M), dtype=torch.float64), weight_M, strict=True))
+    left: list[tuple[Tensor, Tensor]] = list(zip(torch.eye(len(weight_M), dtype=torch.float64), weight_M, strict=True))
     while len(left) > 1:
         rest = left[len(left) // 2 * 2 :]
         pairs = zip(left[0::2], left[1::2], strict=False)
