@@ -21,7 +21,7 @@ from bench.reproduce.claim import Claim
 from bench.reproduce.claims import CLAIMS, results_of, study_of
 from bench.reproduce.judge import judge, pairs_of
 from bench.reproduce.study import Study
-from bench.reproduce.table import claim_text, update_document
+from bench.reproduce.table import claim_text, update_document, word_of
 
 DOCUMENT = ROOT / "docs" / "reproduction.md"
 NO_RANDOMNESS = frozenset({"untrained"})
@@ -53,12 +53,12 @@ def main() -> None:
         make_rows(CLAIMS[name], study, a.seeds)
         keep_verdicts(study, [name])
         print(claim_text(CLAIMS[name], read_json(study.results, {})["claims"][name]))
-    if a.list:
-        print_list(study)
     if a.table:
         keep_verdicts(study, list(CLAIMS))
         update_document(DOCUMENT, CLAIMS.values(), read_json(study.results, {}))
         print(f"wrote {DOCUMENT.relative_to(ROOT)}")
+    if a.list:
+        print_list(study)
 
 
 def make_rows(claim: Claim, study: Study, seeds: list[int]) -> None:
@@ -97,7 +97,7 @@ def print_list(study: Study) -> None:
     for claim in CLAIMS.values():
         needs = f"{len(claim.arms)} arms" if claim.bench is None else claim.bench.module
         needs = "-" if claim.untestable else needs
-        print(f"{claim.name:26}{known.get(claim.name, {}).get('verdict', 'not run yet'):18}{needs:24}{claim.says}")
+        print(f"{claim.name:26}{word_of(claim, known.get(claim.name)):26}{needs:24}{claim.says}")
 
 
 if __name__ == "__main__":

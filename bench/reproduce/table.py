@@ -62,8 +62,11 @@ def overview_row(claim: Claim, judged: Judged | None) -> str:
 
 
 def word_of(claim: Claim, judged: Judged | None) -> str:
-    unknown = "untestable here" if claim.untestable else "not run yet"
-    return str(judged["verdict"]) if judged else unknown
+    """The verdict; one seed says nothing of how much runs differ, so it is told."""
+    if not judged:
+        return "untestable here" if claim.untestable else "not run yet"
+    known = judged["verdict"] in ("reproduced", "partly", "not reproduced")
+    return f"{judged['verdict']} (one seed)" if known and judged["seeds"] == 1 else str(judged["verdict"])
 
 
 def claim_text(claim: Claim, judged: Judged | None) -> str:

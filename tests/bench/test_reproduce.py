@@ -14,7 +14,7 @@ from bench.reproduce.claim import MEAN, RETRIEVAL, STS, Bench, Check, Claim, Mea
 from bench.reproduce.claims import CLAIMS, results_of, study_of
 from bench.reproduce.judge import gap, judge, resampled, verdict
 from bench.reproduce.study import replaced, save_lines
-from bench.reproduce.table import BEGIN, END, document_results, results_text, update_document
+from bench.reproduce.table import BEGIN, END, document_results, results_text, update_document, word_of
 from scipy.stats import spearmanr, ttest_1samp
 
 from embedsmith.core.recipe import read_tree
@@ -324,6 +324,14 @@ def test_results_have_a_section_for_every_claim_and_every_check():
         for check in claim.checks:
             assert f"| {check.words} |" in text
     assert "not run yet" not in text
+
+
+def test_a_verdict_on_one_seed_says_so():
+    claim = replace(CLAIMS["conan-refreshed"], checks=(UP,))
+    one, two = (judge(claim, rows("new", *[9.0] * n) + rows("old", *[1.0] * n), {}) for n in (1, 2))
+    assert word_of(claim, one) == "reproduced (one seed)"
+    assert word_of(claim, two) == "reproduced"
+    assert word_of(claim, judge(claim, [], {})) == "not run yet"
 
 
 def test_results_read_well_before_there_are_any():
