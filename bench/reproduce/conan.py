@@ -271,8 +271,8 @@ CLAIMS = (
         measured="Final loss 0.08 with the balanced loss, 0.38 as the sum of the two separate losses.",
         setting="From the filtered weak stage, half the steps at a constant learning rate, the same losses, texts a "
         "step and beta in both arms. After every step the loss of the same 32 queries and 128 pairs is taken without "
-        "dropout; the jump is the root mean square of its change from one step to the next, over its mean. The end is the "
-        "mean of the last quarter.",
+        "dropout; the jump is the root mean square of its change from one step to the next, over its mean. The end "
+        "is the mean of the last quarter.",
         full=MORE,
         recipes=RECIPES,
         checks=(
