@@ -214,7 +214,8 @@ def read_mining(table: dict[str, Any]) -> list[Row]:
 
 def sizes_of_mining(table: dict[str, Any]) -> dict[str, Any]:
     newest = table["quality"]["runs"][-1]
-    return newest["settings"] | {name: newest[name] for name in ("max_length",) if name in newest}
+    length = {"max_length": newest["max_length"]} if "max_length" in newest else {}
+    return {**newest["settings"], **length}
 
 
 SETTING = (
