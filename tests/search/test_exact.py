@@ -115,6 +115,21 @@ def test_a_nan_names_the_query_and_the_document() -> None:
         exact_top_k(np.ones((3, 2), np.float32), document, 2, block=4)
 
 
+def test_many_queries_are_searched_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents in memory and on disk give the same; a message counts queries from the first part."""
+    monkeypatch.setitem(exact._QUERIES, Dense, 4)
+    query, document = whole_numbers(11, 4, 0), whole_numbers(50, 4, 1)
+    np.save(tmp_path / "documents.npy", document)
+    expected_score, expected_index = naive(query @ document.T, 6)
+    for held in (document, torch.from_numpy(document), np.load(tmp_path / "documents.npy", mmap_mode="r")):
+        score, index = exact_top_k(query, held, 6, block=7)
+        np.testing.assert_array_equal(index, expected_index)
+        np.testing.assert_array_equal(score, expected_score)
+    query[9] = np.nan
+    with pytest.raises(SearchError, match="query 9 with document 0"):
+        exact_top_k(query, document, 6)
+
+
 def test_finite_vectors_whose_product_overflows_are_refused() -> None:
     """Infinite minus infinite: only the scores tell."""
     document = np.array([[1.0, 1.0], [3e30, -3e30]], np.float32)
