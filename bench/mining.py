@@ -10,8 +10,8 @@ step, and scores nDCG@10 on debian-dev (2,000 of its documents: all positives of
   `guarded`: the same without candidates above 0.95 times the positive's score;
 - `fewer`: 32 queries without negatives, so that each is seen as often as in the arms with negatives.
 
-`--miner full` takes the pools from the whole MiniLM instead of the initial model, whose first candidates are hardly
-better than random texts (it finds little before it is trained).
+`--miner full` takes the pools from the whole MiniLM instead of the initial model, whose candidates are easier for the
+trained model than those it would find itself.
 
 Runs resume where they were stopped, scores are appended to bench/results/mining.json under `quality`, and whatever is
 there is not done again. `--parts overhead` measures what live mining adds to a step.
