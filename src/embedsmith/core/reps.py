@@ -154,20 +154,22 @@ class MultiVector(Representation):
     mask_NT: Tensor = _tokens(pad=False)
 
     def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
-        score_QKTU = torch.einsum("qtd,kud->qktu", in_fp32(self.vector_NTD), in_fp32(other.vector_NTD))
-        best_QKT = _best(score_QKTU, other.mask_NT[None, :, None, :])
+        asked_XD = in_fp32(self.vector_NTD).flatten(0, 1)
+        score_KUX = in_fp32(other.vector_NTD) @ asked_XD.T  # tokens of documents in rows: maxima over rows are quick
+        best_KX = _best(score_KUX, other.mask_NT[..., None], axis=1)
+        best_QKT = best_KX.unflatten(1, self.mask_NT.shape).transpose(0, 1)
         return _mean_over_tokens(best_QKT, self.mask_NT[:, None, :])[None]
 
     def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
         score_NTU = torch.einsum("ntd,nud->ntu", in_fp32(self.vector_NTD), in_fp32(other.vector_NTD))
-        return _mean_over_tokens(_best(score_NTU, other.mask_NT[:, None, :]), self.mask_NT)[None]
+        return _mean_over_tokens(_best(score_NTU, other.mask_NT[:, None, :], axis=-1), self.mask_NT)[None]
 
 
-def _best(score: Tensor, mask: Tensor) -> Tensor:
+def _best(score: Tensor, mask: Tensor, axis: int) -> Tensor:
     """Maximum over document tokens. A masked token is -inf, not a zero vector: zeros would put a floor under the score.
     A document without any token (a row of padding) scores 0: -inf would become NaN in a sum that should ignore it."""
-    best = score.masked_fill(~mask, float("-inf")).amax(-1)
-    return best.masked_fill(~mask.any(-1), 0.0)
+    best = score.masked_fill_(~mask, float("-inf")).amax(axis)
+    return best.masked_fill(~mask.any(axis), 0.0)
 
 
 def _mean_over_tokens(best: Tensor, mask: Tensor) -> Tensor:
