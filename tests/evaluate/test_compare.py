@@ -163,3 +163,13 @@ def test_cached_vectors_are_those_of_the_model_and_are_not_computed_twice(tmp_pa
 def test_the_fingerprint_of_a_hybrid_tells_its_weights():
     one, other = (HybridEncoder(NamedEncoder(), {"dense": weight}).fingerprint() for weight in (1.0, 2.0))
     assert one != other
+
+
+def test_long_paths_are_shown_by_their_ends():
+    result = evaluate(NamedEncoder(), [small_tasks()["sts"]])
+    folder = "/a/folder/far/down/in/a/very/deep/tree/of/runs"
+    made = compare([(f"{folder}/one/model", result), ("org/name", result)])
+    assert made.short().models == ("…/one/model", "org/name")
+    assert list(made.as_dict()["scores"]) == [f"{folder}/one/model", "org/name"]
+    alike = compare([(f"{folder}/one/model", result), (f"{folder}/two/one/model", result)])
+    assert alike.short() is alike

@@ -14,8 +14,13 @@ from embedsmith.evaluate.look import look, sample_of
 from embedsmith.evaluate.report import comparison_page, folder_page, geometry_page, write_report
 from embedsmith.evaluate.report.page import Section, chart, page
 from embedsmith.evaluate.report.scores import words_about
+from embedsmith.merge import MergeRecipe, merge
+from embedsmith.merge.geometric import Average
+from embedsmith.merge.recipe import ParentSpec
+from embedsmith.models import load
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import ConstantEncoder
+from tests.tinybert import tiny_bert
 
 pytest.importorskip("plotly", reason="needs plotly: pip install 'embedsmith[report]'")
 
@@ -60,6 +65,45 @@ def run(tmp_path_factory) -> Path:
     (folder / "manifest.json").write_text(json.dumps(seen))
     (folder / "finished.json").write_text(json.dumps({"steps": 10, "best_step": 8, "best_score": 0.5}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory) -> Path:
+    """A real merge of two tiny models, scored like the parent it is compared with."""
+    folder = tmp_path_factory.mktemp("merges")
+    for seed, name in enumerate(("base", "one", "two")):
+        load(str(tiny_bert(folder / f"plain-{name}", seed=seed)), pooling="mean", device="cpu").save(folder / name)
+    parents = tuple(ParentSpec(str(folder / name), weight=weight) for name, weight in (("one", 1.0), ("two", 3.0)))
+    settings = {"base": str(folder / "base"), "output": str(folder / "both"), "unrelated": True, "cache": None}
+    made = merge(MergeRecipe(parents=parents, method=Average(), **settings)).path
+    (made / "evaluation").mkdir()
+    for when, encoder in (("before", NamedEncoder(3)), ("after", NamedEncoder(32))):
+        results(encoder).save(made / "evaluation" / f"{when}.json", items=True)
+    return made
+
+
+def test_the_report_of_a_merge_says_what_went_in(merged):
+    text = folder_page(merged)
+    for word in (
+        "Merge: both",
+        "<b>one</b>",
+        "<b>two</b>",
+        "from the base",
+        "Coefficients",
+        "0.25",
+        "0.75",
+        "restore_norm",
+    ):
+        assert word in text, word
+    assert "<h2>Scores</h2>" in text
+
+
+@pytest.mark.parametrize(
+    "strange", [{"models": "two", "coefficients": [1]}, {"models": [{}], "coefficients": {"a": {}}}]
+)
+def test_a_merge_file_of_another_shape_is_shown_as_it_is(tmp_path, strange):
+    (tmp_path / "merge.json").write_text(json.dumps({"method": "x", **strange}))
+    assert "coefficients" in folder_page(tmp_path)
 
 
 EVERYTHING = ("Scores", "Training", "Negatives", "Padding and speed", "Geometry", "Similarities", "Worst and best")
@@ -147,11 +191,11 @@ def browser():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-@pytest.mark.parametrize("kind", ["run", "comparison", "geometry"])
-def test_the_page_in_a_browser_without_a_network(run, tmp_path, kind, width, scheme):
+@pytest.mark.parametrize("kind", ["run", "merge", "comparison", "geometry"])
+def test_the_page_in_a_browser_without_a_network(run, merged, tmp_path, kind, width, scheme):
     sync, path = browser()
     file = tmp_path / "report.html"
-    file.write_text(_text(kind, run))
+    file.write_text(_text(kind, merged if kind == "merge" else run))
     with sync.sync_playwright() as play:
         try:
             chromium = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
@@ -176,11 +220,11 @@ def test_the_page_in_a_browser_without_a_network(run, tmp_path, kind, width, sch
     assert drawn
     assert fits, "nothing is wider than the screen"
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 150) == (scheme == "dark")
-    assert "Geometry" in titles if kind != "comparison" else "Scores" in titles
+    assert {"run": "Geometry", "merge": "Merge", "comparison": "Scores", "geometry": "Geometry"}[kind] in titles
 
 
 def _text(kind, run):
-    if kind == "run":
+    if kind in ("run", "merge"):
         return folder_page(run)
     if kind == "comparison":
         return comparison_page(compare([("a", results(NamedEncoder(3))), ("b", results(NamedEncoder(32)))]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SAMPLES = 1000
+_LONG = 40  # characters of a name that a table or a legend can hold
 _BLOCK = 2**22  # numbers resampled at once
 
 
@@ -166,6 +168,11 @@ class Comparison:
             if [each.task for each in results] != [each.task for each in self.results[0]]:
                 raise EvaluationError(f"{name} was scored on other tasks than {self.models[0]}")
 
+    def short(self) -> Comparison:
+        """The same with the ends of long paths for names, where they tell the models apart."""
+        names = tuple(name if len(name) <= _LONG else "…/" + "/".join(Path(name).parts[-2:]) for name in self.models)
+        return replace(self, models=names) if len(set(names)) == len(names) else self
+
     def tasks(self) -> list[str]:
         return [result.task for result in self.results[0]]
 
@@ -191,11 +198,12 @@ class Comparison:
         """One row a task: every model's main score, and its difference to the first with the bounds of 95 %."""
         from rich.table import Table
 
-        table = Table(title=f"against {self.models[0]}; * marks an interval of 95 % without zero", title_justify="left")
+        names = self.short().models
+        table = Table(title=f"against {names[0]}; * marks an interval of 95 % without zero", title_justify="left")
         table.add_column("task")
-        table.add_column("metric")
-        for name in self.models:
-            table.add_column(name, justify="right")
+        table.add_column("metric", overflow="fold")
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
         gaps = [self.differences(place) for place in range(1, len(self.models))]
         for row, task in enumerate(self.tasks()):
             scores = [results[row] for results in self.results]

@@ -215,7 +215,7 @@ def encoded_once(encoder: Encoder, heads: Sequence[str], keep: str | Path | None
         yield _Shared(CachedEncoder.of(encoder, Path(keep) / "vectors"), tuple(heads))
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield _Shared(CachedEncoder.of(encoder, folder), tuple(heads))
+        yield _Shared(CachedEncoder(encoder, Path(folder), "this"), tuple(heads))  # no other model has this folder
 
 
 @dataclass(frozen=True)

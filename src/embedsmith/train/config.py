@@ -109,7 +109,8 @@ class EvaluateConfig:
     `validation`: sources whose loss is reported without training on them. `patience`: evaluations without a better
     score after which training stops early. `before`: score the model before the first step too, so that the report can
     tell what training changed. `geometry`: texts of the first task whose geometry is logged at every evaluation.
-    `heads`: outputs beside `dense` that are scored too, logged as `score/TASK/HEAD`.
+    `heads`: outputs beside `dense` that are scored too, logged as `score/TASK/HEAD`. `dims`: widths of the vectors that
+    are scored too (Matryoshka), logged as `score/TASK/WIDTH`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -121,8 +122,11 @@ class EvaluateConfig:
     before: bool = True
     geometry: int | None = None
     heads: tuple[Literal["sparse", "multivector", "hybrid"], ...] = ()
+    dims: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(width < 1 for width in self.dims):
+            raise RecipeError(f"dims are {list(self.dims)}", expected="numbers from 1, such as [64, 128, 256]")
         for name in ("every", "patience", "geometry"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -17,6 +17,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate import Results, Task, evaluate, load_task
 from embedsmith.evaluate.look import Geometry, Sample, brief, look, sample_of
+from embedsmith.evaluate.widths import FULL, score_widths
 from embedsmith.models import Embedder
 from embedsmith.search.hybrid import HybridEncoder
 from embedsmith.train.checkpoint import RunState
@@ -82,23 +83,36 @@ class Development:
     def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
         """Main scores by the names the recipe uses for the tasks, and the geometry that is logged. Collective."""
         self.model.eval()
-        results = evaluate(self.model, self.tasks, group=None, about={"when": name})
+        columns = self._at_widths(name)
+        results = columns.pop(FULL)
         shape = {} if self.sample is None else on_first_rank(self._geometry)
         values = {f"score/{task}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)} | shape
+        values |= self._named({width: each.main_scores() for width, each in columns.items()})
         values |= self._of_heads(name)
         if rank() == 0 and improved(self._overall(values)):
             self._keep(name, results)
         self.model.train()
         return values
 
+    def _at_widths(self, name: str) -> dict[str, Results]:
+        """Results of the whole vectors, and at every width that the config names. Collective."""
+        about = {"when": name}
+        if not self.config.dims:
+            return {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
+        return dict(score_widths(self.model, self.tasks, self.config.dims, about=about, group=None).columns)
+
+    def _named(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Main scores by column, by the names that are logged."""
+        tasks = list(zip(self.config.tasks, (task.name for task in self.tasks), strict=True))
+        return {f"score/{task}/{column}": each[name] for column, each in scores.items() for task, name in tasks}
+
     def _of_heads(self, name: str) -> dict[str, float]:
         """The main scores of every further head that the config names. Collective."""
-        values: dict[str, float] = {}
+        scores = {}
         for head in self.config.heads:
             encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
-            results = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name})
-            values |= {f"score/{task}/{head}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)}
-        return values
+            scores[head] = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name}).main_scores()
+        return self._named(scores)
 
     def _geometry(self) -> dict[str, float]:
         assert self.sample is not None

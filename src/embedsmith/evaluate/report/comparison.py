@@ -15,6 +15,7 @@ from embedsmith.evaluate.report.scores import example_section, score_section, si
 
 def comparison_page(made: Comparison, looks: Sequence[Geometry] = ()) -> str:
     """HTML; `looks` are the geometries of the same models, in their order, where they were looked at."""
+    made = made.short()
     last, name = made.results[-1], made.models[-1]
     sections = [score_section(made), similarity_section(last, name)]
     if looks:

@@ -69,11 +69,13 @@ def _curves(
 ) -> str:
     """One line a key over steps; empty without any value."""
     traces = []
-    for key in keys:
+    last = [PurePath(key.split("/", 1)[-1]).name for key in keys]
+    for key, short in zip(keys, last, strict=True):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             steps, values = zip(*points)
-            name = key.removesuffix(strip) if strip else PurePath(key.split("/", 1)[-1]).name
+            whole = key.split("/", 1)[-1]  # a column of a task, such as stsb-en/64: two tasks may have it
+            name = key.removesuffix(strip) if strip else short if last.count(short) == 1 else whole
             mode = "lines+markers" if len(points) < 40 else "lines"
             trace = {"type": "scatter", "mode": mode, "name": name, "x": list(steps), "y": finite(values)}
             traces.append({**trace, "showlegend": len(keys) > 1 or bool(strip)})

@@ -18,6 +18,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison, compare
 from embedsmith.evaluate.report.curves import curve_section, hardness_section, throughput_section
+from embedsmith.evaluate.report.merged import merge_section, merge_words
 from embedsmith.evaluate.report.page import Section, code, page, table
 from embedsmith.evaluate.report.places import environment_section, geometry_section
 from embedsmith.evaluate.report.scores import example_section, score_section, similarity_section, words_about
@@ -67,7 +68,7 @@ def folder_page(folder: str | Path) -> str:
         hardness_section(found.lines),
         throughput_section(found.lines),
         _data_section(found.manifest),
-        _merge_section(found.merge),
+        merge_section(found.merge),
         Section("recipe", "Recipe", code(found.recipe) if found.recipe else ""),
         environment_section(found.environment),
     ]
@@ -179,6 +180,7 @@ def _lead(found: Folder) -> str:
 
 def _summary(found: Folder, made: Comparison | None) -> list[str]:
     words = words_about(made, named=False) if made and len(made.models) > 1 else []
+    words += merge_words(found.merge)
     if found.merge is None and found.finished is None:
         words.insert(0, f"<b>This run did not finish.</b> What it wrote up to step {found.last_step} is shown.")
     losses = {key for line in found.lines for key in line if key.startswith("loss/")}
@@ -203,13 +205,3 @@ def _data_section(manifest: Mapping[str, Any] | None) -> Section:
         steps = "" if "steps" not in seen else f"{seen['steps']:,}"
         rows.append([html.escape(name), html.escape(str(facts.get("task", ""))), *counts, steps])
     return Section("data", "Data", table(("source", "task", "rows", "rows seen", "steps"), rows, numbers_from=2))
-
-
-def _merge_section(merge: Mapping[str, Any] | None) -> Section:
-    if not merge:
-        return Section("merge", "Merge", "")
-    plain = [[html.escape(k), html.escape(str(v))] for k, v in merge.items() if not isinstance(v, dict | list)]
-    deep = {key: value for key, value in merge.items() if isinstance(value, dict | list)}
-    body = table(("what", "value"), plain, numbers_from=9)
-    body += code(json.dumps(deep, indent=2, ensure_ascii=False)) if deep else ""
-    return Section("merge", "Merge", body)

@@ -29,6 +29,7 @@ def page(title: str, lead: str, summary: Sequence[str], sections: Sequence[Secti
         for section in shown
     )
     words = "".join(f"<p>{paragraph}</p>" for paragraph in summary)
+    words = f'<div class="summary">{words}</div>' if words else ""
     script = f"<script>{plotly_script()}</script><script>{_DRAW}</script>" if 'class="chart"' in parts else ""
     return _PAGE.format(
         title=html.escape(title),
@@ -117,7 +118,7 @@ h2{font-size:1.15rem;margin:.2rem 0 .8rem}h3{font-size:1rem;margin:1.1rem 0 .4re
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:14px}
 figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:.92rem;margin:6px 0 2px}
 .chart{width:100%;min-width:0;overflow:hidden}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
+.wide{overflow-x:auto}.charts+.wide{margin-top:18px}table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}th{color:var(--soft);
 font-weight:600}.n{text-align:right;white-space:nowrap}.good{color:var(--good)}.bad{color:var(--bad)}.soft{color:var(--soft)}
 details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:0 12px}summary{cursor:pointer;padding:8px 0;
@@ -156,7 +157,7 @@ d.querySelectorAll('.chart').forEach(n=>Plotly.Plots.resize(n));}));
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><link rel="icon" href="data:,"><style>{style}</style></head><body>
-<header><h1>{title}</h1><p class="lead">{lead}</p><div class="summary">{words}</div></header>
+<header><h1>{title}</h1><p class="lead">{lead}</p>{words}</header>
 <nav><div>{links}</div></nav><main>{parts}</main>
 <footer>Made with embedsmith. This file needs no network.</footer>
 {script}</body></html>

@@ -77,8 +77,7 @@ def _cosines(looks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         for key, label in (("random", "any two texts"), ("pairs", "texts that belong together")):
             if sum(counts[key]) > 0:
                 total = sum(counts[key])
-                dash = {"dash": "solid" if key == "random" else "dot"}
-                line = {"type": "scatter", "mode": "lines", "line": {"shape": "spline", **dash}}
+                line = {"type": "scatter", "mode": "lines", "line": {"dash": "solid" if key == "random" else "dot"}}
                 y = [count / total for count in counts[key]]
                 traces.append({**line, "name": f"{name}: {label}", "x": middle, "y": y})
     return chart(traces, title="Cosines", x="cosine", y="share")

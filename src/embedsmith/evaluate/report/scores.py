@@ -12,21 +12,25 @@ from embedsmith.evaluate.compare import Comparison, Difference, Interval, confid
 from embedsmith.evaluate.report.page import Section, chart, finite, fold, table
 from embedsmith.evaluate.result import Example, Results, TaskResult
 
-_BINS = 40
+_BINS = 40  # at most; each holds eight values or so
 
 
 def score_section(made: Comparison) -> Section:
     """A table and a bar chart of main scores, and the differences to the first model."""
     intervals = [[confidence(result) for result in results] for results in made.results]
     gaps = [made.differences(place) for place in range(1, len(made.models))]
-    head = ["task", "score", *made.models, *(f"{name} − {made.models[0]}" for name in made.models[1:])]
+    head = ["task", "score", *made.models]
     rows = []
     for row, result in enumerate(made.results[0]):
         cells = [_with_bounds(each[row]) for each in intervals]
-        rows.append([html.escape(result.task), html.escape(result.metric), *cells, *(_gap(gap[row]) for gap in gaps)])
+        cells = [cells[0], *(f"{cell}<br>{_gap(gap[row])}" for cell, gap in zip(cells[1:], gaps, strict=True))]
+        rows.append([html.escape(result.task), html.escape(result.metric), *cells])
     note = "Scores times 100, each with the bounds of 95 % of 1,000 resamples of its items."
     if gaps:
-        note += " A difference is resampled in pairs: the same items of both models; * marks bounds without zero."
+        note += (
+            f" Below them the difference to {html.escape(made.models[0])}, resampled in pairs: the same items of both"
+            " models; * marks bounds without zero."
+        )
     pictures = [_bars(made, intervals)]
     pictures += [_differences(made, gaps)] if gaps else []
     body = (
@@ -47,7 +51,7 @@ def _gap(gap: Difference) -> str:
     if math.isnan(value):
         return "undefined"
     kind = ("good" if value > 0 else "bad") if gap.clear else "soft"
-    bounds = "" if math.isnan(low) else f'<br><span class="soft">{100 * low:+.2f} to {100 * high:+.2f}</span>'
+    bounds = "" if math.isnan(low) else f' <span class="soft">({100 * low:+.2f} to {100 * high:+.2f})</span>'
     return f'<span class="{kind}">{100 * value:+.2f}{"*" if gap.clear else ""}</span>{bounds}'
 
 
@@ -68,7 +72,8 @@ def _bars(made: Comparison, intervals: Sequence[Sequence[Interval]]) -> str:
 
 
 def _differences(made: Comparison, gaps: Sequence[Sequence[Difference]]) -> str:
-    traces = []
+    rows = {"type": "scatter", "mode": "markers", "marker": {"size": 9}, "orientation": "h", "y": made.tasks()}
+    traces = [{**rows, "name": made.models[0], "x": [0.0] * len(made.tasks())}]  # it keeps its colour, as do the others
     for name, each in zip(made.models[1:], gaps, strict=True):
         error = {
             "type": "data",
@@ -77,11 +82,10 @@ def _differences(made: Comparison, gaps: Sequence[Sequence[Difference]]) -> str:
             "arrayminus": finite([100 * (gap.interval.value - gap.interval.low) for gap in each]),
         }
         values = finite([100 * gap.interval.value for gap in each])
-        marks = {"type": "scatter", "mode": "markers", "marker": {"size": 9}, "error_x": error}
-        traces.append({**marks, "name": name, "x": values, "y": made.tasks()})
-    least = 120 + 44 * len(made.tasks())
-    title = f"Difference to {made.models[0]}"
-    return chart(traces, title=title, x="points", height=max(least, 240), yaxis={"autorange": "reversed"})
+        traces.append({**rows, "name": name, "x": values, "error_x": error})
+    height = max(120 + 22 * len(made.tasks()) * len(made.models), 240)
+    title, axis = f"Difference to {made.models[0]}", {"autorange": "reversed"}
+    return chart(traces, title=title, x="points", height=height, scattermode="group", yaxis=axis)
 
 
 def words_about(made: Comparison, *, named: bool = True) -> list[str]:
@@ -120,7 +124,7 @@ def _histogram(result: TaskResult) -> str:
     if not parts or any(len(values) == 0 for values in parts.values()):
         return ""
     everything = np.concatenate(list(parts.values()))
-    edges = np.histogram_bin_edges(everything, bins=_BINS)
+    edges = np.histogram_bin_edges(everything, bins=min(_BINS, max(8, len(everything) // 8)))
     middle = ((edges[:-1] + edges[1:]) / 2).tolist()
     traces = []
     for name, values in parts.items():
