@@ -20,7 +20,9 @@ MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks.")] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
+    ] = None,
     tasks: Tasks = None,
     data: Data = None,
     json_file: JsonFile = None,
@@ -47,7 +49,8 @@ def evaluate(
     from embedsmith.indexing import parse_weights
 
     weights = parse_weights(weight or []) if weight else None
-    widths, more = _widths(dims, more or [])
+    options, more = _model_options(more or [])
+    widths, more = _widths(dims, more)
     scoring = Scoring(tuple(split_names([*(tasks or []), *more])), data, split, head, keep, weights)
     _check_side_by_side(head, engine, mteb, tune, weights)
     _check_widths(widths, head, mteb)
@@ -56,13 +59,13 @@ def evaluate(
     if mteb is None:
         for name in scoring.tasks:  # wrong names are told before a model is loaded
             load_task(name, data_dir=data, split=split)
-    encoder = _encoder(model, engine, max_length, batch_size)
+    encoder = _encoder(model, engine, max_length, batch_size, options)
     if mteb is not None:
         from embedsmith.evaluate.mteb_tasks import Limits
 
         results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else Limits(limits))
     else:
-        about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head}
+        about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head, **options}
         if head == "all":
             from embedsmith.evaluate.heads import HEADS
 
@@ -109,9 +112,22 @@ def _check_widths(widths: list[int], head: str, mteb: Path | None = None) -> Non
         raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb")
 
 
-def _encoder(model: str, engine: str, max_length: int | None, batch_size: int) -> Any:
+def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`model.key=value` among other names: options of `embedsmith.load`, and what is left."""
+    from embedsmith.core.recipe import apply_override
+
+    tree: dict[str, Any] = {"model": {}}
+    said = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
+    for override in said:
+        apply_override(tree, override)
+    return tree["model"], [name for name in others if name not in said]
+
+
+def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, options: dict[str, Any]) -> Any:
     from embedsmith.core.errors import EvaluationError
 
+    if engine == "sentence-transformers" and options:
+        raise EvaluationError(f"model.{next(iter(options))} with this engine", fix="leave out --engine")
     if engine == "sentence-transformers":
         from embedsmith.evaluate.adapters import SentenceTransformersEncoder
 
@@ -119,7 +135,7 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int) -
     if engine == "embedsmith":
         from embedsmith.models import load
 
-        return load(model) if max_length is None else load(model, max_length=max_length)
+        return load(model, **options) if max_length is None else load(model, **options, max_length=max_length)
     raise EvaluationError(f"no engine is called {engine!r}", expected="embedsmith or sentence-transformers")
 
 
@@ -136,6 +152,7 @@ def compare(
 ) -> None:
     """Score models side by side, with the confidence of their differences: `embedsmith compare A B -t stsb-en`."""
     import json
+    from functools import partial
 
     from rich.console import Console
 
@@ -144,10 +161,11 @@ def compare(
     from embedsmith.evaluate.commands import Scoring, compare_models
     from embedsmith.models import load
 
+    options, models = _model_options(models)
     widths, models = _widths(dims, models)
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
-    made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), load, widths)
+    made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
     Console().print(made.table())
     if json_file is not None:
         with atomic_file(json_file) as file:

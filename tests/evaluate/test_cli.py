@@ -64,3 +64,19 @@ def test_a_mistake_is_an_error_of_ours(tmp_path: Path, loaded: list[Any], argume
     result = CliRunner().invoke(app, ["evaluate", "m", *arguments, "--data", folder])
     assert result.exit_code != 0
     assert isinstance(result.exception, EmbedsmithError)
+
+
+def test_options_of_loading_reach_the_model(tmp_path: Path, loaded: list[Any]) -> None:
+    path, out = str(data(tmp_path / "data") / "retrieval" / "cranfield"), tmp_path / "out.json"
+    said = ["evaluate", "m", "--tasks", f"long:{path}", "model.mcls=256", "model.positions=8192", "--json", str(out)]
+    result = CliRunner().invoke(app, said)
+    assert result.exit_code == 0, result.output
+    assert loaded == [("m", {"mcls": 256, "positions": 8192})]
+    assert json.loads(out.read_text())["mcls"] == 256
+
+
+def test_models_are_compared_under_the_same_options(tmp_path: Path, loaded: list[Any]) -> None:
+    path = str(data(tmp_path / "data") / "retrieval" / "cranfield")
+    result = CliRunner().invoke(app, ["compare", "a/b", "c/d", "model.pooling=mean", "-t", path])
+    assert result.exit_code == 0, result.output
+    assert loaded == [("a/b", {"pooling": "mean"}), ("c/d", {"pooling": "mean"})]

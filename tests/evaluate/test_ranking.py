@@ -111,5 +111,5 @@ def test_the_best_among_those_marked() -> None:
 
 def test_a_flat_ranking_is_one_where_nothing_is_told_apart() -> None:
     index_Qk = np.array([[1, 0, -1], [2, -1, -1]])
-    assert Ranking(np.array([[2, 2, -np.inf], [1, -np.inf, -np.inf]], np.float32), index_Qk).flat
+    assert Ranking(np.array([[2, 2 - 1e-6, -np.inf], [1, -np.inf, -np.inf]], np.float32), index_Qk).flat
     assert not Ranking(np.array([[2, 1, -np.inf], [1, -np.inf, -np.inf]], np.float32), index_Qk).flat

@@ -248,6 +248,18 @@ def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_p
     assert "## Scores" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
+def test_scores_at_widths_are_logged_and_leave_the_choice_to_the_whole_vectors(tree, files, tmp_path):
+    scored = str(files / "scored.jsonl")
+    run(tree, evaluate={"tasks": [scored], "dims": [4, 8]})
+    lines = [line for line in metrics(tmp_path / "run") if f"score/{scored}" in line]
+    assert len(lines) == 2
+    for line in lines:
+        values = [line[f"score/{scored}{end}"] for end in ("", "/8", "/4")]
+        assert len(set(values)) == 3
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    assert finished["best_score"] == pytest.approx(lines[-1][f"score/{scored}"])
+
+
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
     text = rehearse(parse(Recipe, tree))
     assert not (tmp_path / "run").exists()

@@ -160,13 +160,14 @@ def table(looks: Sequence[Geometry], names: Sequence[str], together: Mapping[str
     from rich.table import Table
 
     made = Table(title="geometry", title_justify="left")
-    made.add_column("measure")
+    made.add_column("measure", no_wrap=True)
     for name in names:
-        made.add_column(name, justify="right")
+        made.add_column(Path(name).name if len(names) == 1 else name, justify="right", overflow="fold")
     made.add_column("what it says")
     for name in dict.fromkeys(name for each in looks for name in each.numbers):
         cells = [f"{each.numbers[name]:.4g}" if name in each.numbers else "" for each in looks]
-        made.add_row(name, *cells, MEANING.get(name, ""))
+        kept = f"neighbours kept by the first {name[6:]} numbers" if name.startswith("width/") else ""
+        made.add_row(name, *cells, MEANING.get(name, kept))
     for name, value in (together or {}).items():
         made.add_row(f"both/{name}", f"{value:.4g}", *[""] * (len(names) - 1), MEANING.get(f"both/{name}", ""))
     return made

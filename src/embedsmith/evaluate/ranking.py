@@ -17,6 +17,7 @@ Ints = npt.NDArray[np.int64]
 Qrels = Mapping[str, Mapping[str, int]]
 
 CUTS = (1, 3, 5, 10, 20, 100)
+_FLAT = 1e-6  # of a score: what fp32 leaves of a difference that is none
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Ranking:
 
     @property
     def flat(self) -> bool:
-        """Whether every query gives all its documents the same score."""
-        least_Q = np.where(self.index_Qk < 0, np.inf, self.score_Qk).min(axis=1)
-        return bool((self.score_Qk[:, 0] <= least_Q).all())
+        """Whether every query gives all its documents the same score, but for rounding."""
+        best_Q, least_Q = self.score_Qk[:, 0], np.where(self.index_Qk < 0, np.inf, self.score_Qk).min(axis=1)
+        return bool((best_Q - least_Q <= _FLAT * np.abs(best_Q)).all())
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,7 @@ class Results(Sequence[TaskResult]):
 
 
 _SHOWN = ("cosine_pearson", "pearson", "recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100", "f1", "ami")
+_SHOWN += tuple(f"ndcg_at_10_length_{quarter}" for quarter in range(1, 5))
 
 
 def _beside(result: TaskResult) -> list[str]:
