@@ -21,10 +21,11 @@ export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 # The tests' models are tiny: threads would only wait for each other.
-test coverage: export OMP_NUM_THREADS := 1
+test: export OMP_NUM_THREADS := 1
 
 # Counting lines costs least this way, where Python has it (3.12); elsewhere it takes about a third more time.
 coverage: export COVERAGE_CORE := sysmon
+coverage: export PYTEST_ADDOPTS := --cov --cov-report=term
 
 .PHONY: setup demo test coverage test-slow lint check clean
 
@@ -43,8 +44,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-coverage: setup
-	$(BIN)/python -m pytest --cov --cov-report=term
+coverage: test
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
