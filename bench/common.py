@@ -50,6 +50,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def resident(name: str = "VmRSS") -> float:
+    """MiB of this process: now, or at most so far (`VmHWM`). What getrusage says begins with the parent's peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

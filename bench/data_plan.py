@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import RESULTS, environment, write_json
+from bench.common import RESULTS, environment, resident, write_json
 
 FILES, BATCH = 10, 64
 SIDES = ("embedsmith", "embedsmith, lengths", "sentence-transformers", "sentence-transformers, hashes")
@@ -42,16 +41,11 @@ def texts(file: int, count: int) -> Iterator[tuple[str, str]]:
         yield f"question {query} of file {file}: what is it?", f"answer {positive} of file {file}, {words}"
 
 
-def peak() -> float:
-    """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def embedsmith(count: int, lengths: bool) -> dict[str, Any]:
     from embedsmith.data import BatchPlan, PlanConfig, Record, row_facts
 
     sets = [[Record(query, (positive,)) for query, positive in texts(file, count // FILES)] for file in range(FILES)]
-    before, started, busy = peak(), time.perf_counter(), time.process_time()
+    before, started, busy = resident("VmHWM"), time.perf_counter(), time.process_time()
     facts = tuple(row_facts(records) for records in sets)
     read = time.perf_counter()
     config = PlanConfig(lengths="auto" if lengths else None)
@@ -65,7 +59,7 @@ def embedsmith(count: int, lengths: bool) -> dict[str, Any]:
         "build": built - started,
         "build, processor": busy,
         "of which reading texts": read - started,
-        "memory": peak() - before,
+        "memory": resident("VmHWM") - before,
         **epoch,
         "longest of the next epoch": following["longest"],
         "rows left out": sum(plan.unused_rows),
@@ -93,7 +87,7 @@ def peer(count: int, hashes: bool) -> dict[str, Any]:
     for file in range(FILES):
         queries, positives = zip(*texts(file, count // FILES), strict=True)
         sets.append(datasets.Dataset.from_dict({"anchor": list(queries), "positive": list(positives)}))
-    before, started, busy = peak(), time.perf_counter(), time.process_time()
+    before, started, busy = resident("VmHWM"), time.perf_counter(), time.process_time()
     options: dict[str, Any] = {"precompute_hashes": True, "precompute_num_proc": None} if hashes else {}
     samplers = [
         NoDuplicatesBatchSampler(one, BATCH, True, generator=torch.Generator(), seed=file, **options)
@@ -108,7 +102,7 @@ def peer(count: int, hashes: bool) -> dict[str, Any]:
     return {
         "build": built - started,
         "build, processor": busy,
-        "memory": peak() - before,
+        "memory": resident("VmHWM") - before,
         **epoch,
         "steps timed": limit,
     }

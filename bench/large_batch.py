@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, ROOT, WORK, data_path, environment, minilm, read_json, write_json
+from bench.common import RESULTS, ROOT, WORK, data_path, environment, minilm, read_json, resident, write_json
 from bench.quality_joint import read_lines
 
 CHUNK = 64
@@ -99,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of one optimizer step and the peak of this process."""
     with tempfile.TemporaryDirectory() as folder:
         seconds = peer_step(arguments, folder) if arguments.measure == "peer" else own_step(arguments, folder)
-    return {"seconds": seconds, "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "peak_MiB": resident("VmHWM")}
 
 
 def own_step(arguments: argparse.Namespace, folder: str) -> float:

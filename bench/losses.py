@@ -17,20 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import RESULTS, data_path, environment, read_json, write_json
+from bench.common import RESULTS, data_path, environment, read_json, resident, write_json
 from bench.quality_joint import read_lines
 from embedsmith.core.batch import PairBatch, RetrievalBatch, Side
 from embedsmith.core.loss import Loss
@@ -152,16 +150,10 @@ def peak_of(queries: int, candidates: int, block_size: int | None) -> dict[str, 
     small = retrieval_batch(64, 128)
     InfoNCE(block_size=32)(small).value.backward()  # type: ignore[no-untyped-call]
     batch = retrieval_batch(queries, candidates)
-    before = resident() + 4 * WIDTH * (queries + candidates)
+    before = resident() + 4 * WIDTH * (queries + candidates) / 2**20
     start = time.process_time()
     InfoNCE(block_size=block_size)(batch).value.backward()  # type: ignore[no-untyped-call]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": time.process_time() - start, "peak_mib": (peak - before) / 2**20}
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
+    return {"seconds": time.process_time() - start, "peak_mib": resident("VmHWM") - before}
 
 
 def in_process(*arguments: int | None) -> dict[str, float]:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, ROOT, environment, read_json, write_json
+from bench.common import RESULTS, ROOT, environment, read_json, resident, write_json
 
 ARMS = ("search-embedsmith", "search-faiss", "mine-embedsmith", "mine-sentence-transformers")
 BLOCKS = (512, 8192, 32768)
@@ -130,17 +130,11 @@ def alone(arguments: argparse.Namespace) -> None:
         **dict.fromkeys(BLOCK_ARMS, _embedsmith_search),
     }[arguments.arm](queries, documents, arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports and loading, is forgotten
-    before = resident("VmRSS")
+    before = resident()
     started = time.process_time()
     chosen = work()
     seconds = time.process_time() - started
     write_json(arguments.out, {"seconds": seconds, "megabytes": resident("VmHWM") - before, "chosen": chosen})
-
-
-def resident(name: str) -> float:
-    """Megabytes of this process, now (VmRSS) or at most (VmHWM). What getrusage says begins with the parent's peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
 
 def _embedsmith_search(queries: Any, documents: Any, arguments: argparse.Namespace) -> Callable[[], Any]:
