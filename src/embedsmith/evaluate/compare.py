@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,13 +11,12 @@ import numpy.typing as npt
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.metrics import Floats, average_precision
-from embedsmith.evaluate.result import Results, TaskResult, percent
+from embedsmith.evaluate.result import Results, TaskResult, percent, short_names
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SAMPLES = 1000
-_LONG = 40  # characters of a name that a table or a legend can hold
 _BLOCK = 2**22  # numbers resampled at once
 
 
@@ -170,8 +168,7 @@ class Comparison:
 
     def short(self) -> Comparison:
         """The same with the ends of long paths for names, where they tell the models apart."""
-        names = tuple(name if len(name) <= _LONG else "…/" + "/".join(Path(name).parts[-2:]) for name in self.models)
-        return replace(self, models=names) if len(set(names)) == len(names) else self
+        return replace(self, models=short_names(self.models))
 
     def tasks(self) -> list[str]:
         return [result.task for result in self.results[0]]

@@ -17,6 +17,7 @@ from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.evaluate import geometry
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, PairClassificationTask
+from embedsmith.evaluate.result import short_names
 from embedsmith.evaluate.retrieval import LongDocumentTask, RerankingTask, RetrievalTask
 from embedsmith.evaluate.tasks import STSTask, Task
 
@@ -161,8 +162,8 @@ def table(looks: Sequence[Geometry], names: Sequence[str], together: Mapping[str
 
     made = Table(title="geometry", title_justify="left")
     made.add_column("measure", no_wrap=True)
-    for name in names:
-        made.add_column(Path(name).name if len(names) == 1 else name, justify="right", overflow="fold")
+    for name in short_names(names):
+        made.add_column(name, justify="right", overflow="fold")
     made.add_column("what it says")
     for name in dict.fromkeys(name for each in looks for name in each.numbers):
         cells = [f"{each.numbers[name]:.4g}" if name in each.numbers else "" for each in looks]

@@ -106,7 +106,7 @@ class Judgements:
         first_Q = np.searchsorted(self.query_J, np.arange(self.queries))
         place_J = np.arange(len(self.query_J)) - first_Q[self.query_J]
         gain_J = np.where(place_J < k, self.grade_J.clip(min=0) / np.log2(place_J + 2), 0.0)
-        return np.bincount(self.query_J, weights=gain_J, minlength=self.queries)
+        return np.bincount(self.query_J, weights=gain_J, minlength=self.queries).astype(np.float64)
 
 
 def ranking_scores(grade_Qk: Ints, judged: Judgements, cuts: Sequence[int] = CUTS) -> dict[str, Floats]:

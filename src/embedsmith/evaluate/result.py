@@ -185,14 +185,21 @@ class Results(Sequence[TaskResult]):
         return table
 
 
-_SHOWN = ("cosine_pearson", "pearson", "recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100", "f1", "ami")
-_SHOWN += tuple(f"ndcg_at_10_length_{quarter}" for quarter in range(1, 5))
+_RANKED = ("recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100")
+_BY_LENGTH = tuple(f"ndcg_at_10_length_{quarter}" for quarter in range(1, 5))
+_SHOWN = ("cosine_pearson", "pearson", *_RANKED, "f1", "ami", *_BY_LENGTH)
 
 
 def _beside(result: TaskResult) -> list[str]:
     """The scores shown next to the main one. Similarities of a dense model are cosines, so those are not repeated."""
     shown = [name for name in _SHOWN if name in result.scores]
     return [name for name in shown if f"cosine_{name}" not in shown]
+
+
+def short_names(names: Sequence[str], longest: int = 40) -> tuple[str, ...]:
+    """Names of models for a table or a legend: long paths by their ends, where these tell the models apart."""
+    short = tuple(name if len(name) <= longest else "…/" + "/".join(Path(name).parts[-2:]) for name in names)
+    return short if len(set(short)) == len(short) else tuple(names)
 
 
 def percent(value: float) -> str:

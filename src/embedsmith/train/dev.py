@@ -108,7 +108,7 @@ class Development:
 
     def _of_heads(self, name: str) -> dict[str, float]:
         """The main scores of every further head that the config names. Collective."""
-        scores = {}
+        scores: dict[str, dict[str, float]] = {}
         for head in self.config.heads:
             encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
             scores[head] = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name}).main_scores()

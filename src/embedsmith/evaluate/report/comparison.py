@@ -11,6 +11,7 @@ from embedsmith.evaluate.look import MEANING, Geometry
 from embedsmith.evaluate.report.page import Section, page, table
 from embedsmith.evaluate.report.places import environment_section, geometry_section
 from embedsmith.evaluate.report.scores import example_section, score_section, similarity_section, words_about
+from embedsmith.evaluate.result import short_names
 
 
 def comparison_page(made: Comparison, looks: Sequence[Geometry] = ()) -> str:
@@ -32,6 +33,7 @@ def _named(sections: list[Section], name: str) -> list[Section]:
 
 def geometry_page(looks: Sequence[Mapping[str, Any]], names: Sequence[str], together: Mapping[str, float]) -> str:
     """HTML of one model's geometry, or of two with how alike they are."""
+    names = short_names(names)
     rows = [[html.escape(name), f"{value:.4g}", MEANING.get(f"both/{name}", "")] for name, value in together.items()]
     alike = Section("alike", "How alike", table(("measure", "value", "what it says"), rows, 1, 2))
     dimensions = " and ".join(str(len(look["variance"])) for look in looks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,8 @@ def _bars(made: Comparison, intervals: Sequence[Sequence[Interval]]) -> str:
 
 
 def _differences(made: Comparison, gaps: Sequence[Sequence[Difference]]) -> str:
-    rows = {"type": "scatter", "mode": "markers", "marker": {"size": 9}, "orientation": "h", "y": made.tasks()}
+    kind = {"type": "scatter", "mode": "markers", "marker": {"size": 9}, "orientation": "h"}
+    rows: dict[str, Any] = {**kind, "cliponaxis": False, "y": made.tasks()}
     traces = [{**rows, "name": made.models[0], "x": [0.0] * len(made.tasks())}]  # it keeps its colour, as do the others
     for name, each in zip(made.models[1:], gaps, strict=True):
         error = {
