@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import RESULTS, WORK, data_path, environment, minilm, write_json
+from bench.common import RESULTS, WORK, data_path, environment, minilm, resident, write_json
 from embedsmith.core.reps import Dense
 from embedsmith.evaluate import RetrievalTask, evaluate, load_task
 
@@ -158,21 +157,17 @@ def measure(arm: str, path: Path, tiny: bool) -> dict[str, float]:
         make_vectors(small, Path(folder) / "v.npy", True)
         MAKERS[arm](small, Given(small, Path(folder) / "v.npy"))()
     score = MAKERS[arm](task, given)
-    before = _peak()
+    before = resident("VmHWM")
     first, second = _timed(score), _timed(score)
     alike = MAKERS[arm](renamed(task), given)() if arm.startswith("sentence") else first["ndcg_at_10"]
     again = {"cpu_again": second["cpu"], "wall_again": second["wall"]}
-    return {**first, "ndcg_at_10_alike": alike, **again, "memory_mb": _peak() - before}
+    return {**first, "ndcg_at_10_alike": alike, **again, "memory_mb": resident("VmHWM") - before}
 
 
 def _timed(score: Callable[[], float]) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     ndcg = score()
     return {"ndcg_at_10": ndcg, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

@@ -218,8 +218,8 @@ def _places_of_top(score_QX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """place_Qk of the k best columns in ascending order, ties to the lower column, and the k-th score, floor_Q1."""
     floor_Q1 = _kth_best(score_QX, k)
     kept_QX = score_QX >= floor_Q1
-    tied_Q = kept_QX.sum(1) > k
-    if bool(tied_Q.any()):
+    if int(kept_QX.count_nonzero()) > k * len(kept_QX):  # counted at once: by rows it costs more than the rest
+        tied_Q = kept_QX.sum(1) > k
         order = score_QX[tied_Q].sort(dim=1, descending=True, stable=True).indices[:, :k]
         kept_QX[tied_Q] = torch.zeros_like(kept_QX[tied_Q]).scatter(1, order, True)
     if kept_QX.device.type == "cpu":  # NumPy finds them several times as fast
