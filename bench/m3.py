@@ -156,7 +156,7 @@ def train_once(output: Path, model: dict[str, Any], sources: list[dict[str, Any]
     settings = {
         "steps": steps,
         "learning_rate": 3e-5,
-        "group_learning_rates": {"^token_heads": 1e-3},
+        "group_learning_rates": {"^token_heads": 1e-3} if "heads" in model else {},
         "warmup": 0.1,
         "weight_decay": 0.0,
         "token_budget": 8192,
