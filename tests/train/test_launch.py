@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from embedsmith.core.recipe import parse, save_recipe
 from embedsmith.train import Recipe, train
+from tests.tinybert import tiny_bert
 
 CONFIGS = Path(__file__).parents[2] / "recipes/accelerate"
 SHARD = {"ddp": "false", "fsdp2": "true", "zero2": "zero2"}
@@ -23,21 +24,13 @@ SHARD = {"ddp": "false", "fsdp2": "true", "zero2": "zero2"}
 def test_a_launched_run_equals_one_process(tree, tmp_path, config):
     if config == "zero2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip('needs DeepSpeed: pip install "embedsmith[deepspeed]"')
+    tree["model"] = {"path": str(tiny_bert(tmp_path / "plain", dropout=0.0)), "pooling": "mean"}
     tree["train"] = tree["train"] | {"steps": 3, "log_with": []}
     recipe = parse(Recipe, tree)
     save_recipe(recipe, tmp_path / "recipe.yaml")
     one = train(recipe)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    ours = [
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-        "-m",
-        "embedsmith",
-        "train",
-        str(tmp_path / "recipe.yaml"),
-    ]
+    ours = ["--num_processes", "2", "--main_process_port", "0", "-m", "embedsmith", "train"]
     changes = [f"train.shard={SHARD[config]}", f"output={tmp_path / 'two'}"]
     done = subprocess.run(
         [*launch, *ours, str(tmp_path / "recipe.yaml"), *changes],
