@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -30,20 +31,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_bert(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
-    """Write the model to `folder` as a plain transformers folder (it does not say how to pool)."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
+def tiny_config(vocabulary: int, **changes: Any) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocabulary,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
         max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
+        **changes,
     )
+
+
+def tiny_bert(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
+    """Write the model to `folder` as a plain transformers folder (it does not say how to pool)."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(len(tokenizer), hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

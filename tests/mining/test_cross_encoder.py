@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import parse
@@ -14,22 +14,13 @@ from embedsmith.mining import MineRecipe, mine
 from embedsmith.models import load
 from embedsmith.train import Recipe, train
 from tests.mining.fakes import Words
-from tests.tinybert import WORDS, tiny_bert, tiny_tokenizer
+from tests.tinybert import WORDS, tiny_bert, tiny_config, tiny_tokenizer
 
 
 def tiny_cross_encoder(folder, seed=0, labels=1):
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        num_labels=labels,
-        initializer_range=0.5,
-    )
+    config = tiny_config(len(tokenizer), num_labels=labels, initializer_range=0.5)
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
