@@ -73,7 +73,7 @@ def _hundredfold(scores: dict[str, float]) -> dict[str, float]:
 
 CELLS = Bench("bench.decoder_quality", (), "decoder_quality.json", read_cells, sizes_of_cells, takes_seeds=False)
 SETTING = (
-    "bench.decoder_quality: SmolLM2-135M's first six layers, steps of 64 rows (debian-en-train and stsb-en-train in "
+    "bench.decoder_quality: SmolLM2-135M's first six layers, steps of 48 rows (debian-en-train and stsb-en-train in "
     "turn), adapters of rank 16 at 5e-4 or all weights at 1e-4; stsb-en-dev (Spearman) and xquad-en (nDCG@10). One "
     "run a cell, so a difference below a point says nothing."
 )

@@ -18,8 +18,8 @@ IndexArray = npt.NDArray[np.int64]
 Vectors = npt.NDArray[Any] | Tensor | Representation
 """A matrix [N, D] (NumPy, memory-mapped or torch), or a representation of any kind."""
 
-_BUDGET = {"cpu": 2**21, "cuda": 2**26}  # numbers of a block of scores: 8 MB stay in a CPU's cache, 256 MB fill a GPU
-_QUERIES = {Dense: 1024, Sparse: 256, MultiVector: 32}  # queries scored together
+_BUDGET = {"cpu": 2**20, "cuda": 2**26}  # numbers of a block of scores: 4 MB stay in a CPU's cache, 256 MB fill a GPU
+_QUERIES = {Dense: 512, Sparse: 256, MultiVector: 32}  # queries scored together
 _SPARE = 256  # places for candidates beyond the best k, before the best k are chosen again
 
 
@@ -29,7 +29,7 @@ def exact_top_k(
     """score_Qk and index_Qk of the `min(k, K)` best documents of each query, best first; ties go to the lower index.
 
     The score is the inner product of dense vectors, or whatever `Representation.scores` says. Documents are read in
-    blocks of `block` rows (derived from a budget of 8 MB by default, 256 MB on a GPU), so neither [Q, K] nor a
+    blocks of `block` rows (derived from a budget of 4 MB by default, 256 MB on a GPU), so neither [Q, K] nor a
     memory-mapped matrix is ever held whole.
     Errors: `SearchError` for shapes that do not match, `k` below 1, and scores that are not a number.
     """
@@ -107,7 +107,7 @@ class TopK:
         budget = _BUDGET.get(device, _BUDGET["cuda"])
         if kind is not Dense and isinstance(document, Representation):
             each = queries * max(tokens, 1) * (1 if isinstance(document, Sparse) else max(document.token_count, 1))
-            return max(8 * budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
+            return max(16 * budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
         return max(budget // queries, 1)
 
     def _scores(self, query: Representation, document: Representation) -> Tensor:
@@ -120,12 +120,10 @@ class TopK:
         device = query.tensors()[0].device
         with torch.no_grad():
             if isinstance(query, Dense) and isinstance(document, Dense) and device.type == "cpu":
-                # OpenBLAS behind NumPy is a sixth faster here than the library behind torch
                 if self._buffer.size < len(query) * len(document):
                     self._buffer = np.empty(len(query) * len(document), np.float32)
                 score = self._buffer[: len(query) * len(document)].reshape(len(query), len(document))
-                with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is told with its place
-                    np.matmul(query.vector_ND.numpy(), document.vector_ND.numpy().T, out=score)
+                _inner_products(query.vector_ND, document.vector_ND, score)
                 return torch.from_numpy(score)
             return query.scores(document.map(lambda tensor: tensor.to(device)))[0].float()
 
@@ -136,6 +134,16 @@ class TopK:
                 f"the score of query {start + row} with document {self._seen + column} is not a number",
                 fix="look for NaN or infinite values in the vectors",
             )
+
+
+def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> None:
+    """On one thread OpenBLAS behind NumPy is a sixth faster than the library behind torch. On several, its threads and
+    torch's wait for each other: twice as slow as torch alone."""
+    if torch.get_num_threads() > 1:
+        torch.mm(left_QD, right_BD.T, out=torch.from_numpy(score_QB))
+        return
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is told with its place
+        np.matmul(left_QD.numpy(), right_BD.numpy().T, out=score_QB)
 
 
 def _bounded(rep: Representation) -> bool:
