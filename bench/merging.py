@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench.common import RESULTS, WORK, data_path
-from bench.merging_models import BATCH, RATIOS, Study, arms_of, base_of, read_lines, trained
+from bench.merging_models import BATCH, FORGET_RATE, RATIOS, SOURCES, Study, arms_of, base_of, read_lines, trained
 from bench.merging_verdicts import summarise
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
@@ -172,12 +172,12 @@ def apply(plan: Plan, live: LiveMerge) -> dict[str, Any]:
 
 
 def probe_of(study: Study, seed: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """Texts from the parents' training files."""
-    files = [
-        {"path": str(study.folder(name, seed).with_name(f"{name}-seed-{seed}-{name}.jsonl")),
-         **({"score_range": [0, 1]} if name == "sts" else {})}
-        for name in names
-    ]  # fmt: skip
+    """Texts from the parents' training files: of each parent's first source."""
+    files = []
+    for name in names:
+        source = next(iter(SOURCES[name]))
+        path = study.folder(name, seed).with_name(f"{name}-seed-{seed}-{source}.jsonl")
+        files.append({"path": str(path), **({"score_range": [0, 1]} if name == "sts" else {})})
     return {"sources": files, "examples": study.probe, "seed": seed}
 
 
@@ -278,8 +278,10 @@ def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
     """
     tasks = [tasks_of(study)[0], cranfield(study)]
     study.once("forget", "base", 0, lambda: {"scores": scored(load(str(base_of(study))), tasks), "texts": 0})
-    joint = trained(study, "joint 0.5", seed, arms_of(study)["joint 0.5"])
-    retrieval, sts = pair_of(study, seed)
+    steps = arms_of(study)
+    joint, retrieval, sts = (
+        trained(study, f"fast {arm}", seed, steps[arm], FORGET_RATE) for arm in ("joint 0.5", "retrieval", "sts")
+    )
     kinds: list[tuple[str, list[Path], dict[str, Any]]] = [
         ("joint", [joint], {"type": "average"}),
         ("retrieval", [retrieval], {"type": "average"}),
