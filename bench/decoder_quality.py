@@ -67,7 +67,10 @@ def trained(cell: str, steps: int, batch: int, work: Path) -> tuple[Path, float]
     """The tuned model of a cell and its minutes of training."""
     way, _, kind = cell.removesuffix("-deep").rpartition("-")
     run = work / f"{cell}-{steps}-{batch}"
-    if not (run / "finished.json").exists():
+    minutes = run / "minutes"
+    if not minutes.exists():
+        if (run / "finished.json").exists():  # stopped between the end and the note: nobody knows how long it took
+            shutil.rmtree(run)
         start = time.perf_counter()
         adapters = ["model.lora.r=16", "model.lora.alpha=32"] if kind == "lora" else []
         embedsmith(
@@ -87,10 +90,9 @@ def trained(cell: str, steps: int, batch: int, work: Path) -> tuple[Path, float]
             "train.log_with=[]",
             f"output={run}",
         )
-        (run / "minutes").write_text(str((time.perf_counter() - start) / 60))
+        minutes.write_text(str((time.perf_counter() - start) / 60))
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    minutes = run / "minutes"
-    return run / "model", float(minutes.read_text()) if minutes.exists() else float("nan")
+    return run / "model", float(minutes.read_text())
 
 
 def scores(model: Path, deep: bool, bf16: bool) -> dict[str, float]:
