@@ -204,8 +204,8 @@ class _Best:
 
     def _choose_with(self, score_QB: Tensor, first: int) -> None:
         """Choose the best k of what there is and of a whole block, and make room again."""
-        known = self._score_QC.shape[1]
-        score_QX = torch.cat([self._score_QC, score_QB], dim=1) if known else score_QB
+        known, more = self._score_QC.shape[1], score_QB.shape[1]
+        score_QX = score_QB if not known else self._score_QC if not more else torch.cat([self._score_QC, score_QB], 1)
         if score_QX.shape[1] < self._k:
             index_B = torch.arange(first, first + score_QB.shape[1], device=score_QB.device)
             self._index_QC = torch.cat([self._index_QC, index_B.expand(len(score_QB), -1)], dim=1)
@@ -226,14 +226,21 @@ def _places_of_top(score_QX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """place_Qk of the k best columns in ascending order, ties to the lower column, and the k-th score, floor_Q1."""
     floor_Q1 = _kth_best(score_QX, k)
     kept_QX = score_QX >= floor_Q1
-    if int(kept_QX.count_nonzero()) > k * len(kept_QX):  # counted at once: by rows it costs more than the rest
-        tied_Q = kept_QX.sum(1) > k
+    if int(kept_QX.count_nonzero()) > k * len(kept_QX):
+        tied_Q = _trues(kept_QX) > k
         order = score_QX[tied_Q].sort(dim=1, descending=True, stable=True).indices[:, :k]
         kept_QX[tied_Q] = torch.zeros_like(kept_QX[tied_Q]).scatter(1, order, True)
     if kept_QX.device.type == "cpu":  # NumPy finds them several times as fast
         flat = np.flatnonzero(kept_QX.numpy()).reshape(-1, k)
         return torch.from_numpy(flat - np.arange(len(flat))[:, None] * kept_QX.shape[1]), floor_Q1
     return kept_QX.nonzero()[:, 1].view(-1, k), floor_Q1
+
+
+def _trues(mask_QX: Tensor) -> Tensor:
+    """How many a row holds. NumPy adds bytes eight times as fast as torch counts truths."""
+    if mask_QX.device.type != "cpu":
+        return mask_QX.sum(1)
+    return torch.from_numpy(np.add.reduce(mask_QX.numpy().view(np.uint8), axis=1, dtype=np.int64))
 
 
 def _kth_best(score_QX: Tensor, k: int) -> Tensor:
