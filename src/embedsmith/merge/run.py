@@ -85,7 +85,9 @@ def merge(
         raise CheckpointError("this is a file", where=output, expected="a new folder", fix="choose another output")
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(
-            "the folder is not empty", where=output, fix="choose another output, delete the folder, or overwrite (--overwrite)"
+            "the folder is not empty",
+            where=output,
+            fix="choose another output, delete the folder, or overwrite (--overwrite)",
         )
     plan = make_plan(chosen)
     with disk_errors(output):
