@@ -8,6 +8,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.models.config import Settings, derive_max_length
 from embedsmith.models.tokenize import TextTokenizer, prompt_for
 from tests.models import tiny
+from tests.models.test_decoders import byte_tokenizer
 
 PROMPTS = {"query": "query: ", "passage": "passage: ", "sts": "sts: ", "retrieval-query": "find: ", "empty-query": ""}
 
@@ -73,6 +74,16 @@ def test_a_token_merged_across_the_seam_belongs_to_the_body():
     batch = text(["body"], Settings("last", 32, {"query": "find: "}), "query")
     tokens = text.tokenizer.convert_ids_to_tokens(rows(batch)[0])
     assert tokens[batch.body_N[0]] == "Ġbody"
+
+
+@pytest.mark.parametrize("prompt", ["查询：", "find 🔎 ", "é: "])
+@pytest.mark.parametrize("text", ["你好，世界", "👩‍🔬 studies", "ü"])
+def test_body_of_characters_that_are_several_tokens(prompt, text):
+    """Bytes as tokens: one character's offsets belong to up to four of them."""
+    tokenizer = byte_tokenizer()
+    batch = TextTokenizer(tokenizer)([text], Settings("last", 64, {"query": prompt}), "query")
+    body = rows(batch)[0][batch.body_N[0] :]
+    assert tokenizer.decode(body, skip_special_tokens=True) == text
 
 
 def test_truncation_inside_the_prompt_leaves_the_end_token_as_body():

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from embedsmith.core.errors import MissingExtraError, RecipeError
@@ -73,6 +75,33 @@ def test_a_packed_run_equals_the_padded_one(tree, decoder, tmp_path):
     shares = [json.loads(line)["padding_share"] for line in lines]
     assert shares[0] > 0.01
     assert shares[1] == 0
+
+
+WIDTHS = [4, 8]
+
+
+def test_a_decoder_learns_its_pairs_at_every_width_and_spread_apart(tree, decoder, tmp_path):
+    """64 pairs that have nothing in common but to be pairs; a spread-out term lowers the cosine of strangers."""
+    chance = random.Random(0)
+    word = lambda: "".join(chance.sample("abcdefghijklmnopqrstuvwxyz", 6))
+    pairs = [{"query": word(), "pos": [word()]} for _ in range(64)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    contrast = {"type": "matryoshka", "dims": WIDTHS, "inner": {"type": "infonce", "temperature": 0.05}}
+    cosine = {}
+    for spread in (0.0, 1.0):
+        loss = {"type": "sum", "parts": [contrast, {"type": "uniformity"}], "weights": [1.0, spread]}
+        source = {"path": str(tmp_path / "pairs.jsonl"), "batch_size": 64, "loss": loss}
+        settings = tree["train"] | {"steps": 80, "learning_rate": 1e-2, "checkpoint_every": 80, "log_with": []}
+        model = {"path": str(decoder), "max_length": 16, "pooling": "mean", "attention": "bidirectional"}
+        run = {"model": model, "data": [source], "train": settings, "output": str(tmp_path / str(spread))}
+        tuned = load(str(train(parse(Recipe, run))))
+        query_ND = torch.from_numpy(tuned.encode([row["query"] for row in pairs]))
+        document_ND = torch.from_numpy(tuned.encode([row["pos"][0] for row in pairs]))
+        for width in (*WIDTHS, query_ND.shape[1]):
+            query_NW, document_NW = (F.normalize(side[:, :width], dim=-1) for side in (query_ND, document_ND))
+            assert ((query_NW @ document_NW.T).argmax(1) == torch.arange(64)).all(), (spread, width)
+        cosine[spread] = float((document_ND @ document_ND.T)[~torch.eye(64, dtype=torch.bool)].mean())
+    assert cosine[1.0] < cosine[0.0] - 0.005, f"{cosine}; 64 vectors cannot have less than -1/63"
 
 
 def test_packed_rows_fill_their_budget():
