@@ -16,6 +16,7 @@ Texts are cut at 64 tokens and encoded in bf16 (nDCG and Spearman within 2e-4 of
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import time
@@ -27,7 +28,18 @@ from typing import Any
 import torch
 
 from bench.common import RESULTS, WORK, data_path
-from bench.merging_models import BATCH, FORGET_RATE, RATIOS, SOURCES, Study, arms_of, base_of, read_lines, trained
+from bench.merging_models import (
+    BATCH,
+    FORGET_RATE,
+    RATIOS,
+    SOURCES,
+    Study,
+    arms_of,
+    base_of,
+    read_lines,
+    rows_of,
+    trained,
+)
 from bench.merging_verdicts import summarise
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
@@ -39,12 +51,13 @@ from embedsmith.models import load
 
 PARTS = ("train", "table", "plane", "three", "forget", "growth")
 MUS = (0.0, 0.01, 0.02, 0.05, 0.1)
-LENGTHS = (0.6, 0.8, 1.0, 1.2)
+LENGTHS = (0.6, 0.8, 1.0, 1.2, 1.5)
 DIRECTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FORGET_LENGTHS = (0.3, 0.5, 0.7, 1.0)
 GROWTH = (0.125, 0.25, 0.5, 1.0, 2.0)
-DESCENT = {"steps": 60, "check_every": 10, "batch_size": 16, "learning_rate": 0.03, "length_learning_rate": 0.03}
-"""Fewer and longer steps than the default, on half its batch: a descent then costs about a minute."""
+DESCENT = {"steps": 40, "check_every": 10, "batch_size": 32, "learning_rate": 0.05, "length_learning_rate": 0.05}
+"""Fewer and longer steps than the default: a descent then costs about two minutes."""
+DESCENT_EXAMPLES = 512
 IN_BF16 = ("self_positioning", "parent_matching", "lm_cocktail")
 """Methods whose texts go through the model under autocast. Fisher and RegMean measure in float32."""
 PROBED = {
@@ -92,7 +105,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="of MiniLM's six")
     parser.add_argument("--items", type=int, default=300, help="queries of debian-dev; twice as many pairs")
     parser.add_argument("--documents", type=int, default=1000, help="documents of debian-dev and cranfield")
-    parser.add_argument("--probe", type=int, default=128, help="examples a source for the methods that read data")
+    parser.add_argument(
+        "--probe",
+        type=int,
+        default=128,
+        help="examples a source for Fisher, RegMean, LM-Cocktail",
+    )
     parser.add_argument("--work", type=Path, default=WORK / "merging")
     parser.add_argument("--results", type=Path, default=RESULTS / "merging.json")
     a = parser.parse_args()
@@ -171,14 +189,21 @@ def apply(plan: Plan, live: LiveMerge) -> dict[str, Any]:
     return report
 
 
-def probe_of(study: Study, seed: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """Texts from the parents' training files: of each parent's first source."""
+def probe_of(study: Study, seed: int, names: tuple[str, ...], examples: int) -> dict[str, Any]:
+    """Texts of each parent's first source, of which no parent has seen any: on those it was trained on, a longer task
+    vector always looks better (the length of the merge then grows to 1.7, and similarity falls below the base's)."""
     files = []
     for name in names:
         source = next(iter(SOURCES[name]))
-        path = study.folder(name, seed).with_name(f"{name}-seed-{seed}-{source}.jsonl")
+        parent = study.folder(name, seed)
+        seen = {json.dumps(row) for row in read_lines(parent.with_name(f"{parent.name}-{source}.jsonl"))}
+        path = parent.with_name(f"probe-{seed}-{source}.jsonl")
+        if not path.exists():
+            rows = [row for row in rows_of(source) if json.dumps(row) not in seen]
+            chosen = random.Random(f"probe-{seed}").sample(rows, DESCENT_EXAMPLES)
+            path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         files.append({"path": str(path), **({"score_range": [0, 1]} if name == "sts" else {})})
-    return {"sources": files, "examples": study.probe, "seed": seed}
+    return {"sources": files, "examples": examples, "seed": seed}
 
 
 def pair_of(study: Study, seed: int) -> list[Path]:
@@ -218,8 +243,9 @@ def table_part(study: Study, seed: int, arms: list[str] | None) -> None:
             own = {"texts": cost["texts"], "minutes": cost["minutes"]}
             study.once("table", arm, seed, lambda p=path, o=own: {"scores": scored(load(str(p)), tasks), **o})
     paths = pair_of(study, seed)
-    probe = {"probe": probe_of(study, seed, ("retrieval", "sts"))}
-    methods = {**PLAIN, **{name: settings | probe for name, settings in PROBED.items()}}
+    probes = {n: probe_of(study, seed, ("retrieval", "sts"), n) for n in (study.probe, DESCENT_EXAMPLES)}
+    counts = {name: DESCENT_EXAMPLES if "steps" in settings else study.probe for name, settings in PROBED.items()}
+    methods = PLAIN | {name: settings | {"probe": probes[counts[name]]} for name, settings in PROBED.items()}
     for name, settings in methods.items():
         if wanted(name):
             method = {"type": name.split(" ")[0], **settings}
@@ -265,7 +291,7 @@ def three_part(study: Study, seed: int, arms: list[str] | None) -> None:
             "type": "self_positioning",
             **DESCENT,
             "mu": mu,
-            "probe": probe_of(study, seed, ("retrieval", "sts", "banking")),
+            "probe": probe_of(study, seed, ("retrieval", "sts", "banking"), DESCENT_EXAMPLES),
         }
         study.once("three", f"self_positioning mu={mu}", seed, lambda m=method: merged_scores(study, paths, m, tasks))
 
