@@ -85,14 +85,15 @@ def combine_coefficients(coefficients: Mapping[str, Tensor]) -> Combine:
     def combine(block: Block) -> Tensor:
         coefs = plain[block.name]
         rest = base_share(coefs)
-        merged_E = torch.zeros(block.stop - block.start, dtype=torch.float64)
-        for coef, parent_E in zip(coefs, block.parents, strict=True):
-            if coef:
-                merged_E.add_(parent_E.double(), alpha=coef)  # converted first: ten times faster than a mixed addition
+        terms = [(coef, parent_E) for coef, parent_E in zip(coefs, block.parents, strict=True) if coef]
         if rest:
             if block.base_E is None:
                 raise RecipeError(f"the coefficients of {block.name} sum to {1 - rest}", fix="give the merge a base")
-            merged_E.add_(block.base_E.double(), alpha=rest)
+            terms.append((rest, block.base_E))
+        (first, first_E), *others = terms  # no coefficient at all leaves all to the base
+        merged_E = first_E.to(torch.float64, copy=True).mul_(first)
+        for coef, values_E in others:
+            merged_E.add_(values_E.double(), alpha=coef)  # converted first: ten times faster than a mixed addition
         return merged_E
 
     return combine
