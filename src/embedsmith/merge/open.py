@@ -23,9 +23,8 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
     Errors: `RecipeError` for a pattern that matches nothing or ids that are not unique; `ModelError` and
     `CheckpointError` for folders that cannot be read.
     """
-    base = None
-    if recipe.base is not None:
-        spec = ParentSpec(path=recipe.base) if isinstance(recipe.base, str) else recipe.base
+    base, spec = None, recipe.base_spec
+    if spec is not None:
         base = _open(spec, _folder(spec), spec.id or "base", None, recipe.trust_remote_code)
     specs = [found for spec in recipe.specs for found in expand(spec)]
     names = unique_names(specs)

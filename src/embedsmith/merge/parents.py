@@ -69,7 +69,7 @@ class Parent:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, remembered while the process lives and the file stays as it is."""
     found = path.stat()
-    return _file_hash(path, found.st_size, found.st_mtime_ns)
+    return _file_hash(path.resolve(), found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)

@@ -72,6 +72,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def models(self) -> list[Parent]:
+        """The parents, and the base where there is one."""
+        return [*self.parents, *([] if self.base is None else [self.base])]
+
+    @property
     def weight_M(self) -> Tensor:
         return torch.tensor([parent.weight for parent in self.parents], dtype=torch.float64)
 

@@ -149,6 +149,10 @@ class MergeRecipe:
             raise RecipeError("stochastic rounding is for bfloat16", fix="set dtype: bfloat16, or rounding: nearest")
 
     @property
+    def base_spec(self) -> ParentSpec | None:
+        return ParentSpec(path=self.base) if isinstance(self.base, str) else self.base
+
+    @property
     def specs(self) -> list[ParentSpec]:
         """The parents; a bare path is a parent of weight 1."""
         return [ParentSpec(path=entry) if isinstance(entry, str) else entry for entry in self.parents]
