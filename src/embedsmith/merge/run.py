@@ -346,10 +346,8 @@ def _hashing(recipe: MergeRecipe) -> Iterator[ThreadPoolExecutor]:
             for file in sorted(Path(spec.path).expanduser().glob("*.safetensors")):
                 pool.submit(file_hash, file)
         yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[str, Any]]:
