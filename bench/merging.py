@@ -53,7 +53,7 @@ PARTS = ("train", "table", "plane", "three", "forget", "growth")
 MUS = (0.0, 0.01, 0.02, 0.05, 0.1)
 LENGTHS = (0.6, 0.8, 1.0, 1.2, 1.5)
 DIRECTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-FORGET_LENGTHS = (0.3, 0.5, 0.6, 0.7, 1.0)
+FORGET_LENGTHS = (0.3, 0.5, 0.6, 0.65, 0.7, 1.0)
 GROWTH = (0.125, 0.25, 0.5, 1.0, 2.0)
 DESCENT = {
     "steps": 25,
