@@ -19,6 +19,7 @@ Vectors = npt.NDArray[Any] | Tensor | Representation
 """A matrix [N, D] (NumPy, memory-mapped or torch), or a representation of any kind."""
 
 _BUDGET = {"cpu": 2**20, "cuda": 2**26}  # numbers of a block of scores: 4 MB stay in a CPU's cache, 256 MB fill a GPU
+_TOKEN_BUDGET = {"cpu": 2**24, "cuda": 2**29}  # the same for heads of tokens: 64 MB and 2 GB
 _QUERIES = {Dense: 512, Sparse: 256, MultiVector: 32}  # queries scored together
 _SPARE = 256  # places for candidates beyond the best k, before the best k are chosen again
 
@@ -104,11 +105,11 @@ class TopK:
         queries = min(_QUERIES.get(kind, 32), max(_count(self._query), 1))
         tokens = self._query.token_count if isinstance(self._query, Representation) else 1
         device = self._parts[0].tensors()[0].device.type if self._parts else "cpu"
-        budget = _BUDGET.get(device, _BUDGET["cuda"])
         if kind is not Dense and isinstance(document, Representation):
+            budget = _TOKEN_BUDGET.get(device, _TOKEN_BUDGET["cuda"])
             each = queries * max(tokens, 1) * (1 if isinstance(document, Sparse) else max(document.token_count, 1))
-            return max(16 * budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
-        return max(budget // queries, 1)
+            return max(budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
+        return max(_BUDGET.get(device, _BUDGET["cuda"]) // queries, 1)
 
     def _scores(self, query: Representation, document: Representation) -> Tensor:
         """score_QB; on a CPU in a buffer that the next block overwrites."""
