@@ -157,3 +157,19 @@ def test_a_block_stays_within_its_budget() -> None:
     document = MultiVector(torch.ones(2, 512, 4), torch.ones(2, 512, dtype=torch.bool))
     assert 1 <= TopK(query, 3).block_rows(document) * 32 * 32 * 512 <= 2**24
     assert TopK(np.ones((5000, 4)), 3).block_rows(np.ones((2, 4))) * 1024 <= 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_threads_and_any_precision(threads, dtype):
+    generator = torch.Generator().manual_seed(0)
+    query_ND, document_ND = (torch.randn(count, 8, generator=generator, dtype=dtype) for count in (5, 300))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        score_Qk, index_Qk = exact_top_k(Dense(query_ND), Dense(document_ND), 10)
+    finally:
+        torch.set_num_threads(before)
+    best = (query_ND @ document_ND.T).topk(10)
+    assert index_Qk.tolist() == best.indices.tolist()
+    np.testing.assert_allclose(score_Qk, best.values.numpy(), rtol=1e-5)
