@@ -67,7 +67,7 @@ DESCENT = {
 flat: a mu of 0.01 would outweigh what length gains."""
 PROBE_LOSS = {"type": "pearson"}
 """Of graded pairs. CoSENT, which the parents were trained with, falls when cosines are only spread further: descents
-then end at lengths of 1.4 to 1.9 and lose up to three points of Spearman."""
+then end at great lengths and lose similarity."""
 DESCENT_EXAMPLES = 512
 IN_BF16 = ("self_positioning", "parent_matching", "lm_cocktail")
 """Methods whose texts go through the model under autocast. Fisher and RegMean measure in float32."""

@@ -33,8 +33,8 @@ FORGET_RATE = 1e-4
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SOURCES = {"retrieval": {"retrieval": 1.0}, "sts": {"stsb": 0.75, "sick": 0.25}, "banking": {"banking": 1.0}}
 """Of a task, with shares of its steps. The two sets of graded pairs stay apart: their judges used their scales
-differently, and a batch that ranks pairs of both teaches that difference. With SICK in half of the steps the STS parent
-ended below its base on stsb-en-dev (88.1 against 88.8; 89.0 with a quarter)."""
+differently, and a batch that ranks pairs of both teaches that difference. SICK has a quarter of the steps:
+with half of them the STS parent lost on stsb-en-dev."""
 
 
 @dataclass(frozen=True)
