@@ -6,9 +6,10 @@ rank's loss does not need it. Gradients of gathered values are settled explicitl
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -38,21 +39,26 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if several else 0
 
 
-@contextmanager
-def launched_ranks() -> Iterator[None]:
-    """Join the ranks that torchrun (or accelerate launch) started, and leave them at the end. Nothing without a
-    launcher, nor where they are joined already. Small objects travel by gloo, tensors of a GPU by NCCL. A process joins
-    once: what joins again after leaving waits for ranks that are gone."""
+def join_ranks() -> None:
+    """Join the ranks that torchrun (or accelerate launch) started. Nothing without a launcher, nor where they are
+    joined already. Small objects travel by gloo, tensors of a GPU by NCCL.
+
+    They are left when the process ends, and not before: what joins again after leaving waits for ranks that are gone.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or (dist.is_available() and dist.is_initialized()):
-        yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Leave the ranks, with a moment for gloo's threads: one that lets go of its last tensor while the interpreter is
+    taken down ends the process with SIGABRT, its work done (one run in forty, before there was this)."""
+    if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # FSDP2 keeps the group and its threads alive beyond that call
 
 
 def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.collectives import launched_ranks, on_first_rank
+from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
@@ -40,11 +40,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     where it knows no other. Errors: `RecipeError` for a reference to no earlier stage; those of the verbs.
     """
     check(recipe)
-    with launched_ranks():  # once for all stages
-        return _run(recipe)
-
-
-def _run(recipe: PipelineRecipe) -> dict[str, Path]:
+    join_ranks()
     results: dict[str, str] = {"output": recipe.output}
     key = ""
     for stage in recipe.stages:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.collectives import launched_ranks, on_first_rank
+from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import parse, read_tree, section
 from embedsmith.core.registry import to_plain
@@ -22,8 +22,8 @@ def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False)
     from embedsmith.models import load
 
     recipe = parse(MineRecipe, tree, where)
-    with launched_ranks():
-        return mine(recipe, load, overwrite=overwrite)
+    join_ranks()
+    return mine(recipe, load, overwrite=overwrite)
 
 
 def _mine(tree: dict[str, Any], where: str) -> Path:
@@ -36,8 +36,8 @@ def _curate(tree: dict[str, Any], where: str) -> Path:
 
     recipe = parse(CurateRecipe, tree, where)
     tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, None))
-    with launched_ranks():
-        on_first_rank(lambda: curate(recipe, tools).output)
+    join_ranks()
+    on_first_rank(lambda: curate(recipe, tools).output)
     return Path(recipe.output)
 
 
@@ -56,8 +56,8 @@ def _merge(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.merge.run import merge
 
     recipe = parse(MergeRecipe, tree, where)
-    with launched_ranks():
-        on_first_rank(lambda: str(merge(recipe)))
+    join_ranks()
+    on_first_rank(lambda: str(merge(recipe)))
     return Path(recipe.output)
 
 
@@ -87,8 +87,8 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
         tasks = [load_task(name, data_dir=stage.data, split=stage.split) for name in stage.tasks]
         evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
 
-    with launched_ranks():
-        on_first_rank(score)
+    join_ranks()
+    on_first_rank(score)
     return Path(stage.output)
 
 

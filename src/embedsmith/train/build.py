@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from embedsmith.core.collectives import objects_of_all_ranks, rank, world_size
+from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
 from embedsmith.core.doctor import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.loss import Loss
@@ -44,6 +44,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Errors: `RecipeError` under a launch whose engine would wait for a model that it is never given.
     """
     _check_launch()
+    join_ranks()
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     precision = recipe.train.precision
     if precision == "auto":
