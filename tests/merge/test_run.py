@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import gram, run, stream
+from embedsmith.merge import architecture, gram, run, stream
 from embedsmith.models import load
+from embedsmith.models.backbone import skeleton
 from tests.merge.models import child, family, rewrite, tiny_base, weights
 from tests.models import lm
 
@@ -302,6 +304,28 @@ def test_statistics_are_measured_once(models, tmp_path, monkeypatch):
         file.write_bytes(b"damaged")
     merged(models, tmp_path / "e", cache=str(cache), method="karcher")
     assert len(passes) == 3
+
+
+def test_an_architecture_is_built_once(models, tmp_path, monkeypatch):
+    built: list[Path] = []
+    monkeypatch.setattr(architecture, "skeleton", lambda folder, trust: built.append(folder) or skeleton(folder, trust))
+    base, cache = models[0], tmp_path / "cache"
+    first = architecture.architecture_of(base, cache=cache)
+    assert architecture.architecture_of(base, cache=cache) == first == architecture.architecture_of(base)
+    assert built == [base, base], "the second from the cache, the third without one"
+    assert first.buffers, "nothing is lost on the way through the file"
+
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert len(architecture.architecture_of(other, cache=cache).names) < len(first.names)
+    for file in cache.iterdir():
+        file.write_text('{"names": 3}')
+    assert architecture.architecture_of(base, cache=cache) == first, "a damaged file is written again"
+    assert architecture.architecture_of(base, cache=cache) == first
+    assert len(built) == 4
+    architecture.architecture_of(base, trust_remote_code=True, cache=cache)
+    assert len(built) == 5, "code that is not ours may have changed"
 
 
 def test_sums_do_not_know_the_block_size(models):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from embedsmith.core.errors import CheckpointError, ModelError
+from embedsmith.merge.architecture import Architecture, architecture_of
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.tensors import Held, Weights, read_header
-from embedsmith.models.backbone import UNUSED, skeleton
 from embedsmith.models.contract import POOLER_FILE, read_contract
 from embedsmith.models.folder import read_folder, read_json
 from embedsmith.models.splade import SPLADE_FILE
@@ -24,27 +21,15 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What the encoder's code, without weights, says: `names` that a file must or may hold, `canonical` (every name,
-    ties included, to the one used), and which are unused, buffers or token tables."""
-
-    names: frozenset[str]
-    canonical: Mapping[str, str]
-    unused: frozenset[str]
-    buffers: frozenset[str]
-    token_tables: frozenset[str]
-    prefix: str
-
-
-def open_folder(folder: Path, name: str, trust_remote_code: bool = False) -> Parent:
+def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache: Path | None = None) -> Parent:
     """A transformers or sentence-transformers folder as a `Parent`, from headers alone.
 
+    `cache`: a folder in which what is known of its architecture is kept.
     Errors: `CheckpointError` for missing, damaged or quantised weights; `ModelError` for a folder that is no embedder.
     """
     facts = read_folder(folder)
     refuse_quantised(facts.backbone)
-    architecture = architecture_of(facts.backbone, trust_remote_code)
+    architecture = architecture_of(facts.backbone, trust_remote_code, cache)
     files = weight_files(facts.backbone)
     found = {key: weights for file in files for key, weights in file_tensors(file).items()}
     tensors, left_out = _named(found, architecture, facts.backbone)
@@ -87,25 +72,6 @@ def module_entries(folder: Path) -> list[tuple[str, Path]]:
 def dense_folders(folder: Path) -> list[Path]:
     """Folders of the Dense modules, in their order."""
     return [path for kind, path in module_entries(folder) if kind == "Dense"]
-
-
-def architecture_of(folder: Path, trust_remote_code: bool = False) -> Architecture:
-    """Names under `backbone.`, from the model built without weights."""
-    model: Any = skeleton(folder, trust_remote_code)
-    by_identity: dict[int, list[str]] = defaultdict(list)
-    for key, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        by_identity[id(tensor)].append(f"backbone.{key}")
-    canonical = {key: names[0] for names in by_identity.values() for key in names}
-    names = frozenset(canonical[f"backbone.{key}"] for key in model.state_dict())
-    table = model.get_input_embeddings()
-    return Architecture(
-        names=names,
-        canonical=canonical,
-        unused=frozenset(name for name in canonical if UNUSED.search(name)),
-        buffers=frozenset(f"backbone.{key}" for key, _ in model.named_buffers()),
-        token_tables=frozenset(canonical[f"backbone.{key}.weight"] for key, m in model.named_modules() if m is table),
-        prefix=f"backbone.{model.base_model_prefix}.",
-    )
 
 
 def _named(

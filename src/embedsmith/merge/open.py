@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from embedsmith.core.errors import ModelError, RecipeError
@@ -16,6 +17,9 @@ from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from embedsmith.models.backbone import locate
 
+Opener = Callable[[Path, str], Parent]
+"""A folder that is no adapter, under a name."""
+
 
 def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]:
     """Parents and base as tensors to be read, from headers and configurations alone.
@@ -23,16 +27,17 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
     Errors: `RecipeError` for a pattern that matches nothing or ids that are not unique; `ModelError` and
     `CheckpointError` for folders that cannot be read.
     """
+    opener = partial(open_folder, trust_remote_code=recipe.trust_remote_code, cache=recipe.cache_folder)
     base, spec = None, recipe.base_spec
     if spec is not None:
-        base = _open(spec, _folder(spec), spec.id or "base", None, recipe.trust_remote_code)
+        base = _open(spec, spec.id or "base", None, opener)
     specs = [found for spec in recipe.specs for found in expand(spec)]
     names = unique_names(specs)
     if base is not None and base.id in names:
         base = dataclasses.replace(base, id="theta_0")
     parents = [
         dataclasses.replace(
-            _open(spec, _folder(spec), name, base, recipe.trust_remote_code),
+            _open(spec, name, base, opener),
             weight=spec.weight,
             trajectory=spec.trajectory,
             examples=spec.examples,
@@ -40,10 +45,6 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
         for spec, name in zip(specs, names, strict=True)
     ]
     return tuple(parents), base
-
-
-def _folder(spec: ParentSpec) -> Path:
-    return locate(spec.path, spec.revision)
 
 
 def expand(spec: ParentSpec) -> list[ParentSpec]:
@@ -110,18 +111,19 @@ def unique_names(specs: Sequence[ParentSpec]) -> list[str]:
     return names
 
 
-def _open(spec: ParentSpec, folder: Path, name: str, base: Parent | None, trust_remote_code: bool) -> Parent:
+def _open(spec: ParentSpec, name: str, base: Parent | None, opener: Opener) -> Parent:
+    folder = locate(spec.path, spec.revision)
     if is_adapter(folder):
         if spec.adapter is not None:
             raise RecipeError(f"{spec.path} is an adapter, and adapter {spec.adapter} is given on top", where=name)
-        return with_adapter(_base_of(folder, base, trust_remote_code), folder, name)
-    opened = open_folder(folder, name, trust_remote_code)
+        return with_adapter(_base_of(folder, base, opener), folder, name)
+    opened = opener(folder, name)
     if spec.adapter is None:
         return opened
     return with_adapter(opened, locate(spec.adapter), name)
 
 
-def _base_of(adapter: Path, base: Parent | None, trust_remote_code: bool) -> Parent:
+def _base_of(adapter: Path, base: Parent | None, opener: Opener) -> Parent:
     """The model an adapter lies on: where its configuration says, else the merge's base."""
     said = read_config(adapter).get("base_model_name_or_path")
     try:
@@ -140,4 +142,4 @@ def _base_of(adapter: Path, base: Parent | None, trust_remote_code: bool) -> Par
     refuse_quantised(folder)
     if base is not None and folder.resolve() == base.folder.resolve():
         return base
-    return open_folder(folder, str(said), trust_remote_code)
+    return opener(folder, str(said))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,9 +91,14 @@ class Plan:
         return next(parent for parent in self.parents if name in parent.tensors)
 
     def job(self, names: tuple[str, ...]) -> Job:
-        cache = None if self.recipe.cache is None else Path(self.recipe.cache).expanduser()
         return Job(
-            self.parents, self.base, names, self.weight_M, self.recipe.granularity, seed=self.recipe.seed, cache=cache
+            self.parents,
+            self.base,
+            names,
+            self.weight_M,
+            self.recipe.granularity,
+            seed=self.recipe.seed,
+            cache=self.recipe.cache_folder,
         )
 
 

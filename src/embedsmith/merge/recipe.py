@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from embedsmith.core.errors import RecipeError
@@ -121,8 +122,9 @@ class MergeRecipe:
     `base`: theta_0, the model all parents were trained from. `granularity`: what shares one set of coefficients.
     `dtype`: numbers on disk, by default the widest among the parents; `rounding` to 16 bits is to the `nearest` or
     `stochastic` (right on average, the same for the same seed). `shard_size`: bytes a file, such as 5GB. `unrelated`:
-    merge although a parent does not look like a descendant of the base. `cache`: where statistics are kept; `null`
-    keeps none. `verify`: the bounds of `--verify` and `--strict`. `adapter`: write an adapter instead of a whole model.
+    merge although a parent does not look like a descendant of the base. `cache`: where statistics and architectures are
+    kept; `null` keeps none. `verify`: the bounds of `--verify` and `--strict`. `adapter`: write an adapter instead of a
+    whole model.
     """
 
     parents: tuple[ParentSpec | str, ...]
@@ -147,6 +149,10 @@ class MergeRecipe:
             raise RecipeError("parents: at least one is needed")
         if self.rounding == "stochastic" and self.dtype != "bfloat16":
             raise RecipeError("stochastic rounding is for bfloat16", fix="set dtype: bfloat16, or rounding: nearest")
+
+    @property
+    def cache_folder(self) -> Path | None:
+        return None if self.cache is None else Path(self.cache).expanduser()
 
     @property
     def base_spec(self) -> ParentSpec | None:
