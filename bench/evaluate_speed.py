@@ -36,6 +36,8 @@ from embedsmith.evaluate import RetrievalTask, evaluate, load_task
 
 ARMS = ("embedsmith", "sentence-transformers", "sentence-transformers-defaults", "mteb")
 TARGET = 3.0
+_FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+"""Where these say which processor OpenBLAS shall take this one for: libraries choose their own code here."""
 
 
 def task_of(tiny: bool) -> RetrievalTask:
@@ -192,10 +194,11 @@ def compared(threads: int, repeats: int, tiny: bool) -> dict[str, Any]:
     """All arms in turn; prints and returns their runs, medians and the verdict."""
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     told = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    left = {name: value for name, value in os.environ.items() if name not in _FORCED}
     for _ in range(repeats):
         for arm in ARMS:
             command = [sys.executable, "-m", "bench.evaluate_speed", "--arm", arm, *(["--tiny"] if tiny else [])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **told})
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env={**left, **told})
             runs[arm].append(json.loads(done.stdout.strip().splitlines()[-1]))
     report = {arm: {key: statistics.median(run[key] for run in each) for key in each[0]} for arm, each in runs.items()}
     mine = report["embedsmith"]
@@ -209,9 +212,11 @@ def compared(threads: int, repeats: int, tiny: bool) -> dict[str, Any]:
         )
     apart = max(abs(row["ndcg_at_10_alike"] - mine["ndcg_at_10"]) for row in report.values())
     same = ("sentence-transformers", "mteb")  # the arms that compute the same figures
-    least = {key: min(report[arm][key] for arm in same) / mine[key] for key in ("cpu", "cpu_again")}
+    clock = "cpu" if threads == 1 else "wall"  # with several, processor time counts threads that wait
+    least = {key: min(report[arm][key] for arm in same) / mine[key] for key in (clock, f"{clock}_again")}
     met = apart <= 1e-4 and min(least.values()) >= TARGET
-    times = f"{least['cpu']:.1f} times faster than the faster peer, {least['cpu_again']:.1f} times the second time"
+    first, second = least.values()
+    times = f"{first:.1f} times faster than the faster peer, {second:.1f} times the second time ({clock})"
     print(f"nDCG apart by {apart:.1e} with ties alike; {times}: {'met' if met else 'MISSED'}")
     return {"runs": runs, "median": report, "apart": apart, "times_faster": least, "met": met}
 

@@ -184,19 +184,22 @@ class _Best:
         row_H = place_H // score_QB.shape[1]  # by a scalar: several times as fast as divmod
         column_H = place_H - row_H * score_QB.shape[1]
         hits_Q = np.bincount(row_H, minlength=len(score_QB))
-        if int((self._count_Q + hits_Q).max()) > self._score_QC.shape[1]:
-            if int(self._count_Q.max()) > self._k:  # a higher floor lets fewer in
-                self._choose_with(score_QB[:, :0], first)
-                self.add(score_QB, first)
-            else:
-                self._choose_with(score_QB, first)
+        missing = int((self._count_Q + hits_Q).max()) - self._score_QC.shape[1]
+        if missing > 0 and int(self._count_Q.max()) > self._k:
+            self._choose_with(score_QB[:, :0], first)  # a higher floor lets fewer in
+            self.add(score_QB, first)
             return
+        if missing > 0:
+            self._score_QC = F.pad(self._score_QC, (0, missing), value=float("-inf"))
+            self._index_QC = F.pad(self._index_QC, (0, missing))
         free_Q = np.arange(len(hits_Q)) * self._score_QC.shape[1] + self._count_Q - (np.cumsum(hits_Q) - hits_Q)
         free_H = np.arange(len(row_H)) + np.repeat(free_Q, hits_Q)
         # NumPy scatters faster than torch
         self._score_QC.view(-1).numpy()[free_H] = score_QB.reshape(-1).numpy()[place_H]
         self._index_QC.view(-1).numpy()[free_H] = column_H + first
         self._count_Q += hits_Q
+        if missing > 0:
+            self._choose_with(score_QB[:, :0], first)
 
     def chosen(self) -> tuple[Tensor, Tensor]:
         """score_Qk and index_Qk, best first. Places that were never filled hold -inf behind k entries at least."""
