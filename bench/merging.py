@@ -54,6 +54,8 @@ MUS = (0.0, 0.01, 0.02, 0.05, 0.1)
 LENGTHS = (0.6, 0.8, 1.0, 1.2, 1.5)
 DIRECTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FORGET_LENGTHS = (0.3, 0.5, 0.6, 0.65, 0.7, 1.0)
+SOUP = (0, 1, 2)
+"""Seeds of the runs that the part `forget` makes one model of."""
 GROWTH = (0.125, 0.25, 0.5, 1.0, 2.0)
 DESCENT = {
     "steps": 25,
@@ -77,7 +79,7 @@ PROBED = {
     "self_positioning simplex": DESCENT | {"mode": "simplex"},
     "self_positioning free": DESCENT | {"mode": "free"},
     "self_positioning per_block": DESCENT | {"per_block": True},
-    "parent_matching": DESCENT,
+    "parent_matching": DESCENT | {"mu": 1e-4},
     "fisher": {"expectation": "sampled"},
     "fisher embedding": {"definition": "embedding"},
     "regmean": {},
@@ -310,7 +312,7 @@ def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
     """In-domain gain against the loss on cranfield, for the joint model and every coefficient method at each length.
 
     Of two parents with weights 1, `slerp`'s accumulations agree and `task_arithmetic` is an average, so neither is
-    repeated.
+    repeated. `soup` is the mean of three runs of the retrieval parent that saw different texts.
     """
     tasks = [tasks_of(study)[0], cranfield(study)]
     study.once("forget", "base", 0, lambda: {"scores": scored(load(str(base_of(study))), tasks), "texts": 0})
@@ -321,15 +323,18 @@ def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
     kinds: list[tuple[str, list[Path], dict[str, Any]]] = [
         ("joint", [joint], {"type": "average"}),
         ("retrieval", [retrieval], {"type": "average"}),
+        ("soup", [trained(study, "fast retrieval", n, steps["retrieval"], FORGET_RATE) for n in SOUP],
+         {"type": "average"}),
         *((name, [retrieval, sts], {"type": name.split(" ")[0], **PLAIN[name]})
           for name in ("average", "average restored", "slerp", "karcher", "normalised_mean", "nan")),
     ]  # fmt: skip
     for name, paths, method in kinds:
-        for n in FORGET_LENGTHS:
+        for n in FORGET_LENGTHS if arms is None or name in arms else ():
             own = {**method, "scale": n}
             study.once("forget", f"{name} lambda={n}", seed, lambda p=paths, m=own: merged_scores(study, p, m, tasks))
-    own = {"type": "model_stock"}
-    study.once("forget", "model_stock", seed, lambda: merged_scores(study, [retrieval, sts], own, tasks))
+    if arms is None or "model_stock" in arms:
+        own = {"type": "model_stock"}
+        study.once("forget", "model_stock", seed, lambda: merged_scores(study, [retrieval, sts], own, tasks))
 
 
 def growth_part(study: Study, seed: int, arms: list[str] | None) -> None:
