@@ -328,6 +328,15 @@ def test_an_architecture_is_built_once(models, tmp_path, monkeypatch):
     assert len(built) == 5, "code that is not ours may have changed"
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(models, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    found = merged(models, tmp_path / "out", cache=str(tmp_path / "cache"))
+    plain = merged(models, tmp_path / "plain")
+    assert all(torch.equal(tensor, weights(plain.path)[name]) for name, tensor in weights(found.path).items())
+    assert "not kept for the next time" in caplog.text
+    assert str(tmp_path / "cache") in caplog.text
+
+
 def test_sums_do_not_know_the_block_size(models):
     from embedsmith.core.recipe import parse
     from embedsmith.merge import MergeRecipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,15 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_cache(path: Path, content: bytes) -> None:
+    """Write what can be made again, whole or not at all. Where it cannot be written, a warning: the work goes on."""
+    try:
+        with atomic_file(path, "wb") as file:
+            file.write(content)
+    except CheckpointError as error:
+        logging.getLogger("embedsmith").warning("not kept for the next time: %s", error)
 
 
 @contextmanager

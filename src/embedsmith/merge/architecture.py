@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import write_cache
 from embedsmith.models.backbone import UNUSED, skeleton
 
 
@@ -69,8 +69,8 @@ def _built(folder: Path, trust_remote_code: bool) -> Architecture:
 
 def _save(found: Architecture, file: Path) -> None:
     sets = {part: sorted(getattr(found, part)) for part in ("names", "buffers", "token_tables")}
-    with atomic_file(file) as out:
-        json.dump({**sets, "canonical": dict(found.canonical), "prefix": found.prefix}, out)
+    content = {**sets, "canonical": dict(found.canonical), "prefix": found.prefix}
+    write_cache(file, json.dumps(content).encode())
 
 
 def _load(file: Path) -> Architecture | None:

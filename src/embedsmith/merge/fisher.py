@@ -21,7 +21,7 @@ from torch import Tensor
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import write_cache
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.recipe import section
 from embedsmith.core.reps import Dense, in_fp32
@@ -314,5 +314,4 @@ def _key(about: Mapping[str, str]) -> str:
 
 
 def _keep(file: Path, fisher: Weights, about: dict[str, str]) -> None:
-    with atomic_file(file, "wb") as out:
-        out.write(save({name: tensor.cpu().contiguous() for name, tensor in fisher.items()}, metadata=about))
+    write_cache(file, save({name: tensor.cpu().contiguous() for name, tensor in fisher.items()}, metadata=about))

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import write_cache
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.stream import BLOCK, UNIT, Block, blocks
@@ -159,8 +159,7 @@ def _save(gram: Gram, file: Path) -> None:
         arrays[f"nonzero{place}"] = gram.nonzero_by_name[name].numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its flags too
-    with atomic_file(file, "wb") as out:
-        out.write(buffer.getvalue())
+    write_cache(file, buffer.getvalue())
 
 
 def _load(file: Path) -> Gram | None:
