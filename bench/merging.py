@@ -331,7 +331,8 @@ def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
     for name, paths, method in kinds:
         for n in FORGET_LENGTHS if arms is None or name in arms else ():
             own = {**method, "scale": n}
-            study.once("forget", f"{name} lambda={n}", seed, lambda p=paths, m=own: merged_scores(study, p, m, tasks))
+            once = 0 if name == "soup" else seed  # the same three runs, whatever the seed
+            study.once("forget", f"{name} lambda={n}", once, lambda p=paths, m=own: merged_scores(study, p, m, tasks))
     if arms is None or "model_stock" in arms:
         own = {"type": "model_stock"}
         study.once("forget", "model_stock", seed, lambda: merged_scores(study, [retrieval, sts], own, tasks))

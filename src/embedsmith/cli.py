@@ -181,8 +181,8 @@ def merge_models(
 
 
 def share_one_heap() -> None:
-    """glibc gives every thread a heap of its own; holes in those of the threads that read and hash add up to 200 MB to
-    the peak of a merge. Other C libraries know no such setting, and need none."""
+    """glibc gives every thread a heap of its own; holes in those of the threads that read and hash would add to the
+    peak of a merge. Other C libraries know no such setting, and need none."""
     import ctypes
     from contextlib import suppress
 

@@ -55,7 +55,7 @@ def join_ranks() -> None:
 
 def _leave() -> None:
     """Leave the ranks, with a moment for gloo's threads: one that lets go of its last tensor while the interpreter is
-    taken down ends the process with SIGABRT, its work done (one run in forty, before there was this)."""
+    taken down now and then ends the process with SIGABRT, its work done."""
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.1)  # FSDP2 keeps the group and its threads alive beyond that call

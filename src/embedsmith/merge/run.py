@@ -338,8 +338,8 @@ def _check_space(files: Mapping[Path, Mapping[str, Slot]], partial: Path) -> Non
 
 @contextmanager
 def _hashing(recipe: MergeRecipe) -> Iterator[ThreadPoolExecutor]:
-    """One thread that hashes contents beside the merge. It begins with the folders that the recipe names, while their
-    architectures are imported: on two cores a linear merge then takes a tenth less."""
+    """One thread that hashes contents beside the merge. It begins with the folders that the recipe names, before
+    the plan is made: a family's code may have to be imported for that."""
     pool = ThreadPoolExecutor(max_workers=1)
     try:
         for spec in [*recipe.specs, *([] if recipe.base_spec is None else [recipe.base_spec])]:

@@ -138,8 +138,8 @@ class TopK:
 
 
 def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> None:
-    """On one thread OpenBLAS behind NumPy is a sixth faster than the library behind torch. On several, its threads and
-    torch's wait for each other: twice as slow as torch alone."""
+    """On one thread OpenBLAS behind NumPy is faster than the library behind torch. On several, its threads and torch's
+    wait for each other, which is slower than torch alone."""
     if torch.get_num_threads() > 1 and left_QD.dtype == right_BD.dtype == torch.float32:
         torch.mm(left_QD, right_BD.T, out=torch.from_numpy(score_QB))
         return
