@@ -33,7 +33,7 @@ CELLS = [f"{way}-{kind}" for way in WAYS for kind in ("lora", "full")]
 RATES = {"lora": 5e-4, "full": 1e-4}
 TASKS = {"stsb-en-dev": "sts/stsb-en-dev.jsonl", "xquad-en": "retrieval/xquad-en"}
 DEEP = {"debian-dev": "retrieval/debian-dev"}
-_CLI = [sys.executable, "-c", "from embedsmith.cli import main; main()"]
+_CLI = [sys.executable, "-c", "from embedsmith.cli.verbs import main; main()"]
 
 
 def gguf() -> str:
@@ -96,8 +96,8 @@ def trained(cell: str, steps: int, batch: int, work: Path) -> tuple[Path, float]
 
 
 def scores(model: Path, deep: bool, bf16: bool) -> dict[str, float]:
+    from embedsmith.calibrate.goal import part_of
     from embedsmith.evaluate import evaluate, load_task
-    from embedsmith.merge.goal import part_of
     from embedsmith.models import load
 
     tasks = [load_task(str(data_path(path))) for path in TASKS.values()]

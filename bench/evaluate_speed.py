@@ -111,8 +111,8 @@ def sentence_transformers(task: RetrievalTask, given: Given, defaults: bool = Fa
 def mteb(task: RetrievalTask, given: Given) -> Callable[[], float]:
     import mteb as library
 
-    from embedsmith.evaluate.mteb_models import make_meta
-    from embedsmith.evaluate.mteb_tasks import as_mteb_task
+    from embedsmith.evaluate.mteb.models import make_meta
+    from embedsmith.evaluate.mteb.tasks import as_mteb_task
 
     class Model:
         """An encoder only, so that the search is mteb's own."""

@@ -24,10 +24,10 @@ import torch
 from bench.common import RESULTS, WORK, data_path, environment, minilm, write_json
 from bench.encode_speed import rows
 from embedsmith.core.reps import Reps, each_head
+from embedsmith.index import Document, EdgeStore, HybridIndex, WeightedSum, open_index, read_documents
 from embedsmith.models import load
 from embedsmith.search import TopK
 from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid
-from embedsmith.search.index import Document, EdgeStore, HybridIndex, WeightedSum, open_index, read_documents
 
 HEADS = ("dense", "sparse", "multivector")
 MIXES: dict[str, dict[str, float]] = {

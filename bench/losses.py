@@ -30,8 +30,7 @@ from torch import Tensor
 
 from bench.common import RESULTS, data_path, environment, read_json, resident, write_json
 from bench.quality_joint import read_lines
-from embedsmith.core.batch import PairBatch, RetrievalBatch, Side
-from embedsmith.core.loss import Loss
+from embedsmith.core.batch import Loss, PairBatch, RetrievalBatch, Side
 from embedsmith.core.reps import Dense
 from embedsmith.losses import PRO, CoSENT, InfoNCE, RankKL
 

@@ -342,7 +342,7 @@ def measured(kind: str) -> dict[str, Any]:
     import torch
 
     from embedsmith.core.reps import Sparse
-    from embedsmith.models.splade import top_words
+    from embedsmith.models.heads.splade import top_words
 
     torch.manual_seed(0)
     state_NTH = torch.randn(TEXTS, TOKENS, WIDTH, requires_grad=True)

@@ -41,10 +41,10 @@ from bench.merging_models import (
     trained,
 )
 from bench.merging_verdicts import summarise
+from embedsmith.calibrate.goal import part_of
+from embedsmith.calibrate.live import LiveMerge, open_live
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
-from embedsmith.merge.goal import part_of
-from embedsmith.merge.live import LiveMerge, open_live
 from embedsmith.merge.plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.models import load

@@ -44,9 +44,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 FIRST = "linear, first"
 
-_OURS = (
-    "import sys; import embedsmith; from embedsmith.cli import app; sys.argv = ['embedsmith', *{arguments!r}]; app()"
-)
+_OURS = "import sys, embedsmith; from embedsmith.cli import app; sys.argv = ['embedsmith', *{arguments!r}]; app()"
 _IDLE = {
     "embedsmith": "import embedsmith.merge.methods, embedsmith.cli",
     "mergekit": "import mergekit.scripts.run_yaml, mergekit.merge",

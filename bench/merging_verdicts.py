@@ -9,10 +9,9 @@ from typing import Any
 
 from bench.common import read_json, write_json
 from bench.merging_models import Study
+from embedsmith.calibrate.growth import Growth, growth_sections
 from embedsmith.core.files import atomic_file
-from embedsmith.evaluate.report.page import page
-from embedsmith.merge.explain_growth import Growth
-from embedsmith.merge.growth_report import growth_sections
+from embedsmith.report.page import page
 
 Rows = dict[str, dict[str, Any]]
 TASKS = {"retrieval": "debian-dev", "sts": "stsb-en-dev"}

@@ -62,7 +62,7 @@ def main() -> None:
 def prepare(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """The initial model, and the training rows with pools of 60 negatives mined by it (once)."""
     import embedsmith
-    from embedsmith.pipeline.verbs import run_mine
+    from embedsmith.cli.stages import run_mine
 
     folder = arguments.work
     mark = marked(arguments)
@@ -227,9 +227,9 @@ def summarise(arguments: argparse.Namespace) -> None:
 def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int = 30) -> None:
     """The share of a step's time that the per-loss rule takes: drawing, scoring its negatives, deciding."""
     from embedsmith.core.recipe import parse
-    from embedsmith.mining.live import LiveState
+    from embedsmith.mining.live_state import LiveState
     from embedsmith.train import Recipe
-    from embedsmith.train import mining as module
+    from embedsmith.train import live_negatives as module
     from embedsmith.train.build import make_accelerator
     from embedsmith.train.loop import build, refresh, update
 

@@ -65,7 +65,7 @@ def ours(folder: Path, prompts: dict[str, str]) -> list[list[float]]:
     import torch
 
     from embedsmith.models import load
-    from embedsmith.models.export_heads import export_head
+    from embedsmith.models.export import export_head
 
     torch.manual_seed(0)
     model = load(minilm(), heads=("multivector",), multivector_dim=32, prompts=prompts or None, device="cpu")

@@ -68,7 +68,7 @@ def main() -> None:
 def contenders(rows: int | None) -> tuple[dict[str, Callable[[], object]], int, int]:
     """What is timed, by name; the number of texts, and of their tokens."""
     from embedsmith.data import Source, read_source
-    from embedsmith.data.tokencache import TokenJob, write_tokens
+    from embedsmith.data.token_cache import TokenJob, write_tokens
     from embedsmith.models import load
 
     model = load(minilm(), device="cpu", max_length=MAX_LENGTH)

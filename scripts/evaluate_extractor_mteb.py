@@ -3,8 +3,8 @@
 import sys
 
 import embedsmith.models
+from embedsmith.compat.scripts import extractor_command
 from embedsmith.core.errors import EmbedsmithError
-from embedsmith.evaluate.commands import extractor_command
 
 if __name__ == "__main__":
     try:

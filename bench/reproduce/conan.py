@@ -42,8 +42,8 @@ def weak_pairs(study: Study, seed: int) -> Path:
 def filtered_pairs(study: Study, seed: int) -> Path:
     """The pairs that all-MiniLM-L6-v2 scores at least 0.4."""
     from embedsmith.core.recipe import parse
-    from embedsmith.curation import load_encoder
-    from embedsmith.data.curate import CurateRecipe, Tools, curate
+    from embedsmith.curate import CurateRecipe, Tools, curate
+    from embedsmith.curate.verb import load_encoder
 
     source = weak_pairs(study, seed)
     tree: dict[str, Any] = {

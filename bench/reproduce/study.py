@@ -182,8 +182,8 @@ class Study:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
+        from embedsmith.calibrate.goal import part_of
         from embedsmith.evaluate import load_task
-        from embedsmith.merge.goal import part_of
 
         files = {
             "debian": "retrieval/debian-dev",
@@ -235,7 +235,7 @@ class Study:
         return {"mean_cosine": mean_cosine(vector_ND), "uniformity": uniformity(vector_ND)}
 
     def _texts(self, count: int) -> list[str]:
-        from embedsmith.evaluate.look import sample_of
+        from embedsmith.evaluate.model_geometry import sample_of
 
         return list(sample_of(self.tasks["debian"], count).texts)
 

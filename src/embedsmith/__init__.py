@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
+
 _HOMES = {
     "Embedder": "embedsmith.models",
     "load": "embedsmith.models",

@@ -7,7 +7,7 @@ import pytest
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree, save_recipe, schema_json, section
-from embedsmith.core.registry import Registry, to_plain
+from embedsmith.core.shelf import Registry, to_plain
 
 shapes = Registry("shape", "tests.core.test_recipe")
 

@@ -5,9 +5,9 @@ import pytest
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.data import Record, RecordSet, joined, part_of, row_facts, text_id
-from embedsmith.data.facts import estimated_tokens
+from embedsmith.data.draw import parts_shuffled
 from embedsmith.data.mixture import Selected
-from embedsmith.data.texts import parts_shuffled
+from embedsmith.data.plan.separate import estimated_tokens
 
 
 def records(count, start=0):

@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedsmith.data import BatchPlan, Source, negatives_per_query, pair_texts, read_source, retrieval_texts, row_seeds
+from embedsmith.data import (
+    BatchPlan,
+    Source,
+    negatives_per_query,
+    pair_texts,
+    read_source,
+    retrieval_texts,
+    row_seeds,
+)
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data in ../shared/data")

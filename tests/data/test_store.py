@@ -10,8 +10,9 @@ import pytest
 from tests.core.test_files import tiny_disk
 
 from embedsmith.core.errors import CheckpointError, DataError
-from embedsmith.data import Record, Source, read_source, row_facts, store, storecache
-from embedsmith.data.facts import facts_of
+from embedsmith.data import Record, Source, read_source, row_facts, store
+from embedsmith.data import cache as storecache
+from embedsmith.data.plan.separate import facts_of
 from embedsmith.data.store import RecordStore, StoreWriter
 
 ROWS = [{"query": f"q{i}", "pos": [f"p{i}", f"r{i}"][: 1 + i % 2], "neg": ["n"] * (i % 4)} for i in range(50)]

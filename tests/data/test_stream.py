@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedsmith.core.errors import DataError, RecipeError
-from embedsmith.data import BatchPlan, Source, blocks, part_of, read_source
+from embedsmith.data import BatchPlan, Source, part_of, read_source
+from embedsmith.data import stream as blocks
 from embedsmith.data.stream import HasOrder
 
 ROWS = [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(500)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytrec_eval
 
-from embedsmith.evaluate.ranking import CUTS, Floats
+from embedsmith.evaluate.metrics import CUTS, Floats
 
 _TREC = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "accuracy": "success"}
 

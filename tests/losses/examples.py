@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embedsmith.core.batch import PairBatch, Progress, RetrievalBatch, Side
+from embedsmith.core.batch import Loss, PairBatch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import average_gradients
-from embedsmith.core.loss import Loss
 from embedsmith.core.reps import Dense, MultiVector, Sparse
 
 WIDTH, TEXTS = 8, 64

@@ -7,7 +7,7 @@ import torch
 
 from embedsmith.core.collectives import rank, world_size
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.registry import losses, to_plain
+from embedsmith.core.shelf import losses, to_plain
 from embedsmith.losses import CrossBatchBalance, InfoNCE, Uniformity
 from tests.losses.cases import CASES, REFUSED, every_case, examples_for
 from tests.losses.examples import PAIRS, RETRIEVAL, WIDTH, Tiny, make_batch, make_extras, run

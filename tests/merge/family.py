@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from embedsmith.calibrate.live import LiveMerge
 from embedsmith.data import Record, RecordSet
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.gram import groups
-from embedsmith.merge.live import LiveMerge
 from embedsmith.merge.method import Combine, Job
 from embedsmith.merge.parents import float_names
 from embedsmith.models import load

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedsmith.core.registry import merge_methods
+from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Job
-from embedsmith.merge.parents import Parent, float_names
-from embedsmith.merge.tensors import Held
+from embedsmith.merge.parents import Held, Parent, float_names
 
 SHAPES = {"backbone.layer.0.weight": (40, 30), "backbone.layer.0.bias": (40,), "backbone.layer.1.weight": (7, 11)}
 

@@ -8,10 +8,10 @@ import torch
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.registry import merge_methods
+from embedsmith.core.shelf import merge_methods
 from embedsmith.merge import MergeRecipe
-from embedsmith.merge import coefficients as formula
-from embedsmith.merge.geometric import Slerp
+from embedsmith.merge.methods import formulas as formula
+from embedsmith.merge.methods.coefficient import Slerp
 
 M, SIZE = 3, 50
 

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from embedsmith.core.registry import merge_methods
-from embedsmith.merge.draw import UNIT, uniform
-from embedsmith.merge.select import keep_count, nth_largest
-from embedsmith.merge.sums import ExactSum, RowSums
+from embedsmith.core.shelf import merge_methods
+from embedsmith.merge.methods.select import keep_count, nth_largest
+from embedsmith.merge.stream import DRAW_UNIT as UNIT
+from embedsmith.merge.stream import ExactSum, RowSums, uniform
 from tests.merge.memory import deltas, flat, job_of, random_family, run
 
 BASE, MOVED = random_family()
@@ -241,7 +241,7 @@ def test_drawn_numbers_belong_to_their_element():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-30])
 def test_streamed_selection_is_exact(scale, monkeypatch):
-    import embedsmith.merge.select as select
+    import embedsmith.merge.methods.select as select
 
     monkeypatch.setattr(select, "_IN_MEMORY", 0)
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).abs() * scale

@@ -10,7 +10,7 @@ import embedsmith
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.lora import with_adapter
-from embedsmith.merge.tensors import size_of
+from embedsmith.merge.parents import size_of
 from tests.merge.models import child, rewrite, tiny_base, weights
 
 peft = pytest.importorskip("peft")

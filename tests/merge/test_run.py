@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import architecture, gram, run, stream
+from embedsmith.merge import folders as architecture
+from embedsmith.merge import gram, run, stream
 from embedsmith.models import load
 from embedsmith.models.backbone import skeleton
 from tests.merge.models import child, family, rewrite, tiny_base, weights
@@ -81,7 +82,7 @@ def test_every_weight_is_the_formula(models, tmp_path):
         for p in parents
     ]
     stacked = torch.stack(vectors)
-    from embedsmith.merge.coefficients import sequential_slerp
+    from embedsmith.merge.methods.formulas import sequential_slerp
 
     wanted = sequential_slerp(stacked @ stacked.T, torch.ones(3, dtype=torch.float64))
     assert coef == pytest.approx(wanted.tolist(), rel=1e-10)
@@ -363,7 +364,7 @@ def test_sixteen_bits_and_what_they_cost(models, tmp_path):
 
 
 def test_stochastic_rounding_is_right_on_average_and_repeatable():
-    from embedsmith.merge.rounding import rounded
+    from embedsmith.merge.writer import rounded
 
     values = torch.full((20000,), 1 + 1 / 512, dtype=torch.float64)  # a quarter of the way between two bfloat16
     block = stream.Block("x", (20000,), 0, 20000, None, ())
@@ -519,7 +520,7 @@ def test_checkpoints_by_pattern(models, tmp_path):
 def test_command_line(models, tmp_path):
     from typer.testing import CliRunner
 
-    from embedsmith.cli import app
+    from embedsmith.cli.verbs import app
 
     base, parents = models
     recipe = tmp_path / "merge.yaml"

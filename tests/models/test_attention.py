@@ -6,8 +6,7 @@ import transformers
 
 from embedsmith.core.errors import ModelError
 from embedsmith.models import attention as attention_module
-from embedsmith.models.attention import Attention, SoftMask, prepare_config, switch_attention
-from embedsmith.models.masks import full_mask
+from embedsmith.models.attention import Attention, SoftMask, full_mask, prepare_config, switch_attention
 from tests.models.families import FAMILIES, NO_SDPA, tiny
 
 CASES = [

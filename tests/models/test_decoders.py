@@ -116,7 +116,7 @@ def test_poolings_with_weights_start_near_the_mean(folders, pooling):
 
 
 def test_attention_pooling_equals_a_loop(folders):
-    from embedsmith.models.poolers import AttentionPooling, PoolerConfig
+    from embedsmith.models.pooling import AttentionPooling, PoolerConfig
 
     torch.manual_seed(1)
     pooler = AttentionPooling(6, PoolerConfig(heads=2, width=4)).double()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models import encode as encode_module
+from embedsmith.models import embedder as encode_module
 from embedsmith.models.pooling import POOLINGS
 from tests.models import tiny
 

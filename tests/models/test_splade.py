@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models import load, splade
-from embedsmith.models.splade import SPLADE_FILE, top_words
+from embedsmith.models import load
+from embedsmith.models.heads import splade
+from embedsmith.models.heads.splade import SPLADE_FILE, top_words
 from tests.models import lm, tiny
 from tests.tinybert import tiny_bert
 

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.reps import each_head
 from embedsmith.models import ModelConfig, load
-from embedsmith.models.token_heads import special_ids
+from embedsmith.models.heads.tokens import special_ids
 from embedsmith.train.build import from_checkpoint
 from tests.models import tiny
 

@@ -17,7 +17,9 @@ from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import packed_rows
 from embedsmith.models import load
-from embedsmith.train import Recipe, loop, shard, train, zero
+from embedsmith.train import Recipe, loop, train
+from embedsmith.train import parallel as shard
+from embedsmith.train import parallel as zero
 from tests.models import lm
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from embedsmith.core.recipe import parse
-from embedsmith.core.registry import losses
+from embedsmith.core.shelf import losses
 from embedsmith.train import Recipe, train
 
 ALL_HEADS = ["dense", "sparse", "multivector"]

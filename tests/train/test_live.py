@@ -15,8 +15,8 @@ from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, train
 from embedsmith.train import loop as loop_module
 from embedsmith.train.build import make_accelerator
+from embedsmith.train.live_negatives import LiveMining
 from embedsmith.train.loop import build
-from embedsmith.train.mining import LiveMining
 from tests.ranks import on_ranks
 from tests.tinybert import WORDS, tiny_bert
 

@@ -12,16 +12,16 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from embedsmith import cli
+from embedsmith.cli import verbs as cli
+from embedsmith.cli.overview import overview
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.registry import losses
+from embedsmith.core.shelf import losses
 from embedsmith.data import Record, RecordSet
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, rehearse, train
 from embedsmith.train.build import build_feed
-from embedsmith.train.overview import overview
-from embedsmith.train.supply import Planner, Supply, mixed_supplies
+from embedsmith.train.feed import Planner, Supply, mixed_supplies
 from tests.plans import epoch_of
 from tests.ranks import on_ranks
 from tests.tinybert import WORDS, tiny_bert

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from embedsmith.cli import main
-from embedsmith.data import storecache
+from embedsmith.cli.verbs import main
+from embedsmith.data import cache as storecache
 from embedsmith.train import loop
 from tests.core.test_files import tiny_disk
 from tests.ranks import on_ranks

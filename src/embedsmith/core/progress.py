@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 from embedsmith.core.collectives import rank
 
@@ -56,3 +57,20 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
             yield Bar(progress, label, total, done)
         finally:
             del _on_screen[: len(mine)]
+
+
+# transformers without its own bars and warnings: what matters of them is an error here.
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """For the time of the block; afterwards as it was."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

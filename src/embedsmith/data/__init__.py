@@ -1,13 +1,13 @@
 """Texts as records: reading, writing, drawing batches. Knows only `core`."""
 
-from embedsmith.data.facts import RowFacts, row_facts
+from embedsmith.data.draw import PairTexts, RetrievalTexts, pair_texts, retrieval_texts, row_seeds
 from embedsmith.data.mixture import Joined, joined, part_of
-from embedsmith.data.plan import Account, BatchPlan, PlannedStep
-from embedsmith.data.plan_config import PlanConfig
+from embedsmith.data.plan.config import PlanConfig
+from embedsmith.data.plan.plan import Account, BatchPlan, PlannedStep
+from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.read import read_source
 from embedsmith.data.record import Record, Task, text_id
 from embedsmith.data.source import RecordSet, Source, negatives_per_query
-from embedsmith.data.texts import PairTexts, RetrievalTexts, pair_texts, retrieval_texts, row_seeds
 from embedsmith.data.writers import write_records
 
 __all__ = [

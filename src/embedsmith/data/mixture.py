@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.facts import RowFacts, row_facts
+from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.record import Record
 from embedsmith.data.source import RecordSet
 from embedsmith.data.stream import HasOrder

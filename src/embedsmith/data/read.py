@@ -6,11 +6,11 @@ from pathlib import Path
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
-from embedsmith.data.layouts import FORMATS
+from embedsmith.data.cache import belongs_on_disk, look, refuse_vanished, stored, weight
+from embedsmith.data.formats.columns import FORMATS
 from embedsmith.data.source import MemoryShelf, RecordSet, Source, open_source, read_rows
-from embedsmith.data.storecache import belongs_on_disk, look, refuse_vanished, stored, weight
 from embedsmith.data.stream import stream_source
-from embedsmith.data.tokenread import is_token_cache, read_tokens
+from embedsmith.data.token_records import is_token_cache, read_tokens
 
 
 def read_source(source: Source) -> RecordSet:

@@ -10,17 +10,25 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
+from embedsmith.core.batch import Loss
 from embedsmith.core.errors import DataError, RecipeError
-from embedsmith.core.loss import Loss
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import section
-from embedsmith.core.registry import losses
-from embedsmith.data.beir import beir_rows, is_beir
-from embedsmith.data.containers import Rows, has_known_kind, open_rows
-from embedsmith.data.hub import hub_rows
-from embedsmith.data.layouts import Layout, Reading, choose_layout
+from embedsmith.core.shelf import losses
+from embedsmith.data.formats.beir import beir_rows, is_beir
+from embedsmith.data.formats.columns import (
+    Extent,
+    Layout,
+    Range,
+    Reading,
+    check_range,
+    choose_layout,
+    infer_range,
+    rescaled,
+)
+from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
+from embedsmith.data.formats.hub import hub_rows
 from embedsmith.data.record import Record, RowError, Task, validate
-from embedsmith.data.scores import Extent, Range, check_range, infer_range, rescaled
 from embedsmith.data.store import Fingerprint
 
 Format = Literal["records", "flagembedding", "f2llm", "pairs", "labels", "beir"]

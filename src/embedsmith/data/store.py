@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.facts import RowFacts, facts_of
+from embedsmith.data.plan.separate import RowFacts, facts_of
 from embedsmith.data.record import Record
 
 _TEXTS, _SCORES = pa.list_(pa.string()), pa.list_(pa.float64())

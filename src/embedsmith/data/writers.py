@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.data.layouts import F2LLM_NEGATIVES
+from embedsmith.data.formats.columns import F2LLM_NEGATIVES
 from embedsmith.data.record import Record
 
 

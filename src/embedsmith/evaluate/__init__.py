@@ -1,13 +1,12 @@
 """An encoder to numbers: tasks, metrics and results."""
 
-from embedsmith.evaluate.heads import HeadScores, score_heads
-from embedsmith.evaluate.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.load import data_folder, known_tasks, load_task, split_names
 from embedsmith.evaluate.result import Example, Results, TaskResult
-from embedsmith.evaluate.retrieval import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
 from embedsmith.evaluate.run import evaluate
-from embedsmith.evaluate.tasks import STSTask, Task
-from embedsmith.evaluate.widths import NarrowEncoder, score_widths
+from embedsmith.evaluate.tasks.by_name import data_folder, known_tasks, load_task, split_names
+from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
+from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
+from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.variants import HeadScores, NarrowEncoder, score_heads, score_widths
 from embedsmith.search.hybrid import HybridEncoder
 
 __all__ = [

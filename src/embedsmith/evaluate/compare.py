@@ -16,6 +16,7 @@ from embedsmith.evaluate.result import Results, TaskResult, percent, short_names
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 SAMPLES = 1000
 _BLOCK = 2**22  # numbers resampled at once
 

@@ -18,6 +18,7 @@ from embedsmith.core.files import atomic_file
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 ItemValues = npt.NDArray[np.float64]
 
 

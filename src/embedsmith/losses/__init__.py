@@ -3,15 +3,13 @@
 from embedsmith.losses.codiemb import CoDiEmbSTS, MidNCE
 from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balance_weights
 from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
-from embedsmith.losses.flops import Flops
-from embedsmith.losses.label import Classifier, SupervisedContrastive
-from embedsmith.losses.presets import F2LLM, ConanWeak, Qwen3
-from embedsmith.losses.pretraining import MNTP, RetroMAE
-from embedsmith.losses.regularisers import GOR, GORST, Uniformity
-from embedsmith.losses.retrieval import InfoNCE
+from embedsmith.losses.labels import Classifier, SupervisedContrastive
+from embedsmith.losses.regularisers import GOR, GORST, Flops, Uniformity
+from embedsmith.losses.retrieval import F2LLM, ConanWeak, InfoNCE, Qwen3
 from embedsmith.losses.self_distill import M3SelfDistillation
 from embedsmith.losses.sts import PRO, AnglE, CoSENT, Pearson, RankKL
 from embedsmith.losses.wrappers import Matryoshka, PerHead, Sum, Symmetric, Weighted
+from embedsmith.pretrain.losses import MNTP, RetroMAE
 
 __all__ = [
     "F2LLM",

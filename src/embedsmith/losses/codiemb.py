@@ -8,10 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, Batch, PairBatch, RetrievalBatch
-from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.registry import losses
-from embedsmith.losses import checks
+from embedsmith.core import recipe as checks
+from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch
+from embedsmith.core.shelf import losses
 from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.sts import PRO, Pearson, RankKL
 

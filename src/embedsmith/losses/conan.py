@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, Batch, PairBatch, RetrievalBatch, gather_pair_scores
+from embedsmith.core import recipe as checks
+from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, gather_pair_scores
 from embedsmith.core.collectives import max_over_ranks
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.registry import losses
-from embedsmith.losses import checks
-from embedsmith.losses.blocks import NEVER
-from embedsmith.losses.candidates import Candidates, cross_entropy, mean_over_slots
+from embedsmith.core.shelf import losses
+from embedsmith.losses.candidates import NEVER, Candidates, cross_entropy, mean_over_slots
 
 
 @losses.register(

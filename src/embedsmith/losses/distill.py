@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core.batch import ABSENT, Batch, PairBatch, RetrievalBatch, Side
+from embedsmith.core import recipe as checks
+from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, Side
 from embedsmith.core.errors import DataError
-from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.registry import losses
 from embedsmith.core.reps import TEACHER, Dense, in_fp32
-from embedsmith.losses import checks
-from embedsmith.losses.blocks import NEVER
-from embedsmith.losses.candidates import Candidates, masked_logsumexp, mean_over_slots
+from embedsmith.core.shelf import losses
+from embedsmith.losses.candidates import NEVER, Candidates, masked_logsumexp, mean_over_slots
 from embedsmith.losses.identity import own_rows
 
 """The head under which precomputed teacher vectors (`Dense`, NaN rows where unknown) stand beside the model's own."""

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from embedsmith.core.batch import Batch, RetrievalBatch
-from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.registry import losses
-from embedsmith.losses import checks
-from embedsmith.losses.blocks import NEVER, in_blocks
-from embedsmith.losses.candidates import Candidates, cross_entropy, mean_over_slots
+from embedsmith.core import recipe as checks
+from embedsmith.core.batch import Batch, Loss, LossOutput, RetrievalBatch
+from embedsmith.core.shelf import losses
+from embedsmith.losses.candidates import NEVER, Candidates, cross_entropy, in_blocks, mean_over_slots
 
 
 @losses.register(

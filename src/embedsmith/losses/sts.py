@@ -13,14 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, Batch, PairBatch, gather_pair_scores
+from embedsmith.core import recipe as checks
+from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, gather_pair_scores
 from embedsmith.core.collectives import gather_rows
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.registry import losses
 from embedsmith.core.reps import Dense, Widths, in_fp32
-from embedsmith.losses import checks
-from embedsmith.losses.blocks import NEVER
+from embedsmith.core.shelf import losses
+from embedsmith.losses.candidates import NEVER
 
 Scorer = Callable[[PairBatch], Tensor]
 

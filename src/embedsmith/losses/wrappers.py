@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import Batch, PairBatch, RetrievalBatch
+from embedsmith.core import recipe as checks
+from embedsmith.core.batch import Batch, Loss, LossOutput, PairBatch, RetrievalBatch
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.loss import Loss, LossOutput
-from embedsmith.core.registry import losses
 from embedsmith.core.reps import Dense, Widths
-from embedsmith.losses import checks
+from embedsmith.core.shelf import losses
 from embedsmith.losses.identity import swapped
 
 Inner = Annotated[Loss, losses]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.merge.geometric import CoefficientMethod, group_coefficients
 from embedsmith.merge.lora import CONFIG, WEIGHTS, LowRank
 from embedsmith.merge.method import Combine, Job, Method
+from embedsmith.merge.methods.coefficient import CoefficientMethod, group_coefficients
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.stream import blocks
 from embedsmith.models.backbone import skeleton

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
-from embedsmith.merge.parents import Parent
+from embedsmith.merge.parents import Parent, size_of
 from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.stream import UNIT, read_finite
-from embedsmith.merge.tensors import size_of
 from embedsmith.models.folder import FolderFacts, read_folder, read_json
-from embedsmith.models.heads import activation_path
+from embedsmith.models.heads.dense import activation_path
 
 _HARMLESS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"),

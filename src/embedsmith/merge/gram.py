@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,11 +24,10 @@ from torch import Tensor
 
 from embedsmith.core.files import write_cache
 from embedsmith.core.progress import progress_bar
-from embedsmith.merge.parents import Parent
+from embedsmith.merge.parents import Parent, size_of
+from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import BLOCK, UNIT, Block, blocks
-from embedsmith.merge.tensors import size_of
 
-Granularity = Literal["model", "block", "module", "tensor"]
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _FORMAT = "gram-1"
 

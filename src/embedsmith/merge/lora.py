@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import ModelError
-from embedsmith.merge.parents import Parent
-from embedsmith.merge.tensors import Held, Weights, read_header, size_of
+from embedsmith.merge.parents import Held, Parent, Weights, read_header, size_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = re.compile(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.merge.gram import Gram, Granularity, groups, measure
-from embedsmith.merge.parents import Parent
+from embedsmith.merge.gram import Gram, groups, measure
+from embedsmith.merge.parents import Parent, size_of
+from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import BLOCK, Block, blocks
-from embedsmith.merge.tensors import size_of
 
 Combine = Callable[[Block], Tensor]
 """A block of all models to the merged weights [E] of that block, in float64 (or float32)."""

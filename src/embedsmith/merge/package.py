@@ -13,15 +13,14 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from embedsmith.core.registry import to_plain
+from embedsmith.core.shelf import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.writer import Slot, index_of, shards
-from embedsmith.models.contract import FILE as CONTRACT
-from embedsmith.models.contract import POOLER_FILE
-from embedsmith.models.folder import read_json
-from embedsmith.models.splade import SPLADE_FILE
-from embedsmith.models.token_heads import FILES
+from embedsmith.models.folder import FILE as CONTRACT
+from embedsmith.models.folder import POOLER_FILE, read_json
+from embedsmith.models.heads.splade import SPLADE_FILE
+from embedsmith.models.heads.tokens import FILES
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".gguf", ".ot", ".pkl", ".npz")
 REPORT = "merge.json"

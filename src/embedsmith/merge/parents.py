@@ -3,16 +3,148 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from embedsmith.merge.tensors import Weights, size_of
+from embedsmith.core.errors import CheckpointError
+
+# Where a tensor's numbers lie, and how a piece of it is read: headers first, data in blocks, nothing memory-mapped.
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""safetensors' names of number types."""
+
+
+class Weights(Protocol):
+    """A tensor that is read piece by piece; `start` and `stop` count elements in row-major order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop), flat, in the type they are stored in (or float32 where they are computed)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file: its first byte is byte `offset` of the file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    offset: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Errors: `CheckpointError` when the file ends early (it is damaged or was changed meanwhile)."""
+        width = self.dtype.itemsize
+        values_E = torch.empty(stop - start, dtype=self.dtype)  # a bytearray would be filled with zeros first
+        buffer: memoryview = memoryview(values_E.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset + start * width)
+                _fill(buffer, file, self.file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read the weights ({error.strerror})", where=self.file) from error
+        return values_E
+
+
+def _fill(view: memoryview, file: object, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]  # io.FileIO; typeshed hides it behind open()
+        if not count:
+            raise CheckpointError("the file ends before its tensors do", where=path, fix="copy or download it again")
+        done += count
+
+
+@dataclass(frozen=True)
+class Held:
+    """A small tensor in memory (heads kept as torch.save files), or one that torch maps from such a file."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tensor.contiguous().view(-1)[start:stop]
+
+
+def size_of(weights: Weights) -> int:
+    """Number of elements."""
+    return math.prod(weights.shape)
+
+
+def is_float(weights: Weights) -> bool:
+    return weights.dtype.is_floating_point
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, without reading their data.
+
+    Errors: `CheckpointError` naming the file when it is missing, cut off, or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        found = {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+    except FileNotFoundError as error:
+        raise CheckpointError("this file of weights is missing", where=path, fix="copy the folder again") from error
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise CheckpointError(f"not a readable safetensors file ({error})", where=path) from error
+    end = max((item.offset + size_of(item) * item.dtype.itemsize for item in found.values()), default=0)
+    if end > path.stat().st_size:
+        raise CheckpointError(
+            f"the file has {path.stat().st_size} bytes, its header speaks of {end}",
+            where=path,
+            fix="the file is cut off: copy or download it again",
+        )
+    return found
+
+
+def _stored(path: Path, data: int, entry: Mapping[str, object]) -> Stored:
+    kind = str(entry["dtype"])
+    if kind not in DTYPES:
+        raise ValueError(f"numbers of type {kind} cannot be merged")
+    shape = tuple(int(size) for size in entry["shape"])  # type: ignore[attr-defined]
+    begin, end = (int(place) for place in entry["data_offsets"])  # type: ignore[attr-defined]
+    if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+        raise ValueError("a tensor's bytes do not fit its shape")
+    return Stored(shape, DTYPES[kind], path, data + begin)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from embedsmith.merge.compatible import (
     choose_max_length,
     choose_prompts,
 )
+from embedsmith.merge.folders import open_models
 from embedsmith.merge.method import Job, Method
-from embedsmith.merge.open import open_models
-from embedsmith.merge.parents import Parent
+from embedsmith.merge.parents import Parent, Weights
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.tensors import Weights
 from embedsmith.merge.vocabulary import match_vocabularies
 
 _POSITIONS = re.compile(r"(^|\.)(position_embeddings|wpe|embed_positions)\.weight$")

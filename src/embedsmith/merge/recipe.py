@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import section
-from embedsmith.core.registry import merge_methods
-from embedsmith.merge.gram import Granularity
+from embedsmith.core.shelf import merge_methods
 
 OutType = Literal["float32", "bfloat16", "float16"]
 
@@ -162,3 +161,6 @@ class MergeRecipe:
     def specs(self) -> list[ParentSpec]:
         """The parents; a bare path is a parent of weight 1."""
         return [ParentSpec(path=entry) if isinstance(entry, str) else entry for entry in self.parents]
+
+
+Granularity = Literal["model", "block", "module", "tensor"]

@@ -20,18 +20,16 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file, disk_errors, move_into_place
 from embedsmith.core.progress import Bar, log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, save_recipe
-from embedsmith.core.registry import to_plain
-from embedsmith.merge.coefficients import normalised
-from embedsmith.merge.geometric import Average
+from embedsmith.core.shelf import to_plain
 from embedsmith.merge.method import Combine, combine_coefficients
+from embedsmith.merge.methods.coefficient import Average
+from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.package import about, homes, write_around, write_index
-from embedsmith.merge.parents import Parent, file_hash
+from embedsmith.merge.parents import Parent, file_hash, size_of
 from embedsmith.merge.plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.rounding import LOSSY, RoundingLoss, rounded
 from embedsmith.merge.stream import BLOCK, Block, blocks, pieces
-from embedsmith.merge.tensors import size_of
-from embedsmith.merge.writer import Slot, TensorFile, parse_size
+from embedsmith.merge.writer import LOSSY, RoundingLoss, Slot, TensorFile, parse_size, rounded
 
 JOURNAL = "journal.json"
 _SAVE_EVERY = 512

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.merge.parents import Parent
-from embedsmith.merge.tensors import Weights
+from embedsmith.merge.parents import Parent, Weights
 from embedsmith.models.backbone import load_tokenizer
 from embedsmith.models.folder import read_folder
 

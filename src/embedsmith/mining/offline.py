@@ -20,22 +20,31 @@ from embedsmith.core.encoder import Encoder, Role, fingerprint
 from embedsmith.core.errors import DataError, EmbedsmithError, SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.registry import to_plain
+from embedsmith.core.shelf import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
 from embedsmith.data.record import refuse_tokens
-from embedsmith.mining.bm25 import Bm25
 from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe, Selection
-from embedsmith.mining.cross_encoder import CrossEncoderModel, CrossEncoderScorer
 from embedsmith.mining.report import Counts, MineReport, concatenate
 from embedsmith.mining.searchers import (
+    Bm25,
     Bm25Searcher,
+    CrossEncoderModel,
+    CrossEncoderScorer,
     EmbeddingSearcher,
     PairScorer,
     Searcher,
     TextReps,
 )
-from embedsmith.mining.select import Ranked, fuse, may_be_negative, order_of, ranks_in_reach, take
-from embedsmith.mining.texts import corpus_texts, loose_id
+from embedsmith.mining.select import (
+    Ranked,
+    corpus_texts,
+    fuse,
+    loose_id,
+    may_be_negative,
+    order_of,
+    ranks_in_reach,
+    take,
+)
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder

@@ -2,24 +2,94 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, represent
-from embedsmith.core.errors import EmbedsmithError, ModelError, SearchError
+from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent
+from embedsmith.core.errors import DataError, EmbedsmithError, MissingExtraError, ModelError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation, Reps, concatenate
-from embedsmith.mining.bm25 import Bm25
-from embedsmith.mining.config import EmbeddingSearch
+from embedsmith.mining.config import Bm25Search, CrossEncoder, EmbeddingSearch, Tokens
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
 from embedsmith.search.hybrid import Hybrid
+
+# BM25 through the library bm25s, for scripts with and without spaces.
+
+# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
+
+
+def tokenize(text: str, tokens: Tokens = "mixed") -> list[str]:
+    """Words in lower case. `mixed`: a run of a script without spaces gives its characters and their pairs;
+    `characters`: every run does; `words`: none does."""
+    found: list[str] = []
+    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
+        run = match[0]
+        if tokens == "words" or (tokens == "mixed" and not _unspaced(run)):
+            found.append(run)
+        else:
+            found.extend(run)
+            found.extend(run[place : place + 2] for place in range(len(run) - 1))
+    return found
+
+
+def _unspaced(run: str) -> bool:
+    return re.match(f"[{_UNSPACED}]", run) is not None
+
+
+class Bm25:
+    """An index over a corpus. Scores of a query are computed for the whole corpus at a time, [K] numbers.
+
+    Errors: `MissingExtraError`; `DataError` for a corpus without a single token.
+    """
+
+    def __init__(self, config: Bm25Search, corpus: Sequence[str]) -> None:
+        try:
+            import bm25s
+        except ImportError as error:
+            raise MissingExtraError("bm25s", "search") from error
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
+        self._tokens, self._size = config.tokens, len(corpus)
+        rows = [tokenize(text, config.tokens) for text in corpus]
+        if not any(rows):
+            raise DataError("no text of the corpus has a word in it", expected="tokens that fit its script")
+        self._index: Any = bm25s.BM25(k1=config.k1, b=config.b)
+        self._index.index(rows, show_progress=False)
+        self._vocabulary: dict[str, int] = self._index.vocab_dict
+
+    def top(self, queries: Sequence[str], k: int) -> tuple[FloatArray, IndexArray]:
+        """score_Qk and index_Qk, ties to the lower index."""
+        k = min(k, self._size)
+        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+        for row, query in enumerate(queries):
+            score_K = self.scores(query)
+            floor = np.partition(score_K, len(score_K) - k)[len(score_K) - k]
+            kept = np.flatnonzero(score_K >= floor)
+            order = kept[np.argsort(-score_K[kept], kind="stable")][:k]
+            score_Qk[row], index_Qk[row] = score_K[order], order
+        return score_Qk, index_Qk
+
+    def scores(self, query: str) -> npt.NDArray[np.float32]:
+        """score_K of every document; zeros for a query without a known word."""
+        known = [token for token in tokenize(query, self._tokens) if token in self._vocabulary]
+        if not known:
+            return np.zeros(self._size, np.float32)
+        return np.asarray(self._index.get_scores(known), np.float32)
+
 
 PIECE = 2048
 """Texts a file of kept vectors holds, and documents scored at once."""
@@ -201,3 +271,84 @@ class Bm25Searcher:
             mine = row_E == row
             score_E[mine] = self.index.scores(self.queries[int(row)])[index_E[mine]]
         return score_E
+
+
+# A model that reads query and document together, as a teacher: sentence-transformers' CrossEncoder.
+
+_SCORERS = ("ForSequenceClassification", "ForCausalLM")
+"""How the classes end whose weights hold what a score is made of; any other would be given a random classifier."""
+
+
+@dataclass(frozen=True)
+class CrossEncoderModel:
+    """A cross-encoder with one output. Its scores are the library's: a sigmoid of the output unless the model's own
+    settings name another function."""
+
+    library: Any
+    batch_size: int = 32
+
+    @staticmethod
+    def load(config: CrossEncoder) -> CrossEncoderModel:
+        """Errors: `MissingExtraError`; `ModelError` for a model that cannot be loaded, has no head that was trained to
+        score, or gives more than one number a pair."""
+        try:
+            from sentence_transformers import CrossEncoder as Library
+        except ImportError as error:
+            raise MissingExtraError("sentence-transformers", "eval") from error
+        _refuse_without_scores(config.model)
+        try:
+            model = Library(config.model)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"sentence-transformers cannot load it: {error}", where=config.model) from error
+        if model.num_labels != 1:
+            raise ModelError(
+                f"the cross-encoder gives {model.num_labels} scores a pair",
+                where=config.model,
+                expected="one score a pair",
+            )
+        return CrossEncoderModel(model, config.batch_size)
+
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> FloatArray:
+        """score_E of pairs (query, document), in batches of similar length."""
+        if not pairs:
+            return np.zeros(0, np.float32)
+        return np.asarray(self.library.predict(pairs, batch_size=self.batch_size, show_progress_bar=False), np.float32)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights, the modules and what is done to their output."""
+        return hash_of_model(self.library, repr(self.library), repr(self.library.activation_fn))
+
+
+def _refuse_without_scores(path: str) -> None:
+    """sentence-transformers gives a model without a classifier a random one, whose scores mean nothing."""
+    from transformers import AutoConfig
+
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (folder / "modules.json").exists() and not (folder / "config.json").exists():
+        return  # its first module lies in a folder of its own, as only sentence-transformers writes it
+    try:
+        classes = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path).architectures or []
+    except (OSError, ValueError) as error:
+        raise ModelError(f"its settings cannot be read: {str(error).splitlines()[0]}", where=path) from error
+    if classes and not any(name.endswith(_SCORERS) for name in classes):
+        raise ModelError(
+            f"{classes[0]} has no head that scores pairs",
+            where=path,
+            expected="a cross-encoder (its config.json names a ...ForSequenceClassification or ...ForCausalLM)",
+            fix="for an embedding model as teacher set type: embedding",
+        )
+
+
+@dataclass(frozen=True)
+class CrossEncoderScorer:
+    """Scores of pairs of given texts; all pairs of a part go through the model together."""
+
+    model: CrossEncoderModel
+    queries: Sequence[str]
+    corpus: Sequence[str]
+
+    def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
+        """score_E of query `row_E[e]` with document `index_E[e]`."""
+        return self.model.scores(
+            [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]
+        )

@@ -13,14 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models.adapters import four_bit_loading, keep_trainable
+from embedsmith.core.progress import quiet
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
-from embedsmith.models.embedder import position_table
 from embedsmith.models.folder import read_json
-from embedsmith.models.probe import layers_of
-from embedsmith.models.quiet import quiet
-from embedsmith.models.token_heads import FILES
+from embedsmith.models.heads.tokens import FILES
+from embedsmith.models.lora import four_bit_loading, keep_trainable
+from embedsmith.models.self_test import layers_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = (
@@ -228,3 +227,62 @@ def _that_matter(keys: Iterable[str]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# More positions for models with a learned position table: BERT, XLM-RoBERTa and their like.
+# New rows repeat the old ones (position n of the longer table is position n mod L of the old), as Longformer's were
+# made: a text that fits the old table keeps its vector, and a longer one starts from positions the model knows. How
+# M3-Embedding's new rows were made is not published; this is reconstructed. Texts longer than before need training.
+
+
+def extend_positions(backbone: Any, positions: int) -> None:
+    """Give the position table room for `positions` tokens, in place.
+
+    Errors: `ModelError` for a model without such a table, and for fewer positions than it has.
+    """
+    table = position_table(backbone)
+    holder = next((module for module in backbone.modules() if table in module.children()), None)
+    if table is None or type(table) is not nn.Embedding or not _is_plain(holder):
+        raise ModelError(
+            f"positions={positions}: {type(backbone).__name__} has no position table that can be extended",
+            expected="a model like BERT or XLM-RoBERTa",
+            fix="leave positions out; a model with rotary positions takes max_length alone",
+        )
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1
+    old = table.num_embeddings - offset
+    if positions < old:
+        raise ModelError(f"positions={positions}", expected=f"{old} or more, as many as the model has")
+    if positions == old:
+        return
+    assert holder is not None
+    longer = nn.Embedding(positions + offset, table.embedding_dim, table.padding_idx)
+    rows = table.weight.detach()
+    again = rows[offset:].repeat(-(-positions // old), 1)[:positions]
+    longer.weight = nn.Parameter(torch.cat([rows[:offset], again]))
+    name = next(name for name, child in holder.named_children() if child is table)
+    setattr(holder, name, longer)
+    _lengthen(holder, positions + offset)
+    backbone.config.max_position_embeddings = positions + offset
+
+
+def _is_plain(holder: nn.Module | None) -> bool:
+    """Whether the table belongs to a module that adds it to word embeddings, as BERT's does."""
+    return holder is not None and "word_embeddings" in dict(holder.named_children())
+
+
+def _lengthen(holder: nn.Module, count: int) -> None:
+    """The buffers that go with the table: the numbers of positions, and token types of zero."""
+    for name, buffer in list(holder.named_buffers(recurse=False)):
+        if name == "position_ids":
+            holder.register_buffer(name, torch.arange(count, device=buffer.device)[None], persistent=False)
+        elif name == "token_type_ids":
+            holder.register_buffer(name, buffer.new_zeros(1, count), persistent=False)
+
+
+def position_table(backbone: nn.Module) -> nn.Embedding | None:
+    """The learned absolute positions, or `None` for rotary and relative ones."""
+    names = ("position_embeddings", "wpe", "embed_positions")
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in names:
+            return module
+    return None

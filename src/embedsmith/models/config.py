@@ -9,11 +9,10 @@ from typing import Literal
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import section
-from embedsmith.models.adapters import LoraConfig
-from embedsmith.models.attention import Mode
-from embedsmith.models.heads import HeadConfig
-from embedsmith.models.masks import SoftMask
-from embedsmith.models.poolers import PoolerConfig
+from embedsmith.models.attention import Mode, SoftMask
+from embedsmith.models.heads.dense import HeadConfig
+from embedsmith.models.lora import LoraConfig
+from embedsmith.models.pooling import PoolerConfig
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
 Head = Literal["dense", "sparse", "multivector", "retromae", "mntp"]

@@ -5,36 +5,198 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
-from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, in_fp32
-from embedsmith.core.tokens import PaddedTokens, TokenBatch
-from embedsmith.models.attention import Attention
+from embedsmith.core.progress import progress_bar
+from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
+from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch, chunk_rows
+from embedsmith.models.attention import Attention, SoftMask
+from embedsmith.models.backbone import position_table
 from embedsmith.models.config import ComputeType, Settings
-from embedsmith.models.encode import Inference, represent
-from embedsmith.models.heads import apply_heads
-from embedsmith.models.masks import SoftMask
+from embedsmith.models.heads.dense import apply_heads
+from embedsmith.models.heads.tokens import FILES, apply_token_head
 from embedsmith.models.mcls import cls_places, room_for, with_cls_blocks, without_inner_cls
-from embedsmith.models.mntp import MNTP
 from embedsmith.models.packing import packed, unpacked
-from embedsmith.models.poolers import POOLERS, PoolerConfig
-from embedsmith.models.pooling import POOLINGS, pool_mask
-from embedsmith.models.probe import kernel_precision
-from embedsmith.models.retromae import RETROMAE
-from embedsmith.models.save import save
-from embedsmith.models.special import added_tokens
-from embedsmith.models.token_heads import FILES, apply_token_head
-from embedsmith.models.tokenize import Instruction, TextTokenizer
-from embedsmith.models.vectors import AnyArray, FloatArray, Precision, cosine, quantize, shortened
+from embedsmith.models.pooling import POOLERS, POOLINGS, PoolerConfig, pool_mask
+from embedsmith.models.self_test import kernel_precision
+from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens
+from embedsmith.models.write import save
+from embedsmith.pretrain.mntp import MNTP
+from embedsmith.pretrain.retromae import RETROMAE
+
+# Texts to representations without gradient: long lists in blocks, each block in chunks of similar length.
+
+BLOCK = 8192
+"""Texts tokenised and sorted together: enough for chunks of near-equal length, little enough memory to stream."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How to compute; see `Embedder.represent`."""
+
+    token_budget: int | None = None
+    dtype: ComputeType | None = None
+    show_progress: bool | None = None
+
+
+def represent(
+    model: Embedder,
+    texts: Sequence[str],
+    how: Inference,
+    *,
+    role: Role,
+    task: str | None,
+    outputs: Sequence[str],
+    instruction: Instruction,
+) -> Reps:
+    """See `Embedder.represent`. No text gives representations of zero rows."""
+    if len(texts) == 0:  # the shapes of one text, without its row
+        one = represent(model, [""], how, role=role, task=task, outputs=outputs, instruction=None)
+        return each_head(one, lambda rep: rep.rows(slice(0, 0)))
+    parts: list[Reps] = []
+    with _evaluating(model), progress_bar("encode", len(texts), visible=_worth_showing(how, len(texts))) as bar:
+        for start in range(0, len(texts), BLOCK):
+            rows = slice(start, start + BLOCK)
+            own = instruction if instruction is None or isinstance(instruction, str) else instruction[rows]
+            tokens = model.tokenize(texts[rows], role, task, own)
+            parts.append(_block(model, tokens, how, outputs, bar.advance))
+    return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def derive_token_budget(device: torch.device) -> int:
+    """Padded tokens in a chunk. A CPU is fastest while a chunk's states stay in its cache; a GPU wants to be filled."""
+    return 1024 if device.type == "cpu" else 32768
+
+
+def _block(
+    model: Embedder, tokens: TokenBatch, how: Inference, outputs: Sequence[str], advance: Callable[[int], None]
+) -> Reps:
+    """Representations of one block: computed longest chunk first, returned in row order."""
+    device = model.device
+    chunks = chunk_rows(tokens.length_N, how.token_budget or derive_token_budget(device))
+
+    def compute(rows: IntArray) -> Reps:
+        with torch.inference_mode(), autocast(device, how.dtype):  # both are settings of the thread
+            padded = tokens.take(rows).pad(model.pad_id, device, model.padding_left)
+            return each_head(model(padded, outputs), lambda rep: rep.map(torch.Tensor.cpu))
+
+    parts: list[Reps] = []
+    for rows, part in zip(chunks, _spread(compute, chunks, derive_workers(device, len(chunks))), strict=True):
+        parts.append(part)
+        advance(len(rows))
+    order = torch.from_numpy(np.argsort(np.concatenate(chunks), kind="stable"))
+    joined = concatenate(parts)  # outside inference mode: ordinary tensors, which a loss may use
+    return each_head(joined, lambda rep: rep.rows(order))
+
+
+def derive_workers(device: torch.device, chunks: int) -> int:
+    """Chunks computed side by side. On a CPU one a core: small products gain little from several cores, and a busy
+    core then delays its own chunk instead of every product. A few chunks get all cores each."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return threads if chunks >= 2 * threads else 1
+
+
+def _spread(compute: Callable[[IntArray], Reps], chunks: Sequence[IntArray], workers: int) -> Iterator[Reps]:
+    """`map(compute, chunks)` over threads of one core each."""
+    if workers == 1:
+        yield from map(compute, chunks)
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(compute, chunks)
+    finally:
+        torch.set_num_threads(threads)  # a worker's setting is also the default of threads to come
+
+
+def autocast(device: torch.device, dtype: ComputeType | None) -> AbstractContextManager[Any]:
+    """Computation in `dtype` with the weights as they are; nothing for `None` and float32."""
+    if dtype is None or dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+@contextmanager
+def _evaluating(model: Embedder) -> Iterator[None]:
+    """Dropout off; afterwards the model is as it was (training goes on after an evaluation)."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _worth_showing(how: Inference, count: int) -> bool | None:
+    """A few texts take no time: no bar for them unless asked for."""
+    return False if how.show_progress is None and count < 512 else how.show_progress
+
+
+# What is done to finished vectors: shorten, quantise, compare.
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+FloatArray = npt.NDArray[np.float32]
+AnyArray = npt.NDArray[Any]
+
+
+def shortened(dense: Representation, dim: int | None) -> Tensor:
+    """The leading `dim` coordinates, normalised again; all of them, as they are, for `None`."""
+    vector_ND = in_fp32(dense.tensors()[0])
+    if dim is None:
+        return vector_ND
+    if not 1 <= dim <= vector_ND.shape[1]:
+        raise ModelError(f"dim={dim}", expected=f"from 1 to {vector_ND.shape[1]}, the model's dimension")
+    return F.normalize(vector_ND[:, :dim], dim=-1)
+
+
+def value_ranges(vector_ND: FloatArray) -> FloatArray:
+    """[2, D]: minimum and maximum of every coordinate, for `quantize`."""
+    return np.stack([vector_ND.min(0), vector_ND.max(0)]).astype(np.float32)
+
+
+def quantize(vector_ND: FloatArray, precision: Precision, ranges: FloatArray | None = None) -> AnyArray:
+    """Smaller vectors, bit for bit as sentence-transformers makes them.
+
+    int8, uint8: 255 equal steps between the coordinate's minimum and maximum (`ranges`, or those of the given
+    vectors; two at least). binary, ubinary: the signs, eight to a byte, [N, ceil(D / 8)], offset by -128 for binary.
+    """
+    if precision not in get_args(Precision):
+        raise ModelError(f"unknown precision {precision!r}", expected=f"one of {', '.join(get_args(Precision))}")
+    if precision == "float32":
+        return vector_ND.astype(np.float32, copy=False)
+    if precision in ("binary", "ubinary"):
+        packed = np.packbits(vector_ND > 0, axis=-1)
+        return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+    if ranges is None:
+        if len(vector_ND) == 1:
+            raise ModelError(
+                f"{precision} cannot be calibrated on one vector",
+                fix="give ranges, for example value_ranges() of a sample of documents",
+            )
+        ranges = value_ranges(vector_ND) if len(vector_ND) else np.zeros((2, vector_ND.shape[1]), np.float32)
+    start_D = ranges[0].astype(np.float32)
+    step_D = (ranges[1].astype(np.float32) - start_D) / 255
+    level_ND: FloatArray = np.clip(np.floor((vector_ND - start_D) / np.where(step_D == 0, 1, step_D)), 0, 255)
+    return level_ND.astype(np.uint8) if precision == "uint8" else (level_ND - 128).astype(np.int8)
+
+
+def cosine(left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
+    """Cosine of every row with every row, [N, M]."""
+    left_ND, right_MD = (F.normalize(torch.atleast_2d(torch.as_tensor(side)).float(), dim=-1) for side in (left, right))
+    return np.asarray((left_ND @ right_MD.T).numpy(), np.float32)
 
 
 class Embedder(nn.Module):
@@ -297,15 +459,6 @@ def _averaged_over(tokenizer: Any, settings: Settings) -> Tensor | None:
     if settings.pool_special_tokens or settings.pooling in ("last", "cls"):
         return None
     return torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
-
-
-def position_table(backbone: nn.Module) -> nn.Embedding | None:
-    """The learned absolute positions, or `None` for rotary and relative ones."""
-    names = ("position_embeddings", "wpe", "embed_positions")
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in names:
-            return module
-    return None
 
 
 def _takes_positions(backbone: nn.Module) -> bool:

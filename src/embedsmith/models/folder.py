@@ -6,14 +6,67 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from embedsmith.core.errors import ModelError
-from embedsmith.models.contract import Contract, read_contract
-from embedsmith.models.heads import Projection
+from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.recipe import parse, section
+from embedsmith.models.attention import Attention
+from embedsmith.models.heads.dense import Projection
+from embedsmith.models.pooling import PoolerConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+# `embedding_config.json`: what a saved model is that the layout of sentence-transformers has no place for.
+# Written only when there is something to say. Who does not read it still gets the right vectors from the standard files
+# where those can express the model; where they cannot, `modules.json` names the module in `sentence.py` instead.
+
+FILE = "embedding_config.json"
+POOLER_FILE = "1_Pooling/pooler.safetensors"
+
+
+@section
+@dataclass(frozen=True)
+class Contract:
+    """`pooling` and `pooler`: a pooling with weights. `eos_id`: the token put behind every text. `templates`: see
+    prompts.py. `echo`: the text with which a text is said twice. `pool_special_tokens`: bos and its like take part in
+    the pooling. `base`: what an adapter belongs to. `modules`: the modules where modules.json names sentence.py's."""
+
+    version: int = 1
+    attention: Attention = Attention()
+    pooling: str | None = None
+    pooler: PoolerConfig | None = None
+    eos_id: int | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
+    echo: str | None = None
+    pool_special_tokens: bool = True
+    base: Mapping[str, Any] | None = None
+    modules: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def standard(self) -> bool:
+        """Whether standard files alone give the same vectors in sentence-transformers."""
+        plain = self.pooling is None and self.echo is None and self.pool_special_tokens and self.base is None
+        return plain and self.attention.in_config
+
+
+def read_contract(folder: Path) -> Contract:
+    """Errors: `ModelError` for a file that is not JSON, has unknown keys, or is of a newer version."""
+    path = folder / FILE
+    if not path.exists():
+        return Contract()
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and tree.get("version", 1) > 1:
+            raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
+        return parse(Contract, tree, where=str(path))
+    except (OSError, ValueError, RecipeError) as error:
+        raise ModelError(f"cannot read this file: {error}", where=path) from error
+
 
 POOLING_NAMES: Mapping[str, str] = {
     "cls": "cls",

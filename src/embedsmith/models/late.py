@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.token_heads import MultiVectorHead
+from embedsmith.models.heads.tokens import MultiVectorHead
 
 
 class WordVectors(Dense):  # type: ignore[misc]

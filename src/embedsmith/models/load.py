@@ -13,23 +13,27 @@ from torch import nn
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import parse
-from embedsmith.models.adapters import ADAPTER, add_adapter, check_installed, fingerprint, load_adapter, merged
 from embedsmith.models.attention import Attention, switch_attention
-from embedsmith.models.backbone import has_tokenizer, load_backbone, load_tokenizer, locate, positions_of, skeleton
+from embedsmith.models.backbone import (
+    extend_positions,
+    has_tokenizer,
+    load_backbone,
+    load_tokenizer,
+    locate,
+    positions_of,
+    skeleton,
+)
 from embedsmith.models.config import ModelConfig, Settings, derive_max_length
-from embedsmith.models.contract import POOLER_FILE
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import FolderFacts, read_folder, read_json
-from embedsmith.models.heads import orthogonal_projection
+from embedsmith.models.folder import POOLER_FILE, FolderFacts, read_folder, read_json
+from embedsmith.models.heads.dense import orthogonal_projection
+from embedsmith.models.heads.tokens import build_token_heads
+from embedsmith.models.lora import ADAPTER, add_adapter, check_installed, fingerprint, load_adapter, merged
 from embedsmith.models.mcls import check_mcls
 from embedsmith.models.packing import check_packing
-from embedsmith.models.poolers import POOLERS, PoolerConfig, build_pooler, load_pooler
-from embedsmith.models.pooling import POOLINGS
-from embedsmith.models.positions import extend_positions
-from embedsmith.models.probe import is_flash
-from embedsmith.models.prompts import compiled, template_named, unescaped
-from embedsmith.models.special import added_tokens, put_end_token, put_first_token
-from embedsmith.models.token_heads import build_token_heads
+from embedsmith.models.pooling import POOLERS, POOLINGS, PoolerConfig, build_pooler, load_pooler
+from embedsmith.models.self_test import is_flash
+from embedsmith.models.tokenize import added_tokens, compiled, put_end_token, put_first_token, template_named, unescaped
 
 
 def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None, **overrides: Any) -> Embedder:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import PaddedTokens, TokenBatch
-from embedsmith.models.special import added_tokens
+from embedsmith.models.tokenize import added_tokens
 
 
 def check_mcls(block: int | None, pooling: str, tokenizer: Any) -> None:

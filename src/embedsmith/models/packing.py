@@ -16,9 +16,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.attention import Attention
-from embedsmith.models.masks import as_mask
-from embedsmith.models.probe import SHORTER, distance, example_ids, tolerance
+from embedsmith.models.attention import Attention, as_mask
+from embedsmith.models.self_test import SHORTER, distance, example_ids, tolerance
 
 if TYPE_CHECKING:
     from embedsmith.models.embedder import Embedder

@@ -2,16 +2,86 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from tokenizers.processors import Sequence as Steps
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, ModelError
+from embedsmith.core.progress import log
+from embedsmith.core.shelf import did_you_mean
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.config import Settings
-from embedsmith.models.prompts import filled
+
+# Instruction templates: how a role, a task and an instruction become the text in front of a text.
+# A template is one string a role, with `{instruction}` where the instruction goes. Templates and the instructions of
+# tasks are turned into plain prompts by `task-role` and role when a model is loaded, so that training, evaluation and
+# every program that reads the saved folder put the same characters in front of a text. The templates are kept too: an
+# instruction that comes with a single record is put into them.
+
+PLACE = "{instruction}"
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+"""What Qwen3-Embedding and E5-mistral say where nothing else is said."""
+
+TEMPLATES: Mapping[str, Mapping[str, str]] = {
+    "qwen3": {"query": "Instruct: {instruction}\nQuery:", "document": ""},
+    "f2llm": {"query": "Instruct: {instruction}\nQuery: ", "document": ""},
+    "e5": {"query": "query: ", "document": "passage: "},
+    "e5-instruct": {"query": "Instruct: {instruction}\nQuery: ", "document": ""},
+    "bge": {"query": "Represent this sentence for searching relevant passages: ", "document": ""},
+    "bge-zh": {"query": "为这个句子生成表示以用于检索相关文章：", "document": ""},
+    "none": {"query": "", "document": ""},
+}
+"""Published ones. Qwen3-Embedding has no space behind `Query:`, F2LLM has one; they tokenise differently."""
+
+SYMMETRIC = ("sts", "clustering", "classification")
+"""Tasks in which neither side is a document to be found: both get the query's template."""
+
+
+def template_named(name: str | Mapping[str, str]) -> dict[str, str]:
+    """A published template by name, or one's own by role. Errors: `ModelError` naming the nearest known."""
+    if isinstance(name, Mapping):
+        if unknown := sorted(name.keys() - {"query", "document"}):
+            raise ModelError(f"a template for the role {unknown[0]!r}", expected="query, document")
+        return {"query": "", "document": "", **{role: unescaped(text) for role, text in name.items()}}
+    if name not in TEMPLATES:
+        raise ModelError(
+            f"unknown template {name!r}{did_you_mean(name, list(TEMPLATES))}",
+            expected=f"one of {', '.join(TEMPLATES)}, or a text a role",
+        )
+    return dict(TEMPLATES[name])
+
+
+def compiled(templates: Mapping[str, str], instructions: Mapping[str, str]) -> dict[str, str]:
+    """Prompts by role, and by `task-role` for every task that has an instruction. `default` names the instruction of
+    texts without a task."""
+    plain = instructions.get("default", DEFAULT_INSTRUCTION)
+    prompts = {role: filled(template, plain) for role, template in templates.items()}
+    for task, instruction in instructions.items():
+        if task == "default":
+            continue
+        for role in ("query", "document"):
+            side = "query" if task in SYMMETRIC else role
+            prompts[f"{task}-{role}"] = filled(templates[side], instruction)
+    return prompts
+
+
+def filled(template: str, instruction: str) -> str:
+    return template.replace(PLACE, unescaped(instruction))
+
+
+def unescaped(text: str) -> str:
+    r"""A backslash and an n, as a shell hands them over, are a line break. Said once, here, and visibly."""
+    plain = text.replace("\\n", "\n").replace("\\t", "\t")
+    if plain != text:
+        log.info("a prompt was given with escapes and is read as %r", plain)
+    return plain
+
 
 ROLE_NAMES: Mapping[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 """Names under which folders keep the prompt of a role."""
@@ -143,3 +213,87 @@ def _body_start(encoding: Any, prompt_length: int) -> int:
 
 def _first_id(*candidates: int | None) -> int:
     return next((candidate for candidate in candidates if candidate is not None), 0)
+
+
+# Special tokens around a text: an end token for last-token pooling, a first token for cls pooling, padding.
+# They are put into the tokenizer's own post-processing, so that truncation leaves room for them, nothing appends them
+# twice, and a saved tokenizer adds them in every program.
+
+
+def put_end_token(tokenizer: Any, wanted: str | None) -> int:
+    """The id of the token behind every text, put there if the tokenizer does not put one there by itself.
+
+    `wanted`: its text; `None` takes what the tokenizer appends, else its eos token.
+    Errors: `ModelError` when there is no such token.
+    """
+    front, tail = added_tokens(tokenizer)
+    if wanted is None and tail:
+        return tail[-1]
+    token = wanted or tokenizer.eos_token
+    number = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    if number is None or (wanted is not None and number == tokenizer.unk_token_id):
+        raise ModelError(
+            "the tokenizer has no end token" if token is None else f"the tokenizer does not know {token!r}",
+            where=getattr(tokenizer, "name_or_path", None) or "tokenizer",
+            expected="a token to put behind every text, whose state is then the vector",
+            fix="name one that the vocabulary has with eos_token=..., or use pooling=mean",
+        )
+    if tail[-1:] != [number]:
+        _surround(tokenizer, front, [*tail, int(number)])
+    return int(number)
+
+
+def put_first_token(tokenizer: Any, backbone: Any, token: str) -> None:
+    """`token` in front of every text; a new one gets the mean of all embeddings as its own."""
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"cls_token": token})
+    number = int(tokenizer.convert_tokens_to_ids(token))
+    table = backbone.get_input_embeddings()
+    if number >= table.num_embeddings:
+        mean_H = table.weight.detach().float().mean(0)
+        backbone.resize_token_embeddings(number + 1, mean_resizing=False)
+        with torch.no_grad():
+            backbone.get_input_embeddings().weight[number] = mean_H
+    front, tail = added_tokens(tokenizer)
+    if front[:1] != [number]:
+        _surround(tokenizer, [number, *front], tail)
+
+
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts in front of a text and behind it."""
+    native = tokenizer.backend_tokenizer
+    plain = native.encode("a", add_special_tokens=False).ids
+    whole = native.encode("a").ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def ensure_padding(tokenizer: Any) -> None:
+    """A pad token for programs that insist on one: the end token, or the first of the vocabulary. Masks come from
+    lengths, so a pad token that is also a real one does no harm."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+
+def _surround(tokenizer: Any, front: list[int], end: list[int]) -> None:
+    """One template for everything around a text: templates in a row would mistake each other's pieces for texts."""
+    native = tokenizer.backend_tokenizer
+    before, behind = (tokenizer.convert_ids_to_tokens(ids) for ids in (front, end))
+    named = [*zip(before, front, strict=True), *zip(behind, end, strict=True)]
+    template = TemplateProcessing(
+        single=[*before, "$A", *behind], pair=[*before, "$A", "$B", *behind], special_tokens=named
+    )
+    offsets = _byte_level(json.loads(native.to_str())["post_processor"])
+    native.post_processor = template if offsets is None else Steps([offsets, template])
+
+
+def _byte_level(processing: Any) -> ByteLevel | None:
+    """The step that says where tokens of bytes lie in the text, wherever it is in a tokenizer's processing."""
+    if processing is None:
+        return None
+    if processing["type"] == "ByteLevel":
+        return ByteLevel(**{key: value for key, value in processing.items() if key != "type"})
+    found = (_byte_level(step) for step in processing.get("processors", ()))
+    return next((step for step in found if step is not None), None)

@@ -9,25 +9,58 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from embedsmith.core.batch import Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
-from embedsmith.core.doctor import cpu_multiplies_bf16
+from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, RecipeError
-from embedsmith.core.loss import Loss
 from embedsmith.core.progress import log
-from embedsmith.core.registry import losses
+from embedsmith.core.shelf import losses
 from embedsmith.data import RecordSet, Source, negatives_per_query, part_of, read_source
+from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, ModelConfig, load
-from embedsmith.train.balance import balanced_lanes
 from embedsmith.train.config import Balance, Recipe, TrainConfig
-from embedsmith.train.feed import Feed, Lane
+from embedsmith.train.feed import Feed, Lane, Planner, Supply, merge_small, mixed_supplies
 from embedsmith.train.step import Memory
-from embedsmith.train.supply import Planner, Supply, merge_small, mixed_supplies
 from embedsmith.train.tokens import check_tokens
+
+# Steps of two parts: retrieval and similarity in one optimizer step (Conan's cross-GPU batch balance).
+
+
+def balanced_lanes(balance: Balance, supplies: Sequence[Supply], plan_of: Planner) -> tuple[list[Lane], int]:
+    """This rank's lanes, and the steps of an epoch (those of the retrieval sources; similarity is cycled).
+
+    Errors: `RecipeError` without a source of each kind, or with too few ranks to split.
+    """
+    retrieval = [supply for supply in supplies if not supply.in_pairs]
+    sts = [supply for supply in supplies if supply.in_pairs]
+    if not retrieval or not sts:
+        raise RecipeError("train.balance needs a retrieval source and a source of scored pairs", where="data")
+    world, me = world_size(), rank()
+    if balance.mode == "balanced":
+        weight, beta = balance_weights("balanced", world, world, balance.beta)
+        shared = 1 if balance.spread_negatives else world
+        plan = plan_of(retrieval, shared)
+        lanes = [
+            Lane(retrieval, plan, me, world, weight, spread=balance.spread_negatives),
+            Lane(sts, plan_of(sts, world), me, world, beta),
+        ]
+        return lanes, plan.steps_per_epoch
+    first_sts = world - balance.sts_ranks
+    weight, beta = balance_weights("split", first_sts, balance.sts_ranks, balance.beta)
+    groups = [dist.new_group(list(ranks)) for ranks in (range(first_sts), range(first_sts, world))]
+    plan = plan_of(retrieval, first_sts)
+    if me < first_sts:
+        lane = Lane(retrieval, plan, me, first_sts, weight, groups[0])
+    else:
+        lane = Lane(sts, plan_of(sts, balance.sts_ranks), me - first_sts, balance.sts_ranks, beta, groups[1])
+    return [lane], plan.steps_per_epoch
+
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
 

@@ -6,27 +6,212 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import Batch, PairBatch, Progress, RetrievalBatch, Side
+from embedsmith.core.batch import Batch, Loss, PairBatch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import Group
 from embedsmith.core.encoder import Role
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.progress import log
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import (
     BatchPlan,
     PairTexts,
+    PlanConfig,
     Record,
+    RecordSet,
     RetrievalTexts,
+    RowFacts,
+    joined,
     pair_texts,
     retrieval_texts,
+    row_facts,
     row_seeds,
 )
-from embedsmith.data.tokenread import tokens_of
+from embedsmith.data.stream import HasOrder
+from embedsmith.data.token_records import tokens_of
 from embedsmith.models import Embedder
 from embedsmith.train.step import Part
-from embedsmith.train.supply import Supply as Supply
+
+if TYPE_CHECKING:
+    from embedsmith.train.live_negatives import LiveSource
+
+
+# The sources of a run, ready to be planned: which of them are put together, and how their rows become batches.
+
+
+@dataclass(frozen=True)
+class Supply:
+    """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together; `None`: as the
+    plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
+    chooses its negatives while the model trains."""
+
+    records: RecordSet
+    loss: Loss
+    batch_size: int | None
+    weight: float
+    positives: int
+    negatives: int
+    teacher: Embedder | None = None
+    shuffle: float = 0.0
+    live: LiveSource | None = None
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether its batches are scored pairs; a loss that reads both kinds takes what the task is."""
+        return PairBatch in self.loss.batches and (
+            RetrievalBatch not in self.loss.batches or self.records.task == "sts"
+        )
+
+    @property
+    def rows(self) -> int:
+        return len(self.records.records)
+
+    @property
+    def texts_a_row(self) -> int:
+        return 2 if self.in_pairs else 1 + self.positives + self.negatives
+
+    @property
+    def streamed(self) -> bool:
+        """Whether its records come in an order of their own, and nothing is known of them before."""
+        return isinstance(self.records.records, HasOrder)
+
+    def like(self, other: Supply) -> bool:
+        """Whether rows of both may be in one batch: same task, loss and draw."""
+        mine, theirs = ((one.records.task, one.loss, one.positives, one.shuffle, one.teacher) for one in (self, other))
+        return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes the plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text."""
+
+    config: PlanConfig = PlanConfig()
+    seed: int = 0
+    max_length: int | None = None
+
+    def __call__(self, supplies: Sequence[Supply], world: int) -> BatchPlan:
+        """Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates."""
+        apart = [_apart(supply, self.config) for supply in supplies]
+        records = [supply.records.records for supply in supplies]
+        return BatchPlan(
+            sizes=tuple(supply.rows for supply in supplies),
+            batch_sizes=tuple(supply.batch_size for supply in supplies),
+            weights=tuple(supply.weight for supply in supplies),
+            names=tuple(supply.records.name for supply in supplies),
+            tasks=tuple(supply.records.task for supply in supplies),
+            texts=tuple(supply.texts_a_row for supply in supplies),
+            apart=tuple(apart),
+            facts=tuple(
+                _facts(supply, self.max_length) if wanted or self.config.by_length else None
+                for supply, wanted in zip(supplies, apart, strict=True)
+            ),
+            orders=tuple(one.order if isinstance(one, HasOrder) else None for one in records),
+            seed=self.seed,
+            world=world,
+            config=self.config,
+        )
+
+
+def _apart(supply: Supply, config: PlanConfig) -> bool:
+    """Whether rows of a batch must share no text: by default where they are contrasted with each other."""
+    if not supply.streamed:
+        return config.duplicates == "forbid" or (config.duplicates is None and not supply.in_pairs)
+    if config.by_length or config.duplicates == "forbid":
+        raise RecipeError(
+            "a stream knows neither the lengths of its rows nor which of them share a text",
+            where=f"source {supply.records.name!r}",
+            fix="leave out plan.lengths, plan.batch_tokens and plan.duplicates=forbid, or `streaming` of the source",
+        )
+    return False
+
+
+def _facts(supply: Supply, max_length: int | None) -> RowFacts:
+    facts = row_facts(supply.records.records)
+    return facts if max_length is None else replace(facts, length_N=np.minimum(facts.length_N, max_length))
+
+
+def put_together(supplies: Sequence[Supply], name: str | None = None) -> Supply:
+    """Sources of one kind as one."""
+    records = joined([supply.records for supply in supplies])
+    return replace(
+        supplies[0],
+        records=records if name is None else replace(records, name=name),
+        negatives=max(supply.negatives for supply in supplies),
+    )
+
+
+def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:
+    """Small sources put together with the other small ones of their kind, or where there is none, with the smallest
+    of the others. One without its like stays as it is: its batches shrink."""
+    if config.small != "merge":
+        return list(supplies)
+    left = list(supplies)
+    while True:
+        small = sorted((one for one in left if _is_small(one, config)), key=lambda one: one.rows)
+        pair = next(((one, mate) for one in small if (mate := _mate(one, left)) is not None), None)
+        if pair is None:
+            return left
+        together = put_together([one for one in left if one is pair[0] or one is pair[1]])
+        log.info("sources %s are put together: a batch has more rows than %s", together.records.name, pair[0].rows)
+        left = [together if one is pair[1] else one for one in left if one is not pair[0]]
+
+
+def _mate(one: Supply, supplies: Sequence[Supply]) -> Supply | None:
+    alike = [
+        other
+        for other in supplies
+        if other is not one and one.like(other) and (one.batch_size, one.weight) == (other.batch_size, other.weight)
+    ]
+    return min(alike, key=lambda other: other.rows, default=None)
+
+
+def _is_small(supply: Supply, config: PlanConfig) -> bool:
+    if supply.batch_size is not None:
+        return supply.rows < supply.batch_size
+    if supply.streamed:  # without a batch size it is refused by the planner
+        return False
+    if config.batch_sizes is not None:
+        return supply.rows < max(config.batch_sizes)
+    longest = int(row_facts(supply.records.records).length_N.max())
+    return config.batch_tokens is not None and supply.rows * supply.texts_a_row * longest < config.batch_tokens
+
+
+def mixed_supplies(supplies: Sequence[Supply], batch_size: int, world: int) -> list[Supply]:
+    """The baseline of batches of all sources: one supply a kind, whose rows a step are its share of all rows.
+
+    Errors: `RecipeError` where weights or batch sizes of sources say something else, or a batch cannot hold all kinds.
+    """
+    if any(supply.weight != 1 or supply.batch_size != batch_size for supply in supplies):
+        raise RecipeError(
+            "plan.batches=mixed draws from all rows alike",
+            fix="leave out weight, cap and batch_size of the sources, and plan.batch_tokens",
+        )
+    kinds: list[list[Supply]] = []
+    for supply in supplies:
+        alike = next((kind for kind in kinds if kind[0].like(supply)), None)
+        if alike is None:
+            kinds.append([supply])
+        else:
+            alike.append(supply)
+    counts = [sum(supply.rows for supply in kind) for kind in kinds]
+    slots = batch_size // world
+    if slots * world != batch_size or slots < len(kinds):
+        raise RecipeError(
+            f"batch_size {batch_size} cannot hold rows of {len(kinds)} kinds on each of {world} ranks",
+            fix=f"set train.batch_size to a multiple of {world} from {world * len(kinds)} on",
+        )
+    shares = [max(round(slots * count / sum(counts)), 1) for count in counts]
+    shares[int(np.argmax(shares))] += slots - sum(shares)
+    return [
+        replace(put_together(kind) if len(kind) > 1 else kind[0], batch_size=share * world)
+        for kind, share in zip(kinds, shares, strict=True)
+    ]
+
 
 AHEAD = 2
 """Batches drawn while an earlier one trains; also how many steps a replaced negative waits (`mining/live.py`)."""

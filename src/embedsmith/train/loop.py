@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,19 +20,17 @@ from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import (
     average_gradients,
     max_over_ranks,
-    objects_of_all_ranks,
     on_first_rank,
     rank,
     world_size,
 )
-from embedsmith.core.progress import Bar, log, progress_bar
+from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models import Embedder, load
-from embedsmith.train import shard
-from embedsmith.train.account import save_environment, tell
-from embedsmith.train.activity import DeadHeads
+from embedsmith.report.of_run import save_environment, tell
+from embedsmith.train import parallel as shard
 from embedsmith.train.build import (
     RunLength,
     build_extras,
@@ -45,15 +42,13 @@ from embedsmith.train.build import (
 )
 from embedsmith.train.checkpoint import Checkpoints, RunState, claim_output, finish, open_output
 from embedsmith.train.config import Recipe
-from embedsmith.train.dev import Development
 from embedsmith.train.feed import Feed
-from embedsmith.train.journal import Journal
-from embedsmith.train.manifest import RunManifest, open_manifest
-from embedsmith.train.mining import LiveMining, with_live_negatives
+from embedsmith.train.journal import Journal, Meter, RunManifest, open_manifest
+from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.optim import make_optimizer, set_learning_rate
-from embedsmith.train.shard import Shards
+from embedsmith.train.parallel import Shards, Zero, check_zero
+from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, run_step
-from embedsmith.train.zero import Zero, check_zero
 
 
 @dataclass
@@ -244,48 +239,6 @@ def refresh(run: Run) -> None:
     """Tell live negatives how hard they were in the step just taken."""
     progress = Progress(run.state.step, run.length.steps)
     run.mining.after_step(run.state.step, run.encode, run.memory, dict(run.extras.items()), progress)
-
-
-class Meter:
-    """Means since the last report."""
-
-    def __init__(self) -> None:
-        self._dead = DeadHeads()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._losses: dict[str, list[torch.Tensor]] = {}
-        self._tokens, self._padded, self._since = 0, 0, time.perf_counter()
-
-    def add(self, output: StepOutput) -> None:
-        for name, parts in output.parts.items():
-            for key, value in parts.items():
-                self._losses.setdefault(f"{key}/{name}", []).append(value.detach().float().mean())
-        self._tokens += output.tokens
-        self._padded += output.padded_tokens
-
-    def report(self, rate: float, norm: float, bar: Bar) -> dict[str, float]:
-        """The values since the last call, averaged over ranks, and a note on the bar. Collective."""
-        seconds = time.perf_counter() - self._since
-        mine = {key: float(torch.stack(values).mean()) for key, values in self._losses.items()}
-        means: dict[str, list[float]] = {}
-        for theirs in objects_of_all_ranks(mine):  # ranks may hold parts of different sources
-            for key, value in theirs.items():
-                means.setdefault(key, []).append(value)
-        averages = {key: sum(values) / len(values) for key, values in sorted(means.items())}
-        speed = self._tokens * world_size() / seconds
-        report = {
-            **averages,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "tokens_per_second": speed,
-            "padding_share": 1 - self._tokens / max(self._padded, 1),
-        }
-        self._dead.watch(averages)
-        losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
-        bar.say(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
-        self._reset()
-        return report
 
 
 class Stop:

@@ -1,0 +1,196 @@
+"""What this machine has, what is missing and how to get it. Imports nothing heavy until it is asked about devices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from embedsmith.core.device import cores, cpu_multiplies_bf16
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+_PACKAGE = "embedsmith"
+_ALWAYS_SHOWN = ("torch", "transformers", "accelerate", "tokenizers", "sentence-transformers")
+_LOW_DISK_GB = 5.0
+_BF16 = {True: "yes", False: "no", None: "unknown"}
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """One package. `installed` is its version, or `None`; `wanted` the versions that fit, from our own metadata."""
+
+    name: str
+    installed: str | None
+    wanted: str
+
+    @property
+    def fits(self) -> bool:
+        return self.installed is not None and SpecifierSet(self.wanted).contains(self.installed, prereleases=True)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional part, and the command that installs it."""
+
+    name: str
+    packages: tuple[Dependency, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(package.fits for package in self.packages)
+
+    @property
+    def install(self) -> str:
+        return f'pip install "{_PACKAGE}[{self.name}]"'
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    what: str
+    memory_gb: float | None = None
+    bf16: bool | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `embedsmith doctor` prints. `problems` stop the toolkit from working; `advice` does not."""
+
+    versions: dict[str, str | None]
+    required: tuple[Dependency, ...]
+    extras: tuple[Extra, ...]
+    devices: tuple[Device, ...]
+    disk_free_gb: float
+    problems: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        extras = [{"name": extra.name, "installed": extra.fits, "install": extra.install} for extra in self.extras]
+        details = [asdict(extra)["packages"] for extra in self.extras]
+        plain = [one | {"packages": list(packages)} for one, packages in zip(extras, details, strict=True)]
+        return asdict(self) | {"extras": plain, "healthy": self.healthy}
+
+
+def diagnose(folder: str | Path = ".") -> Diagnosis:
+    """Look at the installed packages, the devices, and the disk that holds `folder`."""
+    required, extras = _required(), _extras()
+    devices = tuple(_devices()) if installed_version("torch") else ()
+    disk_free_gb = shutil.disk_usage(folder).free / 1e9
+    low = f"{disk_free_gb:.1f} GB free here: checkpoints of a large model may not fit"
+    versions = {_PACKAGE: installed_version(_PACKAGE), "python": platform.python_version()}
+    return Diagnosis(
+        versions=versions | {name: installed_version(name) for name in _ALWAYS_SHOWN},
+        required=required,
+        extras=extras,
+        devices=devices,
+        disk_free_gb=round(disk_free_gb, 1),
+        problems=tuple(_problems(required)),
+        advice=(low,) if disk_free_gb < _LOW_DISK_GB else (),
+    )
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _problems(required: tuple[Dependency, ...]) -> Iterator[str]:
+    for package in required:
+        if not package.fits:
+            state = "is missing" if package.installed is None else f"is {package.installed}"
+            fix = f'pip install "{package.name}{package.wanted}"'
+            yield f"{package.name} {state}, {package.wanted or 'any version'} is needed: {fix}"
+    wanted = metadata(_PACKAGE)["Requires-Python"]
+    if not SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
+        yield f"Python is {platform.python_version()}, {wanted} is needed: make a new environment with it"
+
+
+def _requirements() -> list[Requirement]:
+    return [Requirement(line) for line in requires(_PACKAGE) or []]
+
+
+def _required() -> tuple[Dependency, ...]:
+    return tuple(
+        _dependency(one) for one in _requirements() if one.marker is None or one.marker.evaluate({"extra": ""})
+    )
+
+
+def _extras() -> tuple[Extra, ...]:
+    """Each extra with the packages it adds to the required ones."""
+    names = metadata(_PACKAGE).get_all("Provides-Extra") or []
+    return tuple(
+        Extra(
+            name,
+            tuple(
+                _dependency(one)
+                for one in _requirements()
+                if one.marker is not None
+                and one.marker.evaluate({"extra": name})
+                and not one.marker.evaluate({"extra": ""})
+            ),
+        )
+        for name in names
+    )
+
+
+def _dependency(requirement: Requirement) -> Dependency:
+    return Dependency(requirement.name, installed_version(requirement.name), str(requirement.specifier))
+
+
+def _devices() -> Iterator[Device]:
+    """The CPU, then every GPU that torch can use."""
+    import torch
+
+    yield Device("cpu", f"{cores()} cores, {torch.get_num_threads()} threads", _memory_gb(), cpu_multiplies_bf16())
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        bf16 = facts.major >= 8 or torch.version.hip is not None
+        yield Device(f"cuda:{number}", facts.name, round(facts.total_memory / 1e9, 1), bf16)
+    if torch.backends.mps.is_available():
+        yield Device("mps", platform.machine(), None, True)
+
+
+def _memory_gb() -> float | None:
+    if sys.platform == "win32":
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+
+
+def render(found: Diagnosis) -> Group:
+    """Tables for a terminal, problems last."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+
+    packages = Table("package", "installed", "needed", title="Packages", title_justify="left")
+    floors = {package.name: package.wanted for package in found.required}
+    for name, installed in found.versions.items():
+        packages.add_row(name, installed or "-", floors.get(name, ""))
+    extras = Table("extra", "installed", "to get it", title="Extras", title_justify="left")
+    for extra in found.extras:
+        extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else escape(extra.install))
+    devices = Table("device", "what", "memory", "bf16", title="Devices", title_justify="left")
+    for device in found.devices:
+        memory = "-" if device.memory_gb is None else f"{device.memory_gb} GB"
+        devices.add_row(device.name, device.what, memory, _BF16[device.bf16])
+    lines = [f"{found.disk_free_gb} GB free on this disk", *found.advice]
+    lines += [f"[red]problem:[/red] {escape(problem)}" for problem in found.problems]
+    return Group(packages, extras, devices, *lines, "all that is needed is here" if found.healthy else "")

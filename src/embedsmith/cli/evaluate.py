@@ -1,0 +1,257 @@
+"""The verbs of the command line about evaluation; `cli.py` adds them. Rooms are imported inside the functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Tasks = Annotated[list[str] | None, typer.Option("--tasks", "-t", help="Names or paths, one or several.")]
+Data = Annotated[Path | None, typer.Option(help="Folder where names of tasks are looked up.")]
+Split = Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+Head = Annotated[str, typer.Option(help="dense, sparse, multivector or hybrid: which output is scored.")]
+Weight = Annotated[list[str] | None, typer.Option("--weight", help="Of a head in hybrid or all: sparse=0.3")]
+Dims = Annotated[list[str] | None, typer.Option(help="Widths of the vectors that are scored too: 64 128 256")]
+Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results: a stopped command continues.")]
+MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
+    ] = None,
+    tasks: Tasks = None,
+    data: Data = None,
+    json_file: JsonFile = None,
+    split: Split = "test",
+    max_length: MaxLength = None,
+    engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
+    items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
+    head: Annotated[str, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side.")] = "dense",
+    weight: Weight = None,
+    tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
+    dims: Dims = None,
+    keep: Keep = None,
+    mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
+    limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
+) -> None:
+    """Score a model: `embedsmith evaluate MODEL --tasks stsb-en cranfield path/to/mine`."""
+    from rich.console import Console
+
+    from embedsmith import __version__
+    from embedsmith.cli.scoring import Scoring
+    from embedsmith.core.errors import EvaluationError
+    from embedsmith.evaluate import load_task, split_names
+    from embedsmith.index.verb import parse_weights
+
+    weights = parse_weights(weight or []) if weight else None
+    options, more = _model_options(more or [])
+    widths, more = _widths(dims, more)
+    scoring = Scoring(tuple(split_names([*(tasks or []), *more])), data, split, head, keep, weights)
+    _check_side_by_side(head, engine, mteb, tune, weights)
+    _check_widths(widths, head, mteb)
+    if limits is not None and mteb is None:
+        raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
+    if mteb is None:
+        for name in scoring.tasks:  # wrong names are told before a model is loaded
+            load_task(name, data_dir=data, split=split)
+    encoder = _encoder(model, engine, max_length, batch_size, options)
+    if mteb is not None:
+        from embedsmith.evaluate.mteb.tasks import Limits
+
+        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else Limits(limits))
+    else:
+        about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head, **options}
+        if head == "all":
+            from embedsmith.evaluate.variants import HEADS
+
+            heads = [name for name in HEADS if name in encoder.outputs]
+            results = scoring.side_by_side(encoder, heads, tune or [], about | {"embedsmith": __version__})
+        elif widths:
+            results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
+        else:
+            results = scoring.score(encoder, about | {"embedsmith": __version__})
+    Console().print(results.table())
+    if json_file is not None:
+        results.save(json_file, items=items)
+
+
+def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
+    from embedsmith.core.errors import EvaluationError
+
+    if head == "all" and (engine != "embedsmith" or mteb is not None):
+        raise EvaluationError("--head all is scored by embedsmith alone", fix="leave out --engine and --mteb")
+    if tune and head != "all":
+        raise EvaluationError("--tune is for --head all", fix="add --head all")
+    if weights and head not in ("all", "hybrid"):
+        raise EvaluationError(f"--weight with --head {head}", fix="use --head hybrid or all")
+
+
+def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[str]]:
+    """The widths, and what else was named. Typer takes one value an option: of `--dims 64 128` the 128 is among the
+    others, so whole numbers there that are no paths are widths too."""
+    from embedsmith.core.errors import EvaluationError
+
+    if not dims:
+        return [], others
+    more = [name for name in others if name.isdecimal() and not Path(name).exists()]
+    said = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
+    if wrong := [part for part in said if not part.isdecimal() or int(part) < 1]:
+        raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
+    return [int(part) for part in said], [name for name in others if name not in more]
+
+
+def _check_widths(widths: list[int], head: str, mteb: Path | None = None) -> None:
+    from embedsmith.core.errors import EvaluationError
+
+    if widths and (head != "dense" or mteb is not None):
+        raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb")
+
+
+def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`model.key=value` among other names: options of `embedsmith.load`, and what is left."""
+    from embedsmith.core.recipe import apply_override
+
+    tree: dict[str, Any] = {"model": {}}
+    said = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
+    for override in said:
+        apply_override(tree, override)
+    return tree["model"], [name for name in others if name not in said]
+
+
+def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, options: dict[str, Any]) -> Any:
+    from embedsmith.core.errors import EvaluationError
+
+    if engine == "sentence-transformers" and options:
+        raise EvaluationError(f"model.{next(iter(options))} with this engine", fix="leave out --engine")
+    if engine == "sentence-transformers":
+        from embedsmith.evaluate.encoders import SentenceTransformersEncoder
+
+        return SentenceTransformersEncoder.load(model, max_length=max_length, batch_size=batch_size)
+    if engine == "embedsmith":
+        from embedsmith.models import load
+
+        return load(model, **options) if max_length is None else load(model, **options, max_length=max_length)
+    raise EvaluationError(f"no engine is called {engine!r}", expected="embedsmith or sentence-transformers")
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or results (.json); the baseline first.")],
+    tasks: Tasks = None,
+    data: Data = None,
+    json_file: JsonFile = None,
+    split: Split = "test",
+    head: Head = "dense",
+    dims: Dims = None,
+    keep: Keep = None,
+    report: Annotated[Path | None, typer.Option(help="Write the table and charts to this HTML file.")] = None,
+) -> None:
+    """Score models side by side, with the confidence of their differences: `embedsmith compare A B -t stsb-en`."""
+    import json
+    from functools import partial
+
+    from rich.console import Console
+
+    from embedsmith.cli.scoring import Scoring, compare_models
+    from embedsmith.core.files import atomic_file
+    from embedsmith.evaluate import split_names
+    from embedsmith.models import load
+
+    options, models = _model_options(models)
+    widths, models = _widths(dims, models)
+    _check_widths(widths, head)
+    named, asked = _models_and_tasks(models, split_names(tasks or []))
+    made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
+    Console().print(made.table())
+    if json_file is not None:
+        with atomic_file(json_file) as file:
+            json.dump(made.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
+    if report is not None:
+        from embedsmith.report import comparison_page
+
+        text = comparison_page(made)
+        with atomic_file(report) as file:
+            file.write(text)
+        typer.echo(f"report: {report}")
+
+
+def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
+    """Typer takes one value an option, so `--tasks a b` leaves b among the models. What is no model folder, no file
+    of results and no hub id with an owner is a task then."""
+
+    def is_model(name: str) -> bool:
+        path = Path(name)
+        return name.endswith(".json") or (path / "config.json").is_file() or (not path.exists() and "/" in name)
+
+    if not tasks:
+        return models, []
+    return [name for name in models if is_model(name)], [*tasks, *(name for name in models if not is_model(name))]
+
+
+def geometry(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    task: Annotated[str, typer.Option("--task", "-t", help="Task whose texts are looked at, or a .txt file.")],
+    against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
+    texts: Annotated[int, typer.Option(min=3, help="How many texts.")] = 1000,
+    data: Data = None,
+    json_file: JsonFile = None,
+    report: Annotated[Path | None, typer.Option(help="Write the pictures to this HTML file.")] = None,
+) -> None:
+    """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states."""
+    import json
+
+    from rich.console import Console
+
+    from embedsmith.core.files import atomic_file
+    from embedsmith.evaluate import load_task
+    from embedsmith.evaluate import model_geometry as look
+    from embedsmith.models import load
+
+    path = Path(task)
+    sample = (
+        look.load_texts(path, texts) if path.suffix == ".txt" else look.sample_of(load_task(task, data_dir=data), texts)
+    )
+    names = [model] if against is None else [model, against]
+    encoders = [load(name) for name in names]
+    looks = [look.look(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
+    together = look.beside(encoders[0], encoders[1], sample) if against is not None else {}
+    Console().print(look.table(looks, names, together))
+    if json_file is not None:
+        with atomic_file(json_file) as file:
+            plain = {"models": [each.as_dict() for each in looks], "both": look.plain(together)}
+            json.dump(plain, file, indent=2, ensure_ascii=False, allow_nan=False)
+    if report is not None:
+        from embedsmith.report import geometry_page
+
+        text = geometry_page([each.as_dict() for each in looks], names, together)
+        with atomic_file(report) as file:
+            file.write(text)
+        typer.echo(f"report: {report}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The output of a run, finished or not, or of a merge.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write it; FOLDER/report.html by default.")] = None,
+) -> None:
+    """Write a folder's report: one HTML file that opens without a network."""
+    from embedsmith.report import write_report
+
+    typer.echo(f"report: {write_report(folder, output)}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A saved model.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
+    public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
+) -> None:
+    """Upload a saved model with its card to the hub you are logged in to."""
+    from embedsmith.report.model_card import push as upload
+
+    typer.echo(f"pushed: {upload(folder, repository, private=not public)}")
+
+
+VERBS = (evaluate, compare, geometry, report, push)

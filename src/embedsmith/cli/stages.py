@@ -1,0 +1,269 @@
+"""Run the stages of a pipeline in order. What is finished is in a journal; the same command goes on behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from embedsmith.core.collectives import join_ranks, on_first_rank
+from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.progress import log
+from embedsmith.core.recipe import apply_override, parse, read_tree, section
+from embedsmith.core.shelf import did_you_mean, to_plain
+
+# The recipe of a pipeline.
+
+Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@section
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a pipeline: the recipe of one verb.
+
+    `recipe`: the fields of the verb's own recipe, or the path of a file that holds them; `set`: changes to it,
+    key.path=value. In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the
+    file of records; train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the
+    pipeline's folder. `output` may be left out: it is then in that folder, under the stage's name.
+    """
+
+    name: str
+    verb: Verb
+    recipe: dict[str, Any] | str
+    set: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name == "output":
+            raise RecipeError(f"{self.name!r} cannot be a stage's name", expected="letters, digits, _ and -")
+
+
+@section
+@dataclass(frozen=True, kw_only=True)
+class PipelineRecipe:
+    """Stages that run in their order. `output`: the folder of all that has no place of its own."""
+
+    output: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise RecipeError("stages: at least one is needed")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"two stages are called {twice[0]!r}", where="stages", fix="give each its own name")
+
+
+# What a stage can do: a function from the plain tree of a verb's recipe to what it made. One line a verb in `VERBS`.
+# Every function may be called again after a stop, and on all ranks at once.
+
+
+def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False) -> Any:
+    """Mine; returns the report."""
+    from embedsmith.mining import MineRecipe, mine
+    from embedsmith.models import load
+
+    recipe = parse(MineRecipe, tree, where)
+    join_ranks()
+    return mine(recipe, load, overwrite=overwrite)
+
+
+def _mine(tree: dict[str, Any], where: str) -> Path:
+    return Path(run_mine(tree, where).output)
+
+
+def _curate(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.curate import CurateRecipe, Tools, curate
+    from embedsmith.curate.verb import evaluation_texts, load_encoder
+
+    recipe = parse(CurateRecipe, tree, where)
+    tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, None))
+    join_ranks()
+    on_first_rank(lambda: curate(recipe, tools).output)
+    return Path(recipe.output)
+
+
+def _train(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.train import Recipe, train
+
+    recipe = parse(Recipe, tree, where)
+    output = Path(recipe.output)
+    if (output / "finished.json").exists() and read_tree(output / "recipe.yaml") == to_plain(recipe):
+        return output / "model"
+    return train(recipe)
+
+
+def _merge(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.merge import MergeRecipe
+    from embedsmith.merge.run import merge
+
+    recipe = parse(MergeRecipe, tree, where)
+    join_ranks()
+    on_first_rank(lambda: str(merge(recipe)))
+    return Path(recipe.output)
+
+
+@section
+@dataclass(frozen=True, kw_only=True)
+class EvaluateStage:
+    """What `embedsmith evaluate` is told on the command line. `output`: a file of results."""
+
+    model: str
+    tasks: tuple[str, ...]
+    output: str
+    data: str | None = None
+    split: str = "test"
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise RecipeError("tasks: at least one is needed")
+
+
+def _evaluate(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.evaluate import evaluate, load_task
+    from embedsmith.models import load
+
+    stage = parse(EvaluateStage, tree, where)
+
+    def score() -> None:
+        tasks = [load_task(name, data_dir=stage.data, split=stage.split) for name in stage.tasks]
+        evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
+
+    join_ranks()
+    on_first_rank(score)
+    return Path(stage.output)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
+
+    run: Callable[[dict[str, Any], str], Path]
+    suffix: str = ""
+
+
+VERBS: dict[str, Kind] = {
+    "curate": Kind(_curate, ".jsonl"),
+    "mine": Kind(_mine, ".jsonl"),
+    "train": Kind(_train),
+    "merge": Kind(_merge),
+    "evaluate": Kind(_evaluate, ".json"),
+}
+
+JOURNAL = "pipeline.json"
+_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A stage that is over. `key`: a hash of its recipe and of all stages before it."""
+
+    key: str
+    result: str
+    seconds: float
+
+
+def run(recipe: PipelineRecipe) -> dict[str, Path]:
+    """Run every stage that the journal does not name as finished with the same recipe; what each made, by name.
+
+    A stage whose recipe, or that of an earlier stage, changed since is run again; its verb then says what it does
+    with an output that is already there. On several ranks (torchrun) every stage runs on all of them, or on the first
+    where it knows no other. Errors: `RecipeError` for a reference to no earlier stage; those of the verbs.
+    """
+    check(recipe)
+    join_ranks()
+    results: dict[str, str] = {"output": recipe.output}
+    key = ""
+    for stage in recipe.stages:
+        tree = resolved(stage, results)
+        key = _key(key, stage, tree)
+        done = _known(recipe).get(stage.name)
+        if done is not None and done.key == key and Path(done.result).exists():
+            log.info("stage %s: finished before, %s", stage.name, done.result)
+        else:
+            log.info("stage %s: %s", stage.name, stage.verb)
+            started = time.monotonic()
+            made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
+            done = Finished(key, str(made), round(time.monotonic() - started, 1))
+            _note(recipe, stage.name, done)
+        results[stage.name] = done.result
+    return {stage.name: Path(results[stage.name]) for stage in recipe.stages}
+
+
+def check(recipe: PipelineRecipe) -> None:
+    """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
+    results: dict[str, str] = {"output": recipe.output}
+    for stage in recipe.stages:
+        resolved(stage, results)
+        results[stage.name] = f"(what stage {stage.name} makes)"
+
+
+def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
+    """The tree of the stage's verb, with changes made and references filled in."""
+    tree = read_tree(stage.recipe) if isinstance(stage.recipe, str) else json.loads(json.dumps(stage.recipe))
+    for change in stage.set:
+        apply_override(tree, change)
+    tree.setdefault("output", f"${{output}}/{stage.name}{VERBS[stage.verb].suffix}")
+    filled: dict[str, Any] = _filled(tree, results, stage.name)
+    return filled
+
+
+def _filled(value: Any, results: dict[str, str], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item, results, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, results, where) for item in value]
+    return _REFERENCE.sub(lambda found: _lookup(found[1], results, where), value) if isinstance(value, str) else value
+
+
+def _lookup(name: str, results: dict[str, str], where: str) -> str:
+    if name not in results:
+        raise RecipeError(
+            f"${{{name}}} is no earlier stage{did_you_mean(name, list(results))}",
+            where=f"stage {where}",
+            expected=f"one of {', '.join(results)}",
+        )
+    return results[name]
+
+
+def _key(before: str, stage: Stage, tree: dict[str, Any]) -> str:
+    content = json.dumps([before, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _known(recipe: PipelineRecipe) -> dict[str, Finished]:
+    path = Path(recipe.output) / JOURNAL
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {name: Finished(**entry) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the journal of stages cannot be read ({error})",
+            where=path,
+            fix="delete it; verbs find what they finished by themselves",
+        ) from error
+
+
+def _note(recipe: PipelineRecipe, name: str, done: Finished) -> None:
+    """Enter a finished stage. On several ranks after all of them are through."""
+
+    def write() -> None:
+        entries = {known: asdict(entry) for known, entry in _known(recipe).items()} | {name: asdict(done)}
+        with atomic_file(Path(recipe.output) / JOURNAL) as file:
+            json.dump(entries, file, indent=1)
+
+    on_first_rank(write)
+
+
+# Stages of one recipe, in order: curate, mine, train, merge, evaluate.
+
+__all__ = ["PipelineRecipe", "Stage", "run"]

@@ -1,0 +1,46 @@
+"""Curation: what to keep of a pile of texts, and what to make of it. Every step is a value that stands alone."""
+
+from embedsmith.core.shelf import curation_steps, generators
+from embedsmith.curate.decontaminate import Decontaminate
+from embedsmith.curate.dedup import ExactDuplicates, NearDuplicates
+from embedsmith.curate.generators import Endpoint, LocalModel
+from embedsmith.curate.labels import LabelsToPairs
+from embedsmith.curate.language import Language
+from embedsmith.curate.read import Corpus, Input
+from embedsmith.curate.rules import Boilerplate, Length, Links, Symbols, Trivial
+from embedsmith.curate.run import CurateRecipe, curate
+from embedsmith.curate.score import ScoreFilter
+from embedsmith.curate.step import EvaluationText, Ledger, Report, Step, Tools, apply, render
+from embedsmith.curate.synthesize import LongDocuments, SyntheticQueries, TranslateQueries
+
+__all__ = [
+    "Boilerplate",
+    "Corpus",
+    "CurateRecipe",
+    "Decontaminate",
+    "Endpoint",
+    "EvaluationText",
+    "ExactDuplicates",
+    "Input",
+    "LabelsToPairs",
+    "Language",
+    "Ledger",
+    "Length",
+    "Links",
+    "LocalModel",
+    "LongDocuments",
+    "NearDuplicates",
+    "Report",
+    "ScoreFilter",
+    "Step",
+    "Symbols",
+    "SyntheticQueries",
+    "Tools",
+    "TranslateQueries",
+    "Trivial",
+    "apply",
+    "curate",
+    "curation_steps",
+    "generators",
+    "render",
+]

@@ -1,0 +1,128 @@
+"""Training texts that an evaluation set holds too: found by equality and by shared runs of tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from embedsmith.core.encoder import Role
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.shelf import curation_steps
+from embedsmith.curate.rules import UNSPACED, tokens
+from embedsmith.curate.step import EvaluationText, Ledger, Tools, check_range, sift
+from embedsmith.data.record import Record
+
+Hashes = npt.NDArray[np.uint64]
+_UNSPACED_START = re.compile(f"[{UNSPACED}]")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@curation_steps.register(
+    "decontaminate",
+    formula="drop t iff tokens(t) equals those of an evaluation text, or shares >= overlap of its runs of n tokens",
+    source="n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), with our own thresholds",
+)
+@dataclass(frozen=True)
+class Decontaminate:
+    """Drop texts that are in an evaluation set.
+
+    `tasks`: names or paths of evaluation tasks, as for `embedsmith evaluate`. `against`: their queries (and both texts
+    of similarity pairs), their documents, or both. Two texts are compared by their tokens: words, and each Chinese
+    character, without differences of case, marks and spaces. A text leaves if its tokens equal those of an evaluation
+    text, or if the two share at least `overlap` of the shorter one's runs of `ngram` tokens; runs in a script without
+    spaces are `ngram_unspaced` tokens. A query takes its record along. Texts with fewer tokens than a run are
+    compared for equality only, and not at all below `shortest` tokens. Memory: 12 bytes a run of the
+    evaluation texts.
+
+    Errors: `DataError` if the evaluation sets hold no text.
+    """
+
+    tasks: tuple[str, ...]
+    against: tuple[Literal["query", "document"], ...] = ("query", "document")
+    ngram: int = 10
+    ngram_unspaced: int = 16
+    overlap: float = 0.5
+    shortest: int = 3
+
+    def __post_init__(self) -> None:
+        check_range("overlap", self.overlap, 0, 1)
+        if not self.tasks or not self.against:
+            raise RecipeError("decontaminate needs tasks", expected="for example tasks: [stsb-en, cranfield]")
+        if min(self.ngram, self.ngram_unspaced, self.shortest) < 1:
+            raise RecipeError("ngram, ngram_unspaced and shortest must be 1 or more")
+
+    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        if tools.evaluation is None:
+            raise DataError("decontaminate has no evaluation texts", fix="pass Tools(evaluation=...)")
+        index = Index(self)
+        count = index.read(text for text in tools.evaluation(self.tasks) if text.role in self.against)
+        if not count:
+            raise DataError(f"no texts in {', '.join(self.tasks)}", fix="check the tasks and `against`")
+        ledger.notes["evaluation texts"] = count
+        yield from sift(records, ledger, index.fault)
+
+
+@dataclass
+class Index:
+    """Evaluation texts as hashes: of whole texts, and of their runs, sorted, so that a lookup is a binary search."""
+
+    step: Decontaminate
+    whole: dict[int, int] = field(default_factory=dict)  # hash of a text: its owner
+    owners: list[str] = field(default_factory=list)  # what to say of each text
+    sizes: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))  # how many runs each has
+    runs: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    owner_of_run: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def read(self, texts: Iterable[EvaluationText]) -> int:
+        parts: list[Hashes] = []
+        names: dict[str, str] = {}
+        for owner, text in enumerate(texts):
+            name = f"{text.task}, a {text.role}"
+            self.owners.append(names.setdefault(name, name))
+            found = tokens(text.text)
+            if len(found) >= self.step.shortest:
+                self.whole.setdefault(_hash(" ".join(found)), owner)
+            parts.append(self._runs(found))
+        if parts:
+            self.sizes = np.array([len(part) for part in parts], np.uint64)
+            self.runs, first = np.unique(np.concatenate(parts), return_index=True)
+            self.owner_of_run = np.repeat(np.arange(len(parts), dtype=np.int32), self.sizes.astype(np.int64))[first]
+        return len(parts)
+
+    def fault(self, text: str, role: Role) -> str | None:
+        found = tokens(text)
+        if len(found) >= self.step.shortest and (owner := self.whole.get(_hash(" ".join(found)))) is not None:
+            return f"the same as in {self.owners[owner]}"
+        mine = self._runs(found)
+        if not len(mine) or not len(self.runs):
+            return None
+        place = np.minimum(np.searchsorted(self.runs, mine), len(self.runs) - 1)
+        owners, counts = np.unique(self.owner_of_run[place[self.runs[place] == mine]], return_counts=True)
+        shares = counts / np.minimum(self.sizes[owners].astype(np.int64), len(mine))
+        if not len(shares) or shares.max() < self.step.overlap:
+            return None
+        return f"overlaps with a text of {self.owners[owners[shares.argmax()]]}"
+
+    def _runs(self, found: Sequence[str]) -> Hashes:
+        """The distinct runs of the tokens, as hashes; none if the text is shorter than a run."""
+        unspaced = sum(bool(_UNSPACED_START.match(token)) for token in found) > len(found) / 2
+        length = self.step.ngram_unspaced if unspaced else self.step.ngram
+        if len(found) < length:
+            return np.zeros(0, np.uint64)
+        hash_T = np.fromiter((_hash(token) for token in found), np.uint64, len(found))
+        run_W = np.zeros(len(found) - length + 1, np.uint64)
+        for place in range(length):  # a polynomial of the run's tokens, modulo 2**64
+            run_W = run_W * _FACTOR + hash_T[place : place + len(run_W)]
+        return np.unique(run_W)
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")

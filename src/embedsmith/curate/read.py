@@ -1,0 +1,322 @@
+"""The input of a curation, whatever it is, as records that can be read again and again, one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from glob import glob
+from itertools import permutations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from embedsmith.core.errors import DataError
+from embedsmith.core.recipe import section
+from embedsmith.curate.step import Ledger
+from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
+from embedsmith.data.formats.beir import beir_rows, is_beir
+from embedsmith.data.formats.columns import LAYOUTS, Extent, Range, check_range, infer_range, rescaled
+from embedsmith.data.formats.files import Rows, open_rows, text_lines
+from embedsmith.data.formats.hub import is_saved_dataset
+from embedsmith.data.record import Record, RowError, Task, tokens_refused, validate
+from embedsmith.data.source import Format, Source, open_source, reading_of, source_name
+from embedsmith.data.token_records import is_token_cache
+
+InputKind = Literal["records", "rows", "documents", "pages", "parallel"]
+
+
+@section
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """What to curate. Everything but `path` can be left out.
+
+    - `path`: one or several files, folders, patterns (`pages/**/*.md`) or dataset ids;
+    - `kind`: `records` (files of a known format), `rows` (pairs from columns such as title and body), `documents`
+      (texts that have no query yet: column `text` and perhaps `title`, or a text file with one a line), `pages`
+      (Markdown and HTML), `parallel` (two or more BEIR folders with the same ids: a query in one language, its
+      documents in another); `None` finds out;
+    - `pairs`: which structures of rows and pages to take; `None`: all;
+    - `task`, `format`, `columns`, `score_range`, `split`, `instruction`: as in a training source;
+    - `limit`: only the first; `on_error`: stop at faulty rows, or skip, count and name them.
+    """
+
+    path: str | list[str]
+    kind: InputKind | None = None
+    pairs: tuple[Kind, ...] | None = None
+    task: Task | None = None
+    format: Format | None = None
+    columns: dict[str, str | list[str]] | None = None
+    score_range: tuple[float, float] | None = None
+    split: str | None = None
+    instruction: str | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class Corpus:
+    """An input that is read from the start each time it is iterated. `ledger` counts the last reading."""
+
+    input: Input
+    wants_documents: bool = False
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Folders of pages and patterns as files, in the order of their names.
+
+        Errors: `DataError` for no file, or a token cache.
+        """
+        given = [self.input.path] if isinstance(self.input.path, str) else self.input.path
+        if caches := [path for path in given if is_token_cache(Path(path).expanduser())]:
+            raise tokens_refused("curating", caches[0])
+        found = [path for each in given for path in _expand(each)]
+        if not found:
+            raise DataError("no file to read", where=", ".join(given), fix="check the path or the pattern")
+        return found
+
+    @cached_property
+    def kind(self) -> InputKind:
+        """As declared; else by the file's kind and, for rows, by the columns of the first one."""
+        if self.input.kind is not None:
+            return self.input.kind
+        first = Path(self.paths[0])
+        if first.suffix.lower() in READERS:
+            return "pages"
+        if first.suffix.lower() == ".txt":
+            return "documents"
+        if self.input.columns or self.input.format or is_beir(first):
+            return "records"
+        row = self._first_row()
+        if _known(row):
+            return "records"
+        if self.wants_documents and "text" in row:
+            return "documents"
+        return "rows" if any(True for _ in row_pairs(row, self.input.pairs, "")) else "records"
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What the content depends on: settings, and each file's size and time of writing."""
+        state = []
+        for path in map(Path, self.paths):
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            state += [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        return [repr(self.input), self.kind, state]
+
+    @cached_property
+    def scan(self) -> Scan:
+        return scan_sources(map(self._source, self.paths))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, where the files name them."""
+        return self.scan.labels if self.kind == "records" else ()
+
+    def __iter__(self) -> Iterator[Record]:
+        self.ledger = Ledger(self.ledger.examples)
+        for record in self._read():
+            self.ledger.given += 1
+            yield record
+            if self.ledger.given == self.input.limit:
+                return
+
+    def _read(self) -> Iterator[Record]:
+        if self.kind == "pages":
+            yield from self._pages()
+        elif self.kind == "rows":
+            yield from self._rows()
+        elif self.kind == "documents":
+            yield from self._documents()
+        elif self.kind == "parallel":
+            yield from parallel_pairs([Path(path) for path in self.paths], self.input.split)
+        else:
+            yield from self._records()
+
+    def _pages(self) -> Iterator[Record]:
+        for path in self.paths:
+            self.ledger.taken += 1
+            try:
+                page = read_page(Path(path))
+            except DataError as error:
+                self._fault(error.what, error, path)
+                continue
+            made = list(page_pairs(page, self.input.pairs, Path(path).name))
+            yield from made
+            if not made:
+                self.ledger.record_left("no structure found", Record(Path(path).name))
+
+    def _rows(self) -> Iterator[Record]:
+        kinds: Counter[str] = Counter()
+        for path in self.paths:
+            source = self._source(path)
+            for _, row in self._sound(open_source(source)):
+                found = list(row_pairs(row, self.input.pairs, source_name(source)))
+                kinds.update(record.source.rsplit("/", 1)[-1] for record in found)
+                if not found:
+                    self.ledger.record_left("no structure found", Record(str(row)[:200]))
+                yield from found
+        self.ledger.notes["structures"] = dict(kinds)
+        if not kinds:
+            known = "; ".join(f"{form.kind}: {form.query[0]}, {form.document[0]}" for form in STRUCTURES)
+            raise DataError("no row has a structure to make pairs of", where=self.paths[0], expected=known)
+
+    def _documents(self) -> Iterator[Record]:
+        for path in self.paths:
+            if path.endswith(".txt") or path.endswith(".txt.gz"):
+                rows: Iterable[tuple[int, Mapping[str, Any]]] = self._lines(Path(path))
+            else:
+                rows = self._sound(open_source(self._source(path)))
+            for line, row in rows:
+                text, title = row.get("text"), row.get("title") or ""
+                if isinstance(text, str) and text.strip() and isinstance(title, str):
+                    yield Record(title.strip(), (text,), source=Path(path).name)
+                else:
+                    fault = RowError("no text", fix="name the column of the documents `text`").at(f"{path}:{line}")
+                    self._fault("no text", fault, str(row)[:200])
+
+    def _lines(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        if not path.is_file():
+            raise DataError("no such file", where=path, fix="check the path")
+        for line, text in text_lines(path):
+            if isinstance(text, RowError):
+                self._fault(text.kind, text.at(f"{path}:{line}"), "")
+            elif text.strip():
+                self.ledger.taken += 1
+                yield line, {"text": text.strip()}
+
+    def _records(self) -> Iterator[Record]:
+        """Checked records, scores in [0, 1], named classes numbered in the order of their names in all files."""
+        for path in self.paths:
+            source = self._source(path)
+            rows, reading = open_source(source), None
+            for line, row in self._sound(rows):
+                reading = reading or replace(reading_of(dict(row), source, rows, path), labels=self.scan.numbers())
+                try:
+                    yield checked(reading.record(row), self.scan.ranges[path])
+                except RowError as error:
+                    self._fault(error.kind, error.at(f"{rows.path}:{line}"), str(row)[:200])
+
+    def _sound(self, rows: Rows) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for line, row in rows.rows:
+            self.ledger.taken += 1
+            if isinstance(row, RowError):
+                self._fault(row.kind, row.at(f"{rows.path}:{line}"), "")
+            else:
+                yield line, row
+
+    def _fault(self, reason: str, error: DataError, shown: str) -> None:
+        if self.input.on_error == "stop":
+            raise DataError(
+                error.what,
+                where=error.where,
+                expected=error.expected,
+                fix=f"{error.fix or 'correct it'}; or leave such rows out with input.on_error=skip",
+            )
+        self.ledger.record_left(f"faulty: {reason}", Record(shown), f"{error.where}")
+
+    def _source(self, path: str) -> Source:
+        same = ("task", "format", "columns", "score_range", "split", "instruction")
+        return Source(path=path, **{name: getattr(self.input, name) for name in same})
+
+    def _first_row(self) -> Mapping[str, Any]:
+        rows = open_source(self._source(self.paths[0]))
+        return next((row for _, row in rows.rows if not isinstance(row, RowError)), {})
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
+
+    ranges: dict[str, Range | None]
+    labels: tuple[str, ...] = ()
+
+    def numbers(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.labels)}
+
+
+def scan_sources(sources: Iterable[Source]) -> Scan:
+    """One reading for the score ranges (unless declared) and the classes; faulty rows are left to the next reading.
+
+    Errors: `DataError` for scores that fit no known range.
+    """
+    ranges: dict[str, Range | None] = {}
+    names: set[str] = set()
+    for source in sources:
+        rows, reading, extent = open_source(source), None, Extent()
+        declared = source.score_range or rows.score_range
+        for line, row in rows.rows:
+            if isinstance(row, RowError):
+                continue
+            reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
+            if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
+                break
+            try:
+                record = reading.record(row)
+                validate(record)
+            except RowError:
+                continue
+            extent.add(record, line)
+        names |= set(reading.labels) if reading else set()
+        ranges[source.path] = declared or (None if extent.empty else infer_range(extent, source.path))
+    return Scan(ranges, tuple(sorted(names)))
+
+
+def checked(record: Record, known: Range | None) -> Record:
+    """The record with its scores in [0, 1]. Errors: `RowError`, as `read_source` would find it."""
+    validate(record)
+    if known is not None:
+        check_range(record, known)
+        record = rescaled(record, known)
+    if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
+        raise RowError(
+            "a positive with the lowest possible score is not a positive", fix="declare task: sts, or remove the rows"
+        )
+    return record
+
+
+def parallel_pairs(folders: Sequence[Path], split: str | None) -> Iterator[Record]:
+    """Cross-lingual records of BEIR folders with the same ids: the queries of each with the documents of each other.
+
+    Errors: `DataError` for fewer than two folders, or folders without common queries.
+    """
+    if len(folders) < 2:
+        raise DataError("parallel input needs two folders or more", where=", ".join(map(str, folders)))
+    read = {folder: _queries_and_documents(folder, split) for folder in folders}
+    for one, other in permutations(folders, 2):
+        queries, (_, documents) = read[one][0], read[other]
+        common = [id_ for id_ in queries if id_ in documents]
+        if not common:
+            raise DataError("no query of the one has documents in the other", where=f"{one}, {other}")
+        for id_ in common:
+            yield Record(queries[id_], documents[id_], source=f"{one.name}-{other.name}")
+
+
+def _queries_and_documents(folder: Path, split: str | None) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Judged queries, and the relevant documents of each, by the query's id."""
+    texts = {str(row["_id"]): str(row["text"]) for row in _rows_of(folder, "queries.jsonl")}
+    rows = beir_rows(folder, split)
+    by_text = {row["query"]: tuple(row["positives"]) for _, row in rows.rows if not isinstance(row, RowError)}
+    return texts, {id_: by_text[text] for id_, text in texts.items() if by_text.get(text)}
+
+
+def _rows_of(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+    yield from (row for _, row in open_rows(path).rows if not isinstance(row, RowError))
+
+
+def _expand(given: str) -> list[str]:
+    """A pattern as its files, a folder of pages as its pages, all else as it is."""
+    path = Path(given).expanduser()
+    if any(mark in given for mark in "*?[") and not path.exists():
+        return sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
+    if path.is_dir() and not is_beir(path) and not is_saved_dataset(path):
+        return sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in READERS) or [given]
+    return [given]
+
+
+def _known(row: Mapping[str, Any]) -> bool:
+    """Whether a row's columns are those of a known format of records."""
+    return any(layout.fits(set(row)) for layout in LAYOUTS)

@@ -1,0 +1,267 @@
+"""Queries made by a language model: for passages, for long articles, and in other languages."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.seeds import derive_seed
+from embedsmith.core.shelf import curation_steps, generators
+from embedsmith.curate.ask import Refusal, ask_all, lines_of
+from embedsmith.curate.language import main_script, script_of
+from embedsmith.curate.rules import units
+from embedsmith.curate.step import Ledger, Tools
+from embedsmith.data.record import Record, text_id
+
+LONGEST_QUERY = 100  # units; longer lines of an answer are no query
+
+_QUERIES = {
+    "en": "Below is a passage. Write {count} different questions that a person who has not seen the passage could "
+    "type into a search engine and that the passage answers. Each question must be understood on its own: name the "
+    "things it is about, do not mention the passage. Write in the language of the passage, one question a line, and "
+    "nothing else.\n\nPassage:\n{text}",
+    "zh": "下面有一段文字。请写出{count}个不同的问题：没有看过这段文字的人可能会在搜索引擎里输入这些问题，"
+    "并且这段文字能够回答它们。每个问题必须能单独看懂：写明所问的对象，不要提到“这段文字”。每行写一个问题，不要写其他内容。\n\n文字：\n{text}",
+}
+_LONG = {
+    "en": "Below is a paragraph of a long article. Ask one specific question that this paragraph answers. Use no "
+    "pronouns and do not mention the paragraph or the article: the question must be clear to somebody who has read "
+    "neither. Write in the language of the paragraph. Write only the question.\n\nParagraph:\n{text}",
+    "zh": "下面是一篇长文章中的一个段落。请针对这个段落提出一个具体的、能由该段落回答的问题。不要使用代词，"
+    "也不要提到“段落”或“文章”：没有读过它们的人也应当看懂这个问题。只写这个问题，不要写其他内容。\n\n段落：\n{text}",
+}
+_TRANSLATE = (
+    "Translate this search query into {language}. Keep names and technical terms as people who write {language} would "
+    "write them. Write only the translation, on one line.\n\nQuery: {text}"
+)
+
+
+def _template(templates: dict[str, str], own: str | None, text: str) -> str:
+    return own or templates["zh" if main_script(text) == "han" else "en"]
+
+
+def _check_prompt(prompt: str | None) -> None:
+    if prompt is not None and "{text}" not in prompt:
+        raise RecipeError("the prompt has no place for the text", expected="a prompt with {text} in it")
+
+
+def _queries_in(answer: str) -> list[str]:
+    return [line for line in lines_of(answer) if 2 <= units(line) <= LONGEST_QUERY]
+
+
+def _fill(template: str, **values: object) -> str:
+    """Like str.format, but braces of anything else, the text's own too, are left alone."""
+    return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
+
+
+@curation_steps.register(
+    "synthetic_queries",
+    formula="LLM(passage) -> `count` queries, each with the passage as its positive",
+    source="GPL (arXiv 2112.07577) and others; prompts are ours",
+)
+@dataclass(frozen=True)
+class SyntheticQueries:
+    """Let a language model write queries for passages.
+
+    Every distinct positive of the records is a passage (documents read with `input.kind: documents` have one each).
+    The new records replace the old ones, unless `keep_originals`. `prompt` may hold {text} and {count}; without it,
+    there is one in English and one for Chinese. At most `max_characters` of a passage are shown.
+    """
+
+    generator: Annotated[Any, generators]
+    count: int = 1
+    prompt: str | None = None
+    max_characters: int = 6000
+    keep_originals: bool = False
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        if self.count < 1 or self.max_characters < 1:
+            raise RecipeError("count and max_characters must be 1 or more")
+
+    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        prompts = self._prompts(records, ledger)
+        for record, answer in ask_all(self.generator, prompts, _has_query, ledger, tools):
+            if self.keep_originals and record.query:
+                yield record
+            if isinstance(answer, Refusal) or not answer.usable:
+                reason = answer.reason if isinstance(answer, Refusal) else "no usable answer"
+                ledger.record_left(reason, record, "" if isinstance(answer, Refusal) else answer.text[:200])
+                continue
+            for query in _queries_in(answer.text)[: self.count]:
+                yield Record(query, record.positives, task="retrieval", source=record.source)
+
+    def _prompts(self, records: Iterable[Record], ledger: Ledger) -> Iterator[tuple[Record, str]]:
+        seen: set[int] = set()
+        for record in records:
+            ledger.taken += 1
+            for text in record.positives:
+                id_ = text_id(text)
+                if id_ in seen:
+                    ledger.text_lost("passage seen before", record, text)
+                    continue
+                seen.add(id_)
+                template = _template(_QUERIES, self.prompt, text)
+                prompt = _fill(template, text=text[: self.max_characters], count=self.count)
+                yield _only(record, text), prompt
+
+
+def _only(record: Record, text: str) -> Record:
+    return Record(record.query, (text,), task="retrieval", source=record.source)
+
+
+def _has_query(answer: str) -> bool:
+    return bool(_queries_in(answer))
+
+
+@curation_steps.register(
+    "long_documents",
+    formula="LLM(a sampled paragraph) -> query, whose positive is the whole article",
+    source="M3-Embedding (arXiv 2402.03216), MultiLongDoc: one specific question without pronouns about a sampled "
+    "passage; the prompt's words and the paragraph's bounds are reconstructed",
+)
+@dataclass(frozen=True)
+class LongDocuments:
+    """Sample a paragraph of a long article, let a language model ask about it, pair the question with the article.
+
+    `per_article` different paragraphs are drawn (seeded by the article's text) among those of `paragraph_min` to
+    `paragraph_max` units; longer ones are cut between sentences. Articles under `article_min` units leave. M3's
+    articles have about 4,700 tokens.
+    """
+
+    generator: Annotated[Any, generators]
+    per_article: int = 1
+    article_min: int = 1000
+    paragraph_min: int = 40
+    paragraph_max: int = 400
+    prompt: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        if self.per_article < 1 or not 1 <= self.paragraph_min <= self.paragraph_max:
+            raise RecipeError("long_documents needs per_article >= 1 and 1 <= paragraph_min <= paragraph_max")
+
+    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        for record, answer in ask_all(self.generator, self._prompts(records, ledger), _has_query, ledger, tools):
+            if isinstance(answer, Refusal):
+                ledger.record_left(answer.reason, record)
+            elif not answer.usable:
+                ledger.record_left("no usable answer", record, answer.text[:200])
+            else:
+                query = _queries_in(answer.text)[0]
+                yield Record(query, record.positives, task="retrieval", source=record.source)
+
+    def _prompts(self, records: Iterable[Record], ledger: Ledger) -> Iterator[tuple[Record, str]]:
+        seen: set[int] = set()
+        for record in records:
+            ledger.taken += 1
+            for article in record.positives:
+                if (id_ := text_id(article)) in seen:
+                    ledger.text_lost("article seen before", record, article)
+                    continue
+                seen.add(id_)
+                only = _only(record, article)
+                if units(article) < self.article_min:
+                    ledger.record_left(f"article shorter than {self.article_min} units", only)
+                    continue
+                fitting = [
+                    part for part in paragraphs(article, self.paragraph_max) if units(part) >= self.paragraph_min
+                ]
+                if not fitting:
+                    ledger.record_left("no paragraph of a fitting length", only)
+                chance = random.Random(derive_seed(self.seed, id_))
+                for part in chance.sample(fitting, min(self.per_article, len(fitting))):
+                    yield only, _fill(_template(_LONG, self.prompt, part), text=part)
+
+
+_SENTENCES = re.compile(r".+?(?:[。！？；]+|[.!?]+(?=\s)|$)", re.DOTALL)
+
+
+def paragraphs(article: str, most: int) -> list[str]:
+    """An article's lines, those over `most` units cut between sentences."""
+    found: list[str] = []
+    for line in (line.strip() for line in article.splitlines()):
+        if units(line) <= most:
+            found += [line] if line else []
+            continue
+        part = ""
+        for sentence in _SENTENCES.findall(line):
+            if part and units(part) + units(sentence) > most:
+                found.append(part.strip())
+                part = ""
+            part += sentence
+        found += [part.strip()] if part.strip() else []
+    return [part for part in found if units(part) <= most]
+
+
+@curation_steps.register(
+    "translate_queries",
+    formula="LLM(query, language) -> query', with the same documents",
+    source="Conan-embedding-v2 (arXiv 2509.12892), cross-lingual retrieval data; the prompt is ours",
+)
+@dataclass(frozen=True)
+class TranslateQueries:
+    """Cross-lingual retrieval data: translate the query, leave the documents.
+
+    `languages`: what to translate into, name in English or code, with its share (shares need not add up to 1). Each
+    record gets one language, drawn by the seed and its query; `keep_originals` yields the record itself too. An answer
+    in another script than the language's, where that is known, does not count.
+    """
+
+    generator: Annotated[Any, generators]
+    languages: dict[str, float]
+    prompt: str | None = None
+    keep_originals: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        if not self.languages or min(self.languages.values()) <= 0:
+            raise RecipeError("translate_queries needs languages", expected="names and shares, as {German: 2, zh: 1}")
+
+    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        made: Counter[str] = Counter()
+        for (record, language), answer in ask_all(
+            self.generator, self._prompts(records, ledger), _has_query, ledger, tools
+        ):
+            if self.keep_originals:
+                yield record
+            found = [] if isinstance(answer, Refusal) else _queries_in(answer.text)[:1]
+            script = script_of(_CODES.get(language, language))
+            if isinstance(answer, Refusal):
+                ledger.text_lost(f"translation: {answer.reason}", record, record.query)
+            elif not found:
+                ledger.text_lost("translation: no usable answer", record, answer.text)
+            elif script is not None and main_script(found[0]) != script:
+                ledger.text_lost(f"translation: not in {language}", record, found[0])
+            elif text_id(found[0]) == text_id(record.query):
+                ledger.text_lost("translation: the query itself", record, found[0])
+            else:
+                made[language] += 1
+                yield replace(record, query=found[0])
+        ledger.notes["translated"] = dict(made)
+
+    def _prompts(self, records: Iterable[Record], ledger: Ledger) -> Iterator[tuple[tuple[Record, str], str]]:
+        names, shares = list(self.languages), list(self.languages.values())
+        for record in records:
+            ledger.taken += 1
+            language = random.Random(derive_seed(self.seed, text_id(record.query))).choices(names, shares)[0]
+            full = _NAMES.get(language, language)
+            yield (record, language), _fill(self.prompt or _TRANSLATE, text=record.query, language=full)
+
+
+_NAMES = {
+    "en": "English", "zh": "Chinese", "es": "Spanish", "fr": "French", "ja": "Japanese", "de": "German",
+    "ru": "Russian", "it": "Italian", "pt": "Portuguese", "ar": "Arabic", "ko": "Korean", "bn": "Bengali",
+    "da": "Danish", "sv": "Swedish", "th": "Thai", "ms": "Malay", "tr": "Turkish", "vi": "Vietnamese",
+    "nl": "Dutch", "pl": "Polish", "hi": "Hindi", "km": "Khmer", "fi": "Finnish", "he": "Hebrew",
+    "hu": "Hungarian", "no": "Norwegian",
+}  # fmt: skip
+"""The languages of Conan-embedding-v2's cross-lingual data."""
+_CODES = {name: code for code, name in _NAMES.items()}

@@ -1,0 +1,96 @@
+"""The verb `curate`: what its arguments mean, and the models and evaluation sets that its steps ask for."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.recipe import apply_override, parse, read_tree
+from embedsmith.curate import CurateRecipe, EvaluationText, Report, Tools, curate
+
+if TYPE_CHECKING:
+    from embedsmith.evaluate import Task
+
+
+def run_curate(
+    source: str, more: Sequence[str], steps: Sequence[str], *, data: str | None = None, overwrite: bool = False
+) -> Report:
+    """`RECIPE.yaml [key=value ...]`, or `IN OUT [key=value ...]` with steps.
+
+    Errors: `RecipeError` for arguments that are neither, and all that a curation raises.
+    """
+    recipe = parse(CurateRecipe, tree_of(source, more, steps), where=source if _is_recipe(source) else "curate")
+    tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, data))
+    return curate(recipe, tools, overwrite=overwrite)
+
+
+def tree_of(source: str, more: Sequence[str], steps: Sequence[str]) -> dict[str, Any]:
+    overrides = [text for text in more if "=" in text]
+    places = [text for text in more if "=" not in text]
+    if _is_recipe(source):
+        tree = read_tree(source)
+        if places:
+            raise RecipeError(f"{places[0]!r} after a recipe", expected="changes such as output=kept.jsonl")
+    else:
+        if len(places) != 1:
+            raise RecipeError(
+                "where should the result go?" if not places else f"one output, not {len(places)}",
+                expected="embedsmith curate IN OUT.jsonl --step NAME",
+            )
+        tree = {"input": {"path": source}, "output": places[0], "steps": []}
+    if steps:
+        tree["steps"] = [*(tree.get("steps") or []), *map(step_of, steps)]
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def step_of(text: str) -> dict[str, Any]:
+    """`length query_min=3` (or a YAML mapping) as a recipe writes it. Errors: `RecipeError`."""
+    name, *settings = shlex.split(text)
+    step: dict[str, Any] = {"type": name}
+    for setting in settings:
+        apply_override(step, setting)
+    return step
+
+
+def _is_recipe(source: str) -> bool:
+    return source.endswith((".yaml", ".yml"))
+
+
+def load_encoder(path: str) -> tuple[Encoder, str]:
+    """A model, and a key of its weights and of how it is used."""
+    from embedsmith.models import load
+    from embedsmith.models.encode_files import weights_hash
+
+    model = load(path)
+    return model, f"{weights_hash(model)} {model.settings}"
+
+
+def evaluation_texts(names: Sequence[str], data: str | None) -> Iterator[EvaluationText]:
+    """The texts of evaluation tasks, named as for `embedsmith evaluate`: texts of pairs and texts to classify count as
+    queries; what a classifier is fitted on does not count. Errors: `EvaluationError` for unknown names."""
+    from embedsmith.evaluate import load_task, split_names
+
+    for name in split_names(names):
+        for role, texts in _texts_of(load_task(name, data_dir=data), name):
+            yield from (EvaluationText(text, name, role) for text in texts)
+
+
+def _texts_of(task: Task, name: str) -> list[tuple[Role, Iterable[str]]]:
+    from embedsmith import evaluate as room
+
+    match task:
+        case room.LongDocumentTask():
+            return _texts_of(task.task, name)
+        case room.RetrievalTask() | room.RerankingTask():
+            return [("query", task.queries.values()), ("document", task.corpus.values())]
+        case room.STSTask() | room.PairClassificationTask():
+            return [("query", task.text1), ("query", task.text2)]
+        case room.ClassificationTask() | room.ClusteringTask():
+            return [("query", task.text)]
+        case _:
+            raise RecipeError(f"decontaminate cannot read the texts of {name!r} ({task.kind})")

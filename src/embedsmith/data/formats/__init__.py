@@ -1,0 +1,1 @@
+"""Kinds of files and layouts of columns that records are read from."""

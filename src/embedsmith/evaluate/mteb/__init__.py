@@ -1,0 +1,1 @@
+"""The bridge to mteb: our models inside it, its tasks inside ours."""

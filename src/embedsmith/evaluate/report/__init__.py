@@ -1,6 +1,0 @@
-"""Reports: one HTML file that opens without a network, of a run, a merge or a comparison."""
-
-from embedsmith.evaluate.report.comparison import comparison_page, geometry_page
-from embedsmith.evaluate.report.folder import folder_page, write_report
-
-__all__ = ["comparison_page", "folder_page", "geometry_page", "write_report"]

@@ -1,0 +1,1 @@
+"""Kinds of evaluation tasks, how they are read, and how they are found by name."""

@@ -1,0 +1,193 @@
+"""Tasks by path or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from embedsmith.core.errors import DataError, EvaluationError
+from embedsmith.core.shelf import did_you_mean
+from embedsmith.evaluate.tasks.files import (
+    find,
+    read_beir,
+    read_classification,
+    read_clustering,
+    read_pairs,
+    read_reranking_folder,
+    read_reranking_rows,
+    read_sts,
+    rows_of,
+    train_file,
+)
+from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RetrievalTask, across_languages
+from embedsmith.evaluate.tasks.similarity import Task
+
+_DEPTH = 2  # how deep below the data folder a task may lie: sts/stsb-en-test.jsonl, retrieval/cranfield/
+_ROWS = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the files of one kind of task are recognised and read: `read(path, name, split)`."""
+
+    kind: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Path, str, str], Task]
+
+
+def is_beir(path: Path) -> bool:
+    return path.is_dir() and find(path, "corpus", _ROWS) is not None
+
+
+def has_candidates(path: Path) -> bool:
+    return is_beir(path) and find(path, "top_ranked", _ROWS) is not None
+
+
+def has_columns(*choices: set[str]) -> Callable[[Path], bool]:
+    """Recognises a JSONL file by the columns of its first row: those of one of the choices."""
+
+    def matches(path: Path) -> bool:
+        columns = first_columns(path)
+        return any(choice <= columns for choice in choices)
+
+    return matches
+
+
+def first_columns(path: Path) -> set[str]:
+    """The columns of the first row; none where it is no JSONL file or cannot be read."""
+    if not path.is_file() or not path.name.endswith(_ROWS):
+        return set()
+    try:
+        return {column for _, row in islice(rows_of(path), 1) for column in row}
+    except DataError:
+        return set()
+
+
+def can_be_classified(path: Path) -> bool:
+    return train_file(path) is not None and _labelled(path)
+
+
+_labelled = has_columns({"text", "label"})
+
+FORMATS: tuple[Format, ...] = (  # in the order in which they are tried
+    Format("reranking", has_candidates, read_reranking_folder),
+    Format("retrieval", is_beir, read_beir),
+    Format("sts", has_columns({"text1", "text2", "score"}, {"sentence1", "sentence2", "score"}), read_sts),
+    Format(
+        "pair_classification", has_columns({"text1", "text2", "label"}, {"sentence1", "sentence2", "label"}), read_pairs
+    ),
+    Format("reranking", has_columns({"query", "positive", "negative"}), read_reranking_rows),
+    Format("classification", can_be_classified, read_classification),
+    Format("clustering", _labelled, read_clustering),
+)
+
+_READ_AS: dict[str, tuple[Callable[[Path, str, str], Task], ...]] = {}
+for _format in FORMATS:
+    _READ_AS[_format.kind] = (*_READ_AS.get(_format.kind, ()), _format.read)
+
+KINDS = (*_READ_AS, "long", "cross")
+"""What may stand before a name, as in `clustering:banking77`, where the file alone does not say it."""
+
+
+def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, split: str = "test") -> Task:
+    """A task from a file, a folder, or a name looked up in the data folder (see `data_folder`).
+
+    A name is a file or folder without its ending; `stsb-en` also finds `stsb-en-SPLIT`. `split` chooses the
+    judgements of a BEIR folder; another file is one split already. `KIND:NAME` says what the task is where the file
+    could be several (`pair_classification:afqmc-dev`, `clustering:banking77`); `long:NAME` tells the score by length;
+    `cross:QUERIES:DOCUMENTS` asks the queries of one collection of the corpus of another.
+    Errors: `EvaluationError` for an unknown name, with the nearest known ones; `DataError` for a wrong file.
+    """
+    kind, colon, rest = str(name_or_path).partition(":")
+    if not colon or kind not in KINDS:
+        return _read(_locate(name_or_path, data_dir, split), split)
+    if kind == "cross":
+        first, colon, second = rest.partition(":")
+        if not colon:
+            raise EvaluationError(f"{name_or_path!r} names one collection", expected="cross:QUERIES:DOCUMENTS")
+        return across_languages(*(_collection(name, data_dir, split) for name in (first, second)))
+    if kind == "long":
+        return LongDocumentTask(_collection(rest, data_dir, split))
+    path = _locate(rest, data_dir, split)
+    read = _READ_AS[kind][0 if path.is_dir() else -1]
+    return read(path, _name(path), split)
+
+
+def _collection(name: str, data_dir: str | Path | None, split: str) -> RetrievalTask:
+    path = _locate(name, data_dir, split)
+    return read_beir(path, _name(path), split)
+
+
+def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -> Path:
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    folder = data_folder(data_dir)
+    known = {} if folder is None else known_tasks(folder)
+    found = known.get(str(name_or_path)) or known.get(f"{name_or_path}-{split}")
+    if found is None:
+        raise _unknown(str(name_or_path), list(known), folder)
+    return found
+
+
+def _unknown(name: str, known: list[str], folder: Path | None) -> EvaluationError:
+    where = "no data folder was found" if folder is None else f"{folder} holds no tasks"
+    return EvaluationError(
+        f"no task is called {name!r}, and there is no such path{did_you_mean(name, known)}",
+        expected=f"a path, or one of: {', '.join(known)}" if known else "a path to an STS file or a BEIR folder",
+        fix=None if known else f"name the folder with the data; {where}",
+    )
+
+
+def split_names(given: Sequence[str]) -> list[str]:
+    """Names as a command line gives them: several in one text are separated by commas or spaces. A path that exists
+    stays whole."""
+    return [name for text in given for name in ([text] if Path(text).exists() else text.replace(",", " ").split())]
+
+
+def data_folder(given: str | Path | None = None) -> Path | None:
+    """Where names of tasks are looked up: the given folder, else the first of `./data` and `../shared/data`.
+
+    Errors: `EvaluationError` when the given folder does not exist.
+    """
+    if given is not None:
+        if not Path(given).is_dir():
+            raise EvaluationError("there is no such folder", where=given, expected="a folder with tasks")
+        return Path(given)
+    return next((folder for folder in (Path("data"), Path("../shared/data")) if folder.is_dir()), None)
+
+
+def known_tasks(folder: str | Path) -> dict[str, Path]:
+    """Name to path of every task in a data folder. A name that two tasks share is qualified by its folder."""
+    paths = [path for path in _candidates(Path(folder), _DEPTH) if any(f.matches(path) for f in FORMATS)]
+    names = [_name(path) for path in paths]
+    qualified = (f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names))
+    return dict(zip(qualified, paths, strict=True))
+
+
+def _candidates(folder: Path, depth: int) -> list[Path]:
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        found.append(path)
+        if path.is_dir() and depth > 1 and not is_beir(path):
+            found += _candidates(path, depth - 1)
+    return found
+
+
+def _read(path: Path, split: str) -> Task:
+    for each in FORMATS:
+        if each.matches(path):
+            return each.read(path, _name(path), split)
+    if path.is_file():  # not recognised by its first row: the reader of rows says what is wrong with it
+        return read_sts(path, _name(path), split)
+    raise DataError(
+        "not a task", where=path, expected="an STS file, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
+    )
+
+
+def _name(path: Path) -> str:
+    """File or folder name without its ending. A dot inside a folder's name stays."""
+    name = path.resolve().name
+    return next((name.removesuffix(ending) for ending in _ROWS if name.endswith(ending)), name)

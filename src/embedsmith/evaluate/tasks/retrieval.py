@@ -1,0 +1,249 @@
+"""Ranking tasks: retrieval, cross-lingual retrieval, long documents, reranking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from embedsmith.core.errors import EvaluationError
+from embedsmith.evaluate.encoding import Reader
+from embedsmith.evaluate.metrics import CUTS, Floats, Judgements, Qrels, Ranking, ranking_scores
+from embedsmith.evaluate.result import Example, TaskResult, ends
+from embedsmith.search import TopK
+from embedsmith.search.exact import top_of_block
+
+_NOTES = {
+    "queries_without_positives": "queries without a relevant document are left out",
+    "judged_queries_missing": "judged queries are not among the queries",
+    "judged_documents_missing": "judged documents are not in the corpus; they count as not found",
+}
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries, a corpus, and graded judgements `qrels[query][document]`: are the relevant documents found first?
+
+    Main score: nDCG@10. Queries without a document graded 1 or more are left out of every mean, and counted. Equal
+    scores are ordered by document id, descending, as trec_eval does. `ignore_identical_ids` removes the document with
+    the query's own id from its ranking, for collections where the queries are taken from the corpus.
+    """
+
+    name: str
+    queries: Mapping[str, str] = field(repr=False)
+    corpus: Mapping[str, str] = field(repr=False)
+    qrels: Qrels = field(repr=False)
+    ignore_identical_ids: bool = False
+    cuts: tuple[int, ...] = CUTS
+    kind: ClassVar[str] = "retrieval"
+
+    def __post_init__(self) -> None:
+        if not self.corpus:
+            raise EvaluationError("the corpus is empty", where=self.name)
+        if not self.judged():
+            raise EvaluationError(
+                "no query has a relevant document",
+                where=self.name,
+                expected="judgements of 1 or more for some of the queries",
+                fix="check that the ids of the queries and the judgements are the same",
+            )
+
+    def judged(self) -> list[str]:
+        """The queries that are scored: those with a positive judgement."""
+        return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
+
+    def evaluate(self, reader: Reader) -> TaskResult:
+        query_ids = self.judged()
+        document_ids = sorted(self.corpus, reverse=True)
+        ranking = self._ranking(reader, query_ids, document_ids)
+        metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
+        return ranked_result(self, query_ids, document_ids, ranking, metric)
+
+    def _ranking(self, reader: Reader, query_ids: list[str], document_ids: list[str]) -> Ranking:
+        """The best documents of every query.
+
+        The corpus is read in descending order of id, so that the search's rule for ties (the earlier document) is
+        trec_eval's (the larger id) and a tie across the cut is decided as in the complete ranking. Every rank searches
+        its own share of the corpus.
+        """
+        asked = [self.queries[query] for query in query_ids]
+        query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
+        depth = max(self.cuts) + int(self.ignore_identical_ids)
+        share = reader.share(len(document_ids))
+        texts = [self.corpus[document] for document in document_ids[share]]
+
+        def search() -> tuple[Any, Any]:
+            best = TopK(query_reps, depth)
+            for piece in reader.pieces(texts, role="document", task="retrieval", label=f"{self.name} corpus"):
+                best.add_in_blocks(piece)
+            score_Qk, index_Qk = best.result()
+            return score_Qk, index_Qk + share.start
+
+        found = reader.together(search)
+        ranking = Ranking(*(found[0] if share == slice(0, len(document_ids)) else _merged(found, depth)))
+        if self.ignore_identical_ids:
+            place = {document: number for number, document in enumerate(document_ids)}
+            ranking = ranking.without(np.array([place.get(query, -1) for query in query_ids]))
+        return ranking.first(max(self.cuts))
+
+
+def _merged(found: Sequence[tuple[Any, Any]], depth: int) -> tuple[Any, Any]:
+    """The best of all shares. They stand in rank order, so a stable sort keeps the earlier document first in ties."""
+    score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
+    order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
+    return np.take_along_axis(score_QK, order_Qk, 1), np.take_along_axis(index_QK, order_Qk, 1)
+
+
+@dataclass(frozen=True)
+class RerankingTask:
+    """Given candidates of every query, put into order: are the relevant ones first?
+
+    Main score: MAP over all candidates (`map_at_1000`), as in mteb. `candidates[query]` are ids of the corpus.
+    """
+
+    name: str
+    queries: Mapping[str, str] = field(repr=False)
+    corpus: Mapping[str, str] = field(repr=False)
+    qrels: Qrels = field(repr=False)
+    candidates: Mapping[str, Sequence[str]] = field(repr=False)
+    cuts: tuple[int, ...] = (*CUTS, 1000)
+    kind: ClassVar[str] = "reranking"
+
+    def __post_init__(self) -> None:
+        for query in self.judged():
+            ids = self.candidates.get(query, ())
+            if not ids:
+                raise EvaluationError(f"the query {query!r} has no candidates", where=self.name)
+            if unknown := [document for document in ids if document not in self.corpus]:
+                raise EvaluationError(
+                    f"the candidate {unknown[0]!r} of {query!r} is not in the corpus", where=self.name
+                )
+        if not self.judged():
+            raise EvaluationError("no query has a relevant document", where=self.name)
+
+    def judged(self) -> list[str]:
+        """The queries that are scored: those with a positive judgement."""
+        return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
+
+    def evaluate(self, reader: Reader) -> TaskResult:
+        query_ids = self.judged()
+        wanted = sorted({document for query in query_ids for document in self.candidates[query]}, reverse=True)
+        place = {document: number for number, document in enumerate(wanted)}
+        asked, texts = [self.queries[query] for query in query_ids], [self.corpus[document] for document in wanted]
+        query_reps = reader.all(asked, role="query", task=self.kind, label=f"{self.name} queries")
+        reps = reader.all(texts, role="document", task=self.kind, label=f"{self.name} candidates")
+        rows = []
+        for number, query in enumerate(query_ids):
+            index_K = torch.tensor(sorted({place[document] for document in self.candidates[query]}))
+            score_K = query_reps.rows(slice(number, number + 1)).scores(reps.rows(index_K))[0, 0].float()
+            best = top_of_block(score_K[None], max(self.cuts))
+            rows.append((best[0][0].numpy(), index_K[best[1][0]].numpy()))
+        return ranked_result(self, query_ids, wanted, Ranking.of(rows), f"map_at_{max(self.cuts)}")
+
+
+def ranked_result(
+    task: RetrievalTask | RerankingTask, query_ids: list[str], document_ids: list[str], ranking: Ranking, metric: str
+) -> TaskResult:
+    """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
+    place = {document: number for number, document in enumerate(document_ids)}
+    judged = Judgements.of(task.qrels, query_ids, place)
+    grade_Qk = judged.grades(ranking)
+    items = ranking_scores(grade_Qk, judged, task.cuts)
+    scores = {name: float(values.mean()) for name, values in items.items()}
+    counts = _counts(task, query_ids)
+    notes = tuple(f"{counts[name]} {text}" for name, text in _NOTES.items() if counts[name])
+    if ranking.flat and len(task.corpus) > 1:
+        notes = (*notes, "the model gives every document the same score; the order is that of the ids")
+    relevant, other = ranking.best(grade_Qk > 0), ranking.best((grade_Qk <= 0) & (ranking.index_Qk >= 0))
+    items |= {"similarity_relevant": relevant[0], "similarity_other": other[0]}
+    value_N = items["ndcg_at_10"] if "ndcg_at_10" in items else items[metric]
+    found = [[(document_ids[i] if i >= 0 else "", s) for s, i in zip(*each, strict=True)] for each in (relevant, other)]
+    examples = tuple(
+        _example(task, query_ids[row], float(value_N[row]), found[0][row], found[1][row]) for row in ends(value_N)
+    )
+    return TaskResult(task.name, task.kind, metric, scores, counts, query_ids, items, notes, examples=examples)
+
+
+def _example(
+    task: RetrievalTask | RerankingTask, query: str, value: float, best: tuple[str, float], other: tuple[str, float]
+) -> Example:
+    """`best` and `other`: the highest-scored relevant document and the highest-scored other one among those found,
+    with their scores; an empty id where there is none."""
+    grades = task.qrels[query]
+    relevant = best[0] or max(grades, key=lambda document: grades[document])
+    texts = {"query": task.queries[query], "relevant": task.corpus.get(relevant, "(not in the corpus)")}
+    numbers = {"similarity of the relevant one": best[1]} if best[0] else {}
+    if other[0] and not best[1] > other[1]:
+        texts["found before it"] = task.corpus[other[0]]
+        numbers["similarity of the other"] = other[1]
+    return Example(query, value, texts, numbers)
+
+
+def _counts(task: RetrievalTask | RerankingTask, query_ids: list[str]) -> dict[str, int]:
+    judged = {document for query in query_ids for document in task.qrels[query]}
+    return {
+        "queries": len(query_ids),
+        "documents": len(task.corpus),
+        "queries_without_positives": len(task.queries) - len(query_ids),
+        "judged_queries_missing": len(task.qrels.keys() - task.queries.keys()),
+        "judged_documents_missing": len(judged - task.corpus.keys()),
+    }
+
+
+def across_languages(queries: RetrievalTask, documents: RetrievalTask) -> RetrievalTask:
+    """Cross-lingual retrieval: the queries (and judgements) of one collection against the corpus of another that gives
+    the same ids to its documents.
+
+    Errors: `EvaluationError` where no judged document is in the other corpus.
+    """
+    judged = {document for grades in queries.qrels.values() for document in grades}
+    if not judged & documents.corpus.keys():
+        raise EvaluationError(
+            f"no document judged in {queries.name!r} is in the corpus of {documents.name!r}",
+            expected="two collections that share the ids of their documents",
+        )
+    return replace(queries, name=f"{queries.name}-to-{documents.name}", corpus=documents.corpus)
+
+
+@dataclass(frozen=True)
+class LongDocumentTask:
+    """A retrieval task whose score is also told by the length of the relevant documents.
+
+    The scores are those of `task`; `ndcg_at_10_length_1` to `_4` are means over the queries whose longest relevant
+    document lies in that quarter of lengths (characters) from short to long. A model that reads only the beginning of
+    a text shows it in the last ones.
+    """
+
+    task: RetrievalTask
+    kind: ClassVar[str] = "long_retrieval"
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}-by-length"
+
+    def evaluate(self, reader: Reader) -> TaskResult:
+        result = self.task.evaluate(reader)
+        length_N = np.array([self._length(query) for query in result.item_ids], dtype=np.float64)
+        quarter_N = np.searchsorted(np.quantile(length_N, (0.25, 0.5, 0.75)), length_N, side="left")
+        value_N: Floats = result.items[result.metric]
+        by_length = {
+            f"{result.metric}_length_{quarter + 1}": float(value_N[quarter_N == quarter].mean())
+            for quarter in range(4)
+            if bool((quarter_N == quarter).any())
+        }
+        edges = {f"characters_up_to_{q + 1}": int(np.quantile(length_N, (q + 1) / 4)) for q in range(4)}
+        return replace(
+            result,
+            task=self.name,
+            kind=self.kind,
+            scores={**result.scores, **by_length},
+            counts={**result.counts, **edges},
+            items={**result.items, "characters": length_N},
+        )
+
+    def _length(self, query: str) -> int:
+        grades = self.task.qrels[query]
+        return max(len(self.task.corpus.get(document, "")) for document, grade in grades.items() if grade > 0)

@@ -1,0 +1,306 @@
+"""A model with several heads, side by side: each head alone, and heads together with given or tuned weights."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedsmith.core.collectives import ALONE, Group
+from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.errors import EvaluationError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.progress import progress_bar
+from embedsmith.core.reps import Dense, Representation, Reps
+from embedsmith.evaluate.encoding import Reader
+from embedsmith.evaluate.metrics import Judgements, Ranking, correlations, ranking_scores
+from embedsmith.evaluate.result import Results, percent
+from embedsmith.evaluate.run import evaluate
+from embedsmith.evaluate.tasks.retrieval import RetrievalTask
+from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.exact import top_of_block
+from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+HEADS = ("dense", "sparse", "multivector")
+GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
+"""Weights that tuning tries for every head beside the first, whose weight is 1."""
+DEV_QUERIES = 500
+"""Queries of a dev task that tuning looks at, evenly spread."""
+
+Weights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Results by column (heads, in the order of the paper's tables, or widths), and the weights of each column's
+    heads."""
+
+    columns: Mapping[str, Results]
+    weights: Mapping[str, Weights]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        """One row a task: its main score in every column, times 100."""
+        from rich.table import Table
+
+        table = Table(title=str(self.about.get("model", "")) or None, title_justify="left")
+        for name in ("task", "metric"):
+            table.add_column(name)
+        for name in self.columns:
+            table.add_column(name, justify="right")
+        first = next(iter(self.columns.values()))
+        for place, result in enumerate(first):
+            scores = (percent(results[place].main_score) for results in self.columns.values())
+            table.add_row(result.task, result.metric, *scores)
+        told = {name: weights for name, weights in self.weights.items() if len(weights) > 1}
+        table.caption = "; ".join(f"{name}: {_said(weights)}" for name, weights in told.items()) or None
+        return table
+
+    def as_dict(self, *, items: bool = False) -> dict[str, Any]:
+        columns = {name: results.as_dict(items=items) for name, results in self.columns.items()}
+        return {**self.about, "weights": {name: dict(w) for name, w in self.weights.items()}, "columns": columns}
+
+    def save(self, path: str | Path, *, items: bool = False) -> None:
+        """Write JSON; the file appears whole or not at all."""
+        with atomic_file(path) as file:
+            json.dump(self.as_dict(items=items), file, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def score_heads(
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    heads: Sequence[str],
+    *,
+    weights: Weights | None = None,
+    tune_on: Sequence[Task] = (),
+    about: Mapping[str, Any] | None = None,
+    keep: str | Path | None = None,
+) -> HeadScores:
+    """Score every head alone, dense and sparse together, and all heads, each text encoded once for all of them.
+
+    `weights`: of the column `all` (and, where they are there, of `dense+sparse`), M3-Embedding's by default.
+    `tune_on`: dev tasks; the weights that score best there, by `tuned_weights`, are one more column. `keep`: a folder
+    for vectors, so that a stopped command continues.
+    Errors: `EvaluationError` for one head, weights of heads that are not there or all 0, other kinds of dev task.
+    """
+    check_heads(heads, weights)
+    with encoded_once(encoder, heads, keep) as shared:
+        columns: dict[str, Weights] = {head: {head: 1.0} for head in heads}
+        columns |= combinations(heads, weights)
+        if tune_on:
+            columns["tuned"] = tuned_weights(shared, tune_on, heads)
+        results = {name: _evaluate(shared, tasks, given) for name, given in columns.items()}
+    return HeadScores(results, columns, dict(about or {}))
+
+
+def check_heads(heads: Sequence[str], weights: Weights | None) -> None:
+    if len(heads) < 2:
+        raise EvaluationError(f"the model has the heads {', '.join(heads)}", expected="two or more to put side by side")
+    unknown = sorted(set(weights or {}) - set(heads))
+    if unknown or (weights and not any(weight > 0 for weight in weights.values())):
+        raise EvaluationError(
+            f"the weights are {dict(weights or {})}", expected=f"numbers from 0, not all 0, of {', '.join(heads)}"
+        )
+
+
+def combinations(heads: Sequence[str], weights: Weights | None = None) -> dict[str, Weights]:
+    """The columns of heads together."""
+    given = {head: dict(weights or M3_WEIGHTS).get(head, 0.0) for head in heads}
+    found: dict[str, Weights] = {}
+    pair: Weights = {head: given[head] for head in HEADS[:2] if head in given}
+    if len(pair) == 2 and len(heads) > 2 and any(pair.values()):
+        found["dense+sparse"] = pair
+    found["all" if len(heads) == len(HEADS) else "+".join(heads)] = given
+    return found
+
+
+def tuned_weights(encoder: Encoder, tasks: Sequence[Task], heads: Sequence[str]) -> Weights:
+    """The weights of `GRID` with the best mean main score on dev tasks (retrieval: nDCG@10, similarity: Spearman);
+    of equal ones the first. The first head's weight is 1."""
+    with progress_bar("tune weights", len(tasks)) as bar:
+        dev = []
+        for task in tasks:
+            dev.append(_dev_scores(encoder, task, heads))
+            bar.advance()
+    best, chosen = -float("inf"), (1.0,) * len(heads)
+    for others in itertools.product(GRID, repeat=len(heads) - 1):
+        tried = (1.0, *others)
+        score = float(np.mean([one.score(tried) for one in dev]))
+        if score > best:
+            best, chosen = score, tried
+    return dict(zip(heads, chosen, strict=True))
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """score_HQK of a retrieval task's sampled queries under each head."""
+
+    task: RetrievalTask
+    query_ids: Sequence[str]
+    document_ids: Sequence[str]
+    score_HQK: Tensor
+
+    def score(self, weights: Sequence[float]) -> float:
+        total_QK = torch.tensordot(torch.tensor(weights), self.score_HQK, dims=1)
+        place = {document: number for number, document in enumerate(self.document_ids)}
+        ranking = Ranking(*(part.numpy() for part in top_of_block(total_QK, 11)))
+        if self.task.ignore_identical_ids:
+            ranking = ranking.without(np.array([place.get(query, -1) for query in self.query_ids]))
+        judged = Judgements.of(self.task.qrels, self.query_ids, place)
+        return float(ranking_scores(judged.grades(ranking), judged, (10,))["ndcg_at_10"].mean())
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """score_HN of the pairs of a similarity task under each head."""
+
+    label_N: Any
+    score_HN: Tensor
+
+    def score(self, weights: Sequence[float]) -> float:
+        total_N = torch.tensordot(torch.tensor(weights), self.score_HN, dims=1)
+        return float(np.nan_to_num(correlations(total_N.double().numpy(), self.label_N)[0], nan=-1.0))
+
+
+def _dev_scores(encoder: Encoder, task: Task, heads: Sequence[str]) -> _Ranking | _Pairs:
+    readers = [Reader(encoder, head) for head in heads]
+    if isinstance(task, STSTask):
+        sides = [reader.sides(task.text1, task.text2, task=task.kind, label=task.name) for reader in readers]
+        return _Pairs(np.asarray(task.score), torch.stack([left.paired(right)[0] for left, right in sides]))
+    if not isinstance(task, RetrievalTask):
+        raise EvaluationError(f"weights are not tuned on {task.kind}", where=task.name, expected="retrieval or sts")
+    judged = task.judged()
+    query_ids = judged[:: -(-len(judged) // DEV_QUERIES)]
+    document_ids = sorted(task.corpus, reverse=True)
+    found = [_all_scores(reader, task, query_ids, document_ids) for reader in readers]
+    return _Ranking(task, query_ids, document_ids, torch.stack(found))
+
+
+def _all_scores(reader: Reader, task: RetrievalTask, query_ids: Sequence[str], document_ids: Sequence[str]) -> Tensor:
+    """score_QK under one head."""
+    asked, texts = [task.queries[query] for query in query_ids], [task.corpus[document] for document in document_ids]
+    query = _alone(reader.all(asked, role="query", task="retrieval", label=f"{task.name} queries"))
+    pieces = reader.pieces(texts, role="document", task="retrieval", label=f"{task.name} corpus")
+    return torch.cat([query.scores(_alone(piece))[0] for piece in pieces], dim=1)
+
+
+def _alone(rep: Representation) -> Hybrid:
+    """One head, scored in blocks that bound memory."""
+    return Hybrid((rep,), (1.0,))
+
+
+def _evaluate(encoder: Encoder, tasks: Sequence[Task], weights: Weights) -> Results:
+    if len(weights) == 1:
+        return evaluate(encoder, tasks, head=next(iter(weights)))
+    return evaluate(HybridEncoder(encoder, weights), tasks, head="hybrid")
+
+
+@contextmanager
+def encoded_once(encoder: Encoder, heads: Sequence[str], keep: str | Path | None) -> Iterator[_Shared]:
+    """An encoder that computes all heads of a text the first time and reads them from a folder after that."""
+    if keep is not None:
+        yield _Shared(CachedEncoder.of(encoder, Path(keep) / "vectors"), tuple(heads))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield _Shared(CachedEncoder(encoder, Path(folder), "this"), tuple(heads))  # no other model has this folder
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A kept encoder that computes all heads at once when one is missing."""
+
+    kept: CachedEncoder
+    heads: tuple[str, ...]
+
+    def represent(
+        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+    ) -> Reps:
+        if not all(self.kept.path(texts, role, task, head).is_file() for head in outputs):
+            self.kept.represent(texts, role=role, task=task, outputs=self.heads)
+        return self.kept.represent(texts, role=role, task=task, outputs=outputs)
+
+    def fingerprint(self) -> str:
+        return self.kept.fingerprint()
+
+
+def _said(weights: Weights) -> str:
+    return " ".join(f"{head} {weight:g}" for head, weight in weights.items())
+
+
+# A model at several widths of its vectors, side by side: what Matryoshka training is for.
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class NarrowEncoder:
+    """An encoder whose dense vectors are their first `width` numbers, normalised again.
+
+    Errors: `EvaluationError` where the vectors are not wider than that.
+    """
+
+    encoder: Encoder
+    width: int
+
+    def represent(
+        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+    ) -> Reps:
+        reps = self.encoder.represent(texts, role=role, task=task, outputs=outputs)
+        return {name: self._cut(rep) if isinstance(rep, Dense) else rep for name, rep in reps.items()}
+
+    def _cut(self, rep: Dense) -> Dense:
+        whole = rep.vector_ND.shape[1]
+        if self.width >= whole:
+            raise EvaluationError(f"{self.width} of {whole} numbers were asked for", expected=f"1 to {whole - 1}")
+        return rep.truncate(self.width)
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(f"{fingerprint(self.encoder)} first {self.width}".encode(), digest_size=16).hexdigest()
+
+
+def score_widths(
+    encoder: Encoder,
+    tasks: Sequence[Task],
+    widths: Sequence[int],
+    *,
+    about: Mapping[str, Any] | None = None,
+    keep: str | Path | None = None,
+    group: Group = ALONE,
+) -> HeadScores:
+    """Score the whole vectors (the column `full`), then their first numbers at every width, from wide to narrow. Each
+    text is encoded once.
+
+    `keep`: a folder for vectors and results, so that a stopped command continues; `group`: see `evaluate`.
+    Errors: `EvaluationError` for no width, and one that the vectors do not have.
+    """
+    with at_widths(encoder, widths, keep) as narrowed:
+        folder = None if keep is None else Path(keep) / "results"
+        columns: dict[str, Results] = {
+            name: evaluate(each, tasks, about=about, keep=folder, group=group) for name, each in narrowed.items()
+        }
+    return HeadScores(columns, {}, dict(about or {}))
+
+
+@contextmanager
+def at_widths(encoder: Encoder, widths: Sequence[int], keep: str | Path | None = None) -> Iterator[dict[str, Encoder]]:
+    """The encoder as it is and at every width, by name; they share what was encoded."""
+    if not widths or min(widths) < 1:
+        raise EvaluationError(f"the widths are {list(widths)}", expected="numbers from 1, such as 64 128 256")
+    with encoded_once(encoder, ("dense",), keep) as shared:
+        narrow = {str(width): NarrowEncoder(shared, width) for width in sorted(set(widths), reverse=True)}
+        yield {FULL: shared, **narrow}

@@ -1,0 +1,165 @@
+"""CoDiEmb's delta-guided hierarchical fusion. RECONSTRUCTED: the paper's formula could not be read; see below."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.progress import progress_bar
+from embedsmith.core.shelf import merge_methods
+from embedsmith.merge.gram import block_of
+from embedsmith.merge.method import Base, Combine, Job
+from embedsmith.merge.methods.formulas import normalised
+from embedsmith.merge.stream import Block, RowSums
+
+_FLOOR = 1e-3
+
+
+@merge_methods.register(
+    "codiemb",
+    formula="w_i(x) ~ a_i (s_i/mean s)^layer ((|V_i(x)| + e) / (mean_j |V_j(x)| + e))^element, sum_i w_i = 1",
+    source="CoDiEmb (2508.11442), reconstructed",
+)
+@dataclass(frozen=True)
+class DeltaGuided:
+    """Fusion guided by how far each parameter moved from its pre-trained value, in two levels. Reconstructed.
+
+    Of the paper only this is known: weights come from each parameter's deviation from its pre-trained value, at layer
+    and at parameter granularity, for checkpoints of different training trajectories. One family holds the readings:
+
+        s_i = ( mean_{x in layer} |V_i(x)|^power )^(1/power),   S = mean_i s_i,   e = 1e-3 S
+        w_i(x) proportional to a_i f(s_i) ((|V_i(x)| + e) / (mean_j |V_j(x)| + e))^element,   sum_i w_i(x) = 1
+        theta_m(x) = theta_0(x) + scale * sum_i w_i(x) V_i(x)
+
+    with f(s) = (s/S)^layer, or exp(s / (temperature S)) with `weighting: softmax`. layer = element = 0 is the soup, 1
+    and 0 the layer level, 0 and 1 the parameter level, 1 and 1 hierarchical; a negative exponent trusts what moved
+    least. unit: what a layer is, `tensor`, `block`, or `row` of a matrix (a vector is one row). Checkpoints that name a
+    trajectory are merged with each other first, then the results with the deviations measured anew. A merged norm
+    above the soup's comes with element > 0.
+    """
+
+    base: ClassVar[Base] = "needed"
+
+    layer: float = 1.0
+    element: float = 1.0
+    power: Literal[1, 2] = 2
+    weighting: Literal["power", "softmax"] = "power"
+    temperature: float = 1.0
+    unit: Literal["tensor", "block", "row"] = "tensor"
+    scale: float = 1.0
+
+    @property
+    def by_rows(self) -> bool:
+        return self.unit == "row"
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise RecipeError(f"temperature is {self.temperature}", expected="a number above 0")
+
+    def prepare(self, job: Job) -> Combine:
+        runs = trajectories(job)
+        first = [_Level(self, job.weight_M[places], self._moved(job, _rows(places))) for places in runs]
+
+        def merged_runs(block: Block) -> Tensor:
+            return torch.stack([level(_rows(places)(block), block) for level, places in zip(first, runs, strict=True)])
+
+        weight_T = torch.stack([job.weight_M[places].mean() for places in runs])
+        second = _Level(self, weight_T, self._moved(job, merged_runs))
+        last, rows = (first[0], _rows(runs[0])) if len(runs) == 1 else (second, merged_runs)
+        job.report["effective_parents"] = {} if self.by_rows else last.effective()
+
+        def combine(block: Block) -> Tensor:
+            assert block.base_E is not None
+            return last(rows(block), block).mul_(self.scale).add_(block.base_E.double())
+
+        return combine
+
+    def _moved(self, job: Job, vectors: Vectors) -> dict[str, Tensor]:
+        """s [K] of every tensor: the power mean of |V| over its unit, in one pass; for rows a block says it."""
+        if self.by_rows:
+            return {}
+        sums = RowSums()
+        sizes: dict[str, int] = defaultdict(int)
+        with progress_bar("measuring deviations", sum(job.size(name) for name in job.names)) as bar:
+            for block in job.blocks():
+                key = self._unit(block.name)
+                sums.add(key, vectors(block).abs_().pow_(self.power))
+                sizes[key] += block.stop - block.start
+                bar.advance(block.stop - block.start)
+        moved = {
+            key: (torch.tensor(sums[key], dtype=torch.float64) / size) ** (1 / self.power)
+            for key, size in sizes.items()
+        }
+        return {name: moved[self._unit(name)] for name in job.names}
+
+    def _unit(self, name: str) -> str:
+        return name if self.unit == "tensor" else block_of(name)
+
+
+Vectors = Callable[[Block], Tensor]
+"""A block to task vectors [K, E]."""
+
+
+def _rows(places: Sequence[int]) -> Vectors:
+    return lambda block: block.delta_ME[list(places)]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of the fusion. weight_K: a; moved: s [K] by tensor name."""
+
+    how: DeltaGuided
+    weight_K: Tensor
+    moved: Mapping[str, Tensor]
+
+    def __call__(self, vector_KE: Tensor, block: Block) -> Tensor:
+        """sum_i w_i V_i [E]."""
+        if len(vector_KE) == 1:
+            return vector_KE[0]
+        width = len(vector_KE[0]) if not self.how.by_rows else block.shape[-1] if block.shape else 1
+        vector_KRW = vector_KE.view(len(vector_KE), -1, width)
+        if self.how.by_rows:
+            moved_KR = vector_KRW.abs().pow(self.how.power).mean(-1) ** (1 / self.how.power)
+        else:
+            moved_KR = self.moved[block.name][:, None]
+        share_KR = self.share(moved_KR)
+        if self.how.element == 0 or not moved_KR.any():
+            return (share_KR[..., None] * vector_KRW).sum(0).flatten()
+        floor_R1 = (_FLOOR * moved_KR.mean(0)).clamp_min(torch.finfo(moved_KR.dtype).tiny)[:, None]
+        size_KRW = vector_KRW.abs().add_(floor_R1)
+        weight_KRW = (size_KRW / size_KRW.mean(0)).pow_(self.how.element).mul_(share_KR[..., None])
+        return (weight_KRW * vector_KRW).sum(0).div_(weight_KRW.sum(0)).flatten()
+
+    def share(self, moved_KR: Tensor) -> Tensor:
+        """a_i f(s_i) of every unit, normalised; a_i alone where nothing moved."""
+        normalised(self.weight_K)  # refuses weights that sum to nothing
+        mean_R = moved_KR.mean(0)
+        relative_KR = torch.where(mean_R > 0, moved_KR / torch.where(mean_R > 0, mean_R, 1.0), 1.0)
+        if self.how.weighting == "softmax":
+            factor_KR = torch.softmax(relative_KR / self.how.temperature, 0)
+        else:
+            factor_KR = relative_KR.clamp_min(0.0 if self.how.layer >= 0 else _FLOOR) ** self.how.layer
+        share_KR = self.weight_K[:, None] * factor_KR
+        return share_KR / share_KR.sum(0)
+
+    def effective(self) -> dict[str, float]:
+        """exp of the entropy of the layer's weights: how many parents count, by tensor."""
+        found = {}
+        for name in self.moved:
+            share_K = self.share(self.moved[name][:, None])[:, 0]
+            found[name] = float(torch.exp(-torch.xlogy(share_K, share_K).sum()))
+        return found
+
+
+def trajectories(job: Job) -> list[list[int]]:
+    """Places of the parents by trajectory; a parent without one stands alone."""
+    found: dict[Any, list[int]] = {}
+    for place, parent in enumerate(job.parents):
+        found.setdefault(parent.trajectory if parent.trajectory is not None else place, []).append(place)
+    return list(found.values())

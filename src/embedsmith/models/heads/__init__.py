@@ -1,0 +1,1 @@
+"""Heads: what turns hidden states into dense, sparse and multi-vector representations."""

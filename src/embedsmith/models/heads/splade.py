@@ -1,0 +1,297 @@
+"""SPLADE-style sparse vectors: the weight of every word of the vocabulary, through the language-model head.
+
+    w_v = log(1 + relu( max_t z_tv )),   z = W f(h) + b,   max over the tokens that take part
+
+Sources: SPLADE v2 (Formal et al., 2021), max pooling. Of the V weights the `terms` largest are kept. [N, T, V] never
+exists: words are scored block by block beside a running best, and the backward pass goes only to the words and tokens
+that were chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.progress import log, quiet
+from embedsmith.core.reps import Sparse, in_fp32
+from embedsmith.core.tokens import PaddedTokens
+
+# The language-model head of a backbone, apart from its model: what SPLADE and masked auto-encoding are built on.
+#     z = W f(h) + b       f: the family's transform before the output layer; W: [V, H], as a rule the input embeddings
+# W is never copied where it is the backbone's own input embeddings: both are trained as one.
+
+
+class LmHead(nn.Module):
+    """`transform`: f, or none. `weight_VH`: an output layer of its own, or `None` for the backbone's input embeddings,
+    `embeddings`, which stay the backbone's: they are neither saved nor counted here."""
+
+    def __init__(
+        self, embeddings: nn.Module, transform: nn.Module | None, weight_VH: Tensor | None, bias_V: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.weight_VH = None if weight_VH is None else nn.Parameter(weight_VH)
+        self.bias_V = None if bias_V is None else nn.Parameter(bias_V)
+        self._embeddings = (embeddings,)  # a tuple: no submodule
+
+    @property
+    def output_VH(self) -> Tensor:
+        """W."""
+        if self.weight_VH is not None:
+            return self.weight_VH
+        tied_VH: Tensor = self._embeddings[0].weight  # type: ignore[assignment]
+        return tied_VH
+
+    def states(self, hidden_NTH: Tensor) -> Tensor:
+        """f(h), in fp32."""
+        state_NTH: Tensor = in_fp32(hidden_NTH) if self.transform is None else self.transform(in_fp32(hidden_NTH))
+        return state_NTH
+
+
+def new_lm_head(folder: Path, backbone: Any, trust_remote_code: bool = False) -> LmHead:
+    """The head of the language model in `folder`; where that has none, the input embeddings without a transform.
+
+    Errors: `ModelError` for a family whose head computes more than W f(h) + b (a cap or scale on its scores).
+    """
+    kind = _kind(backbone.config)
+    with quiet():
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    prefix = f"{model.base_model_prefix}."
+    if [key for key in report["missing_keys"] if not key.startswith(prefix)]:
+        log.warning("%s has no language-model head: the input embeddings take its place, to be trained", folder)
+        words = backbone.get_input_embeddings().weight
+        return LmHead(backbone.get_input_embeddings(), None, None, torch.zeros(len(words)))
+    head = _split(model.eval(), backbone)
+    return head.requires_grad_(True)
+
+
+def save_lm_head(path: Path, parts: Mapping[str, nn.Module], about: Mapping[str, str]) -> None:
+    """Modules, the head among them under `lm`, in one safetensors file. Bytes first: a full disk is then named."""
+    tensors = {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name, part in parts.items()
+        for key, tensor in part.state_dict().items()
+    }
+    head = parts["lm"]
+    assert isinstance(head, LmHead)
+    told = {"transform": "none" if head.transform is None else "family", **about}
+    path.write_bytes(save(tensors, metadata=told))
+
+
+def read_lm_head(path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], dict[str, str]]:
+    """The head in a file, the other tensors there, and what the file says of itself.
+
+    Errors: `ModelError` for a damaged file, or one of another family or size.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read this head ({error})", where=path, fix="copy the file again") from error
+    own = {name.removeprefix("lm."): tensor for name, tensor in tensors.items() if name.startswith("lm.")}
+    transform = None
+    if about.get("transform") == "family":
+        with quiet(), torch.device("meta"):
+            transform = _parts(_kind(backbone.config).from_config(backbone.config))[1]
+    head = LmHead(backbone.get_input_embeddings(), transform, own.get("weight_VH"), own.get("bias_V"))
+    try:
+        head.load_state_dict(own, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"this head belongs to another model: {error}", where=path) from error
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm.")}
+    return head.requires_grad_(True), others, about
+
+
+def _kind(config: Any) -> Any:
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForMaskedLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    raise ModelError(f"the family {config.model_type!r} has no language model", expected="an encoder or a decoder")
+
+
+def _parts(model: Any) -> tuple[nn.Module, nn.Module | None]:
+    """The output layer, and the transform before it (cut loose from it; `None` where there is none)."""
+    output, holder = _output(model)
+    if holder:  # BERT's cls.predictions, RoBERTa's lm_head: the transform with the output layer at its end
+        transform = model.get_submodule(holder)
+        setattr(transform, next(name for name, child in transform.named_children() if child is output), nn.Identity())
+        transform._parameters.pop("bias", None)  # the output layer's, under a second name
+        return output, transform
+    children = dict(model.named_children())
+    if "vocab_transform" in children:  # DistilBERT
+        steps = (children[name] for name in ("vocab_transform", "activation", "vocab_layer_norm"))
+        return output, nn.Sequential(*steps)
+    return output, children.get("head")  # ModernBERT; decoders have none
+
+
+def _output(model: Any) -> tuple[nn.Module, str]:
+    """The output layer, and the path of the module that holds it, empty for the model itself."""
+    output = model.get_output_embeddings()
+    path = next(name for name, module in model.named_modules() if module is output)
+    return output, path.rpartition(".")[0]
+
+
+def masked_model(head: LmHead, backbone: Any) -> Any | None:
+    """The whole masked-language model of a head and its backbone, on the CPU, as its family saves it; `None` where
+    the family has none, or the head is not of its form."""
+    kind = _kind(backbone.config)
+    if kind is not AutoModelForMaskedLM or head.transform is None:
+        return None
+    with quiet():
+        model = kind.from_config(backbone.config, dtype=torch.float32)
+    own = {name: tensor.detach().cpu().float() for name, tensor in backbone.state_dict().items()}
+    known = model.base_model.state_dict().keys()
+    model.base_model.load_state_dict({name: tensor for name, tensor in own.items() if name in known})
+    with torch.no_grad():
+        output: Any = model.get_output_embeddings()
+        if head.bias_V is not None:
+            output.bias.copy_(head.bias_V.cpu())
+        if head.weight_VH is not None:
+            output.weight.copy_(head.weight_VH.cpu())
+    into: Any = _transform_of(model)
+    into.load_state_dict({name: tensor.cpu() for name, tensor in head.transform.state_dict().items()}, strict=False)
+    return model.eval()
+
+
+def _transform_of(model: Any) -> nn.Module:
+    """The transform where it stands, with the output layer in it."""
+    _, holder = _output(model)
+    if holder:
+        inside: nn.Module = model.get_submodule(holder)
+        return inside
+    found = _parts(model)[1]
+    assert found is not None
+    return found
+
+
+def _split(model: Any, backbone: Any) -> LmHead:
+    """The head of a whole language model, proven on it."""
+    id_NT = torch.arange(min(8, model.config.get_text_config().vocab_size))[None]
+    with torch.no_grad():
+        expected_NTV = model(input_ids=id_NT).logits
+        hidden_NTH = model.base_model(input_ids=id_NT).last_hidden_state
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    found, transform = _parts(model)
+    output: Any = found
+    table, weight_VH, bias = backbone.get_input_embeddings(), output.weight.detach(), output.bias
+    head = LmHead(table, transform, None if tied else weight_VH, None if bias is None else bias.detach())
+    with torch.no_grad():
+        logit_NTV = torch.nn.functional.linear(head.states(hidden_NTH), weight_VH, bias)
+    if not torch.allclose(logit_NTV, expected_NTV, atol=1e-3, rtol=1e-3):
+        raise ModelError(
+            f"{type(model).__name__} does more with its scores than a linear layer",
+            fix="use the lexical sparse head: sparse=lexical",
+        )
+    if head.bias_V is not None and len(head.bias_V) < len(head.output_VH):  # words were added
+        more = len(head.output_VH) - len(head.bias_V)
+        head.bias_V = nn.Parameter(torch.nn.functional.pad(head.bias_V.detach(), (0, more)))
+    return head
+
+
+SPLADE_FILE = "splade_head.safetensors"
+TERMS = 256
+"""Words a text may have, unless a recipe says otherwise."""
+_NUMBERS = 2**23  # scores alive at once: 32 MB
+_TERMS_AT_ONCE = 2048  # rows of W that the backward pass copies together
+
+
+class SpladeHead(nn.Module):
+    """`terms`: how many words a text may have."""
+
+    def __init__(self, lm: LmHead, terms: int = TERMS) -> None:
+        super().__init__()
+        self.lm = lm
+        self.terms = terms
+
+    def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
+        score_NK, word_NK = top_words(
+            self.lm.states(hidden_NTH), self.lm.output_VH, self.lm.bias_V, part_NT, self.terms
+        )
+        return Sparse(word_NK, torch.log1p(torch.relu(score_NK)))
+
+    def save(self, root: Path) -> None:
+        save_lm_head(root / SPLADE_FILE, {"lm": self.lm}, {"terms": str(self.terms)})
+
+
+def build_splade(folder: Path, base: Path, backbone: Any, terms: int | None, trust_remote_code: bool) -> SpladeHead:
+    """The head in `folder`, or a new one of the language model in `base`."""
+    if terms is not None and terms < 1:
+        raise ModelError(f"sparse_terms={terms}", expected="at least 1")
+    if not (folder / SPLADE_FILE).exists():
+        return SpladeHead(new_lm_head(base, backbone, trust_remote_code), terms or TERMS)
+    lm, _, about = read_lm_head(folder / SPLADE_FILE, backbone)
+    return SpladeHead(lm, terms or int(about.get("terms", TERMS)))
+
+
+def top_words(
+    state_NTH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, part_NT: Tensor, terms: int
+) -> tuple[Tensor, Tensor]:
+    """score_NK and word_NK of the K = min(terms, V) words with the largest max_t (W state_t + b)_v; -inf where a row
+    has no tokens. The gradient goes to the token that had the maximum (the first of equal ones)."""
+    bias_V = state_NTH.new_zeros(len(weight_VH)) if bias_V is None else bias_V
+    score_NK, word_NK = _TopWords.apply(state_NTH, weight_VH, bias_V, part_NT, terms)  # type: ignore[no-untyped-call]
+    return score_NK, word_NK
+
+
+class _TopWords(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, state_NTH: Tensor, weight_VH: Tensor, bias_V: Tensor, part_NT: Tensor, terms: int
+    ) -> tuple[Tensor, Tensor]:
+        score_NK, word_NK, token_NK = _search(state_NTH, weight_VH, bias_V, part_NT, terms)
+        ctx.save_for_backward(state_NTH, weight_VH, bias_V, word_NK, token_NK)
+        ctx.mark_non_differentiable(word_NK)
+        return score_NK, word_NK
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        state_NTH, weight_VH, bias_V, word_NK, token_NK = ctx.saved_tensors
+        pull_NK = gradients[0]
+        to_state = torch.zeros_like(state_NTH) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        to_bias = None
+        if ctx.needs_input_grad[2]:
+            to_bias = torch.zeros_like(bias_V).index_add_(0, word_NK.flatten(), pull_NK.flatten())
+        for row in range(len(state_NTH)):
+            chosen_K = pull_NK[row].nonzero()[:, 0]
+            for some_K in chosen_K.split(_TERMS_AT_ONCE):
+                word_K, token_K, pull_K1 = word_NK[row, some_K], token_NK[row, some_K], pull_NK[row, some_K, None]
+                if to_state is not None:
+                    to_state[row].index_add_(0, token_K, pull_K1 * in_fp32(weight_VH[word_K]))
+                if to_weight is not None:
+                    to_weight.index_add_(0, word_K, (pull_K1 * state_NTH[row, token_K]).to(weight_VH.dtype))
+        return to_state, to_weight, to_bias, None, None
+
+
+def _search(
+    state_NTH: Tensor, weight_VH: Tensor, bias_V: Tensor, part_NT: Tensor, terms: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """score_NK, word_NK, token_NK of the best words, a block of the vocabulary at a time."""
+    rows, tokens = part_NT.shape
+    size = max(_NUMBERS // max(rows * tokens, 1), 64)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for start in range(0, len(weight_VH), size):
+        score_NTB = state_NTH @ in_fp32(weight_VH[start : start + size]).T
+        score_NTB.masked_fill_(~part_NT[..., None], float("-inf"))
+        score_NB, token_NB = score_NTB.max(1)
+        score_NB += bias_V[start : start + size]
+        word_NB = torch.arange(start, start + score_NB.shape[1], device=token_NB.device).expand_as(token_NB)
+        found = (score_NB, word_NB, token_NB)
+        joined = found if best is None else tuple(torch.cat(pair, 1) for pair in zip(best, found, strict=True))
+        score_NK, place_NK = joined[0].topk(min(terms, joined[0].shape[1]), dim=1)
+        best = score_NK, joined[1].gather(1, place_NK), joined[2].gather(1, place_NK)
+    assert best is not None
+    return best

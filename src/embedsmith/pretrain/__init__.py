@@ -1,0 +1,1 @@
+"""Pre-training objectives that need more than representations: RetroMAE and MNTP."""

@@ -1,0 +1,105 @@
+"""Masked next-token prediction: a decoder made bidirectional learns to use what comes after, an output `mntp`.
+
+A fifth of a text's words are hidden by BERT's rule (80 % the mask token, 10 % another word, 10 % as they are), and each
+is predicted from the state one place before it, where a decoder is used to predict it:
+
+    number_N2 = (sum over hidden tokens i of -log softmax(W h_{i-1})_{id_i}, number of hidden tokens)
+
+so that the loss `mntp` is exact over chunks and ranks. W is the language model's own output layer. Tokenizers without a
+mask token lend "_". The head is a stage's: whoever loads the folder without naming it leaves it out.
+
+Source: LLM2Vec (BehnamGhader et al., 2024), section 2.1; a fifth is its code's share for most families (Mistral: 80 %,
+always the mask token).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.heads.splade import LmHead, new_lm_head, read_lm_head, save_lm_head
+
+if TYPE_CHECKING:
+    from embedsmith.models.embedder import Embedder
+
+
+MNTP = "mntp"
+MNTP_FILE = "mntp_head.safetensors"
+SHARE = 0.2
+_SCORES = 2**23  # vocabulary scores alive at once: 32 MB
+
+
+class MntpHead(nn.Module):
+    """The language model's output layer, and what hides a word."""
+
+    special_S: Tensor
+
+    def __init__(self, lm: LmHead, tokenizer: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        self.mask_id = _mask_id(tokenizer)
+        self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
+
+    def forward(self, model: Embedder, padded: PaddedTokens) -> Dense:
+        """number_N2: the sum of the hidden tokens' cross-entropies, and how many there are."""
+        hidden_NT = hidden_words(padded, self.special_S)
+        shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
+        state_NTH = model._states(shown, all_layers=False).last_hidden_state
+        with torch.autocast(state_NTH.device.type, enabled=False):
+            return Dense(self._sums(state_NTH[:, :-1], padded.id_NT[:, 1:], hidden_NT[:, 1:]))
+
+    def _replaced(self, id_NT: Tensor, hidden_NT: Tensor) -> Tensor:
+        dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
+        word_NT = torch.randint(len(self.lm.output_VH), id_NT.shape, device=id_NT.device)
+        shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), self.mask_id, id_NT)
+        return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
+
+    def _sums(self, state_NTH: Tensor, id_NT: Tensor, chosen_NT: Tensor) -> Tensor:
+        """A few tokens at a time, computed again in the backward pass: [N, T, V] never exists."""
+        size = max(_SCORES // len(self.lm.output_VH), 1)
+        parts = zip(state_NTH[chosen_NT].split(size), id_NT[chosen_NT].split(size), strict=True)
+        values = [
+            checkpoint(self._cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+        ]
+        total_N = 0.0 * in_fp32(state_NTH).sum((1, 2))  # connected where nothing is hidden
+        total_N = total_N.index_add(0, chosen_NT.nonzero()[:, 0], torch.cat(values)) if values else total_N
+        return torch.stack([total_N, chosen_NT.sum(1).to(total_N.dtype)], 1)
+
+    def _cross_entropy(self, state_SH: Tensor, id_S: Tensor) -> Tensor:
+        logit_SV = F.linear(self.lm.states(state_SH), in_fp32(self.lm.output_VH), self.lm.bias_V)
+        return F.cross_entropy(logit_SV, id_S, reduction="none")
+
+    def save(self, root: Path) -> None:
+        save_lm_head(root / MNTP_FILE, {"lm": self.lm}, {})
+
+
+def hidden_words(padded: PaddedTokens, special_S: Tensor) -> Tensor:
+    """hidden_NT: each word with chance `SHARE`; never a special token, nor the first token, which nothing precedes."""
+    word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, special_S)
+    word_NT[:, 0] = False
+    word_NT[:, 1:] &= padded.mask_NT[:, :-1]
+    return word_NT & (torch.rand(word_NT.shape, device=word_NT.device) < SHARE)
+
+
+def build_mntp(folder: Path, base: Path, backbone: Any, tokenizer: Any, trust_remote_code: bool) -> MntpHead:
+    """The head in `folder`, else that of the language model in `base`. Errors: `ModelError` of `lm_head`."""
+    saved = folder / MNTP_FILE
+    lm = read_lm_head(saved, backbone)[0] if saved.exists() else new_lm_head(base, backbone, trust_remote_code)
+    return MntpHead(lm, tokenizer)
+
+
+def _mask_id(tokenizer: Any) -> int:
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    found = tokenizer.get_vocab().get("_")
+    if found is None:
+        raise ModelError("the tokenizer has neither a mask token nor the word '_'", expected="one of them, for mntp")
+    return int(found)

@@ -1,0 +1,201 @@
+"""RetroMAE: masked auto-encoding as pre-training for retrieval, an output `retromae` of a BERT-like encoder.
+
+The encoder reads a text with 30 % of its words masked and predicts them (MLM). The state c of its CLS goes to a decoder
+of one layer, which must say the whole text from it:
+
+    queries: embedding layer of c at every position        keys and values: c, then the clean word embeddings
+    position i sees c and its own random half of the words, never itself
+    loss of a text = MLM cross-entropy + decoder cross-entropy over every token but the first and the last
+
+The output holds the sums of both cross-entropies and the numbers of tokens, so that the loss `retromae` is exact over
+chunks and ranks. The decoder is kept in checkpoints, and dropped by whoever loads the folder without naming the head.
+
+Sources: RetroMAE (Xiao et al., 2022) with enhanced decoding, as in FlagEmbedding's code, by which M3-Embedding was
+pre-trained; ratios are that code's defaults (M3's own are not published). Word pieces that begin with ## follow the
+word before them; for other tokenizers every piece is a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.heads.splade import LmHead, new_lm_head, read_lm_head, save_lm_head
+from embedsmith.models.pooling import first_index, last_index
+
+if TYPE_CHECKING:
+    from embedsmith.models.embedder import Embedder
+
+
+RETROMAE = "retromae"
+RETROMAE_FILE = "retromae_head.safetensors"
+ENCODER_SHARE, DECODER_SHARE = 0.3, 0.5
+_POOL = 128  # masks of a text from which positions draw theirs
+_SCORES = 2**23  # vocabulary scores alive at once: 32 MB
+
+
+class RetroMaeHead(nn.Module):
+    """The language-model head, and the decoder with its weights. `follows_V`: pieces that belong to the word before."""
+
+    follows_V: Tensor
+    special_S: Tensor
+
+    def __init__(self, lm: LmHead, width: int, heads: int, tokenizer: Any, vocabulary: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.decoder = DecoderLayer(width, heads)
+        self.mask_id = _mask_id(tokenizer)
+        follows_V = torch.zeros(vocabulary, dtype=torch.bool)
+        for piece, number in tokenizer.get_vocab().items():
+            follows_V[number] = piece.startswith("##")
+        self.register_buffer("follows_V", follows_V, persistent=False)
+        self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
+
+    def forward(self, model: Embedder, padded: PaddedTokens) -> Dense:
+        """number_N4: cross-entropy sum and count of the masked tokens, the same of the decoder's."""
+        word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, self.special_S)
+        hidden_NT = random_words(word_NT, self._group(padded.id_NT), ENCODER_SHARE)
+        shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
+        state_NTH = model.backbone(
+            input_ids=shown.id_NT, attention_mask=model._attention_mask(shown), return_dict=True
+        ).last_hidden_state
+        column_N = torch.arange(len(state_NTH), device=state_NTH.device)
+        sentence_NH = state_NTH[column_N, first_index(padded.mask_NT)]
+        said_NTH, target_NT = self._decode(model.backbone, padded, sentence_NH)
+        with torch.autocast(state_NTH.device.type, enabled=False):
+            pairs = (self._losses(state_NTH, padded.id_NT, hidden_NT), self._losses(said_NTH, padded.id_NT, target_NT))
+        return Dense(torch.stack([number_N for pair in pairs for number_N in pair], 1))
+
+    def _group(self, id_NT: Tensor) -> Tensor:
+        """The number of the word a token belongs to."""
+        return (~self.follows_V[id_NT]).long().cumsum(1)
+
+    def _replaced(self, id_NT: Tensor, hidden_NT: Tensor) -> Tensor:
+        """BERT's rule: of the hidden tokens 80 % are [MASK], 10 % another word, 10 % as they are."""
+        dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
+        word_NT = torch.randint(len(self.follows_V), id_NT.shape, device=id_NT.device)
+        shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), self.mask_id, id_NT)
+        return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
+
+    def _decode(self, backbone: Any, padded: PaddedTokens, sentence_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's states, and which tokens it has to say."""
+        length = padded.id_NT.shape[1]
+        query_NTH = backbone.embeddings(inputs_embeds=sentence_NH[:, None].expand(-1, length, -1))
+        clean_NTH = backbone.embeddings(input_ids=padded.id_NT)
+        memory_NTH = torch.cat([sentence_NH[:, None], clean_NTH[:, 1:]], 1)
+        column_T = torch.arange(length, device=sentence_NH.device)
+        ends_NT = column_T == last_index(padded.mask_NT)[:, None]
+        target_NT = padded.mask_NT & ~ends_NT & (column_T > 0)
+        return self.decoder(query_NTH, memory_NTH, self._visible(padded)), target_NT
+
+    def _visible(self, padded: PaddedTokens) -> Tensor:
+        """see_NTU: position t sees u. Every position draws one of the text's masks; c, at 0, is always seen."""
+        rows, length = padded.id_NT.shape
+        count = min(length, _POOL)
+        word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, self.special_S)
+        group_NT = self._group(padded.id_NT)
+        many = [tensor.repeat_interleave(count, 0) for tensor in (word_NT, group_NT)]
+        hidden_NPU = random_words(many[0], many[1], DECODER_SHARE).view(rows, count, length)
+        drawn_NT = torch.randint(count, (rows, length), device=padded.id_NT.device)
+        see_NTU = padded.mask_NT[:, None, :] & ~hidden_NPU.gather(1, drawn_NT[..., None].expand(-1, -1, length))
+        see_NTU = see_NTU & ~torch.eye(length, dtype=torch.bool, device=see_NTU.device)
+        see_NTU[:, :, 0] = True
+        return see_NTU
+
+    def _losses(self, state_NTH: Tensor, id_NT: Tensor, chosen_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_N and count_N of the cross-entropy at the chosen tokens, a few tokens at a time, computed again in the
+        backward pass: [N, T, V] never exists."""
+        words = self.lm.output_VH.shape[0]
+        parts = zip(*(x.split(max(_SCORES // words, 1)) for x in (state_NTH[chosen_NT], id_NT[chosen_NT])), strict=True)
+        values = [
+            checkpoint(self._cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+        ]
+        row_S = chosen_NT.nonzero()[:, 0]
+        total_N = torch.zeros(len(id_NT), device=id_NT.device, dtype=values[0].dtype if values else torch.float32)
+        total_N = total_N.index_add(0, row_S, torch.cat(values)) if values else total_N + 0 * state_NTH.sum()
+        return total_N, chosen_NT.sum(1).to(total_N.dtype)
+
+    def _cross_entropy(self, state_SH: Tensor, id_S: Tensor) -> Tensor:
+        logit_SV = F.linear(self.lm.states(state_SH), in_fp32(self.lm.output_VH), self.lm.bias_V)
+        return F.cross_entropy(logit_SV, id_S, reduction="none")
+
+    def save(self, root: Path) -> None:
+        save_lm_head(root / RETROMAE_FILE, {"lm": self.lm, "decoder": self.decoder}, {})
+
+
+class DecoderLayer(nn.Module):
+    """One post-norm transformer layer whose queries and memory differ, as BERT's initialised."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, query_NTH: Tensor, memory_NTH: Tensor, see_NTU: Tensor) -> Tensor:
+        parts = (self.query(query_NTH), self.key(memory_NTH), self.value(memory_NTH))
+        split = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
+        mixed = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=see_NTU[:, None])
+        state_NTH = self.norms[0](query_NTH + self.out(mixed.transpose(1, 2).flatten(2)))
+        made_NTH: Tensor = self.norms[1](state_NTH + self.narrow(F.gelu(self.wide(state_NTH))))
+        return made_NTH
+
+
+def random_words(word_NT: Tensor, group_NT: Tensor, share: float) -> Tensor:
+    """hidden_NT: whole words in random order, as long as they fit into `share` of the row's word tokens (at least
+    one token). `group_NT` numbers the words of a row."""
+    size = group_NT.shape[1] + 1
+    order_NG = torch.rand(len(group_NT), size, device=group_NT.device)
+    value_NT = order_NG.gather(1, group_NT).masked_fill(~word_NT, 2.0)
+    place_NT = value_NT.argsort(1).argsort(1)
+    last_NG = torch.zeros(len(group_NT), size, dtype=torch.int64, device=group_NT.device)
+    last_NG = last_NG.scatter_reduce(1, group_NT, place_NT.masked_fill(~word_NT, -1), "amax")
+    first_NG = torch.full_like(last_NG, size).scatter_reduce(
+        1, group_NT, place_NT.masked_fill(~word_NT, size), "amin", include_self=True
+    )
+    wanted_N1 = (word_NT.sum(1, keepdim=True) * share).round().clamp_min(1)
+    whole_NT = last_NG.gather(1, group_NT) < wanted_N1
+    first_word_NT = first_NG.gather(1, group_NT) == 0  # a first word longer than all that is wanted
+    return word_NT & (whole_NT | first_word_NT)
+
+
+def build_retromae(folder: Path, base: Path, backbone: Any, tokenizer: Any, trust_remote_code: bool) -> RetroMaeHead:
+    """The head in `folder`, or a new one. Errors: `ModelError` for a family whose embedding layer cannot be used."""
+    config = backbone.config
+    if config.model_type not in ("bert", "roberta", "xlm-roberta", "camembert"):
+        raise ModelError(
+            f"retromae of {type(backbone).__name__}",
+            expected="a BERT, RoBERTa or XLM-RoBERTa, with absolute positions",
+            fix="leave this stage out",
+        )
+    _mask_id(tokenizer)
+    saved = folder / RETROMAE_FILE
+    found = read_lm_head(saved, backbone) if saved.exists() else None
+    lm = new_lm_head(base, backbone, trust_remote_code) if found is None else found[0]
+    head = RetroMaeHead(lm, config.hidden_size, config.num_attention_heads, tokenizer, len(lm.output_VH))
+    if found is not None:
+        state = {name.removeprefix("decoder."): tensor for name, tensor in found[1].items()}
+        try:
+            head.decoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"this decoder belongs to another model: {error}", where=saved) from error
+    return head
+
+
+def _mask_id(tokenizer: Any) -> int:
+    if tokenizer.mask_token_id is None:
+        raise ModelError("the tokenizer has no mask token", expected="one, for retromae")
+    return int(tokenizer.mask_token_id)

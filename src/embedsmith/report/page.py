@@ -1,0 +1,259 @@
+"""The page around a report: headings, tables, texts and places for charts; styles and scripts are inside the file."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from typing import Any
+
+from embedsmith.core.errors import MissingExtraError
+from embedsmith.evaluate.model_geometry import MEANING
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading with its content, which is HTML already. `key` is its anchor."""
+
+    key: str
+    title: str
+    body: str
+
+
+def page(title: str, lead: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
+    """The whole document. Errors: `MissingExtraError` where a chart is wanted and plotly is not installed."""
+    shown = [section for section in sections if section.body]
+    links = "".join(f'<a href="#{section.key}">{html.escape(section.title)}</a>' for section in shown)
+    parts = "".join(
+        f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>{section.body}</section>'
+        for section in shown
+    )
+    words = "".join(f"<p>{paragraph}</p>" for paragraph in summary)
+    words = f'<div class="summary">{words}</div>' if words else ""
+    script = f"<script>{plotly_script()}</script><script>{_DRAW}</script>" if 'class="chart"' in parts else ""
+    return _PAGE.format(
+        title=html.escape(title),
+        lead=html.escape(lead),
+        style=_STYLE,
+        links=links,
+        words=words,
+        parts=parts,
+        script=script,
+    )
+
+
+def plotly_script() -> str:
+    """plotly.js as text. Errors: `MissingExtraError`."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise MissingExtraError("plotly", "report") from error
+    return str(get_plotlyjs()).replace("</script", "<\\/script")
+
+
+def chart(
+    data: Sequence[dict[str, Any]], *, title: str, x: str = "", y: str = "", height: int = 340, **layout: Any
+) -> str:
+    """A plotly figure by its traces; colours and sizes come from the page."""
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    for name, more in layout.items():
+        axes[name] = {**axes.get(name, {}), **more} if isinstance(more, dict) else more
+    spec = json.dumps({"data": list(data), "layout": {"height": height, **axes}}, allow_nan=False).replace(
+        "<", "\\u003c"
+    )
+    return (
+        f'<figure><figcaption>{html.escape(title)}</figcaption><div class="chart" style="height:{height}px"></div>'
+        f'<script type="application/json">{spec}</script></figure>'
+    )
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1, numbers_to: int | None = None
+) -> str:
+    """A table that scrolls sideways where it does not fit. Cells are HTML; columns from `numbers_from` to before
+    `numbers_to` (the end by default) are aligned to the right."""
+    stop = len(head) if numbers_to is None else numbers_to
+    if not rows:
+        return ""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = (" class=n" if numbers_from <= place < stop else "" for place in range(len(cells)))
+        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds))
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    names = line([html.escape(name) for name in head], "th")
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def finite(values: Sequence[float]) -> list[float | None]:
+    """Numbers as JSON has them: what is not finite is a gap in a chart."""
+    return [float(value) if value == value and abs(value) != float("inf") else None for value in values]
+
+
+def fold(title: str, body: str, *, opened: bool = False) -> str:
+    return f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>{body}</details>"
+
+
+def code(text: str) -> str:
+    return f"<pre><code>{html.escape(text)}</code></pre>"
+
+
+_STYLE = """
+:root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d2125;--soft:#5d666f;--line:#e2ddd5;--accent:#0b6e69;
+--good:#1a7f4b;--bad:#b3372f}
+@media (prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1c2024;--ink:#e6e4e0;--soft:#9aa4ad;--line:#30363c;
+--accent:#5cc7bf;--good:#63c78d;--bad:#ee8077}}
+*{box-sizing:border-box}html{scroll-behavior:smooth;scroll-padding-top:3.4rem;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+header,main{max-width:1080px;margin:0 auto;padding:0 20px}header{padding-top:28px}
+h1{font-size:1.6rem;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}.lead{color:var(--soft);margin:0 0 14px;
+overflow-wrap:anywhere}
+.summary{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--accent);border-radius:8px;
+padding:4px 18px;margin:0 0 16px}.summary p{margin:.6rem 0}
+nav{position:sticky;top:0;z-index:5;background:var(--bg);border-bottom:1px solid var(--line)}
+nav div{max-width:1080px;margin:0 auto;padding:8px 20px;display:flex;gap:6px 16px;overflow-x:auto;white-space:nowrap}
+nav a{color:var(--accent);text-decoration:none;font-size:.92rem}nav a:hover{text-decoration:underline}
+section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 18px 18px;margin:18px 0}
+h2{font-size:1.15rem;margin:.2rem 0 .8rem}h3{font-size:1rem;margin:1.1rem 0 .4rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:14px}
+figure{margin:0;min-width:0}figcaption{font-weight:600;font-size:.92rem;margin:6px 0 2px}
+.chart{width:100%;min-width:0;overflow:hidden}
+.wide{overflow-x:auto}.charts+.wide{margin-top:18px}table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}th{color:var(--soft);
+font-weight:600}.n{text-align:right;white-space:nowrap}.good{color:var(--good)}.bad{color:var(--bad)}.soft{color:var(--soft)}
+details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:0 12px}summary{cursor:pointer;padding:8px 0;
+overflow-wrap:anywhere}
+.text{margin:4px 0 10px;padding-left:10px;border-left:3px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
+.label{color:var(--soft);font-size:.85rem;margin:8px 0 0}pre{overflow:auto;max-height:26rem;font-size:.84rem;
+line-height:1.45;margin:6px 0}
+footer{max-width:1080px;margin:0 auto;padding:6px 20px 40px;color:var(--soft);font-size:.85rem}
+@media (max-width:600px){header,main{padding-left:12px;padding-right:12px}section{padding:10px 12px 14px}
+h1{font-size:1.3rem}nav div{padding:8px 12px}th,td{padding:5px 7px}}
+"""
+
+_DRAW = """
+(function(){
+const dark=window.matchMedia('(prefers-color-scheme: dark)');
+function theme(){const s=getComputedStyle(document.documentElement),v=n=>s.getPropertyValue(n).trim();
+return {ink:v('--ink'),soft:v('--soft'),line:v('--line'),card:v('--card')};}
+function styled(layout){const t=theme(),phone=window.innerWidth<600,out=Object.assign({},layout);
+const axis={gridcolor:t.line,zerolinecolor:t.line,linecolor:t.line,automargin:true};
+for(const k of Object.keys(layout).filter(k=>/^[xy]axis/.test(k)))out[k]=Object.assign({},axis,layout[k]);
+return Object.assign({paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)',font:{color:t.ink,size:phone?11:12},
+margin:{l:8,r:8,t:8,b:8},hoverlabel:{bgcolor:t.card,font:{color:t.ink}},
+legend:{orientation:'h',x:0,y:1.02,yanchor:'bottom',font:{size:phone?10:11}},
+colorway:dark.matches?['#5cc7bf','#f0a35e','#9db7f5','#ee8fb0','#b5cf6b','#c9a8f0','#e6d36b','#8fd0ee']
+:['#0b7a74','#c2570c','#3d5fc0','#b0316a','#5a7d12','#7a45b8','#8f7500','#1f7aa8']},out);}
+const charts=[...document.querySelectorAll('.chart')].map(node=>({node,
+spec:JSON.parse(node.parentNode.querySelector('script').textContent)}));
+function draw(){for(const c of charts)Plotly.react(c.node,c.spec.data,styled(c.spec.layout),
+{responsive:true,displaylogo:false,displayModeBar:false});}
+draw();dark.addEventListener('change',draw);
+document.querySelectorAll('details').forEach(d=>d.addEventListener('toggle',()=>{
+d.querySelectorAll('.chart').forEach(n=>Plotly.Plots.resize(n));}));
+})();
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,"><style>{style}</style></head><body>
+<header><h1>{title}</h1><p class="lead">{lead}</p>{words}</header>
+<nav><div>{links}</div></nav><main>{parts}</main>
+<footer>Made with embedsmith. This file needs no network.</footer>
+{script}</body></html>
+"""
+
+
+# Sections about geometry and about where a report was made.
+
+_PACKAGES = ("embedsmith", "torch", "transformers", "accelerate", "numpy", "sentence-transformers", "mteb")
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the report and for whoever repeats the run."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment_section(saved: Mapping[str, Any] | None) -> Section:
+    """What was saved with the run; without it, what there is now."""
+    rows = [[html.escape(str(k)), html.escape(str(v))] for k, v in (saved or environment()).items()]
+    note = "" if saved is not None else '<p class="soft">Of the machine that made this report.</p>'
+    return Section("environment", "Environment", note + table(("what", "version"), rows, numbers_from=9))
+
+
+def geometry_section(looks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Section:
+    """Numbers and pictures of each model's space, given as `Geometry.as_dict()`."""
+    measures = dict.fromkeys(key for look in looks for key in look["geometry"])
+    rows = [
+        [html.escape(key), *(_number(look["geometry"].get(key)) for look in looks), _meaning(key)] for key in measures
+    ]
+    body = '<p class="soft">The token measures are reconstructed: CoDiEmb names them without formulas.</p>'
+    pictures = [_spectra(looks, names), _cosines(looks, names), _widths(looks, names), _variances(looks, names)]
+    body += f'<div class="charts">{"".join(pictures)}</div>' + table(
+        ("measure", *names, "what it says"), rows, 1, 1 + len(names)
+    )
+    return Section("geometry", "Geometry", body)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _meaning(key: str) -> str:
+    if key.startswith("width/"):
+        return f'<span class="soft">neighbours kept by the first {key.split("/")[1]} numbers</span>'
+    return f'<span class="soft">{html.escape(MEANING.get(key, ""))}</span>'
+
+
+def _spectra(looks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    traces = [
+        {"type": "scatter", "mode": "lines", "name": name, "x": list(range(1, len(s) + 1)), "y": finite(s)}
+        for name, s in (
+            (name, [v if v > 1e-8 else math.nan for v in look["spectrum"]]) for name, look in zip(names, looks)
+        )
+    ]
+    title = "Spectrum: variance along each principal direction"
+    return chart(traces, title=title, x="direction", y="share", yaxis={"type": "log", "exponentformat": "power"})
+
+
+def _cosines(looks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    traces = []
+    for name, look in zip(names, looks, strict=True):
+        edges, counts = look["histograms"]["edges"], look["histograms"]
+        middle = [(a + b) / 2 for a, b in pairwise(edges)]
+        for key, label in (("random", "any two texts"), ("pairs", "texts that belong together")):
+            if sum(counts[key]) > 0:
+                total = sum(counts[key])
+                line = {"type": "scatter", "mode": "lines", "line": {"dash": "solid" if key == "random" else "dot"}}
+                y = [count / total for count in counts[key]]
+                traces.append({**line, "name": f"{name}: {label}", "x": middle, "y": y})
+    return chart(traces, title="Cosines", x="cosine", y="share")
+
+
+def _widths(looks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    traces = []
+    for name, look in zip(names, looks, strict=True):
+        kept = sorted((int(k.split("/")[1]), v) for k, v in look["geometry"].items() if k.startswith("width/"))
+        line = {"type": "scatter", "mode": "lines+markers", "name": name}
+        traces.append({**line, "x": [str(width) for width, _ in kept], "y": finite([v for _, v in kept])})
+    title = "Matryoshka: neighbours kept at each width"
+    return chart(traces, title=title, x="numbers kept", y="share of neighbours", xaxis={"type": "category"})
+
+
+def _variances(looks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    traces = [
+        {"type": "scatter", "mode": "lines", "name": name, "y": finite(sorted(look["variance"], reverse=True))}
+        for name, look in zip(names, looks)
+    ]
+    return chart(traces, title="Variance of every coordinate, sorted", x="coordinate", y="variance")

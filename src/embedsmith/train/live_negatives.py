@@ -1,0 +1,309 @@
+"""Live negatives in a training run: scores of the step's negatives to the state machine, its choices to the feed.
+
+The state itself is in `mining/live.py`. Every rank holds the same one: after a step the scores of all rows, a few
+numbers each, are gathered, and each rank takes the same decisions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedsmith.core.batch import ABSENT, Batch, Loss, Progress, RetrievalBatch, Side
+from embedsmith.core.collectives import gather_rows, objects_of_all_ranks
+from embedsmith.core.encoder import Role
+from embedsmith.core.errors import RecipeError, TrainingError
+from embedsmith.core.progress import log
+from embedsmith.core.reps import Reps
+from embedsmith.core.tokens import IntArray
+from embedsmith.data import Record, row_seeds, text_id
+from embedsmith.data.record import refuse_tokens
+from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
+from embedsmith.losses.candidates import Candidates
+from embedsmith.mining import LiveNegatives
+from embedsmith.mining.live_pools import mine_pools
+from embedsmith.mining.live_state import EMPTY, LiveState
+from embedsmith.mining.offline import Texts
+from embedsmith.mining.searchers import TextReps
+from embedsmith.mining.select import corpus_texts
+from embedsmith.models import Embedder
+from embedsmith.train.feed import AHEAD, Feed, Lane, Supply, make_part
+from embedsmith.train.step import Encode, Memory, Part, evaluate_parts
+
+_NEWEST = 2**62
+
+
+@dataclass
+class LiveSource:
+    """One source whose negatives change. `seen`: this rank's rows of the last step with the scores of their slots and
+    of their weakest positive, [Q, S + 1]."""
+
+    supply: Supply
+    state: LiveState
+    more: LiveNegatives
+    seen: Tensor | None = field(default=None)
+
+    def records(self, row_Q: IntArray, step: int) -> list[Record]:
+        """The records of a batch, with the negatives of that step in place of their own."""
+        candidate_QS = self.state.draw(row_Q, step)
+        return [self._record(int(row), candidates) for row, candidates in zip(row_Q, candidate_QS, strict=True)]
+
+    def _record(self, row: int, candidate_S: IntArray) -> Record:
+        record = self.supply.records.records[row]
+        chosen = [int(candidate) for candidate in candidate_S if candidate != EMPTY]
+        taught = record.teacher_negative_scores if self.state.pool_NP is None else None
+        return replace(
+            record,
+            negatives=tuple(self._text(record, row, candidate) for candidate in chosen),
+            negative_scores=None,
+            teacher_negative_scores=None if taught is None else tuple(taught[candidate] for candidate in chosen),
+        )
+
+    def _text(self, record: Record, row: int, candidate: int) -> str:
+        if self.state.pool_NP is None:
+            return record.negatives[candidate]
+        return self.texts.corpus[int(self.state.pool_NP[row, candidate])]
+
+    @cached_property
+    def texts(self) -> Texts:
+        found = self.supply.records
+        return Texts(found, corpus_texts(found.records, self.more.corpus))
+
+    @cached_property
+    def head(self) -> str:
+        """The head whose scores decide: dense where the loss reads it."""
+        heads = self.supply.loss.heads()
+        return "dense" if "dense" in heads else min(heads)
+
+    def watch(self, part: Part, records: Sequence[Record], slots: int) -> Part:
+        """The part, whose batch leaves its scores here when it is assembled."""
+        id_QS = np.full((len(records), slots), ABSENT, np.int64)
+        for row, record in enumerate(records):
+            id_QS[row, : len(record.negatives)] = [text_id(text) for text in record.negatives]
+        wanted_QS = torch.from_numpy(id_QS)
+
+        def assemble(first: Side, second: Side, extras: Mapping[str, nn.Module], progress: Progress) -> Batch:
+            batch = part.assemble(first, second, extras, progress)
+            assert isinstance(batch, RetrievalBatch)
+            with torch.no_grad():
+                self.seen = slot_scores(batch, self.head, wanted_QS)
+            return batch
+
+        return replace(part, assemble=assemble)
+
+
+def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
+    """score_QS of the negatives with the given ids, NaN for those the batch does not hold, and in one more column the
+    lowest score of a drawn positive, on the CPU."""
+    found = Candidates.of(batch.alone(), head, mask_false_negatives=False, block_size=None)
+    negative_QM = found.negative_scores()[0].masked_fill(found.negative_row_QM == ABSENT, float("nan"))
+    positive_QP = found.positive_scores()[0].masked_fill(~found.valid_QP, float("inf"))
+    id_QM = batch.negative_id_QM
+    if id_QM.shape[1] == 0:
+        negative_QM, id_QM = negative_QM[:, :0], id_QM[:, :0]
+    same_QSM = (id_QS.to(id_QM.device)[:, :, None] == id_QM[:, None, :]) & ~negative_QM.isnan()[:, None, :]
+    score_QS = negative_QM.nan_to_num()[:, None, :].mul(same_QSM).sum(-1) / same_QSM.sum(-1)  # 0 / 0 is NaN
+    return torch.cat([score_QS, positive_QP.amin(1, keepdim=True)], 1).float().cpu()
+
+
+@dataclass
+class LiveMining:
+    """All live sources of a run. Without any, every method does nothing."""
+
+    feed: Feed
+    seconds: float = 0.0
+
+    @property
+    def sources(self) -> list[tuple[Lane, LiveSource]]:
+        return [(lane, s.live) for lane in self.feed.lanes for s in lane.supplies if s.live is not None]
+
+    def begin(self, step: int) -> None:
+        """Mine the pools of sources without any negatives, before the first step."""
+        for lane, live in self.sources:
+            if step == 0 and live.state.pool_NP is None and not live.state.size_N.any():
+                self._remine(lane, live)
+
+    def after_step(
+        self, step: int, encode: Encode, memory: Memory, extras: Mapping[str, nn.Module], progress: Progress
+    ) -> None:
+        """Take in the scores of step `step`, and do what is due. A collective of the lane's ranks."""
+        for lane, live in self.sources:
+            planned = lane.plan.at(step)
+            if lane.supplies[planned.source].live is live:
+                self._observe(lane, live, step, planned.rows, step)
+            if live.state.due(step):
+                self._rescore(lane, live, step, encode, memory, extras, progress)
+                live.state.check(step)
+            if live.state.wants_new_pools(step):
+                self._remine(lane, live)
+
+    def _observe(self, lane: Lane, live: LiveSource, step: int, row_Q: IntArray, drawn: int) -> None:
+        assert live.seen is not None
+        score = _over_ranks(lane, live.seen).numpy()
+        live.seen = None
+        live.state.observe(step, row_Q, live.state.draw(row_Q, drawn), score[:, :-1], score[:, -1])
+
+    def _rescore(
+        self,
+        lane: Lane,
+        live: LiveSource,
+        step: int,
+        encode: Encode,
+        memory: Memory,
+        extras: Mapping[str, nn.Module],
+        progress: Progress,
+    ) -> None:
+        """One more batch without gradient: rows seen once, scored again by the model as it is now."""
+        limit = live.more.rescored
+        count = len(lane.plan.at(step).rows) if limit is None else limit
+        world = 1 if lane.spread else lane.world
+        rows = live.state.to_rescore(step, count)
+        rows = rows[: len(rows) // world * world]
+        if len(rows) == 0:
+            return
+        mine = rows if lane.spread else np.split(rows, world)[lane.rank]
+        part = live_part(lane, live, mine, row_seeds(self.feed.seed, 0, mine), _NEWEST, self.feed.model)
+        evaluate_parts(encode, [replace(part, group=lane.group)], memory, extras, progress)
+        self._observe(lane, live, step, rows, _NEWEST)
+
+    def _remine(self, lane: Lane, live: LiveSource) -> None:
+        started = time.perf_counter()
+        encoder, task, texts = _Quiet(self.feed.model), live.supply.records.task, live.texts
+        queries = TextReps(encoder, texts.queries, "query", task, live.head, texts.instructions)
+        documents = TextReps(encoder, texts.corpus, "document", task, live.head)
+        live.state.install_pools(*mine_pools(texts, queries, documents, live.more, lane.group))
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        counts = f"{len(texts.queries):,} queries against {len(texts.corpus):,} texts"
+        log.info("%s: mined negatives anew, %s, in %.1f s", live.supply.records.name, counts, seconds)
+
+    def curves(self) -> dict[str, float]:
+        """Numbers for the journal, by source; the seconds spent on mining anew so far."""
+        values = {
+            f"negatives_{key}/{live.supply.records.name}": value
+            for _, live in self.sources
+            for key, value in live.state.curves().items()
+        }
+        return values | ({"remine_seconds": self.seconds} if self.seconds else {})
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """For a checkpoint. A collective. Errors: `TrainingError` where ranks that share a source disagree."""
+        if not self.sources:
+            return None
+        for lane, live in self.sources:
+            if len(set(objects_of_all_ranks(live.state.digest(), lane.group))) > 1:
+                raise TrainingError(
+                    "ranks disagree about the negatives in use",
+                    where=live.supply.records.name,
+                    fix="continue from the last checkpoint; report it if it happens again",
+                )
+        return {live.supply.records.name: live.state.state_dict() for _, live in self.sources}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """A rank that has no part in a source's lane does not hold its state."""
+        for _, live in self.sources:
+            live.state.load_state_dict(states[live.supply.records.name])
+
+
+@dataclass(frozen=True)
+class _Quiet:
+    """The live model as an encoder without bars of its own."""
+
+    model: Embedder
+
+    def represent(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        instruction: Sequence[str | None] | None = None,
+    ) -> Reps:
+        return self.model.represent(
+            texts, role=role, task=task, outputs=outputs, instruction=instruction, show_progress=False
+        )
+
+
+def _learns_from_scores(loss: Loss) -> bool:
+    """Whether the loss, or one that it holds, reads a teacher's scores of documents."""
+    held = [getattr(loss, one.name) for one in fields(cast(Any, loss))]
+    inner = [each for value in held for each in (value if isinstance(value, tuple) else (value,))]
+    scored = isinstance(loss, ScoreKL | MarginMSE | M3RankedKD)
+    return scored or any(_learns_from_scores(each) for each in inner if isinstance(each, Loss))
+
+
+def live_part(lane: Lane, live: LiveSource, row_Q: IntArray, seeds: Sequence[int], step: int, model: Embedder) -> Part:
+    """The part of some rows with their live negatives, watched."""
+    records = live.records(row_Q, step)
+    share = (lane.rank, lane.world) if lane.spread else (0, 1)
+    part = make_part(model, live.supply, records, seeds, share)
+    return live.watch(part, records, live.supply.negatives)
+
+
+def _over_ranks(lane: Lane, score_QX: Tensor) -> Tensor:
+    """Scores of the rows of all ranks in row order; of a slot that only some ranks hold, theirs."""
+    if lane.world == 1:
+        return score_QX
+    device = _communication_device(lane)
+    gathered = gather_rows(score_QX.to(device), lane.group).cpu()
+    if not lane.spread:
+        return gathered
+    stacked = gathered.unflatten(0, (lane.world, -1))
+    joined = stacked.nan_to_num(float("-inf")).amax(0)
+    return torch.where(stacked.isnan().all(0), float("nan"), joined)
+
+
+def _communication_device(lane: Lane) -> torch.device:
+    import torch.distributed as dist
+
+    nccl = dist.get_backend(lane.group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def with_live_negatives(feed: Feed, config: LiveNegatives | None) -> Feed:
+    """The feed whose sources have live negatives where the recipe says so. Errors: `RecipeError` for a source that is
+    not there, or that cannot have any."""
+    if config is None:
+        return feed
+    names = [supply.records.name for supply in feed.supplies]
+    for name in config.sources or ():
+        if name not in names:
+            raise RecipeError(f"no source is called {name!r}", where="train.mining.sources", expected=", ".join(names))
+    lanes = [replace(lane, supplies=[_live(supply, config) for supply in lane.supplies]) for lane in feed.lanes]
+    return replace(feed, lanes=lanes)
+
+
+def _live(supply: Supply, config: LiveNegatives) -> Supply:
+    name = supply.records.name
+    wanted = name in config.sources if config.sources is not None else not supply.in_pairs
+    if not wanted:
+        return supply
+    may_mine = config.remine_every is not None or config.refill == "remine"
+    if may_mine:
+        refuse_tokens(supply.records.records, "mining anew while training", name)
+    sizes = [supply.negatives] if supply.streamed else [len(record.negatives) for record in supply.records.records]
+    if supply.in_pairs or supply.streamed or supply.negatives == 0 or (not any(sizes) and not may_mine):
+        if config.sources is None and not supply.in_pairs and not any(sizes) and not may_mine:
+            return supply
+        raise RecipeError(
+            "no negatives to keep alive",
+            expected="retrieval records in a fixed order, with negatives, and `negatives` of the source above 0",
+            where=f"source {name!r}",
+            fix="run embedsmith mine first, or set train.mining.remine_every and the source's negatives",
+        )
+    if may_mine and _learns_from_scores(supply.loss):
+        raise RecipeError(
+            "the loss learns from a teacher's scores, and negatives mined while training have none",
+            where=f"source {name!r}",
+            fix="leave out train.mining.remine_every and refill, or choose a loss without scores such as infonce",
+        )
+    state = LiveState(config, sizes, supply.negatives, AHEAD)
+    return replace(supply, live=LiveSource(supply, state, config))

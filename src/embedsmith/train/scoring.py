@@ -1,0 +1,146 @@
+"""Scores while training: tasks through the evaluator, and the loss of validation sources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from embedsmith.core.batch import Progress
+from embedsmith.core.collectives import mean_over_ranks, on_first_rank, rank
+from embedsmith.core.errors import EvaluationError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.progress import log
+from embedsmith.evaluate import Results, Task, evaluate, load_task
+from embedsmith.evaluate.model_geometry import Geometry, Sample, brief, look, sample_of
+from embedsmith.evaluate.variants import FULL, score_widths
+from embedsmith.models import Embedder
+from embedsmith.search.hybrid import HybridEncoder
+from embedsmith.train.checkpoint import RunState
+from embedsmith.train.config import EvaluateConfig
+from embedsmith.train.feed import Feed
+from embedsmith.train.step import Encode, Memory, evaluate_parts
+
+
+@dataclass(frozen=True)
+class Development:
+    """What `EvaluateConfig` asks for, ready to run at any step. Results with their items go to `output/evaluation/`."""
+
+    config: EvaluateConfig
+    model: Embedder
+    encode: Encode
+    memory: Memory
+    extras: Mapping[str, nn.Module]
+    validation: Feed | None
+    output: Path
+    only_best: bool = False
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        return [load_task(name, data_dir=self.config.data) for name in self.config.tasks]
+
+    @cached_property
+    def sample(self) -> Sample | None:
+        count = self.config.geometry
+        return None if count is None else sample_of(self.tasks[0], count)
+
+    def before(self, state: RunState) -> dict[str, float]:
+        """Score the model before the first step; empty on a resume, and where it is not wanted."""
+        if state.step > 0 or not self.config.tasks or not self.config.before:
+            return {}
+        return self._scores("before", improved=lambda score: True)
+
+    def due(self, step: int, steps: int) -> bool:
+        if not self.config.tasks and self.validation is None:
+            return False
+        return step == steps or (self.config.every is not None and step % self.config.every == 0)
+
+    def run(self, state: RunState, steps: int) -> tuple[RunState, dict[str, float]]:
+        """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
+        that are kept are the last ones, or with `only_best` those of the best checkpoint."""
+        best = state.best_score
+        better: Callable[[float], bool] = lambda score: best is None or score > best
+        self.model.eval()
+        values = self._validation_losses(Progress(state.step, steps))
+        self.model.train()
+        if not self.config.tasks:
+            return state, values
+        scores = self._scores("after", better if self.only_best else lambda score: True)
+        score = self._overall(scores)
+        if better(score):
+            state = replace(state, best_score=score, best_step=state.step, evaluations_without_gain=0)
+        else:
+            state = replace(state, evaluations_without_gain=state.evaluations_without_gain + 1)
+        return state, values | scores
+
+    def exhausted(self, state: RunState) -> bool:
+        return self.config.patience is not None and state.evaluations_without_gain >= self.config.patience
+
+    def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
+        """Main scores by the names the recipe uses for the tasks, and the geometry that is logged. Collective."""
+        self.model.eval()
+        columns = self._at_widths(name)
+        results = columns.pop(FULL)
+        shape = {} if self.sample is None else on_first_rank(self._geometry)
+        values = {f"score/{task}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)} | shape
+        values |= self._named({width: each.main_scores() for width, each in columns.items()})
+        values |= self._of_heads(name)
+        if rank() == 0 and improved(self._overall(values)):
+            self._keep(name, results)
+        self.model.train()
+        return values
+
+    def _at_widths(self, name: str) -> dict[str, Results]:
+        """Results of the whole vectors, and at every width that the config names. Collective."""
+        about = {"when": name}
+        if not self.config.dims:
+            return {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
+        return dict(score_widths(self.model, self.tasks, self.config.dims, about=about, group=None).columns)
+
+    def _named(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Main scores by column, by the names that are logged."""
+        tasks = list(zip(self.config.tasks, (task.name for task in self.tasks), strict=True))
+        return {f"score/{task}/{column}": each[name] for column, each in scores.items() for task, name in tasks}
+
+    def _of_heads(self, name: str) -> dict[str, float]:
+        """The main scores of every further head that the config names. Collective."""
+        scores: dict[str, dict[str, float]] = {}
+        for head in self.config.heads:
+            encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
+            scores[head] = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name}).main_scores()
+        return self._named(scores)
+
+    def _geometry(self) -> dict[str, float]:
+        assert self.sample is not None
+        return {f"geometry/{key}": value for key, value in brief(self.model, self.sample).items()}
+
+    def _keep(self, name: str, results: Results) -> None:
+        """What the report reads. The whole geometry is looked at here: it costs a few hundred texts."""
+        folder = self.output / "evaluation"
+        results.save(folder / f"{name}.json", items=True)
+        try:
+            seen: Geometry = look(self.model, self.sample or sample_of(self.tasks[0], 300))
+        except EvaluationError as error:  # a handful of texts, or a task of one's own: the run goes on without
+            log.warning("no geometry: %s", error)
+            return
+        with atomic_file(folder / f"geometry-{name}.json") as file:
+            json.dump(seen.as_dict(), file, allow_nan=False)
+
+    def _overall(self, scores: Mapping[str, float]) -> float:
+        """What chooses the best checkpoint: the main score of `metric`, or the mean over tasks."""
+        values = [scores[f"score/{task}"] for task in self.config.tasks]
+        return scores[f"score/{self.config.metric}"] if self.config.metric else sum(values) / len(values)
+
+    def _validation_losses(self, progress: Progress) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        values: dict[str, list[float]] = {}
+        for step in range(self.validation.steps_per_epoch):
+            parts = self.validation.parts(step)
+            value = mean_over_ranks(evaluate_parts(self.encode, parts, self.memory, self.extras, progress))
+            values.setdefault(parts[0].source, []).append(float(value))
+        return {f"validation_loss/{source}": sum(each) / len(each) for source, each in values.items()}

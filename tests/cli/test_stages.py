@@ -1,0 +1,159 @@
+"""Stages of one recipe: in order, restartable, and Conan's two recipes from pairs to a model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embedsmith.cli import stages as run
+from embedsmith.cli import stages as verbs_module
+from embedsmith.cli.stages import PipelineRecipe
+from embedsmith.cli.verbs import app
+from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.recipe import load_recipe, parse
+from embedsmith.models import load
+from tests.tinybert import WORDS, tiny_bert
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Verbs that write what they were given, and a list of their calls; a stage named in `broken` fails."""
+    seen = []
+    seen_broken = []
+
+    def pretend(tree, where):
+        seen.append((where, tree))
+        if where in seen_broken:
+            raise RecipeError("broken", where=where)
+        Path(tree["output"]).parent.mkdir(parents=True, exist_ok=True)
+        Path(tree["output"]).write_text(json.dumps(tree))
+        return Path(tree["output"])
+
+    for verb, kind in verbs_module.VERBS.items():
+        monkeypatch.setitem(verbs_module.VERBS, verb, verbs_module.Kind(pretend, kind.suffix))
+    seen_broken_holder = type("Calls", (), {"list": seen, "broken": seen_broken})
+    return seen_broken_holder
+
+
+def tree(folder):
+    return {
+        "output": str(folder),
+        "stages": [
+            {"name": "clean", "verb": "curate", "recipe": {"input": {"path": "raw.jsonl"}}},
+            {"name": "hard", "verb": "mine", "recipe": {"data": {"path": "${clean}"}}, "set": ["select.negatives=3"]},
+            {"name": "model", "verb": "train", "recipe": {"data": [{"path": "${hard}"}], "note": "in ${output}"}},
+        ],
+    }
+
+
+def test_stages_run_in_order_and_hand_on_what_they_made(calls, tmp_path):
+    made = run(parse(PipelineRecipe, tree(tmp_path / "p")))
+    assert made == {
+        name: tmp_path / "p" / file
+        for name, file in (("clean", "clean.jsonl"), ("hard", "hard.jsonl"), ("model", "model"))
+    }
+    assert [where for where, _ in calls.list] == ["stage clean", "stage hard", "stage model"]
+    assert calls.list[1][1]["data"]["path"] == str(made["clean"])
+    assert calls.list[1][1]["select"] == {"negatives": 3}
+    assert calls.list[2][1]["note"] == f"in {tmp_path / 'p'}"
+
+
+def test_a_stopped_pipeline_goes_on_with_the_stage_that_failed(calls, tmp_path):
+    calls.broken.append("stage hard")
+    with pytest.raises(RecipeError, match="broken"):
+        run(parse(PipelineRecipe, tree(tmp_path / "p")))
+    calls.broken.clear()
+    calls.list.clear()
+    run(parse(PipelineRecipe, tree(tmp_path / "p")))
+    assert [where for where, _ in calls.list] == ["stage hard", "stage model"]
+    calls.list.clear()
+    run(parse(PipelineRecipe, tree(tmp_path / "p")))
+    assert calls.list == []
+
+
+def test_a_changed_stage_and_those_behind_it_run_again(calls, tmp_path):
+    run(parse(PipelineRecipe, tree(tmp_path / "p")))
+    calls.list.clear()
+    changed = tree(tmp_path / "p")
+    changed["stages"][1]["set"] = ["select.negatives=4"]
+    run(parse(PipelineRecipe, changed))
+    assert [where for where, _ in calls.list] == ["stage hard", "stage model"]
+
+
+def test_what_is_wrong_is_said_before_anything_runs(calls, tmp_path):
+    wrong = tree(tmp_path / "p")
+    wrong["stages"][2]["recipe"]["data"][0]["path"] = "${hrad}"
+    with pytest.raises(RecipeError, match=r"\$\{hrad\} is no earlier stage \(did you mean 'hard'"):
+        run(parse(PipelineRecipe, wrong))
+    assert calls.list == []
+    for change, words in (({"name": "clean"}, "two stages are called 'clean'"), ({"verb": "bake"}, "bake")):
+        wrong = tree(tmp_path / "p")
+        wrong["stages"][1] |= change
+        with pytest.raises(RecipeError, match=words):
+            parse(PipelineRecipe, wrong)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "pipeline.json").write_text("half")
+    with pytest.raises(CheckpointError, match="journal of stages cannot be read"):
+        run(parse(PipelineRecipe, tree(tmp_path / "p")))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    pairs = [{"query": f"{a} {b}", "pos": [f"the {a} {b} {a}"]} for a in WORDS[2:8] for b in WORDS[8:12]]
+    scored = [{"text1": f"{w} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16} for i, w in enumerate(WORDS)]
+    return write(tmp_path / "pairs.jsonl", pairs), write(tmp_path / "scored.jsonl", scored)
+
+
+def test_conans_recipes_go_from_pairs_to_a_model(tmp_path, files):
+    bert, scorer = tiny_bert(tmp_path / "bert"), tmp_path / "scorer"
+    load(str(bert), pooling="mean").save(scorer)
+    weak, supervised = tmp_path / "weak", tmp_path / "supervised"
+    quick = ["train.steps=3", "train.epochs=null", "train.log_with=[]", "model.max_length=16"]
+    made = run(
+        load_recipe(
+            RECIPES / "conan-weak.yaml",
+            PipelineRecipe,
+            [
+                f"output={weak}",
+                f"stages.0.recipe.input.path={files[0]}",
+                f"stages.0.recipe.steps.1.model={scorer}",
+                "stages.0.recipe.steps.1.threshold=0.0",
+                f"stages.1.recipe.model.path={bert}",
+                "stages.1.recipe.data.0.batch_size=8",
+                *(f"stages.1.recipe.{change}" for change in quick),
+            ],
+        )
+    )
+    mining = [f"stages.{n}.recipe.{key}" for n in (0, 1) for key in (f"data.path={files[0]}", "candidates=23")]
+    command = [
+        "run",
+        str(RECIPES / "conan-supervised.yaml"),
+        f"output={supervised}",
+        *mining,
+        "stages.0.recipe.select.negatives=14",
+        *(f"stages.{n}.recipe.searchers.0.model={made['weak']}" for n in (0, 1)),
+        f"stages.1.recipe.teacher.model={scorer}",
+        f"stages.2.recipe.model.path={made['weak']}",
+        "stages.2.recipe.model.dimension=1024",
+        "stages.2.recipe.data.0.batch_size=8",
+        "stages.2.recipe.data.1.batch_size=8",
+        *(f"stages.2.recipe.{change}" for change in quick),
+    ]
+    own = [f"stages.2.recipe.data.1.{key}" for key in (f"path={files[1]}", "columns=null", "score_range=null")]
+    for more, similarity in (([], "pairs"), (own, "scored")):
+        result = CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert (supervised / "supervised" / "model" / "model.safetensors").exists()
+        metrics = [json.loads(line) for line in (supervised / "supervised" / "metrics.jsonl").read_text().splitlines()]
+        assert any("negatives_hardness/mine" in line for line in metrics)
+        assert metrics[-1][f"loss/{similarity}"] > 0
+        shutil.rmtree(supervised / "supervised")

@@ -1,0 +1,114 @@
+"""The verbs `index` and `search`, as a user types them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from embedsmith.cli.verbs import app
+from embedsmith.core.errors import DataError, SearchError
+from embedsmith.models import load
+from tests.tinybert import tiny_bert
+
+DOCUMENTS = [
+    {"_id": "1", "text": "the cat sat on the mat", "lang": "en"},
+    {"_id": "2", "title": "dog", "text": "ran by the old tree", "lang": "en"},
+    {"_id": "3", "text": "a big red far mat", "lang": "de"},
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tiny_bert(tmp_path / "bert")
+    heads = ("dense", "sparse", "multivector")
+    load(folder, pooling="mean", heads=heads, multivector_dim=8).save(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def documents(tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(map(json.dumps, DOCUMENTS)), encoding="utf-8")
+    return str(path)
+
+
+def typed(*words):
+    return CliRunner().invoke(app, list(words), catch_exceptions=False).output
+
+
+def test_index_then_search(model, documents, tmp_path):
+    place = str(tmp_path / "index")
+    assert "3 new, 0 changed, 0 unchanged; 3 in the index" in typed("index", model, documents, "--to", place)
+    assert "0 new, 0 changed, 3 unchanged" in typed("index", model, documents, "--to", place)
+    (line,) = typed("search", "cat mat", "--index", place, "--json", "--explain").splitlines()
+    answer = json.loads(line)
+    for hit, found in zip(answer["hits"], answer["explanations"], strict=True):
+        assert set(hit["scores"]) <= {"dense", "sparse", "multivector"}
+        for head, score in hit["scores"].items():
+            assert found["scores"][head] == pytest.approx(score, abs=1e-5)
+        matched = sum(match["score"] for match in found["matches"]["multivector"])
+        assert matched == pytest.approx(found["scores"]["multivector"], abs=1e-5)
+    shown = typed("search", "cat mat", "--index", place, "--explain", "--weight", "multivector=1", "-k", "2")
+    assert "multivector: " in shown
+
+
+def test_filters_weights_ranks_and_files(model, documents, tmp_path):
+    place = str(tmp_path / "index")
+    typed("index", model, documents, "--to", place, "--head", "dense", "--head", "sparse")
+    (line,) = typed("search", "mat", "-i", place, "--json", "--rrf", "--filter", "lang=[de, fr]").splitlines()
+    assert [hit["id"] for hit in json.loads(line)["hits"]] == ["3"]
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"_id": "q", "text": "dog"}\n{"_id": "r", "text": "tree"}', encoding="utf-8")
+    lines = typed("search", "-i", place, "--file", str(queries), "--weight", "dense=1", "--json").splitlines()
+    assert [json.loads(line)["query"] for line in lines] == ["dog", "tree"]
+    with pytest.raises(SearchError, match="the index has the heads dense, sparse"):
+        typed("index", model, documents, "--to", place, "--head", "dense")
+    for words, said in (
+        (["--weight", "dense=much"], "not a number"),
+        (["--weight", "dense"], "key=value"),
+        (["--weight", "dense=0"], "above 0"),
+        (["--weight", "multivector=1"], "no head 'multivector'"),
+        (["--url", "http://127.0.0.1:9"], "either a folder or"),
+    ):
+        with pytest.raises(SearchError, match=said):
+            typed("search", "mat", "-i", place, *words)
+
+
+def test_texts_at_the_edge(model, documents, tmp_path):
+    place = str(tmp_path / "index")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"_id": "9", "text": "cat " * 100_000}) + '\n{"_id": "8", "text": "\\u2603 \\u2604"}')
+    assert "2 new" in typed("index", model, str(long), "--to", place)
+    for query in ("☃", " ", "cat"):
+        (line,) = typed("search", query, "-i", place, "--json").splitlines()
+        assert all(abs(hit["score"]) < 10 for hit in json.loads(line)["hits"])
+
+
+def test_the_model_is_found_from_another_folder(model, documents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed("index", "model", documents, "--to", "index")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "mat" in typed("search", "mat", "-i", "../index")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"_id": "1", "text": "the dog"}', "line 1"),
+        ('{"_id": "4", "text": "a \\ud800 dog"}', "broken Unicode"),
+        ('{"_id": "4", "text": "  "}', "empty text"),
+    ],
+)
+def test_a_wrong_document_is_said_before_any_is_encoded(model, documents, tmp_path, row, says):
+    with open(documents, "a", encoding="utf-8") as file:
+        file.write(f"\n{row}")
+    with pytest.raises(DataError, match=rf"docs.jsonl:4: .*{says}"):
+        typed("index", model, documents, "--to", str(tmp_path / "index"), "--batch", "1")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_query_of_broken_unicode(model, documents, tmp_path):
+    typed("index", model, documents, "--to", str(tmp_path / "index"))
+    with pytest.raises(DataError, match="broken Unicode in text 1"):
+        typed("search", "cat", "\udcff", "-i", str(tmp_path / "index"))

@@ -1,5 +1,0 @@
-"""Fixtures of this room."""
-
-from tests.merge.fixtures import folders
-
-__all__ = ["folders"]
