@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedsmith.cli import stages as run
-from embedsmith.cli.stages import PipelineRecipe
+from embedsmith.cli.stages import PipelineRecipe, run
 from embedsmith.core.recipe import load_recipe
 from embedsmith.models import load
 from embedsmith.train import loop

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from embedsmith.cli import stages as run
 from embedsmith.cli import stages as verbs_module
-from embedsmith.cli.stages import PipelineRecipe
+from embedsmith.cli.stages import PipelineRecipe, run
 from embedsmith.cli.verbs import app
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.recipe import load_recipe, parse

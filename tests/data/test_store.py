@@ -11,7 +11,7 @@ from tests.core.test_files import tiny_disk
 
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.data import Record, Source, read_source, row_facts, store
-from embedsmith.data import cache as storecache
+from embedsmith.data import cache as cache
 from embedsmith.data.plan.separate import facts_of
 from embedsmith.data.store import RecordStore, StoreWriter
 
@@ -75,8 +75,8 @@ def test_a_source_is_read_once(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
     on_disk(path, tmp_path)
     converted = []
-    monkeypatch.setattr(storecache, "_convert", lambda entry, *rest: converted.append(entry))
-    monkeypatch.setattr(storecache, "_content", lambda name: pytest.fail("an unchanged file is not even hashed"))
+    monkeypatch.setattr(cache, "_convert", lambda entry, *rest: converted.append(entry))
+    monkeypatch.setattr(cache, "_content", lambda name: pytest.fail("an unchanged file is not even hashed"))
     on_disk(path, tmp_path)
     assert not converted
 
@@ -85,7 +85,7 @@ def test_a_file_that_was_only_touched_or_copied_is_not_converted_again(tmp_path,
     path = write(tmp_path / "a.jsonl", ROWS)
     on_disk(path, tmp_path)
     converted = []
-    monkeypatch.setattr(storecache, "_convert", lambda entry, *rest: converted.append(entry))
+    monkeypatch.setattr(cache, "_convert", lambda entry, *rest: converted.append(entry))
     path.write_text(path.read_text())
     on_disk(path, tmp_path)
     (tmp_path / "other").mkdir()
@@ -122,14 +122,14 @@ def test_a_file_that_is_gone_is_named_with_when_it_was_there(tmp_path):
 
 def test_a_file_that_grows_while_it_is_read_is_refused_and_nothing_is_kept(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
-    settle = storecache.DiskShelf.settle
+    settle = cache.DiskShelf.settle
 
     def growing(shelf, change):
         with path.open("a") as file:
             file.write(json.dumps(ROWS[0]) + "\n")
         return settle(shelf, change)
 
-    monkeypatch.setattr(storecache.DiskShelf, "settle", growing)
+    monkeypatch.setattr(cache.DiskShelf, "settle", growing)
     with pytest.raises(DataError, match="changed while it was read"):
         on_disk(path, tmp_path)
     assert not [path for path in (tmp_path / "cache" / "records").iterdir() if path.is_dir()]
@@ -137,13 +137,13 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_nothing_is_kept(tmp_p
 
 def test_several_processes_convert_once(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS * 40)
-    calls, stored = [], storecache._convert
+    calls, stored = [], cache._convert
 
     def counting(*arguments):
         calls.append(1)
         stored(*arguments)
 
-    storecache._convert = counting
+    cache._convert = counting
     try:
         threads = [threading.Thread(target=on_disk, args=(path, tmp_path)) for _ in range(4)]
         for thread in threads:
@@ -151,7 +151,7 @@ def test_several_processes_convert_once(tmp_path):
         for thread in threads:
             thread.join()
     finally:
-        storecache._convert = stored
+        cache._convert = stored
     assert calls == [1]
 
 
@@ -159,8 +159,8 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     code = f"""
 import os
-from embedsmith.data import Source, read_source, storecache
-storecache.DiskShelf.settle = lambda *_: os._exit(9)
+from embedsmith.data import Source, read_source, cache
+cache.DiskShelf.settle = lambda *_: os._exit(9)
 read_source(Source(path={str(path)!r}, cache={str(tmp_path / "cache")!r}))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 9
@@ -182,7 +182,7 @@ def test_large_sources_go_to_disk_by_themselves(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = write(tmp_path / "a.jsonl", ROWS)
     assert isinstance(read_source(Source(path=str(path))).records, list)
-    monkeypatch.setattr(storecache, "MEMORY_BYTES", 100)
+    monkeypatch.setattr(cache, "MEMORY_BYTES", 100)
     assert isinstance(read_source(Source(path=str(path))).records, RecordStore)
     assert (tmp_path / "embedsmith" / "records").is_dir()
 

@@ -19,11 +19,9 @@ from embedsmith.index import (
     ReciprocalRank,
     ServerStore,
     WeightedSum,
+    explain,
     open_index,
     read_documents,
-)
-from embedsmith.index import (
-    hits as explain,
 )
 from embedsmith.search.hybrid import Hybrid
 from tests.index.words import Words

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 
 from embedsmith.core.errors import ModelError
 from embedsmith.models import attention as attention_module
@@ -98,7 +97,7 @@ def test_an_encoder_has_no_causal_form():
 
 
 def test_an_old_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.1.0")
+    monkeypatch.setattr(attention_module.transformers, "__version__", "5.1.0")
     with pytest.raises(ModelError, match="would ignore it silently"):
         prepare_config(None, "bidirectional")
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers.utils import logging as transformers_logging
 
 from embedsmith.core.collectives import rank
 
@@ -59,12 +58,12 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
             del _on_screen[: len(mine)]
 
 
-# transformers without its own bars and warnings: what matters of them is an error here.
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """For the time of the block; afterwards as it was."""
+    """For the time of the block, transformers shows no bars and warnings of its own: what matters of them is an error
+    here."""
+    from transformers.utils import logging as transformers_logging
+
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
