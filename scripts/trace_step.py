@@ -13,7 +13,7 @@ queries a batch). Nothing here names a module of the package, so that the number
 - Changes of file: the functions of a thread in the order of their calls; one counts where it and the one called before
   it stand in different files. A function that is called for every row counts every time.
 - Forms: the kinds of value that carry one marked query from its line in a file to the first backward pass, seen among
-  the arguments and results of the package's functions:
+  the arguments and results of such functions:
     - a class of the package; one that has a length counts once for every number of texts it holds (the tokens of a
       side, of the whole step and of a chunk are three forms);
     - outside of any class: a text, a row of texts (a dict), token ids (in a list, an array or a tensor), vectors (in a
@@ -25,6 +25,7 @@ queries a batch). Nothing here names a module of the package, so that the number
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import os
@@ -146,14 +147,15 @@ class Steps:
     last: float = field(default_factory=time.monotonic)  # when the package did anything, on any thread
     _known: dict[CodeType, Function | None] = field(default_factory=dict)
 
-    def note(self, code: CodeType) -> None:
+    def known(self, code: CodeType) -> Function | None:
+        self.last = time.monotonic()
         if code not in self._known:
             self._known[code] = Function.of(code)
-        function = self._known[code]
-        if function is not None:
-            self.last = time.monotonic()
-            if self.done == TRACED:
-                self.calls.setdefault(threading.current_thread().name, []).append(function)
+        return self._known[code]
+
+    def note(self, function: Function) -> None:
+        if self.done == TRACED:
+            self.calls.setdefault(threading.current_thread().name, []).append(function)
 
     def end_of_step(self) -> None:
         """Before and after the traced step the other threads come to rest, so that it has all of one drawn batch."""
@@ -278,6 +280,11 @@ def _parts(value: Any) -> Iterator[Any]:
             waiting += list(getattr(one, "__dict__", {}).values())
 
 
+def _parameters(code: CodeType) -> tuple[str, ...]:
+    several = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + several]
+
+
 def trace(folder: Path) -> tuple[Steps, Journey]:
     """Train in this process and watch. Errors: `RuntimeError` with what the run printed where it fails."""
     import torch
@@ -290,14 +297,17 @@ def trace(folder: Path) -> tuple[Steps, Journey]:
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(str(PACKAGE)):
             return
+        function = steps.known(code)
+        if function is None:
+            return
         if event == "call":
-            steps.note(code)
+            steps.note(function)
         if not journey.ended:
-            where = f"{Path(code.co_filename).relative_to(PACKAGE)} {code.co_qualname}"
-            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if event == "call" else ()
-            for name in names:
-                journey.look(frame.f_locals.get(name), f"{where}({name})")
-            if event == "return":
+            where = f"{function.file} {function.name}"
+            if event == "call":
+                for name in _parameters(code):
+                    journey.look(frame.f_locals.get(name), f"{where}({name})")
+            else:
                 journey.look(result, f"{where} ->")
 
     backward = torch.autograd.backward
