@@ -1,15 +1,17 @@
 """Recipes: what is accepted, what is refused and in which words."""
 
+import json
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree, save_recipe, schema_json, section
-from embedsmith.core.shelf import Registry, to_plain
+from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree, save_recipe, schema_json
+from embedsmith.core.settings import Count, NotNegative, Positive, Share, descriptions, section, to_plain
+from embedsmith.core.shelf import Shelf
 
-shapes = Registry("shape", "tests.core.test_recipe")
+shapes = Shelf("shape", "tests.core.test_recipe")
 
 
 @shapes.register("circle", formula="r", source="Euclid")
@@ -121,3 +123,56 @@ def test_plain_trees_hold_only_yaml_values():
         "first": {"type": "circle", "radius": 2.0},
         "second": {"type": "circle", "radius": 1.0},
     }
+
+
+@section
+@dataclass(frozen=True)
+class Ranged:
+    """Settings with ranges.
+
+    rate: how fast it goes;
+        in two lines.
+    `words`: which one. `shares`, `rest`: parts of the whole, (0 to 1).
+    """
+
+    rate: Positive = 1.0
+    words: Literal["a", "b"] = "a"
+    shares: tuple[Share, ...] | None = None
+    rest: NotNegative | None = None
+    count: Count = 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rate": 0.0}, "Ranged: rate is 0.0\n  expected: greater than 0"),
+        ({"rate": float("nan")}, "rate is nan\n  expected: a finite number"),
+        ({"words": "c"}, "words is 'c'\n  expected: 'a' or 'b'"),
+        ({"shares": (0.5, 1.5)}, "shares is \\(0.5, 1.5\\)\n  expected: less than or equal to 1"),
+        ({"rest": -1.0}, "rest is -1.0\n  expected: greater than or equal to 0"),
+        ({"count": 0}, "count is 0\n  expected: greater than 0"),
+    ],
+)
+def test_ranges_hold_for_python_callers_and_for_recipes(wrong, message):
+    with pytest.raises(RecipeError, match=message):
+        Ranged(**wrong)
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        parse(Ranged, wrong)
+    assert Ranged(shares=(0.0, 1.0), rest=None).rate == 1.0
+
+
+def test_descriptions_come_from_the_docstring():
+    assert descriptions(Ranged) == {
+        "rate": "How fast it goes; in two lines.",
+        "words": "Which one.",
+        "shares": "Parts of the whole, (0 to 1).",
+        "rest": "Parts of the whole, (0 to 1).",
+    }
+    assert json.loads(schema_json(Ranged))["properties"]["words"]["description"] == "Which one."
+
+
+def test_two_things_of_one_name_are_refused():
+    def circle(): ...
+
+    with pytest.raises(RecipeError, match="two things are called 'circle'"):
+        shapes.register("circle")(circle)

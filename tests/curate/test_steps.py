@@ -299,5 +299,5 @@ def test_steps_stream():
 
         from embedsmith.curate import Ledger
 
-        next(iter(entry.cls()(rows(), Ledger(), Tools())))
+        next(iter(entry.thing()(rows(), Ledger(), Tools())))
         assert len(read) == 1, entry.name

@@ -7,7 +7,8 @@ import torch
 
 from embedsmith.core.collectives import rank, world_size
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.shelf import losses, to_plain
+from embedsmith.core.settings import to_plain
+from embedsmith.core.shelf import losses
 from embedsmith.losses import CrossBatchBalance, InfoNCE, Uniformity
 from tests.losses.cases import CASES, REFUSED, every_case, examples_for
 from tests.losses.examples import PAIRS, RETRIEVAL, WIDTH, Tiny, make_batch, make_extras, run
@@ -25,7 +26,7 @@ def test_every_registered_loss_is_walked():
     for entry in losses.entries():
         assert entry.formula, entry.name
         assert entry.source, entry.name
-        assert len(entry.cls.__doc__.splitlines()) > 3, entry.name
+        assert len(entry.thing.__doc__.splitlines()) > 3, entry.name
 
 
 @each_loss

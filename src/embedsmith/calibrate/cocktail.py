@@ -11,7 +11,7 @@ from torch import Tensor
 from embedsmith.calibrate.live import LiveMerge
 from embedsmith.calibrate.positioning import ProbeBatches
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 
 REPORTED = (1.0, 2.0, 5.0)
 """Temperatures the weights are always shown for: the published code has 5, its documentation 3."""

@@ -24,8 +24,8 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import write_cache
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.recipe import section
 from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.settings import section
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import RecordSet
 from embedsmith.models import Embedder

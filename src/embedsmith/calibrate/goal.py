@@ -16,8 +16,8 @@ from torch import Tensor
 
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import MissingExtraError, RecipeError
-from embedsmith.core.recipe import section
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.settings import section
 from embedsmith.evaluate import Results, RetrievalTask, STSTask, Task, TaskResult, evaluate, load_task
 from embedsmith.evaluate.compare import SAMPLES, resampled, statistic_of
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
-from embedsmith.core.recipe import section
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.settings import section
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import Record, RecordSet, Source, read_source, text_id
 from embedsmith.merge.gram import groups

@@ -20,8 +20,8 @@ from embedsmith.calibrate.live import LiveMerge
 from embedsmith.core.batch import Progress
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.recipe import section
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.settings import section
 from embedsmith.data import RecordSet, Source, row_seeds
 from embedsmith.merge.methods.formulas import karcher, sequential_slerp
 from embedsmith.train.build import build_extras, derive_memory, make_supply

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from embedsmith.calibrate.live import ROLES, LiveMerge, Weights, linear_modules, texts_of
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.core.tokens import PaddedTokens, TokenBatch, chunk_rows
 from embedsmith.data import RecordSet
 

@@ -19,7 +19,7 @@ from embedsmith.calibrate.positioning import PositioningConfig, ProbeBatches, se
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import Bar, log, progress_bar
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.core.shelf import merge_methods
 from embedsmith.evaluate import Results, evaluate
 from embedsmith.evaluate.compare import difference

@@ -21,7 +21,7 @@ from embedsmith.calibrate.likeness import (
 from embedsmith.calibrate.live import LiveMerge, Probe, open_live
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.data import RecordSet
 from embedsmith.merge.plan import make_plan
 from embedsmith.merge.recipe import Bounds, MergeRecipe

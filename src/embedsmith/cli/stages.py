@@ -15,8 +15,8 @@ from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.core.recipe import apply_override, parse, read_tree, section
-from embedsmith.core.shelf import did_you_mean, to_plain
+from embedsmith.core.recipe import apply_override, parse, read_tree
+from embedsmith.core.settings import did_you_mean, section, to_plain
 
 # The recipe of a pipeline.
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.recipe import apply_override, parse, read_tree, section
+from embedsmith.core.recipe import apply_override, parse, read_tree
+from embedsmith.core.settings import section
 from embedsmith.data import RecordSet, Source, read_source
 from embedsmith.data.record import refuse_tokens
 from embedsmith.data.token_cache import (

@@ -63,7 +63,7 @@ def inspect(
     from rich.console import Console
 
     from embedsmith.core.recipe import apply_override, parse
-    from embedsmith.core.shelf import to_plain
+    from embedsmith.core.settings import to_plain
     from embedsmith.data.inspect import inspect_source, render
     from embedsmith.data.source import Source
 

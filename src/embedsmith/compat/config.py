@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
-from embedsmith.core.recipe import parse, section
+from embedsmith.core.recipe import parse
+from embedsmith.core.settings import section
 from embedsmith.data.token_cache import MANIFEST, Manifest
 
 POOLINGS = {"eos": "last", "mean": "mean", "weighted_mean": "weighted_mean", "cls": "cls", "max": "max"}

@@ -12,21 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
-from embedsmith.core.batch import Loss
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.shelf import REGISTRIES, did_you_mean, to_plain
+from embedsmith.core.settings import descriptions, did_you_mean, name_of, to_plain
+from embedsmith.core.shelf import SHELVES
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
-
-
-def section(cls: C) -> C:
-    """Class decorator for a dataclass that is part of a recipe: unknown keys become errors."""
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # type: ignore[attr-defined]
-    return cls
 
 
 def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
@@ -126,7 +121,7 @@ def _explain(detail: Any, schema: Any, prefix: tuple[Any, ...]) -> list[str]:
 def _known_keys(schema: Any, location: tuple[Any, ...]) -> list[str]:
     """The fields of the dataclass found by walking `location` down the type hints."""
     if isinstance(schema, str):
-        found = (registry.class_named(schema) for registry in REGISTRIES)  # an error carries only the class's name
+        found = (shelf.class_named(schema) for shelf in SHELVES)  # an error carries only the class's name
         schema = next((cls for cls in found if cls is not None), None)
     for part in location:
         options = _dataclasses_in(schema)
@@ -160,65 +155,72 @@ def save_recipe(recipe: Any, path: str | Path) -> None:
 
 def schema_json(schema: type) -> str:
     """The JSON Schema of a recipe, for editors."""
-    return json.dumps(TypeAdapter(schema).json_schema(), indent=2, ensure_ascii=False)
+    made = TypeAdapter(schema).json_schema(schema_generator=_Described)
+    return json.dumps(made, indent=2, ensure_ascii=False)
+
+
+class _Described(GenerateJsonSchema):
+    """The schema with the meaning of every field, from the docstring of its class."""
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        made = super().dataclass_schema(schema)
+        for name, text in descriptions(schema["cls"]).items():
+            made["properties"][name]["description"] = text
+        return made
 
 
 # Checks of hyper-parameters: a wrong value is a `RecipeError` before anything is loaded.
 
 
-def above_zero(loss: Loss, *names: str) -> None:
+def above_zero(settings: Any, *names: str) -> None:
     """Each named field is a finite number > 0, or `None`."""
     for name in names:
-        value = getattr(loss, name)
+        value = getattr(settings, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise RecipeError(f"{name} is {value}", where=_name(loss), expected="a number above 0")
+            raise RecipeError(f"{name} is {value}", where=name_of(settings), expected="a number above 0")
 
 
-def not_negative(loss: Loss, *names: str) -> None:
+def not_negative(settings: Any, *names: str) -> None:
     """Each named field is a finite number >= 0, or `None`, or a sequence of such numbers."""
     for name in names:
-        value = getattr(loss, name)
+        value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not (math.isfinite(number) and number >= 0):
-                raise RecipeError(f"{name} is {value}", where=_name(loss), expected="0 or more")
+                raise RecipeError(f"{name} is {value}", where=name_of(settings), expected="0 or more")
 
 
-def finite(loss: Loss, *names: str) -> None:
+def finite(settings: Any, *names: str) -> None:
     """Each named field is a finite number, or `None`."""
     for name in names:
-        value = getattr(loss, name)
+        value = getattr(settings, name)
         if value is not None and not math.isfinite(value):
-            raise RecipeError(f"{name} is {value}", where=_name(loss), expected="a finite number")
+            raise RecipeError(f"{name} is {value}", where=name_of(settings), expected="a finite number")
 
 
-def one_of(loss: Loss, name: str, *allowed: str) -> None:
+def one_of(settings: Any, name: str, *allowed: str) -> None:
     """The named field is one of a few words (a recipe checks this by its type, Python code does not)."""
-    if getattr(loss, name) not in allowed:
+    if getattr(settings, name) not in allowed:
         raise RecipeError(
-            f"{name} is {getattr(loss, name)!r}", where=_name(loss), expected=f"one of {', '.join(allowed)}"
+            f"{name} is {getattr(settings, name)!r}", where=name_of(settings), expected=f"one of {', '.join(allowed)}"
         )
 
 
-def not_empty(loss: Loss, *names: str) -> None:
+def not_empty(settings: Any, *names: str) -> None:
     """Each named field is a word or a sequence with something in it."""
     for name in names:
-        if not getattr(loss, name):
-            raise RecipeError(f"{name} is empty", where=_name(loss), expected="at least one entry")
+        if not getattr(settings, name):
+            raise RecipeError(f"{name} is empty", where=name_of(settings), expected="at least one entry")
 
 
-def same_length(loss: Loss, name: str, other: str) -> None:
+def same_length(settings: Any, name: str, other: str) -> None:
     """Two sequence fields have one entry for each entry of the other; the first may be `None`."""
-    value, length = getattr(loss, name), len(getattr(loss, other))
+    value, length = getattr(settings, name), len(getattr(settings, other))
     if value is not None and len(value) != length:
         raise RecipeError(
-            f"{name} has {len(value)} entries", where=_name(loss), expected=f"{length}, one for each of {other}"
+            f"{name} has {len(value)} entries", where=name_of(settings), expected=f"{length}, one for each of {other}"
         )
 
 
-def wrong(loss: Loss, what: str, expected: str) -> RecipeError:
+def wrong(settings: Any, what: str, expected: str) -> RecipeError:
     """An error about combinations of fields, naming the loss."""
-    return RecipeError(what, where=_name(loss), expected=expected)
-
-
-def _name(loss: Loss) -> str:
-    return str(getattr(type(loss), "registered_name", type(loss).__name__))
+    return RecipeError(what, where=name_of(settings), expected=expected)

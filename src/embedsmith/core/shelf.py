@@ -1,74 +1,130 @@
-"""Components by name: how a recipe's `{type: infonce, temperature: 0.02}` becomes a frozen dataclass, and back."""
+"""The shelf: everything that has a name in a recipe, a listing or on the command line is one decorated class or
+function in one file. This is where such things are found, in the tree by their folder and outside it by the
+entry-point group `embedsmith`.
+
+    @losses.register("my_loss", formula="...", source="...")
+    @dataclass(frozen=True)
+    class MyLoss(Loss): ...
+
+A package of your own names the modules that do so in its pyproject.toml, and needs nothing else:
+
+    [project.entry-points.embedsmith]
+    my_package = "my_package.losses"
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
 
-from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from embedsmith.core.errors import RecipeError
+from embedsmith.core.errors import EmbedsmithError, RecipeError
+from embedsmith.core.settings import descriptions, did_you_mean, section, to_plain
 
-C = TypeVar("C", bound=type)
+T = TypeVar("T")
+GROUP = "embedsmith"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A registered component and what `embedsmith losses` and the docs say of it."""
+class Entry(Generic[T]):
+    """A thing on a shelf, and what listings and docs say of it."""
 
     name: str
-    cls: type
-    formula: str
-    source: str
+    thing: T
+    formula: str = ""
+    source: str = ""
 
     @property
     def summary(self) -> str:
-        return (self.cls.__doc__ or "").strip().split("\n")[0]
+        """The first line of its docstring."""
+        return (getattr(self.thing, "__doc__", None) or "").strip().split("\n")[0]
+
+    @property
+    def package(self) -> str:
+        """The package that brought it: `embedsmith`, or a user's own."""
+        return str(getattr(self.thing, "__module__", type(self.thing).__module__)).partition(".")[0]
 
 
-class Registry:
-    """Named components of one kind. `modules` are imported on first use, and one after the other until a name is
-    found, so that parsing costs only what it needs."""
+class Shelf(Generic[T]):
+    """Named things of one kind.
 
-    def __init__(self, kind: str, *modules: str) -> None:
-        self.kind, self.modules = kind, modules
-        self._entries: dict[str, Entry] = {}
+    `places`: modules that hold them; of a package, all files in its folder. They are imported on first use and one
+    place after the other until a name is found, so that parsing costs only what it needs; packages of users come last.
+    A class that is a dataclass is a component: a recipe writes `{type: NAME, setting: value}`.
+    """
 
-    def register(self, name: str, *, formula: str = "", source: str = "") -> Callable[[C], C]:
-        """Class decorator for a frozen dataclass; unknown fields in a recipe become errors."""
+    def __init__(self, kind: str, *places: str) -> None:
+        self.kind, self.places = kind, places
+        self._entries: dict[str, Entry[T]] = {}
 
-        def add(cls: C) -> C:
-            cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # type: ignore[attr-defined]
-            cls.registered_name = name  # type: ignore[attr-defined]
-            self._entries[name] = Entry(name, cls, formula, source)
-            return cls
+    def register(self, name: str, *, formula: str = "", source: str = "") -> Callable[[T], T]:
+        """Decorator that puts a class or function on the shelf.
+
+        Errors: `RecipeError` when another thing has the name already.
+        """
+
+        def add(thing: T) -> T:
+            entry = Entry(name, thing, formula, source)
+            there = self._entries.get(name)
+            if there is not None and _home(there.thing) != _home(thing):
+                raise RecipeError(
+                    f"two things are called {name!r} on the shelf of every {self.kind}: {_home(there.thing)} and "
+                    f"{_home(thing)}",
+                    fix="give one of them another name",
+                )
+            if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+                section(thing)
+                thing.registered_name = name  # type: ignore[attr-defined]
+            self._entries[name] = entry
+            return thing
 
         return add
 
-    def class_named(self, class_name: str) -> type | None:
-        """The component whose class has this name, among those registered so far."""
-        return next((entry.cls for entry in self._entries.values() if entry.cls.__name__ == class_name), None)
-
-    def entries(self) -> list[Entry]:
-        for module in self.modules:
-            importlib.import_module(module)
+    def entries(self) -> list[Entry[T]]:
+        """All of them by name, users' own included."""
+        for _ in self._loading():
+            pass
         return [self._entries[name] for name in sorted(self._entries)]
 
-    def get(self, name: str) -> type:
-        for module in self.modules:
-            importlib.import_module(module)
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.entries()]
+
+    def entry(self, name: str) -> Entry[T]:
+        """Errors: `RecipeError` for an unknown name, with the nearest known one."""
+        for _ in self._loading():
             if name in self._entries:
-                return self._entries[name].cls
-        known = [entry.name for entry in self.entries()]
+                return self._entries[name]
+        known = self.names()
         raise RecipeError(
             f"unknown {self.kind} {name!r}{did_you_mean(name, known)}", expected=f"one of {', '.join(known)}"
         )
+
+    def get(self, name: str) -> T:
+        """Errors: `RecipeError` for an unknown name, with the nearest known one."""
+        return self.entry(name).thing
+
+    def class_named(self, class_name: str) -> type | None:
+        """The component whose class has this name, among those registered so far."""
+        things = (entry.thing for entry in self._entries.values())
+        return next((one for one in things if isinstance(one, type) and one.__name__ == class_name), None)
+
+    def _loading(self) -> Iterator[None]:
+        """Import one place after the other; the user's packages last."""
+        yield
+        for place in self.places:
+            load_place(place)
+            yield
+        load_plugins()
+        yield
 
     def build(self, value: Any) -> Any:
         """A component from an instance, a name, or a mapping with a `type` key."""
@@ -82,13 +138,14 @@ class Registry:
                 expected=f"a name, or a mapping with a `type` key naming a {self.kind}",
             )
         arguments = {key: item for key, item in value.items() if key != "type"}
-        return TypeAdapter(self.get(value["type"])).validate_python(arguments)
+        thing: Any = self.get(value["type"])
+        return TypeAdapter(thing).validate_python(arguments)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.build)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        choices: list[dict[str, Any]] = [{"type": "string", "enum": [entry.name for entry in self.entries()]}]
+        choices: list[dict[str, Any]] = [{"type": "string", "enum": self.names()}]
         for entry in self.entries():
             choices.append(
                 {
@@ -96,40 +153,94 @@ class Registry:
                     "title": entry.name,
                     "description": entry.summary,
                     "required": ["type"],
-                    **_fields(entry),
+                    **_properties(entry),
                 }
             )
         return {"anyOf": choices}
 
 
-def _fields(entry: Entry) -> dict[str, Any]:
-    """Names and defaults of a component's fields. Shallow, because wrappers hold components of their own kind."""
+@dataclass(frozen=True)
+class Name:
+    """Annotates a setting that holds the name of a thing: `pooling: Annotated[str, Name(poolings)]`."""
+
+    shelf: Shelf[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(lambda name: self.shelf.entry(name).name, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "enum": self.shelf.names()}
+
+
+def _properties(entry: Entry[Any]) -> dict[str, Any]:
+    """Names, defaults and meanings of a component's fields. Shallow, because wrappers hold components of their own
+    kind."""
     properties: dict[str, Any] = {"type": {"const": entry.name}}
-    for f in dataclasses.fields(entry.cls):
+    said = descriptions(entry.thing)
+    for f in dataclasses.fields(entry.thing):
         properties[f.name] = {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}
+        properties[f.name] |= {"description": said[f.name]} if f.name in said else {}
     return {"properties": properties, "additionalProperties": False}
 
 
-def to_plain(value: Any) -> Any:
-    """A recipe value as YAML can hold it: the inverse of parsing."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = getattr(type(value), "registered_name", None)
-        head = {} if name is None else {"type": name}
-        return head | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+def _home(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+@functools.cache
+def load_place(place: str) -> None:
+    """Import a module, and every file beside it where it is a package."""
+    module = importlib.import_module(place)
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        importlib.import_module(f"{place}.{found.name}")
 
 
-losses = Registry("loss", "embedsmith.losses")
-merge_methods = Registry("merge method", "embedsmith.merge.methods", "embedsmith.calibrate")
-curation_steps = Registry("curation step", "embedsmith.curate")
-generators = Registry("generator", "embedsmith.curate")
-REGISTRIES = (losses, merge_methods, curation_steps, generators)
+@functools.cache
+def load_plugins() -> None:
+    """Import what installed packages name in the entry-point group `embedsmith`.
+
+    Errors: `RecipeError` naming the package when one cannot be imported.
+    """
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except EmbedsmithError:
+            raise
+        except Exception as error:
+            package = point.dist.name if point.dist else point.value
+            raise RecipeError(
+                f"the package {package} extends embedsmith and cannot be imported ({type(error).__name__}: {error})",
+                where=f"entry point {point.name} = {point.value}",
+                fix=f"mend it, or remove it: pip uninstall {package}",
+            ) from error
+
+
+losses: Shelf[Any] = Shelf("loss", "embedsmith.losses", "embedsmith.pretrain.losses")
+poolings: Shelf[Any] = Shelf("pooling", "embedsmith.models.pooling")
+heads: Shelf[Any] = Shelf("head", "embedsmith.models.heads", "embedsmith.pretrain")
+merge_methods: Shelf[Any] = Shelf("merge method", "embedsmith.merge.methods", "embedsmith.calibrate")
+file_kinds: Shelf[Any] = Shelf("file kind", "embedsmith.data.formats.files")
+layouts: Shelf[Any] = Shelf("column layout", "embedsmith.data.formats.columns")
+task_kinds: Shelf[Any] = Shelf("task kind", "embedsmith.evaluate.tasks")
+metrics: Shelf[Any] = Shelf("metric", "embedsmith.evaluate.metrics")
+searchers: Shelf[Any] = Shelf("searcher", "embedsmith.mining.searchers")
+teachers: Shelf[Any] = Shelf("teacher", "embedsmith.mining.searchers")
+curation_steps: Shelf[Any] = Shelf("curation step", "embedsmith.curate")
+generators: Shelf[Any] = Shelf("generator", "embedsmith.curate.generators")
+verbs: Shelf[Any] = Shelf("verb", "embedsmith.cli")
+
+SHELVES = (
+    losses,
+    poolings,
+    heads,
+    merge_methods,
+    file_kinds,
+    layouts,
+    task_kinds,
+    metrics,
+    searchers,
+    teachers,
+    curation_steps,
+    generators,
+    verbs,
+)

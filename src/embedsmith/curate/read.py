@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from embedsmith.core.errors import DataError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.curate.step import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
 from embedsmith.data.formats.beir import beir_rows, is_beir

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.recipe import section
-from embedsmith.core.shelf import curation_steps, to_plain
+from embedsmith.core.settings import section, to_plain
+from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import key_of
 from embedsmith.curate.read import Corpus, Input
 from embedsmith.curate.step import Ledger, Report, Step, StepReport, Tools, booked

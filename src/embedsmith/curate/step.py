@@ -281,7 +281,7 @@ def table_of_steps() -> RenderableType:
     """Every step a recipe can name, with its settings and their defaults."""
     table = Table("step", "what", "settings", title="steps", title_justify="left")
     for entry in curation_steps.entries():
-        settings = ", ".join(_setting(f) for f in fields(entry.cls))
+        settings = ", ".join(_setting(f) for f in fields(entry.thing))
         table.add_row(Text(entry.name), Text(entry.summary), Text(settings))
     return table
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from embedsmith.core.batch import Loss
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.core.shelf import losses
 from embedsmith.data.formats.beir import beir_rows, is_beir
 from embedsmith.data.formats.columns import (

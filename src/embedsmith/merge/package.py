@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from embedsmith.core.shelf import to_plain
+from embedsmith.core.settings import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.writer import Slot, index_of, shards

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.core.shelf import merge_methods
 
 OutType = Literal["float32", "bfloat16", "float16"]

@@ -20,7 +20,7 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file, disk_errors, move_into_place
 from embedsmith.core.progress import Bar, log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, save_recipe
-from embedsmith.core.shelf import to_plain
+from embedsmith.core.settings import to_plain
 from embedsmith.merge.method import Combine, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.data import Source
 
 Tokens = Literal["mixed", "characters", "words"]

@@ -20,7 +20,7 @@ from embedsmith.core.encoder import Encoder, Role, fingerprint
 from embedsmith.core.errors import DataError, EmbedsmithError, SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.shelf import to_plain
+from embedsmith.core.settings import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
 from embedsmith.data.record import refuse_tokens
 from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe, Selection

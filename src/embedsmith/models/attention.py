@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import log
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.models.self_test import Probe, probe
 
 # Attention masks of four dimensions, for what a transformer's own mask cannot say.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.models.attention import Mode, SoftMask
 from embedsmith.models.heads.dense import HeadConfig
 from embedsmith.models.lora import LoraConfig

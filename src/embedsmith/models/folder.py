@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from embedsmith.core.errors import ModelError, RecipeError
-from embedsmith.core.recipe import parse, section
+from embedsmith.core.recipe import parse
+from embedsmith.core.settings import section
 from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig

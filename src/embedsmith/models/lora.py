@@ -23,7 +23,7 @@ from torch import nn
 
 from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.progress import log, quiet
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
 ADAPTER = "adapter_config.json"

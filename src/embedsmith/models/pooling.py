@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 from embedsmith.core.tokens import PaddedTokens
 
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from tokenizers.processors import Sequence as Steps
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, ModelError
 from embedsmith.core.progress import log
-from embedsmith.core.shelf import did_you_mean
+from embedsmith.core.settings import did_you_mean
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.config import Settings
 

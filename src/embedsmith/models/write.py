@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from embedsmith.core.files import atomic_folder
 from embedsmith.core.progress import quiet
-from embedsmith.core.shelf import to_plain
+from embedsmith.core.settings import to_plain
 from embedsmith.models.attention import Attention
 from embedsmith.models.folder import FILE, POOLER_FILE, POOLING_NAMES, POOLING_SWITCHES, Contract, read_json
 from embedsmith.models.heads.dense import Projection, activation_path

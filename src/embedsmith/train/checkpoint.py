@@ -25,7 +25,7 @@ from embedsmith.core.errors import CheckpointError
 from embedsmith.core.files import atomic_file, atomic_folder
 from embedsmith.core.recipe import read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
-from embedsmith.core.shelf import to_plain
+from embedsmith.core.settings import to_plain
 from embedsmith.models import Embedder
 
 # The optimizer's state as one whole, wherever its parameters lie: what a checkpoint holds, for any number of ranks.

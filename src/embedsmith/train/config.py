@@ -9,7 +9,8 @@ from typing import Literal
 
 from embedsmith.compat.config import Reference, translated
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import apply_override, parse, read_tree, section
+from embedsmith.core.recipe import apply_override, parse, read_tree
+from embedsmith.core.settings import section
 from embedsmith.data import PlanConfig, Source
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig

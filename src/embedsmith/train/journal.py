@@ -24,7 +24,7 @@ from embedsmith.core.collectives import (
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import Bar
-from embedsmith.core.shelf import to_plain
+from embedsmith.core.settings import to_plain
 from embedsmith.data import BatchPlan, Joined
 from embedsmith.train.feed import Feed, Lane
 from embedsmith.train.step import DeadHeads, StepOutput

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from embedsmith.core.errors import DataError, RecipeError
-from embedsmith.core.shelf import did_you_mean
+from embedsmith.core.settings import did_you_mean
 from embedsmith.data.record import Record, RowError, Scores, kind_of
 
 ROLES = {

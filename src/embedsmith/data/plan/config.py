@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import section
 from embedsmith.core.seeds import derive_seed
-from embedsmith.core.shelf import did_you_mean
+from embedsmith.core.settings import did_you_mean, section
 
 MULTIPLE = 8
 """Rows of a token-budget batch are a multiple of it where they can be, so that 1, 2, 4 and 8 ranks plan the same."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedsmith.core.errors import EvaluationError
-from embedsmith.core.shelf import did_you_mean
+from embedsmith.core.settings import did_you_mean
 from embedsmith.evaluate.mteb.models import need_mteb
 from embedsmith.evaluate.run import digest, task_content
 from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from embedsmith.core.errors import DataError, EvaluationError
-from embedsmith.core.shelf import did_you_mean
+from embedsmith.core.settings import did_you_mean
 from embedsmith.evaluate.tasks.files import (
     find,
     read_beir,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.recipe import section
+from embedsmith.core.settings import section
 
 _NAMES = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU"

@@ -1,0 +1,142 @@
+"""Settings: frozen dataclasses that are their own schema. What each field may hold stands in its annotation, and is
+checked whether a recipe or a Python caller gave it; what it means stands in the docstring of its class."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from embedsmith.core.errors import RecipeError
+
+C = TypeVar("C", bound=type)
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0)]
+Word = Annotated[str, Field(min_length=1)]
+
+
+def section(cls: C) -> C:
+    """Class decorator for a frozen dataclass of settings: unknown keys of a recipe become errors, and so do values
+    outside the ranges and words that the annotations allow, for Python callers too.
+
+    Errors: `RecipeError` naming the setting, what came and what was expected.
+    """
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # type: ignore[attr-defined]
+    plain_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    signature = inspect.signature(plain_init)
+
+    @functools.wraps(plain_init)
+    def checked_init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **values).arguments
+        except TypeError:
+            given = {}  # a wrong call: the dataclass says it better
+        for name, limits in _limits(cls).items():
+            if name in given:
+                _check(cls, name, given[name], limits)
+        plain_init(self, *args, **values)
+
+    cls.__init__ = checked_init  # type: ignore[misc]
+    return cls
+
+
+def _check(cls: type, name: str, value: Any, limits: TypeAdapter[Any]) -> None:
+    try:
+        limits.validate_python(value)
+    except ValidationError as error:
+        expected = " or ".join(dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in error.errors()))
+        raise RecipeError(f"{name} is {value!r}", where=name_of(cls), expected=expected) from error
+
+
+@functools.cache
+def _limits(cls: type) -> dict[str, TypeAdapter[Any]]:
+    """A check for every field whose annotation limits its values; types alone are left to the type checker."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [f.name for f in dataclasses.fields(cls) if f.init and _is_limited(hints[f.name])]
+    config = ConfigDict(arbitrary_types_allowed=True)
+    return {name: TypeAdapter(hints[name], config=config) for name in names}
+
+
+def _is_limited(hint: Any) -> bool:
+    """Whether a hint holds a range or a choice of words, and nothing but plain values."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return True
+    if typing.get_origin(hint) is Annotated:
+        return _is_plain(parts[0]) and any(hasattr(extra, "metadata") for extra in parts[1:])
+    return _is_plain(hint) and any(_is_limited(part) for part in parts)
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a hint is made of numbers, words and sequences of them: no section and no component, which check
+    themselves."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return True
+    if origin is Annotated:
+        return _is_plain(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType, tuple, list, dict):
+        return all(part is Ellipsis or _is_plain(part) for part in typing.get_args(hint))
+    return hint in (int, float, str, bool, type(None))
+
+
+def name_of(settings: Any) -> str:
+    """What a recipe calls a component (a class or one of its values); the class's name where it has no such name."""
+    cls = settings if isinstance(settings, type) else type(settings)
+    return str(getattr(cls, "registered_name", cls.__name__))
+
+
+_ENTRY = re.compile(r"(^(?:\w+, )*\w+|(?:`\w+`, )*`\w+`):\s", re.MULTILINE)
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """What the docstring of a class of settings (and of those it extends) says of each of its fields.
+
+    A field is described behind its name and a colon: `name: text` at the start of a line, or `` `name`: text``
+    anywhere; several names share a text as `one, other: text`. It ends at the next field or at an empty line.
+    """
+    fields = {f.name for f in dataclasses.fields(cls)}
+    found: dict[str, str] = {}
+    for home in reversed(cls.__mro__):
+        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(home.__dict__.get("__doc__") or "")):
+            entries = [
+                (match, names)
+                for match in _ENTRY.finditer(paragraph)
+                if (names := [name.strip("`") for name in match[1].split(", ")]) and fields.issuperset(names)
+            ]
+            ends = [match.start() for match, _ in entries[1:]] + [len(paragraph)]
+            for (match, names), end in zip(entries, ends):
+                text = " ".join(paragraph[match.end() : end].strip(" \n-").split()).rstrip(";,")
+                found |= dict.fromkeys(names, text[:1].upper() + text[1:])
+    return found
+
+
+def to_plain(value: Any) -> Any:
+    """A setting as YAML can hold it: the inverse of parsing."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = getattr(type(value), "registered_name", None)
+        head = {} if name is None else {"type": name}
+        return head | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known name nearest to a wrong one, nothing where none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
