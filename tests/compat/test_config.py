@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedsmith.compat.config import read_recipe
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.losses import F2LLM, Matryoshka, Sum
-from embedsmith.train import read_recipe, train
+from embedsmith.train import train
 from tests.models.families import tiny
 from tests.models.test_decoders import byte_tokenizer
 

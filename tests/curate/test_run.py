@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from embedsmith.cli.curate import run_curate, step_of, tree_of
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import load_recipe
 from embedsmith.core.reps import Dense
@@ -26,7 +27,6 @@ from embedsmith.curate import (
 )
 from embedsmith.curate.ask import Answer
 from embedsmith.curate.run import _Run
-from embedsmith.curate.verb import run_curate, step_of, tree_of
 from embedsmith.data import Source, read_source
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

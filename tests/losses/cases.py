@@ -7,7 +7,6 @@ from embedsmith.losses import (
     F2LLM,
     GOR,
     GORST,
-    MNTP,
     PRO,
     AnglE,
     Classifier,
@@ -27,7 +26,6 @@ from embedsmith.losses import (
     PerHead,
     Qwen3,
     RankKL,
-    RetroMAE,
     ScoreKL,
     Sum,
     SupervisedContrastive,
@@ -36,6 +34,7 @@ from embedsmith.losses import (
     Uniformity,
     Weighted,
 )
+from embedsmith.pretrain.losses import MNTP, RetroMAE
 from tests.losses.examples import PAIRS, RETRIEVAL, UNDEFINED_PAIRS, UNDEFINED_RETRIEVAL
 
 T = 0.2  # temperature of the examples: few candidates, so that no softmax is saturated

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from embedsmith.core.errors import ModelError
-from embedsmith.losses import MNTP
 from embedsmith.models import load
 from embedsmith.pretrain import mntp
+from embedsmith.pretrain.losses import MNTP
 from embedsmith.pretrain.mntp import MNTP_FILE, hidden_words
 from embedsmith.train.step import Memory, run_step
 from tests.models import lm

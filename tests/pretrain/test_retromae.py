@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from embedsmith.core.errors import ModelError
-from embedsmith.losses import RetroMAE
 from embedsmith.models import load
 from embedsmith.pretrain import retromae
+from embedsmith.pretrain.losses import RetroMAE
 from embedsmith.pretrain.retromae import RETROMAE_FILE, random_words
 from embedsmith.train.step import Memory, run_step
 from tests.models import lm

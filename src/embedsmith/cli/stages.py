@@ -80,8 +80,8 @@ def _mine(tree: dict[str, Any], where: str) -> Path:
 
 
 def _curate(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.cli.curate import evaluation_texts, load_encoder
     from embedsmith.curate import CurateRecipe, Tools, curate
-    from embedsmith.curate.verb import evaluation_texts, load_encoder
 
     recipe = parse(CurateRecipe, tree, where)
     tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, None))

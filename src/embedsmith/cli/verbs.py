@@ -29,8 +29,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, run one step.")] = False,
 ) -> None:
     """Train a model as a recipe says. The same command continues a run that was stopped."""
+    from embedsmith.compat.config import read_recipe
     from embedsmith.core.collectives import rank
-    from embedsmith.train import read_recipe, rehearse
+    from embedsmith.train import rehearse
     from embedsmith.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])
@@ -244,7 +245,7 @@ def curate_data(
     if list_steps or source is None:
         Console().print(table_of_steps())
         return
-    from embedsmith.curate.verb import run_curate
+    from embedsmith.cli.curate import run_curate
 
     Console().print(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
 

@@ -9,8 +9,8 @@ multiplied by the processes of the launch here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
-from embedsmith.core.recipe import parse
+from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
 from embedsmith.data.token_cache import MANIFEST, Manifest
+from embedsmith.train.config import Recipe
 
 POOLINGS = {"eos": "last", "mean": "mean", "weighted_mean": "weighted_mean", "cls": "cls", "max": "max"}
 HELD_OUT = 0.99
@@ -243,3 +244,21 @@ def _datasets(flat: Reference) -> dict[str, Path]:
             fix="download the data, or make a cache with embedsmith tokenize",
         )
     return dict(list(found.items())[: flat.max_datasets])
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML or JSON, or from a flat config of the reference; overrides name fields of either.
+
+    Errors: `RecipeError` naming the file and the key, with the nearest known key.
+    """
+    tree = read_tree(path)
+    if "model_path" in tree:
+        flat = {f.name for f in fields(Reference)}
+        old = [override for override in overrides if override.partition("=")[0] in flat]
+        for override in old:
+            apply_override(tree, override)
+        tree = translated(tree, str(path))
+        overrides = [override for override in overrides if override not in old]
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(Recipe, tree, where=str(path))

@@ -9,13 +9,11 @@ from embedsmith.losses.retrieval import F2LLM, ConanWeak, InfoNCE, Qwen3
 from embedsmith.losses.self_distill import M3SelfDistillation
 from embedsmith.losses.sts import PRO, AnglE, CoSENT, Pearson, RankKL
 from embedsmith.losses.wrappers import Matryoshka, PerHead, Sum, Symmetric, Weighted
-from embedsmith.pretrain.losses import MNTP, RetroMAE
 
 __all__ = [
     "F2LLM",
     "GOR",
     "GORST",
-    "MNTP",
     "PRO",
     "AnglE",
     "Classifier",
@@ -35,7 +33,6 @@ __all__ = [
     "PerHead",
     "Qwen3",
     "RankKL",
-    "RetroMAE",
     "ScoreKL",
     "Sum",
     "SupervisedContrastive",

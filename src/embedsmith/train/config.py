@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
-from embedsmith.compat.config import Reference, translated
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
 from embedsmith.data import PlanConfig, Source
 from embedsmith.mining.config import LiveNegatives
@@ -159,21 +155,3 @@ class Recipe:
             raise RecipeError("data: at least one source is needed")
         if self.train.final == "best" and not self.evaluate.tasks:
             raise RecipeError("train.final=best needs a score", fix="set evaluate.tasks, or train.final=last")
-
-
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from YAML or JSON, or from a flat config of the reference; overrides name fields of either.
-
-    Errors: `RecipeError` naming the file and the key, with the nearest known key.
-    """
-    tree = read_tree(path)
-    if "model_path" in tree:
-        flat = {f.name for f in fields(Reference)}
-        old = [override for override in overrides if override.partition("=")[0] in flat]
-        for override in old:
-            apply_override(tree, override)
-        tree = translated(tree, str(path))
-        overrides = [override for override in overrides if override not in old]
-    for override in overrides:
-        apply_override(tree, override)
-    return parse(Recipe, tree, where=str(path))
