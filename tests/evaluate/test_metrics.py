@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from embedsmith.evaluate.metrics import correlations, cosines
+from embedsmith.evaluate.metrics import cosines, pair_scores
+
+
+def correlations(similarity: np.ndarray, score: np.ndarray) -> tuple[float, ...]:
+    return tuple(pair_scores("scored pairs", similarity, score).values())
 
 
 def test_spearman_and_pearson_equal_plain_loops() -> None:

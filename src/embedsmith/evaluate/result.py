@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
+from embedsmith.evaluate.metrics import added_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -192,8 +193,10 @@ _SHOWN = ("cosine_pearson", "pearson", *_RANKED, "f1", "ami", *_BY_LENGTH)
 
 
 def _beside(result: TaskResult) -> list[str]:
-    """The scores shown next to the main one. Similarities of a dense model are cosines, so those are not repeated."""
-    shown = [name for name in _SHOWN if name in result.scores]
+    """The scores shown next to the main one, those of metrics of other packages last. Similarities of a dense model are
+    cosines, so those are not repeated."""
+    added = [form for name in added_metrics() for form in (f"cosine_{name}", name, f"{name}_at_10")]
+    shown = [name for name in (*_SHOWN, *added) if name in result.scores]
     return [name for name in shown if f"cosine_{name}" not in shown]
 
 

@@ -18,6 +18,7 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.encoding import Reader
+from embedsmith.evaluate.metrics import added_metrics
 from embedsmith.evaluate.result import Results, TaskResult
 from embedsmith.evaluate.tasks.similarity import Task
 
@@ -66,7 +67,9 @@ class KeptResults:
             json.dump(result.as_dict(items=True), file, ensure_ascii=False, allow_nan=False)
 
     def path(self, task: Task) -> Path:
-        return self.folder / f"{task.name.replace('/', '_')}-{digest(self.model, task_content(task))}.json"
+        """Metrics of other packages count: a result without them is not that of an evaluation with them."""
+        content = digest(self.model, task_content(task), *added_metrics())
+        return self.folder / f"{task.name.replace('/', '_')}-{content}.json"
 
 
 def task_content(task: Task) -> Any:

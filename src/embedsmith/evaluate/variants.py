@@ -23,7 +23,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Judgements, Ranking, correlations, ranking_scores
+from embedsmith.evaluate.metrics import Graded, Judgements, Ranking, ndcg, spearman
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.retrieval import RetrievalTask
@@ -162,7 +162,7 @@ class _Ranking:
         if self.task.ignore_identical_ids:
             ranking = ranking.without(np.array([place.get(query, -1) for query in self.query_ids]))
         judged = Judgements.of(self.task.qrels, self.query_ids, place)
-        return float(ranking_scores(judged.grades(ranking), judged, (10,))["ndcg_at_10"].mean())
+        return float(ndcg(Graded(ranking, judged), 10).mean())
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Pairs:
 
     def score(self, weights: Sequence[float]) -> float:
         total_N = torch.tensordot(torch.tensor(weights), self.score_HN, dims=1)
-        return float(np.nan_to_num(correlations(total_N.double().numpy(), self.label_N)[0], nan=-1.0))
+        return float(np.nan_to_num(spearman(total_N.double().numpy(), self.label_N), nan=-1.0))
 
 
 def _dev_scores(encoder: Encoder, task: Task, heads: Sequence[str]) -> _Ranking | _Pairs:
