@@ -7,18 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.evaluate.metrics import added_metrics
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
 
 ItemValues = npt.NDArray[np.float64]
 
@@ -171,8 +168,6 @@ class Results(Sequence[TaskResult]):
 
     def table(self) -> Table:
         """One row a task: the main score and a few others, times 100."""
-        from rich.table import Table
-
         table = Table(title=str(self.about.get("model", "")) or None, title_justify="left")
         for name in ("task", "metric"):
             table.add_column(name)
