@@ -66,21 +66,21 @@ class TaskResult:
             "task": self.task,
             "kind": self.kind,
             "metric": self.metric,
-            "main_score": _number(self.main_score),
-            "scores": {name: _number(value) for name, value in self.scores.items()},
+            "main_score": finite_or_none(self.main_score),
+            "scores": {name: finite_or_none(value) for name, value in self.scores.items()},
             "counts": dict(self.counts),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
         }
         if items:
             plain["item_ids"] = list(self.item_ids)
-            plain["items"] = {name: [_number(value) for value in values] for name, values in self.items.items()}
+            plain["items"] = {name: [finite_or_none(value) for value in values] for name, values in self.items.items()}
             plain["examples"] = [
                 {
                     "id": example.item_id,
-                    "value": _number(example.value),
+                    "value": finite_or_none(example.value),
                     "texts": dict(example.texts),
-                    "numbers": {name: _number(value) for name, value in example.numbers.items()},
+                    "numbers": {name: finite_or_none(value) for name, value in example.numbers.items()},
                 }
                 for example in self.examples
             ]
@@ -205,7 +205,8 @@ def percent(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def _number(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """A number as JSON has it: one that does not exist is `null`."""
     return float(value) if math.isfinite(value) else None
 
 
