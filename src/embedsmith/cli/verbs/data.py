@@ -1,8 +1,7 @@
-"""The verbs of data: inspect, curate, tokenize and encode."""
+"""The verbs of data: inspect, curate and tokenize."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -93,27 +92,3 @@ def tokenize(
     tree["pooling"] = pooling
     for line in run_tokenize(data, tree, changes or [], adopt):
         typer.echo(line)
-
-
-@verbs.register("encode")
-def encode(
-    files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
-    out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
-    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
-    role: Annotated[str, typer.Option(help="query or document: which prompt is put before the texts.")] = "document",
-    task: Annotated[str | None, typer.Option(help="Use the prompt of this task.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
-    stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
-    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
-    block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
-) -> None:
-    """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
-    from embedsmith.core.recipe import parse
-    from embedsmith.models.encode_files import EncodeJob, encode_files
-
-    options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
-    tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
-    count = encode_files(parse(EncodeJob, tree, where="encode"))
-    typer.echo(f"{count} vectors in {out}")
