@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
 
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError
 from embedsmith.core.files import atomic_file
@@ -28,10 +31,6 @@ from embedsmith.losses import CoSENT, InfoNCE
 from embedsmith.models import Embedder, ModelConfig, load
 from embedsmith.search import exact_top_k
 from embedsmith.train import Recipe, TrainConfig, train
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
 
 QUESTION = "My neighbour wants to build right next to my garden. Does the council have to approve that first?"
 HELD_OUT = 0.3
@@ -134,9 +133,6 @@ def demonstrate(
 
 def render(found: Demonstration) -> Group:
     """Scores before and after, and the answers to the live query, for the terminal."""
-    from rich.console import Group
-    from rich.table import Table
-
     scores = Table(title="held-out texts, never trained on", title_justify="left")
     for column in ("task", "score", "before", "after"):
         scores.add_column(column, justify="left" if column in ("task", "score") else "right")

@@ -133,14 +133,11 @@ def render(found: Overview) -> RenderableType:
         for one in found.sources
         for why, count in one.account.unseen.items()
     ]
-    lines += [f"{one.name}: {one.account.drawn - one.account.seen:,} rows are seen again" for one in _again(found)]
+    again = [one for one in found.sources if one.account.drawn > one.account.seen]
+    lines += [f"{one.name}: {one.account.drawn - one.account.seen:,} rows are seen again" for one in again]
     lines.append(f"an epoch: {found.steps:,} steps, {_clock(found.seconds)}; the run: {found.run_steps:,} steps")
     lines.append(f"({found.how})")
     return Group(table, *(Text(line) for line in lines))
-
-
-def _again(found: Overview) -> list[SourceOverview]:
-    return [one for one in found.sources if one.account.drawn > one.account.seen]
 
 
 def _clock(seconds: float | None) -> str:
