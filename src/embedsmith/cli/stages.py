@@ -31,10 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class Stage:
     """One step of a pipeline: the recipe of one verb.
 
-    `name`: what later stages call it by. `verb`: curate, mine, train, merge or evaluate. `recipe`: the fields of the verb's own recipe, or the path of a file that holds them; `set`: changes to it,
-    key.path=value. In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the
-    file of records; train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the
-    pipeline's folder. `output` may be left out: it is then in that folder, under the stage's name.
+    `name`: what later stages call it by. `verb`: curate, mine, train, merge or evaluate. `recipe`: the fields of the
+    verb's own recipe, or the path of a file that holds them. `set`: changes to it, key.path=value.
+
+    In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
+    train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the pipeline's folder.
+    `output` may be left out: it is then in that folder, under the stage's name.
     """
 
     name: str
