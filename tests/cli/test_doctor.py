@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from embedsmith.cli import doctor
+from embedsmith.cli import app, doctor
 from embedsmith.cli.doctor import Dependency, diagnose
-from embedsmith.cli.verbs import app
 
 
 def test_this_machine_is_healthy_and_its_facts_are_there() -> None:

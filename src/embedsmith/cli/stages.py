@@ -1,4 +1,8 @@
-"""Run the stages of a pipeline in order. What is finished is in a journal; the same command goes on behind it."""
+"""The recipe of a pipeline, what its stages can do, and how they run in order.
+
+A stage is a function from the plain tree of a verb's recipe to what it made; it may be called again after a stop, and
+on all ranks at once. What is finished is in a journal; the same command goes on behind it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,6 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import did_you_mean, section, to_plain
-
-# The recipe of a pipeline.
 
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -61,10 +63,6 @@ class PipelineRecipe:
             raise RecipeError(f"two stages are called {twice[0]!r}", where="stages", fix="give each its own name")
 
 
-# What a stage can do: a function from the plain tree of a verb's recipe to what it made. One line a verb in `VERBS`.
-# Every function may be called again after a stop, and on all ranks at once.
-
-
 def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False) -> Any:
     """Mine; returns the report."""
     from embedsmith.mining import MineRecipe, mine
@@ -80,7 +78,7 @@ def _mine(tree: dict[str, Any], where: str) -> Path:
 
 
 def _curate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.cli.curate import evaluation_texts, load_encoder
+    from embedsmith.cli.curation import evaluation_texts, load_encoder
     from embedsmith.curate import CurateRecipe, Tools, curate
 
     recipe = parse(CurateRecipe, tree, where)
@@ -156,6 +154,28 @@ VERBS: dict[str, Kind] = {
     "merge": Kind(_merge),
     "evaluate": Kind(_evaluate, ".json"),
 }
+
+
+def recipe_of(verb: str) -> type:
+    """The class of a verb's recipe. Errors: `RecipeError` for a verb without one."""
+    from embedsmith.cli.tokenize import TokenizeJob
+    from embedsmith.curate import CurateRecipe
+    from embedsmith.merge import MergeRecipe
+    from embedsmith.mining import MineRecipe
+    from embedsmith.train import Recipe
+
+    recipes = {
+        "train": Recipe,
+        "mine": MineRecipe,
+        "merge": MergeRecipe,
+        "curate": CurateRecipe,
+        "tokenize": TokenizeJob,
+        "run": PipelineRecipe,
+    }
+    if verb not in recipes:
+        raise RecipeError(f"{verb!r} has no recipe{did_you_mean(verb, recipes)}", expected=", ".join(recipes))
+    return recipes[verb]
+
 
 JOURNAL = "pipeline.json"
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -262,8 +282,3 @@ def _note(recipe: PipelineRecipe, name: str, done: Finished) -> None:
             json.dump(entries, file, indent=1)
 
     on_first_rank(write)
-
-
-# Stages of one recipe, in order: curate, mine, train, merge, evaluate.
-
-__all__ = ["PipelineRecipe", "Stage", "run"]
