@@ -95,6 +95,23 @@ class Diagnosis:
         plain = [one | {"packages": list(packages)} for one, packages in zip(extras, details, strict=True)]
         return asdict(self) | {"extras": plain, "healthy": self.healthy}
 
+    def table(self) -> Group:
+        """Tables for a terminal, problems last."""
+        packages = Table("package", "installed", "needed", title="Packages", title_justify="left")
+        floors = {package.name: package.wanted for package in self.required}
+        for name, installed in self.versions.items():
+            packages.add_row(name, installed or "-", floors.get(name, ""))
+        extras = Table("extra", "installed", "to get it", title="Extras", title_justify="left")
+        for extra in self.extras:
+            extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else escape(extra.install))
+        devices = Table("device", "what", "memory", "bf16", title="Devices", title_justify="left")
+        for device in self.devices:
+            memory = "-" if device.memory_gb is None else f"{device.memory_gb} GB"
+            devices.add_row(device.name, device.what, memory, _BF16[device.bf16])
+        lines = [f"{self.disk_free_gb} GB free on this disk", *self.advice]
+        lines += [f"[red]problem:[/red] {escape(problem)}" for problem in self.problems]
+        return Group(packages, extras, devices, *lines, "all that is needed is here" if self.healthy else "")
+
 
 def diagnose(folder: str | Path = ".") -> Diagnosis:
     """Look at the installed packages, the devices, and the disk that holds `folder`."""
@@ -149,21 +166,3 @@ def devices() -> tuple[Device, ...]:
     if torch.backends.mps.is_available():
         found.append(Device("mps", platform.machine(), None, True))
     return tuple(found)
-
-
-def render(found: Diagnosis) -> Group:
-    """Tables for a terminal, problems last."""
-    packages = Table("package", "installed", "needed", title="Packages", title_justify="left")
-    floors = {package.name: package.wanted for package in found.required}
-    for name, installed in found.versions.items():
-        packages.add_row(name, installed or "-", floors.get(name, ""))
-    extras = Table("extra", "installed", "to get it", title="Extras", title_justify="left")
-    for extra in found.extras:
-        extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else escape(extra.install))
-    devices = Table("device", "what", "memory", "bf16", title="Devices", title_justify="left")
-    for device in found.devices:
-        memory = "-" if device.memory_gb is None else f"{device.memory_gb} GB"
-        devices.add_row(device.name, device.what, memory, _BF16[device.bf16])
-    lines = [f"{found.disk_free_gb} GB free on this disk", *found.advice]
-    lines += [f"[red]problem:[/red] {escape(problem)}" for problem in found.problems]
-    return Group(packages, extras, devices, *lines, "all that is needed is here" if found.healthy else "")

@@ -214,7 +214,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     with an output that is already there. On several ranks (torchrun) every stage runs on all of them, or on the first
     where it knows no other. Errors: `RecipeError` for a reference to no earlier stage; those of the verbs.
     """
-    check(recipe)
+    check_stages(recipe)
     join_ranks()
     results: dict[str, str] = {"output": recipe.output}
     key = ""
@@ -235,7 +235,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     return {stage.name: Path(results[stage.name]) for stage in recipe.stages}
 
 
-def check(recipe: PipelineRecipe) -> None:
+def check_stages(recipe: PipelineRecipe) -> None:
     """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:

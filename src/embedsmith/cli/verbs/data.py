@@ -10,7 +10,7 @@ from embedsmith.core.shelf import verbs
 
 
 @verbs.register("inspect")
-def inspect(
+def inspect_data(
     path: Annotated[str, typer.Argument(help="A data file, BEIR folder, dataset; or a recipe (.yaml): its plan.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="How to read it: task=sts columns.query=title")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -29,7 +29,6 @@ def inspect(
 
     if path.endswith((".yaml", ".yml")):
         from embedsmith.cli.overview import overview
-        from embedsmith.cli.overview import render as render_plan
         from embedsmith.core.recipe import load_recipe
         from embedsmith.train import Recipe
 
@@ -37,7 +36,7 @@ def inspect(
         if as_json:
             typer.echo(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
         else:
-            Console().print(render_plan(plan), soft_wrap=True)
+            Console().print(plan.table(), soft_wrap=True)
         return
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
@@ -74,7 +73,7 @@ def curate_data(
 
 
 @verbs.register("tokenize")
-def tokenize(
+def tokenize_data(
     data: Annotated[list[str], typer.Argument(help="Data files or datasets; or one YAML recipe of this verb.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,

@@ -12,7 +12,7 @@ from embedsmith.core.shelf import verbs
 
 
 @verbs.register("encode")
-def encode(
+def encode_texts(
     files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
     out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
@@ -90,7 +90,7 @@ def search_index(
 
 
 @verbs.register("convert")
-def convert(
+def convert_model(
     model: Annotated[str, typer.Argument(help="A folder or hub id of a model, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
@@ -116,7 +116,7 @@ def export_one_head(
 
 
 @verbs.register("push")
-def push(
+def push_model(
     folder: Annotated[Path, typer.Argument(help="A saved model.")],
     repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,

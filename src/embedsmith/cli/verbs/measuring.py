@@ -37,7 +37,7 @@ MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut
 
 
 @verbs.register("evaluate")
-def evaluate(
+def evaluate_model(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
@@ -159,7 +159,7 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
 
 
 @verbs.register("compare")
-def compare(
+def compare_results(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or results (.json); the baseline first.")],
     tasks: Tasks = None,
     data: Data = None,
@@ -213,7 +213,7 @@ def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], l
 
 
 @verbs.register("geometry")
-def geometry(
+def show_geometry(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     task: Annotated[str, typer.Option("--task", "-t", help="Task whose texts are looked at, or a .txt file.")],
     against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
@@ -255,7 +255,7 @@ def geometry(
 
 
 @verbs.register("report")
-def report(
+def write_page(
     folder: Annotated[Path, typer.Argument(help="The output of a run, finished or not, or of a merge.")],
     output: Annotated[Path | None, typer.Option(help="Where to write it; FOLDER/report.html by default.")] = None,
 ) -> None:
