@@ -20,7 +20,8 @@ Whole = Annotated[int, Field(ge=0)]
 @section
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which scores s a negative may have; p is the score of the query's weakest positive. `None` limits nothing.
+    """Which scores s a negative may have; p is the score of the query's weakest positive. `None` limits nothing,
+    and a score that equals a limit up to rounding is within it.
 
     max_score: s is at most this (none by default).
     min_score: s is at least this (none by default).
