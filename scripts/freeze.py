@@ -1,15 +1,16 @@
 """Prove that the working tree behaves as another commit: `python scripts/freeze.py BASE` runs the same command lines
-with the code of both, side by side on this machine, and compares byte for byte what they wrote.
+with the code of both, side by side on this machine, and compares what they wrote, byte for byte.
 
-One line a job; exit code 1 if anything differs that `freeze_removed.yaml` does not declare. Both sides run with the
-Python that runs this script, on the CPU, in fp32, with one thread, offline, each with a cache folder of its own.
-Floating-point numbers hold on one processor only, so nothing is kept: the base is run again every time.
+It prints a line a job, and ends with code 1 if anything differs that `freeze_removed.yaml` does not declare. Both
+sides run on the CPU, in fp32, with one thread, offline, with caches of their own. Floating-point numbers hold on one
+processor only, so nothing is kept: the base runs again every time. Python, torch and all other packages are those of
+the Python that runs this script; they are loaded once, and every command is a fork that has seen no other command.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,116 +22,92 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-from freeze_compare import (
-    Comparison,
-    Facts,
-    Removed,
-    compare_facts,
-    compare_folders,
-    file_facts,
-    help_facts,
-    leaves,
-    plain,
-    schema_facts,
-    table_facts,
-)
-from freeze_jobs import SETUP, Job, jobs_of, save, setup_recipes, write_inputs
+from freeze_compare import Comparison, Removed, compare_facts, compare_folders, file_facts, printed_facts
+from freeze_jobs import Job, jobs_of, setup_jobs, write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDES = ("base", "tree")  # names of one length: what is laid out by the length of a path comes out alike
-LIMIT = 300  # seconds a command may take
+SIDES = ("base", "tree")  # of one length: what is laid out by the length of a path comes out alike
+LIMIT = 300  # seconds that a command may take
+LOADED = ("torch", "accelerate", "transformers.modeling_utils", "safetensors.torch", "scipy.stats", "pyarrow.parquet")
+FORK = multiprocessing.get_context("fork")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=" ".join(str(__doc__).split("\n\n")[0].split()))
     parser.add_argument("base", help="the commit to compare with")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="jobs whose name holds one of these")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this folder, and leave all there")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes a side (default 1)")
-    parser.add_argument("--list", action="store_true", help="print the names of the jobs and stop")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="freeze.") as scratch:
         folder = (args.keep or Path(scratch)).resolve()
         if folder.exists() and any(folder.iterdir()):
             parser.error(f"{folder} is not empty")
-        return freeze(folder, args.base, args.only, args.jobs, args.list)
+        return freeze(folder, args.base, args.only, args.jobs)
 
 
-def freeze(folder: Path, base: str, only: Sequence[str], processes: int, listing: bool) -> int:
+def freeze(folder: Path, commit: str, only: Sequence[str], processes: int) -> int:
     removed = Removed.read(Path(__file__).with_name("freeze_removed.yaml"))
-    for side in SIDES:
-        (folder / side).mkdir(parents=True)
-    code = {"base": archive(base, folder / "code"), "tree": ROOT}
-    verbs = sorted({verb for root in code.values() for verb in verbs_of(root, folder)})
-    url = serve()
+    code = {"base": archive(commit, folder / "code"), "tree": ROOT}
+    isolate(folder / "home")
+    verbs = sorted({verb for root in code.values() for verb in verbs_of(root)})
+    endpoint = language_model()
     plans: dict[str, dict[str, Job]] = {}
     for side, root in code.items():
         shutil.copytree(root / "recipes", folder / side / "recipes")
-        made = {job.name: job for job in jobs_of(folder / side, verbs, url)}
-        plans[side] = {name: job for name, job in made.items() if not only or any(word in name for word in only)}
-    names = list(plans["base"] | plans["tree"])
-    if listing or not names:
-        say("\n".join(names) if names else "no job has such a name")
-        return 0 if names else 1
-    prepare(folder, code["base"], plans["base"].values())
-    running = {side: start(folder / side, code[side], list(plans[side].values()), processes) for side in SIDES}
-    paths = {str(folder / side): "<here>" for side in SIDES} | {str(root): "<code>" for root in code.values()}
-    bad = 0
+        jobs = jobs_of(folder / side, verbs, f"http://127.0.0.1:{endpoint.server_port}/v1")
+        plans[side] = {job.name: job for job in jobs if not only or any(word in job.name for word in only)}
+    prepare(folder, code["base"])
+    running = {side: start(folder / side, code[side], [*plans[side].values()], processes) for side in SIDES}
+    threading.Thread(target=endpoint.serve_forever, daemon=True).start()  # behind the forks: none shares the thread
+    same_place = {str(folder / side): "<here>" for side in SIDES} | {str(root): "<code>" for root in code.values()}
+    names, bad = list(plans["base"] | plans["tree"]), 0
     for name in names:
         for side in SIDES:
-            wait(folder / side, name, running[side])
-        bad += tell(name, *compared(folder, name, plans, removed, paths))
-    say(f"{len(names)} jobs, {bad} with undeclared differences")
-    return 1 if bad else 0
+            wait(folder / side / "said" / name, running[side])
+        found = compared(folder, plans["base"].get(name), plans["tree"].get(name), removed, same_place)
+        say(f"{found.word:8} {name}" + (f"  {found.short}" if found.short else ""))
+        bad += bool(found.differs)
+    say(f"{len(names)} jobs, {bad} with differences that are not declared")
+    return 1 if bad or not names else 0
 
 
 def archive(commit: str, folder: Path) -> Path:
     """The code and the recipes of a commit."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     packed = subprocess.run(["git", "archive", commit, "src", "recipes"], cwd=ROOT, check=True, capture_output=True)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=packed.stdout, check=True)
     return folder
 
 
-def environment(root: Path, home: Path) -> dict[str, str]:
-    fixed = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONHASHSEED": "0",
-        "COLUMNS": "2000",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TERM": "dumb",
-    }
-    offline = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "NO_PROXY": "127.0.0.1",
-    }
-    homes = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HOME": str(home / "hub")}
-    return os.environ | fixed | offline | homes | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+def isolate(home: Path) -> None:
+    """Settings of this process and all that it starts, before any large library reads them."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    os.environ |= {"COLUMNS": "2000", "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def verbs_of(root: Path, home: Path) -> list[str]:
+def verbs_of(root: Path) -> list[str]:
     """The verbs that `embedsmith --help` names."""
-    command = [sys.executable, "-m", "embedsmith", "--help"]
-    said = subprocess.run(command, env=environment(root, home), check=True, capture_output=True, text=True).stdout
-    return re.findall(r"^  (\w\S*)", said.partition("Commands:")[2], re.MULTILINE)
+    command, where = [sys.executable, "-m", "embedsmith", "--help"], os.environ | {"PYTHONPATH": str(root / "src")}
+    page = subprocess.run(command, env=where, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"^  (\w\S*)", page.partition("Commands:")[2], re.MULTILINE)
 
 
-def serve() -> str:
-    """A language model's endpoint on this machine that answers every prompt with a question; its URL."""
+def language_model() -> ThreadingHTTPServer:
+    """An endpoint on this machine that answers a prompt with a question about its bytes."""
 
     class Endpoint(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-            said = f"Where did the cat of {sum(asked.encode())} words sit?"
-            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-            body = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 9}}).encode()
+            message = {"role": "assistant", "content": f"Where did the cat of number {sum(asked.encode())} sit?"}
+            answer = {"choices": [{"message": message, "finish_reason": "stop"}]}
+            body = json.dumps(answer | {"usage": {"prompt_tokens": 9, "completion_tokens": 9}}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -139,70 +116,47 @@ def serve() -> str:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/v1"
+    return ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
 
 
-def prepare(folder: Path, code: Path, jobs: Sequence[Job]) -> None:
-    """The inputs of both sides: random models and texts, and what the base makes of them as far as a job reads it."""
-    side = folder / "inputs"
-    write_inputs(side / "inputs")
-    recipes = setup_recipes()
-    for name, recipe in recipes.items():
-        save(side, name, recipe)
-    texts = (folder / "base").glob("jobs/*.yaml")
-    read = " ".join([*(" ".join(words) for job in jobs for words in job.commands)])
-    read += " ".join(path.read_text() for path in texts if path.name in read)
-    read += str(
-        [recipe for name, recipe in recipes.items() if name in read or "parent-" in name and "parent-*" in read]
-    )
-    needed = [
-        Job(made, (tuple(line.split()),))
-        for made, line in SETUP.items()
-        if made in read or "inputs/parent-*" in read and "parent" in made
-    ]
-    for one in start(side, code, needed, 1):
-        one.wait()
-    for job in needed:
-        if failure := failed(side, job):
-            raise SystemExit(f"{job.name} cannot be made: {failure}")
-    for name in SIDES:
-        shutil.copytree(side / "inputs", folder / name / "inputs")
+def prepare(folder: Path, code: Path) -> None:
+    """The inputs of both sides: random models and texts, and what the base's code makes of them."""
+    for library in LOADED:
+        importlib.import_module(library)
+    write_inputs(folder / "setup/inputs")
+    jobs = setup_jobs(folder / "setup")
+    for worker in start(folder / "setup", code, jobs, 1):
+        worker.join()
+    for job in jobs:
+        if failure := failure_of(folder / "setup", job):
+            raise SystemExit(f"the base cannot make {job.name}: {failure}")
+    for side in SIDES:
+        shutil.copytree(folder / "setup/inputs", folder / side / "inputs")
 
 
-def start(side: Path, code: Path, jobs: Sequence[Job], processes: int) -> list[subprocess.Popen[bytes]]:
+def start(side: Path, code: Path, jobs: Sequence[Job], processes: int) -> list[Any]:
     """Processes that run a side's jobs, each its share of them."""
-    running = []
-    for number in range(processes):
-        plan = side / f"plan-{number}.json"
-        plan.write_text(json.dumps([asdict(job) for job in jobs[number::processes]]), encoding="utf-8")
-        command = [sys.executable, __file__, "--share", str(plan), str(code / "src")]
-        running.append(subprocess.Popen(command, cwd=side, env=environment(code, side / "home")))
-    return running
+    workers = [FORK.Process(target=run_jobs, args=(side, code, jobs[n::processes])) for n in range(processes)]
+    for worker in workers:
+        worker.start()
+    return workers
 
 
-def run_share(plan: Path, source: str) -> None:
-    """One process of a side: load the large libraries once, then run each command in a fork that knows nothing else."""
-    import accelerate.utils  # noqa: F401
-    import sentence_transformers  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
-
-    found = importlib.util.find_spec("embedsmith")
-    assert found is not None and found.origin is not None and found.origin.startswith(source), found
-    for job in json.loads(plan.read_text(encoding="utf-8")):
-        said = Path("said") / job["name"]
+def run_jobs(side: Path, code: Path, jobs: Iterable[Job]) -> None:
+    os.chdir(side)
+    os.environ |= {"PYTHONPATH": str(code / "src"), "HOME": str(side / "home"), "XDG_CACHE_HOME": str(side / "home")}
+    sys.path.insert(0, str(code / "src"))
+    for job in jobs:
+        said = side / "said" / job.name
         said.mkdir(parents=True)
-        codes = []
-        for number, words in enumerate(job["commands"]):
-            codes.append(run_command(words, said / str(number)))
-            if codes[-1] != 0:
-                break
-        Path(said / "codes.json").write_text(json.dumps(codes), encoding="utf-8")
+        codes: list[int] = []
+        while len(codes) < len(job.commands) and not any(codes):
+            codes.append(run_command(job.commands[len(codes)], said / str(len(codes))))
+        (said / "codes.part").write_text(json.dumps(codes))
+        (said / "codes.part").rename(said / "codes.json")
 
 
-def run_command(words: list[str], said: Path) -> int:
+def run_command(words: Sequence[str], said: Path) -> int:
     """Its exit code; what it prints goes to `SAID.out` and `SAID.err`."""
     if words[0] == "copy":
         shutil.copytree(words[1], words[2])
@@ -211,7 +165,7 @@ def run_command(words: list[str], said: Path) -> int:
         for path in map(Path, words[1:]):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return 0
-    child = multiprocessing.get_context("fork").Process(target=as_typed, args=(words, said))
+    child = FORK.Process(target=as_typed, args=(words, said))
     child.start()
     child.join(LIMIT)
     if child.exitcode is None:
@@ -220,88 +174,55 @@ def run_command(words: list[str], said: Path) -> int:
     return child.exitcode or 0
 
 
-def as_typed(words: list[str], said: Path) -> None:
+def as_typed(words: Sequence[str], said: Path) -> None:
     """`python -m embedsmith WORDS`."""
-    for number, ending in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{said}.{ending}", os.O_WRONLY | os.O_CREAT), number)
+    for descriptor, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{ending}", os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = ["embedsmith", *words]
+    assert "embedsmith" not in sys.modules
     runpy.run_module("embedsmith", run_name="__main__", alter_sys=True)
 
 
-def wait(side: Path, name: str, running: Sequence[subprocess.Popen[bytes]]) -> None:
-    while not (side / "said" / name / "codes.json").exists() and any(one.poll() is None for one in running):
-        time.sleep(0.1)
+def wait(said: Path, workers: Sequence[Any]) -> None:
+    while not (said / "codes.json").exists() and any(worker.is_alive() for worker in workers):
+        time.sleep(0.05)
 
 
-def failed(side: Path, job: Job) -> str:
-    """The end of what a job said that failed; nothing if it ended well."""
+def failure_of(side: Path, job: Job) -> str:
+    """The last line that a failed job printed; nothing if it ended well."""
     said = side / "said" / job.name
     codes = json.loads((said / "codes.json").read_text()) if (said / "codes.json").exists() else []
     if codes == [0] * len(job.commands):
         return ""
     error = said / f"{max(len(codes) - 1, 0)}.err"
-    lines = error.read_text(errors="replace").strip().splitlines() if error.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "it ended without a word")
+    lines = [line for line in error.read_text(errors="replace").splitlines() if line] if error.exists() else []
+    return next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "it ended silently")
 
 
-def compared(
-    folder: Path, name: str, plans: dict[str, dict[str, Job]], removed: Removed, paths: dict[str, str]
-) -> tuple[str, Comparison]:
-    """One word and what was found for one job."""
-    base, tree = (plans[side].get(name) for side in SIDES)
+def compared(folder: Path, base: Job | None, tree: Job | None, removed: Removed, paths: dict[str, str]) -> Comparison:
+    """What became of one job."""
     if base is None or tree is None:
-        gone = "this job is only in the " + ("tree" if base is None else "base")
-        return verdict(Comparison(added=[gone]) if base is None else missing(name, base, gone, removed))
-    if failure := failed(folder / "base", base):
-        return "broken", Comparison(differs=[f"the base fails: {failure}"])
-    if failure := failed(folder / "tree", tree):
-        return verdict(missing(name, base, f"the tree fails: {failure}", removed))
-    outs = [folder / side / "out" / name for side in SIDES]
-    found = compare_folders(*outs, removed, base.unread, paths)
-    if base.printed:
-        facts = [printed(folder / side / "said" / name, base, paths) for side in SIDES]
-        more = compare_facts(facts[0], facts[1], removed, may_add=base.printed != "json")
-        found = Comparison(found.differs + more.differs, found.removed + more.removed, found.added + more.added)
+        return Comparison(added=["not in the base"]) if base is None else without(base, "not in the tree", removed)
+    if failure := failure_of(folder / "base", base):
+        return Comparison(differs=[f"the base fails: {failure}"])
+    if failure := failure_of(folder / "tree", tree):
+        return without(base, f"the tree fails: {failure}", removed)
+    outs = [folder / side / "out" / base.name for side in SIDES]
+    found = compare_folders(outs[0], outs[1], removed, base.unread, paths)
     for one, other in base.same:
         if file_facts(outs[1] / one, removed, paths) != file_facts(outs[1] / other, removed, paths):
             found.differs.append(f"{one} and {other} are not the same")
-    return verdict(found)
+    if base.printed:
+        printed = [
+            printed_facts(base.printed, base.commands, folder / side / "said" / base.name, paths) for side in SIDES
+        ]
+        found += compare_facts(printed[0], printed[1], removed, may_add=base.printed != "json")
+    return found
 
 
-def missing(name: str, job: Job, why: str, removed: Removed) -> Comparison:
-    declared = [word for word in job.names if word in removed.names]
-    return Comparison(removed=[f"{declared[0]} ({why})"]) if declared else Comparison(differs=[why])
-
-
-def verdict(found: Comparison) -> tuple[str, Comparison]:
-    return "differs" if found.differs else "removed" if found.removed else "added" if found.added else "same", found
-
-
-def printed(said: Path, job: Job, paths: dict[str, str]) -> Facts:
-    """What the commands of a job printed, as facts."""
-    facts: Facts = {}
-    for number, words in enumerate(job.commands):
-        text = plain((said / f"{number}.out").read_text(encoding="utf-8"), paths)
-        if job.printed == "help":
-            facts |= help_facts(" ".join(words[:-1]), text)
-        elif job.printed == "json" and text.lstrip().startswith(("{", "[")):
-            rows = [text] if text.startswith(("{\n", "[\n")) else text.splitlines()
-            facts |= {
-                f"{number}.{n}.{key}": value for n, row in enumerate(rows) for key, value in leaves(json.loads(row))
-            }
-        elif job.printed in ("schema", "table"):
-            facts |= schema_facts(text) if job.printed == "schema" else table_facts(text)
-    return facts
-
-
-def tell(name: str, word: str, found: Comparison) -> int:
-    """Print a line for a job, or a few; 1 if it counts against the tree."""
-    lines = found.differs or found.removed or found.added
-    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-    say(f"{word:8} {name}" + (f"  {lines[0]}{more}" if lines else ""))
-    for line in lines[1:] if name in ("schema", "help", "losses", "curate.list") else ():
-        say(f"{'':8}   {line}")
-    return int(bool(found.differs))
+def without(job: Job, why: str, removed: Removed) -> Comparison:
+    declared = [name for name in job.names if name in removed.names]
+    return Comparison(removed=[f"{declared[0]}: {why}"]) if declared else Comparison(differs=[why])
 
 
 def say(line: str) -> None:
@@ -310,7 +231,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--share"]:
-        run_share(Path(sys.argv[2]), sys.argv[3])
-        sys.exit(0)
     sys.exit(main())

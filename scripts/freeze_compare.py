@@ -1,8 +1,8 @@
-"""What `freeze.py` compares: two folders that the same command lines wrote, two schemas, two helps, two listings.
+"""What `freeze.py` compares: folders that the same command lines wrote, and what they printed.
 
-Everything ends as *facts*: a mapping of places (a tensor of a model, a key of a JSON file, an option of a verb) to
-what stands there. Facts of the base that the tree lacks, or has otherwise, are differences, unless the removal is
-declared; facts that only the tree has are differences in files, and mere additions in schema, help and listings.
+Everything ends as *facts*: places (a tensor of a model, a key of a JSON file, a line of a text, an option of a verb)
+and what stands there. A fact of the base that the tree lacks, or has otherwise, is a difference, unless the removal is
+declared. A fact that only the tree has is a difference in a file, and an addition in schema, help and listings.
 """
 
 from __future__ import annotations
@@ -13,31 +13,22 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 Facts = dict[str, str]
-
-VOLATILE = re.compile(
-    r"(^|[_.])(seconds|second|time|times|started|created|finished_at|date|peak|memory|rss|commit|git|versions?|packages|"
-    r"hostname|host|machine|platform|python|cpu|torch|transformers|embedsmith)($|[_.])"
-)
-"""Keys of JSON, YAML and metrics whose values are times, sizes in memory, or say where and with what something ran."""
-
-WORDS = (
-    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"), "<when>"),
-    (re.compile(r"\b\d+(\.\d+)?(e-?\d+)? ?(ms|s|seconds?|min|minutes)\b"), "<duration>"),
-)
-LISTS = ("keys", "options", "names", "files")
+MEASURED = re.compile(r"(^|[._])(seconds|per_second)$|(^|\.)embedsmith$")
+"""Keys whose values are times, or embedsmith's own version."""
+WHEN = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?")
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What the tree lacks on purpose: patterns (`*` stands for anything) of recipe keys, options of verbs, registered
-    names, and files that jobs write in another form."""
+    """What the tree lacks on purpose, as `freeze_removed.yaml` declares it; `*` stands for anything."""
 
     keys: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -46,194 +37,194 @@ class Removed:
 
     @classmethod
     def read(cls, path: Path) -> Removed:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if unknown := sorted(tree.keys() - set(LISTS)):
-            raise SystemExit(f"{path}: {unknown[0]!r} is no list of this file; expected: {', '.join(LISTS)}")
-        return cls(**{key: tuple(str(entry) for entry in tree.get(key) or ()) for key in LISTS})
+        lists = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        known = [one.name for one in fields(cls)]
+        if unknown := sorted(lists.keys() - set(known)):
+            raise SystemExit(f"{path}: {unknown[0]!r} is no list of this file; expected: {', '.join(known)}")
+        return cls(**{name: tuple(lists.get(name) or ()) for name in known})
 
     def key(self, place: str) -> bool:
-        """Whether a place in a schema or a recipe, such as `train.mining.rule`, is at or below a declared key."""
-        return any(fnmatch.fnmatch(place, end) for key in self.keys for end in (key, f"{key}.*", f"{key}: *"))
+        """Whether a key is declared, or lies below one that is."""
+        return any(fnmatch.fnmatch(place, pattern + end) for pattern in self.keys for end in ("", ".*", ": *"))
 
     def fact(self, place: str) -> bool:
-        """Whether a fact of a schema, help or listing is at or below something declared."""
-        words = re.split(r"[ ./:=]+", place)
-        option = any(fnmatch.fnmatch(place, end) for entry in self.options for end in (entry, f"{entry}: *"))
+        words = re.split(r"[ ,.:]+", place)  # `merge -s, --sizes <int>` is an option; `data.*.loss: value angle` a name
+        options = (pattern.split() for pattern in self.options)
+        option = any(verb == words[0] and name in words[1:] for verb, name in options)
         return option or self.key(place) or not set(words).isdisjoint(self.names)
-
-    def file(self, name: str) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in self.files)
 
 
 @dataclass
 class Comparison:
-    """`differs`: a line each. `removed`: what is gone and declared. `added`: what only the tree has, and may have."""
+    """A line for everything found. `removed`: gone, and declared. `added`: only in the tree, where that is allowed."""
 
     differs: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
 
+    def __add__(self, other: Comparison) -> Comparison:
+        return Comparison(self.differs + other.differs, self.removed + other.removed, self.added + other.added)
+
+    @property
+    def word(self) -> str:
+        return next((one.name for one in fields(self) if getattr(self, one.name)), "same")
+
+    @property
+    def short(self) -> str:
+        """The first lines of what counts most."""
+        lines = self.differs or self.removed or self.added
+        return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+
 
 def compare_facts(base: Facts, tree: Facts, removed: Removed, *, may_add: bool) -> Comparison:
     found = Comparison()
-    for place in sorted(base.keys() | tree.keys()):
+    for place in [*base, *(place for place in tree if place not in base)]:
         old, new = base.get(place), tree.get(place)
-        if old == new:
-            continue
         if old is None:
-            (found.added if may_add else found.differs).append(f"{place} is added: {shortened(new)}")
-        elif new is None and removed.fact(place):
-            found.removed.append(place)
-        else:
-            found.differs.append(f"{place}: {shortened(old)} -> {'gone' if new is None else shortened(new)}")
+            (found.added if may_add else found.differs).append(f"{place} is added")
+        elif new is None:
+            (found.removed if removed.fact(place) else found.differs).append(f"{place} is gone")
+        elif old != new:
+            found.differs.append(f"{place}: {old[:60]} -> {new[:60]}")
     return found
 
 
 def compare_folders(
     base: Path, tree: Path, removed: Removed, unread: Sequence[str], paths: Mapping[str, str]
 ) -> Comparison:
-    """Every file below two folders, but those of the patterns `unread`. `paths`: texts that stand for one another, such
-    as the two folders' own names; each is replaced before anything is compared."""
+    """All files below two folders, but those of the patterns `unread`; a difference names the file and its first place.
+
+    `paths`: texts, such as the names of the two folders, and what is read in their stead.
+    """
     found = Comparison()
-    names = [{str(p.relative_to(at)) for p in at.rglob("*") if p.is_file()} for at in (base, tree)]
-    for name in sorted(names[0] | names[1]):
+    files = [{str(path.relative_to(at)) for path in at.rglob("*") if path.is_file()} for at in (base, tree)]
+    for name in sorted(files[0] | files[1]):
         if any(fnmatch.fnmatch(name, pattern) for pattern in unread):
             continue
-        here = [file_facts(at / name, removed, paths) if name in has else None for at, has in zip((base, tree), names)]
-        if here[0] == here[1]:
-            continue
-        if removed.file(name):
-            found.removed.append(name)
-        elif here[0] is None or here[1] is None:
-            found.differs.append(f"{name} is {'added' if here[0] is None else 'gone'}")
+        if name not in files[0] or name not in files[1]:
+            lines = [f"{name} is {'gone' if name in files[0] else 'added'}"]
         else:
-            lines = compare_facts(here[0], here[1], removed, may_add=False).differs
-            found.differs.append(f"{name}: {lines[0]}" + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
+            facts = [file_facts(at / name, removed, paths) for at in (base, tree)]
+            lines = [f"{name}: {line}" for line in compare_facts(*facts, removed, may_add=False).differs]
+        declared = any(fnmatch.fnmatch(f"{base.name}/{name}", pattern) for pattern in removed.files)
+        (found.removed if declared else found.differs).extend(lines[:1])
     return found
 
 
 def file_facts(path: Path, removed: Removed, paths: Mapping[str, str]) -> Facts:
-    """The facts of one file by its ending: tensors, keys, lines, or one hash."""
-    if path.suffix == ".safetensors":
-        return dict(tensors(path))
-    if path.suffix in (".json", ".jsonl", ".yaml"):
-        text = plain(path.read_text(encoding="utf-8"), paths)
-        rows = text.splitlines() if path.suffix == ".jsonl" else [text]
-        read = yaml.safe_load if path.suffix == ".yaml" else json.loads
-        each = (
-            {f"line {n + 1} ": read(row) for n, row in enumerate(rows)} if path.suffix == ".jsonl" else {"": read(text)}
-        )
-        return {
-            f"{line}{k}": v
-            for line, t in each.items()
-            for k, v in leaves(t)
-            if not (VOLATILE.search(k) or removed.key(k))
-        }
-    if path.suffix in (".md", ".txt", ".csv", ".tsv", ".html", ".py"):
-        lines = plain(path.read_text(encoding="utf-8"), paths).splitlines()
-        return {f"line {n + 1:05}": line for n, line in enumerate(lines)}
-    return {"bytes": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def tensors(path: Path) -> Iterator[tuple[str, str]]:
-    """A hash of every tensor, and one of the header and all."""
+    """The tensors, keys or lines of a file, by its ending; else a hash of it."""
     content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    for name, entry in header.items():
-        if name == "__metadata__":
-            yield name, json.dumps(entry, sort_keys=True)
-            continue
-        start, stop = entry["data_offsets"]
-        digest = hashlib.sha256(content[8 + size + start : 8 + size + stop]).hexdigest()
-        yield name, f"{entry['dtype']} {entry['shape']} {digest[:16]}"
-    yield "~ order", hashlib.sha256(content).hexdigest()
+    facts: Facts = {}
+    if path.suffix == ".safetensors":
+        facts = dict(tensors(content))
+    elif path.suffix == ".pt":
+        facts = dict(leaves(torch.load(path, map_location="cpu", weights_only=True)))
+    elif path.suffix in (".json", ".jsonl", ".yaml"):
+        facts = text_facts(without_run(content.decode(), paths), path.suffix)
+        return {key: fact for key, fact in facts.items() if not MEASURED.search(key) and not removed.key(key)}
+    elif path.suffix in (".md", ".txt", ".csv", ".py"):
+        return {f"line {n}": line for n, line in enumerate(without_run(content.decode(), paths).splitlines(), 1)}
+    return facts | {"its bytes": hashlib.sha256(content).hexdigest()}
 
 
-def plain(text: str, paths: Mapping[str, str]) -> str:
+def tensors(content: bytes) -> Iterator[tuple[str, str]]:
+    """A hash of every tensor of a safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            own = content[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+            yield name, f"{entry['dtype']} {entry['shape']} {hashlib.sha256(own).hexdigest()[:12]}"
+
+
+def without_run(text: str, paths: Mapping[str, str]) -> str:
     """A text without what differs from run to run."""
     for name, stands_for in paths.items():
         text = text.replace(name, stands_for)
-    for pattern, word in WORDS:
-        text = pattern.sub(word, text)
-    return text
+    return WHEN.sub("<when>", text)
+
+
+def text_facts(text: str, ending: str) -> Facts:
+    """The keys of a JSON or YAML file, or of the lines of a JSONL file."""
+    if ending != ".jsonl":
+        return dict(leaves(yaml.safe_load(text) if ending == ".yaml" else json.loads(text)))
+    rows = [dict(leaves(json.loads(line))) for line in text.splitlines()]
+    return {f"line {n}.{key}": value for n, row in enumerate(rows, 1) for key, value in row.items()}
 
 
 def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every number, text and empty list of a JSON tree with its dotted key."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
+    """Every value that is no mapping or list, and every empty one, with its dotted key; of a tensor a hash."""
+    if isinstance(tree, torch.Tensor):
+        yield place, f"{tree.dtype} {list(tree.shape)} {hashlib.sha256(tree.numpy().tobytes()).hexdigest()[:12]}"
+    elif isinstance(tree, dict | list | tuple) and tree:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from leaves(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(tree, list) and tree:
-        for number, value in enumerate(tree):
-            yield from leaves(value, f"{place}.{number}")
     else:
         yield place, json.dumps(tree, ensure_ascii=False, default=str)
 
 
-def schema_facts(text: str) -> Facts:
-    """Keys with their types, defaults, enums and whether they are required; descriptions and ranges are left out.
+def printed_facts(kind: str, commands: Sequence[Sequence[str]], said: Path, paths: Mapping[str, str]) -> Facts:
+    """What the commands of a job printed. `kind`: json, schema, help or table."""
+    facts: Facts = {}
+    for number, words in enumerate(commands):
+        text = without_run((said / f"{number}.out").read_text(encoding="utf-8"), paths)
+        if kind == "json" and text.startswith("{"):
+            found = text_facts(text, ".json" if text.startswith("{\n") else ".jsonl")
+            facts |= {f"{words[0]} {number}: {key}": fact for key, fact in found.items() if not MEASURED.search(key)}
+        elif kind == "help":
+            facts |= help_facts(" ".join(words[:-1]), text)
+        elif kind in ("schema", "table"):
+            facts |= schema_facts(json.loads(text)) if kind == "schema" else table_facts(text)
+    return facts
 
-    A definition that is used twice is followed where it stands highest, so that its name is of no account.
+
+def schema_facts(root: dict[str, Any]) -> Facts:
+    """Keys with their types, values, defaults and whether they are required; no descriptions, no ranges.
+
+    A definition is followed where it stands highest, so that the names of classes are of no account.
     """
-    root = json.loads(text)
     facts: Facts = {}
     places: dict[str, str] = {}
     waiting = deque([("", root)])
     while waiting:
         place, node = waiting.popleft()
-        if name := node.get("$ref"):
-            if name in places:
-                facts[f"{place}: as"] = places[name]
-                continue
-            places[name] = place
-            node = root["$defs"][name.rsplit("/", 1)[1]]
-        kinds = node["type"] if isinstance(node.get("type"), list) else [node["type"]] if "type" in node else []
-        facts |= {f"{place}: type {kind}": "yes" for kind in kinds}
+        if "$ref" in node and node["$ref"] in places:
+            facts[f"{place}: as"] = places[node["$ref"]]
+            continue
+        if "$ref" in node:
+            places[node["$ref"]] = place
+            node = root["$defs"][node["$ref"].rsplit("/", 1)[1]]
         values = [*node.get("enum", ()), *([node["const"]] if "const" in node else ())]
-        facts |= {f"{place}: value {value}": "yes" for value in values}
-        facts |= {
-            f"{place}: {word}": json.dumps(node[word])
-            for word in ("default", "additionalProperties")
-            if word in node and not isinstance(node[word], dict)
-        }
-        facts |= {f"{place}.{key}: required": "yes" for key in node.get("required", ())}
+        facts |= {f"{place}: type {node['type']}": ""} if "type" in node else {}
+        facts |= {f"{place}: value {value}": "" for value in values}
+        facts |= {f"{place}: default": json.dumps(node["default"])} if "default" in node else {}
+        facts |= {f"{place}.{key}: required".lstrip("."): "" for key in node.get("required", ())}
         waiting.extend((f"{place}.{key}".lstrip("."), child) for key, child in node.get("properties", {}).items())
-        waiting.extend(
-            (f"{place}.*", node[word]) for word in ("items", "additionalProperties") if isinstance(node.get(word), dict)
-        )
-        waiting.extend((f"{place}.{n}", child) for n, child in enumerate(node.get("prefixItems", ())))
+        for child in (node.get("items"), node.get("additionalProperties"), *node.get("prefixItems", ())):
+            waiting.extend([(f"{place}.*", child)] if isinstance(child, dict) else [])
         for child in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
             kind = child.get("properties", {}).get("type", {}).get("const")
-            waiting.append((place if kind is None else f"{place}.{kind}", child))
+            waiting.append((f"{place}.{kind}" if kind else place, child))
     return facts
 
 
-ENTRY = re.compile(r"^  (\S+(?: \S+)*?)(?:  +(\S.*))?$")
-
-
-def help_facts(verb: str, text: str) -> Facts:
-    """The options and arguments of a verb with their defaults; of the first page, the verbs."""
-    facts: Facts = {}
-    section, last, texts = "", "", {}
-    for line in text.splitlines():
-        if re.match(r"^\w+:$", line):
-            section = line[:-1]
-        elif section and (entry := ENTRY.match(line)):
-            last = re.sub(r"( range|\bRANGE)\b", "", entry[1]).strip()
-            texts[last] = entry[2] or ""
+def help_facts(verb: str, page: str) -> Facts:
+    """The options and arguments of a verb with their defaults; of the first page the verbs. No descriptions, no
+    ranges."""
+    about: dict[str, str] = {}
+    last = ""
+    for line in page.partition("Arguments:" if "Arguments:" in page else "Options:")[2].splitlines():
+        if entry := re.match(r"  (\S+(?: \S+)*)(?:  +(.*))?$", line):
+            last = f"{verb} {entry[1].replace(' range>', '>')}".strip()
+            about[last] = entry[2] or ""
         elif last:
-            texts[last] += f" {line.strip()}"
-    for entry, about in texts.items():
-        default = re.search(r"\[(?:[^\]]*; )?default: ([^;\]]*)", about)
-        facts[f"{verb} {entry}".strip()] = (
-            " ".join(default[1].split()) if default else "[required]" * ("[required]" in about)
-        )
-    return facts
+            about[last] += f" {line.strip()}"
+    facts = {entry: re.search(r"\[default: ([^;\]]*)", text) for entry, text in about.items()}
+    required = {entry: "required" if "[required]" in text else "" for entry, text in about.items()}
+    return {entry: " ".join(default[1].split()) if default else required[entry] for entry, default in facts.items()}
 
 
 def table_facts(text: str) -> Facts:
-    """The cells of a table, by the first cell of the row and the column's title."""
+    """The cells of a table that was printed wide, by the first cell of the row and the title of the column."""
     facts: Facts = {}
     titles: list[str] = []
     for line in text.splitlines():
@@ -243,8 +234,3 @@ def table_facts(text: str) -> Facts:
         elif line.startswith("│"):
             facts |= {f"{cells[0]}: {title}": cell for title, cell in zip(titles[1:], cells[1:], strict=True)}
     return facts
-
-
-def shortened(text: str | None, length: int = 60) -> str:
-    text = text or ""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
