@@ -10,7 +10,7 @@ the Python that runs this script; they are loaded once, and every command is a f
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -28,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from freeze_compare import Comparison, Removed, compare_facts, compare_folders, file_facts, printed_facts
-from freeze_jobs import Job, jobs_of, setup_jobs, write_inputs
+from freeze_inputs import write_inputs
+from freeze_jobs import Job, jobs_of, setup_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("base", "tree")  # of one length: what is laid out by the length of a path comes out alike
 LIMIT = 300  # seconds that a command may take
-LOADED = ("torch", "accelerate", "transformers.modeling_utils", "safetensors.torch", "scipy.stats", "pyarrow.parquet")
+LOADED = """torch accelerate transformers.modeling_utils transformers.models.auto.modeling_auto safetensors.torch
+scipy.stats pyarrow.parquet pydantic typer rich.console rich.table rich.progress peft plotly.graph_objects"""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -55,12 +57,11 @@ def freeze(folder: Path, commit: str, only: Sequence[str], processes: int) -> in
     removed = Removed.read(Path(__file__).with_name("freeze_removed.yaml"))
     code = {"base": archive(commit, folder / "code"), "tree": ROOT}
     isolate(folder / "home")
-    verbs = sorted({verb for root in code.values() for verb in verbs_of(root)})
     endpoint = language_model()
     plans: dict[str, dict[str, Job]] = {}
     for side, root in code.items():
         shutil.copytree(root / "recipes", folder / side / "recipes")
-        jobs = jobs_of(folder / side, verbs, f"http://127.0.0.1:{endpoint.server_port}/v1")
+        jobs = jobs_of(folder / side, verbs_of(root), f"http://127.0.0.1:{endpoint.server_port}/v1")
         plans[side] = {job.name: job for job in jobs if not only or any(word in job.name for word in only)}
     prepare(folder, code["base"])
     running = {side: start(folder / side, code[side], [*plans[side].values()], processes) for side in SIDES}
@@ -89,7 +90,7 @@ def isolate(home: Path) -> None:
     """Settings of this process and all that it starts, before any large library reads them."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    os.environ |= {"COLUMNS": "2000", "TERM": "dumb", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"COLUMNS": "2000", "TERM": "dumb"}
 
 
 def verbs_of(root: Path) -> list[str]:
@@ -121,7 +122,7 @@ def language_model() -> ThreadingHTTPServer:
 
 def prepare(folder: Path, code: Path) -> None:
     """The inputs of both sides: random models and texts, and what the base's code makes of them."""
-    for library in LOADED:
+    for library in LOADED.split():
         importlib.import_module(library)
     write_inputs(folder / "setup/inputs")
     jobs = setup_jobs(folder / "setup")
@@ -145,7 +146,11 @@ def start(side: Path, code: Path, jobs: Sequence[Job], processes: int) -> list[A
 def run_jobs(side: Path, code: Path, jobs: Iterable[Job]) -> None:
     os.chdir(side)
     os.environ |= {"PYTHONPATH": str(code / "src"), "HOME": str(side / "home"), "XDG_CACHE_HOME": str(side / "home")}
+    sys.pycache_prefix = str(side / "home")
     sys.path.insert(0, str(code / "src"))
+    found = importlib.util.find_spec("embedsmith")
+    if found is None or not str(found.origin).startswith(str(code)):
+        raise SystemExit(f"embedsmith is taken from {found}, not from {code}")
     for job in jobs:
         said = side / "said" / job.name
         said.mkdir(parents=True)
@@ -175,12 +180,14 @@ def run_command(words: Sequence[str], said: Path) -> int:
 
 
 def as_typed(words: Sequence[str], said: Path) -> None:
-    """`python -m embedsmith WORDS`."""
+    """`python -m embedsmith WORDS`; of `ranks N WORDS`, in N processes."""
     for descriptor, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{ending}", os.O_WRONLY | os.O_CREAT), descriptor)
-    sys.argv = ["embedsmith", *words]
-    assert "embedsmith" not in sys.modules
-    runpy.run_module("embedsmith", run_name="__main__", alter_sys=True)
+    sys.argv, module = ["embedsmith", *words], "embedsmith"
+    if words[0] == "ranks":
+        module = "torch.distributed.run"
+        sys.argv = ["torchrun", "--standalone", "--nproc-per-node", words[1], "-m", "embedsmith", *words[2:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def wait(said: Path, workers: Sequence[Any]) -> None:
@@ -213,9 +220,8 @@ def compared(folder: Path, base: Job | None, tree: Job | None, removed: Removed,
         if file_facts(outs[1] / one, removed, paths) != file_facts(outs[1] / other, removed, paths):
             found.differs.append(f"{one} and {other} are not the same")
     if base.printed:
-        printed = [
-            printed_facts(base.printed, base.commands, folder / side / "said" / base.name, paths) for side in SIDES
-        ]
+        said = [folder / side / "said" / base.name for side in SIDES]
+        printed = [printed_facts(one.printed, one.commands, at, paths) for one, at in zip((base, tree), said)]
         found += compare_facts(printed[0], printed[1], removed, may_add=base.printed != "json")
     return found
 

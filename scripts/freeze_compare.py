@@ -49,8 +49,8 @@ class Removed:
 
     def fact(self, place: str) -> bool:
         words = re.split(r"[ ,.:]+", place)  # `merge -s, --sizes <int>` is an option; `data.*.loss: value angle` a name
-        options = (pattern.split() for pattern in self.options)
-        option = any(verb == words[0] and name in words[1:] for verb, name in options)
+        options = (pattern.partition(" ") for pattern in self.options)
+        option = any(verb == words[0] and name in words[1:] for verb, _, name in options)
         return option or self.key(place) or not set(words).isdisjoint(self.names)
 
 

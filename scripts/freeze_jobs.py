@@ -6,8 +6,6 @@ they are run, and `out/` with a folder for every job.
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +27,7 @@ class Job:
     commands: tuple[tuple[str, ...], ...]
     printed: str = ""
     names: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ("*.html",)
+    unread: tuple[str, ...] = ("*.html", "*tfevents*", "*/hparams.yml")
     same: tuple[tuple[str, str], ...] = ()
 
 
@@ -40,7 +38,7 @@ def typed(name: str, *commands: str, **more: Any) -> Job:
 def of_recipe(side: Path, name: str, verb: str, recipe: Tree, **more: Any) -> Job:
     """A job that is one recipe; what it makes goes to `out/NAME/made`."""
     made = f"out/{name}/made" + (".jsonl" if verb in ("mine", "curate") else "")
-    recipe = {"out" if verb == "tokenize" else "output": made} | recipe
+    recipe = {"out" if verb == "tokenize" else "output_dir" if "model_path" in recipe else "output": made} | recipe
     (side / "jobs").mkdir(parents=True, exist_ok=True)
     (side / f"jobs/{name}.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
     types = {tree["type"] for tree in nested(recipe) if isinstance(tree.get("type"), str)}
@@ -53,86 +51,6 @@ def nested(tree: Any) -> Iterator[Tree]:
         yield tree
     for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
         yield from nested(child)
-
-
-# The inputs.
-
-WORDS = ["the", "a", "cat", "dog", "mat", "tree", "red", "blue", "big", "old", "new", "sat", "ran", "on", "by", "far"]
-MARKS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-
-
-def write_inputs(folder: Path) -> None:
-    """An encoder and a decoder with random weights, and texts."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM, Qwen3Config, Qwen3Model
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer()), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"intermediate_size": 24, "initializer_range": 0.5, "pad_token_id": 0}
-    bert = BertForMaskedLM(BertConfig(max_position_embeddings=40, **shape))
-    qwen = Qwen3Model(Qwen3Config(num_key_value_heads=2, head_dim=8, eos_token_id=3, bos_token_id=2, **shape))
-    for name, model in (("bert", bert), ("decoder", qwen)):
-        with torch.no_grad():  # biases that are zero show nothing
-            for parameter in (own for key, own in model.named_parameters() if key.endswith("bias")):
-                parameter.normal_(0, 0.3)
-        model.save_pretrained(folder / name)
-        tokenizer(decoder=name == "decoder").save_pretrained(folder / name)
-    write_texts(folder, random.Random(0))
-
-
-def tokenizer(decoder: bool = False) -> Any:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = [prefix + letter for letter in "abcdefghijklmnopqrstuvwxyz" for prefix in ("", "##")]
-    ids = {token: number for number, token in enumerate([*MARKS.values(), "_", *dict.fromkeys(WORDS + letters)])}
-    pieces = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    pieces.normalizer = normalizers.BertNormalizer()
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if decoder:
-        ends = {"bos_token": "[CLS]", "eos_token": "[SEP]"}
-        return PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]", **ends)
-    pieces.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
-    return PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=32, **MARKS)
-
-
-def write_texts(folder: Path, chance: random.Random) -> None:
-    """A file of every kind that a job reads."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def text() -> str:
-        kinds = ("the", WORDS[6:11], WORDS[2:6], WORDS[11:13], WORDS[13:15], "the", WORDS[6:11], WORDS[2:6])
-        return " ".join(kind if isinstance(kind, str) else chance.choice(kind) for kind in kinds)
-
-    def write(name: str, rows: list[Tree]) -> None:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-
-    (folder / "beir/qrels").mkdir(parents=True)
-    for place in range(3):
-        pairs = [{"query": text()[4:], "pos": [text(), text()], "neg": [text() for _ in range(16)]} for _ in range(24)]
-        write(f"retrieval-{place}.jsonl", pairs)
-        write(f"sts-{place}.jsonl", [{"text1": text(), "text2": text(), "score": n / 24} for n in range(24)])
-        pq.write_table(pa.Table.from_pylist(pairs), folder / f"retrieval-{place}.parquet")
-    write("sts.jsonl", [{"text1": text(), "text2": text(), "score": chance.random()} for _ in range(24)])
-    for name in ("docs.jsonl", "beir/corpus.jsonl"):
-        write(name, [{"_id": f"d{n}", "title": WORDS[n % 16], "text": text(), "lang": WORDS[n % 2]} for n in range(30)])
-    write("beir/queries.jsonl", [{"_id": f"q{n}", "text": text()} for n in range(10)])
-    grades = "".join(f"q{query}\td{chance.randrange(30)}\t1\n" for query in range(10))
-    (folder / "beir/qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{grades}")
-    for name in ("topics-train", "topics-test", "groups"):
-        write(f"{name}.jsonl", [{"text": text(), "label": WORDS[6 + n % 3]} for n in range(18)])
-    raw = [{"query": text(), "pos": [text()]} for _ in range(24)]
-    near = {"query": f"{raw[5]['query']} now", "pos": [f"{raw[5]['pos'][0]} now"]}
-    chinese = {"query": "猫坐在红色的垫子上面看着老树", "pos": ["那只大狗在蓝色的树旁边跑来跑去"]}
-    bad = [{"query": query, "pos": [text()]} for query in ("", "!!! ???", "https://a.example/b", "x")]
-    write("raw.jsonl", [*raw, *raw[:3], near, chinese, *bad])
-    paragraph = lambda: " ".join(f"{text()}." for _ in range(7))
-    write("articles.jsonl", [{"text": "\n".join(paragraph() for _ in range(25))} for _ in range(4)])
-    (folder / "texts.txt").write_text("".join(f"{text()}\n" for _ in range(40)))
 
 
 # Recipes of our own.
@@ -178,7 +96,10 @@ METHODS: dict[str, Tree] = {
     "self_positioning": {"probe": PROBE, **POSITIONING},
     "parent_matching": {"probe": PROBE, **POSITIONING},
     "lm_cocktail": {"probe": PROBE, "batch_size": 4},
+    "fisher_embedding": {"type": "fisher", "probe": PROBE, "definition": "embedding"},
     "search": {"goal": GOAL, "steps": 2, "lengths": [0.8, 1.0]},
+    "cma": {"type": "search", "goal": GOAL, "searcher": "cma", "evaluations": 6},
+    "halving": {"type": "search", "goal": GOAL, "searcher": "halving", "points": 4},
     "greedy_soup": {"goal": GOAL},
 }
 MERGE: Tree = {
@@ -186,6 +107,34 @@ MERGE: Tree = {
     "base": "inputs/embedder",
     "cache": None,
 }
+LOSSES: dict[str, tuple[str, Tree]] = {
+    **{name: ("sts-0", {}) for name in ("angle", "codiemb_sts", "cosent", "pearson", "pro", "rank_kl")},
+    **{name: ("retrieval-0", {}) for name in ("conan_weak", "cosine_consistency", "cross_batch_balance", "f2llm")},
+    **{name: ("retrieval-0", {}) for name in ("flops", "gor", "gor_st", "m3_self_distillation", "qwen3")},
+    **{name: ("retrieval-0", {}) for name in ("teacher_vectors", "uniformity")},
+    **{name: ("taught", {}) for name in ("m3_ranked_kd", "margin_mse", "score_kl")},
+    "supervised_contrastive": ("topics-train", {}),
+    "classifier": ("topics-train", {"classes": 3}),
+    "mid_nce": ("sts-0", {"threshold": 0.5}),
+    "infonce-inside": ("retrieval-0", {"multi_positive": "inside", "margin": 0.1, "symmetric": True}),
+    "infonce-both": ("retrieval-0", {"include_qq": True, "include_dd": True, "hardness_weight": 3.0, "block_size": 5}),
+    "infonce-focal": ("retrieval-0", {"focal_gamma": 0.5, "learn_temperature": True, "negatives": "own"}),
+    "infonce-late": ("retrieval-0", {"head": "multivector", "relative_margin": 0.9}),
+    "matryoshka": ("retrieval-0", {"inner": "infonce", "dims": [4, 16], "weighting": "f2llm"}),
+    "sum": ("retrieval-0", {"parts": ["infonce", "uniformity"], "weights": [1.0, 0.1]}),
+    "weighted": ("retrieval-0", {"inner": "infonce", "weight": 0.5, "warmup_steps": 2}),
+    "symmetric": ("retrieval-0", {"inner": "f2llm"}),
+    "per_head": ("retrieval-0", {"inner": "infonce", "weights": {"dense": 1.0, "sparse": 0.3}}),
+}
+"""Every loss but those that only pre-training uses (their recipes are shipped): the file it reads, its settings."""
+REFERENCE: Tree = {
+    "model_path": "inputs/decoder",
+    "train_data_path": "inputs/flat",
+    **{"train_steps": 2, "train_batch_size": 4, "max_seq_length": 32, "warmup_steps": 1, "log_interval": 1},
+    **{"mrl_enabled": True, "mrl_dims": [4, 8], "spread_enabled": True, "spread_weight": 0.1, "bi_attn_enabled": True},
+    **{"lora_enabled": True, "pooling_mode": "mean"},
+}
+"""A flat config of the decoder toolkit."""
 CHANGING = {"factor": 0.97, "ceiling": 2.0, "too_easy": -1.0}  # nearly every score replaces a negative
 LIVE: dict[str, Tree] = {
     "each_loss": CHANGING,
@@ -209,16 +158,30 @@ SEARCHERS: dict[str, list[Tree]] = {
 def own_jobs(side: Path) -> Iterator[Job]:
     """Jobs that are a recipe: trainings, merges by every method, minings."""
     scored = {"tasks": TASKS, "every": 2, "geometry": 12, "dims": [4, 8], "validation": SOURCES[1:]}
+    plans: dict[str, Tree] = {
+        "mixed": {"batches": "mixed"},
+        "balanced": {"schedule": "balanced", "order": "strict", "small": "pad"},
+        "temperature": {"schedule": "temperature", "order": "sequential"},
+        "tokens": {"batch_tokens": 160, "multiple": 2},
+    }
     trainings: dict[str, Tree] = {
+        "reference": REFERENCE,
+        "packed": JOINT | {"model": {"path": "inputs/last", "packing": True, "prompts": {"query": "the "}}},
         "scored": JOINT | {"evaluate": scored, "train": TRAIN | {"steps": 4, "final": "best"}},
         "budget": JOINT | {"train": TRAIN | {"batch_size": 12, "token_budget": 64}},
-        "micro": JOINT | {"train": TRAIN | {"micro_batch": 2, "plan": {"batches": "mixed"}}},
+        "micro": JOINT | {"train": TRAIN | {"micro_batch": 2, "clip_norm": None, "schedule": "cosine"}},
+        **{f"plan.{name}": JOINT | {"train": TRAIN | {"steps": 6, "plan": plan}} for name, plan in plans.items()},
     }
     for name, mining in LIVE.items():
         rows = {"data": [SOURCES[0] | {"batch_size": 8}]}
         trainings[name] = JOINT | rows | {"train": TRAIN | {"steps": 12, "checkpoint_every": 5, "mining": mining}}
     for name, recipe in trainings.items():
         yield of_recipe(side, f"train.{name}", "train", recipe)
+    for name, (path, loss) in LOSSES.items():
+        source = {"path": f"inputs/{path}.jsonl", "batch_size": 8, "loss": {"type": name.partition("-")[0], **loss}}
+        source |= {"teacher": "inputs/parent-0/model"} if name == "teacher_vectors" else {}
+        heads = {"path": "inputs/heads/model", "max_length": 16}
+        yield of_recipe(side, f"loss.{name}", "train", JOINT | {"model": heads, "data": [source]})
     for name, method in METHODS.items():
         yield of_recipe(side, f"merge.{name}", "merge", MERGE | {"method": {"type": name} | method})
     yield of_recipe(side, "merge.adapter", "merge", MERGE | {"method": {"type": "slerp"}, "adapter": {"rank": 2}})
@@ -234,6 +197,12 @@ def cut_job(side: Path) -> Job:
     files = ("model/model.safetensors", "metrics.jsonl", "checkpoints/step-4/training.pt")
     commands = (*job.commands, ("copy", made, whole), lost, *job.commands)
     return replace(job, commands=commands, same=tuple((f"whole/{file}", f"made/{file}") for file in files))
+
+
+def ranks_job(side: Path) -> Job:
+    """A training on two processes."""
+    job = of_recipe(side, "train.ranks", "train", JOINT)
+    return replace(job, commands=(("ranks", "2", *job.commands[0]),))
 
 
 def tokens_job(side: Path) -> Job:
@@ -259,6 +228,12 @@ def jobs_of(side: Path, verbs: list[str], url: str) -> list[Job]:
     exported = [
         f"export {heads} out/export/{head} --head {head}" for head in ("dense", "sparse", "multivector", "pylate")
     ]
+    changes = (
+        "attention=bidirectional pooling=weighted_mean",
+        "pooling=latent pooler.latents=4",
+        "head.out=8 layers=1",
+    )
+    converted = [f"convert inputs/decoder out/convert/{place} {change}" for place, change in enumerate(changes)]
     return [
         typed("help", "--help", *(f"{verb} --help" for verb in verbs), printed="help"),
         typed("schema", "schema", printed="schema"),
@@ -269,6 +244,7 @@ def jobs_of(side: Path, verbs: list[str], url: str) -> list[Job]:
         *own_jobs(side),
         cut_job(side),
         tokens_job(side),
+        ranks_job(side),
         typed("merge.explain", f"merge jobs/merge.slerp.yaml --explain out/merge.explain {probes}"),
         typed("merge.verify", f"merge jobs/merge.slerp.yaml --verify {probes} output=out/merge.verify"),
         typed(
@@ -295,7 +271,7 @@ def jobs_of(side: Path, verbs: list[str], url: str) -> list[Job]:
             unread=("*",),
         ),
         typed("export", *exported),
-        typed("convert", "convert inputs/decoder out/convert attention=bidirectional pooling=weighted_mean"),
+        typed("convert", *converted),
         typed(
             "curate",
             "curate inputs/raw.jsonl out/curate/a.jsonl input.on_error=skip --step exact_duplicates --step links",
