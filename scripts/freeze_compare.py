@@ -104,8 +104,8 @@ def compare_folders(
         if name not in files[0] or name not in files[1]:
             lines = [f"{name} is {'gone' if name in files[0] else 'added'}"]
         else:
-            facts = [file_facts(at / name, removed, paths) for at in (base, tree)]
-            lines = [f"{name}: {line}" for line in compare_facts(*facts, removed, may_add=False).differs]
+            old, new = (file_facts(at / name, removed, paths) for at in (base, tree))
+            lines = [f"{name}: {line}" for line in compare_facts(old, new, removed, may_add=False).differs]
         declared = any(fnmatch.fnmatch(f"{base.name}/{name}", pattern) for pattern in removed.files)
         (found.removed if declared else found.differs).extend(lines[:1])
     return found

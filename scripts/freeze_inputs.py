@@ -19,8 +19,8 @@ def write_inputs(folder: Path) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer()), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"intermediate_size": 24, "initializer_range": 0.5, "pad_token_id": 0}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"vocab_size": len(tokenizer()), "intermediate_size": 24, "initializer_range": 0.5, "pad_token_id": 0}
     bert = BertForMaskedLM(BertConfig(max_position_embeddings=40, **shape))
     qwen = Qwen3Model(Qwen3Config(num_key_value_heads=2, head_dim=8, eos_token_id=3, bos_token_id=2, **shape))
     for name, model in (("bert", bert), ("decoder", qwen)):
@@ -67,8 +67,8 @@ def write_texts(folder: Path, chance: random.Random) -> None:
         write(f"retrieval-{place}.jsonl", pairs)
         write(f"sts-{place}.jsonl", [{"text1": text(), "text2": text(), "score": n / 24} for n in range(24)])
         pq.write_table(pa.Table.from_pylist(pairs), folder / f"retrieval-{place}.parquet")
-    scores = lambda count: [chance.random() for _ in range(count)]
-    write("taught.jsonl", [row | {"pos_scores": scores(2), "neg_scores": scores(16)} for row in pairs])
+    scores = [[chance.random() for _ in range(18)] for _ in pairs]
+    write("taught.jsonl", [row | {"pos_scores": own[:2], "neg_scores": own[2:]} for row, own in zip(pairs, scores)])
     flat = [{"query": row["query"], "passage": row["pos"][0], "negative_1": row["neg"][0]} for row in pairs]
     (folder / "flat").mkdir()
     pq.write_table(pa.Table.from_pylist(flat), folder / "flat/pairs.parquet")
@@ -85,6 +85,6 @@ def write_texts(folder: Path, chance: random.Random) -> None:
     chinese = {"query": "猫坐在红色的垫子上面看着老树", "pos": ["那只大狗在蓝色的树旁边跑来跑去"]}
     bad = [{"query": query, "pos": [text()]} for query in ("", "!!! ???", "https://a.example/b", "x")]
     write("raw.jsonl", [*raw, *raw[:3], near, chinese, *bad])
-    paragraph = lambda: " ".join(f"{text()}." for _ in range(7))
-    write("articles.jsonl", [{"text": "\n".join(paragraph() for _ in range(25))} for _ in range(4)])
+    articles = [[" ".join(f"{text()}." for _ in range(7)) for _ in range(25)] for _ in range(4)]
+    write("articles.jsonl", [{"text": "\n".join(paragraphs)} for paragraphs in articles])
     (folder / "texts.txt").write_text("".join(f"{text()}\n" for _ in range(40)))

@@ -27,7 +27,7 @@ class Job:
     commands: tuple[tuple[str, ...], ...]
     printed: str = ""
     names: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ("*.html", "*tfevents*", "*/hparams.yml")
+    unread: tuple[str, ...] = ("*.html", "*.sqlite", "*tfevents*", "*/hparams.yml")
     same: tuple[tuple[str, str], ...] = ()
 
 
@@ -56,7 +56,7 @@ def nested(tree: Any) -> Iterator[Tree]:
 # Recipes of our own.
 
 TRAIN = {"steps": 2, "log_with": [], "log_every": 1, "precision": "fp32", "batch_size": 4}
-SOURCES = [
+SOURCES: list[Tree] = [
     {"path": "inputs/retrieval-0.jsonl", "task": "retrieval", "negatives": 3, "batch_size": 4},
     {"path": "inputs/sts-0.jsonl", "task": "sts", "batch_size": 4},
 ]
