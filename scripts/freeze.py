@@ -68,12 +68,16 @@ def freeze(folder: Path, commit: str, only: Sequence[str], processes: int) -> in
     threading.Thread(target=endpoint.serve_forever, daemon=True).start()  # behind the forks: none shares the thread
     same_place = {str(folder / side): "<here>" for side in SIDES} | {str(root): "<code>" for root in code.values()}
     names, bad = list(plans["base"] | plans["tree"]), 0
-    for name in names:
-        for side in SIDES:
-            wait(folder / side / "said" / name, running[side])
-        found = compared(folder, plans["base"].get(name), plans["tree"].get(name), removed, same_place)
-        say(f"{found.word:8} {name}" + (f"  {found.short}" if found.short else ""))
-        bad += bool(found.differs)
+    try:
+        for name in names:
+            for side in SIDES:
+                wait(folder / side / "said" / name, running[side])
+            found = compared(folder, plans["base"].get(name), plans["tree"].get(name), removed, same_place)
+            say(f"{found.word:8} {name}" + (f"  {found.short}" if found.short else ""))
+            bad += bool(found.differs)
+    finally:
+        for worker in (*running["base"], *running["tree"]):
+            worker.terminate()
     say(f"{len(names)} jobs, {bad} with differences that are not declared")
     return 1 if bad or not names else 0
 
