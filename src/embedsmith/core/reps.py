@@ -7,7 +7,7 @@ Losses, search and evaluation see a text only through these three kinds. Everyth
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self, overload
 
@@ -53,6 +53,13 @@ class Representation:
 
     def rows(self, index: Tensor | slice) -> Self:
         return self.map(lambda tensor: tensor[index])
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Blocks of `size` rows, the last one shorter. Split, not sliced: the gradient of all blocks is then put
+        together once, not added up in a full-size buffer for every block."""
+        names = [f.name for f in fields(self)]
+        for column in zip(*(tensor.split(size) for tensor in self.tensors()), strict=True):
+            yield replace(self, **dict(zip(names, column, strict=True)))
 
     def leaf(self) -> Self:
         """A copy cut from its graph whose floating fields collect gradients of their own."""
