@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.collectives import mean_over_ranks
 from embedsmith.core.reps import in_fp32
+from embedsmith.core.settings import Word
 from embedsmith.core.shelf import losses
 from embedsmith.losses.identity import own_rows
 
@@ -25,12 +25,14 @@ Texts = Literal["documents", "queries", "both"]
 )
 @dataclass(frozen=True)
 class RetroMAE(Loss):
-    """Masked auto-encoding, with a model that has the head `retromae` (models/retromae.py).
+    """Masked auto-encoding, with a model that has the head `retromae` (pretrain/retromae.py).
 
         L = sum CE of masked tokens / their number + sum CE of the decoder's tokens / their number
 
-    over the texts of all ranks. sides: pre-train on the `documents` (queries are short), on the `queries`, or `both`.
-    The batch needs no negatives, and pairs serve as texts. Parts: `masked`, `decoded`.
+    over the texts of all ranks. The batch needs no negatives, and pairs serve as texts. Parts: `masked`, `decoded`.
+
+    sides: the texts that are learned from: `documents` (queries are short), `queries`, or `both`.
+    head: the output of the model that holds the numbers.
 
     Batches: retrieval.
     """
@@ -38,11 +40,7 @@ class RetroMAE(Loss):
     batches = (RetrievalBatch,)
 
     sides: Texts = "documents"
-    head: str = "retromae"
-
-    def __post_init__(self) -> None:
-        checks.one_of(self, "sides", "documents", "queries", "both")
-        checks.not_empty(self, "head")
+    head: Word = "retromae"
 
     def __call__(self, batch: Batch) -> LossOutput:
         sum_4 = _sums(batch, self.sides, self.head)
@@ -58,11 +56,14 @@ class RetroMAE(Loss):
 )
 @dataclass(frozen=True)
 class MNTP(Loss):
-    """Masked next-token prediction, with a model that has the head `mntp` (models/mntp.py).
+    """Masked next-token prediction, with a model that has the head `mntp` (pretrain/mntp.py).
 
         L = sum CE of hidden tokens / their number
 
-    over the texts of all ranks. sides: which texts are learned from, as in `retromae`. Parts: `masked`.
+    over the texts of all ranks. Parts: `masked`.
+
+    sides: the texts that are learned from: `documents`, `queries`, or `both`.
+    head: the output of the model that holds the numbers.
 
     Batches: retrieval.
     """
@@ -70,11 +71,7 @@ class MNTP(Loss):
     batches = (RetrievalBatch,)
 
     sides: Texts = "documents"
-    head: str = "mntp"
-
-    def __post_init__(self) -> None:
-        checks.one_of(self, "sides", "documents", "queries", "both")
-        checks.not_empty(self, "head")
+    head: Word = "mntp"
 
     def __call__(self, batch: Batch) -> LossOutput:
         total, count = _sums(batch, self.sides, self.head).unbind()
