@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from embedsmith.core.collectives import complete_gradients, max_over_ranks, rank, world_size
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.models import Embedder
-from embedsmith.models.heads.tokens import TokenHead
 from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
 from embedsmith.train.config import Recipe
@@ -38,7 +37,7 @@ class Shards:
 
     def __init__(self, model: Embedder) -> None:
         heads = model.token_heads.items()  # also those that lay in the model's folder unasked
-        _refuse(["splade" if name == "sparse" else name for name, head in heads if not isinstance(head, TokenHead)])
+        _refuse(["splade" if name == "sparse" else name for name, head in heads if head.reads_words])
         self.whole = copy.deepcopy(model).cpu() if rank() == 0 else None
         device = next(model.backbone.parameters()).device
         mesh = init_device_mesh(device.type, (world_size(),))
