@@ -6,15 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from embedsmith.core.errors import DataError
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import text_faults
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,3 @@ def without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
             raise DataError(f"the id {document.id!r} comes twice", fix="give every document an id of its own")
         seen.add(document.id)
         yield document
-
-
-def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
