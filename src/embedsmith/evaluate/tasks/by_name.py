@@ -9,6 +9,7 @@ from pathlib import Path
 
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.settings import did_you_mean
+from embedsmith.data.formats.files import rows_of
 from embedsmith.evaluate.tasks.files import (
     find,
     read_beir,
@@ -18,7 +19,6 @@ from embedsmith.evaluate.tasks.files import (
     read_reranking_folder,
     read_reranking_rows,
     read_sts,
-    rows_of,
     train_file,
 )
 from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RetrievalTask, across_languages
