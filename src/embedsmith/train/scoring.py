@@ -54,11 +54,6 @@ class Development:
             return {}
         return self._scores("before", improved=lambda score: True)
 
-    def due(self, step: int, steps: int) -> bool:
-        if not self.config.tasks and self.validation is None:
-            return False
-        return step == steps or (self.config.every is not None and step % self.config.every == 0)
-
     def run(self, state: RunState, steps: int) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
         that are kept are the last ones, or with `only_best` those of the best checkpoint."""
@@ -76,9 +71,6 @@ class Development:
         else:
             state = replace(state, evaluations_without_gain=state.evaluations_without_gain + 1)
         return state, values | scores
-
-    def exhausted(self, state: RunState) -> bool:
-        return self.config.patience is not None and state.evaluations_without_gain >= self.config.patience
 
     def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
         """Main scores by the names the recipe uses for the tasks, and the geometry that is logged. Collective."""
@@ -140,7 +132,7 @@ class Development:
             return {}
         values: dict[str, list[float]] = {}
         for step in range(self.validation.steps_per_epoch):
-            parts = self.validation.parts(step)
-            value = mean_over_ranks(evaluate_parts(self.encode, parts, self.memory, self.extras, progress))
+            tokens, parts = self.validation.draw(step)
+            value = mean_over_ranks(evaluate_parts(self.encode, tokens, parts, self.memory, self.extras, progress))
             values.setdefault(parts[0].source, []).append(float(value))
         return {f"validation_loss/{source}": sum(each) / len(each) for source, each in values.items()}

@@ -11,6 +11,7 @@ from typing import ClassVar
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import task_kinds
+from embedsmith.data.formats.files import rows_of
 from embedsmith.evaluate.tasks.files import (
     find,
     read_beir,
@@ -20,7 +21,6 @@ from embedsmith.evaluate.tasks.files import (
     read_reranking_folder,
     read_reranking_rows,
     read_sts,
-    rows_of,
     train_file,
 )
 from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RetrievalTask, across_languages
