@@ -16,7 +16,7 @@ from embedsmith.evaluate.mteb.tasks import Limits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.by_name import load_task
-from embedsmith.evaluate.tasks.similarity import Task
+from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.variants import FULL, HeadScores, score_heads, score_widths
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder

@@ -18,9 +18,10 @@ from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.geometry import Space, token_shapes
 from embedsmith.evaluate.result import finite_or_none, short_names
-from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RerankingTask, RetrievalTask
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
+from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
+from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask
 
 TEXTS = 1000
 _TOKEN_TEXTS = 100  # token states are measured for this many

@@ -11,9 +11,10 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.evaluate.mteb.models import need_mteb
 from embedsmith.evaluate.run import digest, task_content
-from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.tasks.retrieval import RerankingTask, RetrievalTask
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
+from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
+from embedsmith.evaluate.tasks.ranking import RerankingTask, RetrievalTask
 
 _BLANK = ("date", "domains", "task_subtypes", "license", "annotations_creators", "dialect", "sample_creation")
 
