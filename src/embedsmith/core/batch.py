@@ -127,11 +127,13 @@ class Batch(ABC):
 
     @abstractmethod
     def sides(self) -> tuple[Side, ...]:
-        """Both sides, in the order in which they settle."""
+        """Both sides, in the order of the fields."""
 
     def settle(self) -> None:
-        for side in self.sides():
-            side.settle()
+        """After backward: return the gradients of gathered rows to the ranks they came from."""
+        for f in fields(self):
+            if isinstance(side := getattr(self, f.name), Side):
+                side.settle()
 
     def alone(self) -> Self:
         """This rank's rows as a batch of their own, on the same leaves: the local form of a loss."""
@@ -251,17 +253,14 @@ class PairBatch(Batch, PairIds):
         """score_WN of this rank's pairs."""
         return self.left.local[head].paired(self.right.local[head], self.widths)
 
-    def all_scores(self, head: str = "dense") -> Tensor:
-        """score_WG of the pairs of all ranks, with gradient. Cheap: scalars travel, vectors stay."""
-        return gather_pair_scores(self.scores(head), self.group)
-
     @cached_property
     def label_G(self) -> Tensor:
         return gather_rows(self.label_N, self.group)
 
 
 def gather_pair_scores(score_WN: Tensor, group: Group = None) -> Tensor:
-    """score_WG of all ranks. Every rank must go on to compute the same function of it (see `_GatherScores`)."""
+    """score_WG of all ranks, with gradient. Cheap: scalars travel, vectors stay. Every rank must go on to compute the
+    same function of it (see `_GatherScores`)."""
     if world_size(group) == 1:
         return score_WN
     gathered: Tensor = _GatherScores.apply(score_WN, group)  # type: ignore[no-untyped-call]
@@ -302,7 +301,17 @@ class LossOutput:
 
 
 class Loss(ABC):
-    """Base of every objective. Hyper-parameters are the dataclass's fields; wrappers hold other losses."""
+    """Base of every objective. Hyper-parameters are the dataclass's fields; wrappers hold other losses.
+
+    What a field of these names means in every loss that says nothing else of it:
+
+    head: the representation that is scored: `dense`, or another head of the model such as `sparse` or `multivector`.
+    temperature: scores are divided by it before they are compared; above 0, and the smaller, the sharper.
+    cross_device: over the rows of all ranks together (the default), or `false`, over each rank's own.
+    mask_false_negatives: whether a document that any row names as a positive of the same query is no negative of it.
+    block_size: how many candidates are scored at a time, to save memory; the full score matrix then never exists, and
+        scores are computed again in the backward pass. All at once where it is not given.
+    """
 
     batches: ClassVar[tuple[type[Batch], ...]]
     """The kinds of batch it can read."""

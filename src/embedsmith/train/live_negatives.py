@@ -104,8 +104,8 @@ def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
     """score_QS of the negatives with the given ids, NaN for those the batch does not hold, and in one more column the
     lowest score of a drawn positive, on the CPU."""
     found = Candidates.of(batch.alone(), head, mask_false_negatives=False, block_size=None)
-    negative_QM = found.negative_scores()[0].masked_fill(found.negative_row_QM == ABSENT, float("nan"))
-    positive_QP = found.positive_scores()[0].masked_fill(~found.valid_QP, float("inf"))
+    negative_QM = found.scores_of(found.negative_row_QM)[0].masked_fill(found.negative_row_QM == ABSENT, float("nan"))
+    positive_QP = found.scores_of(found.positive_row_QP)[0].masked_fill(~found.valid_QP, float("inf"))
     id_QM = batch.negative_id_QM
     if id_QM.shape[1] == 0:
         negative_QM, id_QM = negative_QM[:, :0], id_QM[:, :0]

@@ -21,7 +21,8 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.models import Embedder, load
-from embedsmith.report.of_run import save_environment, tell
+from embedsmith.report.folder import report_run
+from embedsmith.report.page import save_environment
 from embedsmith.train.build import (
     RunLength,
     build_extras,
@@ -103,7 +104,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     model = run.engine.whole_model() if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
     folder = finish(output, model, summary)
-    on_first_rank(lambda: tell(output, folder))
+    on_first_rank(lambda: report_run(output, folder))
     return folder
 
 

@@ -36,7 +36,6 @@ from embedsmith.core.collectives import average_gradients, complete_gradients, m
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.models import Embedder
-from embedsmith.models.heads.tokens import TokenHead
 from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
 from embedsmith.train.config import Recipe, TrainConfig
@@ -109,7 +108,7 @@ class Fsdp2(WholeCopies):
 
     def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
         heads = model.token_heads.items()  # also those that lay in the model's folder unasked
-        _refuse_heads(["splade" if n == "sparse" else n for n, head in heads if not isinstance(head, TokenHead)])
+        _refuse_heads(["splade" if n == "sparse" else n for n, head in heads if head.reads_words])
         self.copy = copy.deepcopy(model).cpu() if rank() == 0 else None
         self.device = next(model.backbone.parameters()).device
         mesh = init_device_mesh(self.device.type, (world_size(),))

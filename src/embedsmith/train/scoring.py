@@ -16,7 +16,7 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate import Results, Task, evaluate, load_task
-from embedsmith.evaluate.model_geometry import Geometry, Sample, brief, look, sample_of
+from embedsmith.evaluate.model_geometry import Geometry, Sample, training_geometry
 from embedsmith.evaluate.variants import FULL, score_widths
 from embedsmith.models import Embedder
 from embedsmith.search.hybrid import HybridEncoder
@@ -46,7 +46,7 @@ class Development:
     @cached_property
     def sample(self) -> Sample | None:
         count = self.config.geometry
-        return None if count is None else sample_of(self.tasks[0], count)
+        return None if count is None else Sample.of(self.tasks[0], count)
 
     def before(self, state: RunState) -> dict[str, float]:
         """Score the model before the first step; empty on a resume, and where it is not wanted."""
@@ -108,19 +108,19 @@ class Development:
 
     def _geometry(self) -> dict[str, float]:
         assert self.sample is not None
-        return {f"geometry/{key}": value for key, value in brief(self.model, self.sample).items()}
+        return {f"geometry/{key}": value for key, value in training_geometry(self.model, self.sample).items()}
 
     def _keep(self, name: str, results: Results) -> None:
-        """What the report reads. The whole geometry is looked at here: it costs a few hundred texts."""
+        """What the report reads. The whole geometry is measured here: it costs a few hundred texts."""
         folder = self.output / "evaluation"
         results.save(folder / f"{name}.json", items=True)
         try:
-            seen: Geometry = look(self.model, self.sample or sample_of(self.tasks[0], 300))
+            geometry = Geometry.of(self.model, self.sample or Sample.of(self.tasks[0], 300))
         except EvaluationError as error:  # a handful of texts, or a task of one's own: the run goes on without
             log.warning("no geometry: %s", error)
             return
         with atomic_file(folder / f"geometry-{name}.json") as file:
-            json.dump(seen.as_dict(), file, allow_nan=False)
+            json.dump(geometry.as_dict(), file, allow_nan=False)
 
     def _overall(self, scores: Mapping[str, float]) -> float:
         """What chooses the best checkpoint: the main score of `metric`, or the mean over tasks."""
