@@ -13,7 +13,7 @@ from embedsmith.core.collectives import mean_over_ranks
 from embedsmith.core.reps import in_fp32
 from embedsmith.core.settings import Word
 from embedsmith.core.shelf import losses
-from embedsmith.losses.identity import own_rows
+from embedsmith.losses.candidates import own_rows
 
 Texts = Literal["documents", "queries", "both"]
 
@@ -25,14 +25,16 @@ Texts = Literal["documents", "queries", "both"]
 )
 @dataclass(frozen=True)
 class RetroMAE(Loss):
-    """Masked auto-encoding, with a model that has the head `retromae` (pretrain/retromae.py).
+    """Masked auto-encoding, with a model that has the head `retromae` (models/retromae.py).
 
         L = sum CE of masked tokens / their number + sum CE of the decoder's tokens / their number
 
-    over the texts of all ranks. The batch needs no negatives, and pairs serve as texts. Parts: `masked`, `decoded`.
+    over the texts of all ranks. The batch needs no negatives, and pairs serve as texts.
 
-    sides: the texts that are learned from: `documents` (queries are short), `queries`, or `both`.
-    head: the output of the model that holds the numbers.
+    sides: which texts are learned from: the `documents` (queries are short), the `queries`, or `both`.
+    head: the head that computes the cross-entropies.
+
+    Parts: `masked`, `decoded`.
 
     Batches: retrieval.
     """
@@ -56,14 +58,16 @@ class RetroMAE(Loss):
 )
 @dataclass(frozen=True)
 class MNTP(Loss):
-    """Masked next-token prediction, with a model that has the head `mntp` (pretrain/mntp.py).
+    """Masked next-token prediction, with a model that has the head `mntp` (models/mntp.py).
 
         L = sum CE of hidden tokens / their number
 
-    over the texts of all ranks. Parts: `masked`.
+    over the texts of all ranks.
 
-    sides: the texts that are learned from: `documents`, `queries`, or `both`.
-    head: the output of the model that holds the numbers.
+    sides: which texts are learned from: the `documents` (queries are short), the `queries`, or `both`.
+    head: the head that computes the cross-entropies.
+
+    Parts: `masked`.
 
     Batches: retrieval.
     """
