@@ -63,7 +63,7 @@ def test_a_missing_extra_is_no_problem(versions: dict[str, str | None]) -> None:
     assert found.healthy
     assert not next(extra for extra in found.extras if extra.name == "lora").fits
     console = Console(width=150, record=True)
-    console.print(doctor.render(found))
+    console.print(found.table())
     assert 'pip install "embedsmith[lora]"' in console.export_text()
 
 

@@ -30,7 +30,7 @@ def shelf_named(kind: str) -> Shelf[Any]:
     return (known | plural)[asked]
 
 
-def overview() -> Table:
+def all_shelves() -> Table:
     """One row a shelf: its kind and the names on it; those of users' packages with the package."""
     view = Table("kind", "names", title="the shelf", show_lines=True)
     for shelf in SHELVES:
@@ -38,7 +38,7 @@ def overview() -> Table:
     return view
 
 
-def table(shelf: Shelf[Any]) -> Table:
+def one_shelf(shelf: Shelf[Any]) -> Table:
     """One row a thing; of losses also the batches they read and the formula."""
     view = Table(title=f"shelf: {shelf.kind}", show_lines=True)
     names = ("name", "batches", "formula") if shelf is losses else ("name", "what it is")
@@ -50,7 +50,7 @@ def table(shelf: Shelf[Any]) -> Table:
     return view
 
 
-def explain(shelf: Shelf[Any], name: str) -> str:
+def everything_about(shelf: Shelf[Any], name: str) -> str:
     """Everything about one thing. Errors: `RecipeError` for an unknown name, with the nearest known one."""
     entry = shelf.entry(name)
     head = f"{_name(entry)}  ({batches(entry)})" if shelf is losses else f"{_name(entry)}  ({shelf.kind})"

@@ -31,10 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class Stage:
     """One step of a pipeline: the recipe of one verb.
 
-    `recipe`: the fields of the verb's own recipe, or the path of a file that holds them; `set`: changes to it,
-    key.path=value. In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the
-    file of records; train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the
-    pipeline's folder. `output` may be left out: it is then in that folder, under the stage's name.
+    `name`: what later stages call it by. `verb`: curate, mine, train, merge or evaluate. `recipe`: the fields of the
+    verb's own recipe, or the path of a file that holds them. `set`: changes to it, key.path=value.
+
+    In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
+    train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the pipeline's folder.
+    `output` may be left out: it is then in that folder, under the stage's name.
     """
 
     name: str
@@ -50,7 +52,10 @@ class Stage:
 @section
 @dataclass(frozen=True, kw_only=True)
 class PipelineRecipe:
-    """Stages that run in their order. `output`: the folder of all that has no place of its own."""
+    """Stages that run in their order.
+
+    `output`: the folder of all that has no place of its own. `stages`: the stages, at least one.
+    """
 
     output: str
     stages: tuple[Stage, ...]
@@ -63,6 +68,26 @@ class PipelineRecipe:
             raise RecipeError(f"two stages are called {twice[0]!r}", where="stages", fix="give each its own name")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
+
+    run: Callable[[dict[str, Any], str], Path]
+    suffix: str
+
+
+VERBS: dict[str, Kind] = {}
+
+
+def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any], str], Path]], None]:
+    """Decorator for what a stage of a verb does: `(tree, where)` to the path of what it made."""
+
+    def add(run: Callable[[dict[str, Any], str], Path]) -> None:
+        VERBS[verb] = Kind(run, suffix)
+
+    return add
+
+
 def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False) -> Any:
     """Mine; returns the report."""
     from embedsmith.mining import MineRecipe, mine
@@ -73,10 +98,12 @@ def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False)
     return mine(recipe, load, overwrite=overwrite)
 
 
+@stage_of("mine", ".jsonl")
 def _mine(tree: dict[str, Any], where: str) -> Path:
     return Path(run_mine(tree, where).output)
 
 
+@stage_of("curate", ".jsonl")
 def _curate(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.cli.curation import evaluation_texts, load_encoder
     from embedsmith.curate import CurateRecipe, Tools, curate
@@ -88,6 +115,7 @@ def _curate(tree: dict[str, Any], where: str) -> Path:
     return Path(recipe.output)
 
 
+@stage_of("train")
 def _train(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.train import Recipe, train
 
@@ -98,6 +126,7 @@ def _train(tree: dict[str, Any], where: str) -> Path:
     return train(recipe)
 
 
+@stage_of("merge")
 def _merge(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.merge import MergeRecipe
     from embedsmith.merge.run import merge
@@ -111,7 +140,11 @@ def _merge(tree: dict[str, Any], where: str) -> Path:
 @section
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
-    """What `embedsmith evaluate` is told on the command line. `output`: a file of results."""
+    """What `embedsmith evaluate` is told on the command line.
+
+    `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
+    `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -124,6 +157,7 @@ class EvaluateStage:
             raise RecipeError("tasks: at least one is needed")
 
 
+@stage_of("evaluate", ".json")
 def _evaluate(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.evaluate import evaluate, load_task
     from embedsmith.models import load
@@ -137,23 +171,6 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
     join_ranks()
     on_first_rank(score)
     return Path(stage.output)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
-
-    run: Callable[[dict[str, Any], str], Path]
-    suffix: str = ""
-
-
-VERBS: dict[str, Kind] = {
-    "curate": Kind(_curate, ".jsonl"),
-    "mine": Kind(_mine, ".jsonl"),
-    "train": Kind(_train),
-    "merge": Kind(_merge),
-    "evaluate": Kind(_evaluate, ".json"),
-}
 
 
 def recipe_of(verb: str) -> type:
@@ -197,13 +214,14 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     with an output that is already there. On several ranks (torchrun) every stage runs on all of them, or on the first
     where it knows no other. Errors: `RecipeError` for a reference to no earlier stage; those of the verbs.
     """
-    check(recipe)
+    check_stages(recipe)
     join_ranks()
     results: dict[str, str] = {"output": recipe.output}
     key = ""
     for stage in recipe.stages:
         tree = resolved(stage, results)
-        key = _key(key, stage, tree)
+        content = json.dumps([key, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
+        key = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
         done = _known(recipe).get(stage.name)
         if done is not None and done.key == key and Path(done.result).exists():
             log.info("stage %s: finished before, %s", stage.name, done.result)
@@ -217,7 +235,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     return {stage.name: Path(results[stage.name]) for stage in recipe.stages}
 
 
-def check(recipe: PipelineRecipe) -> None:
+def check_stages(recipe: PipelineRecipe) -> None:
     """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:
@@ -236,26 +254,22 @@ def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
 
 
 def _filled(value: Any, results: dict[str, str], where: str) -> Any:
+    """The value with what earlier stages made in the place of `${name}`."""
+
+    def made(reference: re.Match[str]) -> str:
+        if reference[1] not in results:
+            raise RecipeError(
+                f"{reference[0]} is no earlier stage{did_you_mean(reference[1], results)}",
+                where=f"stage {where}",
+                expected=f"one of {', '.join(results)}",
+            )
+        return results[reference[1]]
+
     if isinstance(value, dict):
         return {key: _filled(item, results, where) for key, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, results, where) for item in value]
-    return _REFERENCE.sub(lambda found: _lookup(found[1], results, where), value) if isinstance(value, str) else value
-
-
-def _lookup(name: str, results: dict[str, str], where: str) -> str:
-    if name not in results:
-        raise RecipeError(
-            f"${{{name}}} is no earlier stage{did_you_mean(name, list(results))}",
-            where=f"stage {where}",
-            expected=f"one of {', '.join(results)}",
-        )
-    return results[name]
-
-
-def _key(before: str, stage: Stage, tree: dict[str, Any]) -> str:
-    content = json.dumps([before, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return _REFERENCE.sub(made, value) if isinstance(value, str) else value
 
 
 def _known(recipe: PipelineRecipe) -> dict[str, Finished]:

@@ -17,14 +17,14 @@ def list_things(
     """List everything that has a name in a recipe or on the command line, users' packages included; KIND lists one."""
     from rich.console import Console
 
-    from embedsmith.cli.listing import explain, overview, shelf_named, table
+    from embedsmith.cli.listing import all_shelves, everything_about, one_shelf, shelf_named
 
     if kind is None:
-        Console().print(overview())
+        Console().print(all_shelves())
     elif name is None:
-        Console().print(table(shelf_named(kind)))
+        Console().print(one_shelf(shelf_named(kind)))
     else:
-        typer.echo(explain(shelf_named(kind), name))
+        typer.echo(everything_about(shelf_named(kind), name))
 
 
 @verbs.register("losses")
@@ -36,7 +36,7 @@ def list_losses(
 
 
 @verbs.register("schema")
-def schema(
+def print_schema(
     verb: Annotated[str, typer.Argument(help="Whose recipe: train, mine, merge, curate, tokenize or run.")] = "train",
 ) -> None:
     """Print the JSON Schema of a recipe with the meaning of every key, for your editor."""
@@ -47,13 +47,13 @@ def schema(
 
 
 @verbs.register("doctor")
-def doctor(
+def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Print versions, devices and disk space, what is missing and how to get it; exit 1 if it is needed."""
     import json
 
-    from embedsmith.cli.doctor import diagnose, render
+    from embedsmith.cli.doctor import diagnose
 
     found = diagnose()
     if as_json:
@@ -61,6 +61,6 @@ def doctor(
     else:
         from rich.console import Console
 
-        Console().print(render(found))
+        Console().print(found.table())
     if not found.healthy:
         raise typer.Exit(1)

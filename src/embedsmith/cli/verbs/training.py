@@ -12,7 +12,7 @@ from embedsmith.core.shelf import verbs
 
 
 @verbs.register("train")
-def train(
+def train_model(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
@@ -107,7 +107,7 @@ def run_stages(
 
 
 @verbs.register("demo")
-def demo(
+def run_demo(
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
     ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
@@ -115,6 +115,6 @@ def demo(
     """Train, score and search something real, offline, in minutes."""
     from rich.console import Console
 
-    from embedsmith.cli.demo import QUESTION, demonstrate, render
+    from embedsmith.cli.demo import QUESTION, demonstrate
 
-    Console().print(render(demonstrate(output, steps, ask or QUESTION, typer.echo)))
+    Console().print(demonstrate(output, steps, ask or QUESTION, typer.echo).table())

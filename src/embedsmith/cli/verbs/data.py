@@ -1,8 +1,7 @@
-"""The verbs of data: inspect, curate, tokenize and encode."""
+"""The verbs of data: inspect, curate and tokenize."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from embedsmith.core.shelf import verbs
 
 
 @verbs.register("inspect")
-def inspect(
+def inspect_data(
     path: Annotated[str, typer.Argument(help="A data file, BEIR folder, dataset; or a recipe (.yaml): its plan.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="How to read it: task=sts columns.query=title")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -30,7 +29,6 @@ def inspect(
 
     if path.endswith((".yaml", ".yml")):
         from embedsmith.cli.overview import overview
-        from embedsmith.cli.overview import render as render_plan
         from embedsmith.core.recipe import load_recipe
         from embedsmith.train import Recipe
 
@@ -38,7 +36,7 @@ def inspect(
         if as_json:
             typer.echo(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
         else:
-            Console().print(render_plan(plan), soft_wrap=True)
+            Console().print(plan.table(), soft_wrap=True)
         return
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
@@ -64,7 +62,7 @@ def curate_data(
     """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
     from rich.console import Console
 
-    from embedsmith.curate.step import render, table_of_steps
+    from embedsmith.curate.outcome import render, table_of_steps
 
     if list_steps or source is None:
         Console().print(table_of_steps())
@@ -75,7 +73,7 @@ def curate_data(
 
 
 @verbs.register("tokenize")
-def tokenize(
+def tokenize_data(
     data: Annotated[list[str], typer.Argument(help="Data files or datasets; or one YAML recipe of this verb.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
@@ -93,27 +91,3 @@ def tokenize(
     tree["pooling"] = pooling
     for line in run_tokenize(data, tree, changes or [], adopt):
         typer.echo(line)
-
-
-@verbs.register("encode")
-def encode(
-    files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
-    out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
-    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
-    role: Annotated[str, typer.Option(help="query or document: which prompt is put before the texts.")] = "document",
-    task: Annotated[str | None, typer.Option(help="Use the prompt of this task.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
-    stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
-    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
-    block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
-) -> None:
-    """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
-    from embedsmith.core.recipe import parse
-    from embedsmith.models.encode_files import EncodeJob, encode_files
-
-    options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
-    tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
-    count = encode_files(parse(EncodeJob, tree, where="encode"))
-    typer.echo(f"{count} vectors in {out}")

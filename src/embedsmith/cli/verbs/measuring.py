@@ -37,7 +37,7 @@ MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut
 
 
 @verbs.register("evaluate")
-def evaluate(
+def evaluate_model(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
@@ -159,7 +159,7 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
 
 
 @verbs.register("compare")
-def compare(
+def compare_results(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or results (.json); the baseline first.")],
     tasks: Tasks = None,
     data: Data = None,
@@ -213,7 +213,7 @@ def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], l
 
 
 @verbs.register("geometry")
-def geometry(
+def show_geometry(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     task: Annotated[str, typer.Option("--task", "-t", help="Task whose texts are looked at, or a .txt file.")],
     against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
@@ -229,33 +229,33 @@ def geometry(
 
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
-    from embedsmith.evaluate import model_geometry as look
+    from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table
+    from embedsmith.evaluate.result import finite_or_none
     from embedsmith.models import load
 
     path = Path(task)
-    sample = (
-        look.load_texts(path, texts) if path.suffix == ".txt" else look.sample_of(load_task(task, data_dir=data), texts)
-    )
+    sample = Sample.read(path, texts) if path.suffix == ".txt" else Sample.of(load_task(task, data_dir=data), texts)
     names = [model] if against is None else [model, against]
     encoders = [load(name) for name in names]
-    looks = [look.look(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
-    together = look.beside(encoders[0], encoders[1], sample) if against is not None else {}
-    Console().print(look.table(looks, names, together))
+    geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
+    together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
+    Console().print(geometry_table(geometries, names, together))
     if json_file is not None:
         with atomic_file(json_file) as file:
-            plain = {"models": [each.as_dict() for each in looks], "both": look.plain(together)}
+            both = {name: finite_or_none(value) for name, value in together.items()}
+            plain = {"models": [each.as_dict() for each in geometries], "both": both}
             json.dump(plain, file, indent=2, ensure_ascii=False, allow_nan=False)
     if report is not None:
         from embedsmith.report import geometry_page
 
-        text = geometry_page([each.as_dict() for each in looks], names, together)
+        text = geometry_page([each.as_dict() for each in geometries], names, together)
         with atomic_file(report) as file:
             file.write(text)
         typer.echo(f"report: {report}")
 
 
 @verbs.register("report")
-def report(
+def write_page(
     folder: Annotated[Path, typer.Argument(help="The output of a run, finished or not, or of a merge.")],
     output: Annotated[Path | None, typer.Option(help="Where to write it; FOLDER/report.html by default.")] = None,
 ) -> None:

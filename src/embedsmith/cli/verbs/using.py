@@ -1,4 +1,4 @@
-"""The verbs of the hybrid index: index and search."""
+"""The verbs that use a model: encode, index and search, and those that take it elsewhere: convert, export and push."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ from typing import Annotated
 import typer
 
 from embedsmith.core.shelf import verbs
+
+
+@verbs.register("encode")
+def encode_texts(
+    files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
+    out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    role: Annotated[str, typer.Option(help="query or document: which prompt is put before the texts.")] = "document",
+    task: Annotated[str | None, typer.Option(help="Use the prompt of this task.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
+    stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
+    block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
+) -> None:
+    """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
+    from embedsmith.core.recipe import parse
+    from embedsmith.models.encode_files import EncodeJob, encode_files
+
+    options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
+    tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
+    count = encode_files(parse(EncodeJob, tree, where="encode"))
+    typer.echo(f"{count} vectors in {out}")
 
 
 @verbs.register("index")
@@ -63,3 +87,41 @@ def search_index(
             from rich.console import Console
 
             Console().print(indexing.table(answer))
+
+
+@verbs.register("convert")
+def convert_model(
+    model: Annotated[str, typer.Argument(help="A folder or hub id of a model, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
+) -> None:
+    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
+    from embedsmith.models.export import convert as run
+
+    typer.echo(run(model, out, changes or []))
+
+
+@verbs.register("export")
+def export_one_head(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
+) -> None:
+    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
+    from typing import cast
+
+    from embedsmith.models.export import ExportedHead, run_export
+
+    typer.echo(run_export(model, out, cast("ExportedHead", head)))
+
+
+@verbs.register("push")
+def push_model(
+    folder: Annotated[Path, typer.Argument(help="A saved model.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
+    public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
+) -> None:
+    """Upload a saved model with its card to the hub you are logged in to."""
+    from embedsmith.report.model_card import push as upload
+
+    typer.echo(f"pushed: {upload(folder, repository, private=not public)}")
