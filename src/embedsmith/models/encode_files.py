@@ -24,7 +24,8 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.data.formats.texts import Text, read_texts
 from embedsmith.models.config import ComputeType
-from embedsmith.models.embedder import AnyArray, Embedder, quantize, value_ranges
+from embedsmith.models.embedder import Embedder
+from embedsmith.models.encode import AnyArray, quantize, value_ranges
 from embedsmith.models.load import best_device, load
 from embedsmith.models.tokenize import prompt_for
 
