@@ -17,7 +17,7 @@ from embedsmith.curate.step import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
 from embedsmith.data.formats.beir import beir_rows, is_beir
 from embedsmith.data.formats.columns import known_layouts
-from embedsmith.data.formats.files import Row, Rows
+from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import is_saved_dataset
 from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.formats.texts import read_texts
@@ -199,12 +199,13 @@ class InputRecords:
     def _documents(self) -> Iterator[Record]:
         for path in self.paths:
             rows = open_source(self.input.source(path))
-            if ".txt" in Path(path).suffixes:
-                rows = replace(rows, rows=_full_lines(rows))
+            if lines := ".txt" in Path(path).suffixes:  # an empty line only keeps texts apart
+                full = (pair for pair in rows.rows if isinstance(pair[1], RowError) or pair[1]["text"].strip())
+                rows = replace(rows, rows=full)
             for line, row in self._sound(rows):
                 text, title = row.get("text"), row.get("title") or ""
                 if isinstance(text, str) and text.strip() and isinstance(title, str):
-                    yield Record(title.strip(), (text,), source=Path(path).name)
+                    yield Record(title.strip(), (text.strip() if lines else text,), source=Path(path).name)
                 else:
                     fault = RowError("no text", fix="name the column of the documents `text`").at(f"{path}:{line}")
                     self._fault("no text", fault, str(row)[:200])
@@ -257,15 +258,6 @@ class InputRecords:
                 fix=f"{error.fix or 'correct it'}; or leave such rows out with input.on_error=skip",
             )
         self.ledger.record_left(f"faulty: {reason}", Record(shown), f"{error.where}")
-
-
-def _full_lines(rows: Rows) -> Iterator[Row]:
-    """The lines of a text file without white space around them; one that is empty only keeps texts apart."""
-    for line, row in rows.rows:
-        if isinstance(row, RowError):
-            yield line, row
-        elif text := row["text"].strip():
-            yield line, {"text": text}
 
 
 def _queries_and_documents(folder: Path, split: str | None) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:

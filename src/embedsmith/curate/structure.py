@@ -67,9 +67,12 @@ def row_pairs(row: Mapping[str, Any], wanted: Sequence[str] | None, source: str)
             full = "\n".join([query[0], *_first(form.more, cells)])
             yield Record(full, tuple(documents), tuple(_first(form.negative, cells)), source=f"{source}/{form.kind}")
     if wanted is None or "prompt_response" in wanted:
-        for name in _TURNS:
-            for query, document in _turn_pairs(cells.get(name)):
-                yield Record("\n".join(query), ("\n".join(document),), source=f"{source}/prompt_response")
+        for turns in (cells[name] for name in _TURNS if isinstance(cells.get(name), list | tuple)):
+            for first, second in pairwise(turn for turn in turns if isinstance(turn, Mapping)):
+                if _speaker(first) in _ASKING and _speaker(second) in _ANSWERING:
+                    asked, answer = _content(first), _content(second)
+                    if asked and answer:
+                        yield Record("\n".join(asked), ("\n".join(answer),), source=f"{source}/prompt_response")
     translations = cells.get("translation")
     if isinstance(translations, Mapping) and (wanted is None or "translation" in wanted):
         sides = [(language, text.strip()) for language, text in translations.items() if isinstance(text, str)]
@@ -92,16 +95,6 @@ def _texts(value: Any) -> list[str]:
             return _content(value[-1])
         return [text for item in value for text in _texts(item)]
     return []
-
-
-def _turn_pairs(turns: Any) -> Iterator[tuple[list[str], list[str]]]:
-    """A user's turns, each with the answer right after it."""
-    if isinstance(turns, list | tuple):
-        for first, second in pairwise(turn for turn in turns if isinstance(turn, Mapping)):
-            if _speaker(first) in _ASKING and _speaker(second) in _ANSWERING:
-                query, answer = _content(first), _content(second)
-                if query and answer:
-                    yield query, answer
 
 
 def _speaker(turn: Mapping[str, Any]) -> str:
@@ -183,13 +176,15 @@ def read_markdown(text: str) -> Page:
         titles = [line.partition(":")[2] for line in matter.splitlines() if line.startswith("title:")]
         page.title, text = "".join(titles[:1]).strip().strip("\"'"), text.lstrip("-")
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    breaks = {"softbreak": " ", "hardbreak": "\n"}  # an image is its alternative text
     heading = 0
     cells: list[str] | None = None  # of the table's row that is being read
     for token in tokens:
         if token.type == "heading_open":
             heading = int(token.tag[1])
         elif token.type == "inline":
-            words = _plain(token.children or [])
+            inline = (breaks.get(t.type, "" if t.type == "html_inline" else t.content) for t in token.children or ())
+            words = "".join(inline).strip()
             if heading:
                 page.title = page.title or (words if heading == 1 else "")
                 page.heading(heading, words)
@@ -206,12 +201,6 @@ def read_markdown(text: str) -> Page:
         elif token.type in ("fence", "code_block"):
             page.text(token.content)
     return page
-
-
-def _plain(tokens: Sequence[Any]) -> str:
-    """Inline tokens as plain text; an image is its alternative text, a line break inside a paragraph a space."""
-    breaks = {"softbreak": " ", "hardbreak": "\n"}
-    return "".join(breaks.get(t.type, "" if t.type == "html_inline" else t.content) for t in tokens).strip()
 
 
 _NOISE = "script,style,noscript,template,nav,footer,header,aside,form,button,iframe,svg"
