@@ -134,18 +134,16 @@ class RetrievalTask(TaskKind):
             return score_Qk, index_Qk + share.start
 
         found = reader.together(search)
-        ranking = Ranking(*(found[0] if share == slice(0, len(document_ids)) else _merged(found, depth)))
+        ranking = Ranking(*found[0])
+        if share != slice(0, len(document_ids)):
+            # The shares stand in rank order, so a stable sort keeps the earlier document first in ties.
+            score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
+            order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
+            ranking = Ranking(*(np.take_along_axis(each, order_Qk, 1) for each in (score_QK, index_QK)))
         if self.ignore_identical_ids:
             place = {document: number for number, document in enumerate(document_ids)}
             ranking = ranking.without(np.array([place.get(query, -1) for query in query_ids]))
         return ranking.first(max(self.cuts))
-
-
-def _merged(found: Sequence[tuple[Any, Any]], depth: int) -> tuple[Any, Any]:
-    """The best of all shares. They stand in rank order, so a stable sort keeps the earlier document first in ties."""
-    score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
-    order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
-    return np.take_along_axis(score_QK, order_Qk, 1), np.take_along_axis(index_QK, order_Qk, 1)
 
 
 @task_kinds.register("reranking")
@@ -355,7 +353,9 @@ class LongDocumentTask(TaskKind):
 
     def evaluate(self, reader: Reader) -> TaskResult:
         result = self.task.evaluate(reader)
-        length_N = np.array([self._length(query) for query in result.item_ids], dtype=np.float64)
+        corpus, qrels = self.task.corpus, self.task.qrels
+        relevant = [[document for document, grade in qrels[query].items() if grade > 0] for query in result.item_ids]
+        length_N = np.array([max(len(corpus.get(each, "")) for each in row) for row in relevant], dtype=np.float64)
         quarter_N = np.searchsorted(np.quantile(length_N, (0.25, 0.5, 0.75)), length_N, side="left")
         value_N: Floats = result.items[result.metric]
         by_length = {
@@ -372,10 +372,6 @@ class LongDocumentTask(TaskKind):
             counts={**result.counts, **edges},
             items={**result.items, "characters": length_N},
         )
-
-    def _length(self, query: str) -> int:
-        grades = self.task.qrels[query]
-        return max(len(self.task.corpus.get(document, "")) for document, grade in grades.items() if grade > 0)
 
 
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
