@@ -56,11 +56,8 @@ def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) 
     for scorer in (*searchers, *([] if teacher is None else [teacher])):
         models |= scorer.models()
     key = _agreed_key(recipe, texts, models)
-    if (
-        not overwrite
-        and (done := on_first_rank(lambda: MineReport.of_earlier_run(recipe.report_path, recipe.output, key)))
-        is not None
-    ):
+    earlier = lambda: MineReport.of_earlier_run(recipe.report_path, recipe.output, key)
+    if not overwrite and (done := on_first_rank(earlier)) is not None:
         return done
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
