@@ -44,10 +44,6 @@ class Progress:
     step: int = 0
     steps: int = 1
 
-    @property
-    def fraction(self) -> float:
-        return min(self.step / max(self.steps, 1), 1.0)
-
 
 class Side:
     """The texts on one side of a batch: this rank's representations, and all ranks' on demand."""

@@ -105,7 +105,7 @@ class Representation:
 
 @dataclass(frozen=True)
 class Dense(Representation):
-    """One vector a text, normalised by the model unless it was told not to."""
+    """One vector a text, normalised by the model unless its settings leave that out."""
 
     vector_ND: Tensor
 
