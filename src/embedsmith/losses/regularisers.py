@@ -254,5 +254,5 @@ def squared_means(sparse: Sparse, counts_N: Tensor) -> Tensor:
     coordinate_NT, weight_NT = sparse.coordinate_NT[counts_N], sparse.weight_NT[counts_N]
     if coordinate_NT.numel() == 0:
         return 0 * sparse.weight_NT.sum()
-    weight_NU = Sparse(coordinate_NT, weight_NT).over(torch.unique(coordinate_NT))
-    return weight_NU.mean(0).square().sum()
+    weight_NV = Sparse(coordinate_NT, weight_NT).over(torch.unique(coordinate_NT))
+    return weight_NV.mean(0).square().sum()
