@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.progress import quiet
+from embedsmith.core.progress import transformers_silenced
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.folder import read_json
@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="save the tokenizer of the base model into the folder",
         )
-    with quiet():
+    with transformers_silenced():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -86,7 +86,7 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
     _check_shards(folder)
     _check_kernel(config.attn_implementation)
     more = {"quantization_config": four_bit_loading(torch.bfloat16)} if four_bit else {}
-    with quiet():
+    with transformers_silenced():
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
             model_config = prepare_config(model_config, mode)
@@ -157,7 +157,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     Errors: `ModelError` for a missing config.json or an unknown architecture.
     """
     _check_shards(folder)
-    with quiet(), torch.device("meta"):
+    with transformers_silenced(), torch.device("meta"):
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel

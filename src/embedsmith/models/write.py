@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embedsmith.core.files import atomic_folder
-from embedsmith.core.progress import quiet
+from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.settings import to_plain
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention
@@ -93,7 +93,7 @@ class Saved:
         adapter would change the vectors.
         """
         settings = self.settings
-        with atomic_folder(folder) as root, quiet():
+        with atomic_folder(folder) as root, transformers_silenced():
             apart = has_adapter(self.backbone) and not merge
             if apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
