@@ -223,8 +223,6 @@ class SpladeHead(Head):
     @classmethod
     def build(cls, source: HeadSource) -> SpladeHead:
         """The head in the folder, or a new one of the language model in the base."""
-        if source.sparse_terms is not None and source.sparse_terms < 1:
-            raise ModelError(f"sparse_terms={source.sparse_terms}", expected="at least 1")
         if cls.is_in(source.folder):
             lm, _, about = read_lm_head(source.folder / cls.file, source.backbone)
             head = cls(lm, source.sparse_terms or int(about.get("terms", TERMS)))
