@@ -18,9 +18,10 @@ from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.geometry import Space, token_shapes
 from embedsmith.evaluate.result import finite_or_none, short_names
-from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RerankingTask, RetrievalTask
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
+from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
+from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask
 
 TEXTS = 1000
 _TOKEN_TEXTS = 100  # token states are measured for this many
@@ -124,7 +125,7 @@ class Geometry:
             paired = np.sum(queries.unit_ND * documents.unit_ND, axis=1)
         if tokens:
             numbers |= _named("token", token_space(encoder, sample.texts[:_TOKEN_TEXTS]))
-        return Geometry(numbers, space.spectrum(), space.variance(), _some_cosines(space), paired, dict(about or {}))
+        return Geometry(numbers, space.spectrum(), space.variance(), space.some_cosines(), paired, dict(about or {}))
 
 
 def training_geometry(encoder: Encoder, sample: Sample) -> dict[str, float]:
@@ -163,15 +164,6 @@ def _space(
 
 def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def _some_cosines(space: Space, count: int = 5000) -> npt.NDArray[np.float64]:
-    """Cosines of random pairs of different texts."""
-    chance = np.random.default_rng(0)
-    left = chance.integers(0, len(space), count)
-    right = (left + chance.integers(1, len(space), count)) % len(space)
-    cosines: npt.NDArray[np.float64] = np.sum(space.unit_ND[left] * space.unit_ND[right], axis=1)
-    return cosines
 
 
 def geometry_table(

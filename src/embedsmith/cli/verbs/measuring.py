@@ -80,9 +80,9 @@ def evaluate_model(
             load_task(name, data_dir=data, split=split)
     encoder = _encoder(model, engine, max_length, batch_size, options)
     if mteb is not None:
-        from embedsmith.evaluate.mteb.tasks import Limits
+        from embedsmith.evaluate.mteb.tasks import SampleLimits
 
-        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else Limits(limits))
+        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else SampleLimits(limits))
     else:
         about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head, **options}
         if head == "all":
