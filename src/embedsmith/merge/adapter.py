@@ -23,7 +23,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.lora import CONFIG, WEIGHTS, LowRank
 from embedsmith.merge.method import Combine, Job, Method
-from embedsmith.merge.methods.coefficient import CoefficientMethod, group_coefficients
+from embedsmith.merge.methods.coefficient import CoefficientMethod
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.stream import blocks
 from embedsmith.models.backbone import skeleton
@@ -103,10 +103,10 @@ Pair = tuple[Tensor, Tensor] | None
 def _sums_of_adapters(plan: Plan, job: Job, method: Method) -> dict[str, tuple[list[Pair], Tensor]]:
     """Tensors of which every parent is the base with an adapter or nothing, under a coefficient method: the parents'
     factors and the coefficients."""
-    if CoefficientMethod not in type(method).__mro__:
+    if not isinstance(method, CoefficientMethod):
         return {}
     pairs = {name: _pairs(plan, name) for name in job.names}
-    coefficients = group_coefficients(method, job)  # type: ignore[arg-type]
+    coefficients = method.by_name(job)
     return {name: (own, coefficients[name]) for name, own in pairs.items() if own is not None}
 
 

@@ -270,7 +270,6 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
             _open(spec, name, base, opener),
             weight=spec.weight,
             trajectory=spec.trajectory,
-            examples=spec.examples,
         )
         for spec, name in zip(specs, names, strict=True)
     ]
@@ -296,7 +295,6 @@ def expand(spec: ParentSpec) -> list[ParentSpec]:
             path=path,
             id=f"{spec.id}/{_varying(path, matches)}" if spec.id else None,
             trajectory=spec.trajectory or spec.id or spec.path,
-            examples=_times_steps(spec.examples, path),
             last=None,
         )
         for path in chosen
@@ -305,12 +303,6 @@ def expand(spec: ParentSpec) -> list[ParentSpec]:
 
 def _natural(path: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
-
-
-def _times_steps(examples: Mapping[str, float] | None, path: str) -> dict[str, float] | None:
-    """Examples of one step times the steps of a checkpoint, the last number in its path (step-200)."""
-    steps = re.findall(r"\d+", path)
-    return {task: count * int(steps[-1]) for task, count in examples.items()} if examples and steps else None
 
 
 def _varying(path: str, matches: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ def homes(plan: Plan, dtype_of: Mapping[str, torch.dtype], shard_bytes: int | No
     return _sharded(backbone, inside, shard_bytes) | found
 
 
-def about(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, str]:
+def metadata_of(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, str]:
     """What a safetensors file says of itself; a SPLADE head's is that of the model it belongs to."""
     if file.name != SPLADE_FILE:
         return {"format": "pt"}

@@ -156,7 +156,7 @@ class Parent:
 
     folder: where modules, prompts and tokenizer are read from. config_folder: where the encoder's config.json is.
     files: every file whose bytes decide the weights. remark: what else does (a vocabulary's new order).
-    trajectory: the run this is a checkpoint of, for two-level merges. examples: task to what it was trained on.
+    trajectory: the run this is a checkpoint of, for two-level merges.
     unused: names no vector depends on (a pooler). buffers: float tensors that are no weights.
     token_tables: names whose rows belong to tokens. left_out: tensors of the files that the encoder does not have.
     """
@@ -168,7 +168,6 @@ class Parent:
     files: tuple[Path, ...]
     weight: float = 1.0
     trajectory: str | None = None
-    examples: Mapping[str, float] | None = None
     remark: str = ""
     unused: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
@@ -190,12 +189,6 @@ class Parent:
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(file_hash, self.files))
         return hashlib.sha256("\n".join([*hashes, self.remark]).encode()).hexdigest()
-
-    @property
-    def stamp(self) -> str:
-        """A cheap stand-in for the contents: names, sizes and times of the files."""
-        parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in self.files]
-        return "\n".join([*parts, self.remark])
 
 
 def file_hash(path: Path) -> str:

@@ -200,7 +200,8 @@ def _methods(
     recipe: MergeRecipe, names: Sequence[str], base: Parent | None
 ) -> tuple[tuple[Method, tuple[str, ...]], ...]:
     """Each method with its names; the first override that matches a name decides."""
-    chosen: list[tuple[Any, list[str]]] = [(recipe.method, [])] + [(entry.method, []) for entry in recipe.overrides]
+    own = [entry.method for entry in recipe.overrides]
+    chosen: list[tuple[Any, list[str]]] = [(method, []) for method in (recipe.method, *own)]
     for name in names:
         hits = (place for place, entry in enumerate(recipe.overrides, start=1) if re.search(entry.match, name))
         chosen[next(hits, 0)][1].append(name)
