@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import folders as architecture
-from embedsmith.merge import gram, run, stream
+from embedsmith.merge import folders, gram, run, stream
+from embedsmith.merge.folders import Architecture
 from embedsmith.models import load
 from embedsmith.models.backbone import skeleton
 from tests.merge.models import child, family, rewrite, tiny_base, weights
@@ -289,23 +289,23 @@ def test_statistics_are_measured_once(models, tmp_path, monkeypatch):
 
 def test_an_architecture_is_built_once(models, tmp_path, monkeypatch):
     built: list[Path] = []
-    monkeypatch.setattr(architecture, "skeleton", lambda folder, trust: built.append(folder) or skeleton(folder, trust))
+    monkeypatch.setattr(folders, "skeleton", lambda folder, trust: built.append(folder) or skeleton(folder, trust))
     base, cache = models[0], tmp_path / "cache"
-    first = architecture.architecture_of(base, cache=cache)
-    assert architecture.architecture_of(base, cache=cache) == first == architecture.architecture_of(base)
+    first = Architecture.of(base, cache=cache)
+    assert Architecture.of(base, cache=cache) == first == Architecture.of(base)
     assert built == [base, base], "the second from the cache, the third without one"
     assert first.buffers, "nothing is lost on the way through the file"
 
     other = shutil.copytree(base, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    assert len(architecture.architecture_of(other, cache=cache).names) < len(first.names)
+    assert len(Architecture.of(other, cache=cache).names) < len(first.names)
     for file in cache.iterdir():
         file.write_text('{"names": 3}')
-    assert architecture.architecture_of(base, cache=cache) == first, "a damaged file is written again"
-    assert architecture.architecture_of(base, cache=cache) == first
+    assert Architecture.of(base, cache=cache) == first, "a damaged file is written again"
+    assert Architecture.of(base, cache=cache) == first
     assert len(built) == 4
-    architecture.architecture_of(base, trust_remote_code=True, cache=cache)
+    Architecture.of(base, trust_remote_code=True, cache=cache)
     assert len(built) == 5, "code that is not ours may have changed"
 
 

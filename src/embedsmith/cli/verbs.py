@@ -163,11 +163,11 @@ def merge_models(
     share_one_heap()
     from embedsmith.core.recipe import load_recipe
     from embedsmith.merge import MergeRecipe, merge
-    from embedsmith.merge.run import rehearse
+    from embedsmith.merge.run import plan_in_words
 
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
-        typer.echo(rehearse(loaded))
+        typer.echo(plan_in_words(loaded))
     elif explain is not None:
         from embedsmith.calibrate.explain_report import write_explanation
 

@@ -65,7 +65,11 @@ def merge(
     `check` may refuse the result before it gets its name.
     Errors: `RecipeError`, `ModelError` or `CheckpointError`, each saying what to do.
     """
-    chosen = as_recipe(recipe, settings)
+    if recipe is None:
+        recipe = parse(MergeRecipe, settings, where="merge")
+    elif settings:
+        raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
+    chosen = recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
     output = Path(chosen.output)
     if output.exists() and not output.is_dir():
         raise CheckpointError("this is a file", where=output, expected="a new folder", fix="choose another output")
@@ -100,16 +104,7 @@ def merge(
     return Merged(output, report)
 
 
-def as_recipe(recipe: MergeRecipe | str | Path | None, settings: Mapping[str, Any]) -> MergeRecipe:
-    """A recipe from any of the forms `merge` takes."""
-    if recipe is None:
-        return parse(MergeRecipe, dict(settings), where="merge")
-    if settings:
-        raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
-    return recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
-
-
-def rehearse(recipe: MergeRecipe) -> str:
+def plan_in_words(recipe: MergeRecipe) -> str:
     """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing."""
     plan = make_plan(recipe)
     dtype_of = dtypes(plan)

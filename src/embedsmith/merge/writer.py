@@ -85,13 +85,14 @@ def layout(slots: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, d
     return before, {name: len(before) + begin for name, begin in begins.items()}
 
 
-def shards(slots: Sequence[Slot], most: int | None) -> list[list[Slot]]:
-    """Slots in files of at most `most` bytes of tensors each (a larger tensor gets a file of its own)."""
-    found: list[list[Slot]] = []
-    for slot in slots:
-        if not found or (most is not None and sum(other.bytes for other in found[-1]) + slot.bytes > most):
-            found.append([])
-        found[-1].append(slot)
+def shards(slots: Iterable[tuple[str, Slot]], most: int | None) -> list[dict[str, Slot]]:
+    """Named slots in files of at most `most` bytes of tensors each (a larger tensor gets a file of its own)."""
+    found: list[dict[str, Slot]] = [{}]
+    for name, slot in slots:
+        filled = sum(other.bytes for other in found[-1].values())
+        if most is not None and found[-1] and filled + slot.bytes > most:
+            found.append({})
+        found[-1][name] = slot
     return found
 
 
