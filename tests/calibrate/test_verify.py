@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from embedsmith.calibrate.live_model import open_live
 from embedsmith.calibrate.verify import EncodedSample, merge_verified, verify
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.methods.coefficient import Average
@@ -134,7 +134,7 @@ def test_figures_of_known_clouds():
     """Orthogonal vectors: cosine 0, uniformity -4, full rank; copies of one: cosine 1, uniformity 0."""
 
     def cloud(vector_ND):
-        return EncodedSample(vector_ND, [3] * len(vector_ND), np.ones(len(vector_ND)), None, [], [])
+        return EncodedSample(vector_ND, None, [3] * len(vector_ND), [], [])
 
     apart, same = cloud(np.eye(4)).figures(), cloud(np.ones((4, 4)) / 2).figures()
     assert apart["anisotropy (mean cosine)"] == pytest.approx(0.0)

@@ -1,5 +1,7 @@
 """What searchers are made of: BM25 tokens of any script, kept vectors of every head, an approximate index, pairs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,13 +36,14 @@ def test_tokens(tokens, text, expected):
 
 def test_bm25_finds_chinese_text_and_scores_nothing_for_unknown_words():
     corpus = ["今天天气很好", "检索模型的训练", "猫在睡觉", "训练一只猫"]
-    index = Bm25(Bm25Search(), corpus)
-    score_Qk, index_Qk = index.top(["怎么训练检索模型", "zzz"], 2)
+    index = Bm25(Bm25Search(), ["怎么训练检索模型", "zzz"], corpus)
+    index.prepare(Path())
+    score_Qk, index_Qk = index.top(0, 2, 2)
     assert index_Qk.tolist() == [[1, 3], [0, 1]]
     assert score_Qk[0, 0] > score_Qk[0, 1] > 0
     assert score_Qk[1].tolist() == [0, 0]
     with pytest.raises(DataError, match="no text of the corpus has a word"):
-        Bm25(Bm25Search(), ["?!", "..."])
+        Bm25(Bm25Search(), [], ["?!", "..."]).prepare(Path())
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse", "multivector"])
@@ -118,6 +121,8 @@ def test_limits():
     assert keep(relative_margin=0.05) == [False, True, True, True]
     assert keep(absolute_margin=0.1) == [False, False, True, True]
     assert keep(max_score=0.5, min_score=0.3) == [False] * 4
+    assert keep(max_score=0.95 - 1e-7) == [False, True, True, True]  # equal up to rounding is not above
+    assert keep(min_score=0.2 + 1e-8) == [True] * 4
     below = within(np.array([-0.5, -0.6], np.float32), -0.5, Limits(relative_margin=0.1))
     assert below.tolist() == [False, True]  # the limit is below a negative positive score, not above it
 

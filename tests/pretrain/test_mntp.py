@@ -8,7 +8,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.models import load
 from embedsmith.pretrain import mntp
 from embedsmith.pretrain.losses import MNTP
-from embedsmith.pretrain.mntp import MNTP_FILE, hidden_words
+from embedsmith.pretrain.mntp import MntpHead, hidden_words
 from embedsmith.train.step import Memory, run_step
 from tests.models import lm
 from tests.models.families import tiny
@@ -76,9 +76,9 @@ def test_replayed_chunks_hide_the_same_words(tmp_path):
     found = []
     for kept in (None, 1):
         model = decoder(tmp_path / f"lm{kept}").train()
-        encode = lambda tokens, heads, model=model: model(tokens.pad(model.pad_id), heads)
+        encode = lambda tokens, heads, rows, model=model: model(tokens.pad(model.pad_id, rows=rows), heads)
         torch.manual_seed(5)
-        output = run_step(encode, [retrieval_part(MNTP("both"))], Memory(24, kept))
+        output = run_step(encode, *retrieval_part(MNTP("both")), Memory(24, kept))
         found.append((output.value, gradients(model), output.replayed_chunks))
     (value, kept_all, none), (again, replayed, some) = found
     assert (none, some > 3) == (0, True)
@@ -94,7 +94,7 @@ def test_saved_and_left_out_by_name(tmp_path):
     again = load(str(tmp_path / "saved"), device="cpu")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     load(str(tmp_path / "saved"), heads=("dense",), device="cpu").save(tmp_path / "dense")
-    assert not (tmp_path / "dense" / MNTP_FILE).exists()
+    assert not (tmp_path / "dense" / MntpHead.file).exists()
 
 
 def test_words_for_a_mask(tmp_path):

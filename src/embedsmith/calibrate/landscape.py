@@ -42,7 +42,7 @@ def losses_at(batches: TaskBatches, coefficient_GM: Tensor) -> list[float]:
     """Mean loss of every task at theta_0 + sum_i c_i V_i."""
     batches.live.place(coefficient_GM)
     count = len(batches.supplies)
-    return [count * sum(batches.loss([part]) for part in parts) for parts in batches.held_out_parts()]
+    return [count * sum(batches.loss(part) for part in parts) for parts in batches.held_out_parts()]
 
 
 def along_length(batches: TaskBatches, coefficient_GM: Tensor, lengths: Sequence[float]) -> list[dict[str, Any]]:

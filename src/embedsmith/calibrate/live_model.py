@@ -17,7 +17,7 @@ from torch import Tensor
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.reps import Reps
-from embedsmith.core.tokens import TokenBatch
+from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.merge.gram import groups
 from embedsmith.merge.method import Combine, Job
 from embedsmith.merge.parents import Parent
@@ -114,11 +114,13 @@ class LiveMerge:
             for handle in handles:
                 handle.remove()
 
-    def encode(self, tokens: TokenBatch, heads: Sequence[str]) -> Reps:
-        """The model's forward pass on a ragged chunk, with gradient where it is switched on."""
-        self.cost.forward += len(tokens)
-        self.cost.backward += len(tokens) if torch.is_grad_enabled() else 0
-        reps: Reps = self.model(tokens.pad(self.model.pad_id, self.model.device, self.model.padding_left), heads)
+    def encode(self, tokens: TokenBatch, heads: Sequence[str], rows: IntArray | None = None) -> Reps:
+        """The model's forward pass on a ragged batch or some of its rows, with gradient where it is switched on."""
+        count = len(tokens) if rows is None else len(rows)
+        self.cost.forward += count
+        self.cost.backward += count if torch.is_grad_enabled() else 0
+        padded = tokens.pad(self.model.pad_id, self.model.device, self.model.padding_left, rows)
+        reps: Reps = self.model(padded, heads)
         return reps
 
     def represent(

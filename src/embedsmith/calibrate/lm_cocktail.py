@@ -52,7 +52,7 @@ def parent_losses(live: LiveMerge, tasks: TaskBatches) -> list[float]:
     losses = []
     for parent in range(live.parents):
         live.place_parent(parent)
-        losses.append(sum(tasks.loss([part]) for task in parts for part in task))
+        losses.append(sum(tasks.loss(part) for task in parts for part in task))
     return losses
 
 

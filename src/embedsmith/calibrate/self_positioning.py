@@ -20,14 +20,13 @@ from torch import Tensor
 
 from embedsmith.calibrate.live_model import LiveMerge, open_live
 from embedsmith.calibrate.probe import ProbedMethod
-from embedsmith.calibrate.task_batches import TaskBatches
+from embedsmith.calibrate.task_batches import Drawn, TaskBatches
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.settings import Count, NotNegative, Positive, section
 from embedsmith.core.shelf import merge_methods
 from embedsmith.data import RecordSet, Source
 from embedsmith.merge.method import Base, Combine, Job, combine_coefficients
 from embedsmith.merge.methods.formulas import karcher, sequential_slerp
-from embedsmith.train.step import Part
 
 
 @section
@@ -191,7 +190,7 @@ class Positioning:
         return self.live.gram()
 
     @cached_property
-    def held_out(self) -> list[list[Part]]:
+    def held_out(self) -> list[list[Drawn]]:
         return self.batches.held_out_parts()
 
     def descend(self) -> Positioned:
@@ -248,7 +247,7 @@ class Positioning:
             groups.append({"params": [position.length], "lr": settings.length_learning_rate})
         return torch.optim.Adam(groups) if settings.optimizer == "adam" else torch.optim.SGD(groups)
 
-    def step(self, parts: Sequence[Part], position: Position) -> float:
+    def step(self, drawn: Sequence[Drawn], position: Position) -> float:
         """Leave the gradient of loss + price in the position's tensors; returns the loss.
 
         One ordinary forward and backward pass at theta_0 + sum_i c_i V_i gives <g, V_i> for every group; the rest is
@@ -257,12 +256,12 @@ class Positioning:
         coefficient_GM = position.coefficients(self.gram_GMM, self.settings.mode)
         self.live.place(coefficient_GM)
         with self.live.projecting() as projection_GM:
-            output = self.batches.backward(parts)
+            loss = self.batches.backward(drawn)
         for tensor in (position.log_weight_M, position.offset_GM, position.length):
             tensor.grad = None
         total = (coefficient_GM * projection_GM).sum() + position.price(coefficient_GM, self.settings)
         total.backward()
-        return float(output.value)
+        return loss
 
     @torch.no_grad()
     def _objective(self, position: Position) -> float:
@@ -271,7 +270,7 @@ class Positioning:
         return self._held_out_loss() + float(position.price(coefficient_GM, self.settings))
 
     def _held_out_loss(self) -> float:
-        return sum(self.batches.loss([part]) for parts in self.held_out for part in parts)
+        return sum(self.batches.loss(part) for parts in self.held_out for part in parts)
 
     def _end(self, best: Position, objective: float, trajectory: list[dict[str, Any]]) -> Positioned:
         coefficient_GM = best.coefficients(self.gram_GMM, self.settings.mode).detach()

@@ -12,11 +12,15 @@ from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.core.batch import Progress
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.seeds import derive_seed
-from embedsmith.data import RecordSet, Source, row_seeds
+from embedsmith.core.tokens import TokenBatch
+from embedsmith.data import RecordSet, Source
 from embedsmith.train.build import build_extras, derive_memory, make_supply
 from embedsmith.train.config import TrainConfig
 from embedsmith.train.feed import Supply, make_part
-from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
+from embedsmith.train.step import Memory, Part, evaluate_parts, run_step
+
+Drawn = tuple[TokenBatch, Part]
+"""Texts of one task, and what its loss needs to know of them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class TaskBatches:
     def tasks(self) -> tuple[str, ...]:
         return tuple(supply.records.name for supply in self.supplies)
 
-    def at(self, step: int) -> list[Part]:
+    def at(self, step: int) -> list[Drawn]:
         """One part a task, each with an equal share: the mean over tasks of each task's mean loss. The rows of a step
         are cut from shuffled passes over all rows."""
         parts = []
@@ -75,7 +79,7 @@ class TaskBatches:
             parts.append(self._part(task, [rows[row] for row in order[place * size : (place + 1) * size]], step))
         return parts
 
-    def held_out_parts(self) -> list[list[Part]]:
+    def held_out_parts(self) -> list[list[Drawn]]:
         """The held-out examples in batches, each task's losses averaged over its batches."""
         parts = []
         for n, (supply, rows) in enumerate(zip(self.supplies, self.held_out, strict=True)):
@@ -84,19 +88,19 @@ class TaskBatches:
             parts.append([self._part(n, rows[start : start + size], 0, len(starts)) for start in starts])
         return parts
 
-    def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Part:
-        supply = self.supplies[task]
-        records = [supply.records.records[row] for row in rows]
-        part = make_part(self.live.model, supply, records, row_seeds(self.seed, visit, list(rows)))
-        return replace(part, weight=1 / (len(self.supplies) * shares))
+    def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Drawn:
+        tokens, part = make_part(self.live.model, self.supplies[task], rows, self.seed, visit)
+        return tokens, replace(part, weight=1 / (len(self.supplies) * shares))
 
-    def loss(self, parts: Sequence[Part]) -> float:
-        """The weighted loss of the parts at the live model's weights, without gradient."""
-        return float(evaluate_parts(self.live.encode, parts, self.memory, self.extras, Progress()))
+    def loss(self, drawn: Drawn) -> float:
+        """The weighted loss of a part at the live model's weights, without gradient."""
+        tokens, part = drawn
+        return float(evaluate_parts(self.live.encode, tokens, [part], self.memory, self.extras, Progress()))
 
-    def backward(self, parts: Sequence[Part]) -> StepOutput:
-        """The same, with its gradient left in the live model's parameters."""
-        return run_step(self.live.encode, parts, self.memory, self.extras, Progress())
+    def backward(self, drawn: Sequence[Drawn]) -> float:
+        """The weighted loss of several parts together, with its gradient left in the live model's parameters."""
+        tokens, parts = TokenBatch.concatenate([each for each, _ in drawn]), [part for _, part in drawn]
+        return float(run_step(self.live.encode, tokens, parts, self.memory, self.extras, Progress()).value)
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.data import RecordSet, text_id
-from embedsmith.evaluate import geometry
+from embedsmith.evaluate.geometry import MatrixShape, Space, neighbour_overlap
 from embedsmith.merge.plan import make_plan
 from embedsmith.merge.recipe import Bounds, MergeRecipe
 from embedsmith.merge.run import merge
@@ -100,72 +101,79 @@ class Verification:
 class EncodedSample:
     """The distinct texts of a sample as one model sees them.
 
-    `vector_ND`: of length 1. `length_N`: tokens. `raw_N`: lengths before normalising. `plain_ND`: the vectors of the
-    same texts without their prompts, `None` where no prompt is set. `query_Q`, `answer_Q`: rows of queries and their
-    documents.
+    `vector_ND`: with their own lengths. `plain_ND`: the same texts without their prompts, `None` where no prompt is
+    set. `length_N`: tokens. `query_Q`, `answer_Q`: rows of queries and their documents.
     """
 
     vector_ND: Floats
-    length_N: Sequence[int]
-    raw_N: Floats
     plain_ND: Floats | None
+    length_N: Sequence[int]
     query_Q: Sequence[int]
     answer_Q: Sequence[int]
 
     @staticmethod
     def of(model: Embedder, records: RecordSet) -> EncodedSample:
-        """Every text under its role, with the vector's own length kept. Graded pairs give no answers."""
+        """Every text under its role. Graded pairs give no answers."""
         texts = texts_of(records)
         place = {(text_id(text), role): row for row, (text, role) in enumerate(texts)}
         answers = [(r.query, r.positives[0]) for r in records.records if r.task != "sts" and r.positives]
         settings = model.settings
         try:
             model.settings = replace(settings, normalize=False)
-            raw_ND = _in_roles(model, texts, records.task, instruction=None)
+            vector_ND = _in_roles(model, texts, records.task, instruction=None)
             plain_ND = _in_roles(model, texts, records.task, instruction="") if settings.prompts else None
         finally:
             model.settings = settings
         return EncodedSample(
-            vector_ND=geometry.unit_rows(raw_ND),
+            vector_ND,
+            plain_ND,
             length_N=[int(model.tokenize([text], role, records.task).length_N[0]) for text, role in texts],
-            raw_N=np.linalg.norm(raw_ND, axis=1),
-            plain_ND=plain_ND,
             query_Q=[place[text_id(query), "query"] for query, _ in answers],
             answer_Q=[place[text_id(document), "document"] for _, document in answers],
         )
 
     @property
     def broken(self) -> int:
-        """How many vectors are not finite."""
+        """How many vectors are not finite; there is no `space` then."""
         return int((~np.isfinite(self.vector_ND)).any(axis=1).sum())
 
+    @cached_property
+    def space(self) -> Space:
+        return Space(Space(self.vector_ND).unit_ND)
+
     def figures(self) -> dict[str, float]:
-        """The geometry of the cloud in numbers (`evaluate.geometry`). Margin of answers: cosine with the answer less
+        """The geometry of the vectors in numbers (`evaluate.geometry`). Margin of answers: cosine with the answer less
         the mean cosine with the other answers."""
+        unit_ND = self.space.unit_ND
         found = {
-            "anisotropy (mean cosine)": geometry.mean_cosine(self.vector_ND),
-            "uniformity": geometry.uniformity(self.vector_ND),
-            "effective rank": geometry.effective_rank(self.vector_ND),
-            "length before normalising": float(self.raw_N.mean()),
+            "anisotropy (mean cosine)": self.space.mean_cosine(),
+            "uniformity": self.space.uniformity(),
+            "effective rank": math.exp(MatrixShape.of(unit_ND).entropy),
+            "length before normalising": float(np.linalg.norm(self.vector_ND, axis=1).mean()),
         }
         if len(self.query_Q) > 1:
-            query_QD, answer_QD = self.vector_ND[self.query_Q], self.vector_ND[self.answer_Q]
+            query_QD, answer_QD = unit_ND[self.query_Q], unit_ND[self.answer_Q]
             score_QQ = query_QD @ answer_QD.T
             others = (score_QQ.sum() - score_QQ.trace()) / (score_QQ.size - len(score_QQ))
-            found["alignment"] = geometry.alignment(query_QD, answer_QD)
+            found["alignment"] = Space(query_QD).alignment(Space(answer_QD))
             found["margin of answers"] = float(score_QQ.trace() / len(score_QQ) - others)
         if self.plain_ND is not None:
-            found["cosine with and without prompt"] = geometry.prompt_sensitivity(self.plain_ND, self.vector_ND)[
-                "cosine"
-            ]
-        sensitivity = geometry.length_sensitivity(self.vector_ND, self.length_N)
-        return found if math.isnan(sensitivity) else found | {"length sensitivity": sensitivity}
+            prompts = Space(self.plain_ND).prompt_sensitivity(self.space)
+            found["cosine with and without prompt"] = prompts["cosine"]
+        lengths = self.space.length_sensitivity(self.length_N)
+        return found if math.isnan(lengths) else found | {"length sensitivity": lengths}
 
-    def overlap(self, other_ND: Floats, count: int) -> float:
-        """The mean share of a text's nearest neighbours that it also has among other vectors of the same texts."""
-        return geometry.neighbour_overlap(
-            geometry.neighbours(self.vector_ND, count), geometry.neighbours(other_ND, count)
-        )
+    def overlap(self, other: Space, count: int) -> float:
+        """The mean share of a text's nearest neighbours that it also has in another space of the same texts."""
+        return neighbour_overlap(self.space.neighbours(count), other.neighbours(count))
+
+    def kept_by(self, width: int, count: int) -> float:
+        """The same with the space of the leading coordinates."""
+        return self.overlap(Space(self.space.vector_ND[:, :width]), count)
+
+    def difference(self, other: EncodedSample) -> float:
+        """The largest of any coordinate of a vector of length 1."""
+        return float(np.abs(self.space.vector_ND - other.space.vector_ND).max())
 
 
 def _in_roles(model: Embedder, texts: Sequence[tuple[str, Role]], task: str, instruction: str | None) -> Floats:
@@ -198,15 +206,15 @@ def verify(merged: str | Path | Embedder, live: LiveMerge, sets: Sequence[Record
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder) / "model")
         reloaded = load(str(Path(folder) / "model"), device=model.device)
-        saved = np.abs(EncodedSample.of(reloaded, sets[0]).vector_ND - samples[0].vector_ND).max()
-    again = np.abs(EncodedSample.of(model, sets[0]).vector_ND - samples[0].vector_ND).max()
+        saved = EncodedSample.of(reloaded, sets[0]).difference(samples[0])
+    again = EncodedSample.of(model, sets[0]).difference(samples[0])
     checks = [
         finite,
         *_closeness(samples, parents, bounds),
         *_geometry(samples, parents, bounds.slack),
         *_leading_coordinates(samples, parents, bounds),
-        Check("second encoding differs by", float(again), 0.0, higher_is_better=False),
-        Check("difference after saving and loading", float(saved), bounds.same, higher_is_better=False),
+        Check("second encoding differs by", again, 0.0, higher_is_better=False),
+        Check("difference after saving and loading", saved, bounds.same, higher_is_better=False),
     ]
     return Verification(tuple(checks))
 
@@ -215,8 +223,8 @@ def _closeness(own: Sequence[EncodedSample], parents: Mapping[str, EncodedSample
     """CKA and neighbours in common with each parent on that parent's texts; the closest parent must be close."""
     cka, near = {}, {}
     for mine, (name, theirs) in zip(own, parents.items(), strict=True):
-        cka[name] = geometry.against(mine.vector_ND, theirs.vector_ND)["cka"]
-        near[name] = mine.overlap(theirs.vector_ND, bounds.neighbours)
+        cka[name] = mine.space.agreement(theirs.space)["cka"]
+        near[name] = mine.overlap(theirs.space, bounds.neighbours)
     return [
         Check("CKA with the closest parent", max(cka.values()), bounds.cka, True, cka),
         Check("neighbours in common with the closest parent", max(near.values()), bounds.overlap, True, near),
@@ -258,8 +266,8 @@ def _leading_coordinates(
     """Matryoshka: neighbours that leading coordinates keep of the whole vector's, against the worst parent's."""
     checks = []
     for width in (width for width in bounds.dims if width < own[0].vector_ND.shape[1]):
-        column = {name: s.overlap(s.vector_ND[:, :width], bounds.neighbours) for name, s in parents.items()}
-        value = sum(sample.overlap(sample.vector_ND[:, :width], bounds.neighbours) for sample in own) / len(own)
+        column = {name: s.kept_by(width, bounds.neighbours) for name, s in parents.items()}
+        value = sum(sample.kept_by(width, bounds.neighbours) for sample in own) / len(own)
         limit = min(column.values()) * (1 - bounds.slack)
         checks.append(Check(f"neighbours kept by {width} coordinates", value, limit, True, column))
     return checks

@@ -7,10 +7,12 @@ Losses, search and evaluation see a text only through these three kinds. Everyth
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,28 @@ class Representation:
 
     def rows(self, index: Tensor | slice) -> Self:
         return self.map(lambda tensor: tensor[index])
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Blocks of `size` rows, the last one shorter. Split, not sliced: the gradient of all blocks is then put
+        together once, not added up in a full-size buffer for every block."""
+        names = [f.name for f in fields(self)]
+        for column in zip(*(tensor.split(size) for tensor in self.tensors()), strict=True):
+            yield replace(self, **dict(zip(names, column, strict=True)))
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Self], row_N: Tensor | None = None) -> Self:
+        """The rows of several pieces in order, or those of them that `row_N` counts through; token axes are padded to
+        the longest piece."""
+        columns: dict[str, Tensor] = {}
+        for f in fields(pieces[0]):
+            column: list[Tensor] = [getattr(piece, f.name) for piece in pieces]
+            if "pad" in f.metadata:
+                longest = max(tensor.shape[1] for tensor in column)
+                gaps = [(0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1]) for tensor in column]
+                column = [F.pad(t, gap, value=f.metadata["pad"]) if gap[-1] else t for t, gap in zip(column, gaps)]
+            whole = torch.cat(column)
+            columns[f.name] = whole if row_N is None else whole[row_N.to(whole.device)]
+        return replace(pieces[0], **columns)
 
     def leaf(self) -> Self:
         """A copy cut from its graph whose floating fields collect gradients of their own."""
@@ -190,16 +214,33 @@ def each_head(reps: Reps, change: Callable[[Any], Any]) -> dict[str, Any]:
 
 def concatenate(parts: Sequence[Reps]) -> Reps:
     """Rows of all parts in order; token axes are padded to the longest."""
-
-    def joined(pieces: list[Representation]) -> Representation:
-        length = max(piece.token_count for piece in pieces)
-        columns = zip(*(piece.pad_tokens(length).tensors() for piece in pieces), strict=True)
-        names = [f.name for f in fields(pieces[0])]
-        return replace(pieces[0], **{name: torch.cat(c) for name, c in zip(names, columns, strict=True)})
-
-    return {name: joined([part[name] for part in parts]) for name in parts[0]}
+    return {name: first.of_pieces([part[name] for part in parts]) for name, first in parts[0].items()}
 
 
 def in_fp32(tensor: Tensor) -> Tensor:
     """fp32, unless it is fp64 already. At temperature 0.01 logits reach 100, where bf16 has a step of 0.5."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+TIE = 2.0**-18
+"""How far fp32 scores of the same two texts may lie apart, at a score of 1: sums of a thousand products in another
+order, by another processor or in blocks of another size, differ by less."""
+
+
+@overload
+def exceeds(score: Tensor, limit: Tensor | float) -> Tensor: ...
+@overload
+def exceeds(score: float, limit: Tensor) -> Tensor: ...
+@overload
+def exceeds(score: npt.NDArray[Any], limit: npt.NDArray[Any] | float) -> npt.NDArray[np.bool_]: ...
+@overload
+def exceeds(score: float, limit: npt.NDArray[Any]) -> npt.NDArray[np.bool_]: ...
+@overload
+def exceeds(score: float, limit: float) -> bool: ...
+def exceeds(score: Any, limit: Any) -> Any:
+    """Whether a score is above a limit by more than rounding: `score > limit + TIE (1 + |limit|)`; False for a NaN.
+
+    Every threshold on scores is decided here, so that a score equal to its limit but for the order of a sum falls on
+    the same side on every processor, in blocks and on several ranks. Two texts with equal vectors are such a case.
+    """
+    return score > limit + TIE * (1 + abs(limit))

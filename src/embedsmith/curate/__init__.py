@@ -6,22 +6,23 @@ from embedsmith.curate.dedup import ExactDuplicates, NearDuplicates
 from embedsmith.curate.generators import Endpoint, LocalModel
 from embedsmith.curate.labels import LabelsToPairs
 from embedsmith.curate.language import Language
-from embedsmith.curate.read import Corpus, Input
+from embedsmith.curate.outcome import Report, render
+from embedsmith.curate.read import Input, InputRecords
 from embedsmith.curate.rules import Boilerplate, Length, Links, Symbols, Trivial
 from embedsmith.curate.run import CurateRecipe, curate
 from embedsmith.curate.score import ScoreFilter
-from embedsmith.curate.step import EvaluationText, Ledger, Report, Step, Tools, apply, render
+from embedsmith.curate.step import EvaluationText, Ledger, Step, Tools, apply
 from embedsmith.curate.synthesize import LongDocuments, SyntheticQueries, TranslateQueries
 
 __all__ = [
     "Boilerplate",
-    "Corpus",
     "CurateRecipe",
     "Decontaminate",
     "Endpoint",
     "EvaluationText",
     "ExactDuplicates",
     "Input",
+    "InputRecords",
     "LabelsToPairs",
     "Language",
     "Ledger",

@@ -27,9 +27,10 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.core.progress import log
-from embedsmith.data.formats.columns import Range, Reading, check_range, rescaled
+from embedsmith.data.formats.columns import Reading
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import choose_split, is_saved_dataset, load_datasets, refused
+from embedsmith.data.formats.ranges import Range, check_range, rescaled, scores_of
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
 
@@ -319,14 +320,11 @@ class RowReader:
         if self.reading.labels:
             raise RowError("classes have names", fix="number the classes, or leave streaming out")
         if self.declared is None:
-            if any(score is not None for score in (*(record.positive_scores or ()), *(record.negative_scores or ()))):
+            if any(True for _ in scores_of(record)):
                 raise RowError("scores of an unknown range", fix="declare score_range: [lowest, highest]")
             return record
         check_range(record, self.declared)
-        record = rescaled(record, self.declared)
-        if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
-            raise RowError("a positive with the lowest possible score is not a positive", fix="remove the row")
-        return record
+        return rescaled(record, self.declared)
 
 
 @dataclass(frozen=True)

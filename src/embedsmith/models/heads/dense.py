@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, section
+from embedsmith.core.shelf import heads
 
 _NAMES = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU"
@@ -23,27 +23,32 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = {name: getattr(nn, name) for name i
 @section
 @dataclass(frozen=True)
 class HeadConfig:
-    """A new dense head of width `out`: W x + b (`linear`), or W2 act(W1 x + b1) + b2 (`mlp`, by default without an
-    activation and without biases, as in EmbeddingGemma). `hidden` is four times `out` unless said. All matrices start
-    orthogonal, so a head without activation keeps the geometry of the backbone as well as its width allows."""
+    """A new dense head. All matrices start orthogonal, so a head without activation keeps the geometry of the backbone
+    as well as its width allows; the defaults of `mlp` are EmbeddingGemma's.
 
-    out: int
+    `out`: numbers in a text's vector.
+    `type`: W x + b (`linear`), or W2 act(W1 x + b1) + b2 (`mlp`).
+    `hidden`: width between the two layers of `mlp`, by default four times `out`.
+    `activation`: by its name in torch.nn, such as `GELU`.
+    `bias`: whether the layers have one.
+    """
+
+    out: Count
     type: Literal["linear", "mlp"] = "linear"
-    hidden: int | None = None
+    hidden: Count | None = None
     activation: str = "Identity"
     bias: bool = False
 
-    def build(self, width: int) -> list[nn.Module]:
-        """Errors: `ModelError` for an unknown activation or a width below 1."""
+    def build(self, width: int) -> list[Projection]:
+        """Errors: `ModelError` for an unknown activation."""
         hidden = self.hidden or 4 * self.out
-        if self.out < 1 or hidden < 1:
-            raise ModelError(f"a head from {width} to {self.out} over {hidden}", expected="widths of at least 1")
         if self.type == "linear":
             return [_orthogonal(Projection(width, self.out, self.bias, self.activation))]
         first = Projection(width, hidden, self.bias, self.activation)
         return [_orthogonal(first), _orthogonal(Projection(hidden, self.out, self.bias))]
 
 
+@heads.register("dense", formula="normalise(W x + b) of the pooled state x, or x itself")
 class Projection(nn.Module):
     """activation(W x + b), plus x (or R x, where widths differ) with `residual`. Kept in fp32 whatever the backbone is.
 
@@ -93,11 +98,3 @@ def activation_path(projection: Projection) -> str:
     """The full name that sentence-transformers imports."""
     kind = type(projection.activation_function)
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def apply_heads(heads: nn.ModuleList, vector_ND: Tensor) -> Tensor:
-    """Every projection in turn, in fp32 even under autocast."""
-    with torch.autocast(vector_ND.device.type, enabled=False):
-        for head in heads:
-            vector_ND = head(vector_ND)
-    return vector_ND
