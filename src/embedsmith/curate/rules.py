@@ -61,7 +61,7 @@ def tokens(text: str) -> list[str]:
     return found
 
 
-def shingles(text: str, length: int) -> set[str]:
+def token_shingles(text: str, length: int) -> set[str]:
     """Overlapping runs of `length` characters of the tokens joined by spaces: about a word of English; two or three
     characters of Chinese, each of which is a token."""
     joined = " ".join(tokens(text))

@@ -12,7 +12,7 @@ from pydantic import Field
 from embedsmith.core.batch import Loss
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
-from embedsmith.data.formats.beir import beir_rows, is_beir
+from embedsmith.data.formats.beir import beir_rows, is_beir_folder
 from embedsmith.data.formats.columns import Found, Reading, choose_layout
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
 from embedsmith.data.formats.hub import hub_rows
@@ -143,7 +143,7 @@ def open_source(source: Source) -> Rows:
     path = Path(source.path).expanduser()
     if source.path.startswith(_HUB):
         return hub_rows(source.path.removeprefix(_HUB), source.split)
-    if path.is_dir() and (source.format == "beir" or is_beir(path)):
+    if path.is_dir() and (source.format == "beir" or is_beir_folder(path)):
         return beir_rows(path, source.split)
     if path.is_dir() or (source.path.count("/") == 1 and not path.parent.is_dir() and not has_known_kind(path.name)):
         return hub_rows(str(path) if path.is_dir() else source.path, source.split)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import Row, Rows, rows_of
+from embedsmith.data.formats.files import Row, Rows, sound_rows
 from embedsmith.data.formats.texts import file_in, read_texts
 
 Judgements = dict[str, dict[str, float]]
 
 
-def is_beir(folder: Path) -> bool:
+def is_beir_folder(folder: Path) -> bool:
     return file_in(folder, "corpus.jsonl").is_file() and file_in(folder, "queries.jsonl").is_file()
 
 
@@ -58,7 +58,7 @@ def _rows(folder: Path, qrels: Path, documents: dict[str, str], judgements: Judg
 def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> tuple[Path, Judgements]:
     path = _qrels_file(folder, split)
     judgements: Judgements = {}
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         if not {"query-id", "corpus-id", "score"} <= row.keys():
             raise DataError(f"found: {', '.join(row)}", where=where, expected="columns query-id, corpus-id, score")
         if row["corpus-id"] not in documents:

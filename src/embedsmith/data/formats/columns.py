@@ -75,6 +75,19 @@ class Layout:
     def fits(self, keys: Iterable[str]) -> bool:
         return set(keys).issuperset(self.required)
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Errors: `RowError` for a column that is missing, or that a strict layout does not know."""
+        for key in row if self.strict else ():
+            if key not in self.known:
+                known = list(self.known)
+                hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
+                raise RowError(f"unknown key {key!r}{hint}", fix="rename or remove it")
+        for name in self.required:
+            if name not in row:
+                kind = f"no column {name!r}"
+                found = ", ".join(row) or "none"
+                raise RowError(kind, f"{kind}{did_you_mean(name, list(row))}; found: {found}")
+
     def found(self, row: Mapping[str, Any]) -> Found:
         """What a row holds, by role; a missing column or a null is left out."""
         found: Found = {}
@@ -89,7 +102,7 @@ _RECORD_KEYS = {role: role for role, target in ROLES.items() if role == target}
 
 
 @layouts.register("records")
-def records() -> tuple[Layout, ...]:
+def our_records() -> tuple[Layout, ...]:
     """Our own: the fields of `Record`, and no others."""
     by_answer = Layout(_RECORD_KEYS, ("query", "positives"), strict=True)
     return by_answer, replace(by_answer, required=("query", "label"))
@@ -118,20 +131,20 @@ def f2llm() -> Layout:
 
 
 @layouts.register("pairs")
-def pairs() -> tuple[Layout, ...]:
+def scored_pairs() -> tuple[Layout, ...]:
     """Two texts and how alike they are."""
     named = (("text1", "text2", "score"), ("sentence1", "sentence2", "score"))
     return tuple(Layout(dict(zip(named[0], names)), names, task="sts") for names in named)
 
 
 @layouts.register("labels")
-def labels() -> Layout:
+def labelled_texts() -> Layout:
     """A text and its class."""
     return Layout({"text": "text", "label": "label"}, ("text", "label"), task="classification")
 
 
 @layouts.register("beir")
-def beir() -> tuple[Layout, ...]:
+def beir_folder() -> tuple[Layout, ...]:
     """A folder of corpus, queries and judgements: known by its files (`formats/beir.py`), not by columns."""
     return ()
 
@@ -203,7 +216,7 @@ class Reading:
 
     def record(self, row: Mapping[str, Any]) -> Record:
         """The record of a row, not yet validated. Errors: `RowError`."""
-        self._check_keys(row)
+        self.layout.check(row)
         found = self.layout.found(row)
         positives, negatives = self._texts(found, "positives"), self._texts(found, "negatives")
         teacher = self._teacher_scores(found, len(positives))
@@ -224,20 +237,6 @@ class Reading:
             instruction=one("instruction", None) or self.instruction,
             source=one("source", self.source),
         )
-
-    def _check_keys(self, row: Mapping[str, Any]) -> None:
-        if self.layout.strict:
-            for key in row:
-                if key not in self.layout.known:
-                    known = list(self.layout.known)
-                    hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
-                    raise RowError(f"unknown key {key!r}{hint}", fix="rename or remove it")
-        for name in self.layout.required:
-            if name not in row:
-                found = ", ".join(row) or "none"
-                raise RowError(
-                    f"no column {name!r}", f"no column {name!r}{did_you_mean(name, list(row))}; found: {found}"
-                )
 
     def _texts(self, found: Found, role: str) -> tuple[Any, ...]:
         """A column holds one text or a list of them; in CSV an empty cell is an absent text."""

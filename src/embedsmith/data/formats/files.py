@@ -66,7 +66,7 @@ def open_rows(path: Path, columns: Sequence[str] | None = None) -> Rows:
     return Rows(path, rows, cells=kind in (".csv", ".tsv"))
 
 
-def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def sound_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place (`file:line`). Errors: `DataError` for the first that cannot be read."""
     for line, row in open_rows(path, columns).rows:
         if isinstance(row, RowError):

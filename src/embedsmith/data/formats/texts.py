@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import titled
 
 _IDS = ("_id", "id")
@@ -45,7 +45,7 @@ def read_texts(
     path = file_in(path, f"{part}.jsonl") if path.is_dir() else path
     name = column or "text"
     first: dict[str, str] = {}
-    for where, row in rows_of(path, None if metadata else (name, "title", *_IDS)):
+    for where, row in sound_rows(path, None if metadata else (name, "title", *_IDS)):
         text = text_in(row, name, where, empty=True)
         if titles and column is None and row.get("title"):
             text = titled(text_in(row, "title", where, empty=True), text)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.evaluate.tasks.files import (
     find,
     read_beir,
@@ -75,7 +75,7 @@ def _first_columns(path: Path) -> set[str]:
     if not path.is_file() or not path.name.endswith(_ROWS):
         return set()
     try:
-        return {column for _, row in islice(rows_of(path), 1) for column in row}
+        return {column for _, row in islice(sound_rows(path), 1) for column in row}
     except DataError:
         return set()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.progress import log
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, Label, PairClassificationTask
 from embedsmith.evaluate.tasks.retrieval import RerankingTask, RetrievalTask
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 def read_sts(path: Path, name: str, split: str) -> STSTask:
     """Rows of `text1`, `text2`, `score` (or `sentence1`, `sentence2`, `score`). The file is the split."""
     text1, text2, score = [], [], []
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         first, second = next((pair for pair in _TEXT_COLUMNS if pair[0] in row), _TEXT_COLUMNS[0])
         text1.append(text_in(row, first, where))
         text2.append(text_in(row, second, where))
@@ -60,7 +60,7 @@ def read_beir(path: Path, name: str, split: str) -> RetrievalTask:
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Columns `query-id`, `corpus-id`, `score`. Grades are whole numbers; a pair judged twice must agree."""
     qrels: dict[str, dict[str, int]] = {}
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         if not row.keys() >= _QRELS:
             raise DataError(f"found: {', '.join(row)}", where=path, expected=f"columns {', '.join(sorted(_QRELS))}")
         query, document, score = (str(row[column]) for column in ("query-id", "corpus-id", "score"))
@@ -78,7 +78,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
 def read_pairs(path: Path, name: str, split: str) -> PairClassificationTask:
     """Rows of `text1`, `text2` and `label` (or `score`), which is 0 or 1."""
     text1, text2, label = [], [], []
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         first, second = next((pair for pair in _TEXT_COLUMNS if pair[0] in row), _TEXT_COLUMNS[0])
         text1.append(text_in(row, first, where))
         text2.append(text_in(row, second, where))
@@ -121,7 +121,7 @@ def train_file(path: Path) -> Path | None:
 def _labelled(path: Path) -> tuple[list[str], list[Label]]:
     text: list[str] = []
     label: list[Label] = []
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         text.append(text_in(row, "text", where))
         value: Any = row.get("label")
         plain = value if isinstance(value, list) else [value]
@@ -146,7 +146,7 @@ def read_reranking_folder(path: Path, name: str, split: str) -> RerankingTask:
     if file is None:
         raise DataError("top_ranked.jsonl is missing", where=path, expected="rows of `query-id` and `corpus-ids`")
     candidates: dict[str, list[str]] = {}
-    for where, row in rows_of(file):
+    for where, row in sound_rows(file):
         ids = row.get("corpus-ids")
         if "query-id" not in row or not isinstance(ids, list):
             raise DataError(f"found: {', '.join(row)}", where=where, expected="`query-id`, and `corpus-ids`, a list")
@@ -161,7 +161,7 @@ def read_reranking_rows(path: Path, name: str, split: str) -> RerankingTask:
     corpus: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
     number = 0
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         columns = next((pair for pair in _CANDIDATE_COLUMNS if set(pair) <= row.keys()), None)
         if columns is None:
             raise DataError(f"found: {', '.join(row)}", where=where, expected="`query`, `positive` and `negative`")
