@@ -145,7 +145,7 @@ class _Run:
         )
 
     def _make(
-        self, stage: StepOutput, step: Step, records: Iterable[Record], tools: Tools, total: int | None
+        self, out: StepOutput, step: Step, records: Iterable[Record], tools: Tools, total: int | None
     ) -> StepReport:
         ledger = Ledger(self.recipe.examples)
         started = time.monotonic()
