@@ -16,7 +16,7 @@ _IDS = ("_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class FileText:
     """A text of a file, with its title in front as `titled` joins them. `where` is its place (`file:line`); `metadata`
     holds the other columns of its row, where they were asked for."""
 
@@ -34,7 +34,7 @@ def read_texts(
     titles: bool = True,
     ids: Literal["any", "each", "unique"] = "any",
     metadata: bool = False,
-) -> Iterator[Text]:
+) -> Iterator[FileText]:
     """The texts of a file, or of one part (`corpus`, `queries`) of a BEIR folder, one after another.
 
     A row's id is in `_id` or `id`; its text is in `text`, with `title` in front where there is one and `titles` are
@@ -58,7 +58,7 @@ def read_texts(
                 fix="give every text an id of its own",
             )
         rest = {key: value for key, value in row.items() if key not in (*_IDS, name, "title")} if metadata else {}
-        yield Text(id_, text, where, rest)
+        yield FileText(id_, text, where, rest)
 
 
 def file_in(folder: Path, name: str) -> Path:
