@@ -97,6 +97,17 @@ class Layout:
                 found.setdefault(role, []).append(value)
         return found
 
+    def task_of(self, row: Mapping[str, Any]) -> str:
+        """Its own; else a scored pair is sts, a label without positives classification, anything else retrieval."""
+        if self.task is not None:
+            return self.task
+        found = self.found(row)
+        positives = found.get("positives", [])
+        if not positives:
+            return "classification" if "label" in found else "retrieval"
+        single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
+        return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"
+
 
 _RECORD_KEYS = {role: role for role, target in ROLES.items() if role == target}
 
@@ -167,7 +178,13 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
     package. Errors: `DataError` that lists what was found, where none fits, or another package's as well.
     """
     if columns is not None:
-        return _declared(columns, keys, where)
+        declared = Layout(columns, ())
+        if missing := [name for name in declared.known if name not in keys]:
+            hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
+            raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
+        if "query" not in declared.known.values():
+            raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
+        return declared
     candidates = [layout for layout in known_layouts() if name in (None, layout.name)]
     fitting = [layout for layout in candidates if layout.fits(keys)]
     if not fitting:
@@ -190,17 +207,6 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
         expected=shapes,
         fix="rename them, or say what they are, for example columns: {query: title, positives: body}",
     )
-
-
-def _declared(columns: Columns, keys: Sequence[str], where: object) -> Layout:
-    layout = Layout(columns, ())
-    missing = [name for name in layout.known if name not in keys]
-    if missing:
-        hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
-        raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
-    if "query" not in layout.known.values():
-        raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
-    return layout
 
 
 @dataclass(frozen=True)
