@@ -9,6 +9,7 @@ import torch
 from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.reps import Dense
+from embedsmith.core.shelf import curation_steps
 from embedsmith.curate import (
     Boilerplate,
     CurateRecipe,
@@ -25,11 +26,9 @@ from embedsmith.curate import (
     Tools,
     Trivial,
     apply,
-    curation_steps,
 )
 from embedsmith.curate.dedup import band_count
-from embedsmith.curate.language import guess_language
-from embedsmith.curate.rules import token_shingles, units
+from embedsmith.curate.rules import guess_language, token_shingles, units
 from embedsmith.data import Record
 
 EN = "The quick brown fox jumps over the lazy dog near the old river bank"
