@@ -44,10 +44,6 @@ class Progress:
     step: int = 0
     steps: int = 1
 
-    @property
-    def fraction(self) -> float:
-        return min(self.step / max(self.steps, 1), 1.0)
-
 
 class Side:
     """The texts on one side of a batch: this rank's representations, and all ranks' on demand."""
@@ -217,8 +213,8 @@ class RetrievalBatch(Batch, RetrievalIds):
         """True for the first candidate of each id: a duplicate counts once, and padding never."""
         _, inverse_K = torch.unique(self.document_id_K, return_inverse=True)
         place_K = torch.arange(len(inverse_K), device=inverse_K.device)
-        first_U = torch.full_like(place_K, len(place_K)).scatter_reduce(0, inverse_K, place_K, reduce="amin")
-        return (first_U[inverse_K] == place_K) & (self.document_id_K != ABSENT)
+        first_V = torch.full_like(place_K, len(place_K)).scatter_reduce(0, inverse_K, place_K, reduce="amin")
+        return (first_V[inverse_K] == place_K) & (self.document_id_K != ABSENT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -271,6 +271,6 @@ class Meter:
         }
         self._dead.watch(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
-        bar.say(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
+        bar.note(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
         self._reset()
         return report
