@@ -1,4 +1,4 @@
-"""What an index asks of its engine. Both engines speak Qdrant's data model, each in classes of its own."""
+"""What an index asks of its engine. Both engines have Qdrant's data model, each in classes of its own."""
 
 from __future__ import annotations
 
