@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -21,9 +22,9 @@ from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import (
     BatchPlan,
     PlanConfig,
+    PlannedSource,
     Record,
     RecordSet,
-    RowFacts,
     joined,
     pair_texts,
     retrieval_texts,
@@ -71,7 +72,7 @@ class Supply:
     shuffle: float = 0.0
     live: Negatives | None = None
 
-    @property
+    @cached_property
     def in_pairs(self) -> bool:
         """Whether its batches are scored pairs; a loss that reads both kinds takes what the task is."""
         return PairBatch in self.loss.batches and (
@@ -97,38 +98,41 @@ class Supply:
         return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
 
 
-@dataclass(frozen=True)
-class Planner:
-    """Makes the plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text."""
+def plan_of(
+    supplies: Sequence[Supply],
+    world: int,
+    config: PlanConfig = PlanConfig(),  # noqa: B008  (frozen)
+    seed: int = 0,
+    max_length: int | None = None,
+) -> BatchPlan:
+    """The plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text.
 
-    config: PlanConfig = PlanConfig()
-    seed: int = 0
-    max_length: int | None = None
-
-    def __call__(self, supplies: Sequence[Supply], world: int) -> BatchPlan:
-        """Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates."""
-        apart = [_apart(supply, self.config) for supply in supplies]
-        records = [supply.records.records for supply in supplies]
-        return BatchPlan(
-            sizes=tuple(supply.rows for supply in supplies),
-            batch_sizes=tuple(supply.batch_size for supply in supplies),
-            weights=tuple(supply.weight for supply in supplies),
-            names=tuple(supply.records.name for supply in supplies),
-            tasks=tuple(supply.records.task for supply in supplies),
-            texts=tuple(supply.texts_a_row for supply in supplies),
-            apart=tuple(apart),
-            facts=tuple(
-                _facts(supply, self.max_length) if wanted or self.config.by_length else None
-                for supply, wanted in zip(supplies, apart, strict=True)
-            ),
-            orders=tuple(one.order if isinstance(one, HasOrder) else None for one in records),
-            seed=self.seed,
-            world=world,
-            config=self.config,
+    Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates.
+    """
+    sources = []
+    for supply in supplies:
+        apart, facts, records = _is_apart(supply, config), None, supply.records.records
+        if apart or config.by_length:
+            facts = row_facts(records)
+        if facts is not None and max_length is not None:
+            facts = replace(facts, length_N=np.minimum(facts.length_N, max_length))
+        sources.append(
+            PlannedSource(
+                supply.rows,
+                supply.batch_size,
+                supply.weight,
+                supply.records.name,
+                supply.records.task,
+                supply.texts_a_row,
+                apart,
+                facts,
+                records.order if isinstance(records, HasOrder) else None,
+            )
         )
+    return BatchPlan(tuple(sources), seed, world, config)
 
 
-def _apart(supply: Supply, config: PlanConfig) -> bool:
+def _is_apart(supply: Supply, config: PlanConfig) -> bool:
     """Whether rows of a batch must share no text: by default where they are contrasted with each other."""
     if not supply.streamed:
         return config.duplicates == "forbid" or (config.duplicates is None and not supply.in_pairs)
@@ -139,11 +143,6 @@ def _apart(supply: Supply, config: PlanConfig) -> bool:
             fix="leave out plan.lengths, plan.batch_tokens and plan.duplicates=forbid, or `streaming` of the source",
         )
     return False
-
-
-def _facts(supply: Supply, max_length: int | None) -> RowFacts:
-    facts = row_facts(supply.records.records)
-    return facts if max_length is None else replace(facts, length_N=np.minimum(facts.length_N, max_length))
 
 
 def put_together(supplies: Sequence[Supply], name: str | None = None) -> Supply:
