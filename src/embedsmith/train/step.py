@@ -243,13 +243,14 @@ def _loss(parts: Sequence[Part], batches: list[Batch]) -> tuple[Tensor, dict[str
     named: dict[str, dict[str, Tensor]] = {}
     for part, batch in zip(parts, batches, strict=True):
         output = part.loss(batch)
-        values.append(part.weight * output.value)
-        named[part.source] = {"loss": output.value.detach(), **output.parts, **sparse_activity(batch.sides())}
+        value = output.value_W.sum()
+        values.append(part.weight * value)
+        named[part.source] = {"loss": value.detach(), **output.parts, **sparse_activity(batch.sides())}
     total = torch.stack(values).sum()
     _check_finite(batches, total)
     total.backward()
-    for batch in batches:
-        batch.settle()
+    for side in (side for batch in batches for side in batch.sides()):
+        side.settle()
     return total.detach(), named
 
 
