@@ -1,5 +1,23 @@
-"""From a step's number to its tokens. Everything here is a pure function of the plan, so it can run ahead of training
-in a background thread, and a resumed run draws the same texts."""
+"""From a step's number to its texts as tokens: sources become supplies, their rows are planned, and each step is drawn.
+
+    RecordSet + recipe    build.make_supply                        Supply: records, loss, how to draw
+      | merge_small, mixed_supplies   which sources are put together
+      | plan_of                       data.plan                    BatchPlan
+      v
+    Lane                  sources of which a step draws one, and the ranks that share its rows
+      | plan.at(step).rows_of(rank)   which rows                   PlannedStep, row numbers
+      | records[row]                  or live negatives in use     Record
+      | retrieval_texts, pair_texts   data.draw                    texts, and who belongs to whom by id
+      | tokenize                      one TokenBatch               TokenBatch
+      v
+    Feed.draw(step)       the texts of a step, and its parts       Draw = (TokenBatch, [Part])
+      | run_ahead                     a few steps ahead, in a background thread
+      v
+    step.run_step
+
+Everything here is a pure function of the plan (and of the live negatives in use at a step), so it can run ahead of
+training, and a resumed run draws the same texts.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +69,6 @@ class Negatives(Protocol):
     def watch(self, records: Sequence[Record]) -> Callable[[Batch], None]:
         """What is to be shown the batch of these records, once it is encoded."""
         ...
-
-
-# The sources of a run, ready to be planned: which of them are put together, and how their rows become batches.
 
 
 @dataclass(frozen=True)
@@ -145,12 +160,12 @@ def _is_apart(supply: Supply, config: PlanConfig) -> bool:
     return False
 
 
-def put_together(supplies: Sequence[Supply], name: str | None = None) -> Supply:
+def put_together(supplies: Sequence[Supply]) -> Supply:
     """Sources of one kind as one."""
     records = joined([supply.records for supply in supplies])
     return replace(
         supplies[0],
-        records=records if name is None else replace(records, name=name),
+        records=records,
         negatives=max(supply.negatives for supply in supplies),
     )
 
