@@ -17,7 +17,7 @@ from embedsmith.core.batch import ABSENT
 from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.record import Record, Scores, text_id
+from embedsmith.data.record import Record, Scores, Text, text_id
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -31,8 +31,8 @@ class RetrievalTexts:
     has a label.
     """
 
-    queries: list[str]
-    documents: list[str]
+    queries: list[Text]
+    documents: list[Text]
     query_id_Q: IntArray
     positive_id_QP: IntArray
     negative_id_QM: IntArray
@@ -47,8 +47,8 @@ class RetrievalTexts:
 class PairTexts:
     """Two aligned sides and how alike they are, in [0, 1]."""
 
-    left: list[str]
-    right: list[str]
+    left: list[Text]
+    right: list[Text]
     label_N: FloatArray
     left_id_N: IntArray
     right_id_N: IntArray
@@ -61,7 +61,7 @@ def row_seeds(seed: int, visit: int, rows: Sequence[int] | IntArray) -> list[int
 
 
 def retrieval_texts(
-    records: Sequence[Record],
+    records: Sequence[Record[Text]],
     *,
     positives: int,
     negatives: int,
@@ -80,7 +80,7 @@ def retrieval_texts(
     negative_id_QM = np.full((len(records), negatives), ABSENT, dtype=np.int64)
     positive_score_QP = np.full(positive_id_QP.shape, np.nan, dtype=np.float32)
     negative_score_QM = np.full(negative_id_QM.shape, np.nan, dtype=np.float32)
-    documents: dict[int, str] = {}
+    documents: dict[int, Text] = {}
     for q, (record, seed) in enumerate(zip(records, seeds, strict=True)):
         known = {text_id(text) for text in record.positives} if negatives and record.negatives else set()
         chance = random.Random(seed)
@@ -107,7 +107,7 @@ def retrieval_texts(
     )
 
 
-def pair_texts(records: Sequence[Record], *, seeds: Sequence[int]) -> PairTexts:
+def pair_texts(records: Sequence[Record[Text]], *, seeds: Sequence[int]) -> PairTexts:
     """The pairs of a batch; a record with several positives gives one of them, drawn with its seed.
 
     Errors: `DataError` for a record without a scored pair.
@@ -126,13 +126,13 @@ def pair_texts(records: Sequence[Record], *, seeds: Sequence[int]) -> PairTexts:
     )
 
 
-def parts_shuffled(text: str, probability: float, seed: int) -> str:
+def parts_shuffled(text: Text, probability: float, seed: int) -> Text:
     """M3's text shuffling: with this probability a text of more than 100 characters is cut in three equal parts, which
-    are put in another order, joined by spaces. A function of its arguments alone.
+    are put in another order, joined by spaces; tokens stay as they are. A function of its arguments alone.
 
     Source: M3-Embedding's released code (`shuffle_ratio`); the paper shuffles 0.2 % of the passages.
     """
-    if probability == 0 or len(text) <= 100:
+    if probability == 0 or not isinstance(text, str) or len(text) <= 100:
         return text
     chance = random.Random(derive_seed(seed, "parts"))
     if chance.random() >= probability:
@@ -142,14 +142,14 @@ def parts_shuffled(text: str, probability: float, seed: int) -> str:
     return " ".join(parts[place] for place in _shuffled(len(parts), chance))
 
 
-def _pair_slot(record: Record, seed: int) -> int:
+def _pair_slot(record: Record[Text], seed: int) -> int:
     scored = [slot for slot in range(len(record.positives)) if not np.isnan(_score(record.positive_scores, slot))]
     if not scored:
-        raise DataError(f"no scored pair in the record of {record.query[:60]!r}", fix="give every sts row a score")
+        raise DataError(f"no scored pair in the record of {record.query!r:.60}", fix="give every sts row a score")
     return scored[0] if len(scored) == 1 else scored[_shuffled(len(scored), random.Random(seed))[0]]
 
 
-def _draw(texts: Sequence[str], count: int, chance: random.Random, banned: set[int]) -> Iterator[tuple[int, int]]:
+def _draw(texts: Sequence[Text], count: int, chance: random.Random, banned: set[int]) -> Iterator[tuple[int, int]]:
     """Up to `count` (slot, id) of distinct texts, at random, none of them banned."""
     seen = set(banned)
     order = range(len(texts)) if len(texts) <= count else _shuffled(len(texts), chance)
@@ -175,5 +175,5 @@ def _score(scores: Scores | None, slot: int) -> float:
     return float("nan") if score is None else score
 
 
-def _ids(texts: Sequence[str]) -> IntArray:
+def _ids(texts: Sequence[Text]) -> IntArray:
     return np.fromiter((text_id(text) for text in texts), np.int64, len(texts))

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
-from embedsmith.data.cache import belongs_on_disk, look, refuse_vanished, stored, weight
+from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
 from embedsmith.data.formats.columns import FORMATS
+from embedsmith.data.record import Text
 from embedsmith.data.source import MemoryShelf, RecordSet, Source, open_source, read_rows
 from embedsmith.data.stream import stream_source
 from embedsmith.data.token_records import is_token_cache, read_tokens
 
 
-def read_source(source: Source) -> RecordSet:
+def read_source(source: Source) -> RecordSet[Text]:
     """Read, check and rescale all records of a source, or find them in the cache if they were read before.
 
     Errors: `DataError` naming file and line: every kind of fault once, with its count and first lines; or the source
@@ -27,7 +28,7 @@ def read_source(source: Source) -> RecordSet:
     if is_token_cache(path):
         return read_tokens(source)
     if path.exists():
-        files = look(path)
+        files = files_of(path)
         if not belongs_on_disk(source, weight(files)):
             return read_rows(source, open_source(source), MemoryShelf())
         return _told(source, stored(source, files, None, lambda shelf: read_rows(source, open_source(source), shelf)))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from embedsmith.core.collectives import Group
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
-from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import (
     BatchPlan,
     PairTexts,
     PlanConfig,
-    Record,
     RecordSet,
     RetrievalTexts,
     RowFacts,
@@ -32,6 +30,7 @@ from embedsmith.data import (
     row_facts,
     row_seeds,
 )
+from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
 from embedsmith.models import Embedder
@@ -50,7 +49,7 @@ class Supply:
     plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
     chooses its negatives while the model trains."""
 
-    records: RecordSet
+    records: RecordSet[Text]
     loss: Loss
     batch_size: int | None
     weight: float
@@ -287,7 +286,7 @@ class Feed:
 def make_part(
     model: Embedder,
     supply: Supply,
-    records: Sequence[Record],
+    records: Sequence[Record[Text]],
     seeds: Sequence[int],
     share: tuple[int, int] = (0, 1),
 ) -> Part:
@@ -300,13 +299,14 @@ def make_part(
     return with_teacher(_retrieval_part(model, supply, texts), supply, (texts.queries, texts.documents), "document")
 
 
-def with_teacher(part: Part, supply: Supply, texts: tuple[list[str], list[str]], second: Role) -> Part:
+def with_teacher(part: Part, supply: Supply, texts: tuple[list[Text], list[Text]], second: Role) -> Part:
     """The part with the teacher's vectors of both sides, where the source has a teacher."""
     if supply.teacher is None:
         return part
     task = supply.records.task
     roles: tuple[Role, Role] = ("query", second)
-    vectors = [supply.teacher.represent(side, role=role, task=task)["dense"] for side, role in zip(texts, roles)]
+    sides = cast(tuple[list[str], list[str]], texts)  # a source of tokens has no teacher: `check_tokens`
+    vectors = [supply.teacher.represent(side, role=role, task=task)["dense"] for side, role in zip(sides, roles)]
     return replace(part, teacher=(vectors[0], vectors[1]))
 
 
@@ -323,12 +323,8 @@ _RETRIEVAL_IDS = (
 
 def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> Part:
     name, task = supply.records.name, supply.records.task
-    query = _tokenize(model, texts.queries, task, texts.instructions)
-    document = tokens_of(
-        texts.documents,
-        False,
-        lambda places: model.tokenize([texts.documents[place] for place in places], role="document", task=task),
-    )
+    query = tokens_of(model.tokenize, texts.queries, "query", task, texts.instructions)
+    document = tokens_of(model.tokenize, texts.documents, "document", task)
     assemble = _assembler(RetrievalBatch, ("query", "document"), _tensors(texts, _RETRIEVAL_IDS), task, name)
     return Part(name, query, document, assemble, supply.loss)
 
@@ -336,20 +332,10 @@ def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> P
 def _pair_part(model: Embedder, supply: Supply, texts: PairTexts) -> Part:
     """Both sides of a pair are queries: neither is a document to be found."""
     name, task = supply.records.name, supply.records.task
-    left, right = (_tokenize(model, side, task, texts.instructions) for side in (texts.left, texts.right))
+    both = (texts.left, texts.right)
+    left, right = (tokens_of(model.tokenize, side, "query", task, texts.instructions) for side in both)
     ids = _tensors(texts, ("left_id_N", "right_id_N", "label_N"))
     return Part(name, left, right, _assembler(PairBatch, ("left", "right"), ids, task, name), supply.loss)
-
-
-def _tokenize(model: Embedder, texts: list[str], task: str, instructions: list[str | None]) -> TokenBatch:
-    """Texts in the role of queries. A record's own instruction takes the place of the task's prompt."""
-
-    def tokenize(places: list[int]) -> TokenBatch:
-        own = [instructions[place] for place in places]
-        given = own if any(instruction is not None for instruction in own) else None
-        return model.tokenize([texts[place] for place in places], role="query", task=task, instruction=given)
-
-    return tokens_of(texts, True, tokenize)
 
 
 def _tensors(texts: RetrievalTexts | PairTexts, names: Sequence[str]) -> dict[str, Tensor | None]:
