@@ -33,7 +33,7 @@ CELLS = [f"{way}-{kind}" for way in WAYS for kind in ("lora", "full")]
 RATES = {"lora": 5e-4, "full": 1e-4}
 TASKS = {"stsb-en-dev": "sts/stsb-en-dev.jsonl", "xquad-en": "retrieval/xquad-en"}
 DEEP = {"debian-dev": "retrieval/debian-dev"}
-_CLI = [sys.executable, "-c", "from embedsmith.cli.verbs import main; main()"]
+_CLI = [sys.executable, "-c", "from embedsmith.cli import main; main()"]
 
 
 def gguf() -> str:

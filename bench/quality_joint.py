@@ -35,7 +35,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 2e-5
 TRAIN_LENGTH = 128
 EVALUATION_LENGTH = 256
-_CLI = [sys.executable, "-c", "from embedsmith.cli.verbs import main; main()"]
+_CLI = [sys.executable, "-c", "from embedsmith.cli import main; main()"]
 
 
 def overrides(retrieval: Path, sts: Path, steps: int, seed: int, output: Path) -> list[str]:

@@ -1,17 +1,10 @@
 """embedsmith: make a text-embedding model from start to finish.
 
-Names are loaded on first use, so that `import embedsmith` costs no torch.
+Names are loaded on first use, so that `import embedsmith` costs no torch; their types stand in `__init__.pyi`.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from embedsmith.merge import merge
-    from embedsmith.models import Embedder, load
-
-    __version__: str
-
+from typing import Any
 
 _HOMES = {
     "Embedder": "embedsmith.models",

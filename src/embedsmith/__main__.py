@@ -1,5 +1,5 @@
 """`python -m embedsmith`, and so `torchrun -m embedsmith`."""
 
-from embedsmith.cli.verbs import main
+from embedsmith.cli import main
 
 main()

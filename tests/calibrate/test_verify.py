@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from embedsmith.calibrate.likeness import Sample, encode_sample, neighbour_overlap, portrait, prefix_overlap
 from embedsmith.calibrate.live import Probe, open_live
 from embedsmith.calibrate.verify import VerifyConfig, strict_check, verify, verify_recipe
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.data import Source
 from embedsmith.merge.folders import open_folder

@@ -7,7 +7,7 @@ import pytest
 
 import embedsmith
 from embedsmith.cli import demo
-from embedsmith.cli.demo import Faq, Paper, held_out, overlap, prepare, scored_pairs
+from embedsmith.cli.demo import Faq, Paper, held_out, pairs_by_tags, prepare, shared_tags
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError
 from tests.tinybert import WORDS, tiny_bert
 
@@ -56,8 +56,8 @@ def test_the_right_answer_is_judged_relevant(tmp_path):
 
 def test_pairs_are_scored_by_shared_tags_and_balanced():
     a, b, c = (Paper(name, frozenset(tags)) for name, tags in (("a", "xy"), ("b", "yz"), ("c", "w")))
-    assert overlap(a.tags, b.tags) == pytest.approx(1 / 3)
-    found = scored_pairs([a, b, c])
+    assert shared_tags(a.tags, b.tags) == pytest.approx(1 / 3)
+    found = pairs_by_tags([a, b, c])
     assert found[0] == {"text1": "a", "text2": "b", "score": pytest.approx(1 / 3)}
     assert [row["score"] for row in found[1:]] == [0]
 

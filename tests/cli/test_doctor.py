@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from embedsmith.cli import doctor
+from embedsmith.cli import app, doctor
 from embedsmith.cli.doctor import Dependency, diagnose
-from embedsmith.cli.verbs import app
 
 
 def test_this_machine_is_healthy_and_its_facts_are_there() -> None:
@@ -64,7 +63,7 @@ def test_a_missing_extra_is_no_problem(versions: dict[str, str | None]) -> None:
     assert found.healthy
     assert not next(extra for extra in found.extras if extra.name == "lora").fits
     console = Console(width=150, record=True)
-    console.print(doctor.render(found))
+    console.print(found.table())
     assert 'pip install "embedsmith[lora]"' in console.export_text()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import EmbedsmithError
 from tests.evaluate.fakes import HashEncoder
 from tests.evaluate.test_load import data

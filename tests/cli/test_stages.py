@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from embedsmith.cli import app
 from embedsmith.cli import stages as verbs_module
 from embedsmith.cli.stages import PipelineRecipe, run
-from embedsmith.cli.verbs import app
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.recipe import load_recipe, parse
 from embedsmith.models import load

@@ -10,8 +10,8 @@ import pytest
 HEAVY = ("torch", "transformers", "accelerate", "scipy", "pyarrow", "datasets", "sentence_transformers")
 COMMANDS = {
     "import": "import embedsmith",
-    "help": "sys.argv = ['embedsmith', '--help']; from embedsmith.cli.verbs import main; main()",
-    "help of a verb": "sys.argv = ['embedsmith', 'train', '--help']; from embedsmith.cli.verbs import main; main()",
+    "help": "sys.argv = ['embedsmith', '--help']; from embedsmith.cli import main; main()",
+    "help of a verb": "sys.argv = ['embedsmith', 'train', '--help']; from embedsmith.cli import main; main()",
 }
 
 
@@ -38,7 +38,7 @@ def test_public_names_load_on_first_use() -> None:
 def test_threads_of_a_merge_share_one_heap(call: str, tmp_path: Path) -> None:
     code = f"""
 import ctypes, threading
-from embedsmith.cli.verbs import share_one_heap
+from embedsmith.cli.verbs.training import share_one_heap
 {call}
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p

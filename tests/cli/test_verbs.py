@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError, ModelError
 from embedsmith.evaluate import load_task
 from embedsmith.report.model_card import Score, Story, add_story, push

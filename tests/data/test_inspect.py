@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.data.inspect import inspect_source
 from embedsmith.data.source import Source

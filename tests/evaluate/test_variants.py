@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import EvaluationError, SearchError
 from embedsmith.core.reps import Dense, MultiVector, Sparse
 from embedsmith.core.seeds import derive_seed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.reps import Dense
 from embedsmith.evaluate import NarrowEncoder, evaluate, score_widths

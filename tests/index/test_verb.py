@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.models import load
 from tests.tinybert import tiny_bert

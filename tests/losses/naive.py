@@ -1,6 +1,7 @@
 """Every objective once more, from its definition, with Python loops over float64 numbers.
 
-Nothing here is shared with the code under test: no ids resolved to rows, no masks, no logsumexp, no blocks.
+Nothing here is shared with the code under test: no ids resolved to rows, no masks, no logsumexp, no blocks; only the
+rule for scores that equal their limit (`exceeds`), which the two must decide alike.
 """
 
 from __future__ import annotations

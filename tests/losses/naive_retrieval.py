@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from embedsmith.core.reps import exceeds
 from tests.losses.examples import Pairs, Retrieval, teacher_score
 from tests.losses.world import (
     all_positives,
@@ -59,18 +60,18 @@ def one_way(loss, world):
                 s = world.score(h, query, d)
                 kind = "hard" if d in own else "in_batch"
                 bonus = loss.hardness_weight * s if loss.hardness_on in (kind, "all") else 0.0
-                z += math.exp(s / t + bonus) if s <= limit else 0.0
+                z += math.exp(s / t + bonus) if not exceeds(s, limit) else 0.0
             if loss.include_qq:
                 for other in unique(e.query):
                     rows = [r for r in range(len(e)) if e.query[r] == other]
                     shares = any(set(unique(e.positive[r])) & set(positives) for r in rows)
                     s = world.score(h, query, other)
-                    if other != query and s <= limit and not (shares and loss.mask_false_negatives):
+                    if other != query and not exceeds(s, limit) and not (shares and loss.mask_false_negatives):
                         z += math.exp(s / t)
             if loss.include_dd:
                 for d in all_positives(world):
                     s = world.score(h, positives[number], d)
-                    z += math.exp(s / t) if d not in known and s <= limit else 0.0
+                    z += math.exp(s / t) if d not in known and not exceeds(s, limit) else 0.0
             up = (
                 math.fsum(math.exp(s / t) for s in positive_scores)
                 if loss.multi_positive == "inside"

@@ -52,6 +52,22 @@ def test_streamed_equals_plain_under_matryoshka(inner):
     assert_equal_runs(Matryoshka(inner, (5, 2)), Matryoshka(replace(inner, block_size=5), (5, 2)))
 
 
+@pytest.mark.parametrize("loss", [Qwen3(0.2, margin=0.0), InfoNCE(0.2, relative_margin=1.0)], ids=str)
+def test_equal_scores_stay_within_a_margin_however_they_are_rounded(loss, monkeypatch):
+    """Repeated texts score exactly as the positive does; another processor's rounding must not drop them."""
+    example = examples_for(loss)["adversarial"]
+    expected, _ = run(loss, example)
+    generator, scores = torch.Generator().manual_seed(0), Dense.scores
+
+    def rounded(self, other, widths=None):
+        score_WQK = scores(self, other, widths)
+        return score_WQK + 3e-7 * torch.empty_like(score_WQK).uniform_(-1, 1, generator=generator)
+
+    monkeypatch.setattr(Dense, "scores", rounded)
+    for _ in range(10):
+        assert run(loss, example)[0].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
 def test_every_streaming_loss_is_here():
     assert {type(loss) for loss in STREAMED} >= {InfoNCE, MidNCE, SupervisedContrastive, M3RankedKD, Uniformity, GOR}
 

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import embedsmith
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.recipe import load_recipe, read_tree
 from embedsmith.merge import MergeRecipe, merge
 from tests.merge.family import retrieval_records, sts_records

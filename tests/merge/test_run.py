@@ -520,7 +520,7 @@ def test_checkpoints_by_pattern(models, tmp_path):
 def test_command_line(models, tmp_path):
     from typer.testing import CliRunner
 
-    from embedsmith.cli.verbs import app
+    from embedsmith.cli import app
 
     base, parents = models
     recipe = tmp_path / "merge.yaml"

@@ -118,6 +118,8 @@ def test_limits():
     assert keep(relative_margin=0.05) == [False, True, True, True]
     assert keep(absolute_margin=0.1) == [False, False, True, True]
     assert keep(max_score=0.5, min_score=0.3) == [False] * 4
+    assert keep(max_score=0.95 - 1e-7) == [False, True, True, True]  # equal up to rounding is not above
+    assert keep(min_score=0.2 + 1e-8) == [True] * 4
     below = within(np.array([-0.5, -0.6], np.float32), -0.5, Limits(relative_margin=0.1))
     assert below.tolist() == [False, True]  # the limit is below a negative positive score, not above it
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
-from embedsmith.cli.verbs import app
+from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.models import encode_files as module
 from embedsmith.models import load
@@ -130,7 +130,7 @@ def test_bad_input_can_be_mended_and_the_command_repeated(tmp_path, model):
 def test_two_processes_and_a_kill(tmp_path, model, text_file):
     """SIGKILL as soon as the first block is on the disk; the same command on two processes finishes."""
     out = tmp_path / "out"
-    program = "from embedsmith.cli.verbs import main; main()"
+    program = "from embedsmith.cli import main; main()"
     command = [sys.executable, "-c", program, "encode", str(text_file), str(out), "--model", model, "--block", "8"]
     process = subprocess.Popen([*command, "--processes", "2"], start_new_session=True, stdout=subprocess.DEVNULL)
     while not any(json.loads(path.read_text()) for path in out.glob("progress-*.json")) and process.poll() is None:

@@ -91,7 +91,7 @@ def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, tmp_path, m
 
 
 def command(recipe, *arguments):
-    return [sys.executable, "-c", "from embedsmith.cli.verbs import main; main()", "train", str(recipe), *arguments]
+    return [sys.executable, "-c", "from embedsmith.cli import main; main()", "train", str(recipe), *arguments]
 
 
 def wait_for_step(output, step, process):

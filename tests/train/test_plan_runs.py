@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from embedsmith.cli import verbs as cli
+from embedsmith import cli
 from embedsmith.cli.overview import overview
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import parse

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from embedsmith.cli.verbs import main
+from embedsmith.cli import main
 from embedsmith.data import cache as storecache
 from embedsmith.train import loop
 from tests.core.test_files import tiny_disk

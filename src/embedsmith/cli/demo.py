@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
 
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError
 from embedsmith.core.files import atomic_file
@@ -28,10 +31,6 @@ from embedsmith.losses import CoSENT, InfoNCE
 from embedsmith.models import Embedder, ModelConfig, load
 from embedsmith.search import exact_top_k
 from embedsmith.train import Recipe, TrainConfig, train
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
 
 QUESTION = "My neighbour wants to build right next to my garden. Does the council have to approve that first?"
 HELD_OUT = 0.3
@@ -68,7 +67,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FoundAnswer:
     """One hit of the live query."""
 
     score: float
@@ -82,8 +81,8 @@ class Demonstration:
     before: Results
     after: Results
     question: str
-    answers_before: tuple[Answer, ...]
-    answers_after: tuple[Answer, ...]
+    answers_before: tuple[FoundAnswer, ...]
+    answers_after: tuple[FoundAnswer, ...]
     model: Path
     training_minutes: float
 
@@ -96,6 +95,25 @@ class Demonstration:
             "model": str(self.model),
             "training_minutes": round(self.training_minutes, 2),
         }
+
+    def table(self) -> Group:
+        """Scores before and after, and the answers to the live query, for the terminal."""
+        scores = Table(title="held-out texts, never trained on", title_justify="left")
+        for column in ("task", "score", "before", "after"):
+            scores.add_column(column, justify="left" if column in ("task", "score") else "right")
+        for before, after in zip(self.before, self.after, strict=True):
+            for name in dict.fromkeys((before.metric, *(key for key in ALSO if key in before.scores))):
+                cells = (f"{100 * result.scores[name]:.2f}" for result in (before, after))
+                scores.add_row(before.task, name, *cells)
+        answers = Table(title=f"asked: {self.question}", title_justify="left", show_lines=True)
+        for column in ("cosine", "answer after training", "place before"):
+            answers.add_column(column)
+        ranked = [answer.text for answer in self.answers_before]
+        for answer in self.answers_after[:SHOWN]:
+            place = str(ranked.index(answer.text) + 1) if answer.text in ranked else f"below {len(ranked)}"
+            answers.add_row(f"{answer.score:.3f}", answer.text, place)
+        closing = f"trained in {self.training_minutes:.1f} minutes; the model is in {self.model}"
+        return Group(scores, answers, closing)
 
 
 def demonstrate(
@@ -115,7 +133,7 @@ def demonstrate(
     say(f"{len(questions)} questions with answers, {len(papers)} papers; three tenths of both are held out")
     untuned = load(str(encoder))
     before = evaluate(untuned, tasks, about={"model": "all-MiniLM-L6-v2"})
-    answers_before = search(untuned, question, passages, top)
+    answers_before = best_passages(untuned, question, passages, top)
 
     say(f"training {steps} steps, retrieval and similarity in turn")
     started = time.perf_counter()
@@ -125,34 +143,11 @@ def demonstrate(
     say("scoring the trained model")
     tuned = load(str(folder))
     after = evaluate(tuned, tasks, about={"model": str(folder)})
-    answers_after = search(tuned, question, passages, top)
+    answers_after = best_passages(tuned, question, passages, top)
     found = Demonstration(before, after, question, answers_before, answers_after, folder, minutes)
     with atomic_file(output / "report.json") as file:
         json.dump(found.as_dict(), file, indent=2, ensure_ascii=False)
     return found
-
-
-def render(found: Demonstration) -> Group:
-    """Scores before and after, and the answers to the live query, for the terminal."""
-    from rich.console import Group
-    from rich.table import Table
-
-    scores = Table(title="held-out texts, never trained on", title_justify="left")
-    for column in ("task", "score", "before", "after"):
-        scores.add_column(column, justify="left" if column in ("task", "score") else "right")
-    for before, after in zip(found.before, found.after, strict=True):
-        for name in dict.fromkeys((before.metric, *(key for key in ALSO if key in before.scores))):
-            cells = (f"{100 * result.scores[name]:.2f}" for result in (before, after))
-            scores.add_row(before.task, name, *cells)
-    answers = Table(title=f"asked: {found.question}", title_justify="left", show_lines=True)
-    for column in ("cosine", "answer after training", "place before"):
-        answers.add_column(column)
-    ranked = [answer.text for answer in found.answers_before]
-    for answer in found.answers_after[:SHOWN]:
-        place = str(ranked.index(answer.text) + 1) if answer.text in ranked else f"below {len(ranked)}"
-        answers.add_row(f"{answer.score:.3f}", answer.text, place)
-    closing = f"trained in {found.training_minutes:.1f} minutes; the model is in {found.model}"
-    return Group(scores, answers, closing)
 
 
 def recipe(encoder: Path, files: Files, output: Path, steps: int) -> Recipe:
@@ -168,12 +163,12 @@ def recipe(encoder: Path, files: Files, output: Path, steps: int) -> Recipe:
     )
 
 
-def search(model: Embedder, question: str, passages: Sequence[str], top: int) -> tuple[Answer, ...]:
+def best_passages(model: Embedder, question: str, passages: Sequence[str], top: int) -> tuple[FoundAnswer, ...]:
     """The best passages for a question, from an exact index."""
     document_KD = model.encode(passages, role="document")
     query_QD = model.encode([question], role="query")
     score_Qk, index_Qk = exact_top_k(query_QD, document_KD, top)
-    return tuple(Answer(float(score), passages[int(k)]) for score, k in zip(score_Qk[0], index_Qk[0], strict=True))
+    return tuple(FoundAnswer(float(score), passages[int(k)]) for score, k in zip(score_Qk[0], index_Qk[0], strict=True))
 
 
 # Where the encoder and the texts come from
@@ -227,8 +222,8 @@ def prepare(folder: Path, questions: Sequence[Faq], papers: Sequence[Paper]) -> 
     unknown = [each for each in questions if held_out(each.question)]
     write_rows(files.pairs, ({"query": each.question, "pos": [each.answer]} for each in known))
     write_search_task(files.held_out_questions, distinct(each.answer for each in questions), unknown)
-    write_rows(files.scored, scored_pairs([paper for paper in papers if not held_out(paper.title)]))
-    write_rows(files.held_out_scored, scored_pairs([paper for paper in papers if held_out(paper.title)]))
+    write_rows(files.scored, pairs_by_tags([paper for paper in papers if not held_out(paper.title)]))
+    write_rows(files.held_out_scored, pairs_by_tags([paper for paper in papers if held_out(paper.title)]))
     return files
 
 
@@ -237,16 +232,16 @@ def held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] < HELD_OUT * 256
 
 
-def scored_pairs(papers: Sequence[Paper], seed: int = 0) -> list[dict[str, Any]]:
+def pairs_by_tags(papers: Sequence[Paper], seed: int = 0) -> list[dict[str, Any]]:
     """All pairs of papers that share a tag, and as many that share none; the score is the share of tags in common."""
-    pairs = [(a.title, b.title, overlap(a.tags, b.tags)) for a, b in itertools.combinations(papers, 2)]
+    pairs = [(a.title, b.title, shared_tags(a.tags, b.tags)) for a, b in itertools.combinations(papers, 2)]
     alike = [pair for pair in pairs if pair[2] > 0]
     unlike = [pair for pair in pairs if pair[2] == 0]
     chosen = alike + random.Random(seed).sample(unlike, min(len(alike), len(unlike)))
     return [{"text1": left, "text2": right, "score": score} for left, right, score in chosen]
 
 
-def overlap(left: frozenset[str], right: frozenset[str]) -> float:
+def shared_tags(left: frozenset[str], right: frozenset[str]) -> float:
     """Jaccard's coefficient, |A and B| / |A or B|."""
     return len(left & right) / len(left | right)
 

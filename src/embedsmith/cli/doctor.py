@@ -6,20 +6,18 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
 
 from embedsmith.core.device import cores, cpu_multiplies_bf16
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
 
 _PACKAGE = "embedsmith"
 _ALWAYS_SHOWN = ("torch", "transformers", "accelerate", "tokenizers", "sentence-transformers")
@@ -34,6 +32,17 @@ class Dependency:
     name: str
     installed: str | None
     wanted: str
+
+    @classmethod
+    def of(cls, requirement: Requirement) -> Dependency:
+        return cls(requirement.name, installed_version(requirement.name), str(requirement.specifier))
+
+    @property
+    def problem(self) -> str:
+        """What is wrong where it does not fit, and the command that mends it."""
+        state = "is missing" if self.installed is None else f"is {self.installed}"
+        fix = f'pip install "{self.name}{self.wanted}"'
+        return f"{self.name} {state}, {self.wanted or 'any version'} is needed: {fix}"
 
     @property
     def fits(self) -> bool:
@@ -86,23 +95,54 @@ class Diagnosis:
         plain = [one | {"packages": list(packages)} for one, packages in zip(extras, details, strict=True)]
         return asdict(self) | {"extras": plain, "healthy": self.healthy}
 
+    def table(self) -> Group:
+        """Tables for a terminal, problems last."""
+        packages = Table("package", "installed", "needed", title="Packages", title_justify="left")
+        floors = {package.name: package.wanted for package in self.required}
+        for name, installed in self.versions.items():
+            packages.add_row(name, installed or "-", floors.get(name, ""))
+        extras = Table("extra", "installed", "to get it", title="Extras", title_justify="left")
+        for extra in self.extras:
+            extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else escape(extra.install))
+        devices = Table("device", "what", "memory", "bf16", title="Devices", title_justify="left")
+        for device in self.devices:
+            memory = "-" if device.memory_gb is None else f"{device.memory_gb} GB"
+            devices.add_row(device.name, device.what, memory, _BF16[device.bf16])
+        lines = [f"{self.disk_free_gb} GB free on this disk", *self.advice]
+        lines += [f"[red]problem:[/red] {escape(problem)}" for problem in self.problems]
+        return Group(packages, extras, devices, *lines, "all that is needed is here" if self.healthy else "")
+
 
 def diagnose(folder: str | Path = ".") -> Diagnosis:
     """Look at the installed packages, the devices, and the disk that holds `folder`."""
-    required, extras = _required(), _extras()
-    devices = tuple(_devices()) if installed_version("torch") else ()
+    needed = [Requirement(line) for line in requires(_PACKAGE) or []]
+    plain = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    required = tuple(map(Dependency.of, plain))
+    extras = tuple(
+        Extra(name, tuple(Dependency.of(one) for one in needed if one not in plain and _belongs(one, name)))
+        for name in metadata(_PACKAGE).get_all("Provides-Extra") or []
+    )
+    problems = [package.problem for package in required if not package.fits]
+    python = platform.python_version()
+    wanted = metadata(_PACKAGE)["Requires-Python"]
+    if not SpecifierSet(wanted).contains(python, prereleases=True):
+        problems.append(f"Python is {python}, {wanted} is needed: make a new environment with it")
     disk_free_gb = shutil.disk_usage(folder).free / 1e9
     low = f"{disk_free_gb:.1f} GB free here: checkpoints of a large model may not fit"
-    versions = {_PACKAGE: installed_version(_PACKAGE), "python": platform.python_version()}
+    versions = {_PACKAGE: installed_version(_PACKAGE), "python": python}
     return Diagnosis(
         versions=versions | {name: installed_version(name) for name in _ALWAYS_SHOWN},
         required=required,
         extras=extras,
-        devices=devices,
+        devices=devices() if installed_version("torch") else (),
         disk_free_gb=round(disk_free_gb, 1),
-        problems=tuple(_problems(required)),
+        problems=tuple(problems),
         advice=(low,) if disk_free_gb < _LOW_DISK_GB else (),
     )
+
+
+def _belongs(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
 
 
 def installed_version(name: str) -> str | None:
@@ -112,85 +152,17 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _problems(required: tuple[Dependency, ...]) -> Iterator[str]:
-    for package in required:
-        if not package.fits:
-            state = "is missing" if package.installed is None else f"is {package.installed}"
-            fix = f'pip install "{package.name}{package.wanted}"'
-            yield f"{package.name} {state}, {package.wanted or 'any version'} is needed: {fix}"
-    wanted = metadata(_PACKAGE)["Requires-Python"]
-    if not SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
-        yield f"Python is {platform.python_version()}, {wanted} is needed: make a new environment with it"
-
-
-def _requirements() -> list[Requirement]:
-    return [Requirement(line) for line in requires(_PACKAGE) or []]
-
-
-def _required() -> tuple[Dependency, ...]:
-    return tuple(
-        _dependency(one) for one in _requirements() if one.marker is None or one.marker.evaluate({"extra": ""})
-    )
-
-
-def _extras() -> tuple[Extra, ...]:
-    """Each extra with the packages it adds to the required ones."""
-    names = metadata(_PACKAGE).get_all("Provides-Extra") or []
-    return tuple(
-        Extra(
-            name,
-            tuple(
-                _dependency(one)
-                for one in _requirements()
-                if one.marker is not None
-                and one.marker.evaluate({"extra": name})
-                and not one.marker.evaluate({"extra": ""})
-            ),
-        )
-        for name in names
-    )
-
-
-def _dependency(requirement: Requirement) -> Dependency:
-    return Dependency(requirement.name, installed_version(requirement.name), str(requirement.specifier))
-
-
-def _devices() -> Iterator[Device]:
+def devices() -> tuple[Device, ...]:
     """The CPU, then every GPU that torch can use."""
     import torch
 
-    yield Device("cpu", f"{cores()} cores, {torch.get_num_threads()} threads", _memory_gb(), cpu_multiplies_bf16())
+    no_sysconf = sys.platform == "win32"
+    memory = None if no_sysconf else round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    found = [Device("cpu", f"{cores()} cores, {torch.get_num_threads()} threads", memory, cpu_multiplies_bf16())]
     for number in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(number)
         bf16 = facts.major >= 8 or torch.version.hip is not None
-        yield Device(f"cuda:{number}", facts.name, round(facts.total_memory / 1e9, 1), bf16)
+        found.append(Device(f"cuda:{number}", facts.name, round(facts.total_memory / 1e9, 1), bf16))
     if torch.backends.mps.is_available():
-        yield Device("mps", platform.machine(), None, True)
-
-
-def _memory_gb() -> float | None:
-    if sys.platform == "win32":
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-
-
-def render(found: Diagnosis) -> Group:
-    """Tables for a terminal, problems last."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-
-    packages = Table("package", "installed", "needed", title="Packages", title_justify="left")
-    floors = {package.name: package.wanted for package in found.required}
-    for name, installed in found.versions.items():
-        packages.add_row(name, installed or "-", floors.get(name, ""))
-    extras = Table("extra", "installed", "to get it", title="Extras", title_justify="left")
-    for extra in found.extras:
-        extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else escape(extra.install))
-    devices = Table("device", "what", "memory", "bf16", title="Devices", title_justify="left")
-    for device in found.devices:
-        memory = "-" if device.memory_gb is None else f"{device.memory_gb} GB"
-        devices.add_row(device.name, device.what, memory, _BF16[device.bf16])
-    lines = [f"{found.disk_free_gb} GB free on this disk", *found.advice]
-    lines += [f"[red]problem:[/red] {escape(problem)}" for problem in found.problems]
-    return Group(packages, extras, devices, *lines, "all that is needed is here" if found.healthy else "")
+        found.append(Device("mps", platform.machine(), None, True))
+    return tuple(found)

@@ -58,6 +58,23 @@ class Overview:
     notes: tuple[str, ...]
     how: str
 
+    def table(self) -> RenderableType:
+        table = Table("source", "task", "rows", "seen", "steps", "tokens", "padding", "time")
+        for one in self.sources:
+            account = one.account
+            cells = (f"{account.rows:,}", f"{account.seen:,}", f"{account.steps:,}", f"{one.tokens:,}")
+            table.add_row(Text(one.name), one.task, *cells, f"{one.padding_share:.1%}", _clock(one.seconds))
+        lines = [
+            f"{one.name}: {count:,} rows are not seen in the epoch: {why}"
+            for one in self.sources
+            for why, count in one.account.unseen.items()
+        ]
+        again = [one for one in self.sources if one.account.drawn > one.account.seen]
+        lines += [f"{one.name}: {one.account.drawn - one.account.seen:,} rows are seen again" for one in again]
+        lines.append(f"an epoch: {self.steps:,} steps, {_clock(self.seconds)}; the run: {self.run_steps:,} steps")
+        lines.append(f"({self.how})")
+        return Group(table, *(Text(line) for line in lines))
+
 
 def overview(recipe: Recipe, *, timed: bool = True) -> Overview:
     """Build the run as for training, look at its first epoch, throw it away. Errors: those of `train`."""
@@ -120,27 +137,6 @@ def _timings(run: Run) -> list[float]:
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - start) / max(len(steps), 1) * count)
     return seconds
-
-
-def render(found: Overview) -> RenderableType:
-    table = Table("source", "task", "rows", "seen", "steps", "tokens", "padding", "time")
-    for one in found.sources:
-        account = one.account
-        cells = (f"{account.rows:,}", f"{account.seen:,}", f"{account.steps:,}", f"{one.tokens:,}")
-        table.add_row(Text(one.name), one.task, *cells, f"{one.padding_share:.1%}", _clock(one.seconds))
-    lines = [
-        f"{one.name}: {count:,} rows are not seen in the epoch: {why}"
-        for one in found.sources
-        for why, count in one.account.unseen.items()
-    ]
-    lines += [f"{one.name}: {one.account.drawn - one.account.seen:,} rows are seen again" for one in _again(found)]
-    lines.append(f"an epoch: {found.steps:,} steps, {_clock(found.seconds)}; the run: {found.run_steps:,} steps")
-    lines.append(f"({found.how})")
-    return Group(table, *(Text(line) for line in lines))
-
-
-def _again(found: Overview) -> list[SourceOverview]:
-    return [one for one in found.sources if one.account.drawn > one.account.seen]
 
 
 def _clock(seconds: float | None) -> str:

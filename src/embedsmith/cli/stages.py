@@ -1,4 +1,8 @@
-"""Run the stages of a pipeline in order. What is finished is in a journal; the same command goes on behind it."""
+"""The recipe of a pipeline, what its stages can do, and how they run in order.
+
+A stage is a function from the plain tree of a verb's recipe to what it made; it may be called again after a stop, and
+on all ranks at once. What is finished is in a journal; the same command goes on behind it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,6 @@ from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import did_you_mean, section, to_plain
 
-# The recipe of a pipeline.
-
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -29,10 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class Stage:
     """One step of a pipeline: the recipe of one verb.
 
-    `recipe`: the fields of the verb's own recipe, or the path of a file that holds them; `set`: changes to it,
-    key.path=value. In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the
-    file of records; train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the
-    pipeline's folder. `output` may be left out: it is then in that folder, under the stage's name.
+    `name`: what later stages call it by. `verb`: curate, mine, train, merge or evaluate. `recipe`: the fields of the
+    verb's own recipe, or the path of a file that holds them. `set`: changes to it, key.path=value.
+
+    In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
+    train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the pipeline's folder.
+    `output` may be left out: it is then in that folder, under the stage's name.
     """
 
     name: str
@@ -48,7 +52,10 @@ class Stage:
 @section
 @dataclass(frozen=True, kw_only=True)
 class PipelineRecipe:
-    """Stages that run in their order. `output`: the folder of all that has no place of its own."""
+    """Stages that run in their order.
+
+    `output`: the folder of all that has no place of its own. `stages`: the stages, at least one.
+    """
 
     output: str
     stages: tuple[Stage, ...]
@@ -61,8 +68,24 @@ class PipelineRecipe:
             raise RecipeError(f"two stages are called {twice[0]!r}", where="stages", fix="give each its own name")
 
 
-# What a stage can do: a function from the plain tree of a verb's recipe to what it made. One line a verb in `VERBS`.
-# Every function may be called again after a stop, and on all ranks at once.
+@dataclass(frozen=True)
+class Kind:
+    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
+
+    run: Callable[[dict[str, Any], str], Path]
+    suffix: str
+
+
+VERBS: dict[str, Kind] = {}
+
+
+def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any], str], Path]], None]:
+    """Decorator for what a stage of a verb does: `(tree, where)` to the path of what it made."""
+
+    def add(run: Callable[[dict[str, Any], str], Path]) -> None:
+        VERBS[verb] = Kind(run, suffix)
+
+    return add
 
 
 def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False) -> Any:
@@ -75,12 +98,14 @@ def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False)
     return mine(recipe, load, overwrite=overwrite)
 
 
+@stage_of("mine", ".jsonl")
 def _mine(tree: dict[str, Any], where: str) -> Path:
     return Path(run_mine(tree, where).output)
 
 
+@stage_of("curate", ".jsonl")
 def _curate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.cli.curate import evaluation_texts, load_encoder
+    from embedsmith.cli.curation import evaluation_texts, load_encoder
     from embedsmith.curate import CurateRecipe, Tools, curate
 
     recipe = parse(CurateRecipe, tree, where)
@@ -90,6 +115,7 @@ def _curate(tree: dict[str, Any], where: str) -> Path:
     return Path(recipe.output)
 
 
+@stage_of("train")
 def _train(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.train import Recipe, train
 
@@ -100,6 +126,7 @@ def _train(tree: dict[str, Any], where: str) -> Path:
     return train(recipe)
 
 
+@stage_of("merge")
 def _merge(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.merge import MergeRecipe
     from embedsmith.merge.run import merge
@@ -113,7 +140,11 @@ def _merge(tree: dict[str, Any], where: str) -> Path:
 @section
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
-    """What `embedsmith evaluate` is told on the command line. `output`: a file of results."""
+    """What `embedsmith evaluate` is told on the command line.
+
+    `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
+    `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -126,6 +157,7 @@ class EvaluateStage:
             raise RecipeError("tasks: at least one is needed")
 
 
+@stage_of("evaluate", ".json")
 def _evaluate(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.evaluate import evaluate, load_task
     from embedsmith.models import load
@@ -141,21 +173,26 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
     return Path(stage.output)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
+def recipe_of(verb: str) -> type:
+    """The class of a verb's recipe. Errors: `RecipeError` for a verb without one."""
+    from embedsmith.cli.tokenize import TokenizeJob
+    from embedsmith.curate import CurateRecipe
+    from embedsmith.merge import MergeRecipe
+    from embedsmith.mining import MineRecipe
+    from embedsmith.train import Recipe
 
-    run: Callable[[dict[str, Any], str], Path]
-    suffix: str = ""
+    recipes = {
+        "train": Recipe,
+        "mine": MineRecipe,
+        "merge": MergeRecipe,
+        "curate": CurateRecipe,
+        "tokenize": TokenizeJob,
+        "run": PipelineRecipe,
+    }
+    if verb not in recipes:
+        raise RecipeError(f"{verb!r} has no recipe{did_you_mean(verb, recipes)}", expected=", ".join(recipes))
+    return recipes[verb]
 
-
-VERBS: dict[str, Kind] = {
-    "curate": Kind(_curate, ".jsonl"),
-    "mine": Kind(_mine, ".jsonl"),
-    "train": Kind(_train),
-    "merge": Kind(_merge),
-    "evaluate": Kind(_evaluate, ".json"),
-}
 
 JOURNAL = "pipeline.json"
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -177,13 +214,14 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     with an output that is already there. On several ranks (torchrun) every stage runs on all of them, or on the first
     where it knows no other. Errors: `RecipeError` for a reference to no earlier stage; those of the verbs.
     """
-    check(recipe)
+    check_stages(recipe)
     join_ranks()
     results: dict[str, str] = {"output": recipe.output}
     key = ""
     for stage in recipe.stages:
         tree = resolved(stage, results)
-        key = _key(key, stage, tree)
+        content = json.dumps([key, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
+        key = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
         done = _known(recipe).get(stage.name)
         if done is not None and done.key == key and Path(done.result).exists():
             log.info("stage %s: finished before, %s", stage.name, done.result)
@@ -197,7 +235,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     return {stage.name: Path(results[stage.name]) for stage in recipe.stages}
 
 
-def check(recipe: PipelineRecipe) -> None:
+def check_stages(recipe: PipelineRecipe) -> None:
     """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:
@@ -216,26 +254,22 @@ def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
 
 
 def _filled(value: Any, results: dict[str, str], where: str) -> Any:
+    """The value with what earlier stages made in the place of `${name}`."""
+
+    def made(reference: re.Match[str]) -> str:
+        if reference[1] not in results:
+            raise RecipeError(
+                f"{reference[0]} is no earlier stage{did_you_mean(reference[1], results)}",
+                where=f"stage {where}",
+                expected=f"one of {', '.join(results)}",
+            )
+        return results[reference[1]]
+
     if isinstance(value, dict):
         return {key: _filled(item, results, where) for key, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, results, where) for item in value]
-    return _REFERENCE.sub(lambda found: _lookup(found[1], results, where), value) if isinstance(value, str) else value
-
-
-def _lookup(name: str, results: dict[str, str], where: str) -> str:
-    if name not in results:
-        raise RecipeError(
-            f"${{{name}}} is no earlier stage{did_you_mean(name, list(results))}",
-            where=f"stage {where}",
-            expected=f"one of {', '.join(results)}",
-        )
-    return results[name]
-
-
-def _key(before: str, stage: Stage, tree: dict[str, Any]) -> str:
-    content = json.dumps([before, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return _REFERENCE.sub(made, value) if isinstance(value, str) else value
 
 
 def _known(recipe: PipelineRecipe) -> dict[str, Finished]:
@@ -262,8 +296,3 @@ def _note(recipe: PipelineRecipe, name: str, done: Finished) -> None:
             json.dump(entries, file, indent=1)
 
     on_first_rank(write)
-
-
-# Stages of one recipe, in order: curate, mine, train, merge, evaluate.
-
-__all__ = ["PipelineRecipe", "Stage", "run"]

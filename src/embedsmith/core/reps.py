@@ -9,8 +9,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -203,3 +205,27 @@ def concatenate(parts: Sequence[Reps]) -> Reps:
 def in_fp32(tensor: Tensor) -> Tensor:
     """fp32, unless it is fp64 already. At temperature 0.01 logits reach 100, where bf16 has a step of 0.5."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+TIE = 2.0**-18
+"""How far fp32 scores of the same two texts may lie apart, at a score of 1: sums of a thousand products in another
+order, by another processor or in blocks of another size, differ by less."""
+
+
+@overload
+def exceeds(score: Tensor, limit: Tensor | float) -> Tensor: ...
+@overload
+def exceeds(score: float, limit: Tensor) -> Tensor: ...
+@overload
+def exceeds(score: npt.NDArray[Any], limit: npt.NDArray[Any] | float) -> npt.NDArray[np.bool_]: ...
+@overload
+def exceeds(score: float, limit: npt.NDArray[Any]) -> npt.NDArray[np.bool_]: ...
+@overload
+def exceeds(score: float, limit: float) -> bool: ...
+def exceeds(score: Any, limit: Any) -> Any:
+    """Whether a score is above a limit by more than rounding: `score > limit + TIE (1 + |limit|)`; False for a NaN.
+
+    Every threshold on scores is decided here, so that a score equal to its limit but for the order of a sum falls on
+    the same side on every processor, in blocks and on several ranks. Two texts with equal vectors are such a case.
+    """
+    return score > limit + TIE * (1 + abs(limit))

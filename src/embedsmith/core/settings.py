@@ -1,30 +1,47 @@
 """Settings: frozen dataclasses that are their own schema. What each field may hold stands in its annotation, and is
-checked whether a recipe or a Python caller gave it; what it means stands in the docstring of its class."""
+checked whether a recipe or a Python caller gave it; what it means stands in the docstring of its class.
+
+Imported by the shelf and so by `--help`: pydantic is loaded where something is checked.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from embedsmith.core.errors import RecipeError
 
 C = TypeVar("C", bound=type)
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
-Word = Annotated[str, Field(min_length=1)]
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number or word in an annotation, under pydantic's names. A number with a range is finite."""
+
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+    min_length: int | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        limits = {name: value for name, value in vars(self).items() if value is not None}
+        finite = {"allow_inf_nan": False} if source is float else {}
+        return handler(source) | limits | finite
+
+
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(gt=0)]
+NotNegative = Annotated[float, Range(ge=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
+Count = Annotated[int, Range(gt=0)]
+Word = Annotated[str, Range(min_length=1)]
 
 
 def section(cls: C) -> C:
@@ -33,7 +50,7 @@ def section(cls: C) -> C:
 
     Errors: `RecipeError` naming the setting, what came and what was expected.
     """
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # type: ignore[attr-defined]
+    cls.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
     plain_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(plain_init)
 
@@ -52,7 +69,9 @@ def section(cls: C) -> C:
     return cls
 
 
-def _check(cls: type, name: str, value: Any, limits: TypeAdapter[Any]) -> None:
+def _check(cls: type, name: str, value: Any, limits: Any) -> None:
+    from pydantic import ValidationError
+
     try:
         limits.validate_python(value)
     except ValidationError as error:
@@ -61,8 +80,11 @@ def _check(cls: type, name: str, value: Any, limits: TypeAdapter[Any]) -> None:
 
 
 @functools.cache
-def _limits(cls: type) -> dict[str, TypeAdapter[Any]]:
-    """A check for every field whose annotation limits its values; types alone are left to the type checker."""
+def _limits(cls: type) -> dict[str, Any]:
+    """A check (a `TypeAdapter`) for every field whose annotation limits its values; types alone are left to the type
+    checker."""
+    from pydantic import ConfigDict, TypeAdapter
+
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls) if f.init and _is_limited(hints[f.name])]
     config = ConfigDict(arbitrary_types_allowed=True)
@@ -75,7 +97,9 @@ def _is_limited(hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return True
     if typing.get_origin(hint) is Annotated:
-        return _is_plain(parts[0]) and any(hasattr(extra, "metadata") for extra in parts[1:])
+        return _is_plain(parts[0]) and any(
+            isinstance(extra, Range) or hasattr(extra, "metadata") for extra in parts[1:]
+        )
     return _is_plain(hint) and any(_is_limited(part) for part in parts)
 
 
@@ -138,5 +162,7 @@ def to_plain(value: Any) -> Any:
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name nearest to a wrong one, nothing where none is near."""
+    import difflib
+
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -20,12 +20,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
-
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
 
 from embedsmith.core.errors import EmbedsmithError, RecipeError
 from embedsmith.core.settings import descriptions, did_you_mean, section, to_plain
@@ -89,10 +84,12 @@ class Shelf(Generic[T]):
 
         return add
 
-    def entries(self) -> list[Entry[T]]:
-        """All of them by name, users' own included."""
-        for _ in self._loading():
-            pass
+    def entries(self, plugins: bool = True) -> list[Entry[T]]:
+        """All of them by name; without `plugins` only those of the tree."""
+        for place in self.places:
+            load_place(place)
+        if plugins:
+            load_plugins()
         return [self._entries[name] for name in sorted(self._entries)]
 
     def names(self) -> list[str]:
@@ -138,13 +135,17 @@ class Shelf(Generic[T]):
                 expected=f"a name, or a mapping with a `type` key naming a {self.kind}",
             )
         arguments = {key: item for key, item in value.items() if key != "type"}
+        from pydantic import TypeAdapter
+
         thing: Any = self.get(value["type"])
         return TypeAdapter(thing).validate_python(arguments)
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
         return core_schema.no_info_plain_validator_function(self.build)
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         choices: list[dict[str, Any]] = [{"type": "string", "enum": self.names()}]
         for entry in self.entries():
             choices.append(
@@ -165,10 +166,12 @@ class Name:
 
     shelf: Shelf[Any]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
         return core_schema.no_info_after_validator_function(lambda name: self.shelf.entry(name).name, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {"type": "string", "enum": self.shelf.names()}
 
 
@@ -201,6 +204,8 @@ def load_plugins() -> None:
 
     Errors: `RecipeError` naming the package when one cannot be imported.
     """
+    from importlib.metadata import entry_points
+
     for point in entry_points(group=GROUP):
         try:
             point.load()
@@ -227,7 +232,7 @@ searchers: Shelf[Any] = Shelf("searcher", "embedsmith.mining.searchers")
 teachers: Shelf[Any] = Shelf("teacher", "embedsmith.mining.searchers")
 curation_steps: Shelf[Any] = Shelf("curation step", "embedsmith.curate")
 generators: Shelf[Any] = Shelf("generator", "embedsmith.curate.generators")
-verbs: Shelf[Any] = Shelf("verb", "embedsmith.cli")
+verbs: Shelf[Any] = Shelf("verb", "embedsmith.cli.verbs")
 
 SHELVES = (
     losses,

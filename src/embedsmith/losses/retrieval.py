@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.collectives import mean_over_ranks
+from embedsmith.core.reps import exceeds
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import (
+    NEVER,
     Candidates,
     LogTemperature,
     Negatives,
@@ -54,7 +56,8 @@ class InfoNCE(Loss):
         with labels, of any query of the same class.
     margin: drop negatives with s(q,n) > s(q,p) + margin (Qwen3-Embedding: 0.1).
     relative_margin: drop negatives with s(q,n) > relative_margin * s(q,p) (NV-Retriever: 0.95).
-        Inside the logarithm p is the query's best positive. Both are decided without gradient, at every width.
+        Inside the logarithm p is the query's best positive. Both are decided without gradient, at every width; a score
+        above its limit by no more than rounding stays (`core.reps.exceeds`).
     symmetric: the mean of this loss and the loss of the documents searching for their queries.
     include_qq, include_dd: add other queries, and the similarity of the positive to other queries' positives, to the
         denominator (Qwen3-Embedding, section 3). Queries that share a positive, or a text, do not count.
@@ -139,7 +142,7 @@ class InfoNCE(Loss):
         if self.margin is None and self.relative_margin is None:
             return None
         if self.multi_positive == "inside":
-            score_WQP = score_WQP.masked_fill(~valid_QP, float("-inf")).amax(-1, keepdim=True)
+            score_WQP = score_WQP.masked_fill(~valid_QP, NEVER).amax(-1, keepdim=True)
         limits = [score_WQP + self.margin] if self.margin is not None else []
         limits += [score_WQP * self.relative_margin] if self.relative_margin is not None else []
         return torch.stack(limits).amin(0)
@@ -218,7 +221,7 @@ def _lse(logit_WQB: Tensor, score_WQB: Tensor, mask_QB: Tensor, limit_WQP: Tenso
     if limit_WQP is None:
         return masked_logsumexp(logit_WQB, mask_QB)[..., None]
     slots = [
-        masked_logsumexp(logit_WQB, mask_QB & (score_WQB.detach() <= limit_WQ[..., None]))
+        masked_logsumexp(logit_WQB, mask_QB & ~exceeds(score_WQB.detach(), limit_WQ[..., None]))
         for limit_WQ in limit_WQP.unbind(-1)
     ]
     return torch.stack(slots, -1)

@@ -75,7 +75,8 @@ class Limits:
     """Which scores a negative may have. p is the score of the query's weakest positive.
 
     s <= max_score; s >= min_score; s <= p - absolute_margin; s <= p - relative_margin |p| (so 0.05 keeps what is below
-    95 % of a positive score, and the limit stays below a negative one).
+    95 % of a positive score, and the limit stays below a negative one). A score that equals a limit up to rounding is
+    within it.
     """
 
     max_score: float | None = None

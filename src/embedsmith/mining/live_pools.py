@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from embedsmith.core.collectives import Group, objects_of_all_ranks, rank, world_size
-from embedsmith.core.reps import Representation
+from embedsmith.core.reps import Representation, exceeds
 from embedsmith.core.tokens import IntArray
 from embedsmith.mining.config import LiveNegatives, Selection
 from embedsmith.mining.offline import Texts, candidates_of
@@ -100,5 +100,5 @@ def _guarded(
     for row, (index_C, score_C) in enumerate(zip(index_N, score_N, strict=True)):
         own = reps.rows(torch.tensor([place[index] for index in positives[row]]))
         weakest = float(query.rows(slice(row, row + 1)).scores(own)[0].min())
-        kept.append(index_C[score_C <= guard * weakest])
+        kept.append(index_C[~exceeds(score_C, guard * weakest)])
     return kept

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from embedsmith.core.errors import CheckpointError
+from embedsmith.core.reps import exceeds
 from embedsmith.core.tokens import IntArray
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.mining.report import SUSPECT
@@ -99,8 +100,8 @@ class LiveState:
             seen_QS = known_QS & ~np.isnan(score_QS)
             self._measure(step, row_Q, seen_QS, score_QS)
             with np.errstate(invalid="ignore"):
-                false_QS = seen_QS & (score_QS > (self.config.guard or np.inf) * positive_Q[:, None])
-                self._tally.add(score_QS[seen_QS], (seen_QS & (score_QS > SUSPECT * positive_Q[:, None])).sum())
+                false_QS = seen_QS & exceeds(score_QS, (self.config.guard or np.inf) * positive_Q[:, None])
+                self._tally.add(score_QS[seen_QS], (seen_QS & exceeds(score_QS, SUSPECT * positive_Q[:, None])).sum())
             unusable_QS = (known_QS & np.isnan(score_QS)) | false_QS
             if self.config.rule == "each_loss":
                 self._next_each(step, row_Q, unusable_QS | self._too_easy(row_Q, seen_QS))
@@ -122,8 +123,8 @@ class LiveState:
         """v2: S0 < 0.4, or 1.2 S < S0 and S < 0.7."""
         first_QS, last_QS = self.first_NS[row_Q].astype(np.float64), self.last_NS[row_Q].astype(np.float64)
         with np.errstate(invalid="ignore"):
-            softened_QS = (self.config.decay * last_QS < first_QS) & (last_QS < self.config.roof)
-            return np.asarray(seen_QS & ((first_QS < self.config.too_easy) | softened_QS))
+            softened_QS = exceeds(first_QS, self.config.decay * last_QS) & exceeds(self.config.roof, last_QS)
+            return np.asarray(seen_QS & (exceeds(self.config.too_easy, first_QS) | softened_QS))
 
     def _next_each(self, step: int, row_Q: IntArray, give_way_QS: npt.NDArray[np.bool_]) -> None:
         """Each slot marked takes the next candidate of its row's pool, in the order of the slots."""
@@ -167,8 +168,8 @@ class LiveState:
             first_E = np.where(measured_ES, self.first_NS[row_E].astype(np.float64), 0).sum(1) / count_E
             last_E = np.where(measured_ES, self.last_NS[row_E].astype(np.float64), 0).sum(1) / count_E
             again_E = measured_ES.any(1) & (self.last_step_N[row_E] > self.first_step_N[row_E])
-            give_way_E = again_E & (self.config.decay * last_E < first_E) & (last_E < self.config.roof)
-            self._next_all(step, row_E[give_way_E | self.guilty_N[row_E]])
+            softened_E = exceeds(first_E, self.config.decay * last_E) & exceeds(self.config.roof, last_E)
+            self._next_all(step, row_E[again_E & softened_E | self.guilty_N[row_E]])
             self.guilty_N[:] = False
 
     def _next_all(self, step: int, row_E: IntArray) -> None:

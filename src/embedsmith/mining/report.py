@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedsmith.core.files import atomic_file
+from embedsmith.core.reps import exceeds
 from embedsmith.data import Record
 
 SUSPECT = 0.95
@@ -63,7 +64,7 @@ class Counts:
         scores = [(r.teacher_positive_scores or (), r.teacher_negative_scores or ()) for r in kept]
         positives = [[s for s in p if s is not None] for p, _ in scores]
         negatives = [[s for s in n if s is not None] for _, n in scores]
-        suspect = sum(s > SUSPECT * min(p) for p, n in zip(positives, negatives, strict=True) if p for s in n)
+        suspect = sum(exceeds(s, SUSPECT * min(p)) for p, n in zip(positives, negatives, strict=True) if p for s in n)
         return Counts(
             records=len(kept),
             negatives=sum(len(record.negatives) for record in kept),

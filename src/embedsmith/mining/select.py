@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.reps import exceeds
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data import Record
 from embedsmith.data.formats.files import open_rows
@@ -102,15 +103,17 @@ def may_be_negative(ranked: Ranked, select: Selection) -> Mask:
 
 
 def within(score_C: FloatArray, positive: float, limits: Limits) -> Mask:
-    """mask_C of the scores that `Limits` allows."""
+    """mask_C of the scores that `Limits` allows; a score that equals a limit up to rounding is allowed."""
     highest = [limit for limit in (limits.max_score,) if limit is not None]
     if limits.absolute_margin is not None and np.isfinite(positive):
         highest.append(positive - limits.absolute_margin)
     if limits.relative_margin is not None and np.isfinite(positive):
         highest.append(positive - limits.relative_margin * abs(positive))
-    kept_C: Mask = np.ones(len(score_C), bool) if limits.min_score is None else score_C >= limits.min_score
+    kept_C: Mask = ~np.isnan(score_C)
+    if limits.min_score is not None:
+        kept_C &= ~exceeds(limits.min_score, score_C)
     for limit in highest:
-        kept_C = kept_C & (score_C <= np.float32(limit))
+        kept_C &= ~exceeds(score_C, limit)
     return kept_C
 
 

@@ -1,4 +1,4 @@
-"""The verbs of the command line about evaluation; `cli.py` adds them. Rooms are imported inside the functions."""
+"""The verbs that measure models: evaluate, compare, geometry and report."""
 
 from __future__ import annotations
 
@@ -7,18 +7,37 @@ from typing import Annotated, Any
 
 import typer
 
+from embedsmith.core.shelf import verbs
+
 Tasks = Annotated[list[str] | None, typer.Option("--tasks", "-t", help="Names or paths, one or several.")]
+
+
 Data = Annotated[Path | None, typer.Option(help="Folder where names of tasks are looked up.")]
+
+
 Split = Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")]
+
+
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+
+
 Head = Annotated[str, typer.Option(help="dense, sparse, multivector or hybrid: which output is scored.")]
+
+
 Weight = Annotated[list[str] | None, typer.Option("--weight", help="Of a head in hybrid or all: sparse=0.3")]
+
+
 Dims = Annotated[list[str] | None, typer.Option(help="Widths of the vectors that are scored too: 64 128 256")]
+
+
 Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results: a stopped command continues.")]
+
+
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
 
-def evaluate(
+@verbs.register("evaluate")
+def evaluate_model(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
@@ -43,7 +62,7 @@ def evaluate(
     from rich.console import Console
 
     from embedsmith import __version__
-    from embedsmith.cli.scoring import Scoring
+    from embedsmith.cli.evaluation import Scoring
     from embedsmith.core.errors import EvaluationError
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.verb import parse_weights
@@ -139,7 +158,8 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
     raise EvaluationError(f"no engine is called {engine!r}", expected="embedsmith or sentence-transformers")
 
 
-def compare(
+@verbs.register("compare")
+def compare_results(
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or results (.json); the baseline first.")],
     tasks: Tasks = None,
     data: Data = None,
@@ -156,7 +176,7 @@ def compare(
 
     from rich.console import Console
 
-    from embedsmith.cli.scoring import Scoring, compare_models
+    from embedsmith.cli.evaluation import Scoring, compare_models
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
     from embedsmith.models import load
@@ -192,7 +212,8 @@ def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], l
     return [name for name in models if is_model(name)], [*tasks, *(name for name in models if not is_model(name))]
 
 
-def geometry(
+@verbs.register("geometry")
+def show_geometry(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     task: Annotated[str, typer.Option("--task", "-t", help="Task whose texts are looked at, or a .txt file.")],
     against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
@@ -233,7 +254,8 @@ def geometry(
         typer.echo(f"report: {report}")
 
 
-def report(
+@verbs.register("report")
+def write_page(
     folder: Annotated[Path, typer.Argument(help="The output of a run, finished or not, or of a merge.")],
     output: Annotated[Path | None, typer.Option(help="Where to write it; FOLDER/report.html by default.")] = None,
 ) -> None:
@@ -241,17 +263,3 @@ def report(
     from embedsmith.report import write_report
 
     typer.echo(f"report: {write_report(folder, output)}")
-
-
-def push(
-    folder: Annotated[Path, typer.Argument(help="A saved model.")],
-    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
-    public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
-) -> None:
-    """Upload a saved model with its card to the hub you are logged in to."""
-    from embedsmith.report.model_card import push as upload
-
-    typer.echo(f"pushed: {upload(folder, repository, private=not public)}")
-
-
-VERBS = (evaluate, compare, geometry, report, push)

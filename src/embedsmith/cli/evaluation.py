@@ -58,6 +58,14 @@ class Scoring:
         """The whole vectors and their first numbers, on all tasks."""
         return score_widths(encoder, self._load(self.tasks), widths, about=about, keep=self.keep)
 
+    def chosen(self, results: Results, where: str) -> Results:
+        """The asked tasks of a file with results; all of them where none was asked for."""
+        wanted = [Path(task).name.removesuffix(".jsonl") for task in self.tasks]
+        found = {result.task: result for result in results}
+        if missing := [task for task in wanted if task not in found]:
+            raise EvaluationError(f"no result for {missing[0]!r}", where=where, expected=", ".join(found))
+        return Results(tuple(found[task] for task in wanted) or results.tasks, results.about)
+
     def _load(self, names: Sequence[str], split: str | None = None) -> list[Task]:
         return [load_task(name, data_dir=self.data, split=split or self.split) for name in names]
 
@@ -80,23 +88,10 @@ def compare_models(models: Sequence[str], scoring: Scoring, load: Load, widths: 
     scored: list[tuple[str, Results]] = []
     for name in models:
         if name.endswith(".json"):
-            results = Results.load(name)
-            scored.append((name, _chosen(results, scoring, name)))
+            scored.append((name, scoring.chosen(Results.load(name), name)))
         elif widths:
             columns = scoring.at_widths(load(name), widths, {"model": name}).columns
             scored += [(name if width == FULL else f"{name} at {width}", each) for width, each in columns.items()]
         else:
             scored.append((name, scoring.score(load(name), {"model": name})))
     return compare(scored)
-
-
-def _chosen(results: Results, scoring: Scoring, name: str) -> Results:
-    """The asked tasks of a file with results; all of them where none was asked for."""
-    wanted = [Path(task).name.removesuffix(".jsonl") for task in scoring.tasks]
-    found = {result.task: result for result in results}
-    if missing := [task for task in wanted if task not in found]:
-        raise EvaluationError(f"no result for {missing[0]!r}", where=name, expected=", ".join(found))
-    return Results(tuple(found[task] for task in wanted) or results.tasks, results.about)
-
-
-"""The models of the reference's table: the id, and how to load it."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.curate import CurateRecipe, EvaluationText, Report, Tools, curate
-
-if TYPE_CHECKING:
-    from embedsmith.evaluate import Task
 
 
 def run_curate(
@@ -80,7 +77,7 @@ def evaluation_texts(names: Sequence[str], data: str | None) -> Iterator[Evaluat
             yield from (EvaluationText(text, name, role) for text in texts)
 
 
-def _texts_of(task: Task, name: str) -> list[tuple[Role, Iterable[str]]]:
+def _texts_of(task: Any, name: str) -> list[tuple[Role, Iterable[str]]]:
     from embedsmith import evaluate as room
 
     match task:

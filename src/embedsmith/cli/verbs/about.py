@@ -1,0 +1,66 @@
+"""The verbs that tell of embedsmith itself: list, losses, schema and doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from embedsmith.core.shelf import verbs
+
+
+@verbs.register("list")
+def list_things(
+    kind: Annotated[str | None, typer.Argument(help="A kind: loss, pooling, merge-method, metric and so on.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of that kind: print all that is known about it.")] = None,
+) -> None:
+    """List everything that has a name in a recipe or on the command line, users' packages included; KIND lists one."""
+    from rich.console import Console
+
+    from embedsmith.cli.listing import all_shelves, everything_about, one_shelf, shelf_named
+
+    if kind is None:
+        Console().print(all_shelves())
+    elif name is None:
+        Console().print(one_shelf(shelf_named(kind)))
+    else:
+        typer.echo(everything_about(shelf_named(kind), name))
+
+
+@verbs.register("losses")
+def list_losses(
+    name: Annotated[str | None, typer.Argument(help="One loss: print all that is known about it.")] = None,
+) -> None:
+    """List the losses a recipe can name, with formula, settings and source; NAME explains one."""
+    list_things("loss", name)
+
+
+@verbs.register("schema")
+def print_schema(
+    verb: Annotated[str, typer.Argument(help="Whose recipe: train, mine, merge, curate, tokenize or run.")] = "train",
+) -> None:
+    """Print the JSON Schema of a recipe with the meaning of every key, for your editor."""
+    from embedsmith.cli.stages import recipe_of
+    from embedsmith.core.recipe import schema_json
+
+    typer.echo(schema_json(recipe_of(verb)))
+
+
+@verbs.register("doctor")
+def run_doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print versions, devices and disk space, what is missing and how to get it; exit 1 if it is needed."""
+    import json
+
+    from embedsmith.cli.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(found.table())
+    if not found.healthy:
+        raise typer.Exit(1)

@@ -1,0 +1,93 @@
+"""The verbs of data: inspect, curate and tokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from embedsmith.core.shelf import verbs
+
+
+@verbs.register("inspect")
+def inspect_data(
+    path: Annotated[str, typer.Argument(help="A data file, BEIR folder, dataset; or a recipe (.yaml): its plan.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="How to read it: task=sts columns.query=title")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Of a recipe: time a few training steps.")] = True,
+) -> None:
+    """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch."""
+    import json
+
+    from rich.console import Console
+
+    from embedsmith.core.recipe import apply_override, parse
+    from embedsmith.core.settings import to_plain
+    from embedsmith.data.inspect import inspect_source, render
+    from embedsmith.data.source import Source
+
+    if path.endswith((".yaml", ".yml")):
+        from embedsmith.cli.overview import overview
+        from embedsmith.core.recipe import load_recipe
+        from embedsmith.train import Recipe
+
+        plan = overview(load_recipe(path, Recipe, overrides or []), timed=timed)
+        if as_json:
+            typer.echo(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
+        else:
+            Console().print(plan.table(), soft_wrap=True)
+        return
+    tree: dict[str, Any] = {"path": path}
+    for override in overrides or []:
+        apply_override(tree, override)
+    found = inspect_source(parse(Source, tree, where="inspect"), samples)
+    if as_json:
+        typer.echo(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
+    else:
+        Console().print(render(found))
+
+
+@verbs.register("curate")
+def curate_data(
+    source: Annotated[str | None, typer.Argument(help="A YAML recipe; or a file, folder or pattern.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[OUT] [KEY=VALUE]...", help="Result; changes.")] = None,
+    steps: Annotated[
+        list[str] | None, typer.Option("--step", "-s", help="A step and its settings: 'length query_min=3'")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder where names of evaluation tasks are looked up.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do it again; scores and answers stay.")] = False,
+    list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their settings.")] = False,
+) -> None:
+    """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
+    from rich.console import Console
+
+    from embedsmith.curate.step import render, table_of_steps
+
+    if list_steps or source is None:
+        Console().print(table_of_steps())
+        return
+    from embedsmith.cli.curation import run_curate
+
+    Console().print(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
+
+
+@verbs.register("tokenize")
+def tokenize_data(
+    data: Annotated[list[str], typer.Argument(help="Data files or datasets; or one YAML recipe of this verb.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="For every source: key=value")] = None,
+    max_length: Annotated[int | None, typer.Option(min=4, help="Tokens a text may have.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="As in training: last puts an end token behind texts.")] = None,
+    layout: Annotated[str | None, typer.Option(help="corpus: documents once; inline: in each row.")] = None,
+    keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
+    adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
+) -> None:
+    """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on."""
+    from embedsmith.cli.tokenize import run_tokenize
+
+    tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
+    tree["pooling"] = pooling
+    for line in run_tokenize(data, tree, changes or [], adopt):
+        typer.echo(line)

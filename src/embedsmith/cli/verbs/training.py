@@ -1,0 +1,120 @@
+"""The verbs that make models: train, mine, merge, run and demo."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embedsmith.core.shelf import verbs
+
+
+@verbs.register("train")
+def train_model(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, run one step.")] = False,
+) -> None:
+    """Train a model as a recipe says. The same command continues a run that was stopped."""
+    from embedsmith.compat.config import read_recipe
+    from embedsmith.core.collectives import rank
+    from embedsmith.train import rehearse
+    from embedsmith.train import train as run
+
+    loaded = read_recipe(recipe, overrides or [])
+    said = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
+    if rank() == 0:
+        typer.echo(said)
+
+
+@verbs.register("mine")
+def mine_negatives(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Mine again; kept vectors stay.")] = False,
+) -> None:
+    """Find hard negatives for records. The same command continues a run that was stopped; torchrun shares the work."""
+    from embedsmith.cli.stages import run_mine
+    from embedsmith.core.recipe import apply_override, read_tree
+
+    tree = read_tree(recipe)
+    for override in overrides or []:
+        apply_override(tree, override)
+    report = run_mine(tree, str(recipe), overwrite)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(report.lines())
+
+
+@verbs.register("merge")
+def merge_models(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is already there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare the models and print the plan.")] = False,
+    explain: Annotated[Path | None, typer.Option(help="Write a report on the merge to this folder, not it.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the result against its parents.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="As --verify; what fails is not written.")] = False,
+    probe: Annotated[list[str] | None, typer.Option(help="Texts to look at: one file a parent, or one.")] = None,
+    sizes: Annotated[list[int] | None, typer.Option(help="With --explain: examples each parent saw.")] = None,
+) -> None:
+    """Merge models as a recipe says. The same command continues a merge that was stopped."""
+    share_one_heap()
+    from embedsmith.core.recipe import load_recipe
+    from embedsmith.merge import MergeRecipe, merge
+    from embedsmith.merge.run import rehearse
+
+    loaded = load_recipe(recipe, MergeRecipe, overrides or [])
+    if dry_run:
+        typer.echo(rehearse(loaded))
+    elif explain is not None:
+        from embedsmith.calibrate.verb import run_explain
+
+        typer.echo(f"report: {run_explain(loaded, explain, probe or [], sizes or [])}")
+    elif verify or strict:
+        from embedsmith.calibrate.verb import run_verified
+
+        typer.echo(f"model: {run_verified(loaded, probe or [], strict, overwrite)}")
+    else:
+        typer.echo(f"model: {merge(loaded, overwrite=overwrite)}")
+
+
+def share_one_heap() -> None:
+    """glibc gives every thread a heap of its own; holes in those of the threads that read and hash would add to the
+    peak of a merge. Other C libraries know no such setting, and need none."""
+    import ctypes
+    from contextlib import suppress
+
+    arena_max = -8  # M_ARENA_MAX of malloc.h
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
+@verbs.register("run")
+def run_stages(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe with stages.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: stages.0.recipe.output=...")] = None,
+) -> None:
+    """Run stages in order: curate, mine, train, merge, evaluate. The same command goes on after a stop."""
+    from embedsmith.cli.stages import PipelineRecipe, run
+    from embedsmith.core.recipe import load_recipe
+
+    made = run(load_recipe(recipe, PipelineRecipe, overrides or []))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo("\n".join(f"{name}: {result}" for name, result in made.items()))
+
+
+@verbs.register("demo")
+def run_demo(
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
+    ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
+) -> None:
+    """Train, score and search something real, offline, in minutes."""
+    from rich.console import Console
+
+    from embedsmith.cli.demo import QUESTION, demonstrate
+
+    Console().print(demonstrate(output, steps, ask or QUESTION, typer.echo).table())

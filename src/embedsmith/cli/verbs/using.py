@@ -1,0 +1,127 @@
+"""The verbs that use a model: encode, index and search, and those that take it elsewhere: convert, export and push."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embedsmith.core.shelf import verbs
+
+
+@verbs.register("encode")
+def encode_texts(
+    files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
+    out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    role: Annotated[str, typer.Option(help="query or document: which prompt is put before the texts.")] = "document",
+    task: Annotated[str | None, typer.Option(help="Use the prompt of this task.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
+    stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
+    block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
+) -> None:
+    """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
+    from embedsmith.core.recipe import parse
+    from embedsmith.models.encode_files import EncodeJob, encode_files
+
+    options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
+    tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
+    count = encode_files(parse(EncodeJob, tree, where="encode"))
+    typer.echo(f"{count} vectors in {out}")
+
+
+@verbs.register("index")
+def index_documents(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    documents: Annotated[str, typer.Argument(help="A file of documents (_id, text, ...), or a BEIR folder.")],
+    to: Annotated[Path | None, typer.Option(help="Folder of the index; an index that is there is updated.")] = None,
+    url: Annotated[str | None, typer.Option(help="Instead of a folder: URL of a Qdrant server.")] = None,
+    collection: Annotated[str, typer.Option(help="Collection on the server.")] = "embedsmith",
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option("--head", help="dense, sparse, multivector; all by default.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
+) -> None:
+    """Index documents under every head of a model; the same command continues after a stop, and updates."""
+    from embedsmith.index.verb import Place, run_index
+
+    place = Place(to, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    written, size = run_index(model, documents, place, heads, batch)
+    typer.echo(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
+
+
+@verbs.register("search")
+def search_index(
+    queries: Annotated[list[str] | None, typer.Argument(help="One or more queries.")] = None,
+    index: Annotated[Path | None, typer.Option("--index", "-i", help="Folder of the index.")] = None,
+    url: Annotated[str | None, typer.Option(help="Instead of a folder: URL of a Qdrant server.")] = None,
+    collection: Annotated[str, typer.Option(help="Collection on the server.")] = "embedsmith",
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the server's key.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's new place, if it was moved.")] = None,
+    file: Annotated[str | None, typer.Option(help="A file of queries (_id, text).")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits a query.")] = 10,
+    weights: Annotated[list[str] | None, typer.Option("--weight", help="Weight of a head: sparse=0.3")] = None,
+    rrf: Annotated[bool, typer.Option("--rrf", help="Fuse ranks instead of scores.")] = False,
+    candidates: Annotated[int, typer.Option(min=1, help="Documents each head proposes.")] = 100,
+    filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
+) -> None:
+    """Search an index by all heads together, with the score of each."""
+    from embedsmith.index import verb as indexing
+
+    place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    texts = [*(queries or []), *(indexing.read_queries(file) if file else [])]
+    where = indexing.parse_pairs(filters or [], "the filter")
+    asked = indexing.Asked(texts, k, indexing.parse_weights(weights or []), rrf, candidates, where)
+    for answer in indexing.run_search(place, model, asked, explain):
+        if as_json:
+            typer.echo(indexing.as_json(answer))
+        else:
+            from rich.console import Console
+
+            Console().print(indexing.table(answer))
+
+
+@verbs.register("convert")
+def convert_model(
+    model: Annotated[str, typer.Argument(help="A folder or hub id of a model, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
+) -> None:
+    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
+    from embedsmith.models.export import convert as run
+
+    typer.echo(run(model, out, changes or []))
+
+
+@verbs.register("export")
+def export_one_head(
+    model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
+) -> None:
+    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
+    from typing import cast
+
+    from embedsmith.models.export import Head, run_export
+
+    typer.echo(run_export(model, out, cast("Head", head)))
+
+
+@verbs.register("push")
+def push_model(
+    folder: Annotated[Path, typer.Argument(help="A saved model.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
+    public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
+) -> None:
+    """Upload a saved model with its card to the hub you are logged in to."""
+    from embedsmith.report.model_card import push as upload
+
+    typer.echo(f"pushed: {upload(folder, repository, private=not public)}")
