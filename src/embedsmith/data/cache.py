@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +21,7 @@ from filelock import FileLock, Timeout
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file, atomic_folder
 from embedsmith.core.progress import log
-from embedsmith.data.record import Record
-from embedsmith.data.source import Change, RecordSet, Skipped, Source, source_name
+from embedsmith.data.source import RecordSet, Skipped, Source, source_name
 from embedsmith.data.store import RecordStore, StoreWriter
 
 VERSION = 1
@@ -75,7 +74,7 @@ def stored(
     source: Source,
     files: Files,
     version: str | None,
-    convert: Callable[[DiskShelf], RecordSet[Any]],
+    convert: Callable[[StoreWriter], RecordSet[Any]],
     *,
     tokens: bool = False,
 ) -> RecordSet[Any]:
@@ -179,17 +178,17 @@ def _locked(entry: Path) -> FileLock:
 
 
 def _convert(
-    entry: Path, source: Source, files: Files, convert: Callable[[DiskShelf], RecordSet[Any]], tokens: bool
+    entry: Path, source: Source, files: Files, convert: Callable[[StoreWriter], RecordSet[Any]], tokens: bool
 ) -> None:
     for left in entry.parent.glob(f".{entry.name}.*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     log.info("%s: converting to %s, once", source.path, entry)
     with atomic_folder(entry) as folder:
-        shelf = DiskShelf(folder, tokens)
+        writer = StoreWriter(folder, tokens=tokens)
         try:
-            found = convert(shelf)
+            found = convert(writer)
         finally:
-            shelf.writer.abandon()
+            writer.abandon()
         for name, state in files.items():
             if _state(Path(name)) != state:
                 raise DataError("the file changed while it was read", where=name, fix="wait until it is whole")
@@ -209,32 +208,3 @@ def _open(entry: Path) -> RecordSet[Any]:
         skipped=skipped,
         score_range=None if known is None else (known[0], known[1]),
     )
-
-
-class DiskShelf:
-    """Records on their way into a store: written as they come, and once more only if all of them must change."""
-
-    def __init__(self, folder: Path, tokens: bool = False) -> None:
-        self.folder = folder
-        self.writer = StoreWriter(folder / "raw", tokens=tokens)
-
-    def __len__(self) -> int:
-        return len(self.writer)
-
-    def add(self, record: Record, line: int) -> None:
-        self.writer.add(record, line)
-
-    def settle(self, change: Change | None) -> tuple[Sequence[Record[Any]], str]:
-        counts = self.writer.close()
-        if change is not None:
-            before: RecordStore[str] = RecordStore(self.folder / "raw")
-            self.writer = StoreWriter(self.folder / "changed")
-            for record, line in zip(before, before.lines()):
-                if (changed := change(record, int(line))) is not None:
-                    self.writer.add(changed, int(line))
-            counts = self.writer.close()
-        for file in self.writer.folder.iterdir():
-            file.rename(self.folder / file.name)
-        for part in ("raw", "changed"):
-            shutil.rmtree(self.folder / part, ignore_errors=True)
-        return RecordStore(self.folder), counts.fingerprint

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, row_facts
-from embedsmith.data.record import Record, Text
+from embedsmith.data.record import OneByOne, Record, Text
 from embedsmith.data.source import RecordSet
 from embedsmith.data.stream import HasOrder
 
@@ -22,26 +21,8 @@ _ONE = float(2**63)
 """Text ids lie below it."""
 
 
-class _View(Sequence[Record[Text]]):
-    """What is indexed one row at a time."""
-
-    def row(self, place: int) -> Record[Text]:
-        raise IndexError(place)
-
-    @overload
-    def __getitem__(self, place: int) -> Record[Text]: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Record[Text]]: ...
-    def __getitem__(self, place: int | slice) -> Record[Text] | list[Record[Text]]:
-        if isinstance(place, slice):
-            return [self.row(one) for one in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        return self.row(place % len(self))
-
-
 @dataclass(frozen=True)
-class Selected(_View):
+class Selected(OneByOne[Text]):
     """Some rows of other records, in the order of `rows`."""
 
     records: Sequence[Record[Text]]
@@ -59,7 +40,7 @@ class Selected(_View):
 
 
 @dataclass(frozen=True)
-class Joined(_View):
+class Joined(OneByOne[Text]):
     """The rows of several sequences, one after the other; `names` are those of their sources."""
 
     pieces: tuple[Sequence[Record[Text]], ...]

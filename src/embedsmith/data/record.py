@@ -6,9 +6,9 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, get_args
+from typing import Generic, Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,25 @@ class Record(Generic[T]):
     label: int | None = None
     instruction: str | None = None
     source: str = ""
+
+
+class OneByOne(Sequence[Record[T]], Generic[T]):
+    """Records that are made when they are asked for, each by the number of its row."""
+
+    def row(self, place: int) -> Record[T]:
+        """The record of a row from 0 to the last."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> Record[T]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Record[T]]: ...
+    def __getitem__(self, place: int | slice) -> Record[T] | list[Record[T]]:
+        if isinstance(place, slice):
+            return [self.row(one) for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        return self.row(place % len(self))
 
 
 class RowError(DataError):

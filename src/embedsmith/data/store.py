@@ -20,12 +20,12 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ import pyarrow as pa
 from embedsmith.core.errors import DataError
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, facts_of
-from embedsmith.data.record import Record, T, Text, TokenIds
+from embedsmith.data.record import OneByOne, Record, T, Text, TokenIds
 
 Kinds = Mapping[str, type[np.int32] | type[np.int64]]
 """The arrays that belong together, by name, and what they hold."""
@@ -218,6 +218,25 @@ class StoreWriter:
         )
         self._block, self._lines, self._characters = [], [], 0
 
+    def settle(
+        self, change: Callable[[Record[Any], int], Record[Any] | None] | None = None
+    ) -> tuple[RecordStore[Any], str]:
+        """The complete store and its fingerprint. Records are written once more only if all of them must change, as
+        `change` says, given the record and its line (`None`: it is left out)."""
+        counts = self.close()
+        if change is None:
+            return RecordStore(self.folder), counts.fingerprint
+        before: RecordStore[Any] = RecordStore(self.folder)
+        other = StoreWriter(self.folder / "changed")
+        for record, line in zip(before, before.lines().tolist()):
+            if (changed := change(record, line)) is not None:
+                other.add(changed, line)
+        fingerprint = other.close().fingerprint
+        for file in other.folder.iterdir():
+            file.replace(self.folder / file.name)
+        other.folder.rmdir()
+        return RecordStore(self.folder), fingerprint
+
     def close(self) -> StoreCounts:
         self._flush()
         self.abandon()
@@ -233,7 +252,7 @@ class StoreWriter:
             self._tokens.close()
 
 
-class RecordStore(Sequence[Record[T]], Generic[T]):
+class RecordStore(OneByOne[T]):
     """The records of a store, as a sequence: each is made when it is asked for. Safe to share between threads.
 
     Errors: `DataError` for a folder that is damaged or not a store.
@@ -257,16 +276,7 @@ class RecordStore(Sequence[Record[T]], Generic[T]):
     def __len__(self) -> int:
         return self.counts.rows
 
-    @overload
-    def __getitem__(self, row: int) -> Record[T]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Record[T]]: ...
-    def __getitem__(self, row: int | slice) -> Record[T] | list[Record[T]]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        place = row + len(self) if row < 0 else row
-        if not 0 <= place < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+    def row(self, place: int) -> Record[T]:
         block = bisect_right(self._ends, place)
         within = place - (self._ends[block - 1] if block else 0)
         return self._record([column[within].as_py() for column in self._blocks[block]])

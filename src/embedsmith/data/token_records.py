@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.data.cache import DiskShelf, files_of, stored
+from embedsmith.data.cache import files_of, stored
 from embedsmith.data.record import Record, Text, TokenIds
 from embedsmith.data.source import RecordSet, Source
 from embedsmith.data.store import StoreWriter
@@ -93,7 +93,7 @@ def read_tokens(source: Source) -> RecordSet[TokenIds]:
     source = replace(source, split=facts.name, format=None, task=task)
     paths = [str(path) for path in _paths(folder, facts)]
     files = {name: state for name, state in files_of(folder).items() if name in paths}
-    found = stored(source, files, None, lambda shelf: _convert(folder, facts, source, shelf), tokens=True)
+    found = stored(source, files, None, lambda writer: _convert(folder, facts, source, writer), tokens=True)
     hash_ = f"{found.fingerprint}-{manifest.tokenizer.sha256[:16]}"
     return replace(found, tokens=(manifest.tokenizer, facts), fingerprint=hash_)
 
@@ -121,15 +121,15 @@ def _paths(folder: Path, facts: DatasetFacts) -> list[Path]:
     return [corpus, folder / f"{facts.name}_query.parquet"]
 
 
-def _convert(folder: Path, facts: DatasetFacts, source: Source, shelf: DiskShelf) -> RecordSet[Any]:
-    conversion = _Conversion(facts, source, shelf.writer)
+def _convert(folder: Path, facts: DatasetFacts, source: Source, writer: StoreWriter) -> RecordSet[Any]:
+    conversion = _Conversion(facts, source, writer)
     *corpus, rows = _paths(folder, facts)
     for path in corpus:
         conversion.read_corpus(path)
     conversion.read_rows(rows)
-    if not len(shelf):
+    if not len(writer):
         raise DataError("no records in it", where=folder, fix="tokenize again")
-    records, hash_ = shelf.settle(None)
+    records, hash_ = writer.settle()
     return RecordSet(source.name or facts.name, facts.task, records, hash_, format="tokens", labels=facts.labels)
 
 
