@@ -194,7 +194,7 @@ def score_row(arguments: argparse.Namespace, part: str, arm: str, seed: int, tas
             folder = trained(arguments, arm, seed)
         with timed(f"scoring {name}"):
             model = load(str(folder), max_length=256)
-            made = score_heads(model, [load_task(task)], HEADS, tune_on=dev_tasks(), keep=arguments.work / "vectors")
+            made = score_heads(model, [load_task(task)], HEADS, tune_on=dev_tasks(), cache=arguments.work / "vectors")
         scores = {column: 100 * results[0].main_score for column, results in made.columns.items()}
         return {"scores": scores, "tuned": dict(made.weights["tuned"])}
 

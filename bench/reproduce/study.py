@@ -229,15 +229,15 @@ class Study:
 
     def _space(self, encoder: Any) -> dict[str, float]:
         """Mean cosine and uniformity of the vectors of unrelated texts."""
-        from embedsmith.evaluate.geometry import mean_cosine, uniformity
+        from embedsmith.evaluate.geometry import Space
 
-        vector_ND = encoder.encode(self._texts(500), role="document")
-        return {"mean_cosine": mean_cosine(vector_ND), "uniformity": uniformity(vector_ND)}
+        space = Space(encoder.encode(self._texts(500), role="document"))
+        return {"mean_cosine": space.mean_cosine(), "uniformity": space.uniformity()}
 
     def _texts(self, count: int) -> list[str]:
-        from embedsmith.evaluate.model_geometry import sample_of
+        from embedsmith.evaluate.model_geometry import Sample
 
-        return list(sample_of(self.tasks["debian"], count).texts)
+        return list(Sample.of(self.tasks["debian"], count).texts)
 
 
 @dataclass(frozen=True)
@@ -266,12 +266,12 @@ def token_values(encoder: Any, texts: Sequence[str]) -> dict[str, list[float]]:
     import math
 
     from embedsmith.core.reps import MultiVector
-    from embedsmith.evaluate.geometry import matrix_shape
+    from embedsmith.evaluate.geometry import MatrixShape
 
     states = encoder.represent(texts, role="document", outputs=("tokens",))["tokens"]
     assert isinstance(states, MultiVector)
     rows = zip(states.vector_NTD, states.mask_NT, strict=True)
-    shapes = [matrix_shape(vector_TD[mask_T].double().numpy()) for vector_TD, mask_T in rows if int(mask_T.sum()) > 1]
+    shapes = [MatrixShape.of(vector_TD[mask_T].double().numpy()) for vector_TD, mask_T in rows if int(mask_T.sum()) > 1]
     return {
         "token_similarity": [shape.similarity for shape in shapes],
         "token_rank": [shape.relative_rank for shape in shapes],

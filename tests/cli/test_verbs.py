@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from embedsmith.cli import app
 from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError, ModelError
 from embedsmith.evaluate import load_task
-from embedsmith.report.model_card import Score, Story, add_story, push
+from embedsmith.report.model_card import Score, TrainingFacts, push
 from tests.evaluate.examples import NamedEncoder
 from tests.evaluate.test_load import data
 
@@ -154,7 +154,7 @@ def test_report_writes_where_it_is_told(tmp_path):
         invoke("report", tmp_path / "nothing")
 
 
-STORY = Story(
+FACTS = TrainingFacts(
     {"pairs": {"task": "retrieval", "rows": 1200, "seen": {"rows": 600}}},
     (Score("sts", "cosine_spearman", 0.82034, 0.5), Score("new", "ndcg_at_10", math.nan)),
     "train:\n  steps: 3\n",
@@ -164,15 +164,15 @@ STORY = Story(
 
 def test_a_card_tells_how_the_model_was_made_once(tmp_path):
     (tmp_path / "README.md").write_text("---\ntags: []\n---\n\n# Model\n")
-    add_story(tmp_path, STORY)
-    add_story(tmp_path, STORY)
+    FACTS.write_into(tmp_path)
+    FACTS.write_into(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\ntags: []\n---\n\n# Model\n")
     for line in ("| sts | cosine_spearman | 50.00 | 82.03 |", "| new | ndcg_at_10 |  | undefined |", "steps: 3"):
         assert text.count(line) == 1, line
     assert "| pairs | retrieval | 1,200, of which 600 were seen |" in text
     with pytest.raises(ModelError, match="no README"):
-        add_story(tmp_path / "other", STORY)
+        FACTS.write_into(tmp_path / "other")
 
 
 def test_push_uploads_the_folder_private_unless_told(tmp_path, monkeypatch):

@@ -232,5 +232,7 @@ def test_a_beir_folder_with_faults(tmp_path):
     assert f"{qrels}:2: found: q1, d1, 1" in error_of(tmp_path)
     lines(tmp_path / "corpus.jsonl", *[{"_id": "d1", "text": "one"}] * 2)
     assert f"{tmp_path / 'corpus.jsonl'}:2: the id 'd1' appears twice" in error_of(tmp_path)
-    lines(tmp_path / "corpus.jsonl", {"id": "d1", "text": "one"})
-    assert f"{tmp_path / 'corpus.jsonl'}:1: found: id, text" in error_of(tmp_path)
+    lines(tmp_path / "corpus.jsonl", {"key": "d1", "text": "one"})
+    error = error_of(tmp_path)
+    assert f"{tmp_path / 'corpus.jsonl'}:1: the id is None" in error
+    assert "found: key, text" in error

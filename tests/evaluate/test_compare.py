@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.evaluate import HybridEncoder, Results, TaskResult, evaluate
 from embedsmith.evaluate.compare import compare, confidence, difference, resampled, spearman_rows
 from embedsmith.search.cached import CachedEncoder
@@ -118,30 +118,30 @@ def test_an_interrupted_evaluation_continues_where_it_was(tmp_path):
     tasks = [small_tasks()[name] for name in ("sts", "pairs", "search")]
     expected = evaluate(NamedEncoder(), tasks)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Interrupted(), tasks, keep=tmp_path)
+        evaluate(Interrupted(), tasks, cache=tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 2
     again = NamedEncoder()
-    results = evaluate(again, tasks, keep=tmp_path)
+    results = evaluate(again, tasks, cache=tmp_path)
     assert len(again.calls) == 2, "only the task that was not finished is scored"
     assert [r.as_dict()["scores"] for r in results] == [r.as_dict()["scores"] for r in expected]
 
 
 def test_kept_results_are_those_of_the_same_model_and_task(tmp_path):
     sts = small_tasks()["sts"]
-    evaluate(NamedEncoder(8), [sts], keep=tmp_path)
+    evaluate(NamedEncoder(8), [sts], cache=tmp_path)
     for encoder, task in ((NamedEncoder(9), sts), (NamedEncoder(8), small_tasks(seed=1)["sts"])):
-        evaluate(encoder, [task], keep=tmp_path)
+        evaluate(encoder, [task], cache=tmp_path)
         assert encoder.calls
     for file in tmp_path.glob("*.json"):
         file.write_text("{half")
     encoder = NamedEncoder(8)
-    evaluate(encoder, [sts], keep=tmp_path)
+    evaluate(encoder, [sts], cache=tmp_path)
     assert encoder.calls, "an unreadable file is as good as none"
 
 
 def test_an_encoder_that_cannot_say_which_it_is_keeps_nothing(tmp_path):
-    with pytest.raises(EvaluationError, match="fingerprint"):
-        evaluate(HashEncoder(), [small_tasks()["sts"]], keep=tmp_path)
+    with pytest.raises(ModelError, match="fingerprint"):
+        evaluate(HashEncoder(), [small_tasks()["sts"]], cache=tmp_path)
 
 
 def test_cached_vectors_are_those_of_the_model_and_are_not_computed_twice(tmp_path):

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from embedsmith.core.errors import DataError, EvaluationError
+from embedsmith.core.shelf import task_kinds
 from embedsmith.evaluate import RetrievalTask, STSTask, data_folder, known_tasks, load_task, split_names
+from embedsmith.evaluate.tasks.by_name import Format, TaskKind, has_columns
 
 CORPUS = [{"_id": "d1", "title": "Cats ", "text": "sleep"}, {"_id": 2, "title": "", "text": "dogs"}]
 QUERIES = [{"_id": 7, "text": "what sleeps"}, {"_id": "q8", "text": "what barks"}]
@@ -171,3 +173,23 @@ def test_names_come_apart_at_commas_and_spaces_unless_a_path_exists(
     monkeypatch.chdir(tmp_path)
     Path("my file.jsonl").touch()
     assert split_names(["a,b", "c d , e", "my file.jsonl"]) == ["a", "b", "c", "d", "e", "my file.jsonl"]
+
+
+def test_a_kind_of_ones_own_is_found_by_its_files_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_kinds.names()
+    monkeypatch.setattr(task_kinds, "_entries", dict(task_kinds._entries))
+
+    def read(path: Path, name: str, split: str) -> STSTask:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return STSTask(name, [row["a"] for row in rows], [row["b"] for row in rows], [row["likeness"] for row in rows])
+
+    @task_kinds.register("likeness")
+    class Likeness(TaskKind):
+        formats = (Format(has_columns({"a", "b", "likeness"}), read),)
+
+    rows = [{"a": "x", "b": "y", "likeness": 1}, {"a": "x", "b": "z", "likeness": 0}]
+    lines(tmp_path / "mine.jsonl", rows)
+    for name in ("mine", "likeness:mine", tmp_path / "mine.jsonl"):
+        task = load_task(name, data_dir=tmp_path)
+        assert isinstance(task, STSTask)
+        assert list(task.score) == [1, 0]

@@ -1,11 +1,23 @@
 """Every figure equals a plain float64 loop written from its definition."""
 
+import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from embedsmith.evaluate.metrics import correlations, cosines
+from embedsmith.core.errors import EvaluationError
+from embedsmith.core.shelf import metrics
+from embedsmith.evaluate import evaluate
+from embedsmith.evaluate.metrics import Floats, Graded, cosines, metric, pair_scores
+from tests.evaluate.examples import NamedEncoder, small_tasks
+from tests.evaluate.fakes import HashEncoder
+
+
+def correlations(similarity: np.ndarray, score: np.ndarray) -> tuple[float, ...]:
+    return tuple(pair_scores("scored pairs", similarity, score).values())
 
 
 def test_spearman_and_pearson_equal_plain_loops() -> None:
@@ -43,3 +55,37 @@ def test_cosines_equal_a_loop_and_a_zero_vector_is_far_from_all() -> None:
 def test_pairs_of_equal_vectors_are_tied() -> None:
     vectors = np.random.default_rng(3).standard_normal((200, 7)).astype(np.float32)
     assert set(cosines(vectors, vectors.copy())) == {1.0}
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics.names()
+    monkeypatch.setattr(metrics, "_entries", dict(metrics._entries))
+
+
+def test_a_metric_of_ones_own_is_computed_and_shown_where_it_applies(shelf: None, tmp_path: Path) -> None:
+    tasks = small_tasks()
+    evaluate(NamedEncoder(), [tasks["search"]], cache=tmp_path)
+
+    @metric("gain_of_first", of="rankings")
+    def gain_of_first(found: Graded, k: int) -> Floats:
+        return found.grade_Qk[:, 0] * 1.0
+
+    @metric("gap", of="scored pairs")
+    def gap(similarity_N: Floats, score_N: Floats) -> float:
+        return float(np.abs(similarity_N - score_N).mean())
+
+    results = evaluate(NamedEncoder(), [tasks["search"], tasks["sts"]], cache=tmp_path)  # scored anew, with the metric
+    assert results[0].items["gain_of_first_at_10"].shape == (len(results[0].item_ids),)
+    assert "gain_of_first_at_10" not in results[1].scores
+    assert list(results[1].scores)[-1] == "cosine_gap"
+    file = io.StringIO()
+    Console(file=file, width=300).print(results.table())
+    assert "gain_of_first_at_10" in file.getvalue()
+    assert "cosine_gap" in file.getvalue()
+
+
+def test_a_metric_that_gives_no_value_a_query_is_refused(shelf: None) -> None:
+    metric("one_number", of="rankings")(lambda found, k: 0.5)
+    with pytest.raises(EvaluationError, match=r"'one_number' gave the shape \(\)"):
+        evaluate(HashEncoder(), [small_tasks()["search"]])

@@ -190,7 +190,7 @@ def fails_after_the_last_talk(folder):
 
 def fails_to_keep(folder):
     """Rank 0 cannot write: a file stands where the folder should be."""
-    return evaluate(NamedEncoder(), list(small_tasks().values())[:2], group=None, keep=folder / "file")
+    return evaluate(NamedEncoder(), list(small_tasks().values())[:2], group=None, cache=folder / "file")
 
 
 def what_each_rank_raises(folder):

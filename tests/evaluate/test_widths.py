@@ -43,9 +43,9 @@ def test_each_text_is_encoded_once_for_all_widths() -> None:
 
 
 def test_what_was_kept_is_not_encoded_again(tmp_path: Path) -> None:
-    first = score_widths(NamedEncoder(), TASKS, [4], keep=tmp_path)
+    first = score_widths(NamedEncoder(), TASKS, [4], cache=tmp_path)
     again = NamedEncoder()
-    second = score_widths(again, TASKS, [4], keep=tmp_path)
+    second = score_widths(again, TASKS, [4], cache=tmp_path)
     assert again.calls == []
     assert {n: r.main_scores() for n, r in first.columns.items()} == {
         n: r.main_scores() for n, r in second.columns.items()

@@ -256,7 +256,11 @@ def test_documents_of_files(tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert list(read_documents(path)) == [Document("1", "A b", {"lang": "en"}), Document("x", "c")]
-    for wrong, words in (({"text": "b"}, "no id"), ({"id": 1}, "no text"), ({"id": 1, "text": " "}, "empty")):
+    for wrong, words in (
+        ({"text": "b"}, "the id is None"),
+        ({"id": 1}, "the column .text. is missing"),
+        ({"id": 2, "text": " "}, "empty"),
+    ):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(wrong), encoding="utf-8")
         with pytest.raises(DataError, match=words) as error:
             list(read_documents(path))

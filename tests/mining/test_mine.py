@@ -3,15 +3,19 @@
 import gzip
 import json
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from embedsmith.core.errors import DataError, ModelError, RecipeError, SearchError
 from embedsmith.core.recipe import parse
+from embedsmith.core.settings import Positive
+from embedsmith.core.shelf import searchers
 from embedsmith.data import Source, read_source
 from embedsmith.mining import MineRecipe, mine
 from embedsmith.mining import searchers as searchers_module
+from embedsmith.mining.searchers import Searcher
 from tests.mining.fakes import Words, rows
 from tests.ranks import on_ranks
 
@@ -322,3 +326,42 @@ def test_two_ranks_give_the_file_of_one_and_share_the_encoding(tree, tmp_path, m
     assert sum(map(len, encoded)) == 60
     messages = on_ranks(2, work, tmp_path, tree | {"output": str(tmp_path / "three.jsonl")}, True)
     assert "rank 1 has another models than rank 0" in messages[0]
+
+
+def test_a_searcher_of_ones_own_stands_in_a_recipe(tree, monkeypatch):
+    searchers.names()
+    monkeypatch.setattr(searchers, "_entries", dict(searchers._entries))
+
+    @searchers.register("overlap")
+    @dataclass(frozen=True)
+    class Overlap:
+        """Candidates by the words they share with the query. `power`: of that number."""
+
+        power: Positive = 1.0
+
+        def open(self, texts):
+            return SharedWords(self.power, texts)
+
+    class SharedWords(Searcher):
+        def __init__(self, power, texts):
+            self.power, self.texts = power, texts
+
+        def top(self, start, stop, k):
+            score_QK = np.stack([self._row(query) for query in self.texts.queries[start:stop]])
+            index_Qk = np.argsort(-score_QK, kind="stable")[:, :k]
+            return np.take_along_axis(score_QK, index_Qk, 1), index_Qk
+
+        def pairs(self, row_E, index_E):
+            return np.array([self._row(self.texts.queries[r])[i] for r, i in zip(row_E, index_E)], np.float32)
+
+        def _row(self, query):
+            words = set(query.split())
+            return np.array([len(words & set(t.split())) ** self.power for t in self.texts.corpus], np.float32)
+
+    found = mined(tree | {"searchers": [{"type": "overlap", "power": 2}]})
+    assert all(len(record.negatives) == 4 for record in found)
+    assert found[0].teacher_positive_scores[0] > 1
+    with pytest.raises(RecipeError, match=r"unknown searcher 'overlay' \(did you mean 'overlap'"):
+        parse(MineRecipe, tree | {"searchers": ["overlay"]})
+    with pytest.raises(RecipeError, match="power"):
+        parse(MineRecipe, tree | {"searchers": [{"type": "overlap", "power": -1}]})

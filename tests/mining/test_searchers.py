@@ -1,5 +1,7 @@
 """What searchers are made of: BM25 tokens of any script, kept vectors of every head, an approximate index, pairs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,13 +36,14 @@ def test_tokens(tokens, text, expected):
 
 def test_bm25_finds_chinese_text_and_scores_nothing_for_unknown_words():
     corpus = ["今天天气很好", "检索模型的训练", "猫在睡觉", "训练一只猫"]
-    index = Bm25(Bm25Search(), corpus)
-    score_Qk, index_Qk = index.top(["怎么训练检索模型", "zzz"], 2)
+    index = Bm25(Bm25Search(), ["怎么训练检索模型", "zzz"], corpus)
+    index.prepare(Path())
+    score_Qk, index_Qk = index.top(0, 2, 2)
     assert index_Qk.tolist() == [[1, 3], [0, 1]]
     assert score_Qk[0, 0] > score_Qk[0, 1] > 0
     assert score_Qk[1].tolist() == [0, 0]
     with pytest.raises(DataError, match="no text of the corpus has a word"):
-        Bm25(Bm25Search(), ["?!", "..."])
+        Bm25(Bm25Search(), [], ["?!", "..."]).prepare(Path())
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse", "multivector"])

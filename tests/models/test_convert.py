@@ -61,7 +61,7 @@ def test_a_gguf_file_gives_the_vectors_of_its_language_model(tmp_path):
             state_TH = plain(input_ids=torch.tensor([[*ids, model.settings.eos_id]])).last_hidden_state[0]
         tokens = model.tokenize([text])
         assert tokens.id_S.tolist() == [*ids, model.settings.eos_id]
-        mine_TH = model._states(tokens.pad(0), all_layers=False).last_hidden_state[0]
+        mine_TH = model.states(tokens.pad(0), all_layers=False).last_hidden_state[0]
         torch.testing.assert_close(mine_TH, state_TH, rtol=0, atol=1e-4 * float(state_TH.abs().max()))
         expected_H = torch.nn.functional.normalize(state_TH[-1], dim=0)
         torch.testing.assert_close(torch.from_numpy(vector), expected_H, rtol=0, atol=1e-5)

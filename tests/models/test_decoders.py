@@ -130,7 +130,7 @@ def test_attention_pooling_equals_a_loop(folders):
             seen.append(sum(a * (pooler.value.weight @ t)[head] for a, t in zip(score_T.softmax(0), tokens)))
         state_D = pooler.norm_in(query_D + torch.cat(seen))
         expected_D = pooler.norm_out(state_D + torch.relu(pooler.out.weight @ state_D))
-        torch.testing.assert_close(pooler(hidden_NTH, pool_NT)[row], expected_D)
+        torch.testing.assert_close(pooler(hidden_NTH, pool_NT, pool_NT)[row], expected_D)
 
 
 def test_eos_stands_exactly_once_at_the_end(folders):
@@ -172,7 +172,7 @@ def test_an_inserted_cls_token(folders, tmp_path):
 def test_bos_is_left_out_of_averages(folders):
     model = embed(folders(bos=True), pooling="mean", normalize=False)
     padded = model.tokenize(["a cat"]).pad(0)
-    states_TH = model._states(padded, False).last_hidden_state[0]
+    states_TH = model.states(padded, False).last_hidden_state[0]
     torch.testing.assert_close(torch.from_numpy(model.encode("a cat")), states_TH[1:].mean(0).detach())
     kept = embed(folders(bos=True), pooling="mean", normalize=False, pool_special_tokens=True)
     torch.testing.assert_close(torch.from_numpy(kept.encode("a cat")), states_TH.mean(0).detach())
@@ -186,7 +186,7 @@ def test_echo_pools_the_second_time(folders, tmp_path):
     assert text == "do: a cat a cat"
     assert model.tokenizer.decode(rows.id_S[rows.body_N[0] : rows.offset_P[1]]).strip() == "a cat"
     whole = embed(folders(), pooling="mean", normalize=False)
-    states_TH = whole._states(whole.tokenize(["do: a cat a cat"]).pad(0), False).last_hidden_state[0]
+    states_TH = whole.states(whole.tokenize(["do: a cat a cat"]).pad(0), False).last_hidden_state[0]
     expected_H = states_TH[int(rows.body_N[0]) :].mean(0)
     torch.testing.assert_close(torch.from_numpy(model.encode("a cat")), expected_H.detach())
     model.save(tmp_path / "saved")
@@ -241,7 +241,7 @@ def test_layers_are_dropped(folders, tmp_path):
     model = embed(folders(), pooling="last", layers=1)
     model.save(tmp_path / "saved")
     again = embed(str(tmp_path / "saved"))
-    assert again.config.num_hidden_layers == 1
+    assert again.backbone.config.num_hidden_layers == 1
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
     with pytest.raises(ModelError, match="of a model with 2 layers"):
         embed(folders(), pooling="last", layers=3)

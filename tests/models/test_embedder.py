@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models import embedder as encode_module
-from embedsmith.models.pooling import POOLINGS
+from embedsmith.models import embedder as embedder_module
+from embedsmith.models import encode as encode_module
 from tests.models import tiny
 
 
@@ -18,7 +18,7 @@ def model(tmp_path_factory):
     return tiny.embedder(tmp_path_factory.mktemp("bert"))
 
 
-KINDS = [(kind, pooling) for kind in ("bert", "roberta", "llama") for pooling in POOLINGS]
+KINDS = [(kind, pooling) for kind in ("bert", "roberta", "llama") for pooling in tiny.POOLINGS]
 
 
 @pytest.mark.parametrize(("kind", "pooling"), [pair for pair in KINDS if pair != ("llama", "cls")])  # sees itself only
@@ -35,7 +35,7 @@ def test_vectors_do_not_depend_on_the_batch_or_the_padding_side(tmp_path, kind, 
 def test_blocks_keep_the_order_and_per_text_instructions(model, monkeypatch):
     instruction = [f"{'fox ' * n}" for n in range(len(tiny.TEXTS))]
     whole = model.encode(tiny.TEXTS, instruction=instruction)
-    monkeypatch.setattr(encode_module, "BLOCK", 3)
+    monkeypatch.setattr(embedder_module, "BLOCK", 3)
     np.testing.assert_allclose(model.encode(tiny.TEXTS, instruction=instruction), whole, atol=1e-6)
 
 

@@ -1,6 +1,5 @@
 """Files to vectors on disk: the same numbers as `encode`, whatever killed the work in between."""
 
-import gzip
 import json
 import os
 import signal
@@ -9,8 +8,6 @@ import sys
 import time
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +15,7 @@ from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.models import encode_files as module
 from embedsmith.models import load
-from embedsmith.models.encode_files import EncodeJob, encode_files, read_texts
+from embedsmith.models.encode_files import EncodeJob, encode_files
 from tests.models import tiny
 
 TEXTS = [f"{tiny.TEXTS[n % len(tiny.TEXTS)]} {'fox ' * (n % 5)}".strip() for n in range(50)]
@@ -120,7 +117,7 @@ def test_a_folder_with_other_things_is_not_touched(tmp_path, model, text_file):
 def test_bad_input_can_be_mended_and_the_command_repeated(tmp_path, model):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fox"}\n{"text": 3}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: 'text' is int"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 'text' is 3"):
         encode_files(job(model, path, out=tmp_path / "out"))
     path.write_text('{"text": "fox"}\n')
     assert encode_files(job(model, path, out=tmp_path / "out")) == 1
@@ -146,40 +143,3 @@ def test_the_command(tmp_path, model, text_file):
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert "100 vectors in" in done.output
-
-
-def test_kinds_of_files(tmp_path):
-    rows = [{"_id": "d1", "title": "Foxes", "text": "jump"}, {"_id": "d2", "title": "", "text": "sleep"}]
-    with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as file:
-        file.write("\n".join(map(json.dumps, rows)))
-    assert list(read_texts(tmp_path / "corpus.jsonl.gz")) == [("d1", "Foxes jump"), ("d2", "sleep")]
-    assert next(read_texts(tmp_path / "corpus.jsonl.gz", "title")) == ("d1", "Foxes")
-    (tmp_path / "a.csv").write_text('id,body\n7,"two\nlines"\n')
-    assert list(read_texts(tmp_path / "a.csv", "body")) == [("7", "two\nlines")]
-    (tmp_path / "a.tsv").write_text("id\ttext\n7\tone\n")
-    assert list(read_texts(tmp_path / "a.tsv")) == [("7", "one")]
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["a", "b"]}), tmp_path / "a.parquet")
-    assert list(read_texts(tmp_path / "a.parquet", "body")) == [("1", "a"), ("2", "b")]
-    (tmp_path / "a.txt").write_text("one\n\nthree")
-    assert list(read_texts(tmp_path / "a.txt")) == [(None, "one"), (None, ""), (None, "three")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("a.csv", b"id,body\n7,x\n", r"which column(.|\n)*id, body(.|\n)*--column"),
-        ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl:2: a list, not an object"),
-        ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1: 'text' is missing"),
-        ("a.txt.gz", gzip.compress(b"many words " * 99, mtime=0)[:-9], r"cannot read this file"),
-        ("a.txt", b"\xff\xfe", r"cannot read this file"),
-        ("a.parquet", b"not parquet", r"cannot read this file"),
-        ("a.docx", b"", r"unknown kind of file '\.docx'"),
-        ("absent.txt", None, r"cannot read this file"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, content, match):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=match):
-        list(read_texts(tmp_path / name))

@@ -36,7 +36,10 @@ def refused(path, match, **overrides):
 
 def test_a_folder_that_does_not_say_how_to_pool_is_an_error(plain):
     refused(plain, r"does not say how to pool(.|\n)*pooling=mean")
-    refused(plain, "unknown pooling 'median'", pooling="median")
+    with pytest.raises(RecipeError, match=r"unknown pooling 'wean' \(did you mean 'mean'\?\)(.|\n)*latent, max, mean"):
+        load(str(plain), pooling="wean")
+    with pytest.raises(RecipeError, match="unknown pooling 'median'"):
+        load(ModelConfig(str(plain), pooling="median"))
 
 
 def test_a_config_and_overrides_are_the_same_thing(plain):

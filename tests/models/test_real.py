@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from embedsmith.core.shelf import poolings
 from embedsmith.models import load
-from embedsmith.models.pooling import POOLINGS
+from tests.models import tiny
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).resolve().parents[3] / "shared/data"
@@ -47,7 +48,7 @@ def test_minilm_as_it_is(minilm, texts):
     np.testing.assert_allclose(vectors[:10], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", tiny.POOLINGS)
 def test_round_trips_with_prompts_and_a_head(minilm, texts, tmp_path, pooling):
     """Ours to theirs, their newest schema to ours, and the root to plain transformers."""
     from sentence_transformers import SentenceTransformer
@@ -68,6 +69,6 @@ def test_round_trips_with_prompts_and_a_head(minilm, texts, tmp_path, pooling):
     tokens = tokenizer(["query: " + text for text in texts], padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         state_NTH = plain.eval()(**tokens).last_hidden_state
-        pooled_NH = POOLINGS[pooling](state_NTH, tokens.attention_mask.bool(), tokens.attention_mask.bool())
+        pooled_NH = poolings.get(pooling)(state_NTH, tokens.attention_mask.bool(), tokens.attention_mask.bool())
         expected_ND = torch.nn.functional.normalize(model.projections[0](pooled_NH), dim=-1)
     np.testing.assert_allclose(vectors, expected_ND, atol=1e-5)

@@ -89,7 +89,7 @@ def test_weights_are_those_of_the_whole_language_model(tmp_path, kind):
     pooling = "last" if "llama" in kind else "mean"
     model = load(str(folder), pooling=pooling, heads=("sparse",), sparse="splade", sparse_terms=10**6, device="cpu")
     sparse = model.represent(TEXTS, role="document", outputs=("sparse",))["sparse"]
-    size = model.config.vocab_size
+    size = model.backbone.config.vocab_size
     found_NV = over_vocabulary(sparse.weight_NT, sparse.coordinate_NT, size)
     whole = (AutoModelForCausalLM if "llama" in kind else AutoModelForMaskedLM).from_pretrained(folder).eval()
     for text, found_V in zip(TEXTS, found_NV, strict=True):

@@ -226,9 +226,9 @@ def test_a_missing_head_lists_those_there_are(tmp_path):
 
 def test_impossible_heads(tmp_path, model):
     path = str(tmp_path / "base")
-    with pytest.raises(RecipeError, match="heads"):
+    with pytest.raises(RecipeError, match=r"unknown head 'spares' \(did you mean 'sparse'\?\)"):
         load(path, heads=("spares",), pooling="mean")
-    with pytest.raises(ModelError, match="unknown head 'spares'"):
+    with pytest.raises(RecipeError, match="unknown head 'spares'"):
         load(ModelConfig(path, pooling="mean", heads=("spares",)))
     with pytest.raises(ModelError, match=r"multivector_dim=8(.|\n)*add multivector to heads"):
         load(path, multivector_dim=8, pooling="mean")

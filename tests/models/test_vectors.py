@@ -5,7 +5,7 @@ import pytest
 from sentence_transformers.util import quantize_embeddings
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models.embedder import cosine, quantize, value_ranges
+from embedsmith.models.encode import cosine, quantize, value_ranges
 
 VECTORS = np.random.default_rng(0).normal(size=(50, 24)).astype(np.float32)
 

@@ -15,7 +15,6 @@ from embedsmith.core.errors import CheckpointError
 from embedsmith.models import load
 from embedsmith.models import write as save_module
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.pooling import POOLINGS
 from tests.models import tiny
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
@@ -36,7 +35,7 @@ def pooled_by_hand(name, states, mask):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", tiny.POOLINGS)
 def test_saved_model_agrees_with_its_peers(tmp_path, pooling, normalize):
     model = tiny.embedder(tmp_path / "base", pooling=pooling, prompts=PROMPTS, max_length=12, normalize=normalize)
     model.save(tmp_path / "saved")
@@ -60,7 +59,7 @@ def test_saved_model_agrees_with_its_peers(tmp_path, pooling, normalize):
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", tiny.POOLINGS)
 def test_dense_heads_and_prompts_left_out_of_the_pooling(tmp_path, pooling, include_prompt):
     """Both ways: their newest schema into ours, ours into theirs, with two dense layers of different activations."""
     tiny.folder(tmp_path / "base")
@@ -126,7 +125,7 @@ def test_the_layout_is_the_legacy_one(tmp_path):
 
 
 def test_the_snippet_in_the_card_runs_and_agrees(tmp_path):
-    for pooling in POOLINGS:
+    for pooling in tiny.POOLINGS:
         model = tiny.embedder(tmp_path / "base", pooling=pooling)
         model.save(tmp_path / "saved")
         card = (tmp_path / "saved/README.md").read_text(encoding="utf-8")

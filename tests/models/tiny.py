@@ -28,6 +28,8 @@ TEXTS = [
     "embedding models map a text to a vector",
     "向量 检索 café naïve",
 ]
+POOLINGS = ("cls", "mean", "weighted_mean", "last", "max")
+"""Those that sentence-transformers has too."""
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 

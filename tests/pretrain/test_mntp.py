@@ -8,7 +8,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.models import load
 from embedsmith.pretrain import mntp
 from embedsmith.pretrain.losses import MNTP
-from embedsmith.pretrain.mntp import MNTP_FILE, hidden_words
+from embedsmith.pretrain.mntp import MntpHead, hidden_words
 from embedsmith.train.step import Memory, run_step
 from tests.models import lm
 from tests.models.families import tiny
@@ -94,7 +94,7 @@ def test_saved_and_left_out_by_name(tmp_path):
     again = load(str(tmp_path / "saved"), device="cpu")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     load(str(tmp_path / "saved"), heads=("dense",), device="cpu").save(tmp_path / "dense")
-    assert not (tmp_path / "dense" / MNTP_FILE).exists()
+    assert not (tmp_path / "dense" / MntpHead.file).exists()
 
 
 def test_words_for_a_mask(tmp_path):

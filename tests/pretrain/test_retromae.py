@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from embedsmith.core.errors import ModelError
 from embedsmith.models import load
+from embedsmith.models.heads import splade
 from embedsmith.pretrain import retromae
 from embedsmith.pretrain.losses import RetroMAE
-from embedsmith.pretrain.retromae import RETROMAE_FILE, random_words
+from embedsmith.pretrain.retromae import RetroMaeHead, random_words
 from embedsmith.train.step import Memory, run_step
 from tests.models import lm
 from tests.train.tiny import gradients, retrieval_part
@@ -72,7 +73,7 @@ def naive(model, text):
 
 
 def test_equals_the_definition_in_a_padded_batch(model, no_chance, monkeypatch):
-    monkeypatch.setattr(retromae, "_SCORES", 1)  # token by token
+    monkeypatch.setattr(splade, "_NUMBERS", 1)  # token by token
     expected = torch.tensor([naive(model, text) for text in TEXTS])
     found = model(model.tokenize(TEXTS).pad(model.pad_id), ("retromae",))["retromae"].vector_ND
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -141,7 +142,7 @@ def test_saved_with_its_decoder_and_left_out_by_name(tmp_path, model):
     again = load(str(tmp_path / "saved"), device="cpu")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     load(str(tmp_path / "saved"), heads=("dense",), device="cpu").save(tmp_path / "dense")
-    assert not (tmp_path / "dense" / RETROMAE_FILE).exists()
+    assert not (tmp_path / "dense" / RetroMaeHead.file).exists()
 
 
 def test_families_without_positions_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import TaskResult, evaluate
 from embedsmith.evaluate.compare import compare
-from embedsmith.evaluate.model_geometry import look, sample_of
+from embedsmith.evaluate.model_geometry import Geometry, Sample
 from embedsmith.merge import MergeRecipe, merge
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.recipe import ParentSpec
@@ -36,10 +36,10 @@ def run(tmp_path_factory) -> Path:
     """What a finished run leaves."""
     folder = tmp_path_factory.mktemp("runs") / "my-run"
     (folder / "evaluation").mkdir(parents=True)
-    sample = sample_of(small_tasks()["search"], 40)
+    sample = Sample.of(small_tasks()["search"], 40)
     for name, encoder in (("before", NamedEncoder(3)), ("after", NamedEncoder(32))):
         results(encoder).save(folder / "evaluation" / f"{name}.json", items=True)
-        seen = look(encoder, sample).as_dict()
+        seen = Geometry.of(encoder, sample).as_dict()
         (folder / "evaluation" / f"geometry-{name}.json").write_text(json.dumps(seen))
     lines = [
         {
@@ -228,5 +228,5 @@ def _text(kind, run):
         return folder_page(run)
     if kind == "comparison":
         return comparison_page(compare([("a", results(NamedEncoder(3))), ("b", results(NamedEncoder(32)))]))
-    seen = look(NamedEncoder(), sample_of(small_tasks()["search"], 40)).as_dict()
+    seen = Geometry.of(NamedEncoder(), Sample.of(small_tasks()["search"], 40)).as_dict()
     return geometry_page([seen, seen], ["a", "b"], {"cka": 1.0})

@@ -49,7 +49,7 @@ def cocktail_weights(live: LiveMerge, batches: ProbeBatches, config: CocktailCon
     losses = []
     for parent in range(live.parents):
         live.place_parent(parent)
-        losses.append(sum(batches.loss([part]) for task in parts for part in task))
+        losses.append(sum(batches.loss(part) for task in parts for part in task))
     shown = {t: tuple(softmin(losses, t).tolist()) for t in REPORTED}
     return Cocktail(softmin(losses, config.temperature), tuple(losses), shown)
 

@@ -39,7 +39,7 @@ class Probes:
         """Mean loss of every task at theta_0 + sum_i c_i V_i."""
         self.live.place(coefficient_GM)
         count = len(self.batches.supplies)
-        return [count * sum(self.batches.loss([part]) for part in parts) for parts in self.batches.held_out_parts()]
+        return [count * sum(self.batches.loss(part) for part in parts) for parts in self.batches.held_out_parts()]
 
 
 def along_length(probes: Probes, coefficient_GM: Tensor, lengths: Sequence[float]) -> list[dict[str, Any]]:
@@ -133,9 +133,9 @@ def gradient_conflict(probes: Probes, coefficient_GM: Tensor) -> list[list[float
     live = probes.live
     live.place(coefficient_GM)
     gradients = []
-    for part in probes.batches.at(0):
+    for tokens, part in probes.batches.at(0):
         live.model.zero_grad(set_to_none=True)
-        run_step(live.encode, [part], probes.batches.memory, probes.batches.extras, Progress())
+        run_step(live.encode, tokens, [part], probes.batches.memory, probes.batches.extras, Progress())
         flat = [p.grad.flatten().double() for p in live.model.parameters() if p.grad is not None]
         gradients.append(torch.cat(flat))
     live.model.zero_grad(set_to_none=True)

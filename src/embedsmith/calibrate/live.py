@@ -21,7 +21,7 @@ from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import section
-from embedsmith.core.tokens import TokenBatch
+from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import Record, RecordSet, Source, read_source, text_id
 from embedsmith.merge.gram import groups
 from embedsmith.merge.parents import Parent
@@ -129,11 +129,13 @@ class LiveMerge:
 
         return project
 
-    def encode(self, tokens: TokenBatch, heads: Sequence[str]) -> Reps:
-        """The model's forward pass on a ragged chunk, with gradient where it is switched on."""
-        self.cost.forward += len(tokens)
-        self.cost.backward += len(tokens) if torch.is_grad_enabled() else 0
-        reps: Reps = self.model(tokens.pad(self.model.pad_id, self.model.device, self.model.padding_left), heads)
+    def encode(self, tokens: TokenBatch, heads: Sequence[str], rows: IntArray | None = None) -> Reps:
+        """The model's forward pass on a ragged batch or some of its rows, with gradient where it is switched on."""
+        count = len(tokens) if rows is None else len(rows)
+        self.cost.forward += count
+        self.cost.backward += count if torch.is_grad_enabled() else 0
+        padded = tokens.pad(self.model.pad_id, self.model.device, self.model.padding_left, rows)
+        reps: Reps = self.model(padded, heads)
         return reps
 
     def represent(

@@ -8,21 +8,21 @@ The same descent as Self-Positioning with another loss; our own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedsmith.calibrate.live import ROLES, LiveMerge, texts_of
-from embedsmith.calibrate.positioning import PositioningConfig, ProbeBatches
-from embedsmith.core.batch import Batch, Loss, LossOutput, PairBatch, Progress, Side
+from embedsmith.calibrate.positioning import Drawn, PositioningConfig, ProbeBatches
+from embedsmith.core.batch import Batch, Loss, LossOutput, PairBatch, PairIds
 from embedsmith.core.encoder import Role
 from embedsmith.core.reps import TEACHER, Dense, Representation, in_fp32
+from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import RecordSet
 from embedsmith.train.build import derive_memory
 from embedsmith.train.config import TrainConfig
@@ -98,39 +98,22 @@ class MatchBatches(ProbeBatches):
             size=config.batch_size,
         )
 
-    def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Part:
+    def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Drawn:
         """The batch's texts in two sides (queries and documents have prompts of their own)."""
         own, records = self.tokens[task], self.supplies[task].records
         by_role = {role: [row for row in rows if own[row][1] == role] for role in ROLES}
         model = self.live.model
         first, second = (model.tokenize([own[row][0] for row in by_role[role]], role, records.task) for role in ROLES)
         vectors = [Dense(self.teachers[task][by_role[role]]) for role in ROLES]
-        return Part(
+        sizes = [torch.zeros(len(side), dtype=torch.int64) for side in (first, second)]
+        return TokenBatch.concatenate([first, second]), Part(
             source=records.name,
-            first=first,
-            second=second,
-            assemble=partial(_assemble, records.task, records.name),
+            task=records.task,
+            ids=PairIds(left_id_N=sizes[0], right_id_N=sizes[1], label_N=torch.zeros(0)),
             loss=self.loss_of,
             weight=1 / (len(self.supplies) * shares),
             teacher=(vectors[0], vectors[1]),
         )
-
-
-def _assemble(
-    task: str, source: str, first: Side, second: Side, extras: Mapping[str, nn.Module], progress: Progress
-) -> PairBatch:
-    none = torch.zeros(0, dtype=torch.int64)
-    return PairBatch(
-        task=task,
-        source=source,
-        progress=progress,
-        extras=extras,
-        left=first,
-        right=second,
-        left_id_N=none,
-        right_id_N=none,
-        label_N=none.float(),
-    )
 
 
 def _vectors_of(live: LiveMerge, texts: Sequence[tuple[str, Role]], task: str) -> Tensor:

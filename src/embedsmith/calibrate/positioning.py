@@ -22,13 +22,15 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import section
-from embedsmith.data import RecordSet, Source, row_seeds
+from embedsmith.core.tokens import TokenBatch
+from embedsmith.data import RecordSet, Source
 from embedsmith.merge.methods.formulas import karcher, sequential_slerp
 from embedsmith.train.build import build_extras, derive_memory, make_supply
 from embedsmith.train.config import TrainConfig
 from embedsmith.train.feed import Supply, make_part
 from embedsmith.train.step import Memory, Part, evaluate_parts, run_step
 
+Drawn = tuple[TokenBatch, Part]
 Mode = Literal["paper", "karcher", "simplex", "free"]
 
 
@@ -174,14 +176,14 @@ class ProbeBatches:
         memory = derive_memory(TrainConfig(), live.model.device)
         return ProbeBatches(live, supplies, rows, rows, dict(extras.items()), memory, seed, batch_size)
 
-    def at(self, step: int) -> list[Part]:
+    def at(self, step: int) -> list[Drawn]:
         """One part a task, each with an equal share: the mean over tasks of each task's mean loss."""
         return [
             self._part(n, _window(rows, step, s.batch_size or self.size, derive_seed(self.seed, n)), step)
             for n, (s, rows) in enumerate(zip(self.supplies, self.train, strict=True))
         ]
 
-    def held_out_parts(self) -> list[list[Part]]:
+    def held_out_parts(self) -> list[list[Drawn]]:
         """The held-out examples in batches, each task's losses averaged over its batches."""
         parts = []
         for n, (supply, rows) in enumerate(zip(self.supplies, self.held_out, strict=True)):
@@ -190,15 +192,14 @@ class ProbeBatches:
             parts.append([self._part(n, rows[start : start + size], 0, len(starts)) for start in starts])
         return parts
 
-    def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Part:
-        supply = self.supplies[task]
-        records = [supply.records.records[row] for row in rows]
-        part = make_part(self.live.model, supply, records, row_seeds(self.seed, visit, list(rows)))
-        return replace(part, weight=1 / (len(self.supplies) * shares))
+    def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Drawn:
+        tokens, part = make_part(self.live.model, self.supplies[task], rows, self.seed, visit)
+        return tokens, replace(part, weight=1 / (len(self.supplies) * shares))
 
-    def loss(self, parts: Sequence[Part]) -> float:
-        """The weighted loss of the parts at the live model's weights, without gradient."""
-        return float(evaluate_parts(self.live.encode, parts, self.memory, self.extras, Progress()))
+    def loss(self, drawn: Drawn) -> float:
+        """The weighted loss of a part at the live model's weights, without gradient."""
+        tokens, part = drawn
+        return float(evaluate_parts(self.live.encode, tokens, [part], self.memory, self.extras, Progress()))
 
 
 def split_rows(records: RecordSet, config: PositioningConfig) -> tuple[list[int], list[int]]:
@@ -258,7 +259,7 @@ def self_position(live: LiveMerge, batches: ProbeBatches, config: PositioningCon
     return best
 
 
-def _start(name: str, live: LiveMerge, batches: ProbeBatches, held_out: list[list[Part]]) -> Position:
+def _start(name: str, live: LiveMerge, batches: ProbeBatches, held_out: list[list[Drawn]]) -> Position:
     groups = len(live.group_names)
     if name == "uniform":
         return Position.start(live.parents, groups)
@@ -276,7 +277,7 @@ def _descend(
     batches: ProbeBatches,
     config: PositioningConfig,
     gram_GMM: Tensor,
-    held_out: list[list[Part]],
+    held_out: list[list[Drawn]],
     position: Position,
     name: str,
     advance: Callable[[], None],
@@ -306,7 +307,7 @@ def _descend(
 
 def position_step(
     live: LiveMerge,
-    parts: Sequence[Part],
+    drawn: Sequence[Drawn],
     batches: ProbeBatches,
     position: Position,
     gram_GMM: Tensor,
@@ -320,7 +321,8 @@ def position_step(
     coefficient_GM = position.coefficients(gram_GMM, config.mode)
     live.place(coefficient_GM)
     with live.projecting() as projection_GM:
-        output = run_step(live.encode, parts, batches.memory, batches.extras, Progress())
+        tokens, parts = TokenBatch.concatenate([each for each, _ in drawn]), [part for _, part in drawn]
+        output = run_step(live.encode, tokens, parts, batches.memory, batches.extras, Progress())
     for tensor in (position.log_weight_M, position.offset_GM, position.length):
         tensor.grad = None
     total = (coefficient_GM * projection_GM).sum() + position.price(coefficient_GM, config)
@@ -331,7 +333,7 @@ def position_step(
 def _objective(
     live: LiveMerge,
     batches: ProbeBatches,
-    held_out: list[list[Part]],
+    held_out: list[list[Drawn]],
     position: Position,
     gram_GMM: Tensor,
     config: PositioningConfig,
@@ -342,8 +344,8 @@ def _objective(
         return _held_out_loss(batches, held_out) + float(position.price(coefficient_GM, config))
 
 
-def _held_out_loss(batches: ProbeBatches, held_out: list[list[Part]]) -> float:
-    return sum(batches.loss([part]) for parts in held_out for part in parts)
+def _held_out_loss(batches: ProbeBatches, held_out: list[list[Drawn]]) -> float:
+    return sum(batches.loss(part) for parts in held_out for part in parts)
 
 
 def _positioned(

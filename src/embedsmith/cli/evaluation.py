@@ -26,13 +26,13 @@ Load = Callable[..., Encoder]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the verbs score a model. `keep`: a folder for results and vectors, so that a stopped command continues."""
+    """How the verbs score a model. `cache`: a folder for results and vectors, so that a stopped command continues."""
 
     tasks: tuple[str, ...]
     data: Path | None = None
     split: str = "test"
     head: str = "dense"
-    keep: Path | None = None
+    cache: Path | None = None
     weights: Mapping[str, float] | None = None
 
     def score(self, encoder: Encoder, about: Mapping[str, Any]) -> Results:
@@ -40,10 +40,10 @@ class Scoring:
         loaded = self._load(self.tasks)
         if self.head == "hybrid":
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
-        if self.keep is None:
+        if self.cache is None:
             return evaluate(encoder, loaded, head=self.head, about=about)
-        cached = CachedEncoder.of(encoder, self.keep / "vectors")
-        return evaluate(cached, loaded, head=self.head, about=about, keep=self.keep / "results")
+        cached = CachedEncoder.of(encoder, self.cache / "vectors")
+        return evaluate(cached, loaded, head=self.head, about=about, cache=self.cache / "results")
 
     def side_by_side(
         self, encoder: Encoder, heads: Sequence[str], tune_on: Sequence[str], about: Mapping[str, Any]
@@ -52,11 +52,11 @@ class Scoring:
         loaded, dev = self._load(self.tasks), self._load(tune_on, "dev")
         if same := [one.name for one in dev if one in loaded]:
             raise EvaluationError(f"weights tuned on {same[0]} and reported on it", fix="tune on another task")
-        return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, keep=self.keep)
+        return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, cache=self.cache)
 
     def at_widths(self, encoder: Encoder, widths: Sequence[int], about: Mapping[str, Any]) -> HeadScores:
         """The whole vectors and their first numbers, on all tasks."""
-        return score_widths(encoder, self._load(self.tasks), widths, about=about, keep=self.keep)
+        return score_widths(encoder, self._load(self.tasks), widths, about=about, cache=self.cache)
 
     def chosen(self, results: Results, where: str) -> Results:
         """The asked tasks of a file with results; all of them where none was asked for."""

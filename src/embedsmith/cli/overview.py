@@ -17,12 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.collectives import world_size
+from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import Account
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Lane
 from embedsmith.train.loop import Run, build, update
-from embedsmith.train.step import Part, plan_chunks
+from embedsmith.train.step import plan_chunks
 
 SAMPLED_STEPS = 8
 TIMED_STEPS = 2
@@ -103,11 +104,11 @@ def _sources(run: Run, lane: Lane) -> list[SourceOverview]:
     found = []
     for place, (supply, account) in enumerate(zip(lane.supplies, lane.plan.account(0), strict=True)):
         steps = _spread(lane.plan.steps_with(place), SAMPLED_STEPS)
-        parts = [lane.part(run.model, int(step), run.recipe.train.seed) for step in steps]
-        scale = account.steps * lane.world / max(len(parts), 1)
-        real, padded = (scale * sum(each) for each in zip(*(_tokens(run, part) for part in parts), (0, 0), strict=True))
+        drawn = [lane.draw(run.model, int(step), run.recipe.train.seed)[0] for step in steps]
+        scale = account.steps * lane.world / max(len(drawn), 1)
+        real, padded = (scale * sum(each) for each in zip(*(_tokens(run, one) for one in drawn), (0, 0), strict=True))
         name, task = supply.records.name, supply.records.task
-        found.append(SourceOverview(name, task, account, round(real), round(padded), len(parts), None))
+        found.append(SourceOverview(name, task, account, round(real), round(padded), len(drawn), None))
     return found
 
 
@@ -116,9 +117,9 @@ def _spread(steps: Sequence[int] | np.ndarray[tuple[int, ...], np.dtype[np.int64
     return [int(steps[place]) for place in places]
 
 
-def _tokens(run: Run, part: Part) -> tuple[int, int]:
-    """(real, padded) tokens of a part on this rank."""
-    length_N = np.concatenate([part.first.length_N, part.second.length_N])
+def _tokens(run: Run, drawn: TokenBatch) -> tuple[int, int]:
+    """(real, padded) tokens of one draw on this rank."""
+    length_N = drawn.length_N
     chunks = plan_chunks(length_N, run.memory)
     return int(length_N.sum()), sum(len(chunk.rows) * int(length_N[chunk.rows].max()) for chunk in chunks)
 
@@ -126,13 +127,13 @@ def _tokens(run: Run, part: Part) -> tuple[int, int]:
 def _timings(run: Run) -> list[float]:
     """Seconds of an epoch's steps of each source of the first lane, by the mean of a few whole steps."""
     plan = run.feed.lanes[0].plan
-    update(run, run.feed.parts(0))
+    update(run, run.feed.draw(0))
     seconds = []
     for source, count in enumerate(plan.steps_of):
         steps = _spread(plan.steps_with(source), TIMED_STEPS)
         start = time.perf_counter()
         for step in steps:
-            update(run, run.feed.parts(step))
+            update(run, run.feed.draw(step))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - start) / max(len(steps), 1) * count)

@@ -69,6 +69,10 @@ class Side:
     def _device(self) -> torch.device:
         return next(iter(self.local.values())).tensors()[0].device
 
+    def beside(self, fields_of_ids: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """Tensors by name, on the device of the representations."""
+        return {name: None if ids is None else ids.to(self._device) for name, ids in fields_of_ids.items()}
+
     def all(self, head: str) -> Any:
         """The representation of all ranks' rows, in rank order. A collective on its first call for a head."""
         if world_size(self.group) == 1:
@@ -123,11 +127,13 @@ class Batch(ABC):
 
     @abstractmethod
     def sides(self) -> tuple[Side, ...]:
-        """Both sides, in the order in which they settle."""
+        """Both sides, in the order of the fields."""
 
     def settle(self) -> None:
-        for side in self.sides():
-            side.settle()
+        """After backward: return the gradients of gathered rows to the ranks they came from."""
+        for f in fields(self):
+            if isinstance(side := getattr(self, f.name), Side):
+                side.settle()
 
     def alone(self) -> Self:
         """This rank's rows as a batch of their own, on the same leaves: the local form of a loss."""
@@ -152,16 +158,15 @@ class Batch(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalBatch(Batch):
-    """Local queries against the candidate documents of all ranks.
+class RetrievalIds:
+    """Who belongs to whom among this rank's queries and documents, before and after they are encoded.
 
     Everything is matched by id (a hash of the text): `positive_id_QP` and `negative_id_QM` name a query's own
     documents, `ABSENT` where a slot is empty; `document_id_N` are this rank's candidates, each distinct text once.
-    `label_Q`: class of each query's text, or `None`. Teacher scores align with the id slots; NaN where unknown.
+    `label_Q`: class of each query's text, or `None` unless every query has one. Teacher scores align with the id
+    slots, NaN where unknown; `None` where no query has any.
     """
 
-    query: Side
-    document: Side
     query_id_Q: Tensor
     positive_id_QP: Tensor
     negative_id_QM: Tensor
@@ -169,6 +174,23 @@ class RetrievalBatch(Batch):
     label_Q: Tensor | None = None
     positive_score_QP: Tensor | None = None
     negative_score_QM: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many queries and how many documents there are."""
+        return len(self.query_id_Q), len(self.document_id_N)
+
+    def with_sides(self, query: Side, document: Side, **shared: Any) -> RetrievalBatch:
+        """The batch of these ids; `shared` are the fields of `Batch`."""
+        return RetrievalBatch(query=query, document=document, **shared, **query.beside(vars(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalBatch(Batch, RetrievalIds):
+    """Local queries against the candidate documents of all ranks."""
+
+    query: Side
+    document: Side
 
     def sides(self) -> tuple[Side, ...]:
         return (self.query, self.document)
@@ -200,14 +222,29 @@ class RetrievalBatch(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairBatch(Batch):
-    """Two aligned sides with a label a pair, higher meaning more alike."""
+class PairIds:
+    """The ids of both texts of each pair, and the pair's label, higher meaning more alike."""
 
-    left: Side
-    right: Side
     left_id_N: Tensor
     right_id_N: Tensor
     label_N: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many texts either side has."""
+        return len(self.left_id_N), len(self.right_id_N)
+
+    def with_sides(self, left: Side, right: Side, **shared: Any) -> PairBatch:
+        """The batch of these pairs; `shared` are the fields of `Batch`."""
+        return PairBatch(left=left, right=right, **shared, **left.beside(vars(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch, PairIds):
+    """Two aligned sides with a label a pair."""
+
+    left: Side
+    right: Side
 
     def sides(self) -> tuple[Side, ...]:
         return (self.left, self.right)
@@ -216,17 +253,14 @@ class PairBatch(Batch):
         """score_WN of this rank's pairs."""
         return self.left.local[head].paired(self.right.local[head], self.widths)
 
-    def all_scores(self, head: str = "dense") -> Tensor:
-        """score_WG of the pairs of all ranks, with gradient. Cheap: scalars travel, vectors stay."""
-        return gather_pair_scores(self.scores(head), self.group)
-
     @cached_property
     def label_G(self) -> Tensor:
         return gather_rows(self.label_N, self.group)
 
 
 def gather_pair_scores(score_WN: Tensor, group: Group = None) -> Tensor:
-    """score_WG of all ranks. Every rank must go on to compute the same function of it (see `_GatherScores`)."""
+    """score_WG of all ranks, with gradient. Cheap: scalars travel, vectors stay. Every rank must go on to compute the
+    same function of it (see `_GatherScores`)."""
     if world_size(group) == 1:
         return score_WN
     gathered: Tensor = _GatherScores.apply(score_WN, group)  # type: ignore[no-untyped-call]
@@ -267,7 +301,17 @@ class LossOutput:
 
 
 class Loss(ABC):
-    """Base of every objective. Hyper-parameters are the dataclass's fields; wrappers hold other losses."""
+    """Base of every objective. Hyper-parameters are the dataclass's fields; wrappers hold other losses.
+
+    What a field of these names means in every loss that says nothing else of it:
+
+    head: the representation that is scored: `dense`, or another head of the model such as `sparse` or `multivector`.
+    temperature: scores are divided by it before they are compared; above 0, and the smaller, the sharper.
+    cross_device: over the rows of all ranks together (the default), or `false`, over each rank's own.
+    mask_false_negatives: whether a document that any row names as a positive of the same query is no negative of it.
+    block_size: how many candidates are scored at a time, to save memory; the full score matrix then never exists, and
+        scores are computed again in the backward pass. All at once where it is not given.
+    """
 
     batches: ClassVar[tuple[type[Batch], ...]]
     """The kinds of batch it can read."""

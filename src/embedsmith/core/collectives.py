@@ -79,7 +79,8 @@ def sum_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
-    return sum_over_ranks(tensor, group) / world_size(group)
+    ranks = world_size(group)
+    return tensor if ranks == 1 else sum_over_ranks(tensor, group) / ranks
 
 
 def max_over_ranks(value: int, device: torch.device | str = "cpu", group: Group = None) -> int:

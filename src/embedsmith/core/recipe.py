@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from pydantic_core import core_schema
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.settings import descriptions, did_you_mean, name_of, to_plain
+from embedsmith.core.settings import descriptions, did_you_mean, to_plain
 from embedsmith.core.shelf import SHELVES
 
 T = TypeVar("T")
@@ -167,60 +166,3 @@ class _Described(GenerateJsonSchema):
         for name, text in descriptions(schema["cls"]).items():
             made["properties"][name]["description"] = text
         return made
-
-
-# Checks of hyper-parameters: a wrong value is a `RecipeError` before anything is loaded.
-
-
-def above_zero(settings: Any, *names: str) -> None:
-    """Each named field is a finite number > 0, or `None`."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise RecipeError(f"{name} is {value}", where=name_of(settings), expected="a number above 0")
-
-
-def not_negative(settings: Any, *names: str) -> None:
-    """Each named field is a finite number >= 0, or `None`, or a sequence of such numbers."""
-    for name in names:
-        value = getattr(settings, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not (math.isfinite(number) and number >= 0):
-                raise RecipeError(f"{name} is {value}", where=name_of(settings), expected="0 or more")
-
-
-def finite(settings: Any, *names: str) -> None:
-    """Each named field is a finite number, or `None`."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not math.isfinite(value):
-            raise RecipeError(f"{name} is {value}", where=name_of(settings), expected="a finite number")
-
-
-def one_of(settings: Any, name: str, *allowed: str) -> None:
-    """The named field is one of a few words (a recipe checks this by its type, Python code does not)."""
-    if getattr(settings, name) not in allowed:
-        raise RecipeError(
-            f"{name} is {getattr(settings, name)!r}", where=name_of(settings), expected=f"one of {', '.join(allowed)}"
-        )
-
-
-def not_empty(settings: Any, *names: str) -> None:
-    """Each named field is a word or a sequence with something in it."""
-    for name in names:
-        if not getattr(settings, name):
-            raise RecipeError(f"{name} is empty", where=name_of(settings), expected="at least one entry")
-
-
-def same_length(settings: Any, name: str, other: str) -> None:
-    """Two sequence fields have one entry for each entry of the other; the first may be `None`."""
-    value, length = getattr(settings, name), len(getattr(settings, other))
-    if value is not None and len(value) != length:
-        raise RecipeError(
-            f"{name} has {len(value)} entries", where=name_of(settings), expected=f"{length}, one for each of {other}"
-        )
-
-
-def wrong(settings: Any, what: str, expected: str) -> RecipeError:
-    """An error about combinations of fields, naming the loss."""
-    return RecipeError(what, where=name_of(settings), expected=expected)

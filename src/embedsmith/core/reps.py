@@ -7,7 +7,7 @@ Losses, search and evaluation see a text only through these three kinds. Everyth
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self, overload
 
@@ -53,6 +53,28 @@ class Representation:
 
     def rows(self, index: Tensor | slice) -> Self:
         return self.map(lambda tensor: tensor[index])
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Blocks of `size` rows, the last one shorter. Split, not sliced: the gradient of all blocks is then put
+        together once, not added up in a full-size buffer for every block."""
+        names = [f.name for f in fields(self)]
+        for column in zip(*(tensor.split(size) for tensor in self.tensors()), strict=True):
+            yield replace(self, **dict(zip(names, column, strict=True)))
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Self], row_N: Tensor | None = None) -> Self:
+        """The rows of several pieces in order, or those of them that `row_N` counts through; token axes are padded to
+        the longest piece."""
+        columns: dict[str, Tensor] = {}
+        for f in fields(pieces[0]):
+            column: list[Tensor] = [getattr(piece, f.name) for piece in pieces]
+            if "pad" in f.metadata:
+                longest = max(tensor.shape[1] for tensor in column)
+                gaps = [(0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1]) for tensor in column]
+                column = [F.pad(t, gap, value=f.metadata["pad"]) if gap[-1] else t for t, gap in zip(column, gaps)]
+            whole = torch.cat(column)
+            columns[f.name] = whole if row_N is None else whole[row_N.to(whole.device)]
+        return replace(pieces[0], **columns)
 
     def leaf(self) -> Self:
         """A copy cut from its graph whose floating fields collect gradients of their own."""
@@ -192,14 +214,7 @@ def each_head(reps: Reps, change: Callable[[Any], Any]) -> dict[str, Any]:
 
 def concatenate(parts: Sequence[Reps]) -> Reps:
     """Rows of all parts in order; token axes are padded to the longest."""
-
-    def joined(pieces: list[Representation]) -> Representation:
-        length = max(piece.token_count for piece in pieces)
-        columns = zip(*(piece.pad_tokens(length).tensors() for piece in pieces), strict=True)
-        names = [f.name for f in fields(pieces[0])]
-        return replace(pieces[0], **{name: torch.cat(c) for name, c in zip(names, columns, strict=True)})
-
-    return {name: joined([part[name] for part in parts]) for name in parts[0]}
+    return {name: first.of_pieces([part[name] for part in parts]) for name, first in parts[0].items()}
 
 
 def in_fp32(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Range:
 
     gt: float | None = None
     ge: float | None = None
+    lt: float | None = None
     le: float | None = None
     min_length: int | None = None
 
@@ -42,6 +43,7 @@ NotNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
 Count = Annotated[int, Range(gt=0)]
 Word = Annotated[str, Range(min_length=1)]
+Weights = Annotated[Mapping[str, NotNegative], Range(min_length=1)]
 
 
 def section(cls: C) -> C:
@@ -111,7 +113,7 @@ def _is_plain(hint: Any) -> bool:
         return True
     if origin is Annotated:
         return _is_plain(typing.get_args(hint)[0])
-    if origin in (typing.Union, types.UnionType, tuple, list, dict):
+    if origin in (typing.Union, types.UnionType, tuple, list, dict, Mapping):
         return all(part is Ellipsis or _is_plain(part) for part in typing.get_args(hint))
     return hint in (int, float, str, bool, type(None))
 

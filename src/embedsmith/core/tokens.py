@@ -42,21 +42,28 @@ class TokenBatch:
         id_S = self.id_S[np.repeat(self.offset_P[rows], length_N) + within]
         return TokenBatch(id_S, offset_P, self.body_N[rows], self.is_query_N[rows])
 
-    def pad(self, pad_id: int, device: torch.device | str = "cpu", left: bool = False) -> PaddedTokens:
-        """Rectangular tensors. Masks come from lengths, never from `ids != pad`: a pad token may be a real one."""
-        length_N = self.length_N
-        width = int(length_N.max(initial=1))
-        column_T = np.arange(width)[None, :]
-        start_N1 = (width - length_N)[:, None] if left else np.zeros((len(self), 1), dtype=np.int64)
-        mask_NT = (column_T >= start_N1) & (column_T < start_N1 + length_N[:, None])
-        id_NT = np.full((len(self), width), pad_id, dtype=np.int64)
-        id_NT[mask_NT] = self.id_S
-        body_NT = mask_NT & (column_T >= start_N1 + self.body_N[:, None])
-        arrays = (id_NT, mask_NT, body_NT, self.is_query_N)
+    def pad(
+        self, pad_id: int, device: torch.device | str = "cpu", left: bool = False, rows: IntArray | None = None
+    ) -> PaddedTokens:
+        """Rectangular tensors of all texts, or of some rows. Masks come from lengths, never from `ids != pad`: a pad
+        token may be a real one."""
+        start_N1, stop_N1 = self.offset_P[:-1, None], self.offset_P[1:, None]
+        body_N1, is_query_N = self.body_N[:, None], self.is_query_N
+        if rows is not None:
+            start_N1, stop_N1, body_N1, is_query_N = start_N1[rows], stop_N1[rows], body_N1[rows], is_query_N[rows]
+        width = int((stop_N1 - start_N1).max(initial=1))
+        place_NT = np.arange(width)[None, :] + (stop_N1 - width if left else start_N1)
+        mask_NT = (start_N1 <= place_NT) & (place_NT < stop_N1)
+        id_NT = np.full(mask_NT.shape, pad_id, dtype=np.int64)
+        id_NT[mask_NT] = self.id_S[place_NT[mask_NT]]
+        body_NT = mask_NT & (place_NT >= start_N1 + body_N1)
+        arrays = (id_NT, mask_NT, body_NT, is_query_N)
         return PaddedTokens(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
+        if len(parts) == 1:
+            return parts[0]
         lengths = np.concatenate([part.length_N for part in parts])
         return TokenBatch(
             np.concatenate([part.id_S for part in parts]),

@@ -6,11 +6,12 @@ from embedsmith.curate.dedup import ExactDuplicates, NearDuplicates
 from embedsmith.curate.generators import Endpoint, LocalModel
 from embedsmith.curate.labels import LabelsToPairs
 from embedsmith.curate.language import Language
+from embedsmith.curate.outcome import Report, render
 from embedsmith.curate.read import Corpus, Input
 from embedsmith.curate.rules import Boilerplate, Length, Links, Symbols, Trivial
 from embedsmith.curate.run import CurateRecipe, curate
 from embedsmith.curate.score import ScoreFilter
-from embedsmith.curate.step import EvaluationText, Ledger, Report, Step, Tools, apply, render
+from embedsmith.curate.step import EvaluationText, Ledger, Step, Tools, apply
 from embedsmith.curate.synthesize import LongDocuments, SyntheticQueries, TranslateQueries
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""Asking a language model, whichever it is: prompts in, answers out, each paid for once."""
+"""Asking a language model, whichever it is: prompts in, answers out, each paid for once.
+
+Answers, and scores of other models, are kept by key in a file that survives a kill at any moment.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.curate.step import Ledger, Tools, in_windows
+from embedsmith.curate.step import Ledger, Tools
+from embedsmith.data.writers import batched
 
-# What was paid for once: scores and answers by key, in a file that survives a kill at any moment.
+T = TypeVar("T")
+Accept = Callable[[str], bool]
+"""Whether an answer can be used; one that cannot is asked for again where that may help."""
 
 
 def key_of(*parts: object) -> bytes:
@@ -42,9 +48,7 @@ class Cache:
 
     def put(self, values: Mapping[bytes, Any]) -> None:
         """Keep the values; they are on the disk when this returns."""
-        rows: Iterable[tuple[bytes, str]] = (
-            (key, json.dumps(value, ensure_ascii=False)) for key, value in values.items()
-        )
+        rows = ((key, json.dumps(value, ensure_ascii=False)) for key, value in values.items())
         with _named(self._path), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", rows)
 
@@ -82,14 +86,9 @@ def _named(path: Path | None) -> Iterator[None]:
         ) from error
 
 
-T = TypeVar("T")
-Accept = Callable[[str], bool]
-"""Whether an answer can be used; one that cannot is asked for again where that may help."""
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What a model said and what it took: requests sent, tokens read and written (counted by the endpoint, or
+    """What a model wrote and what it took: requests sent, tokens read and written (counted by the endpoint, or
     estimated from characters), and its cost. `usable` is what `Accept` said."""
 
     text: str
@@ -148,7 +147,7 @@ def ask_all(
     asks again only for those under way."""
     spent, asked = Spending(), 0
     with open_cache(tools.folder, "answers") as cache:
-        for window in in_windows(prompts, generator.window):
+        for window in batched(prompts, generator.window):
             keys = [key_of(generator.identity(), prompt) for _, prompt in window]
             found: dict[bytes, Answer | Refusal] = {}
             for key, value in cache.get(keys).items():
@@ -162,12 +161,9 @@ def ask_all(
                     asked += 1
                     spent.add(reply)
                     cache.put({key: vars(reply)})
-            ledger.notes["asked"] = _bill(spent, asked)
+            bill = {"answers bought in this run": asked, **vars(spent), "cost": round(spent.cost, 6)}
+            ledger.notes["asked"] = bill
             yield from ((item, found[key]) for (item, _), key in zip(window, keys, strict=True))
-
-
-def _bill(spent: Spending, asked: int) -> dict[str, Any]:
-    return {"answers bought in this run": asked, **vars(spent), "cost": round(spent.cost, 6)}
 
 
 _BULLET = re.compile(

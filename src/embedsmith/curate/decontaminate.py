@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.rules import UNSPACED, tokens
-from embedsmith.curate.step import EvaluationText, Ledger, Tools, check_range, sift
+from embedsmith.curate.step import EvaluationText, Ledger, Tools, sift
 from embedsmith.data.record import Record
 
 Hashes = npt.NDArray[np.uint64]
@@ -33,30 +34,31 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 class Decontaminate:
     """Drop texts that are in an evaluation set.
 
-    `tasks`: names or paths of evaluation tasks, as for `embedsmith evaluate`. `against`: their queries (and both texts
-    of similarity pairs), their documents, or both. Two texts are compared by their tokens: words, and each Chinese
-    character, without differences of case, marks and spaces. A text leaves if its tokens equal those of an evaluation
-    text, or if the two share at least `overlap` of the shorter one's runs of `ngram` tokens; runs in a script without
-    spaces are `ngram_unspaced` tokens. A query takes its record along. Texts with fewer tokens than a run are
-    compared for equality only, and not at all below `shortest` tokens. Memory: 12 bytes a run of the
-    evaluation texts.
+    Two texts are compared by their tokens: words, and each Chinese character, without differences of case, marks and
+    spaces. A text leaves if its tokens equal those of an evaluation text, or if the two share enough runs of tokens; a
+    query takes its record along. Texts with fewer tokens than a run are compared for equality only. Memory: 12 bytes a
+    run of the evaluation texts.
+
+    `tasks`: names or paths of evaluation tasks, as for `embedsmith evaluate`.
+    `against`: compare with their queries (and both texts of similarity pairs), their documents, or both.
+    `ngram`: tokens of a run.
+    `ngram_unspaced`: tokens of a run in a script without spaces, such as Chinese.
+    `overlap`: the share of the shorter text's runs that two texts must have in common.
+    `shortest`: texts of fewer tokens are not compared at all.
 
     Errors: `DataError` if the evaluation sets hold no text.
     """
 
     tasks: tuple[str, ...]
     against: tuple[Literal["query", "document"], ...] = ("query", "document")
-    ngram: int = 10
-    ngram_unspaced: int = 16
-    overlap: float = 0.5
-    shortest: int = 3
+    ngram: Count = 10
+    ngram_unspaced: Count = 16
+    overlap: Share = 0.5
+    shortest: Count = 3
 
     def __post_init__(self) -> None:
-        check_range("overlap", self.overlap, 0, 1)
         if not self.tasks or not self.against:
             raise RecipeError("decontaminate needs tasks", expected="for example tasks: [stsb-en, cranfield]")
-        if min(self.ngram, self.ngram_unspaced, self.shortest) < 1:
-            raise RecipeError("ngram, ngram_unspaced and shortest must be 1 or more")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         if tools.evaluation is None:

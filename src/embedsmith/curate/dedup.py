@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from embedsmith.core.errors import MissingExtraError, RecipeError
+from pydantic import Field
+
+from embedsmith.core.errors import MissingExtraError
+from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.rules import shingles
-from embedsmith.curate.step import Ledger, Tools, check_range, short
+from embedsmith.curate.step import Ledger, Tools, short
 from embedsmith.data.record import Record, text_id
 
 By = Literal["query", "positives", "record"]
@@ -23,17 +26,15 @@ _BETWEEN = "\u2063"
 class ExactDuplicates:
     """Keep the first records with the same text, drop the later ones.
 
-    Same means equal after Unicode normalisation (NFC) and with runs of white space collapsed. `by`: the query, the
-    positives, or the record (query and positives; for similarity, the pair). `keep`: how many may share it: `by:
-    positives, keep: 20` removes answers that are given to everything. Memory: one number a distinct text.
+    Same means equal after Unicode normalisation (NFC) and with runs of white space collapsed. Memory: one number a
+    distinct text.
+
+    `by`: what is compared: the query, the positives, or the record (query and positives; for similarity, the pair).
+    `keep`: how many may share it; 20 of the same positives removes answers that are given to everything.
     """
 
     by: By = "record"
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise RecipeError(f"keep is {self.keep}", expected="1 or more")
+    keep: Count = 1
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         seen: Counter[int] = Counter()
@@ -63,38 +64,43 @@ class ExactDuplicates:
 class NearDuplicates:
     """Keep the first of records whose texts share most of their shingles, drop the later ones.
 
-    `by: record` drops a record only if both its query and its positives are like those of one earlier record: other
-    questions about the same passage stay. A shingle is `shingle` characters of the text's tokens joined by spaces,
-    where each Chinese character is a token: a word or so of English, two to three characters of Chinese. Candidates
-    come from hash bands, and leave if the similarity estimated from all `permutations` reaches `threshold` (standard
-    error at most 0.5 / sqrt(permutations)). A pair exactly at the threshold is found with a probability of at least
-    0.9. Texts that differ in one number are near duplicates too: look at the examples in the report before trusting a
-    low threshold on short texts. Memory: about 3 KB a kept record with 128 permutations.
+    Candidates come from hash bands, and leave if the similarity estimated from all hashes reaches the threshold
+    (standard error at most 0.5 / sqrt(permutations)). A pair exactly at the threshold is found with a probability of at
+    least 0.9. Texts that differ in one number are near duplicates too: look at the examples in the report before
+    trusting a low threshold on short texts. Memory: about 3 KB a kept record with 128 permutations.
+
+    `by`: what is compared; with `record` one leaves only if both its query and its positives are like those of one
+    earlier record, so other questions about the same passage stay.
+    `threshold`: the share of shingles in common, of all those of the two texts, from which a record leaves.
+    `shingle`: characters of the text's tokens joined by spaces, where each Chinese character is a token: 5 are a word
+    or so of English, two to three characters of Chinese.
+    `permutations`: hashes of a text; more estimate the similarity better, for more memory.
+    `seed`: of the hashes.
 
     Errors: `MissingExtraError` without the package rensa.
     """
 
     by: By = "record"
-    threshold: float = 0.8
-    shingle: int = 5
-    permutations: int = 128
+    threshold: Annotated[float, Field(ge=0.05, le=1)] = 0.8
+    shingle: Count = 5
+    permutations: Annotated[int, Field(ge=16)] = 128
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_range("threshold", self.threshold, 0.05, 1)
-        if self.shingle < 1 or self.permutations < 16:
-            raise RecipeError("shingle must be 1 or more, permutations 16 or more")
-
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        rensa = _rensa()
+        try:
+            import rensa
+        except ImportError as error:
+            raise MissingExtraError("rensa", "curate") from error
         index = rensa.RMinHashLSH(self.threshold, self.permutations, band_count(self.threshold, self.permutations))
         kept: list[list[Any]] = []
         shown: list[str] = []  # the beginnings of kept texts, to say of a near duplicate what it is like
         for record in records:
             ledger.taken += 1
             parts = [text for text in _parts(record, self.by) if text]
-            sketches = [self._sketch(rensa, text) for text in parts]
-            found = _like(sketches, index, kept, self.threshold) if parts else None
+            sketches = [rensa.RMinHash(self.permutations, self.seed) for _ in parts]
+            for sketch, text in zip(sketches, parts):
+                sketch.update(list(shingles(text, self.shingle)))
+            found = _most_alike(sketches, index, kept, self.threshold) if parts else None
             if found is not None:
                 why = f"similarity about {found[1]:.2f} to: {shown[found[0]]}"
                 ledger.record_left(f"nearly the same {self.by} as an earlier one", record, why)
@@ -105,13 +111,8 @@ class NearDuplicates:
                 shown.append(" | ".join(short(text, 60) for text in parts))
             yield record
 
-    def _sketch(self, rensa: Any, text: str) -> Any:
-        sketch = rensa.RMinHash(self.permutations, self.seed)
-        sketch.update(list(shingles(text, self.shingle)))
-        return sketch
 
-
-def _like(sketches: list[Any], index: Any, kept: list[list[Any]], threshold: float) -> tuple[int, float] | None:
+def _most_alike(sketches: list[Any], index: Any, kept: list[list[Any]], threshold: float) -> tuple[int, float] | None:
     """The kept record most like this one, and the similarity of their least similar texts, if that is enough."""
     candidates = (key for key in index.query(sketches[0]) if len(kept[key]) == len(sketches))
     scored = ((key, min(a.jaccard(b) for a, b in zip(sketches, kept[key], strict=True))) for key in candidates)
@@ -131,11 +132,3 @@ def _parts(record: Record, by: By) -> tuple[str, ...]:
     """The texts that are compared; the order of a list of positives does not matter."""
     positives = _BETWEEN.join(sorted(record.positives))
     return {"query": (record.query,), "positives": (positives,), "record": (record.query, positives)}[by]
-
-
-def _rensa() -> Any:
-    try:
-        import rensa
-    except ImportError as error:
-        raise MissingExtraError("rensa", "curate") from error
-    return rensa

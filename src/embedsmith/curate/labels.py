@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from embedsmith.core.errors import DataError, RecipeError
+from pydantic import Field
+
+from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.step import Ledger, Tools
 from embedsmith.data.record import Record, text_id
@@ -24,26 +27,25 @@ from embedsmith.data.record import Record, text_id
 class LabelsToPairs:
     """Give each labelled text positives of its class and negatives of other classes.
 
-    With `with_names` the class's name is the positive and other classes' names are the negatives (the file must name
-    its classes); otherwise they are texts. Negatives come from a class drawn first and a text drawn from it, so large
-    classes do not crowd out small ones. Draws depend on the seed and the text alone. `pool` bounds how many texts of
-    each class are held in memory, a fair sample. `task` of the result: `retrieval` for losses over queries and
-    documents, `None` leaves it. Labels stay: mind that other rows of a batch may be of the same class. A text alone in
-    its class leaves. Records without a label pass as they are. Reads the records twice.
+    Negatives come from a class drawn first and a text drawn from it, so large classes do not crowd out small ones.
+    Draws depend on the seed and the text alone. Labels stay: mind that other rows of a batch may be of the same class.
+    A text alone in its class leaves. Records without a label pass as they are. Reads the records twice.
 
-    F2LLM: 1 negative for classification, 9 for clustering.
+    `positives`: texts of its class for each text.
+    `negatives`: texts of other classes for each text; F2LLM takes 1 for classification, 9 for clustering.
+    `with_names`: the class's name is the positive and other classes' names are the negatives (the file must name its
+    classes), instead of texts.
+    `task`: of the result: `retrieval` for losses over queries and documents, `None` leaves it.
+    `pool`: how many texts of each class are held in memory, a fair sample.
+    `seed`: of all draws.
     """
 
-    positives: int = 1
-    negatives: int = 1
+    positives: Count = 1
+    negatives: Annotated[int, Field(ge=0)] = 1
     with_names: bool = False
     task: Literal["retrieval", "classification", "clustering"] | None = "retrieval"
-    pool: int = 2000
+    pool: Annotated[int, Field(ge=2)] = 2000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.positives < 1 or self.negatives < 0 or self.pool < 2:
-            raise RecipeError("labels_to_pairs needs positives >= 1, negatives >= 0, pool >= 2")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         pools = _Pools(self.pool, self.seed)
@@ -56,37 +58,34 @@ class LabelsToPairs:
             if record.label is None:
                 yield record
                 continue
-            made = self._named(record, tools.labels) if self.with_names else self._drawn(record, pools)
-            if not made.positives:
+            draw = self._names if self.with_names else self._texts
+            positives, negatives = draw(record, record.label, pools, tools.labels)
+            if not positives:
                 ledger.record_left("alone in its class", record)
-            else:
-                yield made
+                continue
+            task = self.task or record.task
+            yield replace(record, positives=tuple(positives), negatives=tuple(negatives), task=task)
 
-    def _drawn(self, record: Record, pools: _Pools) -> Record:
-        assert record.label is not None
-        chance = random.Random(derive_seed(self.seed, text_id(record.query)))
+    def _texts(self, record: Record, label: int, pools: _Pools, names: Sequence[str]) -> tuple[list[str], list[str]]:
         mine = text_id(record.query)
-        own = [text for id_, text in pools.texts[record.label] if id_ != mine]
+        chance = random.Random(derive_seed(self.seed, mine))
+        own = [text for id_, text in pools.texts[label] if id_ != mine]
         positives = chance.sample(own, min(self.positives, len(own)))
-        others = [label for label in pools.order if label != record.label]
+        others = [other for other in pools.order if other != label]
         known = {mine, *map(text_id, positives)}
         negatives: dict[int, str] = {}
         for _ in range(4 * self.negatives if others else 0):  # a text drawn twice is drawn again, a few times
             id_, text = chance.choice(pools.texts[chance.choice(others)])
             if len(negatives) < self.negatives and id_ not in known:
                 negatives.setdefault(id_, text)
-        return self._made(record, positives, list(negatives.values()))
+        return positives, list(negatives.values())
 
-    def _named(self, record: Record, names: Sequence[str]) -> Record:
-        assert record.label is not None
-        if record.label >= len(names):
+    def _names(self, record: Record, label: int, pools: _Pools, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        if label >= len(names):
             raise DataError("the file does not name its classes", fix="give labels as names, or with_names: false")
         chance = random.Random(derive_seed(self.seed, text_id(record.query)))
-        others = [name for place, name in enumerate(names) if place != record.label]
-        return self._made(record, [names[record.label]], chance.sample(others, min(self.negatives, len(others))))
-
-    def _made(self, record: Record, positives: list[str], negatives: list[str]) -> Record:
-        return replace(record, positives=tuple(positives), negatives=tuple(negatives), task=self.task or record.task)
+        others = [name for place, name in enumerate(names) if place != label]
+        return [names[label]], chance.sample(others, min(self.negatives, len(others)))
 
 
 @dataclass

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import MissingExtraError, RecipeError
+from embedsmith.core.settings import Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.rules import scripts, without_links
-from embedsmith.curate.step import Ledger, Tools, check_range, sift
-from embedsmith.data.record import Record
+from embedsmith.curate.step import TextRule
 
 _BY_SCRIPT = {
     "han": "zh",
@@ -27,12 +27,13 @@ _BY_SCRIPT = {
 }
 """Scripts that (nearly) one language of the web uses."""
 
-_SCRIPT_OF = {language: script for script, language in _BY_SCRIPT.items()}
-_SCRIPT_OF |= dict.fromkeys(("ru", "uk", "bg", "be", "sr", "mk", "kk", "ky", "mn"), "cyrillic")
-_SCRIPT_OF |= dict.fromkeys(("ar", "fa", "ur", "ps", "ug"), "arabic") | dict.fromkeys(("hi", "mr", "ne"), "devanagari")
+SCRIPT_OF = {language: script for script, language in _BY_SCRIPT.items()}
+SCRIPT_OF |= dict.fromkeys(("ru", "uk", "bg", "be", "sr", "mk", "kk", "ky", "mn"), "cyrillic")
+SCRIPT_OF |= dict.fromkeys(("ar", "fa", "ur", "ps", "ug"), "arabic") | dict.fromkeys(("hi", "mr", "ne"), "devanagari")
+"""The scripts of languages by their codes; those that are not here are written in Latin like most, or not known."""
 _ENOUGH = 300
 """Characters the model reads: more change little and cost time."""
-_THIEVES = ("pcm", "la")
+_OVERRATED = ("pcm", "la")
 """Nigerian Pidgin and Latin: what the model calls so is mostly technical English; they count only where asked for."""
 
 
@@ -60,7 +61,7 @@ def guess_language(text: str, min_letters: int = 20, wanted: Collection[str] = (
     if sum(character.isalpha() for character in text) < min_letters:
         return Guess(script, None)
     ranked = _model().rank(without_links(text[: 2 * _ENOUGH])[:_ENOUGH])
-    language, confidence = next(pair for pair in ranked if pair[0] not in _THIEVES or pair[0] in wanted)
+    language, confidence = next(pair for pair in ranked if pair[0] not in _OVERRATED or pair[0] in wanted)
     return Guess(script, str(language), float(confidence))
 
 
@@ -76,11 +77,6 @@ def main_script(text: str) -> str | None:
     return max(others, key=lambda name: others[name])
 
 
-def script_of(language: str) -> str | None:
-    """The script of a language given by its code; `None` if that is not known here, or Latin like most."""
-    return _SCRIPT_OF.get(language)
-
-
 @cache
 def _model() -> Any:
     try:
@@ -92,26 +88,26 @@ def _model() -> Any:
 
 @curation_steps.register("language", formula="language(text) in keep")
 @dataclass(frozen=True)
-class Language:
-    """Keep texts in the named languages (ISO 639-1 codes).
+class Language(TextRule):
+    """Keep texts in the named languages.
 
-    A text whose script has one language is judged by that, however short. Others are judged by the model, if they have
-    `min_letters` letters and the model is `min_confidence` sure; if not, they stay where one of the kept languages
-    uses their script, and leave where none does. A text without letters has no language and stays.
+    A text whose script has one language is judged by that, however short. Others are judged by the model; what it
+    cannot tell stays where one of the kept languages uses its script, and leaves where none does. A text without
+    letters has no language and stays.
+
+    `keep`: the languages (ISO 639-1 codes).
+    `min_letters`: the model judges texts of at least so many letters.
+    `min_confidence`: how sure the model must be of a language for a text to leave.
     """
 
     keep: tuple[str, ...] = ("en", "zh")
     min_letters: int = 20
-    min_confidence: float = 0.7
+    min_confidence: Share = 0.7
 
     def __post_init__(self) -> None:
-        check_range("min_confidence", self.min_confidence, 0, 1)
         wrong = [code for code in self.keep if not (len(code) in (2, 3) and code.isalpha() and code.islower())]
         if wrong or not self.keep:
             raise RecipeError(f"keep is {list(self.keep)}", expected="language codes such as [en, zh]")
-
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        return sift(records, ledger, self.fault)
 
     def fault(self, text: str, role: Role) -> str | None:
         guess = guess_language(text, self.min_letters, self.keep)
@@ -119,5 +115,5 @@ class Language:
             return None
         if guess.language is not None and guess.confidence >= self.min_confidence:
             return f"language {guess.language}"
-        known = {_SCRIPT_OF.get(code, "latin") for code in self.keep}
+        known = {SCRIPT_OF.get(code, "latin") for code in self.keep}
         return None if guess.script in known else f"script {guess.script}"

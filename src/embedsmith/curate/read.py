@@ -18,9 +18,11 @@ from embedsmith.core.settings import section
 from embedsmith.curate.step import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
 from embedsmith.data.formats.beir import beir_rows, is_beir
-from embedsmith.data.formats.columns import LAYOUTS, Extent, Range, check_range, infer_range, rescaled
-from embedsmith.data.formats.files import Rows, open_rows, text_lines
+from embedsmith.data.formats.columns import known_layouts
+from embedsmith.data.formats.files import Row, Rows
 from embedsmith.data.formats.hub import is_saved_dataset
+from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
+from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import Record, RowError, Task, validate
 from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused
 from embedsmith.data.token_records import is_token_cache
@@ -165,27 +167,16 @@ class Corpus:
 
     def _documents(self) -> Iterator[Record]:
         for path in self.paths:
-            if path.endswith(".txt") or path.endswith(".txt.gz"):
-                rows: Iterable[tuple[int, Mapping[str, Any]]] = self._lines(Path(path))
-            else:
-                rows = self._sound(open_source(self._source(path)))
-            for line, row in rows:
+            rows = open_source(self._source(path))
+            if ".txt" in Path(path).suffixes:
+                rows = replace(rows, rows=_full_lines(rows))
+            for line, row in self._sound(rows):
                 text, title = row.get("text"), row.get("title") or ""
                 if isinstance(text, str) and text.strip() and isinstance(title, str):
                     yield Record(title.strip(), (text,), source=Path(path).name)
                 else:
                     fault = RowError("no text", fix="name the column of the documents `text`").at(f"{path}:{line}")
                     self._fault("no text", fault, str(row)[:200])
-
-    def _lines(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        if not path.is_file():
-            raise DataError("no such file", where=path, fix="check the path")
-        for line, text in text_lines(path):
-            if isinstance(text, RowError):
-                self._fault(text.kind, text.at(f"{path}:{line}"), "")
-            elif text.strip():
-                self.ledger.taken += 1
-                yield line, {"text": text.strip()}
 
     def _records(self) -> Iterator[Record]:
         """Checked records, scores in [0, 1], named classes numbered in the order of their names in all files."""
@@ -226,6 +217,15 @@ class Corpus:
         return next((row for _, row in rows.rows if not isinstance(row, RowError)), {})
 
 
+def _full_lines(rows: Rows) -> Iterator[Row]:
+    """The lines of a text file without white space around them; one that is empty only keeps texts apart."""
+    for line, row in rows.rows:
+        if isinstance(row, RowError):
+            yield line, row
+        elif text := row["text"].strip():
+            yield line, {"text": text}
+
+
 @dataclass(frozen=True)
 class Scan:
     """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
@@ -260,7 +260,7 @@ def scan_sources(sources: Iterable[Source]) -> Scan:
                 continue
             extent.add(record, line)
         names |= set(reading.labels) if reading else set()
-        ranges[source.path] = declared or (None if extent.empty else infer_range(extent, source.path))
+        ranges[source.path] = declared or (None if extent.empty else extent.range(source.path))
     return Scan(ranges, tuple(sorted(names)))
 
 
@@ -269,12 +269,7 @@ def checked(record: Record, known: Range | None) -> Record:
     validate(record)
     if known is not None:
         check_range(record, known)
-        record = rescaled(record, known)
-    if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
-        raise RowError(
-            "a positive with the lowest possible score is not a positive", fix="declare task: sts, or remove the rows"
-        )
-    return record
+    return rescaled(record, known)
 
 
 def parallel_pairs(folders: Sequence[Path], split: str | None) -> Iterator[Record]:
@@ -296,15 +291,10 @@ def parallel_pairs(folders: Sequence[Path], split: str | None) -> Iterator[Recor
 
 def _queries_and_documents(folder: Path, split: str | None) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Judged queries, and the relevant documents of each, by the query's id."""
-    texts = {str(row["_id"]): str(row["text"]) for row in _rows_of(folder, "queries.jsonl")}
+    texts = {str(one.id): one.text.strip() for one in read_texts(folder, "queries", ids="each")}
     rows = beir_rows(folder, split)
     by_text = {row["query"]: tuple(row["positives"]) for _, row in rows.rows if not isinstance(row, RowError)}
     return texts, {id_: by_text[text] for id_, text in texts.items() if by_text.get(text)}
-
-
-def _rows_of(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-    yield from (row for _, row in open_rows(path).rows if not isinstance(row, RowError))
 
 
 def _expand(given: str) -> list[str]:
@@ -319,4 +309,4 @@ def _expand(given: str) -> list[str]:
 
 def _known(row: Mapping[str, Any]) -> bool:
     """Whether a row's columns are those of a known format of records."""
-    return any(layout.fits(set(row)) for layout in LAYOUTS)
+    return any(layout.fits(row) for layout in known_layouts())

@@ -1,4 +1,5 @@
-"""Rules that look at one text at a time. Thresholds are ours; the kinds of rules are those every web corpus uses."""
+"""Rules that look at one text at a time, and the measures they use, which treat languages alike whether they put spaces
+between words or not. Thresholds are ours; the kinds of rules are those every web corpus uses."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.step import Ledger, Tools, check_range, sift, without
+from embedsmith.curate.step import Ledger, TextRule, Tools, without
 from embedsmith.data.record import Record, text_id
-
-# Measures of a text that treat languages alike, whether they put spaces between words or not.
 
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
@@ -69,60 +73,32 @@ def scripts(text: str) -> Counter[str]:
     return Counter(found.lastgroup or "" for found in _SCRIPT.finditer(text))
 
 
-def links(text: str) -> Iterator[str]:
-    """Web and mail addresses."""
-    yield from (found.group() for found in _LINK.finditer(text))
-
-
 def without_links(text: str) -> str:
+    """The text without web and mail addresses."""
     return _LINK.sub(" ", text)
-
-
-def link_share(text: str) -> float:
-    """The share of the characters that belong to addresses, spaces not counted."""
-    solid = sum(not character.isspace() for character in text)
-    return sum(len(link) for link in links(text)) / solid if solid else 0.0
-
-
-def letter_share(text: str) -> float:
-    """The share of letters among all characters that are not spaces."""
-    solid = [character for character in text if not character.isspace()]
-    return sum(unicodedata.category(character)[0] in "LM" for character in solid) / len(solid) if solid else 0.0
-
-
-def digit_share(text: str) -> float:
-    solid = [character for character in text if not character.isspace()]
-    return sum(character.isdigit() for character in solid) / len(solid) if solid else 0.0
-
-
-def run_share(text: str) -> float:
-    """The share of the longest run of one character, spaces not counted; 0 for runs of fewer than ten."""
-    solid = "".join(text.split())
-    longest = max((found.end() - found.start() for found in _RUN.finditer(solid)), default=0)
-    return longest / len(solid) if longest else 0.0
 
 
 @curation_steps.register("length", formula="query_min <= units(query) <= query_max; likewise for documents")
 @dataclass(frozen=True)
-class Length:
+class Length(TextRule):
     """Drop texts that are too short or too long.
 
     The unit is a word, or one character of a script written without spaces (Chinese, Japanese, Thai): an English
-    sentence and its Chinese translation count about alike. `None` sets no limit.
+    sentence and its Chinese translation count about alike.
+
+    `query_min`, `document_min`: units that a text has at least.
+    `query_max`, `document_max`: units that a text has at most; `None` sets no limit.
     """
 
-    query_min: int = 2
-    query_max: int | None = 512
-    document_min: int = 4
-    document_max: int | None = None
+    query_min: Annotated[int, Field(ge=0)] = 2
+    query_max: Count | None = 512
+    document_min: Annotated[int, Field(ge=0)] = 4
+    document_max: Count | None = None
 
     def __post_init__(self) -> None:
         for low, high in ((self.query_min, self.query_max), (self.document_min, self.document_max)):
-            if low < 0 or (high is not None and high < max(low, 1)):
+            if high is not None and high < low:
                 raise RecipeError(f"length from {low} to {high}", expected="0 <= lowest <= highest")
-
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        return sift(records, ledger, self.fault)
 
     def fault(self, text: str, role: Role) -> str | None:
         low, high = (self.query_min, self.query_max) if role == "query" else (self.document_min, self.document_max)
@@ -134,51 +110,47 @@ class Length:
 
 @curation_steps.register("symbols", formula="letters / solid >= min_letters, digits / solid <= max_digits")
 @dataclass(frozen=True)
-class Symbols:
+class Symbols(TextRule):
     """Drop texts made of symbols, digits or one repeated character. Shares are of the characters that are not spaces.
 
-    `max_run` is the share of the longest run of one character, if it has ten or more. Code, formulas and tables have
-    few letters too: lower `min_letters` for them.
+    `min_letters`: the share of letters; code, formulas and tables have few letters too: lower it for them.
+    `max_digits`: the share of digits.
+    `max_run`: the share of the longest run of one character, if it has ten or more.
     """
 
-    min_letters: float = 0.4
-    max_digits: float = 0.5
-    max_run: float = 0.3
-
-    def __post_init__(self) -> None:
-        check_range("min_letters", self.min_letters, 0, 1)
-        check_range("max_digits", self.max_digits, 0, 1)
-        check_range("max_run", self.max_run, 0, 1)
-
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        return sift(records, ledger, self.fault)
+    min_letters: Share = 0.4
+    max_digits: Share = 0.5
+    max_run: Share = 0.3
 
     def fault(self, text: str, role: Role) -> str | None:
-        if digit_share(text) > self.max_digits:
+        solid = "".join(text.split())
+        if not solid:
+            return "mostly symbols" if self.min_letters > 0 else None
+        if sum(character.isdigit() for character in solid) / len(solid) > self.max_digits:
             return "mostly digits"
-        if letter_share(text) < self.min_letters:
+        if sum(unicodedata.category(character)[0] in "LM" for character in solid) / len(solid) < self.min_letters:
             return "mostly symbols"
-        return "one character repeated" if run_share(text) > self.max_run else None
+        longest = max((found.end() - found.start() for found in _RUN.finditer(solid)), default=0)
+        return "one character repeated" if longest / len(solid) > self.max_run else None
 
 
 @curation_steps.register("links", formula="characters in addresses / solid <= max_share")
 @dataclass(frozen=True)
-class Links:
-    """Drop texts that are nothing but web or mail addresses, and those that are mostly such."""
+class Links(TextRule):
+    """Drop texts that are nothing but web or mail addresses, and those that are mostly such.
 
-    max_share: float = 0.5
+    `max_share`: the share of a text's characters, spaces not counted, that may belong to addresses.
+    """
 
-    def __post_init__(self) -> None:
-        check_range("max_share", self.max_share, 0, 1)
-
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        return sift(records, ledger, self.fault)
+    max_share: Share = 0.5
 
     def fault(self, text: str, role: Role) -> str | None:
-        share = link_share(text)
-        if share > 0 and units(without_links(text)) == 0:
+        linked = sum(len(found.group()) for found in _LINK.finditer(text))
+        if not linked:
+            return None
+        if units(without_links(text)) == 0:
             return "nothing but addresses"
-        return "mostly addresses" if share > self.max_share else None
+        return "mostly addresses" if linked / len("".join(text.split())) > self.max_share else None
 
 
 PHRASES = (
@@ -231,43 +203,34 @@ _SENTENCE = re.compile(r"[^.!?。！？；\n]+[.!?。！？；\n]*")
 
 @curation_steps.register("boilerplate", formula="characters in boilerplate sentences / all <= max_share")
 @dataclass(frozen=True)
-class Boilerplate:
+class Boilerplate(TextRule):
     """Drop texts that mostly consist of what every page says (cookies, copyright, 版权所有), or of repeated lines.
 
-    A sentence with one of the phrases counts as boilerplate; a document leaves when such sentences make up more than
-    `max_share` of its characters, or repeated lines more than `max_repeated`. `phrases` adds to the list. Queries
-    may ask about such things, so only their repeated lines count.
+    A sentence with one of the phrases counts as boilerplate. Queries may ask about such things, so only their repeated
+    lines count.
+
+    `max_share`: the share of a document's characters that may be in such sentences.
+    `max_repeated`: the share of a text's characters that may be in lines that stood before.
+    `phrases`: more of what every page says, beside the list in `curate/rules.py`.
     """
 
-    max_share: float = 0.4
-    max_repeated: float = 0.3
+    max_share: Share = 0.4
+    max_repeated: Share = 0.3
     phrases: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        check_range("max_share", self.max_share, 0, 1)
-        check_range("max_repeated", self.max_repeated, 0, 1)
+    @cached_property
+    def _known(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(phrase) for phrase in (*PHRASES, *self.phrases)), re.IGNORECASE)
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        known = re.compile("|".join(re.escape(phrase) for phrase in (*PHRASES, *self.phrases)), re.IGNORECASE)
-
-        def fault(text: str, role: Role) -> str | None:
-            if role == "document" and known.search(text) and _phrase_share(text, known) > self.max_share:
+    def fault(self, text: str, role: Role) -> str | None:
+        if role == "document" and self._known.search(text):
+            sentences = [found.group() for found in _SENTENCE.finditer(text)]
+            common = sum(len(sentence) for sentence in sentences if self._known.search(sentence))
+            if common / max(sum(map(len, sentences)), 1) > self.max_share:
                 return "boilerplate"
-            return "repeated lines" if _repeated_share(text) > self.max_repeated else None
-
-        return sift(records, ledger, fault)
-
-
-def _phrase_share(text: str, known: re.Pattern[str]) -> float:
-    sentences = [found.group() for found in _SENTENCE.finditer(text)]
-    return sum(len(sentence) for sentence in sentences if known.search(sentence)) / max(sum(map(len, sentences)), 1)
-
-
-def _repeated_share(text: str) -> float:
-    """The share of the characters in lines that stood before."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    again = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
-    return again / max(sum(map(len, lines)), 1)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        again = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
+        return "repeated lines" if again / max(sum(map(len, lines)), 1) > self.max_repeated else None
 
 
 @curation_steps.register("trivial", formula="text_id(query) != text_id(positive) != text_id(negative)")
@@ -281,20 +244,15 @@ class Trivial:
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         for record in records:
             ledger.taken += 1
-            kept = record if record.task == "sts" else self._kept(record, ledger)
-            if kept is not None:
-                yield kept
+            left = record if record.task == "sts" else self._without_repeats(record, ledger)
+            if left is not None:
+                yield left
 
-    def _kept(self, record: Record, ledger: Ledger) -> Record | None:
+    def _without_repeats(self, record: Record, ledger: Ledger) -> Record | None:
         seen = {text_id(record.query): "the query itself"} if record.query else {}
         reasons: list[list[str | None]] = []
         for texts, again in ((record.positives, "named twice"), (record.negatives, "also a positive or named twice")):
             ids = [text_id(text) for text in texts]
-            reasons.append(
-                [
-                    seen.get(id_) if seen.get(id_) else again if id_ in ids[:slot] else None
-                    for slot, id_ in enumerate(ids)
-                ]
-            )
-            seen |= dict.fromkeys(ids, again) | seen
+            reasons.append([seen.get(one, again if one in ids[:slot] else None) for slot, one in enumerate(ids)])
+            seen = dict.fromkeys(ids, again) | seen
         return without(record, reasons[0], reasons[1], ledger)

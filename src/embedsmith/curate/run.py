@@ -1,4 +1,4 @@
-"""A whole curation: input, steps in their order, output and report. Stopped anywhere, it goes on where it was."""
+"""A whole curation: input, steps in their order, output. Stopped anywhere, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
+
+from pydantic import Field
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
@@ -17,11 +19,15 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import section, to_plain
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import key_of
+from embedsmith.curate.outcome import Report, StepReport
 from embedsmith.curate.read import Corpus, Input
-from embedsmith.curate.step import Ledger, Report, Step, StepReport, Tools, booked
-from embedsmith.data.formats.files import open_rows
+from embedsmith.curate.step import Ledger, Step, Tools, counted
+from embedsmith.data.formats.files import rows_of
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.writers import write_records
+
+MAKE_QUERIES = ("synthetic_queries", "long_documents")
+"""Steps whose input may be documents without queries."""
 
 
 @section
@@ -29,23 +35,25 @@ from embedsmith.data.writers import write_records
 class CurateRecipe:
     """Everything a curation depends on.
 
-    `steps` run in their order. `work` holds what each step left, until all are done, and the caches of scores and
-    answers, for good (`None`: a folder beside the output, named `OUTPUT.work`). `examples`: how many of what left the
-    report shows for each reason. `keep_stages` leaves what each step gave on the disk.
+    - `input`: what to curate;
+    - `output`: the file of the records that stay, in .jsonl or .jsonl.gz;
+    - `steps`: what is done, in this order;
+    - `work`: the folder of what each step gave, until all are done, and of the scores and answers that were paid for,
+      for good; `None` is a folder beside the output, named `OUTPUT.work`;
+    - `examples`: how many of those that left the report shows for each reason;
+    - `keep_stages`: leave what each step gave on the disk.
     """
 
     input: Input
     output: str
     steps: tuple[Annotated[Any, curation_steps], ...]
     work: str | None = None
-    examples: int = 5
+    examples: Annotated[int, Field(ge=0)] = 5
     keep_stages: bool = False
 
     def __post_init__(self) -> None:
         if not self.output.removesuffix(".gz").endswith(".jsonl"):
             raise RecipeError(f"output is {self.output!r}", expected="a name in .jsonl or .jsonl.gz")
-        if self.examples < 0:
-            raise RecipeError(f"examples is {self.examples}", expected="0 or more")
 
     @property
     def folder(self) -> Path:
@@ -67,7 +75,9 @@ def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool 
     corpus = Corpus(recipe.input, makes_queries, Ledger(recipe.examples))
     if Path(recipe.output).resolve() in {Path(path).resolve() for path in corpus.paths}:
         raise RecipeError(f"the output {recipe.output} is also the input", fix="write to another file")
-    keys = _keys(recipe, corpus)
+    keys = [key_of(version("embedsmith"), corpus.identity, recipe.examples).hex()]
+    for step in recipe.steps:
+        keys.append(key_of(keys[-1], to_plain(step)).hex())
     if overwrite:
         shutil.rmtree(recipe.folder / "stages", ignore_errors=True)
     elif (done := _finished(recipe, keys[-1])) is not None:
@@ -80,30 +90,20 @@ def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool 
     return report
 
 
-MAKE_QUERIES = ("synthetic_queries", "long_documents")
-"""Steps whose input may be documents without queries."""
-
-
-def _keys(recipe: CurateRecipe, corpus: Corpus) -> list[str]:
-    """What the result depends on: entry n covers everything up to step n."""
-    keys = [key_of(version("embedsmith"), corpus.identity, recipe.examples).hex()]
-    for step in recipe.steps:
-        keys.append(key_of(keys[-1], to_plain(step)).hex())
-    return keys
-
-
 def _finished(recipe: CurateRecipe, key: str) -> Report | None:
     """The report of an earlier run of the same recipe over the same input, if its output is still as it was left."""
     try:
         known = json.loads(recipe.report_path.read_text(encoding="utf-8"))
         same = known["key"] == key and known["output_bytes"] == Path(recipe.output).stat().st_size
-        return Report.of(known) if same else None
+        return Report(**{**known, "steps": [StepReport(**step) for step in known["steps"]]}) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @dataclass(frozen=True)
 class _Run:
+    """One run of a recipe. `keys`: what the result depends on; entry n covers everything up to step n."""
+
     recipe: CurateRecipe
     corpus: Corpus
     tools: Tools
@@ -116,14 +116,15 @@ class _Run:
         steps: list[StepReport] = []
         records: Iterable[Record] = self.corpus
         for place, step in enumerate(self.recipe.steps):
-            stage = Stage(self._stage_path(place + 1, type(step).registered_name))
+            stage = self._stage(place + 1, type(step).registered_name)
             total = steps[-1].given if steps else self.recipe.input.limit
             steps.append(stage.report() or self._make(stage, step, records, tools, total))
             records = stage
-        final = Ledger(self.recipe.examples)
-        written = write_records(self.recipe.output, _sound(records, final))
-        first = self._input_report(bool(steps))
-        last = StepReport.of({"type": "checked for training"}, final, 0.0)
+        checks = Ledger(self.recipe.examples)
+        written = write_records(self.recipe.output, _trainable(records, checks))
+        first = self._stage(0, "read").report() if steps else self._reading()
+        assert first is not None  # written before the first stage was finished
+        last = StepReport.of({"type": "checked for training"}, checks, 0.0)
         if not written and not first.given:
             raise DataError("no records in it", where=self.corpus.paths[0], fix="check that it is the right file")
         if not written:
@@ -136,7 +137,7 @@ class _Run:
         return Report(
             self.keys[-1],
             to_plain(self.recipe),
-            [first, *steps, *([last] if final.left else [])],
+            [first, *steps, *([last] if checks.left else [])],
             written,
             self.recipe.output,
             Path(self.recipe.output).stat().st_size,
@@ -148,26 +149,19 @@ class _Run:
         started = time.monotonic()
         plain = to_plain(step)
         with progress_bar(plain["type"], total) as bar:
-            write_records(stage.path, booked(step, _Watched(records, bar.advance), ledger, tools))
+            write_records(stage.path, counted(step, _Watched(records, bar.advance), ledger, tools))
         report = StepReport.of(plain, ledger, time.monotonic() - started)
         if records is self.corpus:
-            self._keep_input_report()
+            self._stage(0, "read").finish(self._reading())
         stage.finish(report)
         return report
 
-    def _stage_path(self, place: int, name: str) -> Path:
-        return self.recipe.folder / "stages" / f"{place:02d}-{name}-{self.keys[place][:12]}.jsonl"
+    def _stage(self, place: int, name: str) -> Stage:
+        return Stage(self.recipe.folder / "stages" / f"{place:02d}-{name}-{self.keys[place][:12]}.jsonl")
 
-    def _keep_input_report(self) -> None:
-        report = StepReport.of({"type": "read", "kind": self.corpus.kind}, self.corpus.ledger, 0.0)
-        with atomic_file(self._stage_path(0, "read").with_suffix(".json")) as file:
-            json.dump(report.as_dict(), file, ensure_ascii=False)
-
-    def _input_report(self, kept: bool) -> StepReport:
-        """How the input was read: by this run, or by the one that made the first stage."""
-        if not kept:
-            return StepReport.of({"type": "read", "kind": self.corpus.kind}, self.corpus.ledger, 0.0)
-        return StepReport(**json.loads(self._stage_path(0, "read").with_suffix(".json").read_text(encoding="utf-8")))
+    def _reading(self) -> StepReport:
+        """How this run read the input."""
+        return StepReport.of({"type": "read", "kind": self.corpus.kind}, self.corpus.ledger, 0.0)
 
 
 @dataclass(frozen=True)
@@ -184,14 +178,15 @@ class Stage:
 
     def finish(self, report: StepReport) -> None:
         with atomic_file(self.path.with_suffix(".json")) as file:
-            json.dump(report.as_dict(), file, ensure_ascii=False)
+            json.dump(asdict(report), file, ensure_ascii=False)
 
     def __iter__(self) -> Iterator[Record]:
-        for line, row in open_rows(self.path).rows:
-            if isinstance(row, RowError):
-                raise DataError("a damaged stage file", where=f"{self.path}:{line}", fix="delete it and run again")
-            fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in row.items()}
-            yield Record(**fields)
+        try:
+            for _, row in rows_of(self.path):
+                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+                yield Record(**fields)
+        except RowError as error:
+            raise DataError("a damaged stage file", where=error.where, fix="delete it and run again") from error
 
 
 @dataclass(frozen=True)
@@ -207,8 +202,7 @@ class _Watched:
             yield record
 
 
-def _sound(records: Iterable[Record], ledger: Ledger) -> Iterator[Record]:
-    """Only records that can be trained on."""
+def _trainable(records: Iterable[Record], ledger: Ledger) -> Iterator[Record]:
     for record in records:
         ledger.taken += 1
         try:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from embedsmith.core.encoder import Encoder
+from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.reps import Dense
+from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import Cache, key_of, open_cache
-from embedsmith.curate.step import Ledger, Tools, check_range, in_windows, without
+from embedsmith.curate.step import Ledger, Tools, without
 from embedsmith.data.record import Record
+from embedsmith.data.writers import batched
 
 BINS = 40
 """Of the histogram, over cosines from -1 to 1."""
@@ -32,54 +35,51 @@ Floats = npt.NDArray[np.float64]
 class ScoreFilter:
     """Drop positives that an embedding model finds unlike their query; a record without positives left leaves.
 
-    One of `threshold` (a cosine; a pair exactly at it stays) and `quantile` (the share of pairs that leaves, lowest
-    first) is set. A threshold belongs to one scorer: Conan's 0.4 is for bge-large-zh-v1.5 and lets others' noise
-    through or cuts good pairs, so look at the histogram in the report first, or use `quantile`. Queries and positives
-    get the scorer's own prompts for their roles. Scores are cached by model and texts: filtering again is free. With
-    `keep_scores` they are written into records that have none, as `teacher_positive_scores`. Records for similarity
-    and those without positives pass unscored.
+    A threshold belongs to one scorer: Conan's 0.4 is for bge-large-zh-v1.5 and lets others' noise through or cuts good
+    pairs, so look at the histogram in the report first, or use a quantile. Queries and positives get the scorer's own
+    prompts for their roles. Scores are cached by model and texts: filtering again is free. Records for similarity and
+    those without positives pass unscored.
+
+    `model`: path or hub id of the scorer.
+    `threshold`: the least cosine of a pair that stays (a pair exactly at it does); this or `quantile` is set.
+    `quantile`: the share of pairs that leaves, lowest first; that reads the records twice.
+    `keep_scores`: write the scores into records that have none, as `teacher_positive_scores`.
+    `batch_size`: records scored together.
 
     Errors: `ModelError` if the model has no dense vectors or gives values that are not finite.
     """
 
     model: str
-    threshold: float | None = None
-    quantile: float | None = None
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    quantile: Share | None = None
     keep_scores: bool = True
-    batch_size: int = 256
+    batch_size: Count = 256
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.quantile is None):
             raise RecipeError("score_filter needs one of threshold and quantile", expected="for example threshold: 0.4")
-        check_range("threshold", self.threshold, -1, 1)
-        check_range("quantile", self.quantile, 0, 1)
-        if self.batch_size < 1:
-            raise RecipeError(f"batch_size is {self.batch_size}", expected="1 or more")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         if tools.encoder is None:
             raise ModelError("score_filter has no model", fix="pass Tools(encoder=...), which loads a model by name")
-        scorer = _Scorer(*tools.encoder(self.model))
         with open_cache(tools.folder, "scores") as cache:
+            scorer = _Scorer(*tools.encoder(self.model), cache)
             threshold = self.threshold
             if threshold is None:
                 assert self.quantile is not None
-                every = np.array(
-                    [score for _, scores in self._scored(records, scorer, cache) for score in scores or ()]
-                )
-                threshold = float(np.quantile(every, self.quantile, method="lower")) if len(every) else -1.0
+                every = [score for _, scores in self._scored(records, scorer) for score in scores or ()]
+                threshold = float(np.quantile(np.array(every), self.quantile, method="lower")) if every else -1.0
             counts: npt.NDArray[np.int64] = np.zeros(BINS, dtype=np.int64)
             unscored = 0
-            for record, scores in self._scored(records, scorer, cache):
+            for record, scores in self._scored(records, scorer):
                 ledger.taken += 1
                 if scores is None:
                     unscored += 1
                     yield record
                     continue
                 counts += np.histogram(scores, bins=BINS, range=(-1, 1))[0]
-                kept = self._kept(record, scores, threshold, ledger)
-                if kept is not None:
-                    yield kept
+                if (left := self._above(record, scores, threshold, ledger)) is not None:
+                    yield left
             ledger.notes |= {
                 "threshold": round(threshold, 4),
                 "histogram": histogram(counts),
@@ -87,53 +87,61 @@ class ScoreFilter:
                 "pairs scored anew": scorer.scored,
             }
 
-    def _kept(self, record: Record, scores: Floats, threshold: float, ledger: Ledger) -> Record | None:
-        if self.keep_scores and record.teacher_positive_scores is None:
-            record = replace(record, teacher_positive_scores=tuple(round(float(score), 4) for score in scores))
-        low = [f"score below {threshold:.2f}" if score < threshold else None for score in scores]
-        why = f"cosine {max(scores):.3f}" if all(low) else ""
-        if why:
-            ledger.record_left(f"score below {threshold:.2f}", record, why)
-            return None
-        return without(record, low, [None] * len(record.negatives), ledger)
+    def _scored(self, records: Iterable[Record], scorer: _Scorer) -> Iterator[tuple[Record, list[float] | None]]:
+        for batch in batched(records, self.batch_size):
+            yield from zip(batch, scorer(batch), strict=True)
 
-    def _scored(
-        self, records: Iterable[Record], scorer: _Scorer, cache: Cache
-    ) -> Iterator[tuple[Record, Floats | None]]:
-        for batch in in_windows(records, self.batch_size):
-            yield from zip(batch, scorer(batch, cache), strict=True)
+    def _above(self, record: Record, scores: list[float], threshold: float, ledger: Ledger) -> Record | None:
+        if self.keep_scores and record.teacher_positive_scores is None:
+            record = replace(record, teacher_positive_scores=tuple(round(score, 4) for score in scores))
+        low = f"score below {threshold:.2f}"
+        if max(scores) < threshold:
+            ledger.record_left(low, record, f"cosine {max(scores):.3f}")
+            return None
+        return without(
+            record, [low if one < threshold else None for one in scores], [None] * len(record.negatives), ledger
+        )
 
 
 @dataclass
 class _Scorer:
-    """Cosines of queries and positives, from the cache where they are known."""
+    """Cosines of queries and positives, from the cache where they are known. `key` changes when the encoder does."""
 
     encoder: Encoder
     key: str
+    cache: Cache
     scored: int = 0
 
-    def __call__(self, records: Iterable[Record], cache: Cache) -> list[Floats | None]:
-        pairs = [
-            [(record.query, text) for text in record.positives] if _scorable(record) else None for record in records
-        ]
-        wanted = {key_of(self.key, *pair): pair for some in pairs for pair in some or ()}
-        known: dict[bytes, Any] = cache.get(list(wanted))
+    def __call__(self, records: Iterable[Record]) -> list[list[float] | None]:
+        keys_N: list[list[bytes] | None] = []
+        wanted: dict[bytes, tuple[str, str]] = {}
+        for record in records:
+            if record.task == "sts" or not record.positives:
+                keys_N.append(None)
+                continue
+            if not record.query:
+                fix = "let a step make queries before score_filter"
+                raise DataError("a record without a query cannot be scored", fix=fix)
+            keys = [key_of(self.key, record.query, text) for text in record.positives]
+            wanted |= {key: (record.query, text) for key, text in zip(keys, record.positives)}
+            keys_N.append(keys)
+        known: dict[bytes, Any] = self.cache.get(list(wanted))
         new = {key: pair for key, pair in wanted.items() if key not in known}
         if new:
             fresh = dict(zip(new, self._cosines(list(new.values())), strict=True))
-            cache.put(fresh)
+            self.cache.put(fresh)
             known |= fresh
-        return [None if some is None else np.array([known[key_of(self.key, *pair)] for pair in some]) for some in pairs]
+        return [None if keys is None else [float(known[key]) for key in keys] for keys in keys_N]
 
     def _cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
         self.scored += len(pairs)
         queries, documents = (list(dict.fromkeys(side)) for side in zip(*pairs))
-        left_ND, right_ND = self._vectors(queries, "query"), self._vectors(documents, "document")
-        place_q = {text: place for place, text in enumerate(queries)}
-        place_d = {text: place for place, text in enumerate(documents)}
-        return [round(float(left_ND[place_q[q]] @ right_ND[place_d[d]]), 6) for q, d in pairs]
+        query_of = dict(zip(queries, self._units(queries, "query")))
+        document_of = dict(zip(documents, self._units(documents, "document")))
+        return [round(float(query_of[query] @ document_of[document]), 6) for query, document in pairs]
 
-    def _vectors(self, texts: list[str], role: Any) -> Floats:
+    def _units(self, texts: list[str], role: Role) -> Floats:
+        """Vectors of length one."""
         reps = self.encoder.represent(texts, role=role, task="retrieval", outputs=("dense",))
         dense = reps.get("dense")
         if not isinstance(dense, Dense):
@@ -144,14 +152,6 @@ class _Scorer:
         norm_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)
         unit_ND: Floats = vector_ND / np.maximum(norm_N1, 1e-12)
         return unit_ND
-
-
-def _scorable(record: Record) -> bool:
-    if record.task == "sts" or not record.positives:
-        return False
-    if not record.query:
-        raise DataError("a record without a query cannot be scored", fix="let a step make queries before score_filter")
-    return True
 
 
 def histogram(counts: npt.NDArray[np.int64]) -> dict[str, int]:

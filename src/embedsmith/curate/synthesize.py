@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.settings import Count, Positive
 from embedsmith.core.shelf import curation_steps, generators
-from embedsmith.curate.ask import Refusal, ask_all, lines_of
-from embedsmith.curate.language import main_script, script_of
+from embedsmith.curate.ask import Answer, Refusal, ask_all, lines_of
+from embedsmith.curate.language import SCRIPT_OF, main_script
 from embedsmith.curate.rules import units
 from embedsmith.curate.step import Ledger, Tools
 from embedsmith.data.record import Record, text_id
@@ -35,14 +36,18 @@ _LONG = {
     "zh": "下面是一篇长文章中的一个段落。请针对这个段落提出一个具体的、能由该段落回答的问题。不要使用代词，"
     "也不要提到“段落”或“文章”：没有读过它们的人也应当看懂这个问题。只写这个问题，不要写其他内容。\n\n段落：\n{text}",
 }
-_TRANSLATE = (
-    "Translate this search query into {language}. Keep names and technical terms as people who write {language} would "
-    "write them. Write only the translation, on one line.\n\nQuery: {text}"
-)
+_TRANSLATE = {
+    "en": "Translate this search query into {language}. Keep names and technical terms as people who write {language} "
+    "would write them. Write only the translation, on one line.\n\nQuery: {text}"
+}
 
 
-def _template(templates: dict[str, str], own: str | None, text: str) -> str:
-    return own or templates["zh" if main_script(text) == "han" else "en"]
+def _prompt(templates: dict[str, str], own: str | None, about: str, **values: object) -> str:
+    """A user's own template, or ours in the language of the text it is about, filled in. Like str.format, but braces of
+    anything else, the text's own too, are left alone."""
+    template = own or templates.get("zh" if main_script(about) == "han" else "en", templates["en"])
+    filled = {"text": about} | values
+    return re.sub(r"\{(\w+)\}", lambda found: str(filled.get(found[1], found[0])), template)
 
 
 def _check_prompt(prompt: str | None) -> None:
@@ -54,9 +59,32 @@ def _queries_in(answer: str) -> list[str]:
     return [line for line in lines_of(answer) if 2 <= units(line) <= LONGEST_QUERY]
 
 
-def _fill(template: str, **values: object) -> str:
-    """Like str.format, but braces of anything else, the text's own too, are left alone."""
-    return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
+def _has_query(answer: str) -> bool:
+    return bool(_queries_in(answer))
+
+
+def _queries_of(answer: Answer | Refusal, record: Record, ledger: Ledger) -> list[str]:
+    """None where the answer holds none; the ledger says why."""
+    if isinstance(answer, Refusal):
+        ledger.record_left(answer.reason, record)
+        return []
+    if not answer.usable:
+        ledger.record_left("no usable answer", record, answer.text[:200])
+        return []
+    return _queries_in(answer.text)
+
+
+def _distinct_positives(records: Iterable[Record], ledger: Ledger, what: str) -> Iterator[Record]:
+    """Every text as a record of its own."""
+    seen: set[int] = set()
+    for record in records:
+        ledger.taken += 1
+        for text in record.positives:
+            if (id_ := text_id(text)) in seen:
+                ledger.text_lost(f"{what} seen before", record, text)
+                continue
+            seen.add(id_)
+            yield Record(record.query, (text,), task="retrieval", source=record.source)
 
 
 @curation_steps.register(
@@ -69,54 +97,35 @@ class SyntheticQueries:
     """Let a language model write queries for passages.
 
     Every distinct positive of the records is a passage (documents read with `input.kind: documents` have one each).
-    The new records replace the old ones, unless `keep_originals`. `prompt` may hold {text} and {count}; without it,
-    there is one in English and one for Chinese. At most `max_characters` of a passage are shown.
+
+    `generator`: the language model that is asked.
+    `count`: queries written for a passage.
+    `prompt`: what it is asked, with {text} and perhaps {count} in it; `None` is one in English and one for Chinese.
+    `max_characters`: so much of a passage is shown.
+    `keep_originals`: the new records come beside the old ones instead of replacing them.
     """
 
     generator: Annotated[Any, generators]
-    count: int = 1
+    count: Count = 1
     prompt: str | None = None
-    max_characters: int = 6000
+    max_characters: Count = 6000
     keep_originals: bool = False
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
-        if self.count < 1 or self.max_characters < 1:
-            raise RecipeError("count and max_characters must be 1 or more")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        prompts = self._prompts(records, ledger)
-        for record, answer in ask_all(self.generator, prompts, _has_query, ledger, tools):
+        def prompts() -> Iterator[tuple[Record, str]]:
+            for record in _distinct_positives(records, ledger, "passage"):
+                text = record.positives[0]
+                shown = text[: self.max_characters]
+                yield record, _prompt(_QUERIES, self.prompt, text, text=shown, count=self.count)
+
+        for record, answer in ask_all(self.generator, prompts(), _has_query, ledger, tools):
             if self.keep_originals and record.query:
                 yield record
-            if isinstance(answer, Refusal) or not answer.usable:
-                reason = answer.reason if isinstance(answer, Refusal) else "no usable answer"
-                ledger.record_left(reason, record, "" if isinstance(answer, Refusal) else answer.text[:200])
-                continue
-            for query in _queries_in(answer.text)[: self.count]:
+            for query in _queries_of(answer, record, ledger)[: self.count]:
                 yield Record(query, record.positives, task="retrieval", source=record.source)
-
-    def _prompts(self, records: Iterable[Record], ledger: Ledger) -> Iterator[tuple[Record, str]]:
-        seen: set[int] = set()
-        for record in records:
-            ledger.taken += 1
-            for text in record.positives:
-                id_ = text_id(text)
-                if id_ in seen:
-                    ledger.text_lost("passage seen before", record, text)
-                    continue
-                seen.add(id_)
-                template = _template(_QUERIES, self.prompt, text)
-                prompt = _fill(template, text=text[: self.max_characters], count=self.count)
-                yield _only(record, text), prompt
-
-
-def _only(record: Record, text: str) -> Record:
-    return Record(record.query, (text,), task="retrieval", source=record.source)
-
-
-def _has_query(answer: str) -> bool:
-    return bool(_queries_in(answer))
 
 
 @curation_steps.register(
@@ -129,55 +138,47 @@ def _has_query(answer: str) -> bool:
 class LongDocuments:
     """Sample a paragraph of a long article, let a language model ask about it, pair the question with the article.
 
-    `per_article` different paragraphs are drawn (seeded by the article's text) among those of `paragraph_min` to
-    `paragraph_max` units; longer ones are cut between sentences. Articles under `article_min` units leave. M3's
-    articles have about 4,700 tokens.
+    M3's articles have about 4,700 tokens.
+
+    `generator`: the language model that is asked.
+    `per_article`: different paragraphs drawn of an article.
+    `article_min`: articles of fewer units leave.
+    `paragraph_min`: units that a paragraph has at least.
+    `paragraph_max`: units that a paragraph has at most; longer ones are cut between sentences.
+    `prompt`: what it is asked, with {text} in it; `None` is one in English and one for Chinese.
+    `seed`: of the draws, with the article's text.
     """
 
     generator: Annotated[Any, generators]
-    per_article: int = 1
+    per_article: Count = 1
     article_min: int = 1000
-    paragraph_min: int = 40
-    paragraph_max: int = 400
+    paragraph_min: Count = 40
+    paragraph_max: Count = 400
     prompt: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
-        if self.per_article < 1 or not 1 <= self.paragraph_min <= self.paragraph_max:
-            raise RecipeError("long_documents needs per_article >= 1 and 1 <= paragraph_min <= paragraph_max")
+        if self.paragraph_min > self.paragraph_max:
+            raise RecipeError("long_documents needs paragraph_min <= paragraph_max")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         for record, answer in ask_all(self.generator, self._prompts(records, ledger), _has_query, ledger, tools):
-            if isinstance(answer, Refusal):
-                ledger.record_left(answer.reason, record)
-            elif not answer.usable:
-                ledger.record_left("no usable answer", record, answer.text[:200])
-            else:
-                query = _queries_in(answer.text)[0]
+            for query in _queries_of(answer, record, ledger)[:1]:
                 yield Record(query, record.positives, task="retrieval", source=record.source)
 
     def _prompts(self, records: Iterable[Record], ledger: Ledger) -> Iterator[tuple[Record, str]]:
-        seen: set[int] = set()
-        for record in records:
-            ledger.taken += 1
-            for article in record.positives:
-                if (id_ := text_id(article)) in seen:
-                    ledger.text_lost("article seen before", record, article)
-                    continue
-                seen.add(id_)
-                only = _only(record, article)
-                if units(article) < self.article_min:
-                    ledger.record_left(f"article shorter than {self.article_min} units", only)
-                    continue
-                fitting = [
-                    part for part in paragraphs(article, self.paragraph_max) if units(part) >= self.paragraph_min
-                ]
-                if not fitting:
-                    ledger.record_left("no paragraph of a fitting length", only)
-                chance = random.Random(derive_seed(self.seed, id_))
-                for part in chance.sample(fitting, min(self.per_article, len(fitting))):
-                    yield only, _fill(_template(_LONG, self.prompt, part), text=part)
+        for record in _distinct_positives(records, ledger, "article"):
+            article = record.positives[0]
+            if units(article) < self.article_min:
+                ledger.record_left(f"article shorter than {self.article_min} units", record)
+                continue
+            fitting = [part for part in paragraphs(article, self.paragraph_max) if units(part) >= self.paragraph_min]
+            if not fitting:
+                ledger.record_left("no paragraph of a fitting length", record)
+            chance = random.Random(derive_seed(self.seed, text_id(article)))
+            for part in chance.sample(fitting, min(self.per_article, len(fitting))):
+                yield record, _prompt(_LONG, self.prompt, part)
 
 
 _SENTENCES = re.compile(r".+?(?:[。！？；]+|[.!?]+(?=\s)|$)", re.DOTALL)
@@ -209,31 +210,35 @@ def paragraphs(article: str, most: int) -> list[str]:
 class TranslateQueries:
     """Cross-lingual retrieval data: translate the query, leave the documents.
 
-    `languages`: what to translate into, name in English or code, with its share (shares need not add up to 1). Each
-    record gets one language, drawn by the seed and its query; `keep_originals` yields the record itself too. An answer
-    in another script than the language's, where that is known, does not count.
+    Each record gets one language, drawn by its query. An answer in another script than the language's, where that is
+    known, does not count.
+
+    `generator`: the language model that is asked.
+    `languages`: what to translate into, name in English or code, with its share (shares need not add up to 1).
+    `prompt`: what it is asked, with {text} and perhaps {language} in it; `None` is our own.
+    `keep_originals`: the record itself comes too.
+    `seed`: of the draws of languages.
     """
 
     generator: Annotated[Any, generators]
-    languages: dict[str, float]
+    languages: dict[str, Positive]
     prompt: str | None = None
     keep_originals: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
-        if not self.languages or min(self.languages.values()) <= 0:
+        if not self.languages:
             raise RecipeError("translate_queries needs languages", expected="names and shares, as {German: 2, zh: 1}")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         made: Counter[str] = Counter()
-        for (record, language), answer in ask_all(
-            self.generator, self._prompts(records, ledger), _has_query, ledger, tools
-        ):
+        prompts = self._prompts(records, ledger)
+        for (record, language), answer in ask_all(self.generator, prompts, _has_query, ledger, tools):
             if self.keep_originals:
                 yield record
             found = [] if isinstance(answer, Refusal) else _queries_in(answer.text)[:1]
-            script = script_of(_CODES.get(language, language))
+            script = SCRIPT_OF.get(_CODES.get(language, language))
             if isinstance(answer, Refusal):
                 ledger.text_lost(f"translation: {answer.reason}", record, record.query)
             elif not found:
@@ -253,7 +258,7 @@ class TranslateQueries:
             ledger.taken += 1
             language = random.Random(derive_seed(self.seed, text_id(record.query))).choices(names, shares)[0]
             full = _NAMES.get(language, language)
-            yield (record, language), _fill(self.prompt or _TRANSLATE, text=record.query, language=full)
+            yield (record, language), _prompt(_TRANSLATE, self.prompt, record.query, language=full)
 
 
 _NAMES = {

@@ -1,6 +1,6 @@
 """Texts as records: reading, writing, drawing batches. Knows only `core`."""
 
-from embedsmith.data.draw import PairTexts, RetrievalTexts, pair_texts, retrieval_texts, row_seeds
+from embedsmith.data.draw import pair_texts, retrieval_texts
 from embedsmith.data.mixture import Joined, joined, part_of
 from embedsmith.data.plan.config import PlanConfig
 from embedsmith.data.plan.plan import Account, BatchPlan, PlannedStep
@@ -14,12 +14,10 @@ __all__ = [
     "Account",
     "BatchPlan",
     "Joined",
-    "PairTexts",
     "PlanConfig",
     "PlannedStep",
     "Record",
     "RecordSet",
-    "RetrievalTexts",
     "RowFacts",
     "Source",
     "Task",
@@ -30,7 +28,6 @@ __all__ = [
     "read_source",
     "retrieval_texts",
     "row_facts",
-    "row_seeds",
     "text_id",
     "write_records",
 ]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from embedsmith.core.errors import RecipeError
+from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
-from embedsmith.data.formats.columns import FORMATS
-from embedsmith.data.record import Text
-from embedsmith.data.source import MemoryShelf, RecordSet, Source, open_source, read_rows
+from embedsmith.data.formats.columns import Reading
+from embedsmith.data.formats.files import Rows
+from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
+from embedsmith.data.record import Record, RowError, Text, validate
+from embedsmith.data.source import Change, RecordSet, Shelf, Skipped, Source, open_source, reading_of, source_name
+from embedsmith.data.store import Fingerprint
 from embedsmith.data.stream import stream_source
 from embedsmith.data.token_records import is_token_cache, read_tokens
 
@@ -20,28 +26,173 @@ def read_source(source: Source) -> RecordSet[Text]:
     Errors: `DataError` naming file and line: every kind of fault once, with its count and first lines; or the source
     that is gone, or changes while it is read. `CheckpointError` when the disk is full.
     """
-    if source.format is not None and source.format not in FORMATS:
-        raise RecipeError(f"unknown format {source.format!r}", expected=f"one of {', '.join(FORMATS)}")
     if source.streaming:
         return stream_source(source)
     path = Path(source.path).expanduser()
     if is_token_cache(path):
         return read_tokens(source)
     if path.exists():
-        files = files_of(path)
-        if not belongs_on_disk(source, weight(files)):
-            return read_rows(source, open_source(source), MemoryShelf())
-        return _told(source, stored(source, files, None, lambda shelf: read_rows(source, open_source(source), shelf)))
-    refuse_vanished(source)
-    rows = open_source(source)
-    if rows.version is None or not belongs_on_disk(source, rows.size):
-        return read_rows(source, rows, MemoryShelf())
-    return _told(source, stored(source, {}, rows.version, lambda shelf: read_rows(source, rows, shelf)))
-
-
-def _told(source: Source, found: RecordSet) -> RecordSet:
-    """Rows left out are named in every run, not only in the one that converted the source."""
-    for skipped in found.skipped:
+        files, version, rows = files_of(path), None, None
+        size = weight(files)
+    else:
+        refuse_vanished(source)
+        rows = open_source(source)
+        files, version, size = {}, rows.version, rows.size
+    if (rows is not None and version is None) or not belongs_on_disk(source, size):
+        return _Pass(source, rows or open_source(source), MemoryShelf()).read()
+    found = stored(source, files, version, lambda writer: _Pass(source, rows or open_source(source), writer).read())
+    for skipped in found.skipped:  # named in every run, not only in the one that converted the source
         lines = ", ".join(map(str, skipped.lines))
         log.warning("%s: %d rows are left out: %s (lines %s)", source.path, skipped.count, skipped.kind, lines)
     return found
+
+
+class MemoryShelf:
+    """Records in a list."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._lines: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, record: Record, line: int) -> None:
+        self._records.append(record)
+        self._lines.append(line)
+
+    def settle(self, change: Change | None) -> tuple[Sequence[Record], str]:
+        records = self._records
+        if change is not None:
+            changed = map(change, records, self._lines)
+            records = [record for record in changed if record is not None]
+        digest = Fingerprint()
+        for record in records:
+            digest.add(record)
+        return records, digest.hex()
+
+
+@dataclass
+class _Pass:
+    """One pass over the rows of one source, onto a shelf."""
+
+    source: Source
+    rows: Rows
+    shelf: Shelf
+    faults: dict[str, tuple[RowError, list[int]]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    extent: Extent = field(default_factory=Extent)
+    reading: Reading | None = None
+    task: str | None = None
+
+    def read(self) -> RecordSet:
+        declared = self.source.score_range or self.rows.score_range
+        if declared is not None and not declared[0] < declared[1]:
+            raise RecipeError(f"score_range {list(declared)} is not [lowest, highest]", where=self.rows.path)
+        self._read_rows(declared)
+        if not len(self.shelf) and not self.faults:
+            raise DataError("no records in it", where=self.rows.path, fix="check that it is the right file")
+        known, how = self._range(declared)
+        labels = tuple(sorted(self.reading.labels)) if self.reading else ()
+        records, hash_ = self.shelf.settle(self._change(known, labels))
+        self._report(len(records))
+        assert self.reading is not None
+        assert self.task is not None
+        return RecordSet(
+            name=source_name(self.source),
+            task=self.task,
+            records=records,
+            fingerprint=hash_,
+            skipped=tuple(Skipped(kind, self.counts[kind], tuple(lines)) for kind, (_, lines) in self.faults.items()),
+            format=self.rows.format or self.reading.layout.name,
+            labels=labels,
+            score_range=known,
+            scores=how,
+        )
+
+    def _read_rows(self, declared: Range | None) -> None:
+        """Past `limit` rows are read only where the score range is still to be inferred: it is the whole file's."""
+        for line, row in self.rows.rows:
+            full = self.source.limit is not None and len(self.shelf) >= self.source.limit
+            if full and (declared is not None or self.extent.empty):
+                return
+            try:
+                record = self._record(row, line)
+                if declared is not None:
+                    check_range(record, declared)
+            except RowError as error:
+                if not full:
+                    self._note(error, line)
+                continue
+            self.extent.add(record, line)
+            if not full:
+                self.shelf.add(record, line)
+
+    def _record(self, row: dict[str, object] | RowError, line: int) -> Record:
+        if isinstance(row, RowError):
+            raise row
+        if self.reading is None:
+            self.reading = reading_of(row, self.source, self.rows, f"{self.rows.path}:{line}")
+        record = self.reading.record(row)
+        validate(record)
+        self.task = self.task or self.source.task or record.task
+        if record.task != self.task:
+            kind = f"a row of task {record.task} among those of task {self.task}"
+            raise RowError(kind, fix="put the rows of each task in a file of their own, and declare no other task")
+        return record
+
+    def _note(self, error: RowError, line: int) -> None:
+        self.counts[error.kind] += 1
+        _, lines = self.faults.setdefault(error.kind, (error.at(f"{self.rows.path}:{line}"), []))
+        if len(lines) < 5:
+            lines.append(line)
+
+    def _report(self, kept: int) -> None:
+        """Stop with one message for all faults; or, told to skip, log the same and go on."""
+        if not self.faults:
+            return
+        parts: list[str] = []
+        for kind, (error, lines) in self.faults.items():
+            count, shown = self.counts[kind], ", ".join(map(str, lines))
+            more = ", ..." if count > len(lines) else ""
+            parts.append(error.what + (f" ({count} such rows: lines {shown}{more})" if count > 1 else ""))
+        first = next(iter(self.faults.values()))[0]
+        if self.source.on_error == "skip" and kept:
+            log.warning("skipped %d rows of %s: %s", self.counts.total(), self.rows.path, "; ".join(parts))
+            return
+        raise DataError(
+            parts[0] + "".join(f"\n  and {part}" for part in parts[1:]),
+            where=first.where,
+            expected=first.expected,
+            fix=f"{first.fix or 'correct the row'}; or leave such rows out with on_error: skip",
+        )
+
+    def _range(self, declared: Range | None) -> tuple[Range | None, str]:
+        if self.extent.empty:
+            return None, "none"
+        found = f"found {self.extent.low:g} to {self.extent.high:g}"
+        if declared is not None:
+            return declared, f"declared {declared[0]:g} to {declared[1]:g}, {found}"
+        low, high = self.extent.range(self.rows.path)
+        log.info("%s: scores taken as %g to %g (%s)", self.rows.path, low, high, found)
+        return (low, high), f"inferred {low:g} to {high:g}, {found}"
+
+    def _change(self, known: Range | None, labels: tuple[str, ...]) -> Change | None:
+        """What is done to all records at the end, if anything: scores rescaled, classes numbered in the order of
+        their names (so that the order of rows does not matter), positives with the lowest score left out."""
+        lowest = self.task == "retrieval" and known is not None and self.extent.low <= known[0]
+        if known in (None, (0.0, 1.0)) and not labels and not lowest:
+            return None
+        names = self.reading.labels if self.reading else {}
+        number = {names[name]: place for place, name in enumerate(labels)}
+
+        def change(record: Record, line: int) -> Record | None:
+            if labels and record.label is not None:
+                record = replace(record, label=number[record.label])
+            try:
+                return rescaled(record, known)
+            except RowError as error:
+                self._note(error, line)
+                return None
+
+        return change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -117,6 +118,28 @@ def text_id(text: Text) -> int:
         return text.id
     normal = " ".join(unicodedata.normalize("NFC", text).split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def draw_texts(
+    texts: Sequence[Text], count: int, chance: random.Random, banned: Iterable[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """Up to `count` (place, id) of distinct texts, at random and without replacement, none of them banned by id."""
+    seen = set(banned)
+    for place in range(len(texts)) if len(texts) <= count else shuffled(len(texts), chance):
+        if count == 0:
+            return
+        id_ = text_id(texts[place])
+        if id_ not in seen:
+            seen.add(id_)
+            count -= 1
+            yield place, id_
+
+
+def shuffled(count: int, chance: random.Random) -> list[int]:
+    """0 to `count` - 1, sorted by `random()`, whose stream Python promises to keep; `sample` and `shuffle` make no such
+    promise."""
+    keys = [chance.random() for _ in range(count)]
+    return sorted(range(count), key=keys.__getitem__)
 
 
 def validate(record: Record, where: object = None) -> None:

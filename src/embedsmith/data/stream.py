@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.core.progress import log
-from embedsmith.data.formats.columns import Reading, check_range, rescaled
+from embedsmith.data.formats.columns import Reading
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import choose_split, is_saved_dataset, load_datasets, refused
+from embedsmith.data.formats.ranges import check_range, rescaled, scores_of
 from embedsmith.data.record import OneByOne, Record, RowError, validate
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
 
@@ -158,14 +159,11 @@ class StreamRecords(OneByOne[str]):
         if self.reading.labels:
             raise RowError("classes have names", fix="number the classes, or leave streaming out")
         if declared is None:
-            if any(score is not None for score in (*(record.positive_scores or ()), *(record.negative_scores or ()))):
+            if any(True for _ in scores_of(record)):
                 raise RowError("scores of an unknown range", fix="declare score_range: [lowest, highest]")
             return record
         check_range(record, declared)
-        record = rescaled(record, declared)
-        if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
-            raise RowError("a positive with the lowest possible score is not a positive", fix="remove the row")
-        return record
+        return rescaled(record, declared)
 
     def most_negatives(self) -> int:
         """Of the first hundred rows."""

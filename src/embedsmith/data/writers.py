@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +18,9 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.data.formats.columns import F2LLM_NEGATIVES
 from embedsmith.data.record import Record
+
+T = TypeVar("T")
+_BLOCK = 10_000
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:
@@ -34,12 +37,13 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
         raise DataError(
             "records are written as JSON lines", where=path, expected="a name in .jsonl, .jsonl.gz or .parquet"
         )
-    count = 0
+    count, names = 0, [f.name for f in fields(Record)]
     with atomic_file(path, "wb") as file:
         zipped = gzip.GzipFile("", "wb", 6, file, mtime=0) if path.suffix == ".gz" else None
         for record in records:
-            line = json.dumps(_plain(record), ensure_ascii=False) + "\n"
-            (zipped or file).write(line.encode())
+            values = {name: getattr(record, name) for name in names}
+            plain = {name: value for name, value in values.items() if value not in (None, (), "") or name == "query"}
+            (zipped or file).write((json.dumps(plain, ensure_ascii=False) + "\n").encode())
             count += 1
         if zipped is not None:
             zipped.close()
@@ -65,13 +69,11 @@ def write_f2llm(path: Path, records: Iterable[Record]) -> int:
     return count
 
 
-_BLOCK = 10_000
-
-
-def batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    rest = iter(records)
-    while block := list(islice(rest, size)):
-        yield block
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def _f2llm_rows(record: Record) -> list[list[str | None]]:
@@ -81,8 +83,3 @@ def _f2llm_rows(record: Record) -> list[list[str | None]]:
     negatives: list[str | None] = list(record.negatives[:F2LLM_NEGATIVES])
     negatives += [None] * (F2LLM_NEGATIVES - len(negatives))
     return [[query, positive, *negatives] for positive in record.positives]
-
-
-def _plain(record: Record) -> dict[str, Any]:
-    values = {f.name: getattr(record, f.name) for f in fields(Record)}
-    return {name: value for name, value in values.items() if value not in (None, (), "") or name == "query"}

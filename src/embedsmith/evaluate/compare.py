@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.metrics import Floats, average_precision
 from embedsmith.evaluate.result import Results, TaskResult, percent, short_names
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
 
 SAMPLES = 1000
 _BLOCK = 2**22  # numbers resampled at once
@@ -194,8 +190,6 @@ class Comparison:
 
     def table(self) -> Table:
         """One row a task: every model's main score, and its difference to the first with the bounds of 95 %."""
-        from rich.table import Table
-
         names = self.short().models
         table = Table(title=f"against {names[0]}; * marks an interval of 95 % without zero", title_justify="left")
         table.add_column("task")

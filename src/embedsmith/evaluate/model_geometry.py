@@ -1,4 +1,4 @@
-"""Look inside a model: the geometry of its vectors and token states on a sample of texts, alone or beside another."""
+"""The geometry of a model: how its vectors and token states lie on a sample of texts, alone or beside another's."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
-from embedsmith.core.encoder import Encoder
+from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.core.reps import MultiVector, Reps
-from embedsmith.evaluate import geometry
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.result import short_names
+from embedsmith.evaluate.geometry import Space, token_shapes
+from embedsmith.evaluate.result import finite_or_none, short_names
 from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
 from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RerankingTask, RetrievalTask
 from embedsmith.evaluate.tasks.similarity import STSTask, Task
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
 TEXTS = 1000
-_TOKEN_TEXTS = 100  # token states are looked at for this many
+_TOKEN_TEXTS = 100  # token states are measured for this many
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts to look at, and pairs of them that belong together (may be empty)."""
+    """Texts to measure, and pairs of them that belong together (may be empty)."""
 
     texts: tuple[str, ...] = field(repr=False)
     pairs: tuple[tuple[str, str], ...] = field(default=(), repr=False)
@@ -40,42 +37,47 @@ class Sample:
         if len(self.texts) < 3:
             raise EvaluationError(f"{len(self.texts)} different texts", expected="3 or more to see a shape")
 
+    @staticmethod
+    def of(task: Task, count: int = TEXTS, seed: int = 0) -> Sample:
+        """Different texts of a task, and those that belong together: pairs scored in the highest fifth or labelled 1,
+        queries with a relevant document.
 
-def sample_of(task: Task, count: int = TEXTS, seed: int = 0) -> Sample:
-    """Different texts of a task, and those that belong together: pairs scored in the highest fifth or labelled 1,
-    queries with a relevant document, texts of one label."""
-    chance = random.Random(seed)
-    pairs = _pairs_of(task)
-    texts = list(dict.fromkeys(_texts_of(task)))
-    return Sample(
-        tuple(chance.sample(texts, min(count, len(texts)))), tuple(chance.sample(pairs, min(count, len(pairs))))
-    )
+        Errors: `EvaluationError` for a kind of task whose texts are not known here.
+        """
+        chance = random.Random(seed)
+        texts, pairs = _texts_and_pairs(task)
+        different = list(dict.fromkeys(texts))
+        chosen = chance.sample(different, min(count, len(different)))
+        return Sample(tuple(chosen), tuple(chance.sample(pairs, min(count, len(pairs)))))
+
+    @staticmethod
+    def read(path: Path, count: int = TEXTS, seed: int = 0) -> Sample:
+        """Different lines of a text file, one text each. Errors: `EvaluationError` for a file that cannot be read."""
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"cannot read the texts ({error})", where=path) from error
+        texts = list(dict.fromkeys(line for line in lines if line))
+        return Sample(tuple(texts if len(texts) <= count else random.Random(seed).sample(texts, count)))
 
 
-def _texts_of(task: Task) -> Sequence[str]:
+def _texts_and_pairs(task: Task) -> tuple[Sequence[str], list[tuple[str, str]]]:
     if isinstance(task, LongDocumentTask):
-        return _texts_of(task.task)
-    if isinstance(task, STSTask | PairClassificationTask):
-        return [*task.text1, *task.text2]
-    if isinstance(task, RetrievalTask | RerankingTask):
-        return list(task.corpus.values())
-    if isinstance(task, ClassificationTask | ClusteringTask):
-        return task.text
-    raise EvaluationError(f"a task of the kind {task.kind!r} gives no texts to look at", where=task.name)
-
-
-def _pairs_of(task: Task) -> list[tuple[str, str]]:
-    if isinstance(task, LongDocumentTask):
-        return _pairs_of(task.task)
+        task = task.task
     if isinstance(task, STSTask):
         high = float(np.quantile(task.score, 0.8))
-        return [(a, b) for a, b, score in zip(task.text1, task.text2, task.score) if score >= high]
+        pairs = [(a, b) for a, b, score in zip(task.text1, task.text2, task.score) if score >= high]
+        return [*task.text1, *task.text2], pairs
     if isinstance(task, PairClassificationTask):
-        return [(a, b) for a, b, label in zip(task.text1, task.text2, task.label) if label == 1]
+        pairs = [(a, b) for a, b, label in zip(task.text1, task.text2, task.label) if label == 1]
+        return [*task.text1, *task.text2], pairs
     if isinstance(task, RetrievalTask | RerankingTask):
         relevant = [(query, doc) for query in task.judged() for doc, grade in task.qrels[query].items() if grade > 0]
-        return [(task.queries[query], task.corpus[doc]) for query, doc in relevant if doc in task.corpus]
-    return []
+        pairs = [(task.queries[query], task.corpus[doc]) for query, doc in relevant if doc in task.corpus]
+        return list(task.corpus.values()), pairs
+    if isinstance(task, ClassificationTask | ClusteringTask):
+        return task.text, []
+    raise EvaluationError(f"the texts of a task of the kind {task.kind!r} are not known", where=task.name)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Geometry:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        numbers = plain(self.numbers)
+        numbers = {name: finite_or_none(value) for name, value in self.numbers.items()}
         arrays = {name: getattr(self, name).tolist() for name in ("spectrum", "variance")}
         edges = np.linspace(float(np.concatenate([self.cosines, self.paired]).min()), 1.0 + 1e-9, 61)
         counts = {
@@ -101,31 +103,37 @@ class Geometry:
         histograms = {"edges": edges.tolist(), **counts}
         return {**self.about, "geometry": numbers, **arrays, "histograms": histograms}
 
+    @staticmethod
+    def of(
+        encoder: Encoder, sample: Sample, *, about: Mapping[str, Any] | None = None, tokens: bool = True
+    ) -> Geometry:
+        """All measures of one model on a sample.
 
-def look(encoder: Encoder, sample: Sample, *, about: Mapping[str, Any] | None = None, tokens: bool = True) -> Geometry:
-    """All measures of one model on a sample.
+        Texts are encoded as documents. `tokens`: measure token states too, where the encoder has the output `tokens`.
+        """
+        space = _space(encoder, sample.texts, rows=3)
+        numbers = {f"sentence/{name}": value for name, value in space.measures().items()}
+        numbers["length/sensitivity"] = space.length_sensitivity([len(text) for text in sample.texts])
+        numbers |= _named("prompt", space.prompt_sensitivity(_space(encoder, sample.texts, "query")))
+        numbers |= {f"width/{width}": overlap for width, overlap in space.width_retention().items()}
+        paired = np.zeros(0)
+        if sample.pairs:
+            left, right = zip(*sample.pairs)
+            queries, documents = _space(encoder, left, "query", rows=1), _space(encoder, right, rows=1)
+            numbers["pairs/alignment"] = queries.alignment(documents)
+            paired = np.sum(queries.unit_ND * documents.unit_ND, axis=1)
+        if tokens:
+            numbers |= _named("token", token_space(encoder, sample.texts[:_TOKEN_TEXTS]))
+        return Geometry(numbers, space.spectrum(), space.variance(), _some_cosines(space), paired, dict(about or {}))
 
-    Texts are encoded as documents. `tokens`: look at token states too, for an encoder with the output `tokens`; one
-    that has none is looked at without.
-    """
-    reader = Reader(encoder)
-    vector_ND = _vectors(reader, sample.texts, "document")
-    numbers = {f"sentence/{name}": value for name, value in geometry.sentence_space(vector_ND).items()}
-    numbers["length/sensitivity"] = geometry.length_sensitivity(vector_ND, [len(text) for text in sample.texts])
-    as_queries = _vectors(reader, sample.texts, "query")
-    numbers |= _named("prompt", geometry.prompt_sensitivity(vector_ND, as_queries))
-    widths = geometry.halved_widths(vector_ND.shape[1])
-    numbers |= {f"width/{width}": kept for width, kept in geometry.width_retention(vector_ND, widths).items()}
-    paired = np.zeros(0)
-    if sample.pairs:
-        left, right = zip(*sample.pairs)
-        sides = _vectors(reader, left, "query"), _vectors(reader, right, "document")
-        numbers["pairs/alignment"] = geometry.alignment(*sides)
-        paired = np.sum(geometry.unit_rows(sides[0]) * geometry.unit_rows(sides[1]), axis=1)
-    if tokens:
-        numbers |= _named("token", token_space(encoder, sample.texts[:_TOKEN_TEXTS]))
-    share, variance = geometry.spectrum(vector_ND), geometry.dimension_variance(vector_ND)
-    return Geometry(numbers, share, variance, _some_cosines(vector_ND), paired, dict(about or {}))
+
+def training_geometry(encoder: Encoder, sample: Sample) -> dict[str, float]:
+    """The few cheap measures that are logged while training."""
+    measures = _space(encoder, sample.texts, progress=False).measures()
+    logged = ("anisotropy", "effective_rank", "uniformity", "hubness", "first_direction")
+    tokens = token_space(encoder, sample.texts[:32])
+    tokens.pop("texts", None)
+    return {f"sentence/{name}": measures[name] for name in logged} | _named("token", tokens)
 
 
 def token_space(encoder: Encoder, texts: Sequence[str]) -> dict[str, float]:
@@ -138,41 +146,56 @@ def token_space(encoder: Encoder, texts: Sequence[str]) -> dict[str, float]:
     if not isinstance(states, MultiVector):
         return {}
     rows = zip(states.vector_NTD, states.mask_NT, strict=True)
-    return geometry.token_shapes([vector_TD[mask_T].double().numpy() for vector_TD, mask_T in rows])
+    return token_shapes([vector_TD[mask_T].double().numpy() for vector_TD, mask_T in rows])
 
 
-def beside(encoder: Encoder, other: Encoder, sample: Sample) -> dict[str, float]:
-    """How alike two models see the same texts (see `geometry.against`)."""
-    mine, theirs = (_vectors(Reader(each), sample.texts, "document") for each in (encoder, other))
-    return geometry.against(mine, theirs)
+def agreement(encoder: Encoder, other: Encoder, sample: Sample) -> dict[str, float]:
+    """How alike two models see the same texts (see `Space.agreement`)."""
+    return _space(encoder, sample.texts, rows=3).agreement(_space(other, sample.texts, rows=3))
 
 
-def brief(encoder: Encoder, sample: Sample) -> dict[str, float]:
-    """The few cheap numbers that are logged while training."""
-    vector_ND = _vectors(Reader(encoder, progress=False), sample.texts, "document")
-    shown = ("anisotropy", "effective_rank", "uniformity", "hubness", "first_direction")
-    space = geometry.sentence_space(vector_ND)
-    numbers = {f"sentence/{name}": space[name] for name in shown}
-    tokens = token_space(encoder, sample.texts[:32])
-    return numbers | _named("token", {name: value for name, value in tokens.items() if name != "texts"})
+def _space(
+    encoder: Encoder, texts: Sequence[str], role: Role = "document", *, rows: int = 2, progress: bool | None = None
+) -> Space:
+    rep = Reader(encoder, progress=progress).all(texts, role=role, task="geometry", label="geometry")
+    return Space(rep.tensors()[0].double().numpy(), rows)
 
 
-def table(looks: Sequence[Geometry], names: Sequence[str], together: Mapping[str, float] | None = None) -> Table:
-    """One row a measure, one column a model."""
-    from rich.table import Table
+def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
 
-    made = Table(title="geometry", title_justify="left")
-    made.add_column("measure", no_wrap=True)
+
+def _some_cosines(space: Space, count: int = 5000) -> npt.NDArray[np.float64]:
+    """Cosines of random pairs of different texts."""
+    chance = np.random.default_rng(0)
+    left = chance.integers(0, len(space), count)
+    right = (left + chance.integers(1, len(space), count)) % len(space)
+    cosines: npt.NDArray[np.float64] = np.sum(space.unit_ND[left] * space.unit_ND[right], axis=1)
+    return cosines
+
+
+def geometry_table(
+    geometries: Sequence[Geometry], names: Sequence[str], together: Mapping[str, float] | None = None
+) -> Table:
+    """One row a measure, one column a model; `together`: how alike two of them are."""
+    table = Table(title="geometry", title_justify="left")
+    table.add_column("measure", no_wrap=True)
     for name in short_names(names):
-        made.add_column(name, justify="right", overflow="fold")
-    made.add_column("what it says")
-    for name in dict.fromkeys(name for each in looks for name in each.numbers):
-        cells = [f"{each.numbers[name]:.4g}" if name in each.numbers else "" for each in looks]
-        kept = f"neighbours kept by the first {name[6:]} numbers" if name.startswith("width/") else ""
-        made.add_row(name, *cells, MEANING.get(name, kept))
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("what it says")
+    for name in dict.fromkeys(name for each in geometries for name in each.numbers):
+        cells = [f"{each.numbers[name]:.4g}" if name in each.numbers else "" for each in geometries]
+        table.add_row(name, *cells, meaning_of(name))
     for name, value in (together or {}).items():
-        made.add_row(f"both/{name}", f"{value:.4g}", *[""] * (len(names) - 1), MEANING.get(f"both/{name}", ""))
-    return made
+        table.add_row(f"both/{name}", f"{value:.4g}", *[""] * (len(names) - 1), meaning_of(f"both/{name}"))
+    return table
+
+
+def meaning_of(measure: str) -> str:
+    """What a measure says, in a few words."""
+    if measure.startswith("width/"):
+        return f"neighbours kept by the first {measure.removeprefix('width/')} numbers"
+    return MEANING.get(measure, "")
 
 
 MEANING: Mapping[str, str] = {
@@ -204,38 +227,3 @@ MEANING: Mapping[str, str] = {
     "both/cosines": "rank correlation of all pairs' cosines",
     "both/neighbours": "overlap of the ten nearest texts",
 }
-
-
-def load_texts(path: Path, count: int = TEXTS, seed: int = 0) -> Sample:
-    """Different lines of a text file, one text each. Errors: `EvaluationError` for a file that cannot be read."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot read the texts ({error})", where=path) from error
-    texts = list(dict.fromkeys(line for line in lines if line))
-    return Sample(tuple(texts if len(texts) <= count else random.Random(seed).sample(texts, count)))
-
-
-def plain(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for JSON; one that does not exist is `null`."""
-    return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
-
-
-def _vectors(reader: Reader, texts: Sequence[str], role: Any) -> npt.NDArray[np.float64]:
-    rep = reader.all(texts, role=role, task="geometry", label="geometry")
-    wide: npt.NDArray[np.float64] = rep.tensors()[0].double().numpy()
-    return wide
-
-
-def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def _some_cosines(vector_ND: npt.NDArray[np.float64], count: int = 5000) -> npt.NDArray[np.float64]:
-    """Cosines of random pairs of different texts."""
-    chance = np.random.default_rng(0)
-    left = chance.integers(0, len(vector_ND), count)
-    right = (left + chance.integers(1, len(vector_ND), count)) % len(vector_ND)
-    unit = geometry.unit_rows(vector_ND)
-    cosines: npt.NDArray[np.float64] = np.sum(unit[left] * unit[right], axis=1)
-    return cosines

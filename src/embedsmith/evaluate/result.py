@@ -7,17 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
+from embedsmith.evaluate.metrics import added_metrics
 
 ItemValues = npt.NDArray[np.float64]
 
@@ -68,21 +66,21 @@ class TaskResult:
             "task": self.task,
             "kind": self.kind,
             "metric": self.metric,
-            "main_score": _number(self.main_score),
-            "scores": {name: _number(value) for name, value in self.scores.items()},
+            "main_score": finite_or_none(self.main_score),
+            "scores": {name: finite_or_none(value) for name, value in self.scores.items()},
             "counts": dict(self.counts),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
         }
         if items:
             plain["item_ids"] = list(self.item_ids)
-            plain["items"] = {name: [_number(value) for value in values] for name, values in self.items.items()}
+            plain["items"] = {name: [finite_or_none(value) for value in values] for name, values in self.items.items()}
             plain["examples"] = [
                 {
                     "id": example.item_id,
-                    "value": _number(example.value),
+                    "value": finite_or_none(example.value),
                     "texts": dict(example.texts),
-                    "numbers": {name: _number(value) for name, value in example.numbers.items()},
+                    "numbers": {name: finite_or_none(value) for name, value in example.numbers.items()},
                 }
                 for example in self.examples
             ]
@@ -170,8 +168,6 @@ class Results(Sequence[TaskResult]):
 
     def table(self) -> Table:
         """One row a task: the main score and a few others, times 100."""
-        from rich.table import Table
-
         table = Table(title=str(self.about.get("model", "")) or None, title_justify="left")
         for name in ("task", "metric"):
             table.add_column(name)
@@ -192,8 +188,10 @@ _SHOWN = ("cosine_pearson", "pearson", *_RANKED, "f1", "ami", *_BY_LENGTH)
 
 
 def _beside(result: TaskResult) -> list[str]:
-    """The scores shown next to the main one. Similarities of a dense model are cosines, so those are not repeated."""
-    shown = [name for name in _SHOWN if name in result.scores]
+    """The scores shown next to the main one, those of metrics of other packages last. Similarities of a dense model are
+    cosines, so those are not repeated."""
+    added = [form for name in added_metrics() for form in (f"cosine_{name}", name, f"{name}_at_10")]
+    shown = [name for name in (*_SHOWN, *added) if name in result.scores]
     return [name for name in shown if f"cosine_{name}" not in shown]
 
 
@@ -207,7 +205,8 @@ def percent(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def _number(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """A number as JSON has it: one that does not exist is `null`."""
     return float(value) if math.isfinite(value) else None
 
 

@@ -1,4 +1,5 @@
-"""A model with several heads, side by side: each head alone, and heads together with given or tuned weights."""
+"""A model in several variants, side by side: each head alone and heads together with given or tuned weights, or its
+vectors at several widths, which is what Matryoshka training is for. Every text is encoded once for all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from embedsmith.core.collectives import ALONE, Group
@@ -23,7 +25,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Judgements, Ranking, correlations, ranking_scores
+from embedsmith.evaluate.metrics import Graded, Judgements, Ranking, ndcg, spearman
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.retrieval import RetrievalTask
@@ -32,10 +34,8 @@ from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import top_of_block
 from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
+FULL = "full"
+"""The column of the whole vectors, beside those of their widths."""
 HEADS = ("dense", "sparse", "multivector")
 GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 """Weights that tuning tries for every head beside the first, whose weight is 1."""
@@ -56,8 +56,6 @@ class HeadScores:
 
     def table(self) -> Table:
         """One row a task: its main score in every column, times 100."""
-        from rich.table import Table
-
         table = Table(title=str(self.about.get("model", "")) or None, title_justify="left")
         for name in ("task", "metric"):
             table.add_column(name)
@@ -67,8 +65,9 @@ class HeadScores:
         for place, result in enumerate(first):
             scores = (percent(results[place].main_score) for results in self.columns.values())
             table.add_row(result.task, result.metric, *scores)
-        told = {name: weights for name, weights in self.weights.items() if len(weights) > 1}
-        table.caption = "; ".join(f"{name}: {_said(weights)}" for name, weights in told.items()) or None
+        mixed = {name: weights for name, weights in self.weights.items() if len(weights) > 1}
+        words = {name: " ".join(f"{head} {w:g}" for head, w in weights.items()) for name, weights in mixed.items()}
+        table.caption = "; ".join(f"{name}: {text}" for name, text in words.items()) or None
         return table
 
     def as_dict(self, *, items: bool = False) -> dict[str, Any]:
@@ -89,26 +88,15 @@ def score_heads(
     weights: Weights | None = None,
     tune_on: Sequence[Task] = (),
     about: Mapping[str, Any] | None = None,
-    keep: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> HeadScores:
     """Score every head alone, dense and sparse together, and all heads, each text encoded once for all of them.
 
     `weights`: of the column `all` (and, where they are there, of `dense+sparse`), M3-Embedding's by default.
-    `tune_on`: dev tasks; the weights that score best there, by `tuned_weights`, are one more column. `keep`: a folder
+    `tune_on`: dev tasks; the weights that score best there, by `tuned_weights`, are one more column. `cache`: a folder
     for vectors, so that a stopped command continues.
     Errors: `EvaluationError` for one head, weights of heads that are not there or all 0, other kinds of dev task.
     """
-    check_heads(heads, weights)
-    with encoded_once(encoder, heads, keep) as shared:
-        columns: dict[str, Weights] = {head: {head: 1.0} for head in heads}
-        columns |= combinations(heads, weights)
-        if tune_on:
-            columns["tuned"] = tuned_weights(shared, tune_on, heads)
-        results = {name: _evaluate(shared, tasks, given) for name, given in columns.items()}
-    return HeadScores(results, columns, dict(about or {}))
-
-
-def check_heads(heads: Sequence[str], weights: Weights | None) -> None:
     if len(heads) < 2:
         raise EvaluationError(f"the model has the heads {', '.join(heads)}", expected="two or more to put side by side")
     unknown = sorted(set(weights or {}) - set(heads))
@@ -116,17 +104,22 @@ def check_heads(heads: Sequence[str], weights: Weights | None) -> None:
         raise EvaluationError(
             f"the weights are {dict(weights or {})}", expected=f"numbers from 0, not all 0, of {', '.join(heads)}"
         )
-
-
-def combinations(heads: Sequence[str], weights: Weights | None = None) -> dict[str, Weights]:
-    """The columns of heads together."""
-    given = {head: dict(weights or M3_WEIGHTS).get(head, 0.0) for head in heads}
-    found: dict[str, Weights] = {}
-    pair: Weights = {head: given[head] for head in HEADS[:2] if head in given}
-    if len(pair) == 2 and len(heads) > 2 and any(pair.values()):
-        found["dense+sparse"] = pair
-    found["all" if len(heads) == len(HEADS) else "+".join(heads)] = given
-    return found
+    with _encoded_once(encoder, heads, cache) as shared:
+        columns: dict[str, Weights] = {head: {head: 1.0} for head in heads}
+        given = {head: dict(weights or M3_WEIGHTS).get(head, 0.0) for head in heads}
+        pair = {head: given[head] for head in HEADS[:2] if head in given}
+        if len(pair) == 2 and len(heads) > 2 and any(pair.values()):
+            columns["dense+sparse"] = pair
+        columns["all" if len(heads) == len(HEADS) else "+".join(heads)] = given
+        if tune_on:
+            columns["tuned"] = tuned_weights(shared, tune_on, heads)
+        results = {
+            name: evaluate(shared, tasks, head=name)
+            if name in heads
+            else evaluate(HybridEncoder(shared, of_heads), tasks, head="hybrid")
+            for name, of_heads in columns.items()
+        }
+    return HeadScores(results, columns, dict(about or {}))
 
 
 def tuned_weights(encoder: Encoder, tasks: Sequence[Task], heads: Sequence[str]) -> Weights:
@@ -162,7 +155,7 @@ class _Ranking:
         if self.task.ignore_identical_ids:
             ranking = ranking.without(np.array([place.get(query, -1) for query in self.query_ids]))
         judged = Judgements.of(self.task.qrels, self.query_ids, place)
-        return float(ranking_scores(judged.grades(ranking), judged, (10,))["ndcg_at_10"].mean())
+        return float(ndcg(Graded(ranking, judged), 10).mean())
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,7 @@ class _Pairs:
 
     def score(self, weights: Sequence[float]) -> float:
         total_N = torch.tensordot(torch.tensor(weights), self.score_HN, dims=1)
-        return float(np.nan_to_num(correlations(total_N.double().numpy(), self.label_N)[0], nan=-1.0))
+        return float(np.nan_to_num(spearman(total_N.double().numpy(), self.label_N), nan=-1.0))
 
 
 def _dev_scores(encoder: Encoder, task: Task, heads: Sequence[str]) -> _Ranking | _Pairs:
@@ -187,34 +180,20 @@ def _dev_scores(encoder: Encoder, task: Task, heads: Sequence[str]) -> _Ranking 
     judged = task.judged()
     query_ids = judged[:: -(-len(judged) // DEV_QUERIES)]
     document_ids = sorted(task.corpus, reverse=True)
-    found = [_all_scores(reader, task, query_ids, document_ids) for reader in readers]
-    return _Ranking(task, query_ids, document_ids, torch.stack(found))
-
-
-def _all_scores(reader: Reader, task: RetrievalTask, query_ids: Sequence[str], document_ids: Sequence[str]) -> Tensor:
-    """score_QK under one head."""
     asked, texts = [task.queries[query] for query in query_ids], [task.corpus[document] for document in document_ids]
-    query = _alone(reader.all(asked, role="query", task="retrieval", label=f"{task.name} queries"))
-    pieces = reader.pieces(texts, role="document", task="retrieval", label=f"{task.name} corpus")
-    return torch.cat([query.scores(_alone(piece))[0] for piece in pieces], dim=1)
-
-
-def _alone(rep: Representation) -> Hybrid:
-    """One head, scored in blocks that bound memory."""
-    return Hybrid((rep,), (1.0,))
-
-
-def _evaluate(encoder: Encoder, tasks: Sequence[Task], weights: Weights) -> Results:
-    if len(weights) == 1:
-        return evaluate(encoder, tasks, head=next(iter(weights)))
-    return evaluate(HybridEncoder(encoder, weights), tasks, head="hybrid")
+    score_HQK = []
+    for reader in readers:  # a head alone as a hybrid, which is scored in blocks that bound memory
+        query = Hybrid((reader.all(asked, role="query", task="retrieval", label=f"{task.name} queries"),), (1.0,))
+        pieces = reader.pieces(texts, role="document", task="retrieval", label=f"{task.name} corpus")
+        score_HQK.append(torch.cat([query.scores(Hybrid((piece,), (1.0,)))[0] for piece in pieces], dim=1))
+    return _Ranking(task, query_ids, document_ids, torch.stack(score_HQK))
 
 
 @contextmanager
-def encoded_once(encoder: Encoder, heads: Sequence[str], keep: str | Path | None) -> Iterator[_Shared]:
+def _encoded_once(encoder: Encoder, heads: Sequence[str], cache: str | Path | None) -> Iterator[_Shared]:
     """An encoder that computes all heads of a text the first time and reads them from a folder after that."""
-    if keep is not None:
-        yield _Shared(CachedEncoder.of(encoder, Path(keep) / "vectors"), tuple(heads))
+    if cache is not None:
+        yield _Shared(CachedEncoder.of(encoder, Path(cache) / "vectors"), tuple(heads))
         return
     with tempfile.TemporaryDirectory() as folder:
         yield _Shared(CachedEncoder(encoder, Path(folder), "this"), tuple(heads))  # no other model has this folder
@@ -222,29 +201,20 @@ def encoded_once(encoder: Encoder, heads: Sequence[str], keep: str | Path | None
 
 @dataclass(frozen=True)
 class _Shared:
-    """A kept encoder that computes all heads at once when one is missing."""
+    """A cached encoder that computes all heads at once when one is missing."""
 
-    kept: CachedEncoder
+    cached: CachedEncoder
     heads: tuple[str, ...]
 
     def represent(
         self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
     ) -> Reps:
-        if not all(self.kept.path(texts, role, task, head).is_file() for head in outputs):
-            self.kept.represent(texts, role=role, task=task, outputs=self.heads)
-        return self.kept.represent(texts, role=role, task=task, outputs=outputs)
+        if not all(self.cached.path(texts, role, task, head).is_file() for head in outputs):
+            self.cached.represent(texts, role=role, task=task, outputs=self.heads)
+        return self.cached.represent(texts, role=role, task=task, outputs=outputs)
 
     def fingerprint(self) -> str:
-        return self.kept.fingerprint()
-
-
-def _said(weights: Weights) -> str:
-    return " ".join(f"{head} {weight:g}" for head, weight in weights.items())
-
-
-# A model at several widths of its vectors, side by side: what Matryoshka training is for.
-
-FULL = "full"
+        return self.cached.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -261,13 +231,12 @@ class NarrowEncoder:
         self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
     ) -> Reps:
         reps = self.encoder.represent(texts, role=role, task=task, outputs=outputs)
-        return {name: self._cut(rep) if isinstance(rep, Dense) else rep for name, rep in reps.items()}
-
-    def _cut(self, rep: Dense) -> Dense:
-        whole = rep.vector_ND.shape[1]
-        if self.width >= whole:
-            raise EvaluationError(f"{self.width} of {whole} numbers were asked for", expected=f"1 to {whole - 1}")
-        return rep.truncate(self.width)
+        narrow: dict[str, Representation] = {}
+        for name, rep in reps.items():
+            if isinstance(rep, Dense) and self.width >= (whole := rep.vector_ND.shape[1]):
+                raise EvaluationError(f"{self.width} of {whole} numbers were asked for", expected=f"1 to {whole - 1}")
+            narrow[name] = rep.truncate(self.width) if isinstance(rep, Dense) else rep
+        return narrow
 
     def fingerprint(self) -> str:
         return hashlib.blake2b(f"{fingerprint(self.encoder)} first {self.width}".encode(), digest_size=16).hexdigest()
@@ -279,28 +248,22 @@ def score_widths(
     widths: Sequence[int],
     *,
     about: Mapping[str, Any] | None = None,
-    keep: str | Path | None = None,
+    cache: str | Path | None = None,
     group: Group = ALONE,
 ) -> HeadScores:
     """Score the whole vectors (the column `full`), then their first numbers at every width, from wide to narrow. Each
     text is encoded once.
 
-    `keep`: a folder for vectors and results, so that a stopped command continues; `group`: see `evaluate`.
+    `cache`: a folder for vectors and results, so that a stopped command continues; `group`: see `evaluate`.
     Errors: `EvaluationError` for no width, and one that the vectors do not have.
     """
-    with at_widths(encoder, widths, keep) as narrowed:
-        folder = None if keep is None else Path(keep) / "results"
-        columns: dict[str, Results] = {
-            name: evaluate(each, tasks, about=about, keep=folder, group=group) for name, each in narrowed.items()
-        }
-    return HeadScores(columns, {}, dict(about or {}))
-
-
-@contextmanager
-def at_widths(encoder: Encoder, widths: Sequence[int], keep: str | Path | None = None) -> Iterator[dict[str, Encoder]]:
-    """The encoder as it is and at every width, by name; they share what was encoded."""
     if not widths or min(widths) < 1:
         raise EvaluationError(f"the widths are {list(widths)}", expected="numbers from 1, such as 64 128 256")
-    with encoded_once(encoder, ("dense",), keep) as shared:
-        narrow = {str(width): NarrowEncoder(shared, width) for width in sorted(set(widths), reverse=True)}
-        yield {FULL: shared, **narrow}
+    folder = None if cache is None else Path(cache) / "results"
+    with _encoded_once(encoder, ("dense",), cache) as shared:
+        encoders: dict[str, Encoder] = {FULL: shared}
+        encoders |= {str(width): NarrowEncoder(shared, width) for width in sorted(set(widths), reverse=True)}
+        columns: dict[str, Results] = {
+            name: evaluate(each, tasks, about=about, cache=folder, group=group) for name, each in encoders.items()
+        }
+    return HeadScores(columns, {}, dict(about or {}))

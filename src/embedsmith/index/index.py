@@ -10,7 +10,8 @@ from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Reps
-from embedsmith.index.documents import Document, in_batches, without_repeats
+from embedsmith.data.writers import batched
+from embedsmith.index.documents import Document, without_repeats
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
 from embedsmith.index.store import Filter, Request, Store, StoredPoint, Vector, field_of, point_key, vectors_of
 from embedsmith.search.hybrid import M3_WEIGHTS
@@ -57,7 +58,7 @@ class HybridIndex:
         """
         new = changed = unchanged = 0
         with progress_bar("index", total, visible=show) as bar:
-            for block in in_batches(without_repeats(documents), batch):
+            for block in batched(without_repeats(documents), batch):
                 known = self.store.payloads([point_key(document.id) for document in block], ["hash"])
                 kept = {key: payload.get("hash") for key, payload in known.items()}
                 fresh = [document for document in block if kept.get(point_key(document.id)) != document.hash]
@@ -99,7 +100,7 @@ class HybridIndex:
         heads = self._heads(how.fusion)
         found: list[list[Hit]] = []
         with progress_bar("search", len(queries), visible=show) as bar:
-            for block in in_batches(queries, _QUERIES):
+            for block in batched(queries, _QUERIES):
                 reps = self.encoder.represent(block, role="query", outputs=heads)
                 found += self._search_block(reps, len(block), k, how)
                 bar.advance(len(block))

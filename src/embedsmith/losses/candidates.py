@@ -1,29 +1,193 @@
-"""A retrieval batch with its ids resolved to rows: what every loss over candidates starts from."""
+"""A retrieval batch with its ids resolved to rows: what every loss over candidates starts from.
+
+Texts are matched by identity, never by position: `rows_of` finds the row of an id, `Relation` says which candidates
+belong to which query. Both are sorted lists and binary searches: a matrix of queries against candidates exists only
+for the block of candidates that is being scored.
+
+Scores come in blocks, and every loss over candidates is written once against blocks. One block is the plain path. With
+a block size each block is scored under a checkpoint: only its small result is kept, and its scores are computed again
+in the backward pass, so that neither the score matrix nor its mask ever exists as a whole.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from embedsmith.core.batch import ABSENT, Batch, RetrievalBatch
+from embedsmith.core.batch import ABSENT, RetrievalBatch, Side
+from embedsmith.core.collectives import rank
 from embedsmith.core.reps import Representation, Widths
-from embedsmith.losses.identity import Relation, first_in_row, group_keys, rows_of
-
-# Scores in blocks: every candidate loss is written once against blocks of candidates.
-# One block is the plain path. With a block size each block is scored under a checkpoint: only its small result is kept,
-# and its scores are computed again in the backward pass, so that the whole score matrix never exists.
 
 R = TypeVar("R")
 
 NEVER = -1e30
 """The logit of a candidate that does not count. Finite, so that a row without candidates has no NaN gradient."""
+
+
+def rows_of(id_X: Tensor, id_K: Tensor) -> Tensor:
+    """row_X: where each id stands first in `id_K`; `ABSENT` for an id that is absent or not found. Any shape."""
+    sorted_K, order_K = torch.sort(id_K, stable=True)
+    place_X = torch.searchsorted(sorted_K, id_X.contiguous()).clamp_max(len(id_K) - 1)
+    found_X = (sorted_K[place_X] == id_X) & (id_X != ABSENT)
+    return torch.where(found_X, order_K[place_X], ABSENT)
+
+
+def own_rows(side: Side) -> slice:
+    """This rank's rows among those of `side.all`."""
+    start = rank(side.group) * side.rows
+    return slice(start, start + len(side))
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Candidates related to queries through a shared key (a query id, a label, a document id).
+
+    Query `query_I[i]` has key `key_I[i]` (sorted by key); candidate `row_J[j]` has key `key_J[j]` (sorted by row).
+    A query and a candidate are related when they share a key. Both may have several keys, or none.
+    """
+
+    query_I: Tensor
+    key_I: Tensor
+    row_J: Tensor
+    key_J: Tensor
+
+    @staticmethod
+    def between(key_QX: Tensor, row_RY: Tensor, key_R: Tensor, query_Q: Tensor | None = None) -> Relation:
+        """Queries with their keys against rows with theirs, both as rectangles; entries with an `ABSENT` key or row
+        are left out. `query_Q`: which query each row of `key_QX` is, when they do not stand in order."""
+        query_Q = torch.arange(len(key_QX), device=key_QX.device) if query_Q is None else query_Q
+        query_I, key_I = query_Q[:, None].expand_as(key_QX).flatten(), key_QX.flatten()
+        row_J, key_J = row_RY.flatten(), key_R[:, None].expand_as(row_RY).flatten()
+        kept_I, kept_J = key_I != ABSENT, (key_J != ABSENT) & (row_J != ABSENT)
+        key_I, order_I = torch.sort(key_I[kept_I])
+        row_J, order_J = torch.sort(row_J[kept_J])
+        return Relation(query_I[kept_I][order_I], key_I, row_J, key_J[kept_J][order_J])
+
+    @staticmethod
+    def by_position(row_QX: Tensor) -> Relation:
+        """Query n is related to the candidates `row_QX[n]` and to no others."""
+        place_Q = torch.arange(len(row_QX), device=row_QX.device)
+        return Relation.between(place_Q[:, None], row_QX, place_Q)
+
+    def mark(self, mask_QB: Tensor, start: int, value: bool) -> None:
+        """Write `value` at every related pair of the block of candidates that begins at row `start`."""
+        edge = torch.tensor([start, start + mask_QB.shape[1]], device=self.row_J.device)
+        low, high = torch.searchsorted(self.row_J, edge).tolist()
+        key_J, row_J = self.key_J[low:high], self.row_J[low:high]
+        first_J = torch.searchsorted(self.key_I, key_J)
+        count_J = torch.searchsorted(self.key_I, key_J, right=True) - first_J
+        pair_E = torch.repeat_interleave(torch.arange(len(key_J), device=key_J.device), count_J)
+        within_E = torch.arange(len(pair_E), device=key_J.device) - (count_J.cumsum(0) - count_J)[pair_E]
+        mask_QB[self.query_I[first_J[pair_E] + within_E], row_J[pair_E] - start] = value
+
+    def holds(self, key_Q: Tensor, row_QX: Tensor) -> Tensor:
+        """related_QX: whether query n, known by its one key, is related to each of the candidates `row_QX[n]`."""
+        _, place = torch.unique(torch.cat([key_Q, self.key_J]), return_inverse=True)
+        rows = int(torch.cat([row_QX.flatten(), self.row_J, row_QX.new_zeros(1)]).max()) + 1
+        code_QX = place[: len(key_Q), None] * rows + row_QX
+        return torch.isin(code_QX, place[len(key_Q) :] * rows + self.row_J) & (row_QX != ABSENT)
+
+
+Negatives = Literal["all", "positives_and_own", "positives", "own"]
+"""Whom a query is told apart from: `all` candidates of the batch; other queries' `positives` and its own hard
+negatives; other queries' `positives` only; its `own` hard negatives only (in-batch negatives off)."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Local queries and all ranks' documents of one head, with identities resolved.
+
+    `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count;
+    `valid_QP`: which slots of positives do.
+    `excluded`: candidates that are never negatives of a query. `own`: its own hard negatives.
+    `countable_K`: a document that several ranks hold counts once. `positive_K`: it is somebody's positive.
+    """
+
+    query: Representation
+    document: Representation
+    positive_row_QP: Tensor
+    negative_row_QM: Tensor
+    valid_QP: Tensor
+    excluded: Relation
+    own: Relation
+    countable_K: Tensor
+    positive_K: Tensor
+    widths: Widths | None
+    block_size: int | None
+
+    @staticmethod
+    def of(batch: RetrievalBatch, head: str, mask_false_negatives: bool, block_size: int | None = None) -> Candidates:
+        """`mask_false_negatives` excludes every known positive: those of all rows, on all ranks, with the same query
+        (the same label where the batch has labels). Without it only the row's own positives are excluded."""
+        document = batch.document.all(head)
+        key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q  # of one key: positives in common
+        key_G = batch.query.all_ids(key_Q)
+        row_GP = rows_of(batch.positive_id_GP, batch.document_id_K)
+        positive_row_QP = _own_slots(batch.positive_id_QP, batch)
+        negative_row_QM = _own_slots(batch.negative_id_QM, batch)
+        if mask_false_negatives:
+            excluded = Relation.between(key_Q[:, None], row_GP, key_G)
+            known_QM = excluded.holds(key_Q, negative_row_QM)
+        else:
+            excluded = Relation.by_position(positive_row_QP)
+            known_QM = (negative_row_QM[:, :, None] == positive_row_QP[:, None, :]).any(-1)
+        negative_row_QM = negative_row_QM.masked_fill(known_QM, ABSENT)
+        return Candidates(
+            query=batch.query.local[head],
+            document=document,
+            positive_row_QP=positive_row_QP,
+            negative_row_QM=negative_row_QM,
+            valid_QP=positive_row_QP != ABSENT,
+            excluded=excluded,
+            own=Relation.by_position(negative_row_QM),
+            countable_K=batch.first_of_its_id_K,
+            positive_K=torch.zeros_like(batch.first_of_its_id_K).index_fill(0, row_GP[row_GP != ABSENT], True),
+            widths=batch.widths,
+            block_size=block_size,
+        )
+
+    def scores_of(self, row_QX: Tensor) -> Tensor:
+        """score_WQX of query n against the documents `row_QX[n]`; an absent slot has the score of row 0, to be masked.
+
+        Slot by slot, so that no more than one document a query is copied at a time; in blocks they are computed again
+        in the backward pass instead of keeping the copies.
+        """
+
+        def slot(row_Q: Tensor) -> Tensor:
+            return self.query.paired(self.document.rows(row_Q), self.widths)
+
+        columns = row_QX.clamp_min(0).unbind(1)
+        if self.block_size is None:
+            return torch.stack([slot(row_Q) for row_Q in columns], -1)
+        replayed = [checkpoint(slot, row_Q, use_reentrant=False, preserve_rng_state=False) for row_Q in columns]
+        return torch.stack(replayed, -1)
+
+    def allowed(self, start: int, size: int, negatives: Negatives) -> Tensor:
+        """mask_QB: which candidates of a block are negatives of which query."""
+        block = slice(start, start + size)
+        counts_B = self.countable_K[block]
+        if negatives != "all":
+            counts_B = counts_B & self.positive_K[block]
+        mask_QB = counts_B.expand(len(self.query), size).clone()
+        if negatives == "positives_and_own":
+            self.own.mark(mask_QB, start, True)
+        self.excluded.mark(mask_QB, start, False)
+        return mask_QB
+
+
+def _own_slots(id_QX: Tensor, batch: RetrievalBatch) -> Tensor:
+    """row_QX of a query's own documents: absent and repeated ids, and rows that are no query, left out. At least one
+    slot, so that no shape is empty."""
+    id_QX = F.pad(id_QX, (0, 1), value=ABSENT) if id_QX.shape[1] == 0 else id_QX
+    repeated_QX = (id_QX[:, :, None] == id_QX[:, None, :]).tril(-1).any(-1)
+    counts_QX = ~repeated_QX & (batch.query_id_Q != ABSENT)[:, None]
+    return rows_of(id_QX.masked_fill(~counts_QX, ABSENT), batch.document_id_K)
 
 
 def in_blocks(
@@ -44,138 +208,11 @@ def in_blocks(
     documents = [document for _, document in pairs]
     if block_size is None or block_size >= len(documents[0]):
         return [scored(0, *documents)]
-    blocks = zip(*(_split(document, block_size) for document in documents), strict=True)
+    blocks = zip(*(document.split(block_size) for document in documents), strict=True)
     return [
         checkpoint(scored, number * block_size, *block, use_reentrant=False, preserve_rng_state=False)
         for number, block in enumerate(blocks)
     ]
-
-
-def _split(document: Representation, size: int) -> Iterator[Representation]:
-    """Blocks of rows. Split, not sliced: the gradient of all blocks is then put together once, not added up in a
-    full-size buffer for every block."""
-    names = [f.name for f in fields(document)]
-    for column in zip(*(tensor.split(size) for tensor in document.tensors()), strict=True):
-        yield replace(document, **dict(zip(names, column, strict=True)))
-
-
-def pair_scores(
-    query: Representation, document: Representation, row_QX: Tensor, widths: Widths | None, replay: bool
-) -> Tensor:
-    """score_WQX of query n against the documents `row_QX[n]`; an absent slot has the score of row 0, to be masked.
-
-    Slot by slot, so that no more than one document a query is copied at a time; `replay` computes them again in the
-    backward pass instead of keeping the copies.
-    """
-
-    def slot(row_Q: Tensor) -> Tensor:
-        return query.paired(document.rows(row_Q), widths)
-
-    columns = row_QX.clamp_min(0).unbind(1)
-    if not replay:
-        return torch.stack([slot(row_Q) for row_Q in columns], -1)
-    replayed = [checkpoint(slot, row_Q, use_reentrant=False, preserve_rng_state=False) for row_Q in columns]
-    return torch.stack(replayed, -1)
-
-
-Negatives = Literal["all", "positives_and_own", "positives", "own"]
-"""Whom a query is told apart from: `all` candidates of the batch; other queries' `positives` and its own hard
-negatives; other queries' `positives` only; its `own` hard negatives only (in-batch negatives off)."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Local queries and all ranks' documents of one head, with identities resolved.
-
-    `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count.
-    `excluded`: candidates that are never negatives of a query. `own`: its own hard negatives.
-    `countable_K`: a document that several ranks hold counts once. `positive_K`: it is somebody's positive.
-    """
-
-    query: Representation
-    document: Representation
-    positive_row_QP: Tensor
-    negative_row_QM: Tensor
-    excluded: Relation
-    own: Relation
-    countable_K: Tensor
-    positive_K: Tensor
-    widths: Widths | None
-    block_size: int | None
-
-    @staticmethod
-    def of(batch: RetrievalBatch, head: str, mask_false_negatives: bool, block_size: int | None) -> Candidates:
-        """`mask_false_negatives` excludes every known positive: those of all rows, on all ranks, with the same query
-        (the same label where the batch has labels). Without it only the row's own positives are excluded."""
-        document = batch.document.all(head)
-        key_Q, key_G = group_keys(batch)
-        row_GP = rows_of(batch.positive_id_GP, batch.document_id_K)
-        positive_row_QP = _own_slots(batch.positive_id_QP, batch)
-        negative_row_QM = _own_slots(batch.negative_id_QM, batch)
-        if mask_false_negatives:
-            excluded = Relation.between(key_Q[:, None], row_GP, key_G)
-            known_QM = excluded.holds(key_Q, negative_row_QM)
-        else:
-            excluded = Relation.by_position(positive_row_QP)
-            known_QM = (negative_row_QM[:, :, None] == positive_row_QP[:, None, :]).any(-1)
-        negative_row_QM = negative_row_QM.masked_fill(known_QM, ABSENT)
-        return Candidates(
-            query=batch.query.local[head],
-            document=document,
-            positive_row_QP=positive_row_QP,
-            negative_row_QM=negative_row_QM,
-            excluded=excluded,
-            own=Relation.by_position(negative_row_QM),
-            countable_K=batch.first_of_its_id_K,
-            positive_K=torch.zeros_like(batch.first_of_its_id_K).index_fill(0, row_GP[row_GP != ABSENT], True),
-            widths=batch.widths,
-            block_size=block_size,
-        )
-
-    @property
-    def valid_QP(self) -> Tensor:
-        return self.positive_row_QP != ABSENT
-
-    def positive_scores(self) -> Tensor:
-        """score_WQP of each query and its own positives."""
-        return self._pairs(self.positive_row_QP)
-
-    def negative_scores(self) -> Tensor:
-        """score_WQM of each query and its own hard negatives."""
-        return self._pairs(self.negative_row_QM)
-
-    def _pairs(self, row_QX: Tensor) -> Tensor:
-        return pair_scores(self.query, self.document, row_QX, self.widths, replay=self.block_size is not None)
-
-    def allowed(self, start: int, size: int, negatives: Negatives) -> Tensor:
-        """mask_QB: which candidates of a block are negatives of which query."""
-        block = slice(start, start + size)
-        counts_B = self.countable_K[block]
-        if negatives != "all":
-            counts_B = counts_B & self.positive_K[block]
-        mask_QB = counts_B.expand(len(self.query), size).clone()
-        if negatives == "positives_and_own":
-            self.own.mark(mask_QB, start, True)
-        self.excluded.mark(mask_QB, start, False)
-        return mask_QB
-
-    def is_own(self, start: int, size: int) -> Tensor:
-        """mask_QB: which candidates of a block are the query's own hard negatives."""
-        mask_QB = torch.zeros(len(self.query), size, dtype=torch.bool, device=self.countable_K.device)
-        self.own.mark(mask_QB, start, True)
-        return mask_QB
-
-    def over_blocks(self, reduce: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-        """`reduce(start, score_WQB)` of every block of candidates."""
-        return in_blocks([(self.query, self.document)], self.widths, self.block_size, reduce)
-
-
-def _own_slots(id_QX: Tensor, batch: RetrievalBatch) -> Tensor:
-    """row_QX of a query's own documents: absent and repeated ids, and rows that are no query, left out. At least one
-    slot, so that no shape is empty."""
-    id_QX = F.pad(id_QX, (0, 1), value=ABSENT) if id_QX.shape[1] == 0 else id_QX
-    counts_QX = first_in_row(id_QX) & (batch.query_id_Q != ABSENT)[:, None]
-    return rows_of(id_QX.masked_fill(~counts_QX, ABSENT), batch.document_id_K)
 
 
 def mean_over_slots(value_WQX: Tensor, valid_QX: Tensor) -> Tensor:
@@ -193,19 +230,35 @@ def cross_entropy(negative_lse: Tensor, positive_logit: Tensor) -> Tensor:
     return F.softplus(negative_lse - positive_logit, threshold=50.0)
 
 
-class LogTemperature(nn.Module):
-    """A learnable temperature, kept as its logarithm; never below `minimum` (CLIP's floor)."""
+def swapped(batch: RetrievalBatch) -> RetrievalBatch:
+    """The same batch seen from the documents: each document that is someone's positive searches for its queries.
 
-    def __init__(self, start: float, minimum: float = 0.001) -> None:
-        super().__init__()
-        self.log = nn.Parameter(torch.tensor(math.log(start)))
-        self.minimum = minimum
-
-    def forward(self) -> Tensor:
-        return self.log.exp().clamp_min(self.minimum)
-
-
-def learned(batch: Batch, name: str) -> Tensor:
-    """The value of the learnable temperature `name`."""
-    value: Tensor = batch.extras[name]()
-    return value
+    Queries become candidates and have no hard negatives; a document held by several ranks asks once.
+    """
+    row_E = rows_of(batch.positive_id_GP, batch.document_id_K).flatten()
+    asker_E = torch.argsort(row_E, stable=True)  # places among all positive slots, by the document they hold
+    asker_E = asker_E[row_E[asker_E] != ABSENT]
+    document_E, query_E = row_E[asker_E], asker_E // batch.positive_id_GP.shape[1]
+    count_K = torch.bincount(document_E, minlength=len(batch.document_id_K))
+    slot_E = torch.arange(len(asker_E), device=row_E.device) - (count_K.cumsum(0) - count_K)[document_E]
+    slots = max(int(slot_E.max()) + 1 if len(slot_E) else 0, 1)
+    positive_id_KP = batch.query_id_G.new_full((len(batch.document_id_K), slots), ABSENT)
+    positive_id_KP[document_E, slot_E] = batch.query_id_G[query_E]
+    mine = own_rows(batch.document)
+    asks_N = (positive_id_KP[mine] != ABSENT).any(1)
+    label_N = None
+    if batch.label_Q is not None:
+        label_K = torch.full_like(batch.document_id_K, ABSENT)
+        first_E = slot_E == 0  # a document of several classes takes that of its first query
+        label_K[document_E[first_E]] = batch.query.all_ids(batch.label_Q)[query_E[first_E]]
+        label_N = label_K[mine]
+    return RetrievalBatch(
+        **batch.shared(),
+        query=batch.document,
+        document=batch.query,
+        query_id_Q=torch.where(asks_N, batch.document_id_N, ABSENT),
+        positive_id_QP=positive_id_KP[mine],
+        negative_id_QM=batch.document_id_N.new_empty(len(batch.document_id_N), 0),
+        document_id_N=batch.query_id_Q,
+        label_Q=label_N,
+    )

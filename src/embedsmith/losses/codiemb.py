@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.settings import Count, Finite, NotNegative, Positive, Range, Word, name_of
 from embedsmith.core.shelf import losses
 from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.sts import PRO, Pearson, RankKL
 
-
-def as_retrieval(batch: PairBatch, threshold: float) -> RetrievalBatch:
-    """Pairs read as a retrieval batch: left texts search for the right text of each pair labelled `threshold` or
-    more; every right text is a candidate. The same leaves."""
-    positive_N = batch.right_id_N.where(batch.label_N >= threshold, ABSENT)
-    return RetrievalBatch(
-        **batch.shared(),
-        query=batch.left,
-        document=batch.right,
-        query_id_Q=batch.left_id_N,
-        positive_id_QP=positive_N[:, None],
-        negative_id_QM=batch.left_id_N.new_empty(len(batch.left_id_N), 0),
-        document_id_N=batch.right_id_N,
-    )
+TermName = Literal["mid_nce", "pearson", "pro", "rank_kl"]
 
 
 @losses.register(
@@ -43,36 +31,42 @@ class MidNCE(Loss):
 
     One direction, left to right; every right text of the batch is a candidate, whatever its label.
 
-    temperature: t. threshold: labels must be scaled so that "the same" reaches it; floats just below it are left out.
-    head: `middle`, or any other. mask_false_negatives: right texts that another pair names as alike to the same left
-    text are no negatives (the published code keeps them). cross_device, block_size: as in `cosent` and `infonce`.
+    threshold: the label from which on a pair counts as alike. Labels must be scaled so that "the same" reaches it;
+        numbers just below it are left out.
+    head: the representation that is scored, by default that of the model's `middle` layer.
+    mask_false_negatives: whether right texts that another pair names as alike to the same left text are no negatives
+        (the published code keeps them).
 
     Batches: pairs. No pair reaches the threshold: 0, connected. Source: CoDiEmb's code.
     """
 
     batches = (PairBatch,)
 
-    temperature: float = 0.02
-    threshold: float = 1.0
-    head: str = "middle"
+    temperature: Positive = 0.02
+    threshold: Finite = 1.0
+    head: Word = "middle"
     mask_false_negatives: bool = True
     cross_device: bool = True
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.finite(self, "threshold")
-        checks.not_empty(self, "head")
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, PairBatch)
+        batch = batch if self.cross_device else batch.alone()
+        positive_N = batch.right_id_N.where(batch.label_N >= self.threshold, ABSENT)
         contrast = InfoNCE(
-            self.temperature,
-            self.head,
-            mask_false_negatives=self.mask_false_negatives,
-            block_size=self.block_size,
+            self.temperature, self.head, mask_false_negatives=self.mask_false_negatives, block_size=self.block_size
         )
-        return contrast(as_retrieval(batch if self.cross_device else batch.alone(), self.threshold))
+        return contrast(
+            RetrievalBatch(
+                **batch.shared(),
+                query=batch.left,
+                document=batch.right,
+                query_id_Q=batch.left_id_N,
+                positive_id_QP=positive_N[:, None],
+                negative_id_QM=batch.left_id_N.new_empty(len(batch.left_id_N), 0),
+                document_id_N=batch.right_id_N,
+            )
+        )
 
 
 @losses.register(
@@ -86,10 +80,16 @@ class CoDiEmbSTS(Loss):
 
         L = 1 L_MidNCE + 2 L_Pearson + 0.5 L_PRO + 5 L_RankKL
 
-    weights: of the four terms, by name; a term of weight 0 is left out, and with `mid_nce: 0` no middle layer is
-    needed. rank_temperature (RankKL and PRO), mid_temperature, threshold, reduction: as in the terms.
-    head, middle_head: the representations of the first three terms and of MidNCE.
-    cross_device: False is CoDiEmb's own form, each rank's pairs on their own.
+    weights: weights of the four terms, by name; a term of weight 0, or without one, is left out, and without
+        `mid_nce` no middle layer is needed. The published weights where it is not given.
+    rank_temperature: the temperature of RankKL and PRO.
+    mid_temperature: the temperature of MidNCE.
+    threshold: the label from which on a pair is alike for MidNCE.
+    reduction: how RankKL is summed: `sum`, or divided by the number of pairs as in the published code (`reference`).
+    head: the representation that Pearson, PRO and RankKL score.
+    middle_head: the representation that MidNCE scores.
+    cross_device: over the pairs of all ranks, or `false`, CoDiEmb's own form, each rank's pairs on their own.
+
     Parts: `mid_nce`, `pearson`, `pro`, `rank_kl`, without their weights.
 
     Batches: pairs. Errors: `RecipeError` for an unknown or negative weight. Source: CoDiEmb's code and scripts.
@@ -97,31 +97,24 @@ class CoDiEmbSTS(Loss):
 
     batches = (PairBatch,)
 
-    weights: Mapping[str, float] = field(
+    weights: Annotated[Mapping[TermName, NotNegative], Range(min_length=1)] = field(
         default_factory=lambda: {"mid_nce": 1.0, "pearson": 2.0, "pro": 0.5, "rank_kl": 5.0}
     )
-    rank_temperature: float = 0.05
-    mid_temperature: float = 0.02
-    threshold: float = 1.0
+    rank_temperature: Positive = 0.05
+    mid_temperature: Positive = 0.02
+    threshold: Finite = 1.0
     reduction: Literal["sum", "reference"] = "reference"
-    head: str = "dense"
-    middle_head: str = "middle"
+    head: Word = "dense"
+    middle_head: Word = "middle"
     cross_device: bool = True
 
     def __post_init__(self) -> None:
-        checks.above_zero(self, "rank_temperature", "mid_temperature")
-        checks.finite(self, "threshold")
-        checks.one_of(self, "reduction", "sum", "reference")
-        checks.not_empty(self, "head", "middle_head", "weights")
-        for name, weight in self.weights.items():
-            if name not in ("mid_nce", "pearson", "pro", "rank_kl") or not 0 <= weight < float("inf"):
-                raise checks.wrong(self, f"weights has {name}: {weight}", "mid_nce, pearson, pro, rank_kl, 0 or more")
         if not any(self.weights.values()):
-            raise checks.wrong(self, "every weight is 0", "at least one term")
+            raise RecipeError("every weight is 0", where=name_of(self), expected="at least one term")
 
-    def terms(self) -> dict[str, Loss]:
+    def terms(self) -> dict[TermName, Loss]:
         """The terms that carry a weight."""
-        everything: dict[str, Loss] = {
+        everything: dict[TermName, Loss] = {
             "mid_nce": MidNCE(self.mid_temperature, self.threshold, self.middle_head, cross_device=self.cross_device),
             "pearson": Pearson(self.head, self.cross_device),
             "pro": PRO(self.rank_temperature, head=self.head, cross_device=self.cross_device),
@@ -135,5 +128,5 @@ class CoDiEmbSTS(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         outputs = {name: term(batch) for name, term in self.terms().items()}
         values: list[Tensor] = [self.weights[name] * output.value_W for name, output in outputs.items()]
-        parts = {name: output.value_W[0].detach() for name, output in outputs.items()}
+        parts: dict[str, Tensor] = {name: output.value_W[0].detach() for name, output in outputs.items()}
         return LossOutput(sum(values[1:], values[0]), parts)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, gather_pair_scores
 from embedsmith.core.collectives import max_over_ranks
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.settings import Finite, Positive, Word
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import NEVER, Candidates, cross_entropy, mean_over_slots
 
@@ -38,28 +38,24 @@ class CrossBatchBalance(Loss):
     The loss of the step is this plus beta times CoSENT on a part of similarity pairs; `balance_weights` gives the
     weights of the two parts.
 
-    temperature: t, not published; 0.02 is reconstructed. head: the representation that is scored.
+    temperature: t, not published; 0.02 is reconstructed.
 
     Batches: retrieval. A query without negatives: 0, connected. Source: 2408.15710, section 3.3.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.02
-    head: str = "dense"
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature")
-        checks.not_empty(self, "head")
+    temperature: Positive = 0.02
+    head: Word = "dense"
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
-        found = Candidates.of(batch.alone(), self.head, mask_false_negatives=False, block_size=None)
+        found = Candidates.of(batch.alone(), self.head, mask_false_negatives=False)
         positive_WGP, positive_id_GP = _everywhere(
-            batch, found.positive_scores(), _kept(batch.positive_id_QP, found.positive_row_QP)
+            batch, found.scores_of(found.positive_row_QP), _kept(batch.positive_id_QP, found.positive_row_QP)
         )
         negative_WGM, negative_id_GM = _everywhere(
-            batch, found.negative_scores(), _kept(batch.negative_id_QM, found.negative_row_QM)
+            batch, found.scores_of(found.negative_row_QM), _kept(batch.negative_id_QM, found.negative_row_QM)
         )
         _, query_G = torch.unique(batch.query_id_G, return_inverse=True)
         negative_GM = _distinct(query_G, negative_id_GM, positive_id_GP)
@@ -145,8 +141,9 @@ class CosineConsistency(Loss):
 
         L = mean over queries of the mean over their positives of 1 - s(x, y)
 
-    A term beside a contrastive loss, which only orders scores; alone it collapses the space. threshold: which pairs of
-    a labelled batch are positive. head: the representation that is scored.
+    A term beside a contrastive loss, which only orders scores; alone it collapses the space.
+
+    threshold: the label from which on a pair of a labelled batch is positive.
 
     Batches: retrieval, pairs. No positive: 0, connected. Source: the reading of Conan-embedding's second term as a
     consistency of positive pairs; its formula is CoSENT (`cosent`).
@@ -154,18 +151,14 @@ class CosineConsistency(Loss):
 
     batches = (RetrievalBatch, PairBatch)
 
-    threshold: float = 1.0
-    head: str = "dense"
-
-    def __post_init__(self) -> None:
-        checks.finite(self, "threshold")
-        checks.not_empty(self, "head")
+    threshold: Finite = 1.0
+    head: Word = "dense"
 
     def __call__(self, batch: Batch) -> LossOutput:
         if isinstance(batch, PairBatch):
             counts_N = (batch.label_N >= self.threshold) & (batch.left_id_N != ABSENT)
             return LossOutput(batch.mean_over_rows(1 - batch.scores(self.head), counts_N))
         assert isinstance(batch, RetrievalBatch)
-        found = Candidates.of(batch, self.head, mask_false_negatives=False, block_size=None)
-        value_WQ = mean_over_slots(1 - found.positive_scores(), found.valid_QP)
+        found = Candidates.of(batch, self.head, mask_false_negatives=False)
+        value_WQ = mean_over_slots(1 - found.scores_of(found.positive_row_QP), found.valid_QP)
         return LossOutput(batch.mean_over_rows(value_WQ, found.valid_QP.any(-1)))

@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, Side
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.reps import TEACHER, Dense, in_fp32
+from embedsmith.core.settings import Count, Positive, Word, name_of
 from embedsmith.core.shelf import losses
-from embedsmith.losses.candidates import NEVER, Candidates, masked_logsumexp, mean_over_slots
-from embedsmith.losses.identity import own_rows
-
-"""The head under which precomputed teacher vectors (`Dense`, NaN rows where unknown) stand beside the model's own."""
+from embedsmith.losses.candidates import NEVER, Candidates, in_blocks, masked_logsumexp, mean_over_slots, own_rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class ScoredList:
     @staticmethod
     def of(batch: RetrievalBatch, found: Candidates) -> ScoredList:
         row_QX = torch.cat([found.positive_row_QP, found.negative_row_QM], 1)
-        score_WQX = torch.cat([found.positive_scores(), found.negative_scores()], -1)
+        score_WQX = torch.cat([found.scores_of(found.positive_row_QP), found.scores_of(found.negative_row_QM)], -1)
         teacher = [
             _teacher_slots(batch.positive_score_QP, found.positive_row_QP),
             _teacher_slots(batch.negative_score_QM, found.negative_row_QM),
@@ -70,24 +67,21 @@ class ScoreKL(Loss):
     over the documents the teacher scored, for queries with at least two. FlagEmbedding's `kl_div` is this with
     t_T = 1, up to a constant, plus InfoNCE: a `sum` of both.
 
-    temperature, teacher_temperature: t and t_T. head: the representation that is scored.
+    temperature: t, of the student's scores.
+    teacher_temperature: t_T, by which the teacher's scores are divided.
 
     Batches: retrieval with teacher scores. No query with two scores: 0, connected.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.02
-    teacher_temperature: float = 1.0
-    head: str = "dense"
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "teacher_temperature")
-        checks.not_empty(self, "head")
+    temperature: Positive = 0.02
+    teacher_temperature: Positive = 1.0
+    head: Word = "dense"
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
-        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False, block_size=None))
+        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False))
         target_QX = own.targets(self.teacher_temperature)
         log_student_WQX = (own.score_WQX / self.temperature).masked_fill(~own.known_QX, NEVER).log_softmax(-1)
         divergence_WQX = torch.xlogy(target_QX, target_QX) - target_QX * log_student_WQX
@@ -106,24 +100,22 @@ class MarginMSE(Loss):
 
         L = mean_i mean over (p, n) of ( s(q_i,p) - s(q_i,n) - scale (T(q_i,p) - T(q_i,n)) )^2
 
-    over the positives and negatives of query i that the teacher scored. scale: brings the teacher's margins to the
-    range of the student's (cosines: about 1 / the teacher's largest margin). head: the representation that is scored.
+    over the positives and negatives of query i that the teacher scored.
+
+    scale: brings the teacher's margins to the range of the student's (cosines: about 1 / the teacher's largest
+        margin); above 0, 1 by default.
 
     Batches: retrieval with teacher scores. No scored pair: 0, connected.
     """
 
     batches = (RetrievalBatch,)
 
-    scale: float = 1.0
-    head: str = "dense"
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "scale")
-        checks.not_empty(self, "head")
+    scale: Positive = 1.0
+    head: Word = "dense"
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
-        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False, block_size=None))
+        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False))
         difference_WQX = own.score_WQX - self.scale * own.teacher_QX
         positive_WQP, negative_WQM = difference_WQX.tensor_split([own.positives], -1)
         square_WQPM = (positive_WQP[..., :, None] - negative_WQM[..., None, :]).square()
@@ -149,20 +141,14 @@ class M3RankedKD(Loss):
     data. The positive need not be first. Others are the candidates of all ranks that are neither the query's own nor
     known positives of it.
 
-    temperature: t. head: the representation that is scored. block_size: as in `infonce`.
-
     Batches: retrieval with teacher scores. No scored document: 0, connected.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.02
-    head: str = "dense"
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.not_empty(self, "head")
+    temperature: Positive = 0.02
+    head: Word = "dense"
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
@@ -174,7 +160,8 @@ class M3RankedKD(Loss):
             found.own.mark(mask_QB, start, False)
             return masked_logsumexp(score_WQB / self.temperature, mask_QB)
 
-        others_WQ = torch.stack(found.over_blocks(block)).logsumexp(0)
+        blocks = in_blocks([(found.query, found.document)], batch.widths, self.block_size, block)
+        others_WQ = torch.stack(blocks).logsumexp(0)
         order_QX = torch.argsort(own.teacher_QX.masked_fill(~own.known_QX, NEVER), dim=-1, descending=True, stable=True)
         rank_QX = torch.argsort(order_QX, dim=-1)
         below_QXX = (rank_QX[:, None, :] >= rank_QX[:, :, None]) & own.known_QX[:, None, :]
@@ -204,8 +191,11 @@ class TeacherVectors(Loss):
     They carry no gradient. At a Matryoshka width the leading coordinates of both are compared (cosines are not
     affected by length; for `mse` nothing is normalised again).
 
-    kind: `cosine` or `mse`. project, teacher_dimension, name: the lifting layer, the width it lifts to, and its name
-    among the model's extras. head: a dense head.
+    kind: what is minimised: `cosine`, one minus it, or `mse`, the mean squared difference.
+    project: whether a trainable linear layer lifts the student's vectors to the teacher's width; off by default.
+    teacher_dimension: the width of the teacher's vectors, needed with `project`.
+    name: the name of the lifting layer; losses with different teachers need different names.
+    head: the dense head that is compared.
 
     Batches: retrieval, pairs. No teacher vector: 0, connected. Errors: `DataError` when the head `teacher` is missing
     or narrower than the student without `project`.
@@ -215,16 +205,15 @@ class TeacherVectors(Loss):
 
     kind: Literal["cosine", "mse"] = "cosine"
     project: bool = False
-    teacher_dimension: int | None = None
-    name: str = "teacher_projection"
-    head: str = "dense"
+    teacher_dimension: Count | None = None
+    name: Word = "teacher_projection"
+    head: Word = "dense"
 
     def __post_init__(self) -> None:
-        checks.one_of(self, "kind", "cosine", "mse")
-        checks.above_zero(self, "teacher_dimension")
-        checks.not_empty(self, "name", "head")
         if self.project and self.teacher_dimension is None:
-            raise checks.wrong(self, "project without teacher_dimension", "the width of the teacher's vectors")
+            raise RecipeError(
+                "project without teacher_dimension", where=name_of(self), expected="the width of the teacher's vectors"
+            )
 
     def extras(self, dimension: int) -> Mapping[str, nn.Module]:
         if not self.project or self.teacher_dimension is None:
@@ -232,7 +221,12 @@ class TeacherVectors(Loss):
         return {self.name: nn.Linear(dimension, self.teacher_dimension, bias=False)}
 
     def __call__(self, batch: Batch) -> LossOutput:
-        first, second = (self._side(batch, side, counts_N) for side, counts_N in zip(batch.sides(), _once(batch)))
+        if isinstance(batch, PairBatch):
+            counted = (batch.left_id_N != ABSENT, batch.right_id_N != ABSENT)
+        else:  # a document that several ranks hold counts once
+            assert isinstance(batch, RetrievalBatch)
+            counted = (batch.query_id_Q != ABSENT, batch.first_of_its_id_K[own_rows(batch.document)])
+        first, second = (self._side(batch, *one) for one in zip(batch.sides(), counted, strict=True))
         return LossOutput((first + second) / 2)
 
     def _side(self, batch: Batch, side: Side, counts_N: Tensor) -> Tensor:
@@ -271,11 +265,3 @@ class TeacherVectors(Loss):
         if self.kind == "mse":
             return (student_ND - teacher_ND).square().mean(-1)
         return 1 - F.cosine_similarity(student_ND, teacher_ND, dim=-1, eps=1e-12)
-
-
-def _once(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows of each side that count: real texts; a document that several ranks hold counts once."""
-    if isinstance(batch, PairBatch):
-        return batch.left_id_N != ABSENT, batch.right_id_N != ABSENT
-    assert isinstance(batch, RetrievalBatch)
-    return batch.query_id_Q != ABSENT, batch.first_of_its_id_K[own_rows(batch.document)]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.errors import DataError
 from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.settings import Count, Positive, Range, Word
 from embedsmith.core.shelf import losses
-from embedsmith.losses.candidates import in_blocks, masked_logsumexp
-from embedsmith.losses.identity import own_rows, rows_of
+from embedsmith.losses.candidates import in_blocks, masked_logsumexp, own_rows, rows_of
 
 
 @losses.register(
@@ -32,20 +32,14 @@ class SupervisedContrastive(Loss):
     A text that occurs several times counts once; a text without another of its class is no anchor. Contrast between
     texts and documents by label is `infonce` on a batch with labels.
 
-    temperature: t. head: the representation that is scored. block_size: as in `infonce`.
-
     Batches: retrieval with labels. No anchor: 0, connected. Errors: `DataError` when the batch has no labels.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.1
-    head: str = "dense"
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.not_empty(self, "head")
+    temperature: Positive = 0.1
+    head: Word = "dense"
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
@@ -83,8 +77,10 @@ class Classifier(Loss):
 
     Under Matryoshka the leading columns of A read the leading coordinates of x. The layer is not part of the embedding.
 
-    classes: how many. smoothing: share of the target spread over all classes. name: of the layer among the model's
-    extras; sources with different classes need different names. head: a dense head.
+    classes: how many there are, 2 or more.
+    smoothing: share of the target that is spread over all classes, from 0 (the default, none) to below 1.
+    name: the name of the layer; sources with different classes need different names.
+    head: the dense head that is read.
 
     Batches: retrieval with labels (a label of -1 is unknown). Errors: `DataError` for a label of `classes` or above,
     or a batch without labels.
@@ -92,18 +88,10 @@ class Classifier(Loss):
 
     batches = (RetrievalBatch,)
 
-    classes: int
-    smoothing: float = 0.0
-    name: str = "classifier"
-    head: str = "dense"
-
-    def __post_init__(self) -> None:
-        checks.not_negative(self, "smoothing")
-        checks.not_empty(self, "name", "head")
-        if self.classes < 2:
-            raise checks.wrong(self, f"classes is {self.classes}", "2 or more")
-        if self.smoothing >= 1:
-            raise checks.wrong(self, f"smoothing is {self.smoothing}", "less than 1")
+    classes: Annotated[int, Range(ge=2)]
+    smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    name: Word = "classifier"
+    head: Word = "dense"
 
     def extras(self, dimension: int) -> Mapping[str, nn.Module]:
         return {self.name: nn.Linear(dimension, self.classes)}
@@ -111,7 +99,13 @@ class Classifier(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
         label_Q = _labels(batch)
-        self._check_range(batch, label_Q)
+        lowest, highest = (int(label_Q.min()), int(label_Q.max())) if len(label_Q) else (ABSENT, ABSENT)
+        if not -1 <= lowest <= highest < self.classes:
+            raise DataError(
+                f"a label of {highest} (lowest {lowest})",
+                where=batch.source or "classifier",
+                expected=f"classes from 0 to {self.classes - 1}",
+            )
         layer, dense = batch.extras[self.name], batch.query.local[self.head]
         assert isinstance(layer, nn.Linear)
         assert isinstance(dense, Dense)
@@ -124,14 +118,6 @@ class Classifier(Loss):
 
         value_WQ = torch.stack([at(width) for width in batch.widths or (None,)])
         return LossOutput(batch.mean_over_rows(value_WQ, known_Q))
-
-    def _check_range(self, batch: RetrievalBatch, label_Q: Tensor) -> None:
-        if len(label_Q) and not -1 <= int(label_Q.min()) <= int(label_Q.max()) < self.classes:
-            raise DataError(
-                f"a label of {int(label_Q.max())} (lowest {int(label_Q.min())})",
-                where=batch.source or "classifier",
-                expected=f"classes from 0 to {self.classes - 1}",
-            )
 
 
 def _labels(batch: RetrievalBatch) -> Tensor:

@@ -1,22 +1,26 @@
-"""Spread texts of one side over the sphere. Never across a positive pair: texts that should be close do not count."""
+"""Regularisers: spread the texts of one side over the sphere, and keep sparse vectors short.
+
+Spreading is never across a positive pair: texts that should be close do not count. They are equal texts, queries that
+share a positive (or a class), and documents of one query (or class), so spread no classification or clustering data
+without labels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, Side
 from embedsmith.core.collectives import mean_over_ranks, sum_over_ranks, world_size
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Sparse
+from embedsmith.core.settings import Count, NotNegative, Range, Word
 from embedsmith.core.shelf import losses
-from embedsmith.losses.candidates import in_blocks
-from embedsmith.losses.identity import Relation, group_keys, own_rows, rows_of
+from embedsmith.losses.candidates import Relation, in_blocks, own_rows, rows_of
 
 Sides = Literal["both", "first", "second"]
 """Which sides of the batch are spread: queries or left texts are `first`, documents or right texts `second`."""
@@ -36,28 +40,20 @@ class Uniformity(Loss):
     Random unit vectors give -3.75 (width 32), -3.94 (128), -3.99 (1024) at t = 2; the floor is about -2t. A weight of
     0.1 beside a contrastive loss is usual.
 
-    t: the kernel's sharpness, at most 20. sides: which side is spread. Pairs of equal texts, of queries that share a
-    positive (or a class), and of documents of one query (or class) do not count; use it on no classification or
-    clustering data without labels. cross_device: pairs over all ranks, or within each rank. head: a dense head of
-    unit length. block_size: as in `infonce`.
+    t: the kernel's sharpness, above 0 and at most 20, beyond which the potential underflows.
+    sides: which side is spread: queries or left texts are `first`, documents or right texts `second`; or `both`.
+    head: the dense head that is spread; its vectors have unit length.
 
     Batches: retrieval, pairs. Fewer than two texts: 0, connected.
     """
 
     batches = (RetrievalBatch, PairBatch)
 
-    t: float = 2.0
+    t: Annotated[float, Range(gt=0, le=20)] = 2.0
     sides: Sides = "both"
-    head: str = "dense"
+    head: Word = "dense"
     cross_device: bool = True
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "t", "block_size")
-        checks.one_of(self, "sides", "both", "first", "second")
-        checks.not_empty(self, "head")
-        if self.t > 20:
-            raise checks.wrong(self, f"t is {self.t}", "at most 20: beyond it the potential underflows")
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         view = batch if self.cross_device else batch.alone()
@@ -81,7 +77,7 @@ class GOR(Loss):
 
         L = sum over sides of mean over i != j of s_ij^2
 
-    sides, head, cross_device, block_size and the pairs that do not count: as in `uniformity`.
+    sides: which side is spread: queries or left texts are `first`, documents or right texts `second`; or `both`.
 
     Batches: retrieval, pairs. Fewer than two texts: 0, connected.
     """
@@ -89,14 +85,9 @@ class GOR(Loss):
     batches = (RetrievalBatch, PairBatch)
 
     sides: Sides = "both"
-    head: str = "dense"
+    head: Word = "dense"
     cross_device: bool = True
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "block_size")
-        checks.one_of(self, "sides", "both", "first", "second")
-        checks.not_empty(self, "head")
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         view = batch if self.cross_device else batch.alone()
@@ -116,8 +107,8 @@ class GORST(Loss):
 
         L = over sides of (M_1)^2 + relu(M_2 - 1/d),   M_k = mean over i != j of s_ij^k,   d the width
 
-    combine: `mean` or `sum` over sides. sides, head, cross_device, block_size and the pairs that do not count: as in
-    `uniformity`.
+    combine: whether the two sides count with their `mean` or their `sum`.
+    sides: which side is spread: queries or left texts are `first`, documents or right texts `second`; or `both`.
 
     Batches: retrieval, pairs. Fewer than two texts: 0, connected.
     """
@@ -126,15 +117,9 @@ class GORST(Loss):
 
     combine: Literal["mean", "sum"] = "mean"
     sides: Sides = "both"
-    head: str = "dense"
+    head: Word = "dense"
     cross_device: bool = True
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "block_size")
-        checks.one_of(self, "combine", "mean", "sum")
-        checks.one_of(self, "sides", "both", "first", "second")
-        checks.not_empty(self, "head")
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         view = batch if self.cross_device else batch.alone()
@@ -160,7 +145,7 @@ class _Crowd:
     id_N: Tensor
     close: tuple[Relation, ...]
 
-    def mean(self, batch: Batch, of: Callable[[Tensor], Tensor], block_size: int | None) -> tuple[Tensor, Tensor]:
+    def mean(self, batch: Batch, of: Callable[[Tensor], Tensor], block_size: Count | None) -> tuple[Tensor, Tensor]:
         """This rank's share of mean_W of `of(score)` over the pairs of all ranks that count, and their number."""
         id_G = self.side.all_ids(self.id_N)
         first_G = rows_of(id_G, id_G) == torch.arange(len(id_G), device=id_G.device)
@@ -183,38 +168,35 @@ class _Crowd:
 def _crowds(batch: Batch, sides: Sides, head: str) -> list[_Crowd]:
     first, second = batch.sides()
     if isinstance(batch, RetrievalBatch):
-        query_close, document_close = _close(batch)
-        crowds = [
-            _Crowd(first, head, batch.query_id_Q, query_close),
-            _Crowd(second, head, batch.document_id_N, document_close),
-        ]
+        crowds = _crowds_of_retrieval(batch, head)
     else:
         assert isinstance(batch, PairBatch)
         crowds = [_Crowd(first, head, batch.left_id_N, ()), _Crowd(second, head, batch.right_id_N, ())]
     return crowds if sides == "both" else crowds[:1] if sides == "first" else crowds[1:]
 
 
-def _close(batch: RetrievalBatch) -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:
-    """Queries of one group or with a positive in common, and documents that are positives of one group."""
-    key_Q, key_G = group_keys(batch)
-    id_GP = batch.positive_id_GP
+def _crowds_of_retrieval(batch: RetrievalBatch, head: str) -> list[_Crowd]:
+    """Close are queries of one class (or text) or with a positive in common, and documents that are positives of such
+    a group."""
+    key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q
+    key_G, id_GP = batch.query.all_ids(key_Q), batch.positive_id_GP
     place_G = torch.arange(len(id_GP), device=id_GP.device)
     group = Relation.between(key_Q[:, None], place_G[:, None], key_G)
     shared = Relation.between(batch.positive_id_QP, place_G[:, None].expand_as(id_GP).reshape(-1, 1), id_GP.flatten())
-    row_E = rows_of(id_GP, batch.document_id_K).flatten()
+    row_E1 = rows_of(id_GP, batch.document_id_K).reshape(-1, 1)
     key_E = key_G[:, None].expand_as(id_GP).flatten()
     mine = own_rows(batch.document)
-    local_E = (row_E >= mine.start) & (row_E < mine.stop)
-    documents = Relation.of_pairs(row_E[local_E] - mine.start, key_E[local_E], row_E, key_E)
-    return (group, shared), (documents,)
+    local_E = ((row_E1 >= mine.start) & (row_E1 < mine.stop))[:, 0]
+    documents = Relation.between(key_E[local_E, None], row_E1, key_E, row_E1[local_E, 0] - mine.start)
+    return [
+        _Crowd(batch.query, head, batch.query_id_Q, (group, shared)),
+        _Crowd(batch.document, head, batch.document_id_N, (documents,)),
+    ]
 
 
 def _of_all_ranks(share_W: Tensor, batch: Batch) -> Tensor:
     """The mean of ranks' shares as a value on every rank; the gradient stays that of the own share."""
     return share_W + (mean_over_ranks(share_W.detach(), batch.group) - share_W.detach())
-
-
-# Sparse vectors that stay short: a regulariser of their expected cost in an inverted index.
 
 
 @losses.register(
@@ -228,24 +210,25 @@ class Flops(Loss):
 
         L = r ( l_q sum_v a_v(queries)^2 + l_d sum_v a_v(documents)^2 ),    a_v = mean over texts of all ranks of w_v
 
-    with the ramp r = min((step + 1) / ramp_steps, 1)^2. Put it beside a contrastive loss in a `sum`. query, document:
-    l_q and l_d, usually 1e-3 to 1e-2 (of pairs: the left and the right side). A repeated word counts with its
-    largest weight; a text that several ranks hold counts once. head: a sparse head. Parts: `query`, `document`
-    without l and r.
+    with the ramp r = min((step + 1) / ramp_steps, 1)^2. Put it beside a contrastive loss in a `sum`. A repeated word
+    counts with its largest weight; a text that several ranks hold counts once.
+
+    query: l_q, the weight of queries (of pairs: the left side), usually 1e-3 to 1e-2.
+    document: l_d, the weight of documents (of pairs: the right side).
+    ramp_steps: optimizer steps over which the weights grow to their full size; 0 is without a ramp.
+    head: the sparse head that is kept short.
+
+    Parts: `query`, `document`, without l and r.
 
     Batches: retrieval, pairs. Errors: `RecipeError` for negative weights, or a head that is not sparse.
     """
 
     batches = (RetrievalBatch, PairBatch)
 
-    query: float = 1e-3
-    document: float = 1e-3
-    ramp_steps: int = 0
-    head: str = "sparse"
-
-    def __post_init__(self) -> None:
-        checks.not_negative(self, "query", "document", "ramp_steps")
-        checks.not_empty(self, "head")
+    query: NotNegative = 1e-3
+    document: NotNegative = 1e-3
+    ramp_steps: Annotated[int, Range(ge=0)] = 0
+    head: Word = "sparse"
 
     def __call__(self, batch: Batch) -> LossOutput:
         if isinstance(batch, RetrievalBatch):
@@ -254,18 +237,16 @@ class Flops(Loss):
             assert isinstance(batch, PairBatch)
             ids = (batch.left.all_ids(batch.left_id_N), batch.right.all_ids(batch.right_id_N))
             counted = (ids[0] != ABSENT, ids[1] != ABSENT)
-        first, second = (
-            squared_means(self._sparse(side), counts_G) for side, counts_G in zip(batch.sides(), counted, strict=True)
-        )
+        means = []
+        for side, counts_G in zip(batch.sides(), counted, strict=True):
+            found = side.all(self.head)
+            if not isinstance(found, Sparse):
+                raise RecipeError(f"the head {self.head!r} is not sparse", where="flops", expected="a sparse head")
+            means.append(squared_means(found, counts_G))
+        first, second = means
         ramp = min((batch.progress.step + 1) / self.ramp_steps, 1.0) ** 2 if self.ramp_steps else 1.0
         value = ramp * (self.query * first + self.document * second)
         return LossOutput(value[None], {"query": first.detach(), "document": second.detach()})
-
-    def _sparse(self, side: Side) -> Sparse:
-        found = side.all(self.head)
-        if not isinstance(found, Sparse):
-            raise RecipeError(f"the head {self.head!r} is not sparse", where="flops", expected="a sparse head")
-        return found
 
 
 def squared_means(sparse: Sparse, counts_N: Tensor) -> Tensor:

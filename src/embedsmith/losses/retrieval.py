@@ -1,32 +1,37 @@
 """InfoNCE: tell a query's positives from the other candidates. One implementation for every head, with several
-positives, hard and in-batch negatives, Matryoshka widths, any number of ranks, and scores in blocks."""
+positives, hard and in-batch negatives, Matryoshka widths, any number of ranks, and scores in blocks.
+
+Below it, published retrieval objectives as settings of InfoNCE, under the names people look for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.collectives import mean_over_ranks
-from embedsmith.core.reps import exceeds
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.reps import Representation, exceeds
+from embedsmith.core.settings import Count, NotNegative, Positive, Word, name_of
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import (
     NEVER,
     Candidates,
-    LogTemperature,
     Negatives,
+    Relation,
     cross_entropy,
     in_blocks,
-    learned,
     masked_logsumexp,
     mean_over_slots,
+    rows_of,
+    swapped,
 )
-from embedsmith.losses.identity import Relation, rows_of, swapped
 
 
 @losses.register(
@@ -46,27 +51,27 @@ class InfoNCE(Loss):
     and the mean over the queries that have a positive. A query's own positives are never among its negatives, and a
     text that occurs several times among the candidates counts once.
 
-    temperature: t; the starting value when it is learned.
-    head: the representation that is scored.
-    multi_positive: `outside` or `inside` the logarithm.
+    temperature: t, above 0; the starting value when it is learned.
+    multi_positive: several positives of a query stand `outside` the logarithm, each of which has to win, or `inside`,
+        where one is enough.
     negatives: `all` candidates of the batch; other queries' positives and a query's own hard negatives
         (`positives_and_own`, Qwen3-Embedding); other queries' `positives` only (F2LLM's in-batch term); a query's
         `own` hard negatives only (in-batch negatives off).
     mask_false_negatives: a document that any row of the batch names as a positive of the same query is no negative;
         with labels, of any query of the same class.
-    margin: drop negatives with s(q,n) > s(q,p) + margin (Qwen3-Embedding: 0.1).
-    relative_margin: drop negatives with s(q,n) > relative_margin * s(q,p) (NV-Retriever: 0.95).
-        Inside the logarithm p is the query's best positive. Both are decided without gradient, at every width; a score
-        above its limit by no more than rounding stays (`core.reps.exceeds`).
+    margin: drop negatives with s(q,n) > s(q,p) + margin (Qwen3-Embedding: 0.1); none are dropped where it is not
+        given. Inside the logarithm p is the query's best positive. It is decided without gradient, at every width; a
+        score above its limit by no more than rounding stays (`core.reps.exceeds`).
+    relative_margin: drop negatives with s(q,n) > relative_margin * s(q,p) (NV-Retriever: 0.95), as with `margin`.
     symmetric: the mean of this loss and the loss of the documents searching for their queries.
-    include_qq, include_dd: add other queries, and the similarity of the positive to other queries' positives, to the
-        denominator (Qwen3-Embedding, section 3). Queries that share a positive, or a text, do not count.
-    hardness_weight, hardness_on: add hardness_weight * s (no gradient) to the logits of the `hard`, the `in_batch`
-        or `all` negatives (EmbeddingGemma: 5 on hard ones).
+    include_qq: add other queries to the denominator (Qwen3-Embedding, section 3). Queries that share a positive, or a
+        text, do not count.
+    include_dd: add the similarity of the positive to other queries' positives to the denominator (Qwen3-Embedding).
+    hardness_weight: add so many times s (without gradient) to the logits of negatives (EmbeddingGemma: 5).
+    hardness_on: which negatives that is: the `hard` ones, the `in_batch` ones, or `all`.
     focal_gamma: weigh query i by (1 - P_i)^gamma with P_i = e^{-L_i}, weights divided by their mean (KaLM v2: 0.5).
-    learn_temperature, temperature_name: train log t as the extra of that name; losses of one name share it.
-    block_size: candidates scored at a time; the full score matrix then never exists, and scores are computed again
-        in the backward pass. `None` scores all at once.
+    learn_temperature: train log t.
+    temperature_name: the name of the learned temperature; losses of one name share it.
 
     Batches: retrieval. Errors: `RecipeError` for a value outside its range. Source: 1807.03748; several positives
     and the masks as in CoDiEmb (2508.11442, released code) and Qwen3-Embedding (2506.05176).
@@ -74,32 +79,28 @@ class InfoNCE(Loss):
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.02
-    head: str = "dense"
+    temperature: Positive = 0.02
+    head: Word = "dense"
     multi_positive: Literal["outside", "inside"] = "outside"
     negatives: Negatives = "all"
     mask_false_negatives: bool = True
-    margin: float | None = None
-    relative_margin: float | None = None
+    margin: NotNegative | None = None
+    relative_margin: Positive | None = None
     symmetric: bool = False
     include_qq: bool = False
     include_dd: bool = False
-    hardness_weight: float = 0.0
+    hardness_weight: NotNegative = 0.0
     hardness_on: Literal["hard", "in_batch", "all"] = "hard"
-    focal_gamma: float = 0.0
+    focal_gamma: NotNegative = 0.0
     learn_temperature: bool = False
-    temperature_name: str = "temperature"
-    block_size: int | None = None
+    temperature_name: Word = "temperature"
+    block_size: Count | None = None
 
     def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "relative_margin", "block_size")
-        checks.not_negative(self, "margin", "hardness_weight", "focal_gamma")
-        checks.one_of(self, "multi_positive", "outside", "inside")
-        checks.one_of(self, "negatives", "all", "positives_and_own", "positives", "own")
-        checks.one_of(self, "hardness_on", "hard", "in_batch", "all")
-        checks.not_empty(self, "head", "temperature_name")
         if self.include_dd and self.multi_positive == "inside":
-            raise checks.wrong(self, "include_dd with multi_positive inside", "multi_positive: outside")
+            raise RecipeError(
+                "include_dd with multi_positive inside", where=name_of(self), expected="multi_positive: outside"
+            )
 
     def extras(self, dimension: int) -> Mapping[str, nn.Module]:
         return {self.temperature_name: LogTemperature(self.temperature)} if self.learn_temperature else {}
@@ -114,125 +115,125 @@ class InfoNCE(Loss):
 
     def _one_way(self, batch: RetrievalBatch) -> LossOutput:
         found = Candidates.of(batch, self.head, self.mask_false_negatives, self.block_size)
-        temperature = learned(batch, self.temperature_name) if self.learn_temperature else self.temperature
-        score_WQP = found.positive_scores()
-        limit_WQP = self._limit(score_WQP.detach(), found.valid_QP)
-        lse_WQP = _add(self._terms(batch, found, temperature, limit_WQP))
-        if self.multi_positive == "inside":
-            positive_WQ = masked_logsumexp(score_WQP / temperature, found.valid_QP)
-            loss_WQP, valid_QX = cross_entropy(lse_WQP, positive_WQ[..., None]), found.valid_QP.any(-1, keepdim=True)
-        else:
-            loss_WQP, valid_QX = cross_entropy(lse_WQP, score_WQP / temperature), found.valid_QP
-        value_W = self._mean(batch, loss_WQP, valid_QX)
-        positive_W = batch.mean_over_rows(mean_over_slots(score_WQP.detach(), found.valid_QP), found.valid_QP.any(-1))
+        temperature = batch.extras[self.temperature_name]() if self.learn_temperature else self.temperature
+        score_WQP, valid_QP, valid_Q = found.scores_of(found.positive_row_QP), found.valid_QP, found.valid_QP.any(-1)
+        inside = self.multi_positive == "inside"
+        limit_WQP = None  # the score above which a candidate is taken for a false negative; one slot where all agree
+        if self.margin is not None or self.relative_margin is not None:
+            target_WQP = score_WQP.detach()
+            if inside:
+                target_WQP = target_WQP.masked_fill(~valid_QP, NEVER).amax(-1, keepdim=True)
+            limits = [target_WQP + self.margin] if self.margin is not None else []
+            limits += [target_WQP * self.relative_margin] if self.relative_margin is not None else []
+            limit_WQP = torch.stack(limits).amin(0)
+        negative_WQP = self._negatives(batch, found, temperature, limit_WQP)
+        positive_WQX, valid_QX = score_WQP / temperature, valid_QP
+        if inside:
+            positive_WQX, valid_QX = masked_logsumexp(positive_WQX, valid_QP)[..., None], valid_Q[:, None]
+        loss_WQX = cross_entropy(negative_WQP, positive_WQX)
+        if self.focal_gamma == 0:
+            value_W = batch.mean_over_rows(mean_over_slots(loss_WQX, valid_QX), valid_Q)
+        else:  # weights are divided by their mean over all ranks
+            weight_WQX = (-torch.expm1(-loss_WQX.detach())).pow(self.focal_gamma)
+            mean_W = batch.mean_over_rows(mean_over_slots(weight_WQX, valid_QX), valid_Q)
+            value_W = batch.mean_over_rows(mean_over_slots(loss_WQX * weight_WQX, valid_QX), valid_Q)
+            value_W = value_W / mean_over_ranks(mean_W, batch.group).clamp_min(1e-12)
+        positive_W = batch.mean_over_rows(mean_over_slots(score_WQP.detach(), valid_QP), valid_Q)
         return LossOutput(value_W, {"positive_score": positive_W[0]})
 
-    def _mean(self, batch: RetrievalBatch, loss_WQP: Tensor, valid_QP: Tensor) -> Tensor:
-        """Over slots, then over queries; focal weights are divided by their mean over all ranks."""
-        valid_Q = valid_QP.any(-1)
-        if self.focal_gamma == 0:
-            return batch.mean_over_rows(mean_over_slots(loss_WQP, valid_QP), valid_Q)
-        weight_WQP = (-torch.expm1(-loss_WQP.detach())).pow(self.focal_gamma)
-        mean_W = batch.mean_over_rows(mean_over_slots(weight_WQP, valid_QP), valid_Q)
-        value_W = batch.mean_over_rows(mean_over_slots(loss_WQP * weight_WQP, valid_QP), valid_Q)
-        return value_W / mean_over_ranks(mean_W, batch.group).clamp_min(1e-12)
-
-    def _limit(self, score_WQP: Tensor, valid_QP: Tensor) -> Tensor | None:
-        """limit_WQP: the score above which a candidate is taken for a false negative; one slot where all agree."""
-        if self.margin is None and self.relative_margin is None:
-            return None
-        if self.multi_positive == "inside":
-            score_WQP = score_WQP.masked_fill(~valid_QP, NEVER).amax(-1, keepdim=True)
-        limits = [score_WQP + self.margin] if self.margin is not None else []
-        limits += [score_WQP * self.relative_margin] if self.relative_margin is not None else []
-        return torch.stack(limits).amin(0)
-
-    def _terms(
+    def _negatives(
         self, batch: RetrievalBatch, found: Candidates, temperature: float | Tensor, limit_WQP: Tensor | None
-    ) -> list[Tensor]:
-        """lse_WQP of every block of every term of the denominator beside the positive."""
-        if self.negatives == "own":
-            score_WQM = found.negative_scores()
-            mask_QM = found.negative_row_QM != ABSENT
-            logit_WQM = self._logits(score_WQM, temperature, mask_QM)
-            terms = [_lse(logit_WQM, score_WQM, mask_QM, limit_WQP)]
-        else:
+    ) -> Tensor:
+        """The logsumexp of the denominator without the positive: one slot, or one a positive when it depends on it."""
 
+        def lse(score_WQB: Tensor, mask_QB: Tensor, own_QB: Tensor | None, limit_WQP: Tensor | None) -> Tensor:
+            logit_WQB = score_WQB / temperature
+            if own_QB is not None:
+                chosen_QB = torch.ones_like(own_QB) if self.hardness_on == "all" else own_QB
+                chosen_QB = ~own_QB if self.hardness_on == "in_batch" else chosen_QB
+                logit_WQB = logit_WQB + self.hardness_weight * score_WQB.detach() * chosen_QB
+            if limit_WQP is None:
+                return masked_logsumexp(logit_WQB, mask_QB)[..., None]
+            within = [~exceeds(score_WQB.detach(), limit_WQ[..., None]) for limit_WQ in limit_WQP.unbind(-1)]
+            return torch.stack([masked_logsumexp(logit_WQB, mask_QB & within_WQB) for within_WQB in within], -1)
+
+        def of_term(term: Term, limit_WQP: Tensor | None, own: Relation | None = None) -> list[Tensor]:
             def block(start: int, score_WQB: Tensor) -> Tensor:
-                mask_QB = found.allowed(start, score_WQB.shape[-1], self.negatives)
-                own_QB = found.is_own(start, score_WQB.shape[-1]) if self.hardness_weight else mask_QB
-                return _lse(self._logits(score_WQB, temperature, own_QB), score_WQB, mask_QB, limit_WQP)
+                mask_QB, own_QB = term.mask(start, score_WQB.shape[-1]), None
+                if own is not None and self.hardness_weight:
+                    own_QB = torch.zeros_like(mask_QB)
+                    own.mark(own_QB, start, True)
+                return lse(score_WQB, mask_QB, own_QB, limit_WQP)
 
-            terms = found.over_blocks(block)
-        terms += self._query_terms(batch, found, temperature, limit_WQP) if self.include_qq else []
-        terms += self._document_terms(found, temperature, limit_WQP) if self.include_dd else []
-        return terms
+            return in_blocks([(term.left, term.right)], batch.widths, self.block_size, block)
 
-    def _logits(self, score_WQB: Tensor, temperature: float | Tensor, own_QB: Tensor) -> Tensor:
-        logit_WQB = score_WQB / temperature
-        if self.hardness_weight == 0:
-            return logit_WQB
-        chosen_QB = torch.ones_like(own_QB) if self.hardness_on == "all" else own_QB
-        chosen_QB = ~own_QB if self.hardness_on == "in_batch" else chosen_QB
-        return logit_WQB + self.hardness_weight * score_WQB.detach() * chosen_QB
-
-    def _query_terms(
-        self, batch: RetrievalBatch, found: Candidates, temperature: float | Tensor, limit_WQP: Tensor | None
-    ) -> list[Tensor]:
-        """Other queries in the denominator: not the same text, nor (masking false negatives) one with a positive in
-        common."""
-        id_G = batch.query_id_G
-        row_G = rows_of(id_G, id_G)
-        place_G = torch.arange(len(id_G), device=id_G.device)
-        counts_G = row_G == place_G
-        same = Relation.between(batch.query_id_Q[:, None], place_G[:, None], id_G)
-        slots = batch.positive_id_GP.shape[1]
-        shared = Relation.between(
-            batch.positive_id_QP, place_G.repeat_interleave(slots)[:, None], batch.positive_id_GP.flatten()
-        )
-
-        def block(start: int, score_WQB: Tensor) -> Tensor:
-            mask_QB = counts_G[start : start + score_WQB.shape[-1]].expand(score_WQB.shape[1:]).clone()
-            same.mark(mask_QB, start, False)
-            if self.mask_false_negatives:
-                shared.mark(mask_QB, start, False)
-            return _lse(score_WQB / temperature, score_WQB, mask_QB, limit_WQP)
-
-        pairs = [(found.query, batch.query.all(self.head))]
-        return in_blocks(pairs, batch.widths, self.block_size, block)
-
-    def _document_terms(self, found: Candidates, temperature: float | Tensor, limit_WQP: Tensor | None) -> list[Tensor]:
-        """The positive of each slot against other queries' positives."""
-        slots = []
-        for slot, row_Q in enumerate(found.positive_row_QP.unbind(1)):
-            limit_WQ1 = None if limit_WQP is None else limit_WQP[..., slot : slot + 1]
-
-            def block(start: int, score_WQB: Tensor, limit_WQ1: Tensor | None = limit_WQ1) -> Tensor:
-                mask_QB = found.allowed(start, score_WQB.shape[-1], "positives")
-                return _lse(score_WQB / temperature, score_WQB, mask_QB, limit_WQ1)
-
-            positive = replace(found, query=found.document.rows(row_Q.clamp_min(0)))
-            slots.append(_add(positive.over_blocks(block)))
-        return [torch.cat(slots, -1)]
+        if self.negatives == "own":
+            mask_QM = found.negative_row_QM != ABSENT
+            own_QM = mask_QM if self.hardness_weight else None
+            parts = [lse(found.scores_of(found.negative_row_QM), mask_QM, own_QM, limit_WQP)]
+        else:
+            allowed = lambda start, size: found.allowed(start, size, self.negatives)
+            parts = of_term(Term(found.query, found.document, allowed), limit_WQP, found.own)
+        if self.include_qq:
+            parts += of_term(other_queries(batch, self.head, self.mask_false_negatives), limit_WQP)
+        if self.include_dd:
+            limits = None if limit_WQP is None else limit_WQP.split(1, -1)
+            slots = [of_term(one, limits and limits[slot]) for slot, one in enumerate(other_positives(found))]
+            parts.append(torch.cat([_joined(slot) for slot in slots], -1))
+        return _joined(parts)
 
 
-def _lse(logit_WQB: Tensor, score_WQB: Tensor, mask_QB: Tensor, limit_WQP: Tensor | None) -> Tensor:
-    """lse_WQP of the negatives in a block: one slot, or one a positive when the margin depends on it."""
-    if limit_WQP is None:
-        return masked_logsumexp(logit_WQB, mask_QB)[..., None]
-    slots = [
-        masked_logsumexp(logit_WQB, mask_QB & ~exceeds(score_WQB.detach(), limit_WQ[..., None]))
-        for limit_WQ in limit_WQP.unbind(-1)
-    ]
-    return torch.stack(slots, -1)
-
-
-def _add(lse_WQP: list[Tensor]) -> Tensor:
+def _joined(lse_WQP: list[Tensor]) -> Tensor:
     """The logsumexp of sums given by their logsumexp."""
     return torch.stack(torch.broadcast_tensors(*lse_WQP)).logsumexp(0)
 
 
-# Published retrieval objectives as settings of InfoNCE, under the names people look for.
+@dataclass(frozen=True)
+class Term:
+    """A term of the denominator beside the candidates: each row of `left` against all rows of `right`, of which
+    `mask(start, size)` says which count in a block."""
+
+    left: Representation
+    right: Representation
+    mask: Callable[[int, int], Tensor]
+
+
+def other_queries(batch: RetrievalBatch, head: str, mask_false_negatives: bool) -> Term:
+    """Queries against other queries: not the same text, nor (masking false negatives) one with a positive in common."""
+    id_G, id_GP = batch.query_id_G, batch.positive_id_GP
+    place_G = torch.arange(len(id_G), device=id_G.device)
+    counts_G = rows_of(id_G, id_G) == place_G
+    excluded = [Relation.between(batch.query_id_Q[:, None], place_G[:, None], id_G)]
+    if mask_false_negatives:
+        place_E = place_G.repeat_interleave(id_GP.shape[1])
+        excluded.append(Relation.between(batch.positive_id_QP, place_E[:, None], id_GP.flatten()))
+
+    def mask(start: int, size: int) -> Tensor:
+        mask_QB = counts_G[start : start + size].expand(len(batch.query), size).clone()
+        for relation in excluded:
+            relation.mark(mask_QB, start, False)
+        return mask_QB
+
+    return Term(batch.query.local[head], batch.query.all(head), mask)
+
+
+def other_positives(found: Candidates) -> list[Term]:
+    """For each slot, its positive against other queries' positives."""
+    rows = found.positive_row_QP.clamp_min(0).unbind(1)
+    mask = lambda start, size: found.allowed(start, size, "positives")
+    return [Term(found.document.rows(row_Q), found.document, mask) for row_Q in rows]
+
+
+class LogTemperature(nn.Module):
+    """A learnable temperature, kept as its logarithm; never below `minimum` (CLIP's floor)."""
+
+    def __init__(self, start: float, minimum: float = 0.001) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(math.log(start)))
+        self.minimum = minimum
+
+    def forward(self) -> Tensor:
+        return self.log.exp().clamp_min(self.minimum)
 
 
 @losses.register(
@@ -247,30 +248,25 @@ class ConanWeak(Loss):
         L = mean_i -log( e^{s(x_i,y_i)/t} / sum_j e^{s(x_i,y_j)/t} ),   y_j the positives of all rows, all ranks
 
     The same as `infonce` with `negatives: positives`. The paper prints a sum and no temperature; the mean and
-    t = 0.02 are reconstructed. symmetric: both directions. block_size: as in `infonce`.
+    t = 0.02 are reconstructed.
+
+    symmetric: both directions, as in `infonce`.
 
     Batches: retrieval. Source: 2408.15710, eq. 1.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.02
+    temperature: Positive = 0.02
     symmetric: bool = False
-    head: str = "dense"
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.not_empty(self, "head")
+    head: Word = "dense"
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
-        return InfoNCE(
-            self.temperature,
-            self.head,
-            negatives="positives",
-            symmetric=self.symmetric,
-            block_size=self.block_size,
-        )(batch)
+        contrast = InfoNCE(
+            self.temperature, self.head, negatives="positives", symmetric=self.symmetric, block_size=self.block_size
+        )
+        return contrast(batch)
 
 
 @losses.register(
@@ -286,22 +282,20 @@ class F2LLM(Loss):
         L_inbatch = mean_i -log( e^{s(q_i,p_i)/t} / sum_j e^{s(q_i,p_j)/t} ),   j over all ranks
         L         = L_hard + L_inbatch
 
-    in_batch: leave the second term out for sources that are not retrieval (same-class rows are no negatives).
-    block_size: as in `infonce`. Parts: `hard`, `in_batch`.
+    in_batch: whether the second term counts; leave it out for sources that are not retrieval (rows of one class are
+        no negatives of each other).
+
+    Parts: `hard`, `in_batch`.
 
     Batches: retrieval. Source: F2LLM's code. Its gather carries no gradient; this one does.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.05
+    temperature: Positive = 0.05
     in_batch: bool = True
-    head: str = "dense"
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.not_empty(self, "head")
+    head: Word = "dense"
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         hard = InfoNCE(self.temperature, self.head, negatives="own", block_size=self.block_size)(batch)
@@ -328,24 +322,20 @@ class Qwen3(Loss):
     with m = 0 where that similarity is above s(q_i,p_i) + margin, or the documents are the same. The same as `infonce`
     with `negatives: positives_and_own`, `include_qq`, `include_dd` and `margin`.
 
-    temperature: the published one is not known; 0.01 is the default of public fine-tuning code. hardness_weight: as in
-    `infonce`, on the own hard negatives. block_size: as in `infonce`.
+    temperature: t; the published one is not known, and 0.01 is the default of public fine-tuning code.
+    margin: by how much a score may be above that of the positive before it is taken for a false negative.
+    hardness_weight: as in `infonce`, on the query's own hard negatives.
 
     Batches: retrieval. Source: 2506.05176, section 3.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.01
-    margin: float = 0.1
-    hardness_weight: float = 0.0
-    head: str = "dense"
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.not_negative(self, "margin", "hardness_weight")
-        checks.not_empty(self, "head")
+    temperature: Positive = 0.01
+    margin: NotNegative = 0.1
+    hardness_weight: NotNegative = 0.0
+    head: Word = "dense"
+    block_size: Count | None = None
 
     def __call__(self, batch: Batch) -> LossOutput:
         return InfoNCE(

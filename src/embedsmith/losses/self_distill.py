@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import Batch, Loss, LossOutput, RetrievalBatch
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.settings import Count, Positive, Range, Weights, name_of
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import NEVER, Candidates, cross_entropy, in_blocks, mean_over_slots
 
@@ -33,33 +34,36 @@ class M3SelfDistillation(Loss):
     `ramp_steps` it is (1 - a) L + a L' instead, where a grows over so many steps from 0 to 1/2. Steps are optimizer
     steps, so a resumed run goes on where it was.
 
-    temperature: t, of student and teacher. weights: w_h of the ensemble. lambdas: l_h. Both name the same heads, any
-    of the model's. mask_false_negatives, block_size: as in `infonce`. Every head's candidates come from all ranks
-    (the published code gathers the dense head only). Parts: `dense`, ..., `ensemble`, `distilled`.
+    Every head's candidates come from all ranks (the published code gathers the dense head only).
+
+    temperature: t, of student and teacher.
+    weights: w_h, each head's weight in the ensemble; any heads of the model.
+    lambdas: l_h, each head's weight in the loss; the same heads as in `weights`.
+    start_step: the optimizer step from which on the ensemble teaches; from the first by default.
+    ramp_steps: optimizer steps over which the teaching grows to its full share; at once by default.
+
+    Parts: `dense`, ..., `ensemble`, `distilled`.
 
     Batches: retrieval. Errors: `RecipeError` when weights and lambdas name different heads, or one is negative.
     """
 
     batches = (RetrievalBatch,)
 
-    temperature: float = 0.02
-    weights: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.3, "multivector": 1.0})
-    lambdas: Mapping[str, float] = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.1, "multivector": 1.0})
-    start_step: int = 0
-    ramp_steps: int = 0
+    temperature: Positive = 0.02
+    weights: Weights = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.3, "multivector": 1.0})
+    lambdas: Weights = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.1, "multivector": 1.0})
+    start_step: Annotated[int, Range(ge=0)] = 0
+    ramp_steps: Annotated[int, Range(ge=0)] = 0
     mask_false_negatives: bool = True
-    block_size: int | None = None
+    block_size: Count | None = None
 
     def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature", "block_size")
-        checks.not_negative(self, "start_step", "ramp_steps")
-        checks.not_empty(self, "weights", "lambdas")
         if set(self.weights) != set(self.lambdas):
-            raise checks.wrong(
-                self, f"weights for {set(self.weights)}, lambdas for {set(self.lambdas)}", "the same heads"
+            raise RecipeError(
+                f"weights for {set(self.weights)}, lambdas for {set(self.lambdas)}",
+                where=name_of(self),
+                expected="the same heads",
             )
-        if any(not 0 <= number < float("inf") for number in (*self.weights.values(), *self.lambdas.values())):
-            raise checks.wrong(self, "a negative or infinite weight or lambda", "0 or more")
 
     def heads(self) -> frozenset[str]:
         return frozenset(self.weights)
@@ -67,7 +71,7 @@ class M3SelfDistillation(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
         found = [Candidates.of(batch, head, self.mask_false_negatives, self.block_size) for head in self.weights]
-        positive_XWQP = self._with_ensemble([one.positive_scores() for one in found]) / self.temperature
+        positive_XWQP = self._with_ensemble([one.scores_of(one.positive_row_QP) for one in found]) / self.temperature
         lse_XWQ, teacher_XWQ = self._negatives(batch, found)
         contrast_XWQP = cross_entropy(lse_XWQ[..., None], positive_XWQP)
         # -sum_c P_c log softmax(s_h)_c = -log softmax(s_h)_positive + s_h of the positive - its mean under P
@@ -78,9 +82,6 @@ class M3SelfDistillation(Loss):
         value_XW = batch.mean_over_rows(
             mean_over_slots(torch.cat([contrast_XWQP, distilled_XWQP]), valid_QP), valid_QP.any(-1)
         )
-        return self._combine(batch, value_XW)
-
-    def _combine(self, batch: Batch, value_XW: Tensor) -> LossOutput:
         heads = len(self.weights)
         scale_X1 = value_XW.new_tensor([self.lambdas[head] for head in self.weights])[:, None]
         contrast_XW, ensemble_W, taught_XW = value_XW[:heads], value_XW[heads], value_XW[heads + 1 :]
@@ -88,13 +89,9 @@ class M3SelfDistillation(Loss):
         distilled_W = (scale_X1 * taught_XW).sum(0) / heads
         parts = {head: contrast_XW[number, 0].detach() for number, head in enumerate(self.weights)}
         parts |= {"ensemble": ensemble_W[0].detach(), "distilled": distilled_W[0].detach()}
-        share = self.share_of_distillation(batch.progress.step)
+        done = batch.progress.step - self.start_step + 1
+        share = 0.5 * min(max(done, 0) / max(self.ramp_steps, 1), 1.0)  # of the distillation: 1/2 in the end
         return LossOutput((1 - share) * total_W + share * distilled_W, parts)
-
-    def share_of_distillation(self, step: int) -> float:
-        """a: 0 before the start, 1/2 in the end."""
-        done = step - self.start_step + 1
-        return 0.5 * min(max(done, 0) / max(self.ramp_steps, 1), 1.0)
 
     def _with_ensemble(self, scores: list[Tensor]) -> Tensor:
         """score_XW...: each head's, and their weighted sum last. A head without widths is the same at every width."""

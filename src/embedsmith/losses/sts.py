@@ -13,27 +13,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, gather_pair_scores
 from embedsmith.core.collectives import gather_rows
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, Widths, in_fp32
+from embedsmith.core.settings import Positive, Word
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import NEVER
 
-Scorer = Callable[[PairBatch], Tensor]
-
 
 def scored_pairs(
-    batch: Batch, head: str, cross_device: bool, scorer: Scorer | None = None
-) -> tuple[PairBatch, Tensor, Tensor]:
-    """The batch (this rank's alone unless `cross_device`), score_WN and label_N; rows without a text are left out."""
+    batch: Batch, head: str, cross_device: bool, scorer: Callable[[PairBatch], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """score_WN and label_N of the pairs of all ranks (of this rank's alone unless `cross_device`); rows without a text
+    are left out. Scores are the head's, or what `scorer` makes of a batch."""
     assert isinstance(batch, PairBatch)
     batch = batch if cross_device else batch.alone()
     score_WN = batch.scores(head) if scorer is None else scorer(batch)
     real_N = gather_rows(batch.left_id_N, batch.group) != ABSENT
     score_WN = gather_pair_scores(score_WN, batch.group)[:, real_N]
-    return batch, score_WN, batch.label_G[real_N].to(score_WN.dtype)
+    return score_WN, batch.label_G[real_N].to(score_WN.dtype)
 
 
 @losses.register(
@@ -51,8 +50,7 @@ class CoSENT(Loss):
     with the batch and are not comparable across batch sizes. The sum runs over sorted labels with a running
     logsumexp, so N pairs cost N log N time and N memory, never an N x N matrix.
 
-    temperature: t; 0.05 is the usual scale of 20. head: the representation that is scored.
-    cross_device: over the pairs of all ranks, or over each rank's own.
+    temperature: t; 0.05 is the usual scale of 20.
 
     Batches: pairs. No pair in order (one pair, all labels equal): 0, connected. Errors: `RecipeError` for a
     temperature of 0 or less. Source: J. Su's post of 2022; Conan-embedding, whose text mislabels the indices.
@@ -60,16 +58,12 @@ class CoSENT(Loss):
 
     batches = (PairBatch,)
 
-    temperature: float = 0.05
-    head: str = "dense"
+    temperature: Positive = 0.05
+    head: Word = "dense"
     cross_device: bool = True
 
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature")
-        checks.not_empty(self, "head")
-
     def __call__(self, batch: Batch) -> LossOutput:
-        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
         return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
 
 
@@ -104,7 +98,8 @@ class AnglE(Loss):
     The paper adds it to CoSENT and an in-batch contrastive term, with weights 1 each: in a recipe a `sum` of `cosent`,
     `angle` and `mid_nce` with head dense. Alone it does not constrain the sign of the cosine.
 
-    temperature: t; 0.05 is the usual scale of 20. head: a dense head of even width. cross_device: as in `cosent`.
+    temperature: t; 0.05 is the usual scale of 20.
+    head: the dense head that is read, of even width.
 
     Batches: pairs. No pair in order: 0, connected. Errors: `RecipeError` for an odd width (Matryoshka widths too).
     Source: 2309.12871.
@@ -112,24 +107,23 @@ class AnglE(Loss):
 
     batches = (PairBatch,)
 
-    temperature: float = 0.05
-    head: str = "dense"
+    temperature: Positive = 0.05
+    head: Word = "dense"
     cross_device: bool = True
-
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature")
-        checks.not_empty(self, "head")
 
     def check(self, dimension: int) -> None:
         if dimension % 2:
             raise RecipeError(f"angle cannot halve a width of {dimension}", expected="an even width")
 
     def __call__(self, batch: Batch) -> LossOutput:
-        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device, self._angles)
-        return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
+        def angles(pairs: PairBatch) -> Tensor:
+            left, right = pairs.left.local[self.head], pairs.right.local[self.head]
+            assert isinstance(left, Dense)
+            assert isinstance(right, Dense)
+            return complex_angles(left, right, pairs.widths)
 
-    def _angles(self, batch: PairBatch) -> Tensor:
-        return complex_angles(batch.left.local[self.head], batch.right.local[self.head], batch.widths)  # type: ignore[arg-type]
+        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device, angles)
+        return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
 
 
 def complex_angles(left: Dense, right: Dense, widths: Widths | None) -> Tensor:
@@ -158,8 +152,10 @@ class Pearson(Loss):
 
         L = 1 - cov(s, y) / sqrt( var(s) var(y) + 1e-16 ),     in [0, 2]
 
-    The scale and origin of labels do not matter. head: the representation that is scored. cross_device: over the
-    pairs of all ranks; the mean of ranks' own losses is another quantity.
+    The scale and origin of labels do not matter.
+
+    cross_device: over the pairs of all ranks, or `false`, over each rank's own; the mean of ranks' own losses is
+        another quantity.
 
     Batches: pairs. Labels all equal, or one pair: 0, connected. Scores all equal: 1, with a gradient of zero (the
     correlation is undefined there, and its gradient next to it as large as one over the spread).
@@ -168,14 +164,11 @@ class Pearson(Loss):
 
     batches = (PairBatch,)
 
-    head: str = "dense"
+    head: Word = "dense"
     cross_device: bool = True
 
-    def __post_init__(self) -> None:
-        checks.not_empty(self, "head")
-
     def __call__(self, batch: Batch) -> LossOutput:
-        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
         count = max(len(label_N), 1)
         label_N = label_N - label_N.sum() / count
         score_WN = score_WN - score_WN.sum(-1, keepdim=True) / count
@@ -198,10 +191,9 @@ class RankKL(Loss):
         g_i = (N - 1 - r_i) / (N - 1),   r_i the average rank of y_i from the top (ties share it), from 0
         L = sum_i P_i (log P_i - log Q_i),   P = softmax(g / t),   Q = softmax(s / t)   over the N pairs
 
-    temperature: t. At 0.05 only about the top 8 of 32 pairs carry weight.
+    temperature: t, of labels and scores. At 0.05 only about the top 8 of 32 pairs carry weight.
     reduction: `sum` is the divergence; `reference` divides it by N, as the published code does by accident
-    (torch's `batchmean` on one row), so that its weight of 5 at N = 32 is 0.156 of the divergence.
-    head: the representation that is scored. cross_device: as in `cosent`.
+        (torch's `batchmean` on one row), so that its weight of 5 at N = 32 is 0.156 of the divergence.
 
     Batches: pairs. Labels all equal, or one pair: 0, connected (the divergence would press all scores together).
     Source: CoDiEmb's code.
@@ -209,18 +201,13 @@ class RankKL(Loss):
 
     batches = (PairBatch,)
 
-    temperature: float = 0.05
+    temperature: Positive = 0.05
     reduction: Literal["sum", "reference"] = "reference"
-    head: str = "dense"
+    head: Word = "dense"
     cross_device: bool = True
 
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature")
-        checks.one_of(self, "reduction", "sum", "reference")
-        checks.not_empty(self, "head")
-
     def __call__(self, batch: Batch) -> LossOutput:
-        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
         log_target_N = (rank_targets(label_N) / self.temperature).log_softmax(-1)
         log_score_WN = (score_WN / self.temperature).log_softmax(-1)
         divergence_W = (log_target_N.exp() * (log_target_N - log_score_WN)).sum(-1)
@@ -254,25 +241,21 @@ class PRO(Loss):
     V_k already means "ranked lower", so there is no loop over ranks, and no N x N matrix either. Gaps multiply
     scores: labels should lie in [0, 1], and the loss depends on the level of scores, not only on their differences.
 
-    temperature: t. center: subtract the mean score first, which removes that dependence (reconstructed: ours, not
-    published). head: the representation that is scored. cross_device: as in `cosent`.
+    center: subtract the mean score first, which removes that dependence (reconstructed: ours, not published); off by
+        default.
 
     Batches: pairs. No pair in order: 0, connected. Source: CoDiEmb's code.
     """
 
     batches = (PairBatch,)
 
-    temperature: float = 0.05
+    temperature: Positive = 0.05
     center: bool = False
-    head: str = "dense"
+    head: Word = "dense"
     cross_device: bool = True
 
-    def __post_init__(self) -> None:
-        checks.above_zero(self, "temperature")
-        checks.not_empty(self, "head")
-
     def __call__(self, batch: Batch) -> LossOutput:
-        _, score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
         if self.center:
             score_WN = score_WN - score_WN.sum(-1, keepdim=True) / max(len(label_N), 1)
         value_W: Tensor = _PreferenceRanking.apply(score_WN / self.temperature, label_N)  # type: ignore[no-untyped-call]

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import Batch, Loss, LossOutput, PairBatch, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, Widths
+from embedsmith.core.settings import Count, NotNegative, Range, Weights, name_of
 from embedsmith.core.shelf import losses
-from embedsmith.losses.identity import swapped
+from embedsmith.losses.candidates import swapped
 
 Inner = Annotated[Loss, losses]
 """A loss, or in a recipe its name or mapping."""
@@ -23,7 +23,10 @@ Inner = Annotated[Loss, losses]
 
 @dataclass(frozen=True)
 class _Holder(Loss):
-    """What every wrapper asks of the loss it holds."""
+    """What every wrapper asks of the loss it holds.
+
+    inner: the loss that is held: in a recipe its name, or a mapping with its `type`.
+    """
 
     inner: Inner
 
@@ -55,31 +58,32 @@ class Matryoshka(_Holder):
     The full width is always one of them. Inner products of leading coordinates add up, so all widths together cost
     one score product. Only dense heads have widths; other heads count as the same at each.
 
-    dims: widths besides the full one. weights: one for each of `dims`; the full width has 1 unless it is listed.
-    weighting, when no weights are given: `ones`, or `f2llm`, c = 1 / (rank sqrt(full / d)) with rank 1 for the full
-    width. normalise: divide by the sum of weights, so that the scale of the loss does not depend on `dims` (F2LLM
-    and sentence-transformers do not).
+    dims: widths besides the full one, different ones and at least one.
+    weights: a weight for each of `dims`; the full width has 1 unless it is listed. By `weighting` where not given.
+    weighting: weights when none are given: `ones`, or `f2llm`, c = 1 / (rank sqrt(full / d)) with rank 1 for the full
+        width.
+    normalise: divide by the sum of weights, so that the scale of the loss does not depend on `dims` (F2LLM and
+        sentence-transformers do not).
+
     Parts: those of the inner loss, and `width_d` for every width.
 
     Errors: `RecipeError` for widths that are empty, repeated, below 1 or above the model's, and for weights that are
     negative or do not match.
     """
 
-    dims: tuple[int, ...]
-    weights: tuple[float, ...] | None = None
+    dims: Annotated[tuple[Count, ...], Range(min_length=1)]
+    weights: tuple[NotNegative, ...] | None = None
     weighting: Literal["ones", "f2llm"] = "ones"
     normalise: bool = True
 
     def __post_init__(self) -> None:
-        checks.not_empty(self, "dims")
-        checks.one_of(self, "weighting", "ones", "f2llm")
-        checks.same_length(self, "weights", "dims")
-        if min(self.dims) < 1 or len(set(self.dims)) < len(self.dims):
-            raise checks.wrong(self, f"dims is {self.dims}", "different widths of 1 or more")
-        if self.weights is not None:
-            checks.not_negative(self, "weights")
-            if self.weighting != "ones":
-                raise checks.wrong(self, "weights and weighting together", "one of them")
+        if len(set(self.dims)) < len(self.dims):
+            raise RecipeError(f"dims is {self.dims}", where=name_of(self), expected="different widths")
+        if self.weights is not None and len(self.weights) != len(self.dims):
+            expected = f"{len(self.dims)}, one for each of dims"
+            raise RecipeError(f"weights has {len(self.weights)} entries", where=name_of(self), expected=expected)
+        if self.weights is not None and self.weighting != "ones":
+            raise RecipeError("weights and weighting together", where=name_of(self), expected="one of them")
 
     def check(self, dimension: int) -> None:
         if max(self.dims) > dimension:
@@ -107,22 +111,18 @@ class Matryoshka(_Holder):
         return tuple(weight / total for weight in weights)
 
     def __call__(self, batch: Batch) -> LossOutput:
-        dimension = self._dimension(batch)
-        widths = self.widths(dimension)
-        output = self.inner(replace(batch, widths=widths))
-        value_W = output.value_W.expand(len(widths))
-        weight_W = value_W.new_tensor(self.width_weights(dimension))
-        named = {f"width_{width}": value.detach() for width, value in zip(widths, value_W.unbind(), strict=True)}
-        return LossOutput((value_W * weight_W).sum()[None], {**output.parts, **named})
-
-    def _dimension(self, batch: Batch) -> int:
         local = batch.sides()[0].local
         dense = [local[head] for head in sorted(self.inner.heads()) if isinstance(local[head], Dense)]
         if not dense:
             raise RecipeError("the inner loss reads no dense head", where="matryoshka", expected="a dense head")
         dimension = max(representation.tensors()[0].shape[1] for representation in dense)
         self.check(dimension)
-        return dimension
+        widths = self.widths(dimension)
+        output = self.inner(replace(batch, widths=widths))
+        value_W = output.value_W.expand(len(widths))
+        weight_W = value_W.new_tensor(self.width_weights(dimension))
+        named = {f"width_{width}": value.detach() for width, value in zip(widths, value_W.unbind(), strict=True)}
+        return LossOutput((value_W * weight_W).sum()[None], {**output.parts, **named})
 
 
 @losses.register("weighted", formula="weight * L", source="-")
@@ -132,15 +132,14 @@ class Weighted(_Holder):
 
         L = weight * min((step + 1) / warmup_steps, 1)^2 * L_inner        (no ramp with warmup_steps 0)
 
-    warmup_steps: a quadratic ramp, as is usual for sparsity and spread regularisers.
+    weight: the number, 0 or more.
+    warmup_steps: optimizer steps of a quadratic ramp, as is usual for sparsity and spread regularisers; 0 is without.
+
     Errors: `RecipeError` for a negative weight.
     """
 
-    weight: float
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        checks.not_negative(self, "weight", "warmup_steps")
+    weight: NotNegative
+    warmup_steps: Annotated[int, Range(ge=0)] = 0
 
     def __call__(self, batch: Batch) -> LossOutput:
         output = self.inner(batch)
@@ -161,15 +160,13 @@ class Symmetric(_Holder):
 
     def __call__(self, batch: Batch) -> LossOutput:
         there = self.inner(batch)
-        back = self.inner(_exchanged(batch))
+        if isinstance(batch, RetrievalBatch):
+            back = self.inner(swapped(batch))
+        else:
+            assert isinstance(batch, PairBatch)
+            left, right, left_id_N, right_id_N = batch.right, batch.left, batch.right_id_N, batch.left_id_N
+            back = self.inner(replace(batch, left=left, right=right, left_id_N=left_id_N, right_id_N=right_id_N))
         return LossOutput((there.value_W + back.value_W) / 2, there.parts)
-
-
-def _exchanged(batch: Batch) -> Batch:
-    if isinstance(batch, RetrievalBatch):
-        return swapped(batch)
-    assert isinstance(batch, PairBatch)
-    return replace(batch, left=batch.right, right=batch.left, left_id_N=batch.right_id_N, right_id_N=batch.left_id_N)
 
 
 @losses.register("per_head", formula="sum_h w_h L(head h)", source="-")
@@ -179,18 +176,18 @@ class PerHead(_Holder):
 
         L = sum_h weights[h] * L_inner with head h
 
-    weights: by head, for example {dense: 1, sparse: 0.1, multivector: 1}. Parts: one for each head.
+    weights: a weight for each head, for example {dense: 1, sparse: 0.1, multivector: 1}.
+
+    Parts: one for each head.
     Errors: `RecipeError` when the inner loss has no field `head`, or a weight is negative.
     """
 
-    weights: Mapping[str, float]
+    weights: Weights
 
     def __post_init__(self) -> None:
-        checks.not_empty(self, "weights")
         if "head" not in {f.name for f in fields(self.inner)}:  # type: ignore[arg-type]
-            raise checks.wrong(self, f"{type(self.inner).__name__} has no field head", "a loss that reads one head")
-        if any(not 0 <= weight < float("inf") for weight in self.weights.values()):
-            raise checks.wrong(self, f"weights is {dict(self.weights)}", "0 or more")
+            what = f"{type(self.inner).__name__} has no field head"
+            raise RecipeError(what, where=name_of(self), expected="a loss that reads one head")
 
     def _on(self, head: str) -> Loss:
         inner: Any = self.inner
@@ -214,21 +211,26 @@ class Sum(Loss):
 
         L = sum_k weights[k] * L_k
 
-    parts: the losses. weights: one for each; all 1 when not given. Its parts are named after the losses, numbered
-    where a name repeats.
+    parts: the losses, at least one: in a recipe their names, or mappings with their `type`.
+    weights: a weight for each of them; all 1 when not given.
+
+    Its terms in logs are named after the losses, numbered where a name repeats.
     Errors: `RecipeError` when no batch is of a kind that all can read, or a weight is negative.
     """
 
     parts: tuple[Inner, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[NotNegative, ...] | None = None
 
     def __post_init__(self) -> None:
-        checks.not_empty(self, "parts")
-        checks.same_length(self, "weights", "parts")
-        checks.not_negative(self, "weights")
+        if not self.parts:
+            raise RecipeError("parts is empty", where=name_of(self), expected="at least one loss")
+        if self.weights is not None and len(self.weights) != len(self.parts):
+            expected = f"{len(self.parts)}, one for each of parts"
+            raise RecipeError(f"weights has {len(self.weights)} entries", where=name_of(self), expected=expected)
         if not self.batches:
             kinds = [[kind.__name__ for kind in part.batches] for part in self.parts]
-            raise checks.wrong(self, f"its losses read different kinds of batch: {kinds}", "a kind all of them read")
+            what = f"its losses read different kinds of batch: {kinds}"
+            raise RecipeError(what, where=name_of(self), expected="a kind all of them read")
 
     @property
     def batches(self) -> tuple[type[Batch], ...]:  # type: ignore[override]
@@ -246,19 +248,14 @@ class Sum(Loss):
             part.check(dimension)
 
     def __call__(self, batch: Batch) -> LossOutput:
-        outputs = {name: part(batch) for name, part in zip(self._names(), self.parts, strict=True)}
+        names = [name_of(part) for part in self.parts]
+        names = [n if names.count(n) == 1 else f"{n}_{names[:place].count(n) + 1}" for place, n in enumerate(names)]
+        outputs = {name: part(batch) for name, part in zip(names, self.parts, strict=True)}
         weights = self.weights or (1.0,) * len(self.parts)
         values = [weight * output.value_W for weight, output in zip(weights, outputs.values(), strict=True)]
         named = {name: output.value_W[0].detach() for name, output in outputs.items()}
         inner = {f"{name}/{key}": value for name, output in outputs.items() for key, value in output.parts.items()}
         return LossOutput(_total(values), named | inner)
-
-    def _names(self) -> list[str]:
-        names = [str(getattr(type(part), "registered_name", type(part).__name__)) for part in self.parts]
-        return [
-            name if names.count(name) == 1 else f"{name}_{names[:place].count(name) + 1}"
-            for place, name in enumerate(names)
-        ]
 
 
 def _total(values: list[Tensor]) -> Tensor:

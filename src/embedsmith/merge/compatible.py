@@ -24,7 +24,7 @@ _HARMLESS = {
     *("max_position_embeddings", "vocab_size", "use_return_dict", "tie_word_embeddings", "prefix"),
 }
 """Keys of config.json that change no vector; and lengths, vocabulary and ties, which have checks of their own."""
-_OWN_CHECK = {"backbone", "contract", "projections", "prompts", "default_prompt", "max_length"}
+_OWN_CHECK = {"backbone", "embedding_config", "projections", "prompts", "default_prompt", "max_length"}
 _ATTENTION = {"is_causal", "is_decoder", "bidirectional", "use_bidirectional_attention", "attention"}
 """A base that is no embedder may attend in another way: its weights are the ancestor all the same."""
 _UNRELATED = 0.5
@@ -103,7 +103,7 @@ def _compare_facts(first: Sheet, other: Sheet) -> None:
         if one != two:
             fix = "the vectors mean different things: train the parents with the same setting"
             raise _differ(first, other, entry.name, one, two, fix)
-    one, two = (replace(sheet.facts.contract, base=None, modules=()) for sheet in (first, other))
+    one, two = (replace(sheet.facts.embedding_config, base=None, modules=()) for sheet in (first, other))
     for entry in fields(one):
         if getattr(one, entry.name) != getattr(two, entry.name):
             values = getattr(one, entry.name), getattr(two, entry.name)

@@ -25,7 +25,7 @@ from embedsmith.merge.lora import is_adapter, read_config, with_adapter
 from embedsmith.merge.parents import Held, Parent, Weights, read_header
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from embedsmith.models.backbone import UNUSED, locate, skeleton
-from embedsmith.models.folder import POOLER_FILE, read_contract, read_folder, read_json
+from embedsmith.models.folder import POOLER_FILE, read_embedding_config, read_folder, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
 
@@ -148,7 +148,7 @@ def module_entries(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of every module, in order; none for a plain transformers folder."""
     if not (folder / "modules.json").exists():
         return []
-    entries = read_contract(folder).modules or read_json(folder / "modules.json")
+    entries = read_embedding_config(folder).modules or read_json(folder / "modules.json")
     return [(str(entry["type"]).rpartition(".")[2], folder / str(entry["path"])) for entry in entries]
 
 

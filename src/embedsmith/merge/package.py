@@ -17,8 +17,7 @@ from embedsmith.core.settings import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.writer import Slot, index_of, shards
-from embedsmith.models.folder import FILE as CONTRACT
-from embedsmith.models.folder import POOLER_FILE, read_json
+from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES
 
@@ -93,7 +92,7 @@ def write_around(plan: Plan, folder: Path, report: Mapping[str, Any]) -> None:
             _copy(path, folder / path.relative_to(source))
     backbone = folder / backbone_place(plan)
     shutil.copyfile(plan.like.model.config_folder / "config.json", backbone / "config.json")
-    _edit(folder / CONTRACT, {"base": None}, only_if_there=True)
+    _edit(folder / EMBEDDING_CONFIG, {"base": None}, only_if_there=True)
     _edit(backbone / "config.json", _config_changes(plan, report))
     if plan.max_length is not None:
         for place in (backbone, folder):

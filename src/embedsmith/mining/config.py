@@ -8,108 +8,66 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from embedsmith.core import shelf
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, Finite, Positive, Word, section
 from embedsmith.data import Source
+from embedsmith.mining.searchers import SearcherSettings, TeacherSettings
 
-Tokens = Literal["mixed", "characters", "words"]
-
-
-@section
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingSearch:
-    """Candidates by an embedding model.
-
-    `head`: dense, sparse, multivector or hybrid; `weights`: of the heads in a hybrid score (M3's by default).
-    `index`: `exact`, or a FAISS factory string (`HNSW32,Flat`, `IVF4096,Flat`) for dense vectors; `effort`: how many
-    candidates a query looks at in it. `task`: whose prompts are used (`None`: that of the data). `instructions`: a
-    record's own instruction takes the place of the query's prompt, as in training; false for a model that was not
-    trained with any.
-    """
-
-    type: Literal["embedding"] = "embedding"
-    model: str
-    head: str = "dense"
-    weights: dict[str, float] | None = None
-    index: str = "exact"
-    effort: Annotated[int, Field(gt=0)] = 128
-    task: str | None = None
-    instructions: bool = True
-
-    def __post_init__(self) -> None:
-        if self.weights is not None and self.head != "hybrid":
-            raise RecipeError("weights are those of a hybrid score", fix="set head: hybrid")
-        if self.index != "exact" and self.head != "dense":
-            raise RecipeError(f"an approximate index holds dense vectors, not {self.head}", fix="set index: exact")
-
-
-@section
-@dataclass(frozen=True, kw_only=True)
-class Bm25Search:
-    """Candidates by BM25 (library bm25s). `tokens`: `mixed` takes words, and single characters and pairs of them where
-    a script has no spaces (Chinese, Japanese, Thai, ...); `characters` the latter everywhere; `words` only words."""
-
-    type: Literal["bm25"] = "bm25"
-    tokens: Tokens = "mixed"
-    k1: Annotated[float, Field(gt=0)] = 1.5
-    b: Annotated[float, Field(ge=0, le=1)] = 0.75
-
-
-@section
-@dataclass(frozen=True, kw_only=True)
-class CrossEncoder:
-    """A model that reads query and document together (sentence-transformers' CrossEncoder)."""
-
-    type: Literal["cross-encoder"] = "cross-encoder"
-    model: str
-    batch_size: Annotated[int, Field(gt=0)] = 32
-
-
-Searcher = Annotated[EmbeddingSearch | Bm25Search, Field(discriminator="type")]
-Teacher = Annotated[EmbeddingSearch | CrossEncoder, Field(discriminator="type")]
+Whole = Annotated[int, Field(ge=0)]
 
 
 @section
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which scores a negative may have. p is the score of the query's weakest positive.
+    """Which scores s a negative may have; p is the score of the query's weakest positive. `None` limits nothing,
+    and a score that equals a limit up to rounding is within it.
 
-    s <= max_score; s >= min_score; s <= p - absolute_margin; s <= p - relative_margin |p| (so 0.05 keeps what is below
-    95 % of a positive score, and the limit stays below a negative one). A score that equals a limit up to rounding is
-    within it.
+    max_score: s is at most this (none by default).
+    min_score: s is at least this (none by default).
+    absolute_margin: s is at most p - margin (none by default).
+    relative_margin: s is at most p - margin |p| (none by default), so 0.05 keeps what is below 95 % of a positive
+        score, and the limit stays below a negative one.
     """
 
-    max_score: float | None = None
-    min_score: float | None = None
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
+    max_score: Finite | None = None
+    min_score: Finite | None = None
+    absolute_margin: Finite | None = None
+    relative_margin: Finite | None = None
 
 
 @section
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which candidates become negatives.
+    """Which candidates become negatives. Ranks count those left once known positives and repeated texts are out.
 
-    `negatives`: the most a record gets. Ranks count the candidates left once known positives and repeated texts are
-    out; the first `skip` ranks are left out, then `window` ranks are looked at (`None`: all there are). `limits` and
-    `teacher_limits` drop by score. `near_duplicate`: a candidate whose character 5-grams overlap those of a positive,
-    the query or a chosen negative by this share (Jaccard) or more is left out; `None` allows it.
-
-    strategy: `top`; `random` (evenly, in the window); `proportional` (without replacement, probability proportional to
-    exp(score / temperature)); `stepped`: Conan's window of ranks of replacement `round`, [(round - 1) n + offset, round
-    n + offset) for n negatives (round 0: the n ranks before `offset`). Every draw is seeded by `seed` and the query.
+    negatives: the most a record gets.
+    strategy: the order in which candidates are taken. `top`: as they rank; `random`: evenly, in the window;
+        `proportional`: without replacement, with a probability proportional to exp(score / temperature); `stepped`:
+        Conan's window of ranks of replacement `round`, [(round - 1) n + offset, round n + offset) for n negatives
+        (round 0: the n ranks before `offset`).
+    skip: the first ranks, which are left out.
+    window: how many ranks after those are looked at (`None`: all there are).
+    limits: which scores of the first searcher a negative may have.
+    teacher_limits: which scores of the teacher it may have.
+    near_duplicate: a candidate whose character 5-grams overlap those of a positive, the query or a chosen negative by
+        this share (Jaccard) or more is left out; `None` allows it.
+    round: the replacement whose window `stepped` takes.
+    offset: the rank at which the window of `stepped` begins in the first replacement.
+    temperature: of `proportional`; lower prefers high scores more.
+    seed: decides every draw, together with the query and its positives.
     """
 
-    negatives: Annotated[int, Field(gt=0)] = 7
+    negatives: Count = 7
     strategy: Literal["top", "random", "stepped", "proportional"] = "top"
-    skip: Annotated[int, Field(ge=0)] = 0
-    window: Annotated[int, Field(gt=0)] | None = None
+    skip: Whole = 0
+    window: Count | None = None
     limits: Limits = Limits()
     teacher_limits: Limits = Limits()
     near_duplicate: Annotated[float, Field(gt=0, le=1)] | None = 0.9
-    round: Annotated[int, Field(ge=0)] = 0
-    offset: Annotated[int, Field(ge=0)] = 10
-    temperature: Annotated[float, Field(gt=0)] = 0.05
+    round: Whole = 0
+    offset: Whole = 10
+    temperature: Positive = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,10 +81,13 @@ class Selection:
 @section
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """More texts to draw from: a file of any kind the data room reads, or the corpus of a BEIR folder. `column` holds
-    the text; `None` takes `text`, with `title` in front where there is one."""
+    """More texts to draw negatives from.
 
-    path: str
+    path: a file of any kind that data are read from, or a BEIR folder, whose corpus is taken.
+    column: the column that holds the text; `None` takes `text`, with `title` in front where there is one.
+    """
+
+    path: Word
     column: str | None = None
 
 
@@ -135,22 +96,28 @@ class Corpus:
 class MineRecipe:
     """Everything a mining depends on.
 
-    `data`: the records; `corpus`: files of more texts (the records' own positives and negatives always belong to it);
-    `searchers`: their candidates are united, `candidates` of each; the first one's scores are those of the limits.
-    `teacher` scores what is left; its scores, else those of the first searcher, are written as `teacher_*_scores`.
-    `short`: what becomes of a record with fewer negatives than asked for. `work` holds the parts under way and the
-    vectors (`None`: `OUTPUT.work`); `vectors` another folder for these, which several runs may share.
+    data: the records that get negatives.
+    output: the file that is written, `.jsonl` or `.jsonl.gz`; the report stands beside it.
+    searchers: who proposes candidates; theirs are united, and the scores of the first are those of `select.limits`.
+    corpus: files of more texts; the records' own positives and negatives always belong to the corpus.
+    candidates: how many every searcher proposes for a query.
+    select: which of the candidates become negatives.
+    teacher: scores what is left; its scores, else those of the first searcher, are written as `teacher_*_scores`.
+    short: what becomes of a record with fewer negatives than asked for.
+    part: records mined and written at a time; a stopped run goes on behind its last part.
+    work: folder for the parts under way and the vectors (`None`: `OUTPUT.work`).
+    vectors: folder for the vectors, which several runs may share (`None`: in `work`).
     """
 
     data: Source
-    output: str
-    searchers: tuple[Searcher, ...]
+    output: Word
+    searchers: tuple[Annotated[SearcherSettings, shelf.searchers], ...]
     corpus: tuple[Corpus, ...] = ()
-    candidates: Annotated[int, Field(gt=0)] = 100
+    candidates: Count = 100
     select: Selection = Selection()
-    teacher: Teacher | None = None
+    teacher: Annotated[TeacherSettings, shelf.teachers] | None = None
     short: Literal["keep", "drop"] = "keep"
-    part: Annotated[int, Field(gt=0)] = 4096
+    part: Count = 4096
     work: str | None = None
     vectors: str | None = None
 
@@ -191,38 +158,46 @@ class MineRecipe:
 class LiveNegatives:
     """Negatives that are replaced while the model trains (Conan-embedding's dynamic hard-negative mining).
 
-    A record's negatives, best first, are its pool; `negatives` of them are in use. S is the score of a negative, S0
-    its first one since it is in use.
+    A record's negatives, best first, are its pool; as many as its source's `negatives` are in use. S is the score of a
+    negative, S0 its first one since it is in use.
 
-    - `rule: each_loss` (v2): every time a record is seen, each negative with S0 < `too_easy`, or with `factor` S < S0
-      and S < `ceiling`, gives way to the next of the pool (defaults 0.4, 1.2, 0.7);
-    - `rule: scheduled` (v1): every `every` steps, with the means over a record's negatives: `factor` S < S0 and
-      S < `ceiling` replaces all by ranks [(i - 1) n + `offset`, i n + `offset`) in the i-th replacement (defaults 100,
-      1.15, 0.8). Rows seen again since they were measured are judged by that; beside them `rescored` rows a check (one
-      step's rows by default) are scored again by the model as it is.
-    - `guard`: a negative with S > guard times the score of the weakest drawn positive is taken for a false one and
-      replaced (off by default, not in the papers); the share of such negatives is logged either way (at 0.95).
-    - `refill`: what an exhausted pool does: `stay` keeps the last ones, `remine` mines all pools anew with the current
-      model once a tenth of the rows are exhausted. `remine_every` mines anew every so many steps (ANCE).
-      `pool`: candidates a row then gets; `corpus`: more texts to mine from; `skip`: first ranks left out.
-    - `sources`: names of the sources it applies to (`None`: all retrieval sources that have negatives).
+    rule: when a negative gives way. `each_loss` (v2): every time a record is seen, each one with S0 < `too_easy`, or
+        with `factor` S < S0 and S < `ceiling`, gives way to the next of the pool. `scheduled` (v1): every `every`
+        steps, by the means over a record's negatives, `factor` S < S0 and S < `ceiling` replaces all by the ranks
+        [(i - 1) n + `offset`, i n + `offset`) in the i-th replacement.
+    factor: how far S must fall below S0 (`None`: 1.2 with `each_loss`, 1.15 with `scheduled`).
+    ceiling: S below which a negative may be replaced (`None`: 0.7 with `each_loss`, 0.8 with `scheduled`).
+    too_easy: S0 below which `each_loss` replaces a negative at once.
+    every: steps between two checks of `scheduled`.
+    rescored: rows that a check of `scheduled` scores again with the model as it is, beside those seen again since they
+        were measured (`None`: one step's rows).
+    offset: rank at which the first replacement of `scheduled` begins (`None`: 10).
+    guard: a negative with S above guard times the score of the weakest drawn positive is taken for a false one and
+        replaced (`None`: off; not in the papers). The share of such negatives is logged either way, at 0.95.
+    refill: what an exhausted pool does: `stay` keeps the last negatives, `remine` mines all pools anew with the current
+        model once a tenth of the rows are exhausted.
+    remine_every: steps after which all pools are mined anew whatever their state, as ANCE does (`None`: never).
+    pool: candidates that a row gets when pools are mined anew.
+    skip: the first ranks, which a new pool leaves out.
+    corpus: files of more texts to mine new pools from.
+    sources: names of the sources it applies to (`None`: all retrieval sources that have negatives).
 
     Sources: 2408.15710, section 3.2 (v1); 2509.12892 (v2). Round 0, the fit of a window to a short pool, the buffer
     that is scored again and the reset of S0 are reconstructed.
     """
 
     rule: Literal["each_loss", "scheduled"] = "each_loss"
-    factor: float | None = None
-    ceiling: float | None = None
-    too_easy: float = 0.4
-    every: Annotated[int, Field(gt=0)] = 100
-    rescored: Annotated[int, Field(ge=0)] | None = None
-    offset: Annotated[int, Field(ge=0)] | None = None
-    guard: Annotated[float, Field(gt=0)] | None = None
+    factor: Finite | None = None
+    ceiling: Finite | None = None
+    too_easy: Finite = 0.4
+    every: Count = 100
+    rescored: Whole | None = None
+    offset: Whole | None = None
+    guard: Positive | None = None
     refill: Literal["stay", "remine"] = "stay"
-    remine_every: Annotated[int, Field(gt=0)] | None = None
-    pool: Annotated[int, Field(gt=0)] = 100
-    skip: Annotated[int, Field(ge=0)] = 0
+    remine_every: Count | None = None
+    pool: Count = 100
+    skip: Whole = 0
     corpus: tuple[Corpus, ...] = field(default_factory=tuple)
     sources: tuple[str, ...] | None = None
 

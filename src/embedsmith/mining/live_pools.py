@@ -15,12 +15,12 @@ from embedsmith.core.reps import Representation, exceeds
 from embedsmith.core.tokens import IntArray
 from embedsmith.mining.config import LiveNegatives, Selection
 from embedsmith.mining.offline import Texts, candidates_of
-from embedsmith.mining.searchers import PIECE, TextReps, joined, top_of_pieces
+from embedsmith.mining.searchers import PIECE, Searcher, TextReps, joined, top_of_pieces
 from embedsmith.search.exact import FloatArray, IndexArray
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Found(Searcher):
     """What a search gave, as a searcher."""
 
     score_Nk: FloatArray

@@ -9,31 +9,21 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, EmbedsmithError, SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.settings import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
-from embedsmith.mining.config import CrossEncoder, EmbeddingSearch, MineRecipe, Selection
+from embedsmith.mining.config import MineRecipe, Selection
 from embedsmith.mining.report import Counts, MineReport, concatenate
-from embedsmith.mining.searchers import (
-    Bm25,
-    Bm25Searcher,
-    CrossEncoderModel,
-    CrossEncoderScorer,
-    EmbeddingSearcher,
-    PairScorer,
-    Searcher,
-    TextReps,
-)
+from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts
 from embedsmith.mining.select import (
     Ranked,
     corpus_texts,
@@ -44,9 +34,7 @@ from embedsmith.mining.select import (
     ranks_in_reach,
     take,
 )
-from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray
-from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
 
 VERSION = 2
 OpenModel = Callable[[str], Encoder]
@@ -60,18 +48,21 @@ def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) 
     """
     started = time.monotonic()
     texts = Texts.read(recipe)
-    encoders = {path: open_model(path) for path in _models(recipe)}
-    reader = CrossEncoderModel.load(recipe.teacher) if isinstance(recipe.teacher, CrossEncoder) else None
-    prints = {path: fingerprint(encoder) for path, encoder in encoders.items()}
-    key = _agreed_key(recipe, texts, prints | ({"teacher": reader.fingerprint()} if reader else {}))
+    sides = texts.searched(cache(open_model), recipe.vector_folder)
+    searchers = [settings.open(sides) for settings in recipe.searchers]
+    teacher = None if recipe.teacher is None else recipe.teacher.open(sides)
+    models: dict[str, str] = {}
+    for scorer in (*searchers, *([] if teacher is None else [teacher])):
+        models |= scorer.models()
+    key = _agreed_key(recipe, texts, models)
     if not overwrite and (done := on_first_rank(lambda: _finished(recipe, key))) is not None:
         return done
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
         on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
-    work = _Work(recipe, texts, encoders, reader, parts)
+    work = _Work(recipe, texts, searchers, teacher, parts)
     starts = range(0, len(texts.records), recipe.part)
-    failed = _attempt(lambda: work.all_parts(starts[rank() :: world_size()], len(starts)))
+    failed = _attempt(lambda: work.all_parts(starts[rank() :: world_size()]))
     messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
     if failed is not None:
         raise failed
@@ -147,16 +138,15 @@ class Texts:
     def positives_of(self, row: int) -> list[int]:
         return self.positives[text_id(self.queries[row])]
 
+    def searched(self, open_model: OpenModel, vectors: Path) -> SearchTexts:
+        """As searchers and teachers take them."""
+        return SearchTexts(self.queries, self.corpus, self.instructions, self.found.task, open_model, vectors)
+
     def hash(self) -> str:
         digest = hashlib.blake2b(self.found.fingerprint.encode(), digest_size=16)
         for text in self.corpus:
             digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
-
-
-def _models(recipe: MineRecipe) -> list[str]:
-    configs = [*recipe.searchers, *([recipe.teacher] if recipe.teacher else [])]
-    return list(dict.fromkeys(config.model for config in configs if isinstance(config, EmbeddingSearch)))
 
 
 def _agreed_key(recipe: MineRecipe, texts: Texts, models: Mapping[str, str]) -> str:
@@ -189,51 +179,27 @@ def _finished(recipe: MineRecipe, key: str) -> MineReport | None:
 class _Work:
     recipe: MineRecipe
     texts: Texts
-    encoders: dict[str, Encoder]
-    reader: CrossEncoderModel | None
+    searchers: Sequence[Searcher]
+    teacher: Scorer | None
     parts: Path
 
     def path(self, start: int) -> Path:
         return self.parts / f"part-{start:09d}.jsonl"
 
-    def all_parts(self, starts: Sequence[int], count: int) -> None:
-        """Mine the parts that are not there. Searchers are opened on every rank: encoding is shared."""
-        searchers = [self._searcher(config) for config in self.recipe.searchers]
-        teacher = self._teacher()
+    def all_parts(self, starts: Sequence[int]) -> None:
+        """Mine the parts that are not there. Searchers are prepared on every rank: encoding is shared."""
+        for scorer in (*self.searchers, *([] if self.teacher is None else [self.teacher])):
+            scorer.prepare(self.parts)
         done = sum(self.path(start).with_suffix(".json").exists() for start in starts)
         with progress_bar("mine", len(starts), done) as bar:
             for start in starts:
                 if not self.path(start).with_suffix(".json").exists():
-                    self._part(start, searchers, teacher)
+                    self._part(start)
                     bar.advance()
 
-    def _searcher(self, config: Any) -> Searcher:
-        if isinstance(config, EmbeddingSearch):
-            queries, documents = (self._reps(config, role) for role in ("query", "document"))
-            return EmbeddingSearcher.of(queries, documents, config, self.parts)
-        return Bm25Searcher(self.texts.queries, Bm25(config, self.texts.corpus))
-
-    def _teacher(self) -> PairScorer | None:
-        config = self.recipe.teacher
-        if self.reader is not None:
-            return CrossEncoderScorer(self.reader, self.texts.queries, self.texts.corpus)
-        if not isinstance(config, EmbeddingSearch):
-            return None
-        return EmbeddingSearcher.of(self._reps(config, "query"), self._reps(config, "document"), config, self.parts)
-
-    def _reps(self, config: EmbeddingSearch, role: Role) -> TextReps:
-        encoder: Encoder = CachedEncoder.of(self.encoders[config.model], self.recipe.vector_folder)
-        if config.head == "hybrid":
-            encoder = HybridEncoder(encoder, config.weights or dict(M3_WEIGHTS))
-        task = config.task or self.texts.found.task
-        if role == "document":
-            return TextReps(encoder, self.texts.corpus, role, task, config.head)
-        own = self.texts.instructions if config.instructions else None
-        return TextReps(encoder, self.texts.queries, role, task, config.head, own)
-
-    def _part(self, start: int, searchers: Sequence[Searcher], teacher: PairScorer | None) -> None:
+    def _part(self, start: int) -> None:
         stop = min(start + self.recipe.part, len(self.texts.records))
-        mined = mine_rows(self.texts, self.recipe, searchers, teacher, start, stop)
+        mined = mine_rows(self.texts, self.recipe, self.searchers, self.teacher, start, stop)
         kept = [record for record in mined if self.recipe.short == "keep" or self._enough(record)]
         write_records(self.path(start), kept)
         with atomic_file(self.path(start).with_suffix(".json")) as file:
@@ -273,7 +239,7 @@ def mine_rows(
     texts: Texts,
     recipe: MineRecipe,
     searchers: Sequence[Searcher],
-    teacher: PairScorer | None,
+    teacher: Scorer | None,
     start: int,
     stop: int,
 ) -> list[Record]:
@@ -327,7 +293,7 @@ def _banned(texts: Texts, row: int) -> IndexArray:
     return np.array([*known, loose_id(texts.queries[row]) >> 1], np.int64)
 
 
-def _scores(scorer: PairScorer, index_Q: Sequence[Sequence[int] | IndexArray], start: int) -> list[FloatArray]:
+def _scores(scorer: Scorer, index_Q: Sequence[Sequence[int] | IndexArray], start: int) -> list[FloatArray]:
     """Scores of ragged rows of documents."""
     sizes = [len(index_C) for index_C in index_Q]
     row_E = np.repeat(np.arange(start, start + len(sizes)), sizes)
@@ -336,7 +302,7 @@ def _scores(scorer: PairScorer, index_Q: Sequence[Sequence[int] | IndexArray], s
 
 
 def _taught(
-    teacher: PairScorer, ranked: Sequence[Ranked], positive_Q: Sequence[FloatArray], recipe: MineRecipe, start: int
+    teacher: Scorer, ranked: Sequence[Ranked], positive_Q: Sequence[FloatArray], recipe: MineRecipe, start: int
 ) -> list[Ranked]:
     """With the teacher's scores of the candidates that the searcher's own limits let through; NaN for the others."""
     kept_Q = [np.flatnonzero(may_be_negative(one, recipe.select)) for one in ranked]

@@ -1,119 +1,105 @@
-"""Searchers: who proposes candidates and who scores them. A model is known here only as an `Encoder`."""
+"""Who proposes candidates (searchers) and who scores them (searchers and teachers). A model is known here only as an
+`Encoder`.
+
+What a recipe names, such as `{type: bm25, k1: 1.2}`, is a frozen dataclass of settings on the shelf `searchers` or
+`teachers`. Its `open` gives what works: a `Searcher`, or for a teacher a `Scorer`. A package of your own may add one.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent
-from embedsmith.core.errors import DataError, EmbedsmithError, MissingExtraError, ModelError, SearchError
-from embedsmith.core.progress import progress_bar
-from embedsmith.core.reps import MultiVector, Representation, Reps, concatenate
-from embedsmith.mining.config import Bm25Search, CrossEncoder, EmbeddingSearch, Tokens
-from embedsmith.search.approximate import ApproximateIndex
-from embedsmith.search.exact import FloatArray, IndexArray, TopK
-from embedsmith.search.hybrid import Hybrid
-
-# BM25 through the library bm25s, for scripts with and without spaces.
-
-# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+from embedsmith.core.errors import (
+    DataError,
+    EmbedsmithError,
+    MissingExtraError,
+    ModelError,
+    RecipeError,
+    SearchError,
 )
-_RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
-
-
-def tokenize(text: str, tokens: Tokens = "mixed") -> list[str]:
-    """Words in lower case. `mixed`: a run of a script without spaces gives its characters and their pairs;
-    `characters`: every run does; `words`: none does."""
-    found: list[str] = []
-    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
-        run = match[0]
-        if tokens == "words" or (tokens == "mixed" and not _unspaced(run)):
-            found.append(run)
-        else:
-            found.extend(run)
-            found.extend(run[place : place + 2] for place in range(len(run) - 1))
-    return found
-
-
-def _unspaced(run: str) -> bool:
-    return re.match(f"[{_UNSPACED}]", run) is not None
-
-
-class Bm25:
-    """An index over a corpus. Scores of a query are computed for the whole corpus at a time, [K] numbers.
-
-    Errors: `MissingExtraError`; `DataError` for a corpus without a single token.
-    """
-
-    def __init__(self, config: Bm25Search, corpus: Sequence[str]) -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise MissingExtraError("bm25s", "search") from error
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
-        self._tokens, self._size = config.tokens, len(corpus)
-        rows = [tokenize(text, config.tokens) for text in corpus]
-        if not any(rows):
-            raise DataError("no text of the corpus has a word in it", expected="tokens that fit its script")
-        self._index: Any = bm25s.BM25(k1=config.k1, b=config.b)
-        self._index.index(rows, show_progress=False)
-        self._vocabulary: dict[str, int] = self._index.vocab_dict
-
-    def top(self, queries: Sequence[str], k: int) -> tuple[FloatArray, IndexArray]:
-        """score_Qk and index_Qk, ties to the lower index."""
-        k = min(k, self._size)
-        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
-        for row, query in enumerate(queries):
-            score_K = self.scores(query)
-            floor = np.partition(score_K, len(score_K) - k)[len(score_K) - k]
-            kept = np.flatnonzero(score_K >= floor)
-            order = kept[np.argsort(-score_K[kept], kind="stable")][:k]
-            score_Qk[row], index_Qk[row] = score_K[order], order
-        return score_Qk, index_Qk
-
-    def scores(self, query: str) -> npt.NDArray[np.float32]:
-        """score_K of every document; zeros for a query without a known word."""
-        known = [token for token in tokenize(query, self._tokens) if token in self._vocabulary]
-        if not known:
-            return np.zeros(self._size, np.float32)
-        return np.asarray(self._index.get_scores(known), np.float32)
-
+from embedsmith.core.progress import progress_bar
+from embedsmith.core.reps import MultiVector, Representation, concatenate
+from embedsmith.core.settings import Count, Positive, Share, Word
+from embedsmith.core.shelf import searchers, teachers
+from embedsmith.search.approximate import ApproximateIndex
+from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.exact import FloatArray, IndexArray, TopK
+from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
 
 PIECE = 2048
-"""Texts a file of kept vectors holds, and documents scored at once."""
+"""Texts a file of cached vectors holds, and documents scored at once."""
 _PAIRS = 2**14
+_SCORERS = ("ForSequenceClassification", "ForCausalLM")
+"""How the classes end whose weights hold what a score is made of; any other would be given a random classifier."""
 
 
-class PairScorer(Protocol):
-    """Scores of given pairs."""
+@dataclass(frozen=True)
+class SearchTexts:
+    """What a searcher or teacher is opened on. `instructions`: the queries' own, or `None`. `open_model` gives the
+    encoder of a path or id, the same one each time. `vectors`: the folder where vectors are cached."""
+
+    queries: Sequence[str]
+    corpus: Sequence[str]
+    instructions: Sequence[str | None]
+    task: str
+    open_model: Callable[[str], Encoder]
+    vectors: Path
+
+
+class Scorer(Protocol):
+    """Scores of given pairs of a query and a document of the corpus, both by their places."""
+
+    def models(self) -> dict[str, str]:
+        """Hashes of the models it reads, by name: with other weights nothing of an earlier run is used."""
+        return {}
+
+    def prepare(self, folder: Path) -> None:
+        """Compute what all parts of the run need, such as an index; `folder` is the run's own. A collective."""
+        return None
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
         """score_E of query `row_E[e]` with document `index_E[e]`."""
         ...
 
 
-class Searcher(PairScorer, Protocol):
+class Searcher(Scorer, Protocol):
+    """A scorer that also finds candidates in the whole corpus."""
+
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         """score_Qk, index_Qk of queries `start` to `stop - 1`, best first; index -1 where fewer were found."""
         ...
 
 
+class SearcherSettings(Protocol):
+    """What stands on the shelf `searchers`."""
+
+    def open(self, texts: SearchTexts) -> Searcher: ...
+
+
+class TeacherSettings(Protocol):
+    """What stands on the shelf `teachers`."""
+
+    def open(self, texts: SearchTexts) -> Scorer: ...
+
+
+# By an embedding model.
+
+
 @dataclass(frozen=True)
 class TextReps:
-    """The representations of a list of texts under one head, in pieces. With an encoder that keeps what it made
-    (`search.cached.CachedEncoder`) no piece is computed twice, by whatever process. `instructions`: the texts' own
+    """The representations of a list of texts under one head, in pieces. With a
+    `search.cached.CachedEncoder` no piece is computed twice, by whatever process. `instructions`: the texts' own
     (`None`: the prompt of role and task)."""
 
     encoder: Encoder
@@ -134,7 +120,11 @@ class TextReps:
         part = self.part(slice(start, start + PIECE))
         role, task, own = self.role, self.task, part.instructions
         reps = represent(self.encoder, part.texts, role=role, task=task, outputs=(self.head,), instruction=own)
-        return checked(reps, self.head, len(part))
+        if self.head not in reps:
+            raise ModelError(f"the model gave no {self.head!r} output", expected=", ".join(reps))
+        if len(reps[self.head]) != len(part):
+            raise ModelError(f"the model gave {len(reps[self.head])} rows for {len(part)} texts")
+        return reps[self.head]
 
     def part(self, rows: slice) -> TextReps:
         """Some of the texts, each with its instruction."""
@@ -166,14 +156,6 @@ class TextReps:
             raise SearchError(f"another rank failed: {messages[0]}", where=label)
 
 
-def checked(reps: Reps, head: str, count: int) -> Representation:
-    if head not in reps:
-        raise ModelError(f"the model gave no {head!r} output", expected=", ".join(reps))
-    if len(reps[head]) != count:
-        raise ModelError(f"the model gave {len(reps[head])} rows for {count} texts")
-    return reps[head]
-
-
 def joined(parts: Sequence[Representation]) -> Representation:
     """Rows of all parts in order."""
     if len(parts) == 1:
@@ -184,33 +166,93 @@ def joined(parts: Sequence[Representation]) -> Representation:
     return whole
 
 
-def fast_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def top_of_pieces(query: Representation, pieces: Iterator[Representation], k: int) -> tuple[FloatArray, IndexArray]:
+    """The k best of all pieces, exactly, on the GPU where there is one; only one piece is held at a time (on a GPU as
+    many as fill it)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    best = TopK(query.map(lambda tensor: tensor.to(device)), k)
+    waiting: list[Representation] = []
+    for piece in pieces:
+        waiting.append(piece)
+        if device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
+            # A piece of vectors is a block as it is; token vectors are cut further.
+            rows = None if isinstance(piece, MultiVector) else max(best.block_rows(piece), len(piece))
+            best.add_in_blocks(joined(waiting), rows)
+            waiting = []
+    if waiting:
+        best.add_in_blocks(joined(waiting))
+    return best.result()
 
 
-@dataclass(frozen=True)
-class EmbeddingSearcher:
+@teachers.register("embedding")
+@searchers.register("embedding")
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSearch:
+    """Candidates and scores by an embedding model.
+
+    model: its folder or hub id.
+    head: the output that is compared: `dense`, `sparse`, `multivector` or `hybrid`.
+    weights: of the heads in a hybrid score (`None`: M3's).
+    index: `exact`, or a FAISS factory string (`HNSW32,Flat`, `IVF4096,Flat`) for dense vectors.
+    effort: how many candidates a query looks at in such an index (efSearch or nprobe).
+    task: whose prompts are used (`None`: that of the data).
+    instructions: a record's own instruction takes the place of the query's prompt, as in training; false for a model
+        that was not trained with any.
+    """
+
+    model: Word
+    head: Word = "dense"
+    weights: dict[str, float] | None = None
+    index: Word = "exact"
+    effort: Count = 128
+    task: str | None = None
+    instructions: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.head != "hybrid":
+            raise RecipeError("weights are those of a hybrid score", fix="set head: hybrid")
+        if self.index != "exact" and self.head != "dense":
+            raise RecipeError(f"an approximate index holds dense vectors, not {self.head}", fix="set index: exact")
+
+    def open(self, texts: SearchTexts) -> Searcher:
+        cached = CachedEncoder.of(texts.open_model(self.model), texts.vectors)
+        encoder: Encoder = cached
+        if self.head == "hybrid":
+            encoder = HybridEncoder(cached, self.weights or dict(M3_WEIGHTS))
+        task, own = self.task or texts.task, texts.instructions if self.instructions else None
+        queries = TextReps(encoder, texts.queries, "query", task, self.head, own)
+        documents = TextReps(encoder, texts.corpus, "document", task, self.head)
+        return EmbeddingSearcher(queries, documents, self, {self.model: cached.fingerprint()})
+
+
+@dataclass
+class EmbeddingSearcher(Searcher):
     """Neighbours by a model's representations: exact in blocks, or from an approximate index."""
 
     queries: TextReps
     documents: TextReps
+    settings: EmbeddingSearch | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
     index: ApproximateIndex | None = None
 
-    @staticmethod
-    def of(queries: TextReps, documents: TextReps, config: EmbeddingSearch, folder: Path) -> EmbeddingSearcher:
-        """Compute what is missing, on all ranks; an approximate index is built once and kept in `folder`."""
-        queries.compute("encode queries")
-        documents.compute("encode corpus")
-        if config.index == "exact":
-            return EmbeddingSearcher(queries, documents)
-        path = folder / f"{config.index.replace(',', '-')}.faiss"
+    def models(self) -> dict[str, str]:
+        return self.fingerprints
+
+    def prepare(self, folder: Path) -> None:
+        """Compute what is missing, on all ranks; an approximate index is built once and stays in `folder`."""
+        self.queries.compute("encode queries")
+        self.documents.compute("encode corpus")
+        if self.settings is None or self.settings.index == "exact":
+            return
+        factory, effort = self.settings.index, self.settings.effort
+        path = folder / f"{factory.replace(',', '-')}.faiss"
 
         def build() -> None:
             if not path.exists():
-                ApproximateIndex.build(documents.pieces(), config.index, config.effort).save(path)
+                ApproximateIndex.build(self.documents.pieces(), factory, effort).save(path)
 
         on_first_rank(build)
-        return EmbeddingSearcher(queries, documents, ApproximateIndex.load(path, config.effort))
+        self.index = ApproximateIndex.load(path, effort)
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         query = self.queries.rows(np.arange(start, stop))
@@ -236,87 +278,130 @@ class EmbeddingSearcher:
         return score_E
 
 
-def top_of_pieces(query: Representation, pieces: Iterator[Representation], k: int) -> tuple[FloatArray, IndexArray]:
-    """The k best of all pieces, exactly, on the GPU where there is one; only one piece is held at a time (on a GPU as
-    many as fill it)."""
-    device = fast_device()
-    best = TopK(query.map(lambda tensor: tensor.to(device)), k)
-    waiting: list[Representation] = []
-    for piece in pieces:
-        waiting.append(piece)
-        if device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
-            best.add_in_blocks(joined(waiting), _rows(best, piece))
-            waiting = []
-    if waiting:
-        best.add_in_blocks(joined(waiting))
-    return best.result()
+# By BM25, for scripts with and without spaces.
+
+Tokens = Literal["mixed", "characters", "words"]
+
+# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
 
 
-def _rows(best: TopK, piece: Representation) -> int | None:
-    """A piece of vectors is a block as it is; token vectors are cut further."""
-    return None if isinstance(piece, MultiVector) else max(best.block_rows(piece), len(piece))
+def tokenize(text: str, tokens: Tokens = "mixed") -> list[str]:
+    """Words in lower case. `mixed`: a run of a script without spaces gives its characters and their pairs;
+    `characters`: every run does; `words`: none does."""
+    found: list[str] = []
+    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
+        run = match[0]
+        if tokens == "words" or (tokens == "mixed" and not re.match(f"[{_UNSPACED}]", run)):
+            found.append(run)
+        else:
+            found.extend(run)
+            found.extend(run[place : place + 2] for place in range(len(run) - 1))
+    return found
 
 
-@dataclass(frozen=True)
-class Bm25Searcher:
-    queries: Sequence[str]
-    index: Bm25
+@searchers.register("bm25", source="the library bm25s")
+@dataclass(frozen=True, kw_only=True)
+class Bm25Search:
+    """Candidates by BM25, through the library bm25s.
+
+    tokens: what a text is cut into: `mixed` takes words, and single characters and pairs of them where a script has no
+        spaces (Chinese, Japanese, Thai, ...); `characters` the latter everywhere; `words` only words.
+    k1: how soon a word that comes again stops counting more.
+    b: how much long documents are held against theirs, from 0 (not at all) to 1.
+    """
+
+    tokens: Tokens = "mixed"
+    k1: Positive = 1.5
+    b: Share = 0.75
+
+    def open(self, texts: SearchTexts) -> Searcher:
+        return Bm25(self, texts.queries, texts.corpus)
+
+
+class Bm25(Searcher):
+    """A BM25 index over a corpus. Scores of a query are computed for the whole corpus at a time, [K] numbers."""
+
+    def __init__(self, settings: Bm25Search, queries: Sequence[str], corpus: Sequence[str]) -> None:
+        self.settings, self.queries, self.corpus = settings, queries, corpus
+
+    def prepare(self, folder: Path) -> None:
+        """Index the corpus. Errors: `MissingExtraError`; `DataError` for a corpus without a single token."""
+        try:
+            import bm25s
+        except ImportError as error:
+            raise MissingExtraError("bm25s", "search") from error
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
+        rows = [tokenize(text, self.settings.tokens) for text in self.corpus]
+        if not any(rows):
+            raise DataError("no text of the corpus has a word in it", expected="tokens that fit its script")
+        self._index: Any = bm25s.BM25(k1=self.settings.k1, b=self.settings.b)
+        self._index.index(rows, show_progress=False)
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
-        return self.index.top(self.queries[start:stop], k)
+        """score_Qk and index_Qk, ties to the lower index."""
+        queries, k = self.queries[start:stop], min(k, len(self.corpus))
+        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+        for row, query in enumerate(queries):
+            score_K = self.scores(query)
+            floor = np.partition(score_K, len(score_K) - k)[len(score_K) - k]
+            reached = np.flatnonzero(score_K >= floor)
+            order = reached[np.argsort(-score_K[reached], kind="stable")][:k]
+            score_Qk[row], index_Qk[row] = score_K[order], order
+        return score_Qk, index_Qk
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
         score_E = np.zeros(len(row_E), np.float32)
         for row in np.unique(row_E):
             mine = row_E == row
-            score_E[mine] = self.index.scores(self.queries[int(row)])[index_E[mine]]
+            score_E[mine] = self.scores(self.queries[int(row)])[index_E[mine]]
         return score_E
 
+    def scores(self, query: str) -> FloatArray:
+        """score_K of every document; zeros for a query without a known word."""
+        known = [token for token in tokenize(query, self.settings.tokens) if token in self._index.vocab_dict]
+        if not known:
+            return np.zeros(len(self.corpus), np.float32)
+        return np.asarray(self._index.get_scores(known), np.float32)
 
-# A model that reads query and document together, as a teacher: sentence-transformers' CrossEncoder.
 
-_SCORERS = ("ForSequenceClassification", "ForCausalLM")
-"""How the classes end whose weights hold what a score is made of; any other would be given a random classifier."""
+# By a model that reads query and document together.
 
 
-@dataclass(frozen=True)
-class CrossEncoderModel:
-    """A cross-encoder with one output. Its scores are the library's: a sigmoid of the output unless the model's own
-    settings name another function."""
+@teachers.register("cross-encoder", source="sentence-transformers")
+@dataclass(frozen=True, kw_only=True)
+class CrossEncoder:
+    """Scores by a model that reads query and document together (sentence-transformers' CrossEncoder).
 
-    library: Any
-    batch_size: int = 32
+    model: its folder or hub id; it has one output and a trained head.
+    batch_size: pairs that go through it at a time.
+    """
 
-    @staticmethod
-    def load(config: CrossEncoder) -> CrossEncoderModel:
+    model: Word
+    batch_size: Count = 32
+
+    def open(self, texts: SearchTexts) -> Scorer:
         """Errors: `MissingExtraError`; `ModelError` for a model that cannot be loaded, has no head that was trained to
         score, or gives more than one number a pair."""
         try:
             from sentence_transformers import CrossEncoder as Library
         except ImportError as error:
             raise MissingExtraError("sentence-transformers", "eval") from error
-        _refuse_without_scores(config.model)
+        _refuse_without_scores(self.model)
         try:
-            model = Library(config.model)
+            model = Library(self.model)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"sentence-transformers cannot load it: {error}", where=config.model) from error
+            raise ModelError(f"sentence-transformers cannot load it: {error}", where=self.model) from error
         if model.num_labels != 1:
             raise ModelError(
                 f"the cross-encoder gives {model.num_labels} scores a pair",
-                where=config.model,
+                where=self.model,
                 expected="one score a pair",
             )
-        return CrossEncoderModel(model, config.batch_size)
-
-    def scores(self, pairs: Sequence[tuple[str, str]]) -> FloatArray:
-        """score_E of pairs (query, document), in batches of similar length."""
-        if not pairs:
-            return np.zeros(0, np.float32)
-        return np.asarray(self.library.predict(pairs, batch_size=self.batch_size, show_progress_bar=False), np.float32)
-
-    def fingerprint(self) -> str:
-        """A hash of the weights, the modules and what is done to their output."""
-        return hash_of_model(self.library, repr(self.library), repr(self.library.activation_fn))
+        return CrossEncoderScorer(model, self.batch_size, texts.queries, texts.corpus)
 
 
 def _refuse_without_scores(path: str) -> None:
@@ -340,15 +425,21 @@ def _refuse_without_scores(path: str) -> None:
 
 
 @dataclass(frozen=True)
-class CrossEncoderScorer:
-    """Scores of pairs of given texts; all pairs of a part go through the model together."""
+class CrossEncoderScorer(Scorer):
+    """A cross-encoder with one output; all pairs of a part go through it together, in batches of similar length. Its
+    scores are the library's: a sigmoid of the output unless the model's own settings name another function."""
 
-    model: CrossEncoderModel
+    library: Any
+    batch_size: int
     queries: Sequence[str]
     corpus: Sequence[str]
 
+    def models(self) -> dict[str, str]:
+        """A hash of the weights, the modules and what is done to their output."""
+        return {"teacher": hash_of_model(self.library, repr(self.library), repr(self.library.activation_fn))}
+
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
-        """score_E of query `row_E[e]` with document `index_E[e]`."""
-        return self.model.scores(
-            [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]
-        )
+        pairs = [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]
+        if not pairs:
+            return np.zeros(0, np.float32)
+        return np.asarray(self.library.predict(pairs, batch_size=self.batch_size, show_progress_bar=False), np.float32)

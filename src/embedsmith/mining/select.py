@@ -7,17 +7,14 @@ import random
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from embedsmith.core.errors import DataError
 from embedsmith.core.reps import exceeds
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data import Record
-from embedsmith.data.formats.files import open_rows
-from embedsmith.data.record import RowError, titled
+from embedsmith.data.formats.texts import read_texts
 from embedsmith.mining.config import Corpus, Limits, Selection
 from embedsmith.search.exact import FloatArray, IndexArray
 
@@ -50,29 +47,9 @@ def corpus_texts(records: Sequence[Record], more: Iterable[Corpus]) -> list[str]
     own = (text for record in records for text in (*record.positives, *record.negatives))
     texts = dict.fromkeys(own)
     for corpus in more:
-        texts.update(dict.fromkeys(_file_texts(corpus)))
+        read = (one.text.strip() for one in read_texts(corpus.path, column=corpus.column))
+        texts.update(dict.fromkeys(text for text in read if text))
     return list(texts)
-
-
-def _file_texts(corpus: Corpus) -> Iterator[str]:
-    path = Path(corpus.path).expanduser()
-    if path.is_dir():
-        path = next((found for found in sorted(path.glob("corpus.jsonl*"))), path / "corpus.jsonl")
-    for line, row in open_rows(path).rows:
-        where = f"{path}:{line}"
-        if isinstance(row, RowError):
-            raise row.at(where)
-        text = row.get(corpus.column or "text")
-        if not isinstance(text, str):
-            raise DataError(
-                f"no text under {corpus.column or 'text'!r}; found: {', '.join(row) or 'no keys'}",
-                where=where,
-                fix="set corpus.column to the key that holds the text",
-            )
-        title = row.get("title") if corpus.column is None else None
-        text = titled(title, text)
-        if text.strip():
-            yield text.strip()
 
 
 Mask = npt.NDArray[np.bool_]

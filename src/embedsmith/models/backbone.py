@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,14 +18,13 @@ from embedsmith.core.progress import quiet
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.folder import read_json
-from embedsmith.models.heads.tokens import FILES
+from embedsmith.models.heads.base import known_heads
 from embedsmith.models.lora import four_bit_loading, keep_trainable
 from embedsmith.models.self_test import layers_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors"),
-    *FILES.values(),
     "1_Pooling/*.safetensors",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -45,8 +45,9 @@ def locate(path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*_HUB_FILES, *(kind.file for kind in known_heads().values())]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             "no folder has this name, and as a hub id it could not be fetched",
@@ -286,3 +287,16 @@ def position_table(backbone: nn.Module) -> nn.Embedding | None:
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in names:
             return module
     return None
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether explicit positions, counted from 0, mean the same as the model's own: not where a table starts behind
+    its padding index (RoBERTa), which skips padding by itself."""
+    table = position_table(backbone)
+    offset = table is not None and table.padding_idx is not None
+    return not offset and takes(backbone, "position_ids")
+
+
+def takes(backbone: nn.Module, argument: str) -> bool:
+    """Whether the forward pass names this argument."""
+    return argument in inspect.signature(backbone.forward).parameters

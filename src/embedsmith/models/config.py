@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import section
+from embedsmith.core.shelf import Name, heads, poolings
 from embedsmith.models.attention import Mode, SoftMask
 from embedsmith.models.heads.dense import HeadConfig
 from embedsmith.models.lora import LoraConfig
 from embedsmith.models.pooling import PoolerConfig
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
-Head = Literal["dense", "sparse", "multivector", "retromae", "mntp"]
+PoolingName = Annotated[str, Name(poolings)]
+HeadName = Annotated[str, Name(heads)]
 UNBOUNDED = 1_000_000
 """transformers writes 1e30 where a tokenizer knows no maximum; anything from here on means "not said"."""
 MODEST_LENGTH = 512
@@ -66,12 +68,12 @@ class ModelConfig:
 
     path: str
     revision: str | None = None
-    pooling: str | None = None
+    pooling: PoolingName | None = None
     max_length: int | None = None
     prompts: Mapping[str, str] | None = None
     normalize: bool | None = None
     dimension: int | None = None
-    heads: tuple[Head, ...] | None = None
+    heads: tuple[HeadName, ...] | None = None
     multivector_dim: int | None = None
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: int | None = None

@@ -6,16 +6,13 @@ The folder holds `vectors.npy` (row i is text i), `ids.txt` (line i is its id), 
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,112 +22,12 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
-from embedsmith.data.record import titled
+from embedsmith.data.formats.texts import Text, read_texts
 from embedsmith.models.config import ComputeType
-from embedsmith.models.embedder import AnyArray, Embedder, quantize, value_ranges
+from embedsmith.models.embedder import Embedder
+from embedsmith.models.encode import AnyArray, quantize, value_ranges
 from embedsmith.models.load import best_device, load
 from embedsmith.models.tokenize import prompt_for
-
-# Texts with ids from a file, one at a time: plain text, JSONL, CSV, TSV or Parquet. Only what encoding needs.
-
-Row = tuple[str | None, str]
-"""(id or None, text)"""
-FORMATS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
-
-
-def read_texts(path: Path, column: str | None = None) -> Iterator[Row]:
-    """Rows of one file. `.txt`: a text a line. `.jsonl`: `text`, after `title` and a space where there is one.
-    `.csv`, `.tsv`, `.parquet`: the named column. `.gz` is fine. Ids come from `_id` or `id`.
-
-    Errors: `DataError` naming the file and the line.
-    """
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in FORMATS:
-        raise DataError(f"unknown kind of file {kind!r}", where=path, expected=f"one of {', '.join(FORMATS)}")
-    if kind == ".parquet":
-        yield from _parquet(path, column)
-        return
-    try:
-        with _open(path) as file:
-            if kind == ".txt":
-                yield from ((None, line.rstrip("\r\n")) for line in file)
-            elif kind == ".jsonl":
-                yield from _jsonl(file, path, column)
-            else:
-                yield from _csv(file, path, column, "\t" if kind == ".tsv" else ",")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read this file: {error}", where=path) from error
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def _jsonl(file: IO[str], path: Path, column: str | None) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"not JSON: {error}", where=where, expected="one object a line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"a {type(row).__name__}, not an object", where=where)
-        text = _text(row, column or "text", where)
-        title = "" if column is not None else _text(row, "title", where) if row.get("title") else ""
-        yield _id(row), titled(title, text)
-
-
-def _csv(file: IO[str], path: Path, column: str | None, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(file, delimiter=delimiter)
-    name = _column(column, list(reader.fieldnames or []), path)
-    for row in reader:
-        yield _id(row), _text(row, name, f"{path}:{reader.line_num}")
-
-
-def _parquet(path: Path, column: str | None) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            name = _column(column, file.schema_arrow.names, path)
-            kept = [name, *(key for key in ("_id", "id") if key in file.schema_arrow.names and key != name)]
-            batches = (batch.to_pylist() for batch in file.iter_batches(columns=kept))
-            for number, row in enumerate(chain.from_iterable(batches), start=1):
-                yield _id(row), _text(row, name, f"{path}: row {number}")
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"cannot read this file: {error}", where=path) from error
-
-
-def _column(column: str | None, found: list[str], path: Path) -> str:
-    name = column or ("text" if "text" in found else None)
-    if name is None or name not in found:
-        raise DataError(
-            "which column holds the texts?" if name is None else f"there is no column {name!r}",
-            where=path,
-            expected=f"one of the columns {', '.join(found) or '(none)'}",
-            fix="name it with --column",
-        )
-    return name
-
-
-def _text(row: Mapping[Any, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{name!r} is {'missing' if name not in row else type(value).__name__}", where=where, expected="a string"
-        )
-    return value
-
-
-def _id(row: Mapping[Any, Any]) -> str | None:
-    value = row.get("_id", row.get("id"))
-    return None if value is None else str(value)
-
 
 Stored = Literal["float32", "float16", "int8"]
 FORMAT = 1
@@ -156,8 +53,10 @@ class EncodeJob:
     block: int = 4096
     processes: int = 1
 
-    def rows(self) -> Iterator[Row]:
-        return chain.from_iterable(read_texts(path, self.column) for path in self.files)
+    def texts(self) -> Iterator[Text]:
+        """Of all files. In JSON lines a title stands in front of its text; in tables only the one column counts."""
+        for path in self.files:
+            yield from read_texts(path, column=self.column, titles=".jsonl" in path.suffixes)
 
 
 def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
@@ -248,14 +147,14 @@ def _prepare(job: EncodeJob, model: Embedder) -> int:
     """Read everything once: count, ids, and for int8 the ranges of an evenly spaced sample. Makes an empty array."""
     with atomic_file(job.out / "ids.txt") as file:
         count = 0
-        for count, (name, _) in enumerate(job.rows(), start=1):
-            if name is not None and ("\n" in name or "\r" in name):
-                raise DataError(f"the id {name!r} has a line break", where=f"row {count}", expected="a one-line id")
-            file.write(f"{count - 1 if name is None else name}\n")
+        for count, one in enumerate(job.texts(), start=1):
+            if one.id is not None and ("\n" in one.id or "\r" in one.id):
+                raise DataError(f"the id {one.id!r} has a line break", where=one.where, expected="a one-line id")
+            file.write(f"{count - 1 if one.id is None else one.id}\n")
     if count == 0:
         raise DataError("no text in these files", where=", ".join(map(str, job.files)))
     if job.stored == "int8":
-        texts = [text for _, text in islice(job.rows(), 0, None, -(-count // _CALIBRATION))]
+        texts = [one.text for one in islice(job.texts(), 0, None, -(-count // _CALIBRATION))]
         with atomic_file(job.out / "ranges.npy", "wb") as file:
             np.save(file, value_ranges(_vectors(job, model, texts)))
     np.lib.format.open_memmap(
@@ -285,10 +184,10 @@ def _vectors(job: EncodeJob, model: Embedder, texts: Sequence[str]) -> AnyArray:
 
 def _texts_of(job: EncodeJob, blocks: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
     """The texts of ascending blocks, in one pass over the files."""
-    rows, position = job.rows(), 0
+    every, position = job.texts(), 0
     for place in blocks:
         start = place * job.block
-        texts = [text for _, text in islice(rows, start - position, start - position + job.block)]
+        texts = [one.text for one in islice(every, start - position, start - position + job.block)]
         position = start + len(texts)
         yield place, texts
 

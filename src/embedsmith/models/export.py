@@ -1,4 +1,5 @@
-"""One head of a model as a folder for sentence-transformers: dense, sparse or multi-vector, with the same scores.
+"""Folders for other programs: one head of a model for sentence-transformers or PyLate, dense, sparse or multi-vector,
+with the same scores (`export`); and any model as an embedder's folder, untrained (`convert`).
 
 `dense` is the model without its token heads, in the layout that every version reads. `sparse` is a `SparseEncoder`:
 the family's masked-language model and `SpladePooling` where the head is SPLADE's; a lexical head, for which
@@ -9,13 +10,12 @@ PyLate's `ColBERT`, loaded through embedsmith, since PyLate's own modules cannot
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -28,31 +28,27 @@ from embedsmith.core.progress import quiet
 from embedsmith.core.recipe import apply_override, parse
 from embedsmith.models.backbone import locate
 from embedsmith.models.config import ModelConfig
-from embedsmith.models.folder import FILE, read_folder, read_json
-from embedsmith.models.heads.splade import SpladeHead, masked_model
+from embedsmith.models.embedder import Embedder
+from embedsmith.models.folder import EMBEDDING_CONFIG, read_embedding_config, read_folder, read_json
+from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead, masked_model
 from embedsmith.models.heads.tokens import MultiVectorHead
 from embedsmith.models.load import load
-from embedsmith.models.write import contract_of, save, write_contract, write_json
-from embedsmith.pretrain.mntp import MNTP
-from embedsmith.pretrain.retromae import RETROMAE
+from embedsmith.models.write import Saved, cpu_state, write_embedding_config, write_json
 
-if TYPE_CHECKING:
-    from embedsmith.models.embedder import Embedder
-
-
-Head = Literal["dense", "sparse", "multivector", "pylate"]
+ExportedHead = Literal["dense", "sparse", "multivector", "pylate"]
 _MODULES = "sentence_transformers."
-LATE_MODULE = "embedsmith.models.late.WordVectors"
+PYLATE_MODULE = "embedsmith.models.late.WordVectors"
 SPARSE_MODULE = "embedsmith.models.sentence.EmbedsmithSparse"
 
 
-def export_head(model: Embedder, folder: str | Path, head: Head) -> None:
+def export_head(model: Embedder, folder: str | Path, head: ExportedHead) -> None:
     """Write one head of `model` to `folder`, which appears whole or not at all (`pylate`: multivector, for PyLate).
 
     Errors: `ModelError` for a head that the model has not (none is ever made up), and for what the form cannot
     express: prompts left out of the heads, attention by a mask, an adapter apart.
     """
-    there = ["dense", *(name for name in model.token_heads if name not in (RETROMAE, MNTP))]
+    saved = model.parts
+    there = ["dense", *(name for name, one in saved.heads.items() if not one.own_pass)]
     name = "multivector" if head == "pylate" else head
     if name not in there:
         raise ModelError(
@@ -61,54 +57,44 @@ def export_head(model: Embedder, folder: str | Path, head: Head) -> None:
             fix="train one: load the model with it in heads",
         )
     with atomic_folder(folder) as root:
-        save(_with_heads(model, [] if name == "multivector" else [name]), root)
+        replace(saved, heads={name: saved.heads[name]} if head == "sparse" else {}).save(root)
         if head == "sparse":
-            _as_sparse(model, root)
+            _as_sparse(saved, root)
         elif head == "multivector":
-            _as_multivector(model, root)
+            _as_multivector(saved, root)
         elif head == "pylate":
-            _as_pylate(model, root)
+            _as_pylate(saved, root)
 
 
-def _with_heads(model: Embedder, names: list[str]) -> Embedder:
-    """The same model, weights shared, with some of its token heads."""
-    other = copy.copy(model)
-    other.__dict__["_modules"] = dict(model._modules)
-    other.token_heads = nn.ModuleDict({name: head for name, head in model.token_heads.items() if name in names})
-    return other
-
-
-def _as_sparse(model: Embedder, root: Path) -> None:
-    head = model.token_heads["sparse"]
+def _as_sparse(saved: Saved, root: Path) -> None:
+    head = saved.heads["sparse"]
+    more = saved.embedding_config()
     whole = None
-    if isinstance(head, SpladeHead) and model.settings.include_prompt and contract_of(model).standard:
-        whole = masked_model(head.lm, model.backbone)
+    if isinstance(head, SpladeHead) and saved.settings.include_prompt and more.standard:
+        whole = masked_model(head.lm, saved.backbone)
     if whole is None:
-        contract = contract_of(model)
-        standard = tuple(contract.modules or read_json(root / "modules.json"))
-        (root / FILE).unlink(missing_ok=True)
-        write_contract(replace(contract, modules=standard), root)
+        standard = tuple(read_embedding_config(root).modules or read_json(root / "modules.json"))
+        (root / EMBEDDING_CONFIG).unlink(missing_ok=True)
+        write_embedding_config(replace(more, modules=standard), root)
         write_json(root / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": SPARSE_MODULE}])
-        _say(root, "SparseEncoder", "dot")
+        _name_model(root, "SparseEncoder", "dot")
         return
     assert isinstance(head, SpladeHead)
     _clear(root)
     with quiet():
         whole.save_pretrained(root)
-    _write_modules(root, [("", "sparse_encoder.models.MLMTransformer"), ("SpladePooling", _SPLADE)])
+    pooling_path = _MODULES + "sparse_encoder.models.SpladePooling"
+    _write_modules(root, {"": _MODULES + "sparse_encoder.models.MLMTransformer", "1_SpladePooling": pooling_path})
     pooling = {"pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": None}
     write_json(root / "1_SpladePooling" / "config.json", pooling)
-    _say(root, "SparseEncoder", "dot", max_active_dims=head.terms)
+    _name_model(root, "SparseEncoder", "dot", max_active_dims=head.terms)
 
 
-_SPLADE = "sparse_encoder.models.SpladePooling"
-
-
-def _multivector(model: Embedder) -> MultiVectorHead:
+def _multivector(saved: Saved) -> MultiVectorHead:
     """The head, where other libraries can do what this model does."""
-    head = model.token_heads["multivector"]
+    head = saved.heads["multivector"]
     assert isinstance(head, MultiVectorHead)
-    if not (model.settings.include_prompt and contract_of(model).standard):
+    if not (saved.settings.include_prompt and saved.embedding_config().standard):
         raise ModelError(
             "the multi-vector models of other libraries cannot do what this model does",
             expected="prompts that take part, all tokens pooled, attention as its config says",
@@ -116,83 +102,66 @@ def _multivector(model: Embedder) -> MultiVectorHead:
     return head
 
 
-def _as_pylate(model: Embedder, root: Path) -> None:
+def _as_pylate(saved: Saved, root: Path) -> None:
     """PyLate's layout: texts as they are (no marks in front, no expansion, no punctuation left out)."""
-    head = _multivector(model)
+    head = _multivector(saved)
     _clear(root)
-    types = {"": _MODULES + "models.Transformer", "1_Dense": LATE_MODULE}
-    entries = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(types.items())]
-    write_json(root / "modules.json", entries)
-    linear = head.linear
-    widths = {"in_features": linear.in_features, "out_features": linear.out_features}
-    write_json(root / "1_Dense" / "config.json", widths | {"left_out": head.marks_S.tolist()})
-    _save_linear(linear, root / "1_Dense")
-    lengths = dict.fromkeys(("query_length", "document_length"), model.max_length)
+    _write_modules(root, {"": _MODULES + "models.Transformer", "1_Dense": PYLATE_MODULE})
+    _write_dense(head.linear, root / "1_Dense", left_out=head.marks_S.tolist())
+    lengths = dict.fromkeys(("query_length", "document_length"), saved.settings.max_length)
     plain = {"query_prefix": "", "document_prefix": "", "skiplist_words": [], "do_query_expansion": False}
-    _say(root, "ColBERT", "MaxSim", **lengths, **plain, attend_to_expansion_tokens=False)
+    _name_model(root, "ColBERT", "MaxSim", **lengths, **plain, attend_to_expansion_tokens=False)
 
 
-def _save_linear(linear: nn.Linear, folder: Path) -> None:
-    state = {f"linear.{name}": tensor.detach().cpu().contiguous() for name, tensor in linear.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-
-
-def _as_multivector(model: Embedder, root: Path) -> None:
-    head = _multivector(model)
+def _as_multivector(saved: Saved, root: Path) -> None:
+    head = _multivector(saved)
     _clear(root)
-    linear, left_out = head.linear, model.tokenizer.convert_ids_to_tokens(head.marks_S.tolist())
-    _write_modules(
-        root,
-        [
-            ("", "base.modules.transformer.Transformer"),
-            ("Dense", "base.modules.dense.Dense"),
-            ("MultiVectorMask", "multi_vector_encoder.modules.MultiVectorMask"),
-            ("Normalize", "base.modules.normalize.Normalize"),
-        ],
-    )
-    dense = {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": True,
-        "activation_function": "torch.nn.modules.linear.Identity",
-        "module_input_name": "token_embeddings",
-        "module_output_name": "token_embeddings",
+    kinds = {
+        "": "base.modules.transformer.Transformer",
+        "1_Dense": "base.modules.dense.Dense",
+        "2_MultiVectorMask": "multi_vector_encoder.modules.MultiVectorMask",
+        "3_Normalize": "base.modules.normalize.Normalize",
     }
-    write_json(root / "1_Dense" / "config.json", dense)
-    _save_linear(linear, root / "1_Dense")
-    mask = {"skiplist_words": left_out, "skiplist_tasks": ["query", "document"]}
-    write_json(root / "2_MultiVectorMask" / "config.json", mask | {"keep_only_token_ids": None})
+    _write_modules(root, {path: _MODULES + kind for path, kind in kinds.items()})
     names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    identity = "torch.nn.modules.linear.Identity"
+    _write_dense(head.linear, root / "1_Dense", bias=True, activation_function=identity, **names)
+    left_out = saved.tokenizer.convert_ids_to_tokens(head.marks_S.tolist())
+    mask = {"skiplist_words": left_out, "skiplist_tasks": ["query", "document"], "keep_only_token_ids": None}
+    write_json(root / "2_MultiVectorMask" / "config.json", mask)
     write_json(root / "3_Normalize" / "config.json", names)
-    _say(root, "MultiVectorEncoder", "meanmaxsim")
+    _name_model(root, "MultiVectorEncoder", "meanmaxsim")
 
 
 def _clear(root: Path) -> None:
     """Take away what belongs to the dense form and to other heads."""
     for path in sorted(root.rglob("*"), reverse=True):
-        if path.parent != root or path.suffix == ".pt" or path.name in (FILE, "splade_head.safetensors"):
+        if path.parent != root or path.suffix == ".pt" or path.name in (EMBEDDING_CONFIG, SPLADE_FILE):
             path.unlink() if path.is_file() else path.rmdir()
         elif path.is_dir():
             path.rmdir()
 
 
-def _write_modules(root: Path, modules: list[tuple[str, str]]) -> None:
-    entries = [
-        {"idx": place, "name": str(place), "path": f"{place}_{name}" if name else "", "type": _MODULES + kind}
-        for place, (name, kind) in enumerate(modules)
-    ]
+def _write_modules(root: Path, types: Mapping[str, str]) -> None:
+    """`types`: the class of each module by its folder, in their order."""
+    entries = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(types.items())]
     write_json(root / "modules.json", entries)
 
 
-def _say(root: Path, kind: str, similarity: str, **more: Any) -> None:
+def _write_dense(linear: nn.Linear, folder: Path, **more: Any) -> None:
+    widths = {"in_features": linear.in_features, "out_features": linear.out_features}
+    write_json(folder / "config.json", widths | more)
+    save_file({f"linear.{name}": tensor for name, tensor in cpu_state(linear).items()}, folder / "model.safetensors")
+
+
+def _name_model(root: Path, kind: str, similarity: str, **more: Any) -> None:
+    """What sentence-transformers is to make of the folder."""
     path = root / "config_sentence_transformers.json"
     write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
 
 
-def run_export(model: str, out: Path, head: Head) -> str:
+def run_export(model: str, out: Path, head: ExportedHead) -> str:
     """What `embedsmith export` does; returns how to open the folder."""
-    from embedsmith.models.load import load
-
     export_head(load(model, device="cpu"), out, head)
     if head == "pylate":
         return f'{out}: pylate.models.ColBERT("{out}")'
@@ -201,11 +170,9 @@ def run_export(model: str, out: Path, head: Head) -> str:
     return f'{out}: sentence_transformers.{kind}("{out}"{", trust_remote_code=True" if through else ""})'
 
 
-# Any model to an embedder's folder, untrained: what `embedsmith convert` does.
-
-
 def convert(model: str, out: Path, changes: Sequence[str] = ()) -> str:
-    """Load `model` as `ModelConfig` and the changes (`key=value`) say, and save it to `out`; returns what was made.
+    """What `embedsmith convert` does: load `model` as `ModelConfig` and the changes (`key=value`) say, and save it to
+    `out`; returns what was made.
 
     A folder that does not say how to pool gets the last token, or the mean where attention is bidirectional. A `.gguf`
     file is turned into plain weights first (extra `gguf`).

@@ -1,12 +1,17 @@
-"""Reading what a folder says about itself: sentence-transformers' files, legacy and 5.4+ schema, or none of them."""
+"""Reading what a folder says about itself: sentence-transformers' files, legacy and 5.4+ schema, or none of them, and
+`embedding_config.json` for what those files have no place for.
+
+The latter is written only when it holds something. Who does not read it still gets the right vectors from the standard
+files where those can express the model; where they cannot, `modules.json` names the module in `sentence.py` instead.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,24 +23,24 @@ from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig
 
-if TYPE_CHECKING:
-    pass
-
-
-# `embedding_config.json`: what a saved model is that the layout of sentence-transformers has no place for.
-# Written only when there is something to say. Who does not read it still gets the right vectors from the standard files
-# where those can express the model; where they cannot, `modules.json` names the module in `sentence.py` instead.
-
-FILE = "embedding_config.json"
+EMBEDDING_CONFIG = "embedding_config.json"
 POOLER_FILE = "1_Pooling/pooler.safetensors"
 
 
 @section
 @dataclass(frozen=True)
-class Contract:
-    """`pooling` and `pooler`: a pooling with weights. `eos_id`: the token put behind every text. `templates`: see
-    prompts.py. `echo`: the text with which a text is said twice. `pool_special_tokens`: bos and its like take part in
-    the pooling. `base`: what an adapter belongs to. `modules`: the modules where modules.json names sentence.py's."""
+class EmbeddingConfig:
+    """What `embedding_config.json` says; the defaults are those of a folder without one.
+
+    `version`: of this file's form.
+    `attention`: which tokens see which, and how that is brought about.
+    `pooling`: the name of a pooling that sentence-transformers lacks. `pooler`: the shape of one with weights.
+    `eos_id`: the token put behind every text. `templates`: by role, for instructions that come with a text.
+    `echo`: the text with which a text is put in twice.
+    `pool_special_tokens`: whether bos and its like take part in the pooling.
+    `base`: what an adapter belongs to.
+    `modules`: the modules, where modules.json names sentence.py's.
+    """
 
     version: int = 1
     attention: Attention = Attention()
@@ -55,17 +60,17 @@ class Contract:
         return plain and self.attention.in_config
 
 
-def read_contract(folder: Path) -> Contract:
+def read_embedding_config(folder: Path) -> EmbeddingConfig:
     """Errors: `ModelError` for a file that is not JSON, has unknown keys, or is of a newer version."""
-    path = folder / FILE
+    path = folder / EMBEDDING_CONFIG
     if not path.exists():
-        return Contract()
+        return EmbeddingConfig()
+    tree = read_json(path)
+    if isinstance(tree, dict) and tree.get("version", 1) > 1:
+        raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(tree, dict) and tree.get("version", 1) > 1:
-            raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
-        return parse(Contract, tree, where=str(path))
-    except (OSError, ValueError, RecipeError) as error:
+        return parse(EmbeddingConfig, tree, where=str(path))
+    except RecipeError as error:
         raise ModelError(f"cannot read this file: {error}", where=path) from error
 
 
@@ -102,7 +107,7 @@ class FolderFacts:
     projections: tuple[Projection, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
-    contract: Contract = Contract()
+    embedding_config: EmbeddingConfig = EmbeddingConfig()
 
 
 def read_folder(folder: Path) -> FolderFacts:
@@ -110,18 +115,16 @@ def read_folder(folder: Path) -> FolderFacts:
 
     Errors: `ModelError` for a file that is not JSON, a module this cannot do, a pooling that is not known.
     """
-    contract = read_contract(folder)
+    more = read_embedding_config(folder)
     if not (folder / "modules.json").exists():
-        return FolderFacts(backbone=folder, contract=contract)
-    entries = contract.modules or read_json(folder / "modules.json")
-    modules = [(_kind(entry, folder), _inside(folder, entry)) for entry in entries]
-    _check_order([kind for kind, _ in modules], folder)
+        return FolderFacts(backbone=folder, embedding_config=more)
+    modules = _modules(more.modules or read_json(folder / "modules.json"), folder)
     backbone = modules[0][1]
     encoder = _optional_json(backbone / "sentence_bert_config.json") or _optional_json(
         folder / "sentence_bert_config.json"
     )
     general = _optional_json(folder / "config_sentence_transformers.json")
-    pooling, include_prompt = _pooling(modules[1][1] / "config.json", contract.pooling)
+    pooling, include_prompt = _pooling(modules[1][1] / "config.json", more.pooling)
     return FolderFacts(
         backbone=backbone,
         pooling=pooling,
@@ -132,47 +135,43 @@ def read_folder(folder: Path) -> FolderFacts:
         projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
         prompts=dict(general.get("prompts") or {}),
         default_prompt=general.get("default_prompt_name"),
-        contract=contract,
+        embedding_config=more,
     )
 
 
-def _kind(entry: Mapping[str, Any], folder: Path) -> str:
-    """`Pooling` from `sentence_transformers.models.Pooling` or from its newer path. Other packages' modules are not
-    ours to guess at, whatever their last name."""
-    path = str(entry.get("type", ""))
-    kind = path.rpartition(".")[2]
-    if not path.startswith("sentence_transformers.") or kind not in _KINDS:
-        raise ModelError(
-            f"the module {path!r} is not supported",
-            where=folder / "modules.json",
-            expected=f"sentence-transformers modules of the kinds {', '.join(_KINDS)}",
-        )
-    return kind
-
-
-def _inside(folder: Path, entry: Mapping[str, Any]) -> Path:
-    path = (folder / str(entry.get("path", ""))).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ModelError(
-            f"the module path {entry.get('path')!r} leaves the folder",
-            where=folder / "modules.json",
-            expected="a relative path",
-        )
-    return path
-
-
-def _check_order(kinds: list[str], folder: Path) -> None:
+def _modules(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of every module. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other
+    packages' modules are not ours to guess at, whatever their last name."""
+    where = folder / "modules.json"
+    modules: list[tuple[str, Path]] = []
+    for entry in entries:
+        name = str(entry.get("type", ""))
+        kind = name.rpartition(".")[2]
+        if not name.startswith("sentence_transformers.") or kind not in _KINDS:
+            raise ModelError(
+                f"the module {name!r} is not supported",
+                where=where,
+                expected=f"sentence-transformers modules of the kinds {', '.join(_KINDS)}",
+            )
+        path = (folder / str(entry.get("path", ""))).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise ModelError(
+                f"the module path {entry.get('path')!r} leaves the folder", where=where, expected="a relative path"
+            )
+        modules.append((kind, path))
+    kinds = [kind for kind, _ in modules]
     middle = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]
     if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in middle):
         raise ModelError(
             f"modules in the order {', '.join(kinds) or '(none)'}",
-            where=folder / "modules.json",
+            where=where,
             expected="Transformer, Pooling, any number of Dense, then at most one Normalize",
         )
+    return modules
 
 
 def _pooling(path: Path, named: str | None) -> tuple[str, bool]:
-    """Mode (one with weights is `named` by the contract) and whether prompt tokens take part."""
+    """Mode (one that sentence-transformers lacks is `named` elsewhere) and whether prompt tokens take part."""
     config = read_json(path)
     if named is not None:
         return named, bool(config.get("include_prompt", True))

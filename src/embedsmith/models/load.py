@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import parse
+from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention, switch_attention
 from embedsmith.models.backbone import (
     extend_positions,
@@ -26,12 +29,12 @@ from embedsmith.models.backbone import (
 from embedsmith.models.config import ModelConfig, Settings, derive_max_length
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import POOLER_FILE, FolderFacts, read_folder, read_json
-from embedsmith.models.heads.dense import orthogonal_projection
-from embedsmith.models.heads.tokens import build_token_heads
+from embedsmith.models.heads.base import HeadSource, build_heads
+from embedsmith.models.heads.dense import Projection, orthogonal_projection
 from embedsmith.models.lora import ADAPTER, add_adapter, check_installed, fingerprint, load_adapter, merged
 from embedsmith.models.mcls import check_mcls
 from embedsmith.models.packing import check_packing
-from embedsmith.models.pooling import POOLERS, POOLINGS, PoolerConfig, build_pooler, load_pooler
+from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
 from embedsmith.models.tokenize import added_tokens, compiled, put_end_token, put_first_token, template_named, unescaped
 
@@ -52,7 +55,7 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
     if adapter or config.lora is not None:
         check_installed(config.lora)
     base, config = _base(folder, facts, config) if adapter else (facts.backbone, config)
-    mode = config.attention or facts.contract.attention.mode
+    mode = config.attention or facts.embedding_config.attention.mode
     tokenizer = load_tokenizer(facts.backbone if has_tokenizer(facts.backbone) else base, config.trust_remote_code)
     backbone: Any = load_backbone(base, config, mode, config.lora is not None and config.lora.four_bit)
     if config.positions is not None:
@@ -63,14 +66,14 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
     target = torch.device(best_device() if device is None else device)
     if is_flash(backbone):  # the self-test runs the kernel, which is only there
         backbone.to(target)
-    allowed = config.partial_attention or bool(facts.contract.attention.causal_layers)
+    allowed = config.partial_attention or bool(facts.embedding_config.attention.causal_layers)
     attention = switch_attention(backbone, mode, allowed)
     settings = decide(config, facts, tokenizer, positions_of(backbone), attention)
     embedder = _assemble(config, facts, base, backbone, tokenizer, settings, attention)
     _adapt(embedder, config, facts, folder if adapter else None, base)
     embedder.to(target).eval()
     if config.packing:
-        check_packing(embedder)
+        check_packing(embedder.backbone, attention, settings.max_length)
         embedder.packing = True
     if config.compile:
         embedder.backbone.compile(dynamic=True)
@@ -113,36 +116,65 @@ def _assemble(
 ) -> Embedder:
     """The embedder with the folder's heads, and new ones where they are asked for."""
     hidden_size = backbone.config.get_text_config().hidden_size
-    named = facts.contract.pooling == settings.pooling
-    shape = config.pooler or (facts.contract.pooler if named else None) or PoolerConfig()
-    pooler = build_pooler(settings.pooling, hidden_size, shape)
-    if pooler is not None and named:
-        load_pooler(pooler, facts.backbone / POOLER_FILE)
+    pooler, shape = _pooler(config, facts, settings.pooling, hidden_size)
     width = hidden_size if pooler is None else int(pooler.width)  # type: ignore[arg-type]
+    source = HeadSource(
+        folder=facts.backbone,
+        base=base,
+        backbone=backbone,
+        tokenizer=tokenizer,
+        adapted=config.lora is not None,
+        trust_remote_code=config.trust_remote_code,
+        sparse=config.sparse,
+        sparse_terms=config.sparse_terms,
+        multivector_dim=config.multivector_dim,
+    )
     return Embedder(
         backbone,
         tokenizer,
         settings,
         projections(config, facts, width),
-        build_token_heads(config, facts.backbone, base, backbone, tokenizer),
+        build_heads(config.heads, source),
         attention=attention,
         softmask=config.softmask,
         pooler=pooler,
-        pooler_config=None if pooler is None else shape,
+        pooler_config=shape,
     )
+
+
+def _pooler(
+    config: ModelConfig, facts: FolderFacts, name: str, hidden_size: int
+) -> tuple[nn.Module | None, PoolerConfig | None]:
+    """The module of a pooling with weights and its shape, the folder's where it pools so; `None` for one without.
+
+    Errors: `ModelError` naming the file of the weights when it is missing, damaged or of another shape.
+    """
+    kind = poolings.get(name)
+    if not isinstance(kind, type):
+        return None, None
+    from_folder = facts.embedding_config.pooling == name
+    shape = config.pooler or (facts.embedding_config.pooler if from_folder else None) or PoolerConfig()
+    pooler: nn.Module = kind(hidden_size, shape)
+    if from_folder:
+        path = facts.backbone / POOLER_FILE
+        try:
+            pooler.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise ModelError(f"cannot read the weights of the pooling: {error}", where=path) from error
+    return pooler, shape
 
 
 def _base(folder: Path, facts: FolderFacts, config: ModelConfig) -> tuple[Path, ModelConfig]:
     """Where the base of an adapter folder is, and how it was changed before the adapter was put in."""
-    said = facts.contract.base or {}
-    path = config.base or said.get("path") or read_json(folder / ADAPTER).get("base_model_name_or_path")
+    found = facts.embedding_config.base or {}
+    path = config.base or found.get("path") or read_json(folder / ADAPTER).get("base_model_name_or_path")
     if not path:
         raise ModelError("this adapter does not say what it belongs to", where=folder, fix="say it with base=...")
-    layers, first = said.get("layers"), said.get("cls_token")
+    layers, first = found.get("layers"), found.get("cls_token")
     changed = dataclasses.replace(
         config, layers=None if layers is None else tuple(layers), cls_token=first or config.cls_token
     )
-    return locate(str(path), said.get("revision")), changed
+    return locate(str(path), found.get("revision")), changed
 
 
 def _adapt(model: Embedder, config: ModelConfig, facts: FolderFacts, adapter: Path | None, base: Path) -> None:
@@ -150,7 +182,7 @@ def _adapt(model: Embedder, config: ModelConfig, facts: FolderFacts, adapter: Pa
     if adapter is None and config.lora is None:
         return
     if adapter is not None:
-        load_adapter(model.backbone, adapter, facts.contract.base)
+        load_adapter(model.backbone, adapter, facts.embedding_config.base)
         if config.lora is None:
             model.backbone = merged(model.backbone)
             return
@@ -165,7 +197,7 @@ def _adapt(model: Embedder, config: ModelConfig, facts: FolderFacts, adapter: Pa
         }
         add_adapter(model.backbone, config.lora)
         return
-    model.base = facts.contract.base and {**facts.contract.base, "path": str(base.resolve())}
+    model.base = facts.embedding_config.base and {**facts.embedding_config.base, "path": str(base.resolve())}
 
 
 def layers_kept(layers: int | Sequence[int] | None) -> list[int] | None:
@@ -184,8 +216,8 @@ def prepare_tokenizer(tokenizer: Any, backbone: Any, config: ModelConfig, facts:
         put_first_token(tokenizer, backbone, config.cls_token)
     if derive_append_eos(config, facts):
         put_end_token(tokenizer, config.eos_token)
-    elif facts.contract.eos_id is not None:
-        put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(facts.contract.eos_id))
+    elif facts.embedding_config.eos_id is not None:
+        put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(facts.embedding_config.eos_id))
 
 
 def derive_append_eos(config: ModelConfig, facts: FolderFacts) -> bool:
@@ -201,15 +233,22 @@ def decide(
     """What the user said, else what the folder says. Errors: `ModelError` when neither says which pooling, for cls
     pooling of causal attention, for prompts that leave no room for a text."""
     pooling = config.pooling or facts.pooling
-    known = (*POOLINGS, *POOLERS)
-    if pooling is None or pooling not in known:
+    if pooling is None:
         raise ModelError(
-            "this folder does not say how to pool" if pooling is None else f"unknown pooling {pooling!r}",
+            "this folder does not say how to pool",
             where=config.path,
-            expected=f"pooling, one of {', '.join(known)}",
+            expected=f"pooling, one of {', '.join(poolings.names())}",
             fix="say it, for example pooling=mean: it must be the one the model was trained with; where there is "
             "no place to say it, make an embedder of the folder first: embedsmith convert",
         )
+    if config.pooling is None and pooling not in poolings.names():
+        raise ModelError(
+            f"this model pools by {pooling!r}, which no installed package has",
+            where=config.path,
+            expected=f"one of {', '.join(poolings.names())}",
+            fix="install the package that the README.md in the folder names",
+        )
+    poolings.entry(pooling)
     if pooling == "cls" and attention.causal:
         raise ModelError(
             "cls pooling of causal attention: the first token sees nothing but itself",
@@ -217,11 +256,13 @@ def decide(
             fix="use pooling=last or mean, or attention=bidirectional",
         )
     check_mcls(config.mcls, pooling, tokenizer)
-    contract = facts.contract
+    saved = facts.embedding_config
     special = config.pool_special_tokens
     if special is None:
-        told = contract.pool_special_tokens if facts.pooling is not None else not _adds_bos(tokenizer, attention)
-        special = told or pooling in ("last", "cls")  # which take a single token as it is
+        # A decoder's first token is a sink of attention whose large state says nothing about the text.
+        sink = (attention.causal or attention.mode != "native") and bool(added_tokens(tokenizer)[0])
+        takes_part = saved.pool_special_tokens if facts.pooling is not None else not sink
+        special = takes_part or pooling in ("last", "cls")  # which take a single token as it is
     settings = Settings(
         pooling=pooling,
         max_length=derive_max_length(
@@ -232,19 +273,13 @@ def decide(
         include_prompt=_first(config.include_prompt, facts.include_prompt),
         normalize=_first(config.normalize, facts.normalize, True),
         lower_case=facts.lower_case,
-        templates=contract.templates,
-        echo=config.echo or contract.echo,
+        templates=saved.templates,
+        echo=config.echo or saved.echo,
         pool_special_tokens=special,
-        eos_id=added_tokens(tokenizer)[1][-1] if derive_append_eos(config, facts) else contract.eos_id,
+        eos_id=added_tokens(tokenizer)[1][-1] if derive_append_eos(config, facts) else saved.eos_id,
         mcls=config.mcls,
     )
     return checked_prompts(with_template(settings, config), tokenizer)
-
-
-def _adds_bos(tokenizer: Any, attention: Attention) -> bool:
-    """A decoder's first token is a sink of attention whose large state says nothing about the text."""
-    decoder = attention.causal or attention.mode != "native"
-    return decoder and bool(added_tokens(tokenizer)[0])
 
 
 def with_template(settings: Settings, config: ModelConfig) -> Settings:
@@ -276,9 +311,9 @@ def checked_prompts(settings: Settings, tokenizer: Any) -> Settings:
     return settings
 
 
-def projections(config: ModelConfig, facts: FolderFacts, hidden_size: int) -> list[nn.Module]:
+def projections(config: ModelConfig, facts: FolderFacts, hidden_size: int) -> list[Projection]:
     """The folder's dense layers, then a new one where another dimension is asked for."""
-    layers: list[nn.Module] = list(facts.projections)
+    layers = list(facts.projections)
     width = facts.projections[-1].linear.out_features if facts.projections else hidden_size
     if config.head is not None:
         if config.dimension not in (None, config.head.out):

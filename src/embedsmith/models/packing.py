@@ -8,7 +8,7 @@ time. What mixes tokens elsewhere (recurrence, convolution) would leak: a self-t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.attention import Attention, as_mask
-from embedsmith.models.self_test import SHORTER, distance, example_ids, tolerance
-
-if TYPE_CHECKING:
-    from embedsmith.models.embedder import Embedder
+from embedsmith.models.backbone import takes, takes_positions
+from embedsmith.models.self_test import SHORTER, distance, example_ids, kernel_precision, tolerance
 
 
 def packed(padded: PaddedTokens, attention: Attention, implementation: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -72,22 +70,21 @@ def _blocks(text_S: Tensor, causal: bool) -> Any:
     return create_block_mask(sees, None, None, size, size, device=str(device), _compile=device.type == "cuda")
 
 
-def check_packing(model: Embedder) -> None:
+def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
     """Prove on the model itself that two texts in one row have the states they have apart.
 
     Errors: `ModelError` for softmask training, for windows that a mask would lift, and where the states differ.
     """
-    name, attention = type(model.backbone).__name__, model.attention
+    name, implementation = type(backbone).__name__, backbone.config._attn_implementation
     if attention.mode == "softmask":
         raise ModelError("packing under attention=softmask: its mask is made of one text", fix="set packing=false")
-    implementation = model.config._attn_implementation
-    window = None if implementation.startswith("flash") or attention.how == "mask4d" else _window(model.config)
-    if window is not None and window < model.max_length:
+    window = None if implementation.startswith("flash") or attention.how == "mask4d" else _window(backbone.config)
+    if window is not None and window < max_length:
         raise ModelError(
             f"packing: a token of {name} sees {window} tokens, and a mask for packed texts would lift that bound",
             fix=f"set packing=false, max_length={window}, or attn_implementation=flash_attention_2 on a GPU",
         )
-    if not model._takes_positions or not _same_states(model):
+    if not takes_positions(backbone) or not _same_states(backbone, attention):
         raise ModelError(
             f"{name} cannot be packed: a text's states depend on what else is in its row",
             fix="set packing=false",
@@ -103,22 +100,24 @@ def _window(config: Any) -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _same_states(model: Embedder) -> bool:
-    id_NT = example_ids(model.backbone, model.device)
+def _same_states(backbone: Any, attention: Attention) -> bool:
+    id_NT = example_ids(backbone, backbone.device)
     mask_NT = torch.ones_like(id_NT, dtype=torch.bool)
     mask_NT[0, SHORTER:] = False
-    padded = PaddedTokens(id_NT, mask_NT, mask_NT, mask_NT[:, 0])
-    was_training, was_packing = model.training, model.packing
-    model.eval()
+    implementation, dtype = backbone.config._attn_implementation, backbone.dtype
+    more: dict[str, Any] = {"return_dict": True} | ({"use_cache": False} if takes(backbone, "use_cache") else {})
+    was_training = backbone.training
+    backbone.eval()
     try:
-        with torch.inference_mode():
-            states = []
-            for packing in (False, True):
-                model.packing = packing
-                states.append(model._states(padded, all_layers=False).last_hidden_state[mask_NT])
+        with torch.inference_mode(), kernel_precision(backbone):
+            apart: dict[str, Any] = {"attention_mask": attention.mask(mask_NT, implementation, dtype)}
+            if attention.how == "mask4d":
+                apart["position_ids"] = (mask_NT.cumsum(1) - 1).clamp_min(0)
+            apart_NTH = backbone(input_ids=id_NT, **apart, **more).last_hidden_state
+            row = packed(PaddedTokens(id_NT, mask_NT, mask_NT, mask_NT[:, 0]), attention, implementation, dtype)
+            together_NTH = unpacked(backbone(**row, **more), mask_NT).last_hidden_state
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         return False  # a family whose own code cannot take this mask or these positions
     finally:
-        model.train(was_training)
-        model.packing = was_packing
-    return bool(distance(*states) < tolerance(model.backbone))
+        backbone.train(was_training)
+    return bool(distance(apart_NTH[mask_NT], together_NTH[mask_NT]) < tolerance(backbone))

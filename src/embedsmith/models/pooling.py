@@ -1,65 +1,68 @@
-"""Token states to one vector a text. A pooling is a function of fp32 states and two masks; add one to `POOLINGS`.
+"""Token states to one vector a text. A pooling is called with fp32 states and two masks, and stands on the shelf:
+
+    @poolings.register("first_two")
+    def first_two(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor: ...
 
 `mask_NT` marks real tokens, `pool_NT` those that take part (a prompt may be left out). Both padding sides are right:
 positions come from the masks, never from the ends of the row. Formulas: sentence-transformers' `Pooling`, which a
-saved model must agree with.
+saved model must agree with; a pooling that sentence-transformers lacks is loaded there through embedsmith.
+
+A pooling with weights of its own is an `nn.Module` made from the backbone's width and a `PoolerConfig`, with the width
+of its result in `width`. Those here start close to the mean, so that training does not begin from a collapse. Weights
+are kept in fp32; every pooling is computed in fp32, even under autocast.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, section
+from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import PaddedTokens
 
-Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden_NTH in fp32, pool_NT, mask_NT) -> pooled_NH"""
 
-
+@poolings.register("cls")
 def cls(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The first token that takes part."""
-    return _at(hidden_NTH, first_index(pool_NT))
+    return hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), first_index(pool_NT)]
 
 
+@poolings.register("last")
 def last(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The last token that takes part."""
-    return _at(hidden_NTH, last_index(pool_NT))
+    return hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), last_index(pool_NT)]
 
 
+@poolings.register("mean", formula="sum_t m_t h_t / sum_t m_t")
 def mean(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """sum_t m_t h_t / sum_t m_t."""
-    return _weighted(hidden_NTH, pool_NT.to(hidden_NTH.dtype))
+    # The weights are normalised first and multiplied as a matrix: no [N, T, H] product is made. Zero weights sum to
+    # zero, not NaN.
+    weight_NT = pool_NT.to(hidden_NTH.dtype)
+    share_NT = weight_NT / weight_NT.sum(1, keepdim=True).clamp_min(1e-9)
+    return torch.bmm(share_NT[:, None, :], hidden_NTH)[:, 0]
 
 
+@poolings.register("weighted_mean", formula="sum_t t m_t h_t / sum_t t m_t", source="SGPT")
 def weighted_mean(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """sum_t t m_t h_t / sum_t t m_t, t counted from 1 at the first real token, prompt included (SGPT)."""
-    return _weighted(hidden_NTH, mask_NT.cumsum(1).masked_fill(~pool_NT, 0).to(hidden_NTH.dtype))
+    weight_NT = mask_NT.cumsum(1).masked_fill(~pool_NT, 0).to(hidden_NTH.dtype)
+    share_NT = weight_NT / weight_NT.sum(1, keepdim=True).clamp_min(1e-9)
+    return torch.bmm(share_NT[:, None, :], hidden_NTH)[:, 0]
 
 
+@poolings.register("max")
 def maximum(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The largest value of each coordinate; 0 for a row without tokens."""
     lowest = torch.finfo(hidden_NTH.dtype).min
     largest_NH = hidden_NTH.masked_fill(~pool_NT[..., None], lowest).amax(1)
     return largest_NH.masked_fill(~pool_NT.any(1, keepdim=True), 0.0)
-
-
-POOLINGS: Mapping[str, Pool] = {
-    "cls": cls,
-    "mean": mean,
-    "weighted_mean": weighted_mean,
-    "last": last,
-    "max": maximum,
-}
 
 
 def pool_mask(padded: PaddedTokens, include_prompt: bool, left_out_S: Tensor | None = None) -> Tensor:
@@ -75,12 +78,6 @@ def pool_mask(padded: PaddedTokens, include_prompt: bool, left_out_S: Tensor | N
     return part_NT | (last_NT & ~part_NT.any(1, keepdim=True))
 
 
-def _weighted(hidden_NTH: Tensor, weight_NT: Tensor) -> Tensor:
-    """Normalised first and multiplied as a matrix: no [N, T, H] product is made. Zero weights sum to zero, not NaN."""
-    share_NT = weight_NT / weight_NT.sum(1, keepdim=True).clamp_min(1e-9)
-    return torch.bmm(share_NT[:, None, :], hidden_NTH)[:, 0]
-
-
 def first_index(mask_NT: Tensor) -> Tensor:
     """index_N of the first marked token; 0 where none is."""
     return mask_NT.int().argmax(1)
@@ -91,33 +88,26 @@ def last_index(mask_NT: Tensor) -> Tensor:
     return mask_NT.shape[1] - 1 - mask_NT.flip(1).int().argmax(1)
 
 
-def _at(hidden_NTH: Tensor, index_N: Tensor) -> Tensor:
-    return hidden_NTH[torch.arange(len(index_N), device=index_N.device), index_N]
-
-
-# Poolings with weights of their own. Both start close to the mean, so that training does not begin from a collapse.
-# Kept in fp32; computed in fp32 even under autocast, like every pooling.
-
-POOLERS = ("attention", "latent")
-
-
 @section
 @dataclass(frozen=True)
 class PoolerConfig:
     """Shape of a trained pooling; `None` is derived from the backbone's width H.
 
-    `heads`: attention heads (`None`: the largest of 8, 4, 2, 1 that divides the width). `width`: of the attention
-    pooling's result, which may be smaller than H. `latents`, `ffn_mult`: of the latent attention.
+    `heads`: attention heads (`None`: the largest of 8, 4, 2, 1 that divides the width).
+    `width`: numbers in the attention pooling's result, which may be fewer than H (`None`: H).
+    `latents`: learned vectors that the latent pooling compares the states with.
+    `ffn_mult`: inner width of the latent pooling's feed-forward layer, in multiples of H.
     """
 
-    heads: int | None = None
-    width: int | None = None
-    latents: int = 512
-    ffn_mult: int = 4
+    heads: Count | None = None
+    width: Count | None = None
+    latents: Count = 512
+    ffn_mult: Count = 4
 
 
+@poolings.register("attention", formula="LN(O + relu(O Wo)), O = LN(Q + A V)", source="D2LLM, C2LLM")
 class AttentionPooling(nn.Module):
-    """One learned query looks at the token states (PMA with one seed, as in C2LLM):
+    """One learned query attends to the token states (PMA with one seed, as in C2LLM):
 
         Q = s Wq, K = H Wk, V = H Wv;  A = softmax(Q K' / sqrt(d_head)) over the tokens that take part
         O = LN(Q + A V);  out = LN(O + relu(O Wo))
@@ -138,9 +128,10 @@ class AttentionPooling(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(self.width), nn.LayerNorm(self.width)
         for layer, gain in ((self.query, 1.0), (self.key, 1.0), (self.out, 0.1)):
             nn.init.xavier_uniform_(layer.weight, gain)
-        near_identity_(self.value.weight)
+        # The identity where the matrix is square, else orthonormal rows or columns: distances survive.
+        (nn.init.eye_ if self.width == hidden_size else nn.init.orthogonal_)(self.value.weight)
 
-    def forward(self, hidden_NTH: Tensor, pool_NT: Tensor) -> Tensor:
+    def forward(self, hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
         query_D = self.query(self.seed_D)
         split = (self.heads, self.width // self.heads)
         key_NTHD = self.key(hidden_NTH).unflatten(-1, split)
@@ -153,8 +144,9 @@ class AttentionPooling(nn.Module):
         return out_ND
 
 
+@poolings.register("latent", formula="mean_t of H + Attn(H, latents), then a GEGLU layer", source="NV-Embed")
 class LatentPooling(nn.Module):
-    """Every token state looks at r learned latents, then the mean (NV-Embed):
+    """Every token state attends to r learned latents, then the mean (NV-Embed):
 
         X = H + Attn(query LN(H), keys and values LN(Z));  X = X + GEGLU-FFN(LN(X));  out = masked mean of X
 
@@ -177,7 +169,7 @@ class LatentPooling(nn.Module):
         for parameter in (self.out.weight, self.down.weight, self.down.bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, hidden_NTH: Tensor, pool_NT: Tensor) -> Tensor:
+    def forward(self, hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
         split = (self.heads, self.width // self.heads)
         query_NHTD = self.query(self.norm_tokens(hidden_NTH)).unflatten(-1, split).transpose(1, 2)
         key_value = self.key_value(self.norm_latents(self.latent_RH)).chunk(2, dim=-1)
@@ -189,37 +181,12 @@ class LatentPooling(nn.Module):
         state_NTH = hidden_NTH + self.out(seen_NHTD.transpose(1, 2).flatten(2))
         value_NTF, gate_NTF = self.up(self.norm_ffn(state_NTH)).chunk(2, dim=-1)
         state_NTH = state_NTH + self.down(value_NTF * F.gelu(gate_NTF))
-        return mean(state_NTH, pool_NT, pool_NT)
-
-
-def build_pooler(name: str, hidden_size: int, config: PoolerConfig) -> nn.Module | None:
-    """The module of a pooling with weights, `None` for one without. Errors: `ModelError` for an impossible shape."""
-    if name not in POOLERS:
-        return None
-    return (AttentionPooling if name == "attention" else LatentPooling)(hidden_size, config)
+        mean_NH: Tensor = mean(state_NTH, pool_NT, mask_NT)
+        return mean_NH
 
 
 def head_count(width: int, asked: int | None) -> int:
-    if asked is not None and (asked < 1 or width % asked):
+    """Attention heads of a pooling. Errors: `ModelError` for a number that does not divide the width."""
+    if asked is not None and width % asked:
         raise ModelError(f"{asked} heads for a width of {width}", expected="a divisor of the width")
     return asked or next(count for count in (8, 4, 2, 1) if width % count == 0)
-
-
-def near_identity_(weight: Tensor) -> None:
-    """The identity where the matrix is square, else orthonormal rows or columns: distances survive."""
-    if weight.shape[0] == weight.shape[1]:
-        nn.init.eye_(weight)
-    else:
-        nn.init.orthogonal_(weight)
-
-
-def save_pooler(pooler: nn.Module, path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in pooler.state_dict().items()}, path)
-
-
-def load_pooler(pooler: nn.Module, path: Path) -> None:
-    """Errors: `ModelError` naming the file when it is missing, damaged or of another shape."""
-    try:
-        pooler.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ModelError(f"cannot read the weights of the pooling: {error}", where=path) from error

@@ -1,8 +1,8 @@
 """What a backbone's tokens really see, measured on the model itself: the self-test of the attention switch.
 
 Flags say what a model was told; transformers ignores some of them silently in some families, and differently for
-padded and unpadded batches. So every layer is run again with one later token changed, and it is looked whether an
-earlier one notices; and a text alone must give the same states as in a padded batch.
+padded and unpadded batches. So every layer is run again with one later token changed, and compared at an
+earlier one; and a text alone must give the same states as in a padded batch.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def is_flash(backbone: Any) -> bool:
 def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
     """Flash kernels take numbers of 16 bits only: weights in fp32 compute in bf16 there, unless autocast is on."""
     device = backbone.device.type
-    if not is_flash(backbone) or backbone.dtype != torch.float32 or torch.is_autocast_enabled(device):
+    flash = str(backbone.config._attn_implementation).startswith("flash")
+    if not flash or backbone.dtype != torch.float32 or torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, torch.bfloat16)
 

@@ -1,5 +1,6 @@
-"""The module through which sentence-transformers loads what its own modules cannot express: a pooling with weights, a
-text said twice, tokens left out of the pooling, attention by a mask, an adapter apart from its base.
+"""The module through which sentence-transformers loads what its own modules cannot express: a pooling of a user's own
+or with weights, a text put in twice, tokens left out of the pooling, attention by a mask, an adapter apart from its
+base.
 
 `SentenceTransformer(folder, trust_remote_code=True)` finds it by name in an installed embedsmith; no code lies in the
 model's folder.
@@ -72,7 +73,7 @@ class EmbedsmithSparse(EmbedsmithModule):
     """The sparse head of an embedder as the only module of a SparseEncoder."""
 
     def get_embedding_dimension(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
+        return int(self.model.backbone.config.get_text_config().vocab_size)
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [N, V]."""

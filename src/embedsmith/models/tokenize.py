@@ -1,12 +1,21 @@
-"""Texts to token ids: prompts, truncation, and where the body starts. The only place where a prompt meets a text."""
+"""Texts to token ids: prompts, truncation, and where the body starts. The only place where a prompt meets a text.
+
+A template says how an instruction becomes the text in front of a text: one string a role, with `{instruction}` where
+the instruction goes. Templates and the instructions of tasks are turned into plain prompts by `task-role` and role when
+a model is loaded, so that training, evaluation and every program that reads the saved folder put the same characters in
+front of a text. The templates are kept too: an instruction that comes with a single record is put into them.
+
+Special tokens (an end token for last-token pooling, a first token for cls pooling) are put into the tokenizer's own
+post-processing, so that truncation leaves room for them, nothing appends them twice, and a saved tokenizer adds them in
+every program.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.processors import Sequence as Steps
@@ -18,15 +27,9 @@ from embedsmith.core.settings import did_you_mean
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.config import Settings
 
-# Instruction templates: how a role, a task and an instruction become the text in front of a text.
-# A template is one string a role, with `{instruction}` where the instruction goes. Templates and the instructions of
-# tasks are turned into plain prompts by `task-role` and role when a model is loaded, so that training, evaluation and
-# every program that reads the saved folder put the same characters in front of a text. The templates are kept too: an
-# instruction that comes with a single record is put into them.
-
 PLACE = "{instruction}"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-"""What Qwen3-Embedding and E5-mistral say where nothing else is said."""
+"""What Qwen3-Embedding and E5-mistral use where no instruction is given."""
 
 TEMPLATES: Mapping[str, Mapping[str, str]] = {
     "qwen3": {"query": "Instruct: {instruction}\nQuery:", "document": ""},
@@ -76,7 +79,7 @@ def filled(template: str, instruction: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    r"""A backslash and an n, as a shell hands them over, are a line break. Said once, here, and visibly."""
+    r"""A backslash and an n, as a shell hands them over, are a line break; the log says so."""
     plain = text.replace("\\n", "\n").replace("\\t", "\t")
     if plain != text:
         log.info("a prompt was given with escapes and is read as %r", plain)
@@ -117,8 +120,9 @@ class TextTokenizer:
             )
         self.tokenizer = tokenizer
         self._native = tokenizer.backend_tokenizer
-        self.pad_id = _first_id(tokenizer.pad_token_id, tokenizer.eos_token_id)
-        self._filler_id = _first_id(tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        ids = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        self._filler_id: int = next((number for number in ids if number is not None), 0)
+        self.pad_id: int = next((number for number in (tokenizer.pad_token_id, ids[0]) if number is not None), 0)
 
     def __call__(
         self,
@@ -128,25 +132,34 @@ class TextTokenizer:
         task: str | None = None,
         instruction: Instruction = None,
     ) -> TokenBatch:
-        prompts = _prompts(texts, prompt_for(settings, role, task), instruction, settings.templates.get(role))
-        is_query = role == "query"
+        """Token ids of N texts. Errors: `DataError` for broken Unicode, naming the text."""
+        prompts = [prompt_for(settings, role, task)] * len(texts)
+        if instruction is not None:
+            prompts = _instructed(prompts, instruction, settings.templates.get(role))
         if settings.echo is not None:
             prompts, texts = self._twice(prompts, texts, settings)
         self._set_up(settings.max_length)
-        if not any(prompts):
-            encodings = _read(self._native.encode_batch_fast, texts)
-            rows = [encoding.ids or [self._filler_id] for encoding in encodings]
-            return TokenBatch.from_rows(rows, np.zeros(len(rows), np.int64).tolist(), is_query)
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        encodings = _read(self._native.encode_batch, whole)
+        with_prompts = any(prompts)
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)] if with_prompts else list(texts)
+        try:
+            encodings = (self._native.encode_batch if with_prompts else self._native.encode_batch_fast)(whole)
+        except TypeError:  # broken Unicode, which the native code refuses without saying where it is
+            for number, text in enumerate(whole):
+                if text.encode("utf-8", "replace").decode() != text:
+                    raise DataError(
+                        f"broken Unicode in text {number}", expected="text without lone surrogates"
+                    ) from None
+            raise
         rows = [encoding.ids or [self._filler_id] for encoding in encodings]
-        starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
-        return TokenBatch.from_rows(rows, starts, is_query)
+        starts = [0] * len(rows)
+        if with_prompts:
+            starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
+        return TokenBatch.from_rows(rows, starts, role == "query")
 
     def _twice(
         self, prompts: Sequence[str], texts: Sequence[str], settings: Settings
     ) -> tuple[list[str], Sequence[str]]:
-        """Every text said twice, the first time as part of the prompt, both cut to the same half of the room."""
+        """Every text put in twice, the first time as part of the prompt, both cut to the same half of the room."""
         assert settings.echo is not None
         before, between = settings.echo.split("{text}")[:2]
         self._set_up(None)
@@ -171,31 +184,13 @@ class TextTokenizer:
             self._native.enable_truncation(max_length=max_length)
 
 
-def _read(encode: Callable[[list[str]], list[Any]], texts: Sequence[str]) -> list[Any]:
-    """Errors: `DataError` for broken Unicode, which the native code refuses without saying where it is."""
-    try:
-        return encode(list(texts))
-    except TypeError:
-        broken = (number for number, text in enumerate(texts) if text.encode("utf-8", "replace").decode() != text)
-        number = next(broken, None)
-        if number is None:
-            raise
-        raise DataError(f"broken Unicode in text {number}", expected="text without lone surrogates") from None
-
-
-def _prompts(texts: Sequence[str], prompt: str, instruction: Instruction, template: str | None) -> list[str]:
-    """One prompt a text. An instruction goes into the role's template; without one it stands in the prompt's place,
-    word for word."""
-    if instruction is None:
-        return [prompt] * len(texts)
-    if template is not None:
-        given = [instruction] * len(texts) if isinstance(instruction, str) else instruction
-        instruction = [None if own is None else filled(template, own) for own in given]
-    if isinstance(instruction, str):
-        return [instruction] * len(texts)
-    if len(instruction) != len(texts):
-        raise ModelError(f"{len(instruction)} instructions for {len(texts)} texts", expected="one a text")
-    return [prompt if own is None else own for own in instruction]
+def _instructed(prompts: list[str], instruction: str | Sequence[str | None], template: str | None) -> list[str]:
+    """An instruction goes into the role's template; without one it stands in the prompt's place, word for word."""
+    given = [instruction] * len(prompts) if isinstance(instruction, str) else instruction
+    if len(given) != len(prompts):
+        raise ModelError(f"{len(given)} instructions for {len(prompts)} texts", expected="one a text")
+    own = given if template is None else [None if one is None else filled(template, one) for one in given]
+    return [prompt if one is None else one for prompt, one in zip(prompts, own, strict=True)]
 
 
 def _body_start(encoding: Any, prompt_length: int) -> int:
@@ -209,15 +204,6 @@ def _body_start(encoding: Any, prompt_length: int) -> int:
             return place
         after_prompt = place + 1 if end > 0 else after_prompt
     return after_prompt
-
-
-def _first_id(*candidates: int | None) -> int:
-    return next((candidate for candidate in candidates if candidate is not None), 0)
-
-
-# Special tokens around a text: an end token for last-token pooling, a first token for cls pooling, padding.
-# They are put into the tokenizer's own post-processing, so that truncation leaves room for them, nothing appends them
-# twice, and a saved tokenizer adds them in every program.
 
 
 def put_end_token(tokenizer: Any, wanted: str | None) -> int:
@@ -268,13 +254,6 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     return [], []
-
-
-def ensure_padding(tokenizer: Any) -> None:
-    """A pad token for programs that insist on one: the end token, or the first of the vocabulary. Masks come from
-    lengths, so a pad token that is also a real one does no harm."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
 def _surround(tokenizer: Any, front: list[int], end: list[int]) -> None:

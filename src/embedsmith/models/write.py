@@ -1,37 +1,217 @@
-"""Saving: the legacy sentence-transformers layout with the backbone in the root.
+"""Saving: the legacy sentence-transformers layout with the backbone in the root, and a model card.
 
 sentence-transformers 2 to 6, transformers' AutoModel, text-embeddings-inference, vLLM and infinity all read it; the
 schema that sentence-transformers 5.4+ writes is refused or misread by the servers.
-Token heads lie beside the backbone as in BGE-M3; who does not know them sees the dense model.
+Heads lie beside the backbone as in BGE-M3; who does not know them sees the dense model.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch import nn
 
 from embedsmith.core.files import atomic_folder
 from embedsmith.core.progress import quiet
 from embedsmith.core.settings import to_plain
+from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention
-from embedsmith.models.folder import FILE, POOLER_FILE, POOLING_NAMES, POOLING_SWITCHES, Contract, read_json
+from embedsmith.models.backbone import load_backbone, locate
+from embedsmith.models.config import ModelConfig, Settings
+from embedsmith.models.folder import (
+    EMBEDDING_CONFIG,
+    POOLER_FILE,
+    POOLING_NAMES,
+    POOLING_SWITCHES,
+    EmbeddingConfig,
+    read_json,
+)
+from embedsmith.models.heads.base import Head
 from embedsmith.models.heads.dense import Projection, activation_path
-from embedsmith.models.heads.tokens import head_file, save_token_head
 from embedsmith.models.lora import has_adapter, is_quantized, merged, save_adapter, transplanted
-from embedsmith.models.pooling import save_pooler
-from embedsmith.models.tokenize import ensure_padding
+from embedsmith.models.pooling import PoolerConfig
 
-if TYPE_CHECKING:
-    from embedsmith.models.embedder import Embedder
+EMULATED = "5.1.0"
+"""The sentence-transformers version whose layout this is: the last series with the legacy schema."""
+
+MODULE = "embedsmith.models.sentence.EmbedsmithModule"
+"""What sentence-transformers loads a model through that its own modules cannot express."""
 
 
-# The model card written beside a saved model: what it is, its prompts, and how to load it anywhere.
+@dataclass(frozen=True)
+class Saved:
+    """What a saved model is made of. `base`: what an adapter in the backbone belongs to."""
+
+    backbone: Any
+    tokenizer: Any
+    settings: Settings
+    projections: Sequence[Projection] = ()
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    pooler: nn.Module | None = None
+    pooler_config: PoolerConfig | None = None
+    attention: Attention = Attention()
+    base: Mapping[str, Any] | None = None
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of what the pooling gives."""
+        if self.pooler is not None:
+            return int(self.pooler.width)  # type: ignore[arg-type]
+        return int(self.backbone.config.get_text_config().hidden_size)
+
+    @property
+    def dimension(self) -> int:
+        """D of the dense head."""
+        return self.projections[-1].linear.out_features if self.projections else self.pooled_width
+
+    def embedding_config(self, apart: bool = False) -> EmbeddingConfig:
+        """What the standard files cannot say of this model. `apart`: its adapter stays apart from its base."""
+        settings = self.settings
+        return EmbeddingConfig(
+            attention=Attention() if self.attention.mode == "native" else self.attention,
+            pooling=None if settings.pooling in POOLING_NAMES.values() else settings.pooling,
+            pooler=None if self.pooler is None else self.pooler_config,
+            eos_id=settings.eos_id,
+            templates=settings.templates,
+            echo=settings.echo,
+            pool_special_tokens=settings.pool_special_tokens,
+            base=self.base if apart else None,
+        )
+
+    def save(self, folder: str | Path, merge: bool = True) -> None:
+        """Write the model to `folder`, which appears whole or not at all; a folder already there is replaced.
+
+        An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart.
+        Errors: `CheckpointError` when the disk is full or the place cannot be written; `ModelError` when merging an
+        adapter would change the vectors.
+        """
+        settings = self.settings
+        with atomic_folder(folder) as root, quiet():
+            apart = has_adapter(self.backbone) and not merge
+            if apart:
+                save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
+            else:
+                self._whole_backbone().save_pretrained(root)
+            self._save_tokenizer(root)
+            kinds = ["Transformer", "Pooling", *("Dense" for _ in self.projections)]
+            kinds += ["Normalize"] if settings.normalize else []
+            modules = [_module(place, kind) for place, kind in enumerate(kinds)]
+            more = self.embedding_config(apart)
+            if not more.standard:
+                more, modules = replace(more, modules=tuple(modules)), [{**_module(0, ""), "type": MODULE}]
+            write_json(root / "modules.json", modules)
+            write_embedding_config(more, root)
+            lengths = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
+            write_json(root / "sentence_bert_config.json", lengths)
+            write_json(root / "config_sentence_transformers.json", _general(settings))
+            write_json(root / "1_Pooling" / "config.json", self._pooling())
+            if self.pooler is not None:
+                save_file(cpu_state(self.pooler), root / POOLER_FILE)
+            for place, projection in enumerate(self.projections, start=2):
+                _save_projection(projection, root / f"{place}_Dense")
+            if settings.normalize:
+                (root / f"{len(kinds) - 1}_Normalize").mkdir()
+            for head in self.heads.values():
+                head.save(root)
+            (root / "README.md").write_text(model_card(self), encoding="utf-8")
+
+    def _whole_backbone(self) -> Any:
+        """The backbone with its adapter merged. The base of a quantised one is loaded at full precision: an adapter is
+        merged into that, never into 4 bits."""
+        if not has_adapter(self.backbone):
+            return self.backbone
+        if not is_quantized(self.backbone):
+            return merged(self.backbone)
+        assert self.base is not None
+        folder = locate(str(self.base["path"]), self.base["revision"])
+        layers = self.base["layers"]
+        config = ModelConfig(path=str(folder), layers=None if layers is None else tuple(layers))
+        return merged(transplanted(self.backbone, load_backbone(folder, config, self.attention.mode)))
+
+    def _save_tokenizer(self, root: Path) -> None:
+        """Without the truncation that tokenising leaves in the tokenizer's state, and with a pad token for programs
+        that insist on one: the end token, or the first of the vocabulary. Masks come from lengths, so a pad token that
+        is also a real one does no harm."""
+        tokenizer = self.tokenizer
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        bound = tokenizer.model_max_length
+        tokenizer.model_max_length = self.settings.max_length
+        try:
+            tokenizer.save_pretrained(root)
+        finally:
+            tokenizer.model_max_length = bound
+        if self.settings.eos_id is not None:
+            # a family's own class would build its processing anew and forget the end token
+            path = root / "tokenizer_config.json"
+            write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
+
+    def _pooling(self) -> dict[str, Any]:
+        theirs = next((name for name, ours in POOLING_NAMES.items() if ours == self.settings.pooling), None)
+        return {
+            "word_embedding_dimension": self.pooled_width,
+            **{switch: mode == theirs for switch, mode in POOLING_SWITCHES.items()},
+            "include_prompt": self.settings.include_prompt,
+        }
+
+
+def _module(place: int, kind: str) -> dict[str, Any]:
+    path = "" if place == 0 else f"{place}_{kind}"
+    return {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+
+
+def _general(settings: Settings) -> dict[str, Any]:
+    versions = {
+        "sentence_transformers": EMULATED,
+        "transformers": transformers.__version__,
+        "pytorch": torch.__version__,
+    }
+    return {
+        "__version__": versions,
+        "prompts": dict(settings.prompts),
+        "default_prompt_name": settings.default_prompt,
+        "similarity_fn_name": "cosine",
+    }
+
+
+def _save_projection(projection: Projection, folder: Path) -> None:
+    """The activation is always named: a Dense without one means Tanh."""
+    config = {
+        "in_features": projection.linear.in_features,
+        "out_features": projection.linear.out_features,
+        "bias": projection.linear.bias is not None,
+        "activation_function": activation_path(projection),
+    }
+    write_json(folder / "config.json", config | ({"use_residual": True} if projection.use_residual else {}))
+    save_file(cpu_state(projection), folder / "model.safetensors")
+
+
+def cpu_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a module as a safetensors file takes them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_embedding_config(config: EmbeddingConfig, folder: Path) -> None:
+    """No file where everything is as by default. A schedule of training is over: softmask is bidirectional."""
+    if config.attention.mode == "softmask":
+        config = replace(config, attention=replace(config.attention, mode="bidirectional"))
+    if config != EmbeddingConfig():
+        write_json(folder / EMBEDDING_CONFIG, to_plain(config))
+
 
 _POOLED = {
     "cls": "states[:, 0]",
@@ -41,7 +221,7 @@ _POOLED = {
     "max": "states.masked_fill(mask == 0, float('-inf')).amax(1)",
 }
 
-_TOKEN_HEADS = {"sparse": "`sparse`: a weight a token", "multivector": "`multivector`: a vector a token"}
+_MADE = {"sparse": "a weight a token", "multivector": "a vector a token"}
 
 _CARD = """\
 ---
@@ -105,37 +285,42 @@ vectors = {pooled}
 """
 
 
-def model_card(model: Embedder) -> str:
-    """Markdown with the metadata block that model hubs read."""
-    settings = model.settings
-    normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
-    if len(model.projections):
-        normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
-    plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
-    standard = contract_of(model).standard
-    return _CARD.format(
-        alone=plain if standard else _ATTENDED,
-        trust="" if standard else ", trust_remote_code=True",
-        attention=_attention(model),
-        architecture=type(model.backbone).__name__,
-        pooling=settings.pooling.replace("_", " "),
-        max_length=settings.max_length,
-        dimension=model.dimension,
-        normalised=", normalised to length 1" if settings.normalize else "",
-        prompts=_prompts(model),
-        token_heads=_token_heads(model),
-    )
-
-
 _ATTENDED = """\
 This model has parts that only embedsmith (`pip install embedsmith`) knows; sentence-transformers loads it through that
 package. See `embedding_config.json`.
 """
 
 
-def _attention(model: Embedder) -> str:
+def model_card(saved: Saved) -> str:
+    """The README.md written beside a model: what it is, its prompts, and how to load it anywhere; Markdown with the
+    metadata block that model hubs read."""
+    settings = saved.settings
+    normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
+    if saved.projections:
+        normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
+    plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
+    standard = saved.embedding_config().standard
+    return _CARD.format(
+        alone=plain if standard else _ATTENDED + _foreign_pooling(settings.pooling),
+        trust="" if standard else ", trust_remote_code=True",
+        attention=_attention(saved.attention),
+        architecture=type(saved.backbone).__name__,
+        pooling=settings.pooling.replace("_", " "),
+        max_length=settings.max_length,
+        dimension=saved.dimension,
+        normalised=", normalised to length 1" if settings.normalize else "",
+        prompts=_prompts(settings),
+        token_heads=_token_heads(saved.heads),
+    )
+
+
+def _foreign_pooling(name: str) -> str:
+    package = poolings.entry(name).package
+    return "" if package == "embedsmith" else f"Its pooling, `{name}`, comes with the Python package `{package}`.\n"
+
+
+def _attention(found: Attention) -> str:
     """What the self-test showed."""
-    found = model.attention
     if found.mode == "native":
         return ""
     kind = "causal" if found.mode == "causal" else "bidirectional"
@@ -144,185 +329,21 @@ def _attention(model: Embedder) -> str:
     return f" Attention is {kind} ({how.get(found.how, found.how)}{left}), proven on the model by a self-test."
 
 
-def _token_heads(model: Embedder) -> str:
-    names = [name for name in model.token_heads if name in _TOKEN_HEADS]  # without what only pre-training reads
-    if not names:
+def _token_heads(heads: Mapping[str, Head]) -> str:
+    shown = {name: head for name, head in heads.items() if not head.own_pass}  # without what only pre-training reads
+    if not shown:
         return ""
-    rows = "\n".join(f"- {_TOKEN_HEADS[name]} (`{head_file(name, model.token_heads[name])}`)" for name in names)
-    outputs = ", ".join(f'"{name}"' for name in ("dense", *names))
+    made = {name: _MADE.get(name, "see its package") for name in shown}
+    rows = "\n".join(f"- `{name}`: {made[name]} (`{head.file}`)" for name, head in shown.items())
+    outputs = ", ".join(f'"{name}"' for name in ("dense", *shown))
     code = f'reps = model.represent(["a text"], role="document", outputs=({outputs}))'
     return f"\n## A text in other ways\n\n{rows}\n\n```python\n{code}\n```\n"
 
 
-def _prompts(model: Embedder) -> str:
-    settings = model.settings
+def _prompts(settings: Settings) -> str:
     if not any(settings.prompts.values()):
         return "None: texts go in as they are."
     rows = [f"| `{name}` | `{json.dumps(text, ensure_ascii=False)}` |" for name, text in settings.prompts.items()]
     default = f"\n\nDefault: `{settings.default_prompt}`." if settings.default_prompt else ""
     left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
     return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out
-
-
-EMULATED = "5.1.0"
-"""The sentence-transformers version whose layout this is: the last series with the legacy schema."""
-
-MODULE = "embedsmith.models.sentence.EmbedsmithModule"
-"""What sentence-transformers loads a model through that its own modules cannot express."""
-
-
-def save(model: Embedder, folder: str | Path, merge: bool = True) -> None:
-    """Write `model` to `folder`, which appears whole or not at all; a folder already there is replaced.
-
-    Errors: `CheckpointError` when the disk is full or the place cannot be written; `ModelError` when merging an
-    adapter would change the vectors.
-    """
-    with atomic_folder(folder) as root, quiet():
-        apart = has_adapter(model.backbone) and not merge
-        _save_backbone(model, root, apart)
-        _save_tokenizer(model, root)
-        kinds = ["Transformer", "Pooling", *("Dense" for _ in model.projections)]
-        kinds += ["Normalize"] if model.settings.normalize else []
-        modules = [_module(index, kind) for index, kind in enumerate(kinds)]
-        contract = contract_of(model, apart)
-        if not contract.standard:
-            contract, modules = replace(contract, modules=tuple(modules)), [{**_module(0, ""), "type": MODULE}]
-        write_json(root / "modules.json", modules)
-        write_contract(contract, root)
-        settings = model.settings
-        write_json(
-            root / "sentence_bert_config.json",
-            {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case},
-        )
-        write_json(root / "config_sentence_transformers.json", _general(model))
-        write_json(root / _path(1, "Pooling") / "config.json", _pooling(model))
-        if model.pooler is not None:
-            save_pooler(model.pooler, root / POOLER_FILE)
-        for index, projection in enumerate(model.projections, start=2):
-            assert isinstance(projection, Projection)
-            _save_projection(projection, root / _path(index, "Dense"))
-        if settings.normalize:
-            (root / _path(len(kinds) - 1, "Normalize")).mkdir()
-        for name, head in model.token_heads.items():
-            save_token_head(head, root / head_file(name, head))
-        (root / "README.md").write_text(model_card(model), encoding="utf-8")
-
-
-def _save_backbone(model: Embedder, root: Path, apart: bool) -> None:
-    backbone: Any = model.backbone
-    if apart:
-        save_adapter(backbone, root, str((model.base or {}).get("path", "")))
-        return
-    if has_adapter(backbone):
-        backbone = merged(backbone if not is_quantized(backbone) else transplanted(backbone, _plain_base(model)))
-    backbone.save_pretrained(root)
-
-
-def _plain_base(model: Embedder) -> Any:
-    """The base of a quantised backbone, at full precision: an adapter is merged into that, never into 4 bits."""
-    from embedsmith.models.backbone import load_backbone, locate
-    from embedsmith.models.config import ModelConfig
-
-    assert model.base is not None
-    folder = locate(str(model.base["path"]), model.base["revision"])
-    layers = model.base["layers"]
-    config = ModelConfig(path=str(folder), layers=None if layers is None else tuple(layers))
-    return load_backbone(folder, config, model.attention.mode)
-
-
-def _save_tokenizer(model: Embedder, root: Path) -> None:
-    """Without the truncation that tokenising leaves in the tokenizer's state, and with a pad token for everybody."""
-    tokenizer = model.tokenizer
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    ensure_padding(tokenizer)
-    bound = tokenizer.model_max_length
-    tokenizer.model_max_length = model.settings.max_length
-    try:
-        tokenizer.save_pretrained(root)
-    finally:
-        tokenizer.model_max_length = bound
-    if model.settings.eos_id is not None:
-        # a family's own class would build its processing anew and forget the end token
-        path = root / "tokenizer_config.json"
-        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _path(index: int, kind: str) -> str:
-    return "" if index == 0 else f"{index}_{kind}"
-
-
-def _module(index: int, kind: str) -> dict[str, Any]:
-    return {
-        "idx": index,
-        "name": str(index),
-        "path": _path(index, kind),
-        "type": f"sentence_transformers.models.{kind}",
-    }
-
-
-def _pooling(model: Embedder) -> dict[str, Any]:
-    theirs = next((name for name, ours in POOLING_NAMES.items() if ours == model.settings.pooling), None)
-    return {
-        "word_embedding_dimension": model.pooled_width,
-        **{switch: mode == theirs for switch, mode in POOLING_SWITCHES.items()},
-        "include_prompt": model.settings.include_prompt,
-    }
-
-
-def _general(model: Embedder) -> dict[str, Any]:
-    return {
-        "__version__": {
-            "sentence_transformers": EMULATED,
-            "transformers": transformers.__version__,
-            "pytorch": torch.__version__,
-        },
-        "prompts": dict(model.settings.prompts),
-        "default_prompt_name": model.settings.default_prompt,
-        "similarity_fn_name": "cosine",
-    }
-
-
-def _save_projection(projection: Projection, folder: Path) -> None:
-    """The activation is always named: a Dense without one means Tanh."""
-    config = {
-        "in_features": projection.linear.in_features,
-        "out_features": projection.linear.out_features,
-        "bias": projection.linear.bias is not None,
-        "activation_function": activation_path(projection),
-    }
-    write_json(folder / "config.json", config | ({"use_residual": True} if projection.use_residual else {}))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in projection.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def contract_of(model: Embedder, apart: bool = False) -> Contract:
-    """What the standard files cannot say of this model. `apart`: its adapter stays apart from its base."""
-    settings = model.settings
-    trained = model.pooler is not None
-    natural = model.attention.mode == "native"
-    return Contract(
-        attention=Attention() if natural else model.attention,
-        pooling=settings.pooling if trained else None,
-        pooler=model.pooler_config if trained else None,
-        eos_id=settings.eos_id,
-        templates=settings.templates,
-        echo=settings.echo,
-        pool_special_tokens=settings.pool_special_tokens,
-        base=model.base if apart else None,
-    )
-
-
-def write_contract(contract: Contract, folder: Path) -> None:
-    """Nothing for a model that has nothing to say. A schedule of training is over: softmask is bidirectional."""
-    if contract.attention.mode == "softmask":
-        contract = replace(contract, attention=replace(contract.attention, mode="bidirectional"))
-    if contract == Contract():
-        return
-    tree = json.dumps(to_plain(contract), indent=2, ensure_ascii=False)
-    (folder / FILE).write_text(tree + "\n", encoding="utf-8")

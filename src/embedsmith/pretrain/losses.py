@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 
-from embedsmith.core import recipe as checks
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.collectives import mean_over_ranks
 from embedsmith.core.reps import in_fp32
+from embedsmith.core.settings import Word
 from embedsmith.core.shelf import losses
-from embedsmith.losses.identity import own_rows
+from embedsmith.losses.candidates import own_rows
 
 Texts = Literal["documents", "queries", "both"]
 
@@ -29,8 +29,12 @@ class RetroMAE(Loss):
 
         L = sum CE of masked tokens / their number + sum CE of the decoder's tokens / their number
 
-    over the texts of all ranks. sides: pre-train on the `documents` (queries are short), on the `queries`, or `both`.
-    The batch needs no negatives, and pairs serve as texts. Parts: `masked`, `decoded`.
+    over the texts of all ranks. The batch needs no negatives, and pairs serve as texts.
+
+    sides: which texts are learned from: the `documents` (queries are short), the `queries`, or `both`.
+    head: the head that computes the cross-entropies.
+
+    Parts: `masked`, `decoded`.
 
     Batches: retrieval.
     """
@@ -38,11 +42,7 @@ class RetroMAE(Loss):
     batches = (RetrievalBatch,)
 
     sides: Texts = "documents"
-    head: str = "retromae"
-
-    def __post_init__(self) -> None:
-        checks.one_of(self, "sides", "documents", "queries", "both")
-        checks.not_empty(self, "head")
+    head: Word = "retromae"
 
     def __call__(self, batch: Batch) -> LossOutput:
         sum_4 = _sums(batch, self.sides, self.head)
@@ -62,7 +62,12 @@ class MNTP(Loss):
 
         L = sum CE of hidden tokens / their number
 
-    over the texts of all ranks. sides: which texts are learned from, as in `retromae`. Parts: `masked`.
+    over the texts of all ranks.
+
+    sides: which texts are learned from: the `documents` (queries are short), the `queries`, or `both`.
+    head: the head that computes the cross-entropies.
+
+    Parts: `masked`.
 
     Batches: retrieval.
     """
@@ -70,11 +75,7 @@ class MNTP(Loss):
     batches = (RetrievalBatch,)
 
     sides: Texts = "documents"
-    head: str = "mntp"
-
-    def __post_init__(self) -> None:
-        checks.one_of(self, "sides", "documents", "queries", "both")
-        checks.not_empty(self, "head")
+    head: Word = "mntp"
 
     def __call__(self, batch: Batch) -> LossOutput:
         total, count = _sums(batch, self.sides, self.head).unbind()

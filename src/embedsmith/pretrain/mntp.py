@@ -15,31 +15,28 @@ always the mask token).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.heads.base import Head, HeadSource, Reader
 from embedsmith.models.heads.splade import LmHead, new_lm_head, read_lm_head, save_lm_head
 
-if TYPE_CHECKING:
-    from embedsmith.models.embedder import Embedder
-
-
-MNTP = "mntp"
-MNTP_FILE = "mntp_head.safetensors"
 SHARE = 0.2
-_SCORES = 2**23  # vocabulary scores alive at once: 32 MB
 
 
-class MntpHead(nn.Module):
+@heads.register("mntp", source="LLM2Vec (2404.05961)")
+class MntpHead(Head):
     """The language model's output layer, and what hides a word."""
 
+    file = "mntp_head.safetensors"
+    own_pass = True
+    reads_words = True
     special_S: Tensor
 
     def __init__(self, lm: LmHead, tokenizer: Any) -> None:
@@ -48,13 +45,27 @@ class MntpHead(nn.Module):
         self.mask_id = _mask_id(tokenizer)
         self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
 
-    def forward(self, model: Embedder, padded: PaddedTokens) -> Dense:
+    @classmethod
+    def build(cls, source: HeadSource) -> MntpHead:
+        """The head in the folder, else that of the language model in the base."""
+        file = source.folder / cls.file
+        lm = read_lm_head(file, source.backbone)[0] if file.exists() else new_lm_head(source)
+        head = cls(lm, source.tokenizer)
+        if source.adapted:  # as the backbone's own words are
+            head.requires_grad_(False)
+        return head
+
+    def forward(self, model: Reader, padded: PaddedTokens) -> Dense:
         """number_N2: the sum of the hidden tokens' cross-entropies, and how many there are."""
         hidden_NT = hidden_words(padded, self.special_S)
         shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
-        state_NTH = model._states(shown, all_layers=False).last_hidden_state
-        with torch.autocast(state_NTH.device.type, enabled=False):
-            return Dense(self._sums(state_NTH[:, :-1], padded.id_NT[:, 1:], hidden_NT[:, 1:]))
+        before_NTH = model.states(shown).last_hidden_state[:, :-1]
+        chosen_NT = hidden_NT[:, 1:]
+        with torch.autocast(before_NTH.device.type, enabled=False):
+            value_S = self.lm.cross_entropies(before_NTH[chosen_NT], padded.id_NT[:, 1:][chosen_NT])
+            total_N = 0.0 * in_fp32(before_NTH).sum((1, 2))  # connected where nothing is hidden
+            total_N = total_N.index_add(0, chosen_NT.nonzero()[:, 0], value_S)
+            return Dense(torch.stack([total_N, chosen_NT.sum(1).to(total_N.dtype)], 1))
 
     def _replaced(self, id_NT: Tensor, hidden_NT: Tensor) -> Tensor:
         dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
@@ -62,23 +73,8 @@ class MntpHead(nn.Module):
         shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), self.mask_id, id_NT)
         return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
 
-    def _sums(self, state_NTH: Tensor, id_NT: Tensor, chosen_NT: Tensor) -> Tensor:
-        """A few tokens at a time, computed again in the backward pass: [N, T, V] never exists."""
-        size = max(_SCORES // len(self.lm.output_VH), 1)
-        parts = zip(state_NTH[chosen_NT].split(size), id_NT[chosen_NT].split(size), strict=True)
-        values = [
-            checkpoint(self._cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
-        ]
-        total_N = 0.0 * in_fp32(state_NTH).sum((1, 2))  # connected where nothing is hidden
-        total_N = total_N.index_add(0, chosen_NT.nonzero()[:, 0], torch.cat(values)) if values else total_N
-        return torch.stack([total_N, chosen_NT.sum(1).to(total_N.dtype)], 1)
-
-    def _cross_entropy(self, state_SH: Tensor, id_S: Tensor) -> Tensor:
-        logit_SV = F.linear(self.lm.states(state_SH), in_fp32(self.lm.output_VH), self.lm.bias_V)
-        return F.cross_entropy(logit_SV, id_S, reduction="none")
-
-    def save(self, root: Path) -> None:
-        save_lm_head(root / MNTP_FILE, {"lm": self.lm}, {})
+    def save(self, folder: Path) -> None:
+        save_lm_head(folder / self.file, self.lm, {})
 
 
 def hidden_words(padded: PaddedTokens, special_S: Tensor) -> Tensor:
@@ -87,13 +83,6 @@ def hidden_words(padded: PaddedTokens, special_S: Tensor) -> Tensor:
     word_NT[:, 0] = False
     word_NT[:, 1:] &= padded.mask_NT[:, :-1]
     return word_NT & (torch.rand(word_NT.shape, device=word_NT.device) < SHARE)
-
-
-def build_mntp(folder: Path, base: Path, backbone: Any, tokenizer: Any, trust_remote_code: bool) -> MntpHead:
-    """The head in `folder`, else that of the language model in `base`. Errors: `ModelError` of `lm_head`."""
-    saved = folder / MNTP_FILE
-    lm = read_lm_head(saved, backbone)[0] if saved.exists() else new_lm_head(base, backbone, trust_remote_code)
-    return MntpHead(lm, tokenizer)
 
 
 def _mask_id(tokenizer: Any) -> int:

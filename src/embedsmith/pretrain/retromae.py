@@ -18,61 +18,84 @@ word before them; for other tokenizers every piece is a word.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.reps import Dense
+from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.heads.base import Head, HeadSource, Reader
 from embedsmith.models.heads.splade import LmHead, new_lm_head, read_lm_head, save_lm_head
 from embedsmith.models.pooling import first_index, last_index
 
-if TYPE_CHECKING:
-    from embedsmith.models.embedder import Embedder
-
-
-RETROMAE = "retromae"
-RETROMAE_FILE = "retromae_head.safetensors"
 ENCODER_SHARE, DECODER_SHARE = 0.3, 0.5
 _POOL = 128  # masks of a text from which positions draw theirs
-_SCORES = 2**23  # vocabulary scores alive at once: 32 MB
 
 
-class RetroMaeHead(nn.Module):
+@heads.register("retromae", source="RetroMAE (2205.12035), FlagEmbedding's code")
+class RetroMaeHead(Head):
     """The language-model head, and the decoder with its weights. `follows_V`: pieces that belong to the word before."""
 
+    file = "retromae_head.safetensors"
+    own_pass = True
+    reads_words = True
     follows_V: Tensor
     special_S: Tensor
 
-    def __init__(self, lm: LmHead, width: int, heads: int, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, lm: LmHead, config: Any, tokenizer: Any) -> None:
         super().__init__()
         self.lm = lm
-        self.decoder = DecoderLayer(width, heads)
-        self.mask_id = _mask_id(tokenizer)
-        follows_V = torch.zeros(vocabulary, dtype=torch.bool)
+        self.decoder = DecoderLayer(config.hidden_size, config.num_attention_heads)
+        self.mask_id = int(tokenizer.mask_token_id)
+        follows_V = torch.zeros(len(lm.output_VH), dtype=torch.bool)
         for piece, number in tokenizer.get_vocab().items():
             follows_V[number] = piece.startswith("##")
         self.register_buffer("follows_V", follows_V, persistent=False)
         self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
 
-    def forward(self, model: Embedder, padded: PaddedTokens) -> Dense:
+    @classmethod
+    def build(cls, source: HeadSource) -> RetroMaeHead:
+        """The head in the folder, or a new one. Errors: `ModelError` for a family whose embedding layer cannot be used,
+        a tokenizer without a mask token, and a file of another model."""
+        backbone, file = source.backbone, source.folder / cls.file
+        if backbone.config.model_type not in ("bert", "roberta", "xlm-roberta", "camembert"):
+            raise ModelError(
+                f"retromae of {type(backbone).__name__}",
+                expected="a BERT, RoBERTa or XLM-RoBERTa, with absolute positions",
+                fix="leave this stage out",
+            )
+        if source.tokenizer.mask_token_id is None:
+            raise ModelError("the tokenizer has no mask token", expected="one, for retromae")
+        if not file.exists():
+            return cls(new_lm_head(source), backbone.config, source.tokenizer)
+        lm, tensors, _ = read_lm_head(file, backbone)
+        head = cls(lm, backbone.config, source.tokenizer)
+        try:
+            head.decoder.load_state_dict({name.removeprefix("decoder."): tensor for name, tensor in tensors.items()})
+        except RuntimeError as error:
+            raise ModelError(f"this decoder belongs to another model: {error}", where=file) from error
+        return head
+
+    def forward(self, model: Reader, padded: PaddedTokens) -> Dense:
         """number_N4: cross-entropy sum and count of the masked tokens, the same of the decoder's."""
         word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, self.special_S)
         hidden_NT = random_words(word_NT, self._group(padded.id_NT), ENCODER_SHARE)
         shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
-        state_NTH = model.backbone(
-            input_ids=shown.id_NT, attention_mask=model._attention_mask(shown), return_dict=True
-        ).last_hidden_state
-        column_N = torch.arange(len(state_NTH), device=state_NTH.device)
-        sentence_NH = state_NTH[column_N, first_index(padded.mask_NT)]
-        said_NTH, target_NT = self._decode(model.backbone, padded, sentence_NH)
+        state_NTH = model.states(shown).last_hidden_state
+        row_N = torch.arange(len(state_NTH), device=state_NTH.device)
+        sentence_NH = state_NTH[row_N, first_index(padded.mask_NT)]
+        decoded_NTH, target_NT = self._decode(model.backbone, padded, sentence_NH)
+        numbers: list[Tensor] = []
         with torch.autocast(state_NTH.device.type, enabled=False):
-            pairs = (self._losses(state_NTH, padded.id_NT, hidden_NT), self._losses(said_NTH, padded.id_NT, target_NT))
-        return Dense(torch.stack([number_N for pair in pairs for number_N in pair], 1))
+            for hidden_NTH, chosen_NT in ((state_NTH, hidden_NT), (decoded_NTH, target_NT)):
+                value_S = self.lm.cross_entropies(hidden_NTH[chosen_NT], padded.id_NT[chosen_NT])
+                total_N = value_S.new_zeros(len(state_NTH)).index_add(0, chosen_NT.nonzero()[:, 0], value_S)
+                numbers += [total_N, chosen_NT.sum(1).to(total_N.dtype)]
+        return Dense(torch.stack(numbers, 1))
 
     def _group(self, id_NT: Tensor) -> Tensor:
         """The number of the word a token belongs to."""
@@ -110,25 +133,8 @@ class RetroMaeHead(nn.Module):
         see_NTU[:, :, 0] = True
         return see_NTU
 
-    def _losses(self, state_NTH: Tensor, id_NT: Tensor, chosen_NT: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_N and count_N of the cross-entropy at the chosen tokens, a few tokens at a time, computed again in the
-        backward pass: [N, T, V] never exists."""
-        words = self.lm.output_VH.shape[0]
-        parts = zip(*(x.split(max(_SCORES // words, 1)) for x in (state_NTH[chosen_NT], id_NT[chosen_NT])), strict=True)
-        values = [
-            checkpoint(self._cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
-        ]
-        row_S = chosen_NT.nonzero()[:, 0]
-        total_N = torch.zeros(len(id_NT), device=id_NT.device, dtype=values[0].dtype if values else torch.float32)
-        total_N = total_N.index_add(0, row_S, torch.cat(values)) if values else total_N + 0 * state_NTH.sum()
-        return total_N, chosen_NT.sum(1).to(total_N.dtype)
-
-    def _cross_entropy(self, state_SH: Tensor, id_S: Tensor) -> Tensor:
-        logit_SV = F.linear(self.lm.states(state_SH), in_fp32(self.lm.output_VH), self.lm.bias_V)
-        return F.cross_entropy(logit_SV, id_S, reduction="none")
-
-    def save(self, root: Path) -> None:
-        save_lm_head(root / RETROMAE_FILE, {"lm": self.lm, "decoder": self.decoder}, {})
+    def save(self, folder: Path) -> None:
+        save_lm_head(folder / self.file, self.lm, {}, decoder=self.decoder)
 
 
 class DecoderLayer(nn.Module):
@@ -170,32 +176,3 @@ def random_words(word_NT: Tensor, group_NT: Tensor, share: float) -> Tensor:
     whole_NT = last_NG.gather(1, group_NT) < wanted_N1
     first_word_NT = first_NG.gather(1, group_NT) == 0  # a first word longer than all that is wanted
     return word_NT & (whole_NT | first_word_NT)
-
-
-def build_retromae(folder: Path, base: Path, backbone: Any, tokenizer: Any, trust_remote_code: bool) -> RetroMaeHead:
-    """The head in `folder`, or a new one. Errors: `ModelError` for a family whose embedding layer cannot be used."""
-    config = backbone.config
-    if config.model_type not in ("bert", "roberta", "xlm-roberta", "camembert"):
-        raise ModelError(
-            f"retromae of {type(backbone).__name__}",
-            expected="a BERT, RoBERTa or XLM-RoBERTa, with absolute positions",
-            fix="leave this stage out",
-        )
-    _mask_id(tokenizer)
-    saved = folder / RETROMAE_FILE
-    found = read_lm_head(saved, backbone) if saved.exists() else None
-    lm = new_lm_head(base, backbone, trust_remote_code) if found is None else found[0]
-    head = RetroMaeHead(lm, config.hidden_size, config.num_attention_heads, tokenizer, len(lm.output_VH))
-    if found is not None:
-        state = {name.removeprefix("decoder."): tensor for name, tensor in found[1].items()}
-        try:
-            head.decoder.load_state_dict(state)
-        except RuntimeError as error:
-            raise ModelError(f"this decoder belongs to another model: {error}", where=saved) from error
-    return head
-
-
-def _mask_id(tokenizer: Any) -> int:
-    if tokenizer.mask_token_id is None:
-        raise ModelError("the tokenizer has no mask token", expected="one, for retromae")
-    return int(tokenizer.mask_token_id)

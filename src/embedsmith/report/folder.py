@@ -13,93 +13,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison, compare
 from embedsmith.evaluate.result import Results
+from embedsmith.report.comparison import geometry_section
 from embedsmith.report.curves import curve_section, hardness_section, throughput_section
-from embedsmith.report.page import Section, code, environment_section, geometry_section, page, table
+from embedsmith.report.model_card import TrainingFacts
+from embedsmith.report.page import Section, code, environment_section, page, table
 from embedsmith.report.scores import example_section, score_section, similarity_section, words_about
 
-# What a merge was made of, from its merge.json.
-
-_SHOWN = ("models", "coefficients", "notes")
-_MODEL = ("id", "weight", "distance", "path")
-
-
-def merge_words(merge: Mapping[str, Any] | None) -> list[str]:
-    """Which models went in, and what the merge noted, in sentences of HTML."""
-    models = _models(merge)
-    parents = [model for model in models if model.get("distance", "-") != "-"]
-    words = []
-    if parents:
-        names = ", ".join(f"<b>{_text(m['id'])}</b> ({_text(m['distance'])} from the base)" for m in parents)
-        words.append(f"Made of {names}.")
-    notes = (merge or {}).get("notes")
-    return words + [_text(note) for note in (notes if isinstance(notes, list) else ())]
-
-
-def merge_section(merge: Mapping[str, Any] | None) -> Section:
-    """Tables of the models and of their coefficients, single values, and the rest as it stands in the file."""
-    if not merge:
-        return Section("merge", "Merge", "")
-    models, coefficients = _models(merge), merge.get("coefficients")
-    body = table(
-        ("model", "weight", "moved", "folder"), [[_text(m.get(key, "")) for key in _MODEL] for m in models], 1, 3
-    )
-    rows, names = _coefficients(coefficients, models)
-    body += f"<h3>Coefficients</h3>{table(('part', *names), rows)}" if rows else ""
-    left = {key: value for key, value in merge.items() if value and not (key in _SHOWN and (rows or key != _SHOWN[1]))}
-    plain = [[_text(key), _text(value)] for key, value in left.items() if not isinstance(value, dict | list)]
-    deep = {key: value for key, value in left.items() if isinstance(value, dict | list)}
-    body += "<h3>Settings</h3>" + table(("what", "value"), plain, numbers_from=9)
-    body += code(json.dumps(deep, indent=2, ensure_ascii=False)) if deep else ""
-    return Section("merge", "Merge", body)
-
-
-def _models(merge: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    found = (merge or {}).get("models")
-    return [each for each in found if isinstance(each, dict) and "id" in each] if isinstance(found, list) else []
-
-
-def _coefficients(found: Any, models: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
-    """Rows of a table, one a part of the model, and the parents' names; nothing where the file has another shape."""
-    lists = found.values() if isinstance(found, dict) else ()
-    widths = {len(row) if isinstance(row, list) else 0 for row in lists}
-    if len(widths) != 1 or 0 in widths or not all(isinstance(c, int | float) for row in lists for c in row):
-        return [], []
-    width = widths.pop()
-    names = [str(model["id"]) for model in models][:width]
-    names += [f"model {place + 1}" for place in range(len(names), width)]
-    return [[_text(part), *(f"{value:.4g}" for value in row)] for part, row in found.items()], names
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
 Line = Mapping[str, float]
+_SHOWN = ("models", "coefficients", "notes")
 
 
-@dataclass(frozen=True)
-class Folder:
-    """What a folder holds, as far as it can be read; `problems` says what could not."""
+def report_run(output: Path, model: Path) -> None:
+    """The end of a run: write what it was made of into the model's card, and its report.
 
-    path: Path
-    recipe: str = ""
-    lines: tuple[Line, ...] = ()
-    finished: Mapping[str, Any] | None = None
-    environment: Mapping[str, Any] | None = None
-    merge: Mapping[str, Any] | None = None
-    manifest: Mapping[str, Any] | None = None
-    results: Mapping[str, Results] = field(default_factory=dict)
-    looks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-
-    @property
-    def last_step(self) -> int:
-        return max((int(line["step"]) for line in self.lines), default=0)
+    What cannot be written (a full disk, no plotly) is a line in the log: the run is over and its model is saved.
+    """
+    try:
+        TrainingFacts.of_run(output).write_into(model)
+        log.info("report: %s", write_report(output))
+    except EmbedsmithError as error:
+        log.warning("no report: %s", error)
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -116,64 +54,125 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def folder_page(folder: str | Path) -> str:
     """HTML of the folder's report. Errors: see `write_report`."""
-    found = read_folder(Path(folder))
-    made = before_and_after(found.results)
-    sections = [
-        *curve_section(found.lines),
-        hardness_section(found.lines),
-        throughput_section(found.lines),
-        _data_section(found.manifest),
-        merge_section(found.merge),
-        Section("recipe", "Recipe", code(found.recipe) if found.recipe else ""),
-        environment_section(found.environment),
-    ]
-    if found.looks:
-        sections.insert(4, geometry_section(list(found.looks.values()), list(found.looks)))
+    found = Folder.read(Path(folder))
+    made = found.comparison()
+    sections = curve_section(found.lines)
+    sections += [hardness_section(found.lines), throughput_section(found.lines)]
+    if found.geometries:
+        sections.append(geometry_section(list(found.geometries.values()), list(found.geometries)))
     if made is not None:
         last, name = made.results[-1], f"the model {made.models[-1]} training"
-        items = [similarity_section(last, name), example_section(last)]
-        sections = [score_section(made), *sections[:-4], *items, *sections[-4:]]
+        sections = [score_section(made), *sections, similarity_section(last, name), example_section(last)]
+    recipe = Section("recipe", "Recipe", code(found.recipe) if found.recipe else "")
+    sections += [found.data_section(), merge_section(found.merge), recipe, environment_section(found.environment)]
     kind = "Merge" if found.merge is not None else "Training run"
-    return page(f"{kind}: {found.path.resolve().name}", _lead(found), _summary(found, made), sections)
+    return page(f"{kind}: {found.path.resolve().name}", found.lead(), found.summary(made), sections)
 
 
-def read_folder(path: Path) -> Folder:
-    """Everything there is; a file that cannot be read is a problem, not an end.
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds, as far as it can be read; `problems` are the files that could not."""
 
-    Errors: `EvaluationError` for no folder, or one with nothing that belongs to a run.
-    """
-    if not path.is_dir():
-        raise EvaluationError("there is no such folder", where=path, expected="the output of a run or a merge")
-    problems: list[str] = []
-    recipe = path / "recipe.yaml"
-    found = Folder(
-        path,
-        recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
-        tuple(_lines(path / "metrics.jsonl", problems)),
-        _json(path / "finished.json", problems),
-        _json(path / "environment.json", problems),
-        _json(path / "merge.json", problems),
-        _json(path / "manifest.json", problems),
-        _results(path, problems),
-        _looks(path, problems),
-        tuple(problems),
-    )
-    if not any((found.recipe, found.lines, found.finished, found.merge, found.results)):
-        raise EvaluationError("nothing to report on", where=path, expected="the output of a run or a merge")
-    return found
+    path: Path
+    recipe: str = ""
+    lines: tuple[Line, ...] = ()
+    finished: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
+    merge: Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any] | None = None
+    results: Mapping[str, Results] = field(default_factory=dict)
+    geometries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
 
+    @staticmethod
+    def read(path: Path) -> Folder:
+        """Everything there is; a file that cannot be read is a problem, not an end.
 
-def before_and_after(results: Mapping[str, Results]) -> Comparison | None:
-    """Both as a comparison, on the tasks they share; one alone where the other is missing."""
-    if not results:
-        return None
-    shared = set.intersection(*({result.task for result in each} for each in results.values()))
-    kept = {
-        name: Results(tuple(result for result in each if result.task in shared), each.about)
-        for name, each in results.items()
-    }
-    ordered = [(name, Results(tuple(sorted(each, key=lambda r: r.task)), each.about)) for name, each in kept.items()]
-    return compare(ordered) if shared else compare([next(iter(results.items()))])
+        Errors: `EvaluationError` for no folder, or one with nothing that belongs to a run.
+        """
+        if not path.is_dir():
+            raise EvaluationError("there is no such folder", where=path, expected="the output of a run or a merge")
+        problems: list[str] = []
+        recipe = path / "recipe.yaml"
+        text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+        lines = _lines(path / "metrics.jsonl", problems)
+        finished, environment, merge, manifest = (
+            _json(path / f"{name}.json", problems) for name in ("finished", "environment", "merge", "manifest")
+        )
+        results: dict[str, Results] = {}
+        geometries: dict[str, Mapping[str, Any]] = {}
+        for name in ("before", "after"):
+            file = path / "evaluation" / f"{name}.json"
+            if file.is_file():
+                try:
+                    results[name] = Results.load(file)
+                except EvaluationError as error:
+                    log.warning("%s", error)
+                    problems.append(f"evaluation/{file.name} could not be read")
+        for name in ("before", "after"):
+            geometry = _json(path / "evaluation" / f"geometry-{name}.json", problems)
+            if geometry is not None and geometry.keys() >= {"geometry", "spectrum", "variance", "histograms"}:
+                geometries[name] = geometry
+        found = Folder(
+            path, text, tuple(lines), finished, environment, merge, manifest, results, geometries, tuple(problems)
+        )
+        if not any((found.recipe, found.lines, found.finished, found.merge, found.results)):
+            raise EvaluationError("nothing to report on", where=path, expected="the output of a run or a merge")
+        return found
+
+    def comparison(self) -> Comparison | None:
+        """The results before and after, on the tasks they share; one alone where the other is missing."""
+        if not self.results:
+            return None
+        shared = set.intersection(*({result.task for result in each} for each in self.results.values()))
+        if not shared:
+            return compare([next(iter(self.results.items()))])
+        ordered = {
+            name: sorted((result for result in each if result.task in shared), key=lambda result: result.task)
+            for name, each in self.results.items()
+        }
+        return compare([(name, Results(tuple(each), self.results[name].about)) for name, each in ordered.items()])
+
+    @property
+    def last_step(self) -> int:
+        return max((int(line["step"]) for line in self.lines), default=0)
+
+    def lead(self) -> str:
+        """The line below the title."""
+        if self.merge is not None:
+            return str(self.merge.get("method", "several checkpoints made into one"))
+        if self.finished is not None:
+            return f"finished after {self.finished.get('steps', self.last_step)} steps"
+        return f"not finished: the last report is of step {self.last_step}"
+
+    def summary(self, made: Comparison | None) -> list[str]:
+        """What happened, in sentences of HTML."""
+        words = words_about(made, named=False) if made and len(made.models) > 1 else []
+        words += merge_words(self.merge)
+        if self.merge is None and self.finished is None:
+            words.insert(0, f"<b>This run did not finish.</b> What it wrote up to step {self.last_step} is shown.")
+        for key in sorted({key for line in self.lines for key in line if key.startswith("loss/")}):
+            values = [line[key] for line in self.lines if key in line]
+            name = html.escape(key.split("/", 1)[1])
+            words.append(f"The loss on <b>{name}</b> went from {values[0]:.4g} to {values[-1]:.4g}.")
+        if self.finished and self.finished.get("best_step"):
+            score = self.finished.get("best_score")
+            mean = "" if score is None else f" with a mean score of {100 * score:.2f}"
+            words.append(f"The best checkpoint is that of step {self.finished['best_step']}{mean}.")
+        if made is None and self.merge is None:
+            advice = "set <code>evaluate.tasks</code> in the recipe to see what training changed"
+            words.append(f"No task was scored: {advice}.")
+        return words + [html.escape(problem) for problem in self.problems]
+
+    def data_section(self) -> Section:
+        """A row a source: what it is, and how much of it was seen."""
+        rows = []
+        for name, facts in ((self.manifest or {}).get("sources") or {}).items():
+            seen = facts.get("seen", {})
+            counts = [f"{value:,}" if isinstance(value, int) else "" for value in (facts.get("rows"), seen.get("rows"))]
+            steps = "" if "steps" not in seen else f"{seen['steps']:,}"
+            rows.append([html.escape(name), html.escape(str(facts.get("task", ""))), *counts, steps])
+        return Section("data", "Data", table(("source", "task", "rows", "rows seen", "steps"), rows, numbers_from=2))
 
 
 def _lines(path: Path, problems: list[str]) -> list[Line]:
@@ -206,57 +205,51 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _results(path: Path, problems: list[str]) -> dict[str, Results]:
-    found = {}
-    for name in ("before", "after"):
-        file = path / "evaluation" / f"{name}.json"
-        if file.is_file():
-            try:
-                found[name] = Results.load(file)
-            except EvaluationError as error:
-                log.warning("%s", error)
-                problems.append(f"evaluation/{file.name} could not be read")
-    return found
+def merge_words(merge: Mapping[str, Any] | None) -> list[str]:
+    """Which models went in, and what the merge noted, in sentences of HTML."""
+    models = _models(merge)
+    parents = [model for model in models if model.get("distance", "-") != "-"]
+    words = []
+    if parents:
+        names = ", ".join(f"<b>{_text(m['id'])}</b> ({_text(m['distance'])} from the base)" for m in parents)
+        words.append(f"Made of {names}.")
+    notes = (merge or {}).get("notes")
+    return words + [_text(note) for note in (notes if isinstance(notes, list) else ())]
 
 
-def _looks(path: Path, problems: list[str]) -> dict[str, Mapping[str, Any]]:
-    found = {name: _json(path / "evaluation" / f"geometry-{name}.json", problems) for name in ("before", "after")}
-    wanted = {"geometry", "spectrum", "variance", "histograms"}
-    return {name: look for name, look in found.items() if look is not None and wanted <= look.keys()}
+def merge_section(merge: Mapping[str, Any] | None) -> Section:
+    """Tables of the models and of their coefficients, single values, and the rest as it stands in the file."""
+    if not merge:
+        return Section("merge", "Merge", "")
+    models, coefficients = _models(merge), merge.get("coefficients")
+    of_models = [[_text(model.get(key, "")) for key in ("id", "weight", "distance", "path")] for model in models]
+    body = table(("model", "weight", "moved", "folder"), of_models, 1, 3)
+    rows, names = _coefficients(coefficients, models)
+    body += f"<h3>Coefficients</h3>{table(('part', *names), rows)}" if rows else ""
+    left = {key: value for key, value in merge.items() if value and not (key in _SHOWN and (rows or key != _SHOWN[1]))}
+    plain = [[_text(key), _text(value)] for key, value in left.items() if not isinstance(value, dict | list)]
+    deep = {key: value for key, value in left.items() if isinstance(value, dict | list)}
+    body += "<h3>Settings</h3>" + table(("what", "value"), plain, numbers_from=9)
+    body += code(json.dumps(deep, indent=2, ensure_ascii=False)) if deep else ""
+    return Section("merge", "Merge", body)
 
 
-def _lead(found: Folder) -> str:
-    if found.merge is not None:
-        return str(found.merge.get("method", "several checkpoints made into one"))
-    if found.finished is not None:
-        return f"finished after {found.finished.get('steps', found.last_step)} steps"
-    return f"not finished: the last report is of step {found.last_step}"
+def _models(merge: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    found = (merge or {}).get("models")
+    return [each for each in found if isinstance(each, dict) and "id" in each] if isinstance(found, list) else []
 
 
-def _summary(found: Folder, made: Comparison | None) -> list[str]:
-    words = words_about(made, named=False) if made and len(made.models) > 1 else []
-    words += merge_words(found.merge)
-    if found.merge is None and found.finished is None:
-        words.insert(0, f"<b>This run did not finish.</b> What it wrote up to step {found.last_step} is shown.")
-    losses = {key for line in found.lines for key in line if key.startswith("loss/")}
-    for key in sorted(losses):
-        values = [line[key] for line in found.lines if key in line]
-        name = html.escape(key.split("/", 1)[1])
-        words.append(f"The loss on <b>{name}</b> went from {values[0]:.4g} to {values[-1]:.4g}.")
-    if found.finished and found.finished.get("best_step"):
-        score = found.finished.get("best_score")
-        told = "" if score is None else f" with a mean score of {100 * score:.2f}"
-        words.append(f"The best checkpoint is that of step {found.finished['best_step']}{told}.")
-    if made is None and found.merge is None:
-        words.append("No task was scored: set <code>evaluate.tasks</code> in the recipe to see what training changed.")
-    return words + [html.escape(problem) for problem in found.problems]
+def _coefficients(found: Any, models: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """Rows of a table, one a part of the model, and the parents' names; nothing where the file has another shape."""
+    lists = found.values() if isinstance(found, dict) else ()
+    widths = {len(row) if isinstance(row, list) else 0 for row in lists}
+    if len(widths) != 1 or 0 in widths or not all(isinstance(c, int | float) for row in lists for c in row):
+        return [], []
+    width = widths.pop()
+    names = [str(model["id"]) for model in models][:width]
+    names += [f"model {place + 1}" for place in range(len(names), width)]
+    return [[_text(part), *(f"{value:.4g}" for value in row)] for part, row in found.items()], names
 
 
-def _data_section(manifest: Mapping[str, Any] | None) -> Section:
-    rows = []
-    for name, facts in ((manifest or {}).get("sources") or {}).items():
-        seen = facts.get("seen", {})
-        counts = [f"{value:,}" if isinstance(value, int) else "" for value in (facts.get("rows"), seen.get("rows"))]
-        steps = "" if "steps" not in seen else f"{seen['steps']:,}"
-        rows.append([html.escape(name), html.escape(str(facts.get("task", ""))), *counts, steps])
-    return Section("data", "Data", table(("source", "task", "rows", "rows seen", "steps"), rows, numbers_from=2))
+def _text(value: Any) -> str:
+    return html.escape(str(value))

@@ -1,15 +1,16 @@
-"""What a card tells of how its model was made, and taking the folder to a hub."""
+"""How a model was made, as its card describes it, and taking the folder to a hub."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.files import atomic_file
+from embedsmith.evaluate.result import Results, percent
 
 _START, _END = "<!-- embedsmith: how it was made -->", "<!-- embedsmith: end -->"
 
@@ -25,7 +26,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Story:
+class TrainingFacts:
     """Sources by name with what is known of each (`task`, `rows`, `seen`), scores, the resolved recipe, versions."""
 
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -33,54 +34,65 @@ class Story:
     recipe: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def of_run(output: Path) -> TrainingFacts:
+        """Data, scores and recipe of a run, as far as its folder holds them."""
 
-def add_story(folder: str | Path, story: Story) -> None:
-    """Put the story into the folder's README.md; one that is there already is replaced.
+        def facts(name: str) -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(path.read_text("utf-8")) if (path := output / name).is_file() else {}
+            return found
 
-    Errors: `ModelError` for a folder without a card.
-    """
-    card = Path(folder) / "README.md"
-    if not card.is_file():
-        raise ModelError("the folder has no README.md", where=folder, expected="a saved model")
-    text = card.read_text(encoding="utf-8")
-    before, start, rest = text.partition(_START)
-    after = rest.partition(_END)[2].lstrip("\n") if start else ""
-    with atomic_file(card) as file:
-        file.write(f"{before.rstrip()}\n\n{_START}\n{story_text(story)}\n{_END}\n{after}")
-
-
-def story_text(story: Story) -> str:
-    """Markdown: scores, data, recipe, versions; what is empty is left out."""
-    parts = []
-    if story.scores:
-        rows = [f"| {s.task} | {s.metric} | {_percent(s.before)} | {_percent(s.after)} |" for s in story.scores]
-        parts.append("## Scores\n\nTimes 100.\n\n" + _table("task", "metric", "before", "after", rows=rows))
-    if story.sources:
-        rows = [f"| {name} | {facts.get('task', '')} | {_rows(facts)} |" for name, facts in story.sources.items()]
-        parts.append("## Training data\n\n" + _table("source", "task", "rows", rows=rows))
-    if story.recipe:
-        recipe = f"```yaml\n{story.recipe.strip()}\n```"
-        parts.append(
-            f"## Recipe\n\n<details><summary>Everything it was trained with</summary>\n\n{recipe}\n\n</details>"
+        paths = [output / "evaluation" / f"{name}.json" for name in ("before", "after")]
+        before, after = ({r.task: r for r in Results.load(path)} if path.is_file() else {} for path in paths)
+        scores = tuple(
+            Score(task, result.metric, result.main_score, before[task].main_score if task in before else None)
+            for task, result in after.items()
         )
-    if story.versions:
-        parts.append("Made with " + ", ".join(f"{name} {version}" for name, version in story.versions.items()) + ".")
-    return "\n\n".join(parts)
+        recipe = (output / "recipe.yaml").read_text(encoding="utf-8")
+        return TrainingFacts(facts("manifest.json").get("sources", {}), scores, recipe, facts("environment.json"))
+
+    def markdown(self) -> str:
+        """Scores, data, recipe, versions; what is empty is left out."""
+        parts = []
+        if self.scores:
+            rows = [
+                (s.task, s.metric, "" if s.before is None else percent(s.before), percent(s.after)) for s in self.scores
+            ]
+            parts.append("## Scores\n\nTimes 100.\n\n" + _table(("task", "metric", "before", "after"), rows))
+        if self.sources:
+            counts = []
+            for name, facts in self.sources.items():
+                read, seen = facts.get("rows"), facts.get("seen", {}).get("rows")
+                count = "" if read is None else f"{read:,}"
+                count += "" if read is None or seen in (None, read) else f", of which {seen:,} were seen"
+                counts.append((name, str(facts.get("task", "")), count))
+            parts.append("## Training data\n\n" + _table(("source", "task", "rows"), counts))
+        if self.recipe:
+            recipe = f"```yaml\n{self.recipe.strip()}\n```"
+            summary = "<details><summary>Everything it was trained with</summary>"
+            parts.append(f"## Recipe\n\n{summary}\n\n{recipe}\n\n</details>")
+        if self.versions:
+            parts.append("Made with " + ", ".join(f"{name} {value}" for name, value in self.versions.items()) + ".")
+        return "\n\n".join(parts)
+
+    def write_into(self, folder: str | Path) -> None:
+        """Put them into the card of a model, the folder's README.md; those that are there already are replaced.
+
+        Errors: `ModelError` for a folder without a card.
+        """
+        card = Path(folder) / "README.md"
+        if not card.is_file():
+            raise ModelError("the folder has no README.md", where=folder, expected="a saved model")
+        text = card.read_text(encoding="utf-8")
+        before, start, rest = text.partition(_START)
+        after = rest.partition(_END)[2].lstrip("\n") if start else ""
+        with atomic_file(card) as file:
+            file.write(f"{before.rstrip()}\n\n{_START}\n{self.markdown()}\n{_END}\n{after}")
 
 
-def _table(*head: str, rows: list[str]) -> str:
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else "undefined" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def _rows(facts: Mapping[str, Any]) -> str:
-    rows, seen = facts.get("rows"), facts.get("seen", {}).get("rows")
-    if rows is None:
-        return ""
-    return f"{rows:,}" if seen is None or seen == rows else f"{rows:,}, of which {seen:,} were seen"
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def push(folder: str | Path, repository: str, *, private: bool = True, message: str = "Add the model") -> str:

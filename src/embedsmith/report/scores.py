@@ -11,7 +11,7 @@ import numpy as np
 
 from embedsmith.evaluate.compare import Comparison, Difference, Interval, confidence
 from embedsmith.evaluate.result import Example, Results, TaskResult
-from embedsmith.report.page import Section, chart, finite, fold, table
+from embedsmith.report.page import Section, chart, charts, finite, table
 
 _BINS = 40  # at most; each holds eight values or so
 
@@ -32,12 +32,8 @@ def score_section(made: Comparison) -> Section:
             f" Below them the difference to {html.escape(made.models[0])}, resampled in pairs: the same items of both"
             " models; * marks bounds without zero."
         )
-    pictures = [_bars(made, intervals)]
-    pictures += [_differences(made, gaps)] if gaps else []
-    body = (
-        table(head, rows, numbers_from=2) + f'<p class="soft">{note}</p><div class="charts">{"".join(pictures)}</div>'
-    )
-    return Section("scores", "Scores", body)
+    pictures = charts(_score_charts(made, intervals, gaps))
+    return Section("scores", "Scores", table(head, rows, numbers_from=2) + f'<p class="soft">{note}</p>{pictures}')
 
 
 def _with_bounds(interval: Interval) -> str:
@@ -56,38 +52,33 @@ def _gap(gap: Difference) -> str:
     return f'<span class="{kind}">{100 * value:+.2f}{"*" if gap.clear else ""}</span>{bounds}'
 
 
-def _bars(made: Comparison, intervals: Sequence[Sequence[Interval]]) -> str:
-    traces = []
+def _score_charts(
+    made: Comparison, intervals: Sequence[Sequence[Interval]], gaps: Sequence[Sequence[Difference]]
+) -> list[str]:
+    """Bars of the main scores, and the differences to the first model where there is another; both with bounds."""
+
+    def bounds(values: Sequence[Interval]) -> dict[str, Any]:
+        above, below = ([100 * (i.high - i.value) for i in values], [100 * (i.value - i.low) for i in values])
+        return {"type": "data", "symmetric": False, "array": finite(above), "arrayminus": finite(below)}
+
+    bars = []
     for name, each in zip(made.models, intervals, strict=True):
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": finite([100 * (i.high - i.value) for i in each]),
-            "arrayminus": finite([100 * (i.value - i.low) for i in each]),
-            "thickness": 1.2,
-            "color": "#8a929a",
-        }
+        error = {**bounds(each), "thickness": 1.2, "color": "#8a929a"}
         values = finite([100 * interval.value for interval in each])
-        traces.append({"type": "bar", "name": name, "x": made.tasks(), "y": values, "error_y": error})
-    return chart(traces, title="Main scores", y="score × 100", barmode="group")
-
-
-def _differences(made: Comparison, gaps: Sequence[Sequence[Difference]]) -> str:
-    kind = {"type": "scatter", "mode": "markers", "marker": {"size": 9}, "orientation": "h"}
-    rows: dict[str, Any] = {**kind, "cliponaxis": False, "y": made.tasks()}
-    traces = [{**rows, "name": made.models[0], "x": [0.0] * len(made.tasks())}]  # it keeps its colour, as do the others
-    for name, each in zip(made.models[1:], gaps, strict=True):
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": finite([100 * (gap.interval.high - gap.interval.value) for gap in each]),
-            "arrayminus": finite([100 * (gap.interval.value - gap.interval.low) for gap in each]),
-        }
-        values = finite([100 * gap.interval.value for gap in each])
-        traces.append({**rows, "name": name, "x": values, "error_x": error})
-    height = max(120 + 22 * len(made.tasks()) * len(made.models), 240)
-    title, axis = f"Difference to {made.models[0]}", {"autorange": "reversed"}
-    return chart(traces, title=title, x="points", height=height, scattermode="group", yaxis=axis)
+        bars.append({"type": "bar", "name": name, "x": made.tasks(), "y": values, "error_y": error})
+    pictures = [chart(bars, title="Main scores", y="score × 100", barmode="group")]
+    if gaps:
+        kind = {"type": "scatter", "mode": "markers", "marker": {"size": 9}, "orientation": "h"}
+        rows: dict[str, Any] = {**kind, "cliponaxis": False, "y": made.tasks()}
+        # The first model keeps its colour, as do the others.
+        points = [{**rows, "name": made.models[0], "x": [0.0] * len(made.tasks())}]
+        for name, row in zip(made.models[1:], gaps, strict=True):
+            found = [gap.interval for gap in row]
+            points.append({**rows, "name": name, "x": finite([100 * i.value for i in found]), "error_x": bounds(found)})
+        height = max(120 + 22 * len(made.tasks()) * len(made.models), 240)
+        title, axis = f"Difference to {made.models[0]}", {"autorange": "reversed"}
+        pictures.append(chart(points, title=title, x="points", height=height, scattermode="group", yaxis=axis))
+    return pictures
 
 
 def words_about(made: Comparison, *, named: bool = True) -> list[str]:
@@ -114,26 +105,22 @@ def _sentence(by: str, gap: Difference, new: TaskResult, old: TaskResult) -> str
 
 def similarity_section(results: Results, name: str) -> Section:
     """Histograms of similarities of texts that belong together and of those that do not."""
-    pictures = [picture for picture in (_histogram(result) for result in results) if picture]
-    body = f'<p class="soft">Of {html.escape(name)}. The less the two overlap, the better it tells them apart.</p>'
-    body += f'<div class="charts">{"".join(pictures)}</div>'
-    return Section("similarities", "Similarities", body if pictures else "")
-
-
-def _histogram(result: TaskResult) -> str:
-    parts = split_similarities(result)
-    parts = {name: values[np.isfinite(values)] for name, values in parts.items()}
-    if not parts or any(len(values) == 0 for values in parts.values()):
-        return ""
-    everything = np.concatenate(list(parts.values()))
-    edges = np.histogram_bin_edges(everything, bins=min(_BINS, max(8, len(everything) // 8)))
-    middle = ((edges[:-1] + edges[1:]) / 2).tolist()
-    traces = []
-    for name, values in parts.items():
-        share = np.histogram(values, bins=edges)[0] / len(values)
-        style = {"opacity": 0.6, "width": float(edges[1] - edges[0])}
-        traces.append({"type": "bar", "name": name, "x": middle, "y": share.tolist(), **style})
-    return chart(traces, title=result.task, x="similarity", y="share", barmode="overlay", bargap=0)
+    pictures = []
+    for result in results:
+        parts = {key: values[np.isfinite(values)] for key, values in split_similarities(result).items()}
+        if not parts or any(len(values) == 0 for values in parts.values()):
+            continue
+        everything = np.concatenate(list(parts.values()))
+        edges = np.histogram_bin_edges(everything, bins=min(_BINS, max(8, len(everything) // 8)))
+        middle = ((edges[:-1] + edges[1:]) / 2).tolist()
+        traces = []
+        for key, values in parts.items():
+            share = np.histogram(values, bins=edges)[0] / len(values)
+            style = {"opacity": 0.6, "width": float(edges[1] - edges[0])}
+            traces.append({"type": "bar", "name": key, "x": middle, "y": share.tolist(), **style})
+        pictures.append(chart(traces, title=result.task, x="similarity", y="share", barmode="overlay", bargap=0))
+    words = f'<p class="soft">Of {html.escape(name)}. The less the two overlap, the better it tells them apart.</p>'
+    return Section("similarities", "Similarities", words + charts(pictures) if pictures else "")
 
 
 def split_similarities(result: TaskResult) -> dict[str, np.ndarray]:
@@ -172,7 +159,8 @@ def _example(example: Example) -> str:
     numbers = " · ".join(f"{html.escape(name)} {value:.3f}" for name, value in example.numbers.items())
     value = "?" if math.isnan(example.value) else f"{example.value:.2f}"
     title = f"{value}  {_short(first, 110)}"
-    return fold(title, f'<p class="soft">{html.escape(example.item_id)} · {numbers}</p>{texts}')
+    body = f'<p class="soft">{html.escape(example.item_id)} · {numbers}</p>{texts}'
+    return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
 
 
 def _short(text: str, length: int = 900) -> str:

@@ -3,32 +3,30 @@ in a background thread, and a resumed run draws the same texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from embedsmith.core.batch import Batch, Loss, PairBatch, Progress, RetrievalBatch, Side
+from embedsmith.core.batch import Batch, Loss, PairBatch, PairIds, RetrievalBatch, RetrievalIds
 from embedsmith.core.collectives import Group
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
+from embedsmith.core.seeds import derive_seed
+from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import (
     BatchPlan,
-    PairTexts,
     PlanConfig,
     RecordSet,
-    RetrievalTexts,
     RowFacts,
     joined,
     pair_texts,
     retrieval_texts,
     row_facts,
-    row_seeds,
 )
 from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
@@ -36,8 +34,22 @@ from embedsmith.data.token_records import tokens_of
 from embedsmith.models import Embedder
 from embedsmith.train.step import Part
 
-if TYPE_CHECKING:
-    from embedsmith.train.live_negatives import LiveSource
+
+class Negatives(Protocol):
+    """What chooses a source's negatives while the model trains (`LiveSource`)."""
+
+    @property
+    def generation(self) -> int:
+        """Grows when what was drawn ahead is void: the pools were mined anew."""
+        ...
+
+    def records(self, row_Q: IntArray, step: int) -> list[Record[Text]]:
+        """Some rows, with the negatives in use at a step in place of their own."""
+        ...
+
+    def watch(self, records: Sequence[Record[Text]]) -> Callable[[Batch], None]:
+        """What is to be shown the batch of these records, once it is encoded."""
+        ...
 
 
 # The sources of a run, ready to be planned: which of them are put together, and how their rows become batches.
@@ -57,7 +69,7 @@ class Supply:
     negatives: int
     teacher: Embedder | None = None
     shuffle: float = 0.0
-    live: LiveSource | None = None
+    live: Negatives | None = None
 
     @property
     def in_pairs(self) -> bool:
@@ -213,7 +225,10 @@ def mixed_supplies(supplies: Sequence[Supply], batch_size: int, world: int) -> l
 
 
 AHEAD = 2
-"""Batches drawn while an earlier one trains; also how many steps a replaced negative waits (`mining/live.py`)."""
+"""Batches drawn while an earlier one trains; also how many steps a replaced negative waits (`mining/live_state.py`)."""
+
+Draw = tuple[TokenBatch, list[Part]]
+"""The texts of a step, side after side, and the parts that they belong to."""
 
 
 @dataclass(frozen=True)
@@ -232,21 +247,18 @@ class Lane:
     group: Group = None
     spread: bool = False
 
-    def part(self, model: Embedder, step: int, seed: int) -> Part:
+    def draw(self, model: Embedder, step: int, seed: int) -> tuple[TokenBatch, Part]:
+        """This rank's rows of a step."""
         planned = self.plan.at(step)
-        supply = self.supplies[planned.source]
         rows = planned.rows if self.spread else planned.rows_of(self.rank, self.world)
-        live = supply.live
-        records = live.records(rows, step) if live else [supply.records.records[int(row)] for row in rows]
         share = (self.rank, self.world) if self.spread else (0, 1)
-        part = make_part(model, supply, records, row_seeds(seed, planned.visit, rows), share)
-        part = live.watch(part, records, supply.negatives) if live else part
-        return replace(part, weight=self.weight, group=self.group)
+        tokens, part = make_part(model, self.supplies[planned.source], rows, seed, planned.visit, step, share)
+        return tokens, replace(part, weight=self.weight, group=self.group)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The parts of any step, for one rank: one lane as a rule, several where Conan's balance or a mixed batch moves
+    """The draws of all steps, for one rank: one lane as a rule, several where Conan's balance or a mixed batch moves
     tasks together."""
 
     model: Embedder
@@ -258,98 +270,66 @@ class Feed:
     def supplies(self) -> list[Supply]:
         return [supply for lane in self.lanes for supply in lane.supplies]
 
-    def parts(self, step: int) -> list[Part]:
-        return [lane.part(self.model, step, self.seed) for lane in self.lanes]
+    def draw(self, step: int) -> Draw:
+        """The texts and parts of a step: a function of its number (and of the live negatives in use then)."""
+        drawn = [lane.draw(self.model, step, self.seed) for lane in self.lanes]
+        return TokenBatch.concatenate([tokens for tokens, _ in drawn]), [part for _, part in drawn]
 
-    @property
-    def generation(self) -> int:
-        """Grows when what was drawn ahead is void: pools of negatives were mined anew."""
-        return sum(supply.live.state.generation for supply in self.supplies if supply.live)
-
-    def run_ahead(self, start: int, stop: int, ahead: int = AHEAD) -> Iterator[list[Part]]:
-        """The parts of steps `start` to `stop - 1` in order, a few prepared while the model trains."""
-        generation = self.generation
+    def run_ahead(self, start: int, stop: int, ahead: int = AHEAD) -> Iterator[Draw]:
+        """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains. Where pools of
+        negatives were mined anew, what was drawn ahead is void and drawn again."""
+        live = [supply.live for supply in self.supplies if supply.live is not None]
+        generations = [negatives.generation for negatives in live]
         with ThreadPoolExecutor(max_workers=1) as worker:
-            waiting: list[Future[list[Part]]] = []
-            for step in range(start, min(start + ahead, stop)):
-                waiting.append(worker.submit(self.parts, step))
+            waiting: deque[Future[Draw]] = deque()
             for step in range(start, stop):
-                if self.generation != generation:
-                    generation = self.generation
-                    waiting = [worker.submit(self.parts, later) for later in range(step, min(step + ahead, stop))]
-                ready = waiting.pop(0).result()
-                if step + ahead < stop:
-                    waiting.append(worker.submit(self.parts, step + ahead))
-                yield ready
+                if generations != (now := [negatives.generation for negatives in live]):
+                    generations = now
+                    waiting.clear()
+                while len(waiting) <= ahead and step + len(waiting) < stop:
+                    waiting.append(worker.submit(self.draw, step + len(waiting)))
+                yield waiting.popleft().result()
 
 
 def make_part(
     model: Embedder,
     supply: Supply,
-    records: Sequence[Record[Text]],
-    seeds: Sequence[int],
+    rows: IntArray | Sequence[int],
+    seed: int,
+    visit: int = 0,
+    step: int = 0,
     share: tuple[int, int] = (0, 1),
-) -> Part:
-    """Draw and tokenize the texts of one batch, for the kind of batch the loss reads."""
-    if supply.in_pairs:
-        pairs = pair_texts(records, seeds=seeds)
-        return with_teacher(_pair_part(model, supply, pairs), supply, (pairs.left, pairs.right), "query")
-    counts = {"positives": supply.positives, "negatives": supply.negatives}
-    texts = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
-    return with_teacher(_retrieval_part(model, supply, texts), supply, (texts.queries, texts.documents), "document")
+) -> tuple[TokenBatch, Part]:
+    """Draw and tokenize the texts of some rows, for the kind of batch the loss reads. Both sides of a pair are queries:
+    neither is a document to be found.
 
-
-def with_teacher(part: Part, supply: Supply, texts: tuple[list[Text], list[Text]], second: Role) -> Part:
-    """The part with the teacher's vectors of both sides, where the source has a teacher."""
-    if supply.teacher is None:
-        return part
+    A row's draw depends on (`seed`, `visit`, row) alone: not on the rank, nor on the other rows. `step`: the live
+    negatives in use at it are taken. `share`: see `retrieval_texts`.
+    """
+    if supply.live is None:
+        records = [supply.records.records[int(row)] for row in rows]
+    else:
+        records = supply.live.records(np.asarray(rows), step)
+    seeds = [derive_seed(seed, visit, int(row)) for row in rows]
     task = supply.records.task
-    roles: tuple[Role, Role] = ("query", second)
-    sides = cast(tuple[list[str], list[str]], texts)  # a source of tokens has no teacher: `check_tokens`
-    vectors = [supply.teacher.represent(side, role=role, task=task)["dense"] for side, role in zip(sides, roles)]
-    return replace(part, teacher=(vectors[0], vectors[1]))
-
-
-_RETRIEVAL_IDS = (
-    "query_id_Q",
-    "positive_id_QP",
-    "negative_id_QM",
-    "document_id_N",
-    "label_Q",
-    "positive_score_QP",
-    "negative_score_QM",
-)
-
-
-def _retrieval_part(model: Embedder, supply: Supply, texts: RetrievalTexts) -> Part:
-    name, task = supply.records.name, supply.records.task
-    query = tokens_of(model.tokenize, texts.queries, "query", task, texts.instructions)
-    document = tokens_of(model.tokenize, texts.documents, "document", task)
-    assemble = _assembler(RetrievalBatch, ("query", "document"), _tensors(texts, _RETRIEVAL_IDS), task, name)
-    return Part(name, query, document, assemble, supply.loss)
-
-
-def _pair_part(model: Embedder, supply: Supply, texts: PairTexts) -> Part:
-    """Both sides of a pair are queries: neither is a document to be found."""
-    name, task = supply.records.name, supply.records.task
-    both = (texts.left, texts.right)
-    left, right = (tokens_of(model.tokenize, side, "query", task, texts.instructions) for side in both)
-    ids = _tensors(texts, ("left_id_N", "right_id_N", "label_N"))
-    return Part(name, left, right, _assembler(PairBatch, ("left", "right"), ids, task, name), supply.loss)
-
-
-def _tensors(texts: RetrievalTexts | PairTexts, names: Sequence[str]) -> dict[str, Tensor | None]:
-    arrays = {name: getattr(texts, name) for name in names}
-    return {name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _assembler(
-    kind: Callable[..., Batch], names: tuple[str, str], ids: Mapping[str, Tensor | None], task: str, source: str
-) -> Callable[[Side, Side, Mapping[str, nn.Module], Progress], Batch]:
-    def assemble(first: Side, second: Side, extras: Mapping[str, nn.Module], progress: Progress) -> Batch:
-        device = next(iter(first.local.values())).tensors()[0].device
-        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in ids.items()}
-        sides = dict(zip(names, (first, second), strict=True))
-        return kind(task=task, source=source, progress=progress, extras=extras, group=first.group, **sides, **moved)
-
-    return assemble
+    instructions = [record.instruction for record in records]
+    own = instructions if any(instruction is not None for instruction in instructions) else None
+    ids: RetrievalIds | PairIds
+    sides: list[tuple[list[Text], Role, list[str | None] | None]]
+    if supply.in_pairs:
+        left, right, ids = pair_texts(records, seeds=seeds)
+        sides = [(left, "query", own), (right, "query", own)]
+    else:
+        counts = {"positives": supply.positives, "negatives": supply.negatives}
+        queries, documents, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
+        sides = [(queries, "query", own), (documents, "document", None)]
+    tokens = TokenBatch.concatenate(
+        [tokens_of(model.tokenize, texts, role, task, given) for texts, role, given in sides]
+    )
+    teacher = None
+    if supply.teacher is not None:
+        plain = [(cast(list[str], texts), role) for texts, role, _ in sides]  # a source of tokens has no teacher
+        vectors = [supply.teacher.represent(texts, role=role, task=task)["dense"] for texts, role in plain]
+        teacher = (vectors[0], vectors[1])
+    watch = supply.live.watch(records) if supply.live else None
+    return tokens, Part(supply.records.name, task, ids, supply.loss, teacher=teacher, watch=watch)

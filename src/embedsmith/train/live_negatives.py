@@ -1,29 +1,30 @@
 """Live negatives in a training run: scores of the step's negatives to the state machine, its choices to the feed.
 
-The state itself is in `mining/live.py`. Every rank holds the same one: after a step the scores of all rows, a few
+The state itself is in `mining/live_state.py`. Every rank holds the same one: after a step the scores of all rows, a few
 numbers each, are gathered, and each rank takes the same decisions.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from embedsmith.core.batch import ABSENT, Batch, Loss, Progress, RetrievalBatch, Side
+from embedsmith.core.batch import ABSENT, Batch, Loss, Progress, RetrievalBatch
 from embedsmith.core.collectives import gather_rows, objects_of_all_ranks
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError, TrainingError
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray
-from embedsmith.data import Record, row_seeds, text_id
+from embedsmith.data import Record, text_id
 from embedsmith.data.record import Text
 from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
 from embedsmith.losses.candidates import Candidates
@@ -35,7 +36,7 @@ from embedsmith.mining.searchers import TextReps
 from embedsmith.mining.select import corpus_texts
 from embedsmith.models import Embedder
 from embedsmith.train.feed import AHEAD, Feed, Lane, Supply, make_part
-from embedsmith.train.step import Encode, Memory, Part, evaluate_parts
+from embedsmith.train.step import Encode, Memory, evaluate_parts
 
 _NEWEST = 2**62
 
@@ -82,29 +83,29 @@ class LiveSource:
         heads = self.supply.loss.heads()
         return "dense" if "dense" in heads else min(heads)
 
-    def watch(self, part: Part, records: Sequence[Record[Text]], slots: int) -> Part:
-        """The part, whose batch leaves its scores here when it is assembled."""
-        id_QS = np.full((len(records), slots), ABSENT, np.int64)
+    @property
+    def generation(self) -> int:
+        return self.state.generation
+
+    def watch(self, records: Sequence[Record[Text]]) -> Callable[[Batch], None]:
+        """Leaves the scores of the records' negatives in `seen`."""
+        id_QS = torch.full((len(records), self.supply.negatives), ABSENT)
         for row, record in enumerate(records):
-            id_QS[row, : len(record.negatives)] = [text_id(text) for text in record.negatives]
-        wanted_QS = torch.from_numpy(id_QS)
+            id_QS[row, : len(record.negatives)] = torch.tensor([text_id(text) for text in record.negatives])
+        return partial(self._see, id_QS=id_QS)
 
-        def assemble(first: Side, second: Side, extras: Mapping[str, nn.Module], progress: Progress) -> Batch:
-            batch = part.assemble(first, second, extras, progress)
-            assert isinstance(batch, RetrievalBatch)
-            with torch.no_grad():
-                self.seen = slot_scores(batch, self.head, wanted_QS)
-            return batch
-
-        return replace(part, assemble=assemble)
+    def _see(self, batch: Batch, id_QS: Tensor) -> None:
+        assert isinstance(batch, RetrievalBatch)
+        with torch.no_grad():
+            self.seen = slot_scores(batch, self.head, id_QS)
 
 
 def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
     """score_QS of the negatives with the given ids, NaN for those the batch does not hold, and in one more column the
     lowest score of a drawn positive, on the CPU."""
     found = Candidates.of(batch.alone(), head, mask_false_negatives=False, block_size=None)
-    negative_QM = found.negative_scores()[0].masked_fill(found.negative_row_QM == ABSENT, float("nan"))
-    positive_QP = found.positive_scores()[0].masked_fill(~found.valid_QP, float("inf"))
+    negative_QM = found.scores_of(found.negative_row_QM)[0].masked_fill(found.negative_row_QM == ABSENT, float("nan"))
+    positive_QP = found.scores_of(found.positive_row_QP)[0].masked_fill(~found.valid_QP, float("inf"))
     id_QM = batch.negative_id_QM
     if id_QM.shape[1] == 0:
         negative_QM, id_QM = negative_QM[:, :0], id_QM[:, :0]
@@ -115,14 +116,18 @@ def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
 
 @dataclass
 class LiveMining:
-    """All live sources of a run. Without any, every method does nothing."""
+    """All live sources of a run, each with its lane. `seconds`: spent on mining anew so far."""
 
     feed: Feed
+    sources: list[tuple[Lane, LiveSource]]
     seconds: float = 0.0
 
-    @property
-    def sources(self) -> list[tuple[Lane, LiveSource]]:
-        return [(lane, s.live) for lane in self.feed.lanes for s in lane.supplies if s.live is not None]
+    @staticmethod
+    def of(feed: Feed) -> LiveMining | None:
+        """`None` for a feed without live sources."""
+        lives = ((lane, supply.live) for lane in feed.lanes for supply in lane.supplies)
+        sources = [(lane, live) for lane, live in lives if isinstance(live, LiveSource)]
+        return LiveMining(feed, sources) if sources else None
 
     def begin(self, step: int) -> None:
         """Mine the pools of sources without any negatives, before the first step."""
@@ -169,8 +174,10 @@ class LiveMining:
         if len(rows) == 0:
             return
         mine = rows if lane.spread else np.split(rows, world)[lane.rank]
-        part = live_part(lane, live, mine, row_seeds(self.feed.seed, 0, mine), _NEWEST, self.feed.model)
-        evaluate_parts(encode, [replace(part, group=lane.group)], memory, extras, progress)
+        share = (lane.rank, lane.world) if lane.spread else (0, 1)
+        supply = replace(live.supply, live=live)
+        tokens, part = make_part(self.feed.model, supply, mine, self.feed.seed, step=_NEWEST, share=share)
+        evaluate_parts(encode, tokens, [replace(part, group=lane.group)], memory, extras, progress)
         self._observe(lane, live, step, rows, _NEWEST)
 
     def _remine(self, lane: Lane, live: LiveSource) -> None:
@@ -193,10 +200,8 @@ class LiveMining:
         }
         return values | ({"remine_seconds": self.seconds} if self.seconds else {})
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint. A collective. Errors: `TrainingError` where ranks that share a source disagree."""
-        if not self.sources:
-            return None
         for lane, live in self.sources:
             if len(set(objects_of_all_ranks(live.state.digest(), lane.group))) > 1:
                 raise TrainingError(
@@ -240,32 +245,18 @@ def _learns_from_scores(loss: Loss) -> bool:
     return scored or any(_learns_from_scores(each) for each in inner if isinstance(each, Loss))
 
 
-def live_part(lane: Lane, live: LiveSource, row_Q: IntArray, seeds: Sequence[int], step: int, model: Embedder) -> Part:
-    """The part of some rows with their live negatives, watched."""
-    records = live.records(row_Q, step)
-    share = (lane.rank, lane.world) if lane.spread else (0, 1)
-    part = make_part(model, live.supply, records, seeds, share)
-    return live.watch(part, records, live.supply.negatives)
-
-
 def _over_ranks(lane: Lane, score_QX: Tensor) -> Tensor:
     """Scores of the rows of all ranks in row order; of a slot that only some ranks hold, theirs."""
     if lane.world == 1:
         return score_QX
-    device = _communication_device(lane)
+    nccl = dist.get_backend(lane.group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     gathered = gather_rows(score_QX.to(device), lane.group).cpu()
     if not lane.spread:
         return gathered
     stacked = gathered.unflatten(0, (lane.world, -1))
     joined = stacked.nan_to_num(float("-inf")).amax(0)
     return torch.where(stacked.isnan().all(0), float("nan"), joined)
-
-
-def _communication_device(lane: Lane) -> torch.device:
-    import torch.distributed as dist
-
-    nccl = dist.get_backend(lane.group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def with_live_negatives(feed: Feed, config: LiveNegatives | None) -> Feed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.train.config import TrainConfig
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Vectors (norms, biases, a temperature) are not decayed; a name that matches a pattern of
-    `group_learning_rates` gets that rate, the first match wins."""
+def adamw(model: nn.Module, extras: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW for all parameters that are trained. Vectors (norms, biases, a temperature) are not decayed; a name that
+    matches a pattern of `group_learning_rates` gets that rate, the first match wins. Parameters of the losses' extras
+    are named `extras.NAME`."""
+    named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unmatched = set(config.group_learning_rates)
     for name, parameter in named:
@@ -43,13 +44,9 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
     return torch.optim.AdamW(settings, betas=config.betas, fused=True)
 
 
-def warmup_steps(config: TrainConfig, steps: int) -> int:
-    return math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
-
-
 def learning_rate(config: TrainConfig, step: int, steps: int, peak: float) -> float:
     """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then decay to `min_learning_rate`."""
-    warm = warmup_steps(config, steps)
+    warm = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
     if step < warm:
         return peak * (step + 1) / warm
     done = (step - warm) / max(steps - warm, 1)

@@ -1,9 +1,17 @@
-"""Parameters in shards over the ranks (FSDP2): each rank keeps its part of the backbone's weights and optimizer state.
+"""How a run is spread over ranks: whole copies, FSDP2 or DeepSpeed's ZeRO-2, behind one protocol (`Engine`).
 
-Every forward and backward pass of a sharded backbone is a collective, so all ranks must make the same number of them in
-the same order: chunk counts are agreed, with idle chunks where a rank has fewer, and either all chunks keep their graph
-or none does. FSDP2 averages the gradient of its parameters itself; heads and extras stay whole and are averaged as
-ever.
+Whole copies: every rank has all weights; gradients are averaged after the last backward pass.
+
+FSDP2 (`train.shard: true`): each rank keeps its part of the backbone's weights and optimizer state. Every forward and
+backward pass of a sharded backbone is a collective, so all ranks must make the same number of them in the same order:
+chunk counts are agreed, with idle chunks where a rank has fewer, and either all chunks keep their graph or none does.
+FSDP2 averages the gradient of its parameters itself; heads and extras stay whole and are averaged as ever.
+
+ZeRO-2 (`train.shard: zero2`): every rank keeps all weights, and its part of the gradients and the optimizer state.
+DeepSpeed's engine is given the weights, the optimizer and, once a step, the gradients, and nothing else: it never runs
+a forward or backward pass, so chunks may be as many as they like, replayed or not, and differ from rank to rank. All
+backward passes of a step lie in one `backward` block, at whose end the gradients are averaged and cut into shards.
+Until then they are whole: what ZeRO-2 saves in the middle of a backward pass is not saved here (FSDP2 does save it).
 """
 
 from __future__ import annotations
@@ -11,10 +19,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,40 +32,107 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from embedsmith.core.collectives import complete_gradients, max_over_ranks, rank, world_size
+from embedsmith.core.collectives import average_gradients, complete_gradients, max_over_ranks, rank, world_size
 from embedsmith.core.errors import MissingExtraError, RecipeError
+from embedsmith.core.tokens import IntArray
 from embedsmith.models import Embedder
-from embedsmith.models.heads.tokens import TokenHead
 from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
-from embedsmith.train.config import Recipe
+from embedsmith.train.config import Recipe, TrainConfig
+from embedsmith.train.optim import adamw
 from embedsmith.train.step import Chunk
 
+Agreement = Callable[[list[Chunk], IntArray], list[Chunk]]
 
-class Shards:
-    """The sharding of one model. `whole`: on the first rank a copy in main memory, to save and nothing else."""
 
-    def __init__(self, model: Embedder) -> None:
+class Engine(Protocol):
+    """What differs between the ways of spreading a run. `optimizer` updates the weights of the model and of the extras
+    of its losses. `agreed`: makes the chunks of all ranks alike, where a forward pass is a collective (see `Memory`).
+    `backward()` is around all backward passes of a step."""
+
+    optimizer: torch.optim.Optimizer
+    agreed: Agreement | None
+    backward: Callable[[], AbstractContextManager[None]]
+
+    def step(self) -> float:
+        """Average the gradients over ranks, clip them and update the weights. Returns their norm before clipping."""
+        ...
+
+    def whole_model(self) -> Embedder:
+        """The model with all its weights, to be saved by the first rank. Collective."""
+        ...
+
+
+def check_shard(recipe: Recipe) -> None:
+    """Errors: `RecipeError` for a single process, or for what needs the whole model in the middle of a sharded run;
+    `MissingExtraError` for ZeRO-2 without DeepSpeed."""
+    if recipe.train.shard == "zero2":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MissingExtraError("deepspeed", "deepspeed")
+        if not dist.is_initialized():
+            raise RecipeError("train.shard=zero2 needs several processes", fix="start the run with accelerate launch")
+    elif recipe.train.shard:
+        _check_fsdp(recipe)
+
+
+def make_engine(model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> Engine:
+    """Spread the model as `train.shard` says, once it is on its device."""
+    if config.shard == "zero2":
+        return Zero2(model, extras, config)
+    return Fsdp2(model, extras, config) if config.shard else WholeCopies(model, extras, config)
+
+
+class WholeCopies:
+    """Every rank has all weights (data parallelism)."""
+
+    def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
+        self.model, self.limit = model, config.clip_norm or float("inf")
+        self.parameters = [*model.parameters(), *extras.parameters()]
+        self.optimizer: torch.optim.Optimizer = adamw(model, extras, config)
+        self.agreed: Agreement | None = None
+        self.backward: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def step(self) -> float:
+        average_gradients(self.parameters)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.limit))
+        self.optimizer.step()
+        return norm
+
+    def whole_model(self) -> Embedder:
+        return self.model
+
+
+class Fsdp2(WholeCopies):
+    """Weights and optimizer state of the backbone in shards over the ranks. `copy`: on the first rank the model in main
+    memory, to save and nothing else."""
+
+    def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
         heads = model.token_heads.items()  # also those that lay in the model's folder unasked
-        _refuse(["splade" if name == "sparse" else name for name, head in heads if not isinstance(head, TokenHead)])
-        self.whole = copy.deepcopy(model).cpu() if rank() == 0 else None
-        device = next(model.backbone.parameters()).device
-        mesh = init_device_mesh(device.type, (world_size(),))
+        _refuse_heads(["splade" if n == "sparse" else n for n, head in heads if head.reads_words])
+        self.copy = copy.deepcopy(model).cpu() if rank() == 0 else None
+        self.device = next(model.backbone.parameters()).device
+        mesh = init_device_mesh(self.device.type, (world_size(),))
         for layer in layers_of(model.backbone):
             fully_shard(layer, mesh=mesh)
         fully_shard(model.backbone, mesh=mesh)
+        super().__init__(model, extras, config)
+        self.agreed = partial(same_chunks, device=self.device)
 
-    def gathered(self, model: Embedder) -> Embedder:
-        """The model with all weights in one place, on the first rank; elsewhere the model itself. Collective."""
-        state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-        if self.whole is None:
-            return model
-        self.whole.load_state_dict(state)
-        return self.whole
+    def step(self) -> float:
+        average_gradients(p for p in self.parameters if not isinstance(p, DTensor))  # FSDP2 averages its own
+        norm = float(clip(self.parameters, self.limit))
+        self.optimizer.step()
+        return norm
+
+    def whole_model(self) -> Embedder:
+        state = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+        if self.copy is None:
+            return self.model
+        self.copy.load_state_dict(state)
+        return self.copy
 
 
-def check(recipe: Recipe) -> None:
-    """Errors: `RecipeError` for what needs the whole model in the middle of a sharded run."""
+def _check_fsdp(recipe: Recipe) -> None:
     if recipe.evaluate.tasks:
         raise RecipeError(
             "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
@@ -70,12 +146,12 @@ def check(recipe: Recipe) -> None:
     words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
         recipe.model.sparse == "splade"
     )
-    _refuse(words)
+    _refuse_heads(words)
     if not dist.is_initialized():
         raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
 
-def _refuse(words: list[str]) -> None:
+def _refuse_heads(words: list[str]) -> None:
     if words:
         raise RecipeError(
             f"the head {words[0]} under train.shard: it reads the word table of the backbone, which no rank has whole",
@@ -83,11 +159,12 @@ def _refuse(words: list[str]) -> None:
         )
 
 
-def agreed(chunks: list[Chunk], device: torch.device) -> list[Chunk]:
+def same_chunks(chunks: list[Chunk], length_N: IntArray, device: torch.device) -> list[Chunk]:
     """The same number of chunks on every rank, all kept or all replayed; idle ones encode one text for nothing."""
     count = max_over_ranks(len(chunks), device)
     keep = not max_over_ranks(int(not all(chunk.keep for chunk in chunks)), device)
-    idle = Chunk(chunks[-1].rows[:1], keep, idle=True)
+    row = chunks[-1].rows[:1]
+    idle = Chunk(row, int(length_N[row].max(initial=1)), keep, idle=True)
     return [*(replace(chunk, keep=keep) for chunk in chunks), *[idle] * (count - len(chunks))]
 
 
@@ -105,25 +182,25 @@ def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     return total
 
 
-# Optimizer state and gradients in shards over the ranks by DeepSpeed (ZeRO-2); every rank keeps all weights.
-# DeepSpeed's engine is given the weights, the optimizer and, once a step, the gradients, and nothing else: it never
-# runs a forward or backward pass, so chunks may be as many as they like, replayed or not, and differ from rank to rank.
-# All backward passes of a step lie in one `reducing` block, at whose end the gradients are averaged and cut into
-# shards. Until then they are whole: what ZeRO-2 saves in the middle of a backward pass is not saved here (FSDP2 does
-# save it).
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_zero() -> None:
-    """Errors: `MissingExtraError` without DeepSpeed, `RecipeError` in a single process."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MissingExtraError("deepspeed", "deepspeed")
-    if not dist.is_initialized():
-        raise RecipeError("train.shard=zero2 needs several processes", fix="start the run with accelerate launch")
+class Zero2(WholeCopies):
+    """Gradients and optimizer state in shards over the ranks, by DeepSpeed."""
+
+    def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
+        super().__init__(model, extras, config)
+        inner = self.optimizer
+        assert isinstance(inner, torch.optim.AdamW)
+        self.zero = ZeroAdamW(nn.ModuleList([model, extras]), inner, config.clip_norm)
+        self.optimizer, self.backward = self.zero, self.zero.reducing
+
+    def step(self) -> float:
+        self.zero.step()
+        return self.zero.norm
 
 
-class Zero(torch.optim.Optimizer):
+class ZeroAdamW(torch.optim.Optimizer):
     """AdamW whose state is cut over the ranks. Its groups hold the model's own parameters, and its `state_dict` is that
     of a plain AdamW, so a checkpoint continues on any number of ranks.
 

@@ -16,7 +16,7 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate import Results, Task, evaluate, load_task
-from embedsmith.evaluate.model_geometry import Geometry, Sample, brief, look, sample_of
+from embedsmith.evaluate.model_geometry import Geometry, Sample, training_geometry
 from embedsmith.evaluate.variants import FULL, score_widths
 from embedsmith.models import Embedder
 from embedsmith.search.hybrid import HybridEncoder
@@ -46,18 +46,13 @@ class Development:
     @cached_property
     def sample(self) -> Sample | None:
         count = self.config.geometry
-        return None if count is None else sample_of(self.tasks[0], count)
+        return None if count is None else Sample.of(self.tasks[0], count)
 
     def before(self, state: RunState) -> dict[str, float]:
         """Score the model before the first step; empty on a resume, and where it is not wanted."""
         if state.step > 0 or not self.config.tasks or not self.config.before:
             return {}
         return self._scores("before", improved=lambda score: True)
-
-    def due(self, step: int, steps: int) -> bool:
-        if not self.config.tasks and self.validation is None:
-            return False
-        return step == steps or (self.config.every is not None and step % self.config.every == 0)
 
     def run(self, state: RunState, steps: int) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
@@ -76,9 +71,6 @@ class Development:
         else:
             state = replace(state, evaluations_without_gain=state.evaluations_without_gain + 1)
         return state, values | scores
-
-    def exhausted(self, state: RunState) -> bool:
-        return self.config.patience is not None and state.evaluations_without_gain >= self.config.patience
 
     def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
         """Main scores by the names the recipe uses for the tasks, and the geometry that is logged. Collective."""
@@ -116,19 +108,19 @@ class Development:
 
     def _geometry(self) -> dict[str, float]:
         assert self.sample is not None
-        return {f"geometry/{key}": value for key, value in brief(self.model, self.sample).items()}
+        return {f"geometry/{key}": value for key, value in training_geometry(self.model, self.sample).items()}
 
     def _keep(self, name: str, results: Results) -> None:
-        """What the report reads. The whole geometry is looked at here: it costs a few hundred texts."""
+        """What the report reads. The whole geometry is measured here: it costs a few hundred texts."""
         folder = self.output / "evaluation"
         results.save(folder / f"{name}.json", items=True)
         try:
-            seen: Geometry = look(self.model, self.sample or sample_of(self.tasks[0], 300))
+            geometry = Geometry.of(self.model, self.sample or Sample.of(self.tasks[0], 300))
         except EvaluationError as error:  # a handful of texts, or a task of one's own: the run goes on without
             log.warning("no geometry: %s", error)
             return
         with atomic_file(folder / f"geometry-{name}.json") as file:
-            json.dump(seen.as_dict(), file, allow_nan=False)
+            json.dump(geometry.as_dict(), file, allow_nan=False)
 
     def _overall(self, scores: Mapping[str, float]) -> float:
         """What chooses the best checkpoint: the main score of `metric`, or the mean over tasks."""
@@ -140,7 +132,7 @@ class Development:
             return {}
         values: dict[str, list[float]] = {}
         for step in range(self.validation.steps_per_epoch):
-            parts = self.validation.parts(step)
-            value = mean_over_ranks(evaluate_parts(self.encode, parts, self.memory, self.extras, progress))
+            tokens, parts = self.validation.draw(step)
+            value = mean_over_ranks(evaluate_parts(self.encode, tokens, parts, self.memory, self.extras, progress))
             values.setdefault(parts[0].source, []).append(float(value))
         return {f"validation_loss/{source}": sum(each) / len(each) for source, each in values.items()}

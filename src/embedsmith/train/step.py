@@ -10,18 +10,19 @@ the same gradient (proof: tests/train/test_step.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import Batch, Loss, Progress, Side
+from embedsmith.core.batch import Batch, Loss, PairIds, Progress, RetrievalIds, Side
 from embedsmith.core.collectives import Group, max_over_ranks
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.progress import log
-from embedsmith.core.reps import TEACHER, Representation, Reps, Sparse, concatenate, each_head
+from embedsmith.core.reps import TEACHER, Representation, Reps, Sparse
 from embedsmith.core.seeds import TorchRandom
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
 
@@ -70,25 +71,39 @@ class DeadHeads:
                 )
 
 
-Encode = Callable[[TokenBatch, Sequence[str]], Reps]
+Encode = Callable[[TokenBatch, Sequence[str], IntArray], Reps]
+"""A model's forward pass: the wanted heads of some rows of a ragged batch of tokens."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one source on this rank, with the loss that reads them.
+    """Rows of one source on this rank: who belongs to whom among their texts, and the loss that reads them.
 
     A step usually has one part. It has several, each with a weight and a group of ranks, where losses of different
-    tasks must move the model together (Conan's cross-GPU balance).
+    tasks must move the model together (Conan's cross-GPU balance). The texts stand in the step's tokens, part after
+    part, the first side (queries, or what stands left in pairs) before the second. `teacher`: a teacher's vectors of
+    both sides. `watch`: shown the batch once it is encoded.
     """
 
     source: str
-    first: TokenBatch
-    second: TokenBatch
-    assemble: Callable[[Side, Side, Mapping[str, nn.Module], Progress], Batch]
+    task: str
+    ids: RetrievalIds | PairIds
     loss: Loss
     weight: float = 1.0
     group: Group = None
     teacher: tuple[Representation, Representation] | None = None
+    watch: Callable[[Batch], None] | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`rows` that are encoded together, which make the model compute `tokens` tokens. `keep`: whether their graph
+    stays alive until their backward pass. `idle`: encoded only because other ranks have more chunks."""
+
+    rows: IntArray
+    tokens: int
+    keep: bool
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,21 +112,22 @@ class Memory:
     (`None`: all). `max_rows`: texts in a chunk, and then also the texts whose graphs are kept (`None`: no limit).
     `least_tokens`: from so many on a chunk ends where texts get shorter, to save padding (`None`: only when full).
     `packed`: the model computes no padding, so only real tokens count. `agreed`: makes the chunks of all ranks alike
-    where a forward pass is a collective (FSDP2)."""
+    where a forward pass is a collective (FSDP2), given their lengths too."""
 
     chunk_tokens: int
     kept_tokens: int | None = None
     max_rows: int | None = None
     least_tokens: int | None = None
     packed: bool = False
-    agreed: Callable[[list[Chunk]], list[Chunk]] | None = None
+    agreed: Callable[[list[Chunk], IntArray], list[Chunk]] | None = None
 
-
-@dataclass(frozen=True)
-class Chunk:
-    rows: IntArray
-    keep: bool
-    idle: bool = False
+    def chunks(self, length_N: IntArray, max_rows: int | None) -> list[Chunk]:
+        """Texts of such lengths in chunks of similar length, longest first, none of which keeps its graph."""
+        if self.packed:
+            rows_C = packed_rows(length_N, self.chunk_tokens, max_rows)
+            return [Chunk(rows, int(length_N[rows].sum()), keep=False) for rows in rows_C]
+        rows_C = chunk_rows(length_N, self.chunk_tokens, max_rows, self.least_tokens)
+        return [Chunk(rows, len(rows) * int(length_N[rows].max(initial=1)), keep=False) for rows in rows_C]
 
 
 @dataclass(frozen=True)
@@ -127,30 +143,20 @@ class StepOutput:
 
 def plan_chunks(length_N: IntArray, memory: Memory) -> list[Chunk]:
     """Chunks of similar length, longest first; those that keep their graph come last, as many as the budget allows."""
-    chunks = _chunked(length_N, memory, memory.max_rows)
-    sizes = [_computed(length_N[rows], memory) for rows in chunks]
-    tokens_left = float("inf") if memory.kept_tokens is None else max(memory.kept_tokens, sizes[-1])
+    chunks = memory.chunks(length_N, memory.max_rows)
+    tokens_left = float("inf") if memory.kept_tokens is None else max(memory.kept_tokens, chunks[-1].tokens)
     rows_left = float("inf") if memory.max_rows is None else memory.max_rows
     planned: list[Chunk] = []
-    for rows, size in zip(reversed(chunks), reversed(sizes), strict=True):
-        tokens_left, rows_left = tokens_left - size, rows_left - len(rows)
-        planned.append(Chunk(rows, keep=tokens_left >= 0 and rows_left >= 0))
-    return planned[::-1]
-
-
-def _chunked(length_N: IntArray, memory: Memory, max_rows: int | None) -> list[IntArray]:
-    if memory.packed:
-        return packed_rows(length_N, memory.chunk_tokens, max_rows)
-    return chunk_rows(length_N, memory.chunk_tokens, max_rows, memory.least_tokens)
-
-
-def _computed(length_N: IntArray, memory: Memory) -> int:
-    """Tokens that a chunk of such rows makes the model compute."""
-    return int(length_N.sum()) if memory.packed else len(length_N) * int(length_N.max(initial=1))
+    for chunk in reversed(chunks):
+        tokens_left, rows_left = tokens_left - chunk.tokens, rows_left - len(chunk.rows)
+        planned.append(replace(chunk, keep=tokens_left >= 0 and rows_left >= 0))
+    planned.reverse()
+    return planned if memory.agreed is None else memory.agreed(planned, length_N)
 
 
 def run_step(
     encode: Encode,
+    tokens: TokenBatch,
     parts: Sequence[Part],
     memory: Memory,
     extras: Mapping[str, nn.Module] | None = None,
@@ -158,22 +164,21 @@ def run_step(
 ) -> StepOutput:
     """Add the gradient of the parts' weighted losses to the parameters.
 
-    `encode` is the model's forward pass on a ragged batch of tokens, for the heads asked for. Gradients are this
-    rank's; the caller averages them over ranks. Errors: `TrainingError` when a representation or a loss is not
-    finite, on every rank at once, before any gradient is touched.
+    `tokens`: the texts of all parts, side after side. Gradients are this rank's; the caller averages them over ranks.
+    Errors: `TrainingError` when a representation or a loss is not finite, on every rank at once, before any gradient
+    is touched.
     """
-    tokens, heads = _texts(parts)
+    heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
     chunks = plan_chunks(tokens.length_N, memory)
-    chunks = chunks if memory.agreed is None else memory.agreed(chunks)
     states: list[TorchRandom] = []
     pieces: list[Reps] = []
     for chunk in chunks:
         states.append(TorchRandom.capture())
         with torch.set_grad_enabled(chunk.keep):
-            pieces.append(encode(tokens.take(chunk.rows), heads))
-    sides = _sides(pieces, chunks, parts)
-    value, named = _loss(parts, sides, extras or {}, progress)
-    gradient = _row_gradients(sides)
+            pieces.append(encode(tokens, heads, chunk.rows))
+    batches = _batches(pieces, chunks, parts, extras or {}, progress)
+    value, named = _loss(parts, batches)
+    gradient = _row_gradients(batches)
     after = TorchRandom.capture()
     for chunk, piece in zip(chunks, pieces, strict=True):  # kept graphs first: none is alive beside a replayed one
         if chunk.keep:
@@ -181,104 +186,95 @@ def run_step(
     for chunk, state in zip(chunks, states, strict=True):
         if not chunk.keep:
             state.restore()
-            _push(encode(tokens.take(chunk.rows), heads), chunk, gradient)
+            _push(encode(tokens, heads, chunk.rows), chunk, gradient)
     after.restore()
-    padded = sum(_computed(tokens.length_N[chunk.rows], memory) for chunk in chunks)
-    return StepOutput(value, named, len(tokens.id_S), padded, sum(not chunk.keep for chunk in chunks))
+    computed, replayed = sum(chunk.tokens for chunk in chunks), sum(not chunk.keep for chunk in chunks)
+    return StepOutput(value, named, len(tokens.id_S), computed, replayed)
 
 
 def evaluate_parts(
-    encode: Encode, parts: Sequence[Part], memory: Memory, extras: Mapping[str, nn.Module], progress: Progress
+    encode: Encode,
+    tokens: TokenBatch,
+    parts: Sequence[Part],
+    memory: Memory,
+    extras: Mapping[str, nn.Module],
+    progress: Progress,
 ) -> Tensor:
     """The loss of the parts without gradient: what validation reports."""
+    heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
     with torch.no_grad():
-        tokens, heads = _texts(parts)
-        chunks = [Chunk(rows, keep=False) for rows in _chunked(tokens.length_N, memory, None)]
-        chunks = chunks if memory.agreed is None else memory.agreed(chunks)
-        sides = _sides([encode(tokens.take(chunk.rows), heads) for chunk in chunks], chunks, parts)
-        batches = [part.assemble(*pair, extras, progress) for part, pair in zip(parts, sides, strict=True)]
+        chunks = memory.chunks(tokens.length_N, None)
+        chunks = chunks if memory.agreed is None else memory.agreed(chunks, tokens.length_N)
+        pieces = [encode(tokens, heads, chunk.rows) for chunk in chunks]
+        batches = _batches(pieces, chunks, parts, extras, progress)
         return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
 
 
-def _texts(parts: Sequence[Part]) -> tuple[TokenBatch, list[str]]:
-    """All texts of a step as one list, side after side, and the heads that its losses read."""
-    tokens = TokenBatch.concatenate([side for part in parts for side in (part.first, part.second)])
-    return tokens, sorted(frozenset().union(*(part.loss.heads() for part in parts)))
-
-
-def _sides(pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part]) -> list[tuple[Side, Side]]:
-    """Representations back in row order, cut into the sides of each part."""
-    busy = [(piece, chunk) for piece, chunk in zip(pieces, chunks, strict=True) if not chunk.idle]
-    pieces, chunks = [piece for piece, _ in busy], [chunk for _, chunk in busy]
-    detached = [each_head(piece, lambda r: r.map(torch.Tensor.detach)) for piece in pieces]
-    place_N = torch.from_numpy(np.argsort(np.concatenate([chunk.rows for chunk in chunks]), kind="stable"))
-    everything = concatenate(detached)
-    pairs: list[tuple[Side, Side]] = []
+@torch.no_grad()
+def _batches(
+    pieces: list[Reps], chunks: list[Chunk], parts: Sequence[Part], extras: Mapping[str, nn.Module], progress: Progress
+) -> list[Batch]:
+    """Representations back in row order, cut from their graphs and into the sides of each part's batch."""
+    busy = [place for place, chunk in enumerate(chunks) if not chunk.idle]
+    place_N = torch.from_numpy(np.argsort(np.concatenate([chunks[place].rows for place in busy]), kind="stable"))
+    made = {head: [pieces[place][head] for place in busy] for head in pieces[0]}
+    batches: list[Batch] = []
     start = 0
     for part in parts:
-        both: list[Side] = []
-        for place, length in enumerate((len(part.first), len(part.second))):
-            rows_N = place_N[start : start + length]
-            local = each_head(everything, partial(_rows, rows_N=rows_N))
+        sides: list[Side] = []
+        for number, size in enumerate(part.ids.sizes):
+            local = {head: each[0].of_pieces(each, place_N[start : start + size]) for head, each in made.items()}
             if part.teacher is not None:
-                local[TEACHER] = part.teacher[place].map(partial(torch.Tensor.to, device=_device(everything)))
-            both.append(Side(local, part.group))
-            start += length
-        pairs.append((both[0], both[1]))
-    return pairs
+                device = next(iter(local.values())).tensors()[0].device
+                local[TEACHER] = part.teacher[number].map(partial(torch.Tensor.to, device=device))
+            sides.append(Side(local, part.group))
+            start += size
+        about: dict[str, Any] = {"task": part.task, "source": part.source, "group": part.group}
+        batch = part.ids.with_sides(*sides, progress=progress, extras=extras, **about)
+        if part.watch is not None:
+            part.watch(batch)
+        batches.append(batch)
+    return batches
 
 
-def _device(reps: Reps) -> torch.device:
-    return next(iter(reps.values())).tensors()[0].device
-
-
-def _rows(representation: Representation, rows_N: Tensor) -> Representation:
-    return representation.rows(rows_N.to(representation.tensors()[0].device))
-
-
-def _loss(
-    parts: Sequence[Part], sides: list[tuple[Side, Side]], extras: Mapping[str, nn.Module], progress: Progress
-) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+def _loss(parts: Sequence[Part], batches: list[Batch]) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
     """The weighted sum of the parts' losses, differentiated down to the leaves, gathered rows settled."""
     values: list[Tensor] = []
     named: dict[str, dict[str, Tensor]] = {}
-    batches: list[Batch] = []
-    for part, pair in zip(parts, sides, strict=True):
-        batch = part.assemble(*pair, extras, progress)
+    for part, batch in zip(parts, batches, strict=True):
         output = part.loss(batch)
         values.append(part.weight * output.value)
-        named[part.source] = {"loss": output.value.detach(), **output.parts, **sparse_activity(pair)}
-        batches.append(batch)
+        named[part.source] = {"loss": output.value.detach(), **output.parts, **sparse_activity(batch.sides())}
     total = torch.stack(values).sum()
-    _check_finite(parts, sides, total, progress.step)
+    _check_finite(batches, total)
     total.backward()
     for batch in batches:
         batch.settle()
     return total.detach(), named
 
 
-def _check_finite(parts: Sequence[Part], sides: list[tuple[Side, Side]], total: Tensor, step: int) -> None:
-    made = [r for pair in sides for side in pair for head, r in side.local.items() if head != TEACHER]
+def _check_finite(batches: list[Batch], total: Tensor) -> None:
+    made = [r for batch in batches for side in batch.sides() for head, r in side.local.items() if head != TEACHER]
     tensors = [tensor for representation in made for tensor in representation.floating()]
     healthy = [torch.isfinite(tensor).all() for tensor in tensors]
     fine = torch.isfinite(total) & torch.stack(healthy).all()
     if max_over_ranks(int(not fine), total.device):
-        names = ", ".join(part.source for part in parts)
+        names = ", ".join(batch.source for batch in batches)
         what = "the loss" if all(healthy) else "a representation"
         raise TrainingError(
             f"{what} is not finite (loss {float(total.detach()):g})",
-            where=f"step {step}, source {names}",
+            where=f"step {batches[0].progress.step}, source {names}",
             fix="lower train.learning_rate or set train.precision=fp32; the last checkpoint is intact",
         )
 
 
-def _row_gradients(sides: list[tuple[Side, Side]]) -> dict[str, list[Tensor]]:
+def _row_gradients(batches: list[Batch]) -> dict[str, list[Tensor]]:
     """Gradient of every floating field of every head, rows of all sides in order; a missing one is zero."""
 
     def of(tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
-    flat = [side for pair in sides for side in pair]
+    flat = [side for batch in batches for side in batch.sides()]
     return {
         head: [
             torch.cat(column) for column in zip(*([of(t) for t in s.local[head].floating()] for s in flat), strict=True)

@@ -62,7 +62,7 @@ def curate_data(
     """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
     from rich.console import Console
 
-    from embedsmith.curate.step import render, table_of_steps
+    from embedsmith.curate.outcome import render, table_of_steps
 
     if list_steps or source is None:
         Console().print(table_of_steps())

@@ -229,26 +229,26 @@ def show_geometry(
 
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
-    from embedsmith.evaluate import model_geometry as look
+    from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table
+    from embedsmith.evaluate.result import finite_or_none
     from embedsmith.models import load
 
     path = Path(task)
-    sample = (
-        look.load_texts(path, texts) if path.suffix == ".txt" else look.sample_of(load_task(task, data_dir=data), texts)
-    )
+    sample = Sample.read(path, texts) if path.suffix == ".txt" else Sample.of(load_task(task, data_dir=data), texts)
     names = [model] if against is None else [model, against]
     encoders = [load(name) for name in names]
-    looks = [look.look(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
-    together = look.beside(encoders[0], encoders[1], sample) if against is not None else {}
-    Console().print(look.table(looks, names, together))
+    geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
+    together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
+    Console().print(geometry_table(geometries, names, together))
     if json_file is not None:
         with atomic_file(json_file) as file:
-            plain = {"models": [each.as_dict() for each in looks], "both": look.plain(together)}
+            both = {name: finite_or_none(value) for name, value in together.items()}
+            plain = {"models": [each.as_dict() for each in geometries], "both": both}
             json.dump(plain, file, indent=2, ensure_ascii=False, allow_nan=False)
     if report is not None:
         from embedsmith.report import geometry_page
 
-        text = geometry_page([each.as_dict() for each in looks], names, together)
+        text = geometry_page([each.as_dict() for each in geometries], names, together)
         with atomic_file(report) as file:
             file.write(text)
         typer.echo(f"report: {report}")

@@ -110,9 +110,9 @@ def export_one_head(
     """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
     from typing import cast
 
-    from embedsmith.models.export import Head, run_export
+    from embedsmith.models.export import ExportedHead, run_export
 
-    typer.echo(run_export(model, out, cast("Head", head)))
+    typer.echo(run_export(model, out, cast("ExportedHead", head)))
 
 
 @verbs.register("push")

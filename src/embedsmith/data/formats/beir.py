@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import Row, Rows, open_rows
-from embedsmith.data.record import RowError, titled
+from embedsmith.data.formats.files import Row, Rows, rows_of
+from embedsmith.data.formats.texts import file_in, read_texts
 
 Judgements = dict[str, dict[str, float]]
 
 
 def is_beir(folder: Path) -> bool:
-    return _file(folder, "corpus.jsonl").is_file() and _file(folder, "queries.jsonl").is_file()
+    return file_in(folder, "corpus.jsonl").is_file() and file_in(folder, "queries.jsonl").is_file()
 
 
 def beir_rows(folder: Path, split: str | None) -> Rows:
@@ -24,63 +24,41 @@ def beir_rows(folder: Path, split: str | None) -> Rows:
     A document's text is its title and its text, joined by a space. Lines are those of the queries file.
     Errors: `DataError` for a missing file or split, and for judgements of texts that do not exist.
     """
-    documents = {id_: text for _, id_, text in _texts(_file(folder, "corpus.jsonl"))}
+    documents = {one.id: one.text.strip() for one in read_texts(folder, ids="unique") if one.id is not None}
     path, judgements = _judgements(folder, split, documents)
     grades = [score for judged in judgements.values() for score in judged.values()]
     top = max(1.0, max(grades, default=1.0))
-    queries = _file(folder, "queries.jsonl")
-    return Rows(queries, _rows(queries, path, documents, judgements), format="beir", score_range=(0.0, top))
+    rows = _rows(folder, path, documents, judgements)
+    return Rows(file_in(folder, "queries.jsonl"), rows, format="beir", score_range=(0.0, top))
 
 
-def _rows(queries: Path, qrels: Path, documents: dict[str, str], judgements: Judgements) -> Iterator[Row]:
-    unseen = set(judgements)
-    for line, id_, text in _texts(queries):
-        if id_ in unseen:
-            unseen.remove(id_)
-            judged = judgements[id_]
+def _rows(folder: Path, qrels: Path, documents: dict[str, str], judgements: Judgements) -> Iterator[Row]:
+    unseen = dict.fromkeys(judgements)
+    for query in read_texts(folder, "queries", ids="unique"):
+        if query.id in unseen:
+            del unseen[query.id]
+            judged = judgements[query.id]
             good = {document: score for document, score in judged.items() if score > 0}
             row: dict[str, Any] = {
-                "query": text,
+                "query": query.text.strip(),
                 "positives": [documents[document] for document in good],
                 "positive_scores": list(good.values()),
                 "negatives": [documents[document] for document in judged if document not in good],
                 "task": "retrieval",
             }
-            yield line, row
+            yield int(query.where.rpartition(":")[2]), row
     if unseen:
         raise DataError(
-            f"judgements of {len(unseen)} queries that are not in {queries.name}: {', '.join(sorted(unseen)[:5])}",
+            f"judgements of {len(unseen)} queries that are not in queries.jsonl: {', '.join(sorted(unseen)[:5])}",
             where=qrels,
             fix="check that the folder's files belong together",
         )
 
 
-def _texts(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, id, text) of a corpus or queries file."""
-    seen: set[str] = set()
-    for line, row in open_rows(path).rows:
-        if isinstance(row, RowError):
-            raise row.at(f"{path}:{line}")
-        if "_id" not in row or not isinstance(row.get("text"), str):
-            raise DataError(
-                f"found: {', '.join(row) or 'no keys'}",
-                where=f"{path}:{line}",
-                expected="the keys _id and text (a text)",
-            )
-        id_ = str(row["_id"])
-        if id_ in seen:
-            raise DataError(f"the id {id_!r} appears twice", where=f"{path}:{line}", fix="make ids unique")
-        seen.add(id_)
-        yield line, id_, titled(row.get("title"), row["text"]).strip()
-
-
 def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> tuple[Path, Judgements]:
     path = _qrels_file(folder, split)
     judgements: Judgements = {}
-    for line, row in open_rows(path).rows:
-        where = f"{path}:{line}"
-        if isinstance(row, RowError):
-            raise row.at(where)
+    for where, row in rows_of(path):
         if not {"query-id", "corpus-id", "score"} <= row.keys():
             raise DataError(f"found: {', '.join(row)}", where=where, expected="columns query-id, corpus-id, score")
         if row["corpus-id"] not in documents:
@@ -115,7 +93,3 @@ def _qrels_file(folder: Path, split: str | None) -> Path:
             fix="set split to one of them" if found else "add qrels/train.tsv",
         )
     return found[chosen]
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_file() else folder / f"{name}.gz"

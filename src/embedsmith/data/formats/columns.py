@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.settings import did_you_mean
+from embedsmith.core.shelf import layouts
 from embedsmith.data.record import Record, RowError, Scores, kind_of
 
 ROLES = {
@@ -41,23 +42,38 @@ Found = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of one format name things. `columns`: role to column or columns; `required`: columns every row
-    has; `strict`: another column is an error rather than left alone; `task`: what such rows are unless told."""
+    """How the rows of one format name things. `columns`: role (a key of `ROLES`) to column or columns; `required`:
+    columns every row has; `strict`: another column is an error rather than left alone; `task`: what such rows are
+    unless a source says otherwise, `None` where it depends on the row. `name`: the one it is registered under.
 
-    name: str
+    A layout is registered as a function without arguments that returns it, or several, tried in their order, where
+    files of one format name things in several ways:
+
+        @layouts.register("search_log")
+        def search_log() -> Layout:
+            \"\"\"What was typed, and what was clicked.\"\"\"
+            return Layout({"query": "typed", "positives": "clicked"}, required=("typed", "clicked"), task="retrieval")
+    """
+
     columns: Columns
     required: tuple[str, ...]
     strict: bool = False
     task: str | None = None
+    name: str = "columns"
     known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for role, names in self.columns.items():
+            if role not in ROLES:
+                raise RecipeError(
+                    f"columns: unknown role {role!r}{did_you_mean(role, list(ROLES))}",
+                    expected=f"one of {', '.join(ROLES)}",
+                )
             for name in (names,) if isinstance(names, str) else names:
                 self.known[name] = ROLES[role]
 
-    def fits(self, keys: set[str]) -> bool:
-        return keys.issuperset(self.required)
+    def fits(self, keys: Iterable[str]) -> bool:
+        return set(keys).issuperset(self.required)
 
     def found(self, row: Mapping[str, Any]) -> Found:
         """What a row holds, by role; a missing column or a null is left out."""
@@ -69,61 +85,85 @@ class Layout:
         return found
 
 
-def _own(*columns: str) -> dict[str, str]:
-    return {name: name for name in columns}
+_RECORD_KEYS = {role: role for role, target in ROLES.items() if role == target}
 
 
-_RECORD_KEYS = _own(*(role for role, target in ROLES.items() if role == target))
+@layouts.register("records")
+def records() -> tuple[Layout, ...]:
+    """Our own: the fields of `Record`, and no others."""
+    by_answer = Layout(_RECORD_KEYS, ("query", "positives"), strict=True)
+    return by_answer, replace(by_answer, required=("query", "label"))
 
-LAYOUTS = (
-    Layout("records", _RECORD_KEYS, ("query", "positives"), strict=True),
-    Layout("records", _RECORD_KEYS, ("query", "label"), strict=True),
-    Layout(
-        "flagembedding",
-        {
-            "query": "query",
-            "positives": "pos",
-            "negatives": "neg",
-            "teacher_positive_scores": "pos_scores",
-            "teacher_negative_scores": "neg_scores",
-            "instruction": "prompt",
-        },
-        ("query", "pos"),
-        task="retrieval",
-    ),
-    Layout(
-        "f2llm",
-        {
-            "query": "query",
-            "positives": "passage",
-            "negatives": [f"negative_{number}" for number in range(1, F2LLM_NEGATIVES + 1)],
-        },
-        ("query", "passage"),
-        task="retrieval",
-    ),
-    Layout("pairs", _own("text1", "text2", "score"), ("text1", "text2", "score"), task="sts"),
-    Layout(
-        "pairs",
-        {"text1": "sentence1", "text2": "sentence2", "score": "score"},
-        ("sentence1", "sentence2", "score"),
-        task="sts",
-    ),
-    Layout("labels", _own("text", "label"), ("text", "label"), task="classification"),
-)
-"""Formats by the columns that give them away, tried in this order."""
 
-FORMATS = ("records", "flagembedding", "f2llm", "pairs", "labels", "beir")
+@layouts.register("flagembedding")
+def flagembedding() -> Layout:
+    """FlagEmbedding's training files."""
+    columns = {
+        "query": "query",
+        "positives": "pos",
+        "negatives": "neg",
+        "teacher_positive_scores": "pos_scores",
+        "teacher_negative_scores": "neg_scores",
+        "instruction": "prompt",
+    }
+    return Layout(columns, ("query", "pos"), task="retrieval")
+
+
+@layouts.register("f2llm")
+def f2llm() -> Layout:
+    """F2LLM's published Parquet files."""
+    negatives = [f"negative_{number}" for number in range(1, F2LLM_NEGATIVES + 1)]
+    columns = {"query": "query", "positives": "passage", "negatives": negatives}
+    return Layout(columns, ("query", "passage"), task="retrieval")
+
+
+@layouts.register("pairs")
+def pairs() -> tuple[Layout, ...]:
+    """Two texts and how alike they are."""
+    named = (("text1", "text2", "score"), ("sentence1", "sentence2", "score"))
+    return tuple(Layout(dict(zip(named[0], names)), names, task="sts") for names in named)
+
+
+@layouts.register("labels")
+def labels() -> Layout:
+    """A text and its class."""
+    return Layout({"text": "text", "label": "label"}, ("text", "label"), task="classification")
+
+
+@layouts.register("beir")
+def beir() -> tuple[Layout, ...]:
+    """A folder of corpus, queries and judgements: known by its files (`formats/beir.py`), not by columns."""
+    return ()
+
+
+OWN = ("records", "flagembedding", "f2llm", "pairs", "labels", "beir")
+"""The layouts of this file, in the order in which they are tried; those of other packages come after them."""
+
+
+def known_layouts() -> list[Layout]:
+    """All layouts by the columns that give them away, in the order in which they are tried."""
+    found: list[Layout] = []
+    for name in [*OWN, *(name for name in layouts.names() if name not in OWN)]:
+        made = layouts.get(name)()
+        found += [replace(layout, name=name) for layout in (made if isinstance(made, tuple) else (made,))]
+    return found
 
 
 def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None, where: object) -> Layout:
-    """The layout of a file whose first row has `keys`. Errors: `DataError` that lists what was found."""
+    """The layout of a file whose first row has `keys`: as declared, or the first of ours that fits, or one of another
+    package. Errors: `DataError` that lists what was found, where none fits, or another package's as well.
+    """
     if columns is not None:
         return _declared(columns, keys, where)
-    candidates = [layout for layout in LAYOUTS if name in (None, layout.name)]
-    for layout in candidates:
-        if layout.fits(set(keys)):
-            return layout
-    raise _no_layout(candidates, list(keys), where)
+    candidates = [layout for layout in known_layouts() if name in (None, layout.name)]
+    fitting = [layout for layout in candidates if layout.fits(keys)]
+    if not fitting:
+        raise _no_layout(candidates, list(keys), where)
+    names = dict.fromkeys(layout.name for layout in fitting if layout is fitting[0] or layout.name not in OWN)
+    if len(names) > 1:
+        what = f"the columns fit several formats: {', '.join(names)}"
+        raise DataError(what, where=where, expected="one", fix="name it, for example format: " + fitting[0].name)
+    return fitting[0]
 
 
 def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
@@ -140,18 +180,12 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
 
 
 def _declared(columns: Columns, keys: Sequence[str], where: object) -> Layout:
-    for role in columns:
-        if role not in ROLES:
-            raise RecipeError(
-                f"columns: unknown role {role!r}{did_you_mean(role, list(ROLES))}",
-                expected=f"one of {', '.join(ROLES)}",
-            )
-    layout = Layout("columns", columns, ())
+    layout = Layout(columns, ())
     missing = [name for name in layout.known if name not in keys]
     if missing:
         hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
         raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
-    if "query" not in {ROLES[role] for role in columns}:
+    if "query" not in layout.known.values():
         raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
     return layout
 
@@ -172,19 +206,23 @@ class Reading:
         self._check_keys(row)
         found = self.layout.found(row)
         positives, negatives = self._texts(found, "positives"), self._texts(found, "negatives")
-        taught = self._taught(found, len(positives))
+        teacher = self._teacher_scores(found, len(positives))
+
+        def one(role: str, otherwise: Any) -> Any:
+            return found[role][0] if role in found else otherwise
+
         return Record(
-            query=_one(found, "query", ""),
+            query=one("query", ""),
             positives=positives,
             negatives=negatives,
-            task=_one(found, "task", self.task),
+            task=one("task", self.task),
             positive_scores=self._scores(found, "positive_scores"),
             negative_scores=self._scores(found, "negative_scores"),
-            teacher_positive_scores=taught[0],
-            teacher_negative_scores=taught[1],
-            label=self._label(_one(found, "label", None)),
-            instruction=_one(found, "instruction", None) or self.instruction,
-            source=_one(found, "source", self.source),
+            teacher_positive_scores=teacher[0],
+            teacher_negative_scores=teacher[1],
+            label=self._label(one("label", None)),
+            instruction=one("instruction", None) or self.instruction,
+            source=one("source", self.source),
         )
 
     def _check_keys(self, row: Mapping[str, Any]) -> None:
@@ -221,10 +259,17 @@ class Reading:
         for value in found.get(role, ()):
             scores += value if isinstance(value, list | tuple) else [value]
         if self.cells:
-            scores = [number_of(score, role) for score in scores if score.strip()]
+            scores = [self._number(score, role) for score in scores if score.strip()]
         return tuple(float(score) if type(score) is int else score for score in scores) or None
 
-    def _taught(self, found: Found, positives: int) -> tuple[Scores | None, Scores | None]:
+    def _number(self, cell: str, role: str) -> float:
+        try:
+            return float(cell)
+        except ValueError:
+            kind = f"{role} hold text that is not a number"
+            raise RowError(kind, f"{kind}: {cell[:40]!r}", expected="a number, or an empty cell") from None
+
+    def _teacher_scores(self, found: Found, positives: int) -> tuple[Scores | None, Scores | None]:
         """`teacher_scores` is the short form of both: the scores of the positives, then of the negatives."""
         both = self._scores(found, "teacher_scores")
         if both is not None:
@@ -239,92 +284,3 @@ class Reading:
             return self.labels.setdefault(value, len(self.labels))
         kind = f"the label is {kind_of(value)}"
         raise RowError(kind, f"{kind}: {value!r}", expected="a name or a whole number")
-
-
-def _one(found: Found, role: str, otherwise: Any) -> Any:
-    return found[role][0] if role in found else otherwise
-
-
-def number_of(cell: str, role: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        kind = f"{role} hold text that is not a number"
-        raise RowError(kind, f"{kind}: {cell[:40]!r}", expected="a number, or an empty cell") from None
-
-
-# Score ranges: declared or inferred, and rescaled to [0, 1].
-
-Range = tuple[float, float]
-
-
-@dataclass
-class Extent:
-    """The lowest and the highest score seen in a file, and where."""
-
-    low: float = float("inf")
-    high: float = float("-inf")
-    low_line: int = 0
-    high_line: int = 0
-
-    def add(self, record: Record, line: int) -> None:
-        for score in (*(record.positive_scores or ()), *(record.negative_scores or ())):
-            if score is not None:
-                if score < self.low:
-                    self.low, self.low_line = score, line
-                if score > self.high:
-                    self.high, self.high_line = score, line
-
-    @property
-    def empty(self) -> bool:
-        return self.low > self.high
-
-
-def infer_range(extent: Extent, path: object) -> Range:
-    """The known range that all scores of a file fit: 0 to 1; -1 to 1; 1 to 5 if the lowest is exactly 1; 0 to 5.
-
-    Errors: `DataError` naming the lines of the extremes if none fits.
-    """
-    low, high = extent.low, extent.high
-    if low >= 0 and high <= 1:
-        return (0.0, 1.0)
-    if low >= -1 and high <= 1:
-        return (-1.0, 1.0)
-    if low == 1 and high <= 5:
-        return (1.0, 5.0)
-    if low >= 0 and high <= 5:
-        return (0.0, 5.0)
-    raise DataError(
-        f"scores from {low:g} (line {extent.low_line}) to {high:g} (line {extent.high_line}) fit no known range",
-        where=path,
-        expected="0 to 1, -1 to 1, 1 to 5 or 0 to 5",
-        fix="declare it: score_range: [lowest, highest]",
-    )
-
-
-def check_range(record: Record, declared: Range) -> None:
-    """Raise `RowError` for a score outside the declared range."""
-    for score in (*(record.positive_scores or ()), *(record.negative_scores or ())):
-        if score is not None and not declared[0] <= score <= declared[1]:
-            raise RowError(
-                "score outside the declared range",
-                f"score {score:g} is outside the declared range",
-                expected=f"{declared[0]:g} to {declared[1]:g}",
-                fix="correct the row, or declare another score_range",
-            )
-
-
-def rescaled(record: Record, known: Range) -> Record:
-    """The record with its scores moved from `known` to [0, 1]. A teacher's scores are left alone."""
-    if known == (0.0, 1.0) or (record.positive_scores is None and record.negative_scores is None):
-        return record
-    return replace(
-        record,
-        positive_scores=_moved(record.positive_scores, known),
-        negative_scores=_moved(record.negative_scores, known),
-    )
-
-
-def _moved(scores: Scores | None, known: Range) -> Scores | None:
-    low, high = known
-    return None if scores is None else tuple(s if s is None else (s - low) / (high - low) for s in scores)

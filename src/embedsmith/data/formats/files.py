@@ -1,4 +1,5 @@
-"""Files to rows: one function a kind of file. A row is a place in its file and a mapping of column to value.
+"""Files to rows: one function a kind of file, on the shelf `file_kinds` under its extension. A row is its place in the
+file and a mapping of column to value, as JSON would give it.
 
 A row that cannot be read is handed on as a `RowError`, so that the reader can count such rows, name them and skip
 them if it was told to. A file that cannot be read any further (missing, truncated) is a `DataError` at once.
@@ -11,15 +12,16 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.shelf import file_kinds
 from embedsmith.data.record import RowError, kind_of
 
 Row = tuple[int, "dict[str, Any] | RowError"]
@@ -40,8 +42,11 @@ class Rows:
     size: int = 0
 
 
-def open_rows(path: Path) -> Rows:
-    """The rows of a file, by its extension. Errors: `DataError` if it is missing or of an unknown kind."""
+def open_rows(path: Path, columns: Sequence[str] | None = None) -> Rows:
+    """The rows of a file, by its extension. `columns`: those that are wanted, where a kind can leave out the others.
+
+    Errors: `DataError` if it is missing or of an unknown kind.
+    """
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*"))[:8] if path.parent.is_dir() else []
         raise DataError(
@@ -50,20 +55,32 @@ def open_rows(path: Path) -> Rows:
             expected=f"a file; in its folder: {', '.join(near)}" if near else "a file",
             fix="check the path" if path.parent.is_dir() else f"check the path: there is no folder {path.parent}",
         )
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
-    if kind not in _READERS:
-        raise DataError(
-            f"unknown kind of file {kind or path.name!r}",
-            where=path,
-            expected=f"one of {', '.join(_READERS)}, the text kinds also as .gz; or a BEIR or dataset folder",
-            fix="rename or convert the file",
-        )
-    return Rows(path, _READERS[kind](path), cells=kind in (".csv", ".tsv"))
+    kind = _kind(path.name)
+    try:
+        read = file_kinds.get(kind)
+    except RecipeError as error:
+        what = f"unknown kind of file {kind or path.name!r}"
+        kinds = f"{error.expected}, the text kinds also as .gz; or a BEIR or dataset folder"
+        raise DataError(what, where=path, expected=kinds, fix="rename or convert the file") from error
+    rows = parquet_rows(path, columns) if read is parquet_rows else read(path)
+    return Rows(path, rows, cells=kind in (".csv", ".tsv"))
+
+
+def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with its place (`file:line`). Errors: `DataError` for the first that cannot be read."""
+    for line, row in open_rows(path, columns).rows:
+        if isinstance(row, RowError):
+            raise row.at(f"{path}:{line}")
+        yield f"{path}:{line}", row
 
 
 def has_known_kind(name: str) -> bool:
-    return any(name.lower().removesuffix(".gz").endswith(kind) for kind in _READERS)
+    return _kind(name) in file_kinds.names()
+
+
+def _kind(name: str) -> str:
+    """The last extension that is not .gz, in small letters."""
+    return next((suffix.lower() for suffix in reversed(Path(name).suffixes) if suffix.lower() != ".gz"), "")
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
@@ -71,7 +88,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
     that were joined have one at every seam. A file in UTF-16 or UTF-32 is refused by its mark, once for all lines."""
     number = 0
     try:
-        with _open(path) as file:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
                     fix = f"convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}"
@@ -95,28 +112,31 @@ def text_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
         raise DataError(f"cannot read the file ({error.strerror})", where=path, fix="check its permissions") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return path.open("rb")
+@file_kinds.register(".txt")
+def plain_lines(path: Path) -> Iterator[Row]:
+    """A text a line, in the column `text`."""
+    for number, line in text_lines(path):
+        yield number, line if isinstance(line, RowError) else {"text": line}
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+@file_kinds.register(".jsonl")
+@file_kinds.register(".ndjson")
+def json_lines(path: Path) -> Iterator[Row]:
+    """A JSON object a line. Empty lines are left out."""
     for number, line in text_lines(path):
         if isinstance(line, RowError):
             yield number, line
         elif line and not line.isspace():
-            yield number, parse_object(line)
+            yield number, _parsed(line)
 
 
-def parse_object(line: str) -> dict[str, Any] | RowError:
+def _parsed(line: str) -> dict[str, Any] | RowError:
     try:
-        value = json.loads(line)
+        return _object(json.loads(line))
     except ValueError as error:
         return RowError("not valid JSON", f"not valid JSON ({error})", fix="one JSON object a line")
     except RecursionError:
         return RowError("not valid JSON", "JSON nested too deeply", fix="one JSON object a line")
-    return _object(value)
 
 
 def _object(value: Any) -> dict[str, Any] | RowError:
@@ -126,12 +146,13 @@ def _object(value: Any) -> dict[str, Any] | RowError:
     return RowError(kind, expected='a JSON object such as {"query": ..., "positives": [...]}')
 
 
-def _json(path: Path) -> Iterator[Row]:
-    """A JSON file is either lines of objects, or one array of them (rows are then numbered from 1)."""
+@file_kinds.register(".json")
+def json_rows(path: Path) -> Iterator[Row]:
+    """Either lines of objects, or one array of them (rows are then numbered from 1)."""
     lines = text_lines(path)
     first = next(((n, line) for n, line in lines if isinstance(line, RowError) or line.strip()), None)
     if first is None or isinstance(first[1], RowError) or not first[1].lstrip().startswith("["):
-        yield from _json_lines(path)
+        yield from json_lines(path)
         return
     rest = [line if isinstance(line, str) else "" for _, line in lines]
     try:
@@ -141,25 +162,39 @@ def _json(path: Path) -> Iterator[Row]:
     yield from enumerate((_object(value) for value in values), start=1)
 
 
-def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
-    def read(path: Path) -> Iterator[Row]:
-        csv.field_size_limit(2**31 - 1)  # long documents are longer than the default limit
-        broken: list[RowError] = []
-        quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        lines = csv.reader(_whole_lines(path, broken), delimiter=delimiter, strict=True, quoting=quoting)
-        header: list[str] | None = None
-        try:
-            for cells in lines:
-                if header is None:
-                    if broken:
-                        raise broken.pop().at(f"{path}:{lines.line_num}")
-                    header = _header(path, cells)
-                elif cells:
-                    yield lines.line_num, broken.pop() if broken else _row(header, cells)
-        except csv.Error as error:
-            raise DataError(f"not valid CSV ({error})", where=f"{path}:{lines.line_num}") from error
+@file_kinds.register(".csv")
+def comma_separated(path: Path) -> Iterator[Row]:
+    """Cells between commas below a header, in quotes where a text has commas or line breaks."""
+    return _separated(path, ",", csv.QUOTE_MINIMAL)
 
-    return read
+
+@file_kinds.register(".tsv")
+def tab_separated(path: Path) -> Iterator[Row]:
+    """Cells between tabs below a header; quotes are characters like others."""
+    return _separated(path, "\t", csv.QUOTE_NONE)
+
+
+def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # long documents are longer than the default limit
+    broken: list[RowError] = []
+    lines = csv.reader(_whole_lines(path, broken), delimiter=delimiter, strict=True, quoting=quoting)
+    header: list[str] | None = None
+    try:
+        for cells in lines:
+            if header is None:
+                if broken:
+                    raise broken.pop().at(f"{path}:{lines.line_num}")
+                header = _header(path, cells)
+            elif broken:
+                yield lines.line_num, broken.pop()
+            elif cells and len(cells) != len(header):
+                what = f"{len(cells)} cells, but the header has {len(header)}"
+                fix = "quote cells with commas"
+                yield lines.line_num, RowError("cells and header differ in number", what, fix=fix)
+            elif cells:
+                yield lines.line_num, dict(zip(header, cells))
+    except csv.Error as error:
+        raise DataError(f"not valid CSV ({error})", where=f"{path}:{lines.line_num}") from error
 
 
 def _whole_lines(path: Path, broken: list[RowError]) -> Iterator[str]:
@@ -178,19 +213,15 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     return names
 
 
-def _row(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
-    if len(cells) != len(header):
-        kind = "cells and header differ in number"
-        return RowError(kind, f"{len(cells)} cells, but the header has {len(header)}", fix="quote cells with commas")
-    return dict(zip(header, cells))
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    """Rows are numbered from 1. Read batch by batch."""
+@file_kinds.register(".parquet")
+def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Rows are numbered from 1. Read batch by batch; where the first of `columns` is there, only those are read."""
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
+            found = file.schema_arrow.names
+            kept = None if columns is None or columns[0] not in found else [name for name in columns if name in found]
+            for batch in file.iter_batches(batch_size=4096, columns=kept):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
@@ -198,13 +229,3 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise DataError(
             f"not a readable Parquet file ({error})", where=f"{path}:{number + 1}", fix="copy it again"
         ) from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-}

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.encoder import Encoder, Role, fingerprint
 from embedsmith.core.errors import EvaluationError, MissingExtraError
 from embedsmith.core.reps import Dense, Representation
 from embedsmith.data.record import titled
 from embedsmith.evaluate.encoders import looks_like_a_path
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.run import fingerprint
+from embedsmith.evaluate.run import digest
 from embedsmith.search import TopK
 
 _TYPES = {"dense": "dense", "sparse": "sparse", "multivector": "late-interaction", "hybrid": "hybrid"}
@@ -165,9 +165,9 @@ def mteb_model(
 
     mteb's cache knows a model by these two only, and gives every local model the same ones; so the revision is the
     encoder's fingerprint unless another one is given.
-    Errors: `EvaluationError` for an encoder without a fingerprint and no revision.
+    Errors: `ModelError` for an encoder without a fingerprint and no revision.
     """
-    meta = make_meta(mteb_name(name), revision or fingerprint(encoder), head, experiment)
+    meta = make_meta(mteb_name(name), revision or digest(fingerprint(encoder)), head, experiment)
     return (MtebEncoder if head == "dense" else MtebSearch)(encoder, meta, head, progress)
 
 

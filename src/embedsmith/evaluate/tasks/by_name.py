@@ -1,4 +1,4 @@
-"""Tasks by path or by name."""
+"""Kinds of task, by what their files look like, and tasks by path or by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.settings import did_you_mean
+from embedsmith.core.shelf import task_kinds
+from embedsmith.data.formats.files import rows_of
 from embedsmith.evaluate.tasks.files import (
     find,
     read_beir,
@@ -18,7 +21,6 @@ from embedsmith.evaluate.tasks.files import (
     read_reranking_folder,
     read_reranking_rows,
     read_sts,
-    rows_of,
     train_file,
 )
 from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RetrievalTask, across_languages
@@ -30,32 +32,45 @@ _ROWS = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Format:
-    """How the files of one kind of task are recognised and read: `read(path, name, split)`."""
+    """A form that the files of a kind may have: recognised by `matches(path)`, read by `read(path, name, split)`. All
+    forms are tried in the order of `order`; those of other packages come last unless they say otherwise."""
 
-    kind: str
     matches: Callable[[Path], bool]
     read: Callable[[Path, str, str], Task]
+    order: int = 100
+
+
+class TaskKind:
+    """A kind of task on the shelf `task_kinds`: its name may stand before that of a task, as in `clustering:banking77`.
+
+    One of your own is a class with `formats`; where a name stands for something else than one path, it has `load` too.
+    """
+
+    formats: ClassVar[tuple[Format, ...]] = ()
+
+    @classmethod
+    def load(cls, name: str, find: Callable[[str], Path], split: str) -> Task:
+        """The task that is asked for as `KIND:NAME`, read as this kind whatever the file looks like: folders in the
+        first form, files in the last. `find` gives the path of a name."""
+        path = find(name)
+        return cls.formats[0 if path.is_dir() else -1].read(path, _name(path), split)
 
 
 def is_beir(path: Path) -> bool:
     return path.is_dir() and find(path, "corpus", _ROWS) is not None
 
 
-def has_candidates(path: Path) -> bool:
-    return is_beir(path) and find(path, "top_ranked", _ROWS) is not None
-
-
 def has_columns(*choices: set[str]) -> Callable[[Path], bool]:
     """Recognises a JSONL file by the columns of its first row: those of one of the choices."""
 
     def matches(path: Path) -> bool:
-        columns = first_columns(path)
+        columns = _first_columns(path)
         return any(choice <= columns for choice in choices)
 
     return matches
 
 
-def first_columns(path: Path) -> set[str]:
+def _first_columns(path: Path) -> set[str]:
     """The columns of the first row; none where it is no JSONL file or cannot be read."""
     if not path.is_file() or not path.name.endswith(_ROWS):
         return set()
@@ -65,30 +80,84 @@ def first_columns(path: Path) -> set[str]:
         return set()
 
 
-def can_be_classified(path: Path) -> bool:
-    return train_file(path) is not None and _labelled(path)
-
-
 _labelled = has_columns({"text", "label"})
 
-FORMATS: tuple[Format, ...] = (  # in the order in which they are tried
-    Format("reranking", has_candidates, read_reranking_folder),
-    Format("retrieval", is_beir, read_beir),
-    Format("sts", has_columns({"text1", "text2", "score"}, {"sentence1", "sentence2", "score"}), read_sts),
-    Format(
-        "pair_classification", has_columns({"text1", "text2", "label"}, {"sentence1", "sentence2", "label"}), read_pairs
-    ),
-    Format("reranking", has_columns({"query", "positive", "negative"}), read_reranking_rows),
-    Format("classification", can_be_classified, read_classification),
-    Format("clustering", _labelled, read_clustering),
-)
 
-_READ_AS: dict[str, tuple[Callable[[Path, str, str], Task], ...]] = {}
-for _format in FORMATS:
-    _READ_AS[_format.kind] = (*_READ_AS.get(_format.kind, ()), _format.read)
+@task_kinds.register("reranking")
+class Reranking(TaskKind):
+    """Given candidates of every query, put into order: a BEIR folder with `top_ranked.jsonl`, or rows of `query`,
+    `positive` and `negative`."""
 
-KINDS = (*_READ_AS, "long", "cross")
-"""What may stand before a name, as in `clustering:banking77`, where the file alone does not say it."""
+    formats = (
+        Format(lambda path: is_beir(path) and find(path, "top_ranked", _ROWS) is not None, read_reranking_folder, 1),
+        Format(has_columns({"query", "positive", "negative"}), read_reranking_rows, 5),
+    )
+
+
+@task_kinds.register("retrieval")
+class Retrieval(TaskKind):
+    """Queries against a corpus: a BEIR folder."""
+
+    formats = (Format(is_beir, read_beir, 2),)
+
+
+@task_kinds.register("sts")
+class Similarity(TaskKind):
+    """Pairs of texts with a human score: rows of `text1`, `text2` (or `sentence1`, `sentence2`) and `score`."""
+
+    formats = (Format(has_columns({"text1", "text2", "score"}, {"sentence1", "sentence2", "score"}), read_sts, 3),)
+
+
+@task_kinds.register("pair_classification")
+class PairClassification(TaskKind):
+    """Pairs of texts that belong together or not: rows of `text1`, `text2` (or `sentence1`, `sentence2`) and `label`,
+    0 or 1."""
+
+    formats = (Format(has_columns({"text1", "text2", "label"}, {"sentence1", "sentence2", "label"}), read_pairs, 4),)
+
+
+@task_kinds.register("classification")
+class Classification(TaskKind):
+    """Labels that a probe learns: rows of `text` and `label` in a file `NAME-test`, with `NAME-train` beside it."""
+
+    formats = (Format(lambda path: train_file(path) is not None and _labelled(path), read_classification, 6),)
+
+
+@task_kinds.register("clustering")
+class Clustering(TaskKind):
+    """Labels that clusters should find: rows of `text` and `label`, which may be a list from coarse to fine."""
+
+    formats = (Format(_labelled, read_clustering, 7),)
+
+
+@task_kinds.register("long")
+class Long(TaskKind):
+    """Retrieval with its score by the length of the relevant documents: `long:NAME` of a BEIR folder."""
+
+    @classmethod
+    def load(cls, name: str, find: Callable[[str], Path], split: str) -> Task:
+        return LongDocumentTask(_collection(find(name), split))
+
+
+@task_kinds.register("cross")
+class Cross(TaskKind):
+    """The queries of one collection against the corpus of another: `cross:QUERIES:DOCUMENTS` of BEIR folders."""
+
+    @classmethod
+    def load(cls, name: str, find: Callable[[str], Path], split: str) -> Task:
+        queries, colon, documents = name.partition(":")
+        if not colon:
+            raise EvaluationError(f"'cross:{name}' names one collection", expected="cross:QUERIES:DOCUMENTS")
+        return across_languages(*(_collection(find(each), split) for each in (queries, documents)))
+
+
+def _collection(path: Path, split: str) -> RetrievalTask:
+    return read_beir(path, _name(path), split)
+
+
+def formats() -> list[Format]:
+    """Of all kinds, in the order in which they are tried."""
+    return sorted((form for entry in task_kinds.entries() for form in entry.thing.formats), key=lambda form: form.order)
 
 
 def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, split: str = "test") -> Task:
@@ -101,23 +170,18 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
     Errors: `EvaluationError` for an unknown name, with the nearest known ones; `DataError` for a wrong file.
     """
     kind, colon, rest = str(name_or_path).partition(":")
-    if not colon or kind not in KINDS:
-        return _read(_locate(name_or_path, data_dir, split), split)
-    if kind == "cross":
-        first, colon, second = rest.partition(":")
-        if not colon:
-            raise EvaluationError(f"{name_or_path!r} names one collection", expected="cross:QUERIES:DOCUMENTS")
-        return across_languages(*(_collection(name, data_dir, split) for name in (first, second)))
-    if kind == "long":
-        return LongDocumentTask(_collection(rest, data_dir, split))
-    path = _locate(rest, data_dir, split)
-    read = _READ_AS[kind][0 if path.is_dir() else -1]
-    return read(path, _name(path), split)
-
-
-def _collection(name: str, data_dir: str | Path | None, split: str) -> RetrievalTask:
-    path = _locate(name, data_dir, split)
-    return read_beir(path, _name(path), split)
+    if colon and kind in task_kinds.names():
+        found: Task = task_kinds.get(kind).load(rest, lambda name: _locate(name, data_dir, split), split)
+        return found
+    path = _locate(name_or_path, data_dir, split)
+    for form in formats():
+        if form.matches(path):
+            return form.read(path, _name(path), split)
+    if path.is_file():  # not recognised by its first row: the reader of rows says what is wrong with it
+        return read_sts(path, _name(path), split)
+    raise DataError(
+        "not a task", where=path, expected="an STS file, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
+    )
 
 
 def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -> Path:
@@ -161,7 +225,8 @@ def data_folder(given: str | Path | None = None) -> Path | None:
 
 def known_tasks(folder: str | Path) -> dict[str, Path]:
     """Name to path of every task in a data folder. A name that two tasks share is qualified by its folder."""
-    paths = [path for path in _candidates(Path(folder), _DEPTH) if any(f.matches(path) for f in FORMATS)]
+    forms = formats()
+    paths = [path for path in _candidates(Path(folder), _DEPTH) if any(form.matches(path) for form in forms)]
     names = [_name(path) for path in paths]
     qualified = (f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names))
     return dict(zip(qualified, paths, strict=True))
@@ -174,17 +239,6 @@ def _candidates(folder: Path, depth: int) -> list[Path]:
         if path.is_dir() and depth > 1 and not is_beir(path):
             found += _candidates(path, depth - 1)
     return found
-
-
-def _read(path: Path, split: str) -> Task:
-    for each in FORMATS:
-        if each.matches(path):
-            return each.read(path, _name(path), split)
-    if path.is_file():  # not recognised by its first row: the reader of rows says what is wrong with it
-        return read_sts(path, _name(path), split)
-    raise DataError(
-        "not a task", where=path, expected="an STS file, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
-    )
 
 
 def _name(path: Path) -> str:

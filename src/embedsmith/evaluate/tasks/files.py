@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.progress import log
-from embedsmith.data.formats.files import open_rows
-from embedsmith.data.record import RowError, titled
+from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, Label, PairClassificationTask
 from embedsmith.evaluate.tasks.retrieval import RerankingTask, RetrievalTask
 from embedsmith.evaluate.tasks.similarity import STSTask
@@ -26,8 +26,8 @@ def read_sts(path: Path, name: str, split: str) -> STSTask:
     text1, text2, score = [], [], []
     for where, row in rows_of(path):
         first, second = next((pair for pair in _TEXT_COLUMNS if pair[0] in row), _TEXT_COLUMNS[0])
-        text1.append(_text(row, first, where))
-        text2.append(_text(row, second, where))
+        text1.append(text_in(row, first, where))
+        text2.append(text_in(row, second, where))
         score.append(_score(row, where))
     if not score:
         raise DataError("the file has no rows", where=path, expected="rows of text1, text2, score")
@@ -80,8 +80,8 @@ def read_pairs(path: Path, name: str, split: str) -> PairClassificationTask:
     text1, text2, label = [], [], []
     for where, row in rows_of(path):
         first, second = next((pair for pair in _TEXT_COLUMNS if pair[0] in row), _TEXT_COLUMNS[0])
-        text1.append(_text(row, first, where))
-        text2.append(_text(row, second, where))
+        text1.append(text_in(row, first, where))
+        text2.append(text_in(row, second, where))
         value: Any = row.get("label", row.get("score"))
         if str(value) not in ("0", "1", "0.0", "1.0"):
             raise DataError(f"the label is {value!r}", where=where, expected="`label` (or `score`), 0 or 1")
@@ -122,7 +122,7 @@ def _labelled(path: Path) -> tuple[list[str], list[Label]]:
     text: list[str] = []
     label: list[Label] = []
     for where, row in rows_of(path):
-        text.append(_text(row, "text", where))
+        text.append(text_in(row, "text", where))
         value: Any = row.get("label")
         plain = value if isinstance(value, list) else [value]
         if not plain or any(isinstance(each, bool) or not isinstance(each, str | int) for each in plain):
@@ -169,22 +169,14 @@ def read_reranking_rows(path: Path, name: str, split: str) -> RerankingTask:
         if positive and negative:
             query = f"{split}_query{number}"
             number += 1
-            queries[query] = _text(row, "query", where)
+            queries[query] = text_in(row, "query", where)
             for prefix, texts, grade in (("apositive", positive, 1), ("negative", negative, 0)):
                 for place, text in enumerate(texts):
                     document = f"{prefix}_{query}_{place:05d}"
-                    corpus[document] = _text({"text": text}, "text", where, empty=True)
+                    corpus[document] = text_in({"text": text}, "text", where, empty=True)
                     qrels.setdefault(query, {})[document] = grade
     _filled(list(queries), path, "query, positive, negative")
     return RerankingTask(name, queries, corpus, qrels, {query: list(grades) for query, grades in qrels.items()})
-
-
-def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a file of any kind that `embedsmith.data` reads, each with its place (`file:line`)."""
-    for line, row in open_rows(path).rows:
-        if isinstance(row, RowError):
-            raise row.at(f"{path}:{line}")
-        yield f"{path}:{line}", row
 
 
 def find(folder: Path, stem: str, endings: tuple[str, ...]) -> Path | None:
@@ -203,36 +195,18 @@ def _texts_by_id(path: Path, judged: Collection[str], *, document: bool) -> dict
     """Texts by id. Where an id appears twice the last one counts, as in BEIR's own loader; but a judged id must be
     one text."""
     texts: dict[str, str] = {}
-    for where, row in rows_of(path):
-        key = _id(row, where)
+    for one in read_texts(path, titles=document, ids="each"):
+        key = str(one.id)
         if key in texts and key in judged:
-            raise DataError(f"the judged id {key!r} appears twice", where=where, fix="keep one of the two rows")
+            raise DataError(f"the judged id {key!r} appears twice", where=one.where, fix="keep one of the two rows")
         if key in texts:
-            log.warning("%s: the id %r appears twice; the later text counts", where, key)
-        text = _text(row, "text", where, empty=document)
-        title = _text({"title": row.get("title") or ""}, "title", where, empty=True) if document else ""
-        texts[key] = titled(title, text)
+            log.warning("%s: the id %r appears twice; the later text counts", one.where, key)
+        if not document and not one.text.strip():
+            raise DataError("'text' is empty", where=one.where)
+        texts[key] = one.text
     if not texts:
         raise DataError("the file has no rows", where=path)
     return texts
-
-
-def _id(row: Row, where: str) -> str:
-    value = row.get("_id", row.get("id"))
-    if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
-        return str(value)
-    raise DataError(f"the id is {value!r}", where=where, expected="`_id`, a text or a whole number")
-
-
-def _text(row: Row, column: str, where: str, *, empty: bool = False) -> str:
-    if column not in row:
-        raise DataError(f"the column {column!r} is missing", where=where, expected=f"found: {', '.join(row)}")
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{column!r} is {value!r}", where=where, expected="a text")
-    if not value.strip() and not empty:
-        raise DataError(f"{column!r} is empty", where=where)
-    return value
 
 
 def _score(row: Row, where: str) -> float:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from embedsmith.core.errors import EvaluationError, MissingExtraError
 from embedsmith.core.reps import Dense
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Floats, average_precision, best_thresholds, cosines
+from embedsmith.evaluate.metrics import Floats, cosines, pair_scores
 from embedsmith.evaluate.result import TaskResult
 
 SEED = 42  # mteb's
@@ -58,21 +58,16 @@ class PairClassificationTask:
         left, right = reader.sides(self.text1, self.text2, task=self.kind, label=self.name)
         label_N = np.asarray(self.label, dtype=np.int64)
         similarity_N = left.paired(right)[0].double().numpy()
-        scores, items = _separation("", similarity_N, label_N), {"similarity": similarity_N, "label": label_N * 1.0}
-        metric = "ap"
+        scores = pair_scores("labelled pairs", similarity_N, label_N)
+        metric, items = "ap", {"similarity": similarity_N, "label": label_N * 1.0}
         if isinstance(left, Dense) and isinstance(right, Dense):
             cosine_N = cosines(left.vector_ND.numpy(), right.vector_ND.numpy())
             metric, items["cosine"] = "cosine_ap", cosine_N
-            scores |= _separation("cosine_", cosine_N, label_N)
+            scores |= pair_scores("labelled pairs", cosine_N, label_N, "cosine_")
         notes = ("the model gives every pair the same score",) if float(np.ptp(similarity_N)) == 0.0 else ()
         ids = [str(number) for number in range(len(label_N))]
         counts = {"pairs": len(label_N), "positives": int(label_N.sum())}
         return TaskResult(self.name, self.kind, metric, scores, counts, ids, items, notes)
-
-
-def _separation(prefix: str, similarity_N: Floats, label_N: npt.NDArray[np.int64]) -> dict[str, float]:
-    values = {"ap": average_precision(similarity_N, label_N), **best_thresholds(similarity_N, label_N)}
-    return {f"{prefix}{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import CUTS, Floats, Judgements, Qrels, Ranking, ranking_scores
+from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Judgements, Qrels, Ranking, ranking_scores
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.search import TopK
 from embedsmith.search.exact import top_of_block
@@ -149,15 +149,16 @@ def ranked_result(
 ) -> TaskResult:
     """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
     place = {document: number for number, document in enumerate(document_ids)}
-    judged = Judgements.of(task.qrels, query_ids, place)
-    grade_Qk = judged.grades(ranking)
-    items = ranking_scores(grade_Qk, judged, task.cuts)
+    graded = Graded(ranking, Judgements.of(task.qrels, query_ids, place))
+    items = ranking_scores(graded, task.cuts)
     scores = {name: float(values.mean()) for name, values in items.items()}
     counts = _counts(task, query_ids)
     notes = tuple(f"{counts[name]} {text}" for name, text in _NOTES.items() if counts[name])
     if ranking.flat and len(task.corpus) > 1:
         notes = (*notes, "the model gives every document the same score; the order is that of the ids")
-    relevant, other = ranking.best(grade_Qk > 0), ranking.best((grade_Qk <= 0) & (ranking.index_Qk >= 0))
+    relevant, other = (
+        ranking.best(marked_Qk) for marked_Qk in (graded.grade_Qk > 0, (graded.grade_Qk <= 0) & (ranking.index_Qk >= 0))
+    )
     items |= {"similarity_relevant": relevant[0], "similarity_other": other[0]}
     value_N = items["ndcg_at_10"] if "ndcg_at_10" in items else items[metric]
     found = [[(document_ids[i] if i >= 0 else "", s) for s, i in zip(*each, strict=True)] for each in (relevant, other)]

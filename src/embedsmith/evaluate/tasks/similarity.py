@@ -16,7 +16,7 @@ import numpy as np
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.reps import Dense
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Floats, correlations, cosines
+from embedsmith.evaluate.metrics import Floats, cosines, pair_scores
 from embedsmith.evaluate.result import Example, TaskResult, ends
 
 
@@ -62,12 +62,11 @@ class STSTask:
         if isinstance(left, Dense) and isinstance(right, Dense):
             cosine_N = cosines(left.vector_ND.double().numpy(), right.vector_ND.double().numpy())
         label_N = np.asarray(self.score, dtype=np.float64)
-        scores = dict(zip(("spearman", "pearson"), correlations(similarity_N, label_N), strict=True))
+        scores = pair_scores("scored pairs", similarity_N, label_N)
         metric, items = "spearman", {"similarity": similarity_N, "score": label_N}
         if cosine_N is not None:
             metric, items["cosine"] = "cosine_spearman", cosine_N
-            cosine = correlations(cosine_N, label_N)
-            scores |= dict(zip(("cosine_spearman", "cosine_pearson"), cosine, strict=True))
+            scores |= pair_scores("scored pairs", cosine_N, label_N, "cosine_")
         undefined = "the model (or the file) gives every pair the same score, so there is no correlation"
         notes = (undefined,) if np.isnan(scores[metric]) else ()
         ids = [str(number) for number in range(len(label_N))]

@@ -1,1 +1,1 @@
-"""Heads: what turns hidden states into dense, sparse and multi-vector representations."""
+"""Heads: what a model makes of its token states, each a class on the shelf that names the file of its weights."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import section
+from embedsmith.core.shelf import heads
 
 _NAMES = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU"
@@ -33,7 +33,7 @@ class HeadConfig:
     activation: str = "Identity"
     bias: bool = False
 
-    def build(self, width: int) -> list[nn.Module]:
+    def build(self, width: int) -> list[Projection]:
         """Errors: `ModelError` for an unknown activation or a width below 1."""
         hidden = self.hidden or 4 * self.out
         if self.out < 1 or hidden < 1:
@@ -44,6 +44,7 @@ class HeadConfig:
         return [_orthogonal(first), _orthogonal(Projection(hidden, self.out, self.bias))]
 
 
+@heads.register("dense", formula="normalise(W x + b) of the pooled state x, or x itself")
 class Projection(nn.Module):
     """activation(W x + b), plus x (or R x, where widths differ) with `residual`. Kept in fp32 whatever the backbone is.
 
@@ -93,11 +94,3 @@ def activation_path(projection: Projection) -> str:
     """The full name that sentence-transformers imports."""
     kind = type(projection.activation_function)
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def apply_heads(heads: nn.ModuleList, vector_ND: Tensor) -> Tensor:
-    """Every projection in turn, in fp32 even under autocast."""
-    with torch.autocast(vector_ND.device.type, enabled=False):
-        for head in heads:
-            vector_ND = head(vector_ND)
-    return vector_ND

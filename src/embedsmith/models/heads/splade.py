@@ -5,6 +5,10 @@
 Sources: SPLADE v2 (Formal et al., 2021), max pooling. Of the V weights the `terms` largest are kept. [N, T, V] never
 exists: words are scored block by block beside a running best, and the backward pass goes only to the words and tokens
 that were chosen.
+
+z comes from the language-model head of the backbone's family, taken off its model (`LmHead`), on which pre-training
+builds too: f is the family's transform before the output layer, W [V, H] the output layer, as a rule the input
+embeddings. W is never copied where it is the backbone's own input embeddings: both are trained as one.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -24,10 +30,13 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import log, quiet
 from embedsmith.core.reps import Sparse, in_fp32
 from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.heads.base import Head, HeadSource
 
-# The language-model head of a backbone, apart from its model: what SPLADE and masked auto-encoding are built on.
-#     z = W f(h) + b       f: the family's transform before the output layer; W: [V, H], as a rule the input embeddings
-# W is never copied where it is the backbone's own input embeddings: both are trained as one.
+SPLADE_FILE = "splade_head.safetensors"
+TERMS = 256
+"""Words a text may have, unless a recipe says otherwise."""
+_NUMBERS = 2**23  # scores alive at once: 32 MB
+_TERMS_AT_ONCE = 2048  # rows of W that the backward pass copies together
 
 
 class LmHead(nn.Module):
@@ -56,37 +65,45 @@ class LmHead(nn.Module):
         state_NTH: Tensor = in_fp32(hidden_NTH) if self.transform is None else self.transform(in_fp32(hidden_NTH))
         return state_NTH
 
+    def cross_entropies(self, hidden_SH: Tensor, id_S: Tensor) -> Tensor:
+        """-log softmax(z)_id of S tokens, a few at a time, computed again in the backward pass: [S, V] never exists."""
 
-def new_lm_head(folder: Path, backbone: Any, trust_remote_code: bool = False) -> LmHead:
-    """The head of the language model in `folder`; where that has none, the input embeddings without a transform.
+        def of(some_SH: Tensor, some_S: Tensor) -> Tensor:
+            logit_SV = F.linear(self.states(some_SH), in_fp32(self.output_VH), self.bias_V)
+            return F.cross_entropy(logit_SV, some_S, reduction="none")
+
+        size = max(_NUMBERS // len(self.output_VH), 1)
+        parts = zip(hidden_SH.split(size), id_S.split(size), strict=True)
+        return torch.cat([checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+
+def new_lm_head(source: HeadSource) -> LmHead:
+    """The head of the language model in the base; where that has none, the input embeddings without a transform.
 
     Errors: `ModelError` for a family whose head computes more than W f(h) + b (a cap or scale on its scores).
     """
-    kind = _kind(backbone.config)
+    kind = _family(source.backbone.config)
     with quiet():
         model, report = kind.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+            source.base, dtype=torch.float32, trust_remote_code=source.trust_remote_code, output_loading_info=True
         )
     prefix = f"{model.base_model_prefix}."
     if [key for key in report["missing_keys"] if not key.startswith(prefix)]:
-        log.warning("%s has no language-model head: the input embeddings take its place, to be trained", folder)
-        words = backbone.get_input_embeddings().weight
-        return LmHead(backbone.get_input_embeddings(), None, None, torch.zeros(len(words)))
-    head = _split(model.eval(), backbone)
-    return head.requires_grad_(True)
+        log.warning("%s has no language-model head: the input embeddings take its place, to be trained", source.base)
+        words = source.backbone.get_input_embeddings()
+        return LmHead(words, None, None, torch.zeros(len(words.weight)))
+    return _split(model.eval(), source.backbone).requires_grad_(True)
 
 
-def save_lm_head(path: Path, parts: Mapping[str, nn.Module], about: Mapping[str, str]) -> None:
-    """Modules, the head among them under `lm`, in one safetensors file. Bytes first: a full disk is then named."""
+def save_lm_head(path: Path, lm: LmHead, about: Mapping[str, str], **others: nn.Module) -> None:
+    """The head under `lm` and other modules under their names, in one safetensors file. Bytes first: a full disk is
+    then named."""
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
-        for name, part in parts.items()
+        for name, part in {"lm": lm, **others}.items()
         for key, tensor in part.state_dict().items()
     }
-    head = parts["lm"]
-    assert isinstance(head, LmHead)
-    told = {"transform": "none" if head.transform is None else "family", **about}
-    path.write_bytes(save(tensors, metadata=told))
+    path.write_bytes(save(tensors, metadata={"transform": "none" if lm.transform is None else "family", **about}))
 
 
 def read_lm_head(path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], dict[str, str]]:
@@ -104,7 +121,7 @@ def read_lm_head(path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], 
     transform = None
     if about.get("transform") == "family":
         with quiet(), torch.device("meta"):
-            transform = _parts(_kind(backbone.config).from_config(backbone.config))[1]
+            transform = _parts(_family(backbone.config).from_config(backbone.config))[1]
     head = LmHead(backbone.get_input_embeddings(), transform, own.get("weight_VH"), own.get("bias_V"))
     try:
         head.load_state_dict(own, assign=True)
@@ -114,7 +131,8 @@ def read_lm_head(path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], 
     return head.requires_grad_(True), others, about
 
 
-def _kind(config: Any) -> Any:
+def _family(config: Any) -> Any:
+    """The class of transformers that builds the language models of a family."""
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return AutoModelForMaskedLM
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -147,7 +165,7 @@ def _output(model: Any) -> tuple[nn.Module, str]:
 def masked_model(head: LmHead, backbone: Any) -> Any | None:
     """The whole masked-language model of a head and its backbone, on the CPU, as its family saves it; `None` where
     the family has none, or the head is not of its form."""
-    kind = _kind(backbone.config)
+    kind = _family(backbone.config)
     if kind is not AutoModelForMaskedLM or head.transform is None:
         return None
     with quiet():
@@ -161,20 +179,10 @@ def masked_model(head: LmHead, backbone: Any) -> Any | None:
             output.bias.copy_(head.bias_V.cpu())
         if head.weight_VH is not None:
             output.weight.copy_(head.weight_VH.cpu())
-    into: Any = _transform_of(model)
+    _, holder = _output(model)
+    into: Any = model.get_submodule(holder) if holder else _parts(model)[1]  # with the output layer in it
     into.load_state_dict({name: tensor.cpu() for name, tensor in head.transform.state_dict().items()}, strict=False)
     return model.eval()
-
-
-def _transform_of(model: Any) -> nn.Module:
-    """The transform where it stands, with the output layer in it."""
-    _, holder = _output(model)
-    if holder:
-        inside: nn.Module = model.get_submodule(holder)
-        return inside
-    found = _parts(model)[1]
-    assert found is not None
-    return found
 
 
 def _split(model: Any, backbone: Any) -> LmHead:
@@ -189,7 +197,7 @@ def _split(model: Any, backbone: Any) -> LmHead:
     table, weight_VH, bias = backbone.get_input_embeddings(), output.weight.detach(), output.bias
     head = LmHead(table, transform, None if tied else weight_VH, None if bias is None else bias.detach())
     with torch.no_grad():
-        logit_NTV = torch.nn.functional.linear(head.states(hidden_NTH), weight_VH, bias)
+        logit_NTV = F.linear(head.states(hidden_NTH), weight_VH, bias)
     if not torch.allclose(logit_NTV, expected_NTV, atol=1e-3, rtol=1e-3):
         raise ModelError(
             f"{type(model).__name__} does more with its scores than a linear layer",
@@ -197,24 +205,34 @@ def _split(model: Any, backbone: Any) -> LmHead:
         )
     if head.bias_V is not None and len(head.bias_V) < len(head.output_VH):  # words were added
         more = len(head.output_VH) - len(head.bias_V)
-        head.bias_V = nn.Parameter(torch.nn.functional.pad(head.bias_V.detach(), (0, more)))
+        head.bias_V = nn.Parameter(F.pad(head.bias_V.detach(), (0, more)))
     return head
 
 
-SPLADE_FILE = "splade_head.safetensors"
-TERMS = 256
-"""Words a text may have, unless a recipe says otherwise."""
-_NUMBERS = 2**23  # scores alive at once: 32 MB
-_TERMS_AT_ONCE = 2048  # rows of W that the backward pass copies together
+class SpladeHead(Head):
+    """The sparse head through the language model. `terms`: how many words a text may have."""
 
-
-class SpladeHead(nn.Module):
-    """`terms`: how many words a text may have."""
+    file = SPLADE_FILE
+    reads_words = True
 
     def __init__(self, lm: LmHead, terms: int = TERMS) -> None:
         super().__init__()
         self.lm = lm
         self.terms = terms
+
+    @classmethod
+    def build(cls, source: HeadSource) -> SpladeHead:
+        """The head in the folder, or a new one of the language model in the base."""
+        if source.sparse_terms is not None and source.sparse_terms < 1:
+            raise ModelError(f"sparse_terms={source.sparse_terms}", expected="at least 1")
+        if cls.is_in(source.folder):
+            lm, _, about = read_lm_head(source.folder / cls.file, source.backbone)
+            head = cls(lm, source.sparse_terms or int(about.get("terms", TERMS)))
+        else:
+            head = cls(new_lm_head(source), source.sparse_terms or TERMS)
+        if source.adapted and head.lm.weight_VH is not None:  # as the backbone's own words are
+            head.lm.weight_VH.requires_grad_(False)
+        return head
 
     def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         score_NK, word_NK = top_words(
@@ -222,18 +240,8 @@ class SpladeHead(nn.Module):
         )
         return Sparse(word_NK, torch.log1p(torch.relu(score_NK)))
 
-    def save(self, root: Path) -> None:
-        save_lm_head(root / SPLADE_FILE, {"lm": self.lm}, {"terms": str(self.terms)})
-
-
-def build_splade(folder: Path, base: Path, backbone: Any, terms: int | None, trust_remote_code: bool) -> SpladeHead:
-    """The head in `folder`, or a new one of the language model in `base`."""
-    if terms is not None and terms < 1:
-        raise ModelError(f"sparse_terms={terms}", expected="at least 1")
-    if not (folder / SPLADE_FILE).exists():
-        return SpladeHead(new_lm_head(base, backbone, trust_remote_code), terms or TERMS)
-    lm, _, about = read_lm_head(folder / SPLADE_FILE, backbone)
-    return SpladeHead(lm, terms or int(about.get("terms", TERMS)))
+    def save(self, folder: Path) -> None:
+        save_lm_head(folder / self.file, self.lm, {"terms": str(self.terms)})
 
 
 def top_words(

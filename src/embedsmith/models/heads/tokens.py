@@ -18,21 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.reps import MultiVector, Representation, Sparse, in_fp32
+from embedsmith.core.reps import MultiVector, Sparse
+from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.config import ModelConfig
-from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead, build_splade
+from embedsmith.models.heads.base import Head, HeadSource
+from embedsmith.models.heads.splade import SpladeHead
 from embedsmith.models.pooling import first_index, last_index
-from embedsmith.pretrain.mntp import MNTP, MNTP_FILE, MntpHead, build_mntp
-from embedsmith.pretrain.retromae import RETROMAE, RETROMAE_FILE, RetroMaeHead, build_retromae
 
 FILES: Mapping[str, str] = {"sparse": "sparse_linear.pt", "multivector": "colbert_linear.pt"}
-"""Token heads and BGE-M3's names of their weights, in the order of parameters."""
+"""Heads that are one linear layer, and BGE-M3's names of their weights."""
 
 
-class TokenHead(nn.Module):
-    """A linear layer over token states. `marks_S`: ids of the tokens that the head leaves out, not saved with it."""
+@heads.register("sparse", formula="w_t = relu(a . h_t + b), or log(1 + relu(max_t z_tv))", source="M3, SPLADE v2")
+class SparseHead(Head):
+    """w_t = relu(a . h_t + b) at coordinate id_t; 0 for special tokens, padding and tokens that do not take part.
 
+    `marks`: ids of the special tokens, not saved with the head. The name stands for `SpladeHead` too.
+    """
+
+    file = FILES["sparse"]
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
@@ -40,101 +44,81 @@ class TokenHead(nn.Module):
         self.linear = linear
         self.register_buffer("marks_S", torch.tensor(sorted(marks), dtype=torch.int64), persistent=False)
 
+    @classmethod
+    def build(cls, source: HeadSource) -> Head:
+        """SPLADE's head or the lexical one: as asked, else as the folder has it, else lexical."""
+        splade = source.sparse == "splade" or (source.sparse is None and SpladeHead.is_in(source.folder))
+        if splade:
+            return SpladeHead.build(source)
+        if source.sparse_terms is not None:
+            raise ModelError(
+                "sparse_terms belongs to sparse=splade", fix="remove it; a lexical head has a text's words"
+            )
+        linear = _read(source.folder / cls.file, source.hidden_size, 1)
+        if linear is None:
+            # Small weights and a bias above 0: every word starts with about the same weight, so that scores begin as
+            # counts of shared words. States lean to one side: a head of the usual size is often dead from the start.
+            linear = nn.Linear(source.hidden_size, 1)
+            with torch.no_grad():
+                linear.weight.mul_(0.1)
+                linear.bias.fill_(0.1)
+        return cls(linear, special_ids(source.tokenizer))
 
-class SparseHead(TokenHead):
-    """w_t = relu(a . h_t + b) at coordinate id_t; 0 for special tokens, padding and tokens that do not take part."""
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return super().is_in(folder) or SpladeHead.is_in(folder)
 
     def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         weight_NT = torch.relu(self.linear(hidden_NTH))[..., 0]
         counts_NT = part_NT & ~torch.isin(padded.id_NT, self.marks_S)
         return Sparse(padded.id_NT, weight_NT.masked_fill(~counts_NT, 0.0))
 
+    def save(self, folder: Path) -> None:
+        _write(self.linear, folder / self.file)
 
-class MultiVectorHead(TokenHead):
+
+@heads.register("multivector", formula="e_t = normalise(W h_t + b)", source="M3-Embedding, ColBERT")
+class MultiVectorHead(Head):
     """e_t = normalise(W h_t + b) of every token that takes part, without the CLS; 0 and masked elsewhere.
 
-    A text of which nothing would be left keeps its last token.
+    `marks`: ids of what may be a CLS, not saved with the head. A text of which nothing would be left keeps its last
+    token.
     """
 
+    file = FILES["multivector"]
+    marks_S: Tensor
+
+    def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("marks_S", torch.tensor(sorted(marks), dtype=torch.int64), persistent=False)
+
+    @classmethod
+    def build(cls, source: HeadSource) -> MultiVectorHead:
+        width = source.multivector_dim
+        if width is not None and width < 1:
+            raise ModelError(f"multivector_dim={width}", expected="at least 1")
+        linear = _read(source.folder / cls.file, source.hidden_size, width)
+        return cls(linear or nn.Linear(source.hidden_size, width or source.hidden_size), cls_ids(source.tokenizer))
+
     def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> MultiVector:
-        mask_NT = part_NT & ~self._cls(padded)
-        column_T = torch.arange(mask_NT.shape[1], device=mask_NT.device)
+        column_T = torch.arange(part_NT.shape[1], device=part_NT.device)
+        # The first real token is left out where it is a CLS: a tokenizer that adds none loses no word.
+        is_first_NT = column_T == first_index(padded.mask_NT)[:, None]
+        mask_NT = part_NT & ~(is_first_NT & torch.isin(padded.id_NT, self.marks_S))
         last_NT = padded.mask_NT & (column_T == last_index(padded.mask_NT)[:, None])
         mask_NT = mask_NT | (last_NT & ~mask_NT.any(1, keepdim=True))
         vector_NTD = F.normalize(self.linear(hidden_NTH), dim=-1)
         return MultiVector(vector_NTD.masked_fill(~mask_NT[..., None], 0.0), mask_NT)
 
-    def _cls(self, padded: PaddedTokens) -> Tensor:
-        """The first real token, where it is a CLS: a tokenizer that adds none loses no word."""
-        column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)
-        is_first_NT = column_T == first_index(padded.mask_NT)[:, None]
-        return is_first_NT & torch.isin(padded.id_NT, self.marks_S)
-
-
-def apply_token_head(head: nn.Module, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Representation:
-    """In fp32 even under autocast. `part_NT`: the tokens that take part."""
-    with torch.autocast(hidden_NTH.device.type, enabled=False):
-        made: Representation = head(in_fp32(hidden_NTH), padded, part_NT)
-        return made
-
-
-def build_token_heads(
-    config: ModelConfig, folder: Path, base: Path, backbone: Any, tokenizer: Any
-) -> dict[str, nn.Module]:
-    """The heads asked for, or those that the folder has; weights from the folder where it has them, else new (of the
-    language model in `base` where one is needed).
-
-    Errors: `ModelError` for an unknown head, a file that is damaged or of another shape, an impossible width.
-    """
-    names = _wanted(config, folder)
-    hidden_size = backbone.config.get_text_config().hidden_size
-    heads: dict[str, nn.Module] = {}
-    if "sparse" in names and _is_splade(config, folder):
-        splade = build_splade(folder, base, backbone, config.sparse_terms, config.trust_remote_code)
-        if config.lora is not None and splade.lm.weight_VH is not None:  # as the backbone's own words are
-            splade.lm.weight_VH.requires_grad_(False)
-        heads["sparse"] = splade
-    elif "sparse" in names:
-        sparse = _read(folder / FILES["sparse"], hidden_size, 1) or _new_sparse(hidden_size)
-        heads["sparse"] = SparseHead(sparse, special_ids(tokenizer))
-    if "multivector" in names:
-        width = config.multivector_dim
-        multivector = _read(folder / FILES["multivector"], hidden_size, width)
-        heads["multivector"] = MultiVectorHead(
-            multivector or nn.Linear(hidden_size, width or hidden_size), cls_ids(tokenizer)
-        )
-    if RETROMAE in names:
-        heads[RETROMAE] = build_retromae(folder, base, backbone, tokenizer, config.trust_remote_code)
-    if MNTP in names:
-        heads[MNTP] = build_mntp(folder, base, backbone, tokenizer, config.trust_remote_code)
-        if config.lora is not None:  # as the backbone's own words are
-            heads[MNTP].requires_grad_(False)
-    return heads
-
-
-def _new_sparse(hidden_size: int) -> nn.Linear:
-    """Small weights and a bias above 0: every word starts with about the same weight, so that scores begin as counts
-    of shared words. States lean to one side, and a head of the usual size is then often dead from the start."""
-    linear = nn.Linear(hidden_size, 1)
-    with torch.no_grad():
-        linear.weight.mul_(0.1)
-        linear.bias.fill_(0.1)
-    return linear
-
-
-def _is_splade(config: ModelConfig, folder: Path) -> bool:
-    """As asked, else as the folder has it, else lexical. Errors: `ModelError` for `sparse_terms` of a lexical head."""
-    there = (folder / SPLADE_FILE).exists()
-    splade = there if config.sparse is None else config.sparse == "splade"
-    if config.sparse_terms is not None and not splade:
-        raise ModelError("sparse_terms belongs to sparse=splade", fix="remove it; a lexical head has a text's words")
-    return splade
+    def save(self, folder: Path) -> None:
+        _write(self.linear, folder / self.file)
 
 
 def special_ids(tokenizer: Any) -> set[int]:
     """Tokens that never count as words: cls (or bos), eos (or sep), padding, unknown."""
-    said = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return cls_ids(tokenizer) | {number for number in said if number is not None}
+    others = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return cls_ids(tokenizer) | {number for number in others if number is not None}
 
 
 def cls_ids(tokenizer: Any) -> set[int]:
@@ -142,43 +126,11 @@ def cls_ids(tokenizer: Any) -> set[int]:
     return {number for number in (tokenizer.cls_token_id, tokenizer.bos_token_id) if number is not None}
 
 
-def head_file(name: str, head: nn.Module) -> str:
-    """The name of the file a head is saved in."""
-    if isinstance(head, RetroMaeHead):
-        return RETROMAE_FILE
-    if isinstance(head, MntpHead):
-        return MNTP_FILE
-    return SPLADE_FILE if isinstance(head, SpladeHead) else FILES[name]
-
-
-def save_token_head(head: nn.Module, path: Path) -> None:
-    """BGE-M3's form: torch.save of the linear layer's state, on the CPU. Heads of a language model: safetensors."""
-    if isinstance(head, SpladeHead | RetroMaeHead | MntpHead):
-        head.save(path.parent)
-        return
-    assert isinstance(head, TokenHead)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in head.linear.state_dict().items()}
+def _write(linear: nn.Linear, path: Path) -> None:
+    """BGE-M3's form: torch.save of the linear layer's state, on the CPU."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in linear.state_dict().items()}
     with path.open("wb") as file:  # given a path, torch.save hides the reason when the disk is full
         torch.save(state, file)
-
-
-def _wanted(config: ModelConfig, folder: Path) -> set[str]:
-    """Names of token heads. `dense` may be said and is always there."""
-    if config.heads is None:
-        files = (*FILES.items(), ("sparse", SPLADE_FILE), (RETROMAE, RETROMAE_FILE), (MNTP, MNTP_FILE))
-        names = {name for name, file in files if (folder / file).exists()}
-    else:
-        names = set(config.heads)
-    if unknown := sorted(names - {"dense", *FILES, RETROMAE, MNTP}):
-        raise ModelError(f"unknown head {unknown[0]!r}", expected=f"some of dense, {', '.join(FILES)}")
-    width = config.multivector_dim
-    if width is not None and (width < 1 or "multivector" not in names):
-        raise ModelError(
-            f"multivector_dim={width}",
-            expected="at least 1, of a model with the head multivector",
-            fix=None if "multivector" in names else "add multivector to heads",
-        )
-    return names
 
 
 def _read(path: Path, width_in: int, width_out: int | None) -> nn.Linear | None:

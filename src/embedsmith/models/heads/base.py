@@ -1,0 +1,111 @@
+"""What every head has in common: what a model makes of a text beside its dense vector, found on the shelf by name.
+
+    @heads.register("importance")
+    class Importance(Head):
+        file = "importance.safetensors"
+
+        @classmethod
+        def build(cls, source: HeadSource) -> Importance: ...
+
+        def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse: ...
+
+The name is then a word of the recipe's `model.heads`, an output of the model, and what losses and search ask for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from safetensors.torch import save
+from torch import nn
+
+from embedsmith.core.errors import ModelError
+from embedsmith.core.shelf import heads
+from embedsmith.core.tokens import PaddedTokens
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """What a head is built from. `folder`: the model's, with the head's file if it has one. `base`: the folder of the
+    language model, where `folder` holds an adapter alone. `adapted`: adapters are trained in place of the backbone's
+    words, so a head that has words of its own keeps them too. The rest are the keys of the recipe's `model`."""
+
+    folder: Path
+    base: Path
+    backbone: Any
+    tokenizer: Any
+    adapted: bool = False
+    trust_remote_code: bool = False
+    sparse: Literal["lexical", "splade"] | None = None
+    sparse_terms: int | None = None
+    multivector_dim: int | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.backbone.config.get_text_config().hidden_size)
+
+
+class Reader(Protocol):
+    """A model, as a head sees it that reads a text of its own making."""
+
+    backbone: Any
+
+    def states(self, padded: PaddedTokens) -> Any:
+        """The backbone's output for a padded chunk, with `last_hidden_state` [N, T, H]."""
+
+
+class Head(nn.Module):
+    """A head is called with the last layer's states in fp32, the tokens and `part_NT`, the tokens that take part, and
+    gives a `Representation`. `file`: holds its weights, beside the backbone's.
+
+    With `own_pass` it is called with the model and the tokens instead, to read the text changed (masked, say) in a
+    pass of its own; it is then a head of pre-training, which is neither exported nor named in the model card.
+    `reads_words`: its output layer may be the backbone's word embeddings, so the two cannot be sharded apart.
+    """
+
+    file: ClassVar[str]
+    own_pass: ClassVar[bool] = False
+    reads_words: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def build(cls, source: HeadSource) -> Head:
+        """The head in the folder, else a new one to be trained. Errors: `ModelError` for a file that does not fit."""
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return (folder / cls.file).exists()
+
+    def save(self, folder: Path) -> None:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        (folder / self.file).write_bytes(save(state))  # bytes first: a full disk is then named
+
+
+def known_heads() -> dict[str, type[Head]]:
+    """The heads of the shelf that a model may have or not, users' own included; the dense one is always there."""
+    return {entry.name: entry.thing for entry in heads.entries() if issubclass(entry.thing, Head)}
+
+
+def build_heads(names: Collection[str] | None, source: HeadSource) -> dict[str, Head]:
+    """The heads named, or those whose files the folder has (`None`).
+
+    Errors: `RecipeError` for an unknown name; `ModelError` for a file that is damaged or of another shape.
+    """
+    known = known_heads()
+    if names is None:
+        wanted = {name for name, kind in known.items() if kind.is_in(source.folder)}
+    else:
+        wanted = {heads.entry(name).name for name in names} & known.keys()
+    if source.multivector_dim is not None and "multivector" not in wanted:
+        raise ModelError(
+            f"multivector_dim={source.multivector_dim}",
+            expected="a model with the head multivector",
+            fix="add multivector to heads",
+        )
+    # In one order, whatever the recipe's: new heads draw their weights one after the other from one seed.
+    ordered = sorted(sorted(wanted, reverse=True), key=lambda name: known[name].own_pass)
+    return {name: known[name].build(source) for name in ordered}

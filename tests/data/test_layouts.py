@@ -1,0 +1,99 @@
+"""File kinds and column layouts stand on their shelves; those of other packages are tried beside ours."""
+
+import json
+
+import pytest
+
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.recipe import parse
+from embedsmith.core.shelf import file_kinds, layouts
+from embedsmith.data import Record, Source, read_source, write_records
+from embedsmith.data.formats.columns import OWN, Layout, known_layouts
+from embedsmith.data.formats.files import Rows, open_rows
+
+
+@pytest.fixture
+def search_log(monkeypatch):
+    """A layout as another package would bring it."""
+    monkeypatch.setattr(layouts, "_entries", dict(layouts._entries))
+
+    @layouts.register("search_log")
+    def search_log() -> Layout:
+        """What was typed, and what was clicked."""
+        return Layout({"query": "typed", "positives": "clicked"}, required=("typed", "clicked"), task="retrieval")
+
+
+def lines(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_ours_are_all_on_the_shelf_and_tried_in_their_order():
+    assert sorted(OWN) == layouts.names()
+    assert [(one.name, one.required[-1]) for one in known_layouts()] == [
+        ("records", "positives"),
+        ("records", "label"),
+        ("flagembedding", "pos"),
+        ("f2llm", "passage"),
+        ("pairs", "score"),
+        ("pairs", "score"),
+        ("labels", "label"),
+    ]
+    assert file_kinds.names() == [".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt"]
+
+
+def test_the_first_of_ours_that_fits_is_taken(tmp_path):
+    found = read_source(Source(path=lines(tmp_path / "a.jsonl", {"query": "q", "pos": ["p"], "passage": "x"})))
+    assert found.format == "flagembedding"
+
+
+def test_a_layout_of_another_package(tmp_path, search_log):
+    path = lines(tmp_path / "a.jsonl", {"typed": "q", "clicked": "p", "when": 3})
+    for source in (Source(path=path), parse(Source, {"path": path, "format": "search_log"}, where="recipe")):
+        found = read_source(source)
+        assert (found.format, found.task, list(found.records)) == (
+            "search_log",
+            "retrieval",
+            [Record("q", ("p",), source="a")],
+        )
+    path = lines(tmp_path / "b.jsonl", {"typed": "q", "clicked": "p", "query": "r", "passage": "s"})
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the columns fit several formats: f2llm, search_log"):
+        read_source(Source(path=path))
+    assert read_source(Source(path=path, format="search_log")).records[0].query == "q"
+
+
+def test_an_unknown_format_names_the_nearest(tmp_path):
+    for make in (
+        lambda: Source(path="a.jsonl", format="flagembeding"),
+        lambda: parse(Source, {"path": "a.jsonl", "format": "flagembeding"}, where="recipe"),
+    ):
+        with pytest.raises(RecipeError, match=r"unknown column layout 'flagembeding'.*did you mean 'flagembedding'"):
+            make()
+
+
+def test_a_layout_with_a_role_that_is_none():
+    with pytest.raises(RecipeError, match="unknown role 'answer'"):
+        Layout({"query": "typed", "answer": "clicked"}, required=("typed",))
+
+
+def test_a_kind_of_file_of_another_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_kinds, "_entries", dict(file_kinds._entries))
+
+    @file_kinds.register(".pairs")
+    def pairs_of_lines(path):
+        """A query and its answer a line, with an arrow between."""
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            query, _, answer = line.partition(" -> ")
+            yield number, {"query": query, "positives": [answer]}
+
+    (tmp_path / "a.pairs").write_text("one -> 1\ntwo -> 2\n")
+    assert [record.query for record in read_source(Source(path=str(tmp_path / "a.pairs"))).records] == ["one", "two"]
+    assert isinstance(open_rows(tmp_path / "a.pairs"), Rows)
+
+
+def test_a_plain_text_file_is_a_column_of_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(DataError, match=r"fit no known format; found: text"):
+        read_source(Source(path=str(tmp_path / "a.txt")))
+    write_records(tmp_path / "b.jsonl", [Record("q", ("p",))])
+    assert read_source(Source(path=str(tmp_path / "b.jsonl"))).format == "records"
