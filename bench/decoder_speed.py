@@ -28,14 +28,15 @@ import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3Model
 
 from bench.common import RESULTS, environment, write_json
-from embedsmith.core.batch import RetrievalBatch
+from embedsmith.core.batch import RetrievalIds
 from embedsmith.core.reps import Dense, Reps, in_fp32
-from embedsmith.core.tokens import TokenBatch
+from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.losses import InfoNCE
 from embedsmith.models.attention import Attention, prepare_config, switch_attention
 from embedsmith.models.pooling import last
 from embedsmith.train import TrainConfig
 from embedsmith.train.build import derive_memory
+from embedsmith.train.feed import Draw
 from embedsmith.train.step import Memory, Part, run_step
 
 SMALL = {
@@ -92,40 +93,33 @@ def their_way(model: Any, queries: TokenBatch, documents: TokenBatch, negatives:
     return float(loss.detach())
 
 
-def part_of(queries: TokenBatch, documents: TokenBatch, negatives: int) -> Part:
-    """The same texts as a part of a training step; a text's id is its place."""
+def draw_of(queries: TokenBatch, documents: TokenBatch, negatives: int) -> Draw:
+    """The same texts as the one part of a training step; a text's id is its place."""
     document_N = torch.arange(len(documents))
     group_QG = document_N.view(len(queries), 1 + negatives)
 
-    def assemble(query: Any, document: Any, extras: Any, progress: Any) -> RetrievalBatch:
-        device = document.local["dense"].vector_ND.device
-        return RetrievalBatch(
-            task="retrieval",
-            query=query,
-            document=document,
-            query_id_Q=torch.arange(len(queries), device=device) + len(documents),
-            positive_id_QP=group_QG[:, :1].to(device),
-            negative_id_QM=group_QG[:, 1:].to(device),
-            document_id_N=document_N.to(device),
-            extras=extras,
-            progress=progress,
-        )
-
-    return Part("bench", queries, documents, assemble, InfoNCE(temperature=TEMPERATURE))
+    ids = RetrievalIds(
+        query_id_Q=torch.arange(len(queries)) + len(documents),
+        positive_id_QP=group_QG[:, :1],
+        negative_id_QM=group_QG[:, 1:],
+        document_id_N=document_N,
+    )
+    part = Part("bench", "retrieval", ids, InfoNCE(temperature=TEMPERATURE))
+    return TokenBatch.concatenate([queries, documents]), [part]
 
 
-def our_way(model: Any, attention: Attention, memory: Memory, part: Part) -> float:
+def our_way(model: Any, attention: Attention, memory: Memory, draw: Draw) -> float:
     """A step of embedsmith's training."""
 
-    def encode(tokens: TokenBatch, _heads: Sequence[str]) -> Reps:
-        padded = tokens.pad(0, model.device)
+    def encode(tokens: TokenBatch, _heads: Sequence[str], rows: IntArray) -> Reps:
+        padded = tokens.pad(0, model.device, rows=rows)
         mask = attention.mask(padded.mask_NT, "sdpa", model.dtype)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             states = model(input_ids=padded.id_NT, attention_mask=mask, use_cache=False).last_hidden_state
         pooled_ND = last(in_fp32(states), padded.mask_NT, padded.mask_NT)
         return {"dense": Dense(F.normalize(pooled_ND, dim=-1))}
 
-    return float(run_step(encode, [part], memory).value)
+    return float(run_step(encode, *draw, memory).value)
 
 
 def timed(way: Callable[[], float], model: Any) -> dict[str, float]:
@@ -154,7 +148,7 @@ def one_round(model: Any, attention: Attention, arguments: argparse.Namespace, n
         with torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.gpu):
             return their_way(model, queries, documents, arguments.negatives)
 
-    ours = partial(our_way, model, attention, memory, part_of(queries, documents, arguments.negatives))
+    ours = partial(our_way, model, attention, memory, draw_of(queries, documents, arguments.negatives))
     ways = {"ours": ours, "theirs": theirs}
     found = {name: timed(ways[name], model) for name in (sorted(ways) if number % 2 else sorted(ways, reverse=True))}
     if abs(found["ours"]["loss"] - found["theirs"]["loss"]) > (5e-2 if arguments.gpu else 1e-4):

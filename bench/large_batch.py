@@ -119,7 +119,7 @@ def own_step(arguments: argparse.Namespace, folder: str) -> float:
     )
     run_ = build(recipe, make_accelerator(recipe))
     started = time.perf_counter()
-    update(run_, run_.feed.parts(0))
+    update(run_, run_.feed.draw(0))
     return time.perf_counter() - started
 
 

@@ -303,9 +303,9 @@ def cost(arguments: argparse.Namespace) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for step in range(arguments.rounds + 1):
             for name, run in runs.items():
-                parts = run.feed.parts(step)
+                draw = run.feed.draw(step)
                 started = time.process_time()
-                update(run, parts)
+                update(run, draw)
                 seconds[name].append(time.process_time() - started)
         ratios = [b / a for a, b in zip(seconds["dense"][1:], seconds["three heads"][1:], strict=True)]
         return {

@@ -226,12 +226,13 @@ def summarise(arguments: argparse.Namespace) -> None:
 
 def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int = 30) -> None:
     """The share of a step's time that the per-loss rule takes: drawing, scoring its negatives, deciding."""
+    from embedsmith.core.batch import Progress
     from embedsmith.core.recipe import parse
     from embedsmith.mining.live_state import LiveState
     from embedsmith.train import Recipe
     from embedsmith.train import live_negatives as module
     from embedsmith.train.build import make_accelerator
-    from embedsmith.train.loop import build, refresh, update
+    from embedsmith.train.loop import build, update
 
     tree = recipe_of(arguments, "refreshed", 0, start, pool)
     recipe = parse(Recipe, tree)
@@ -243,8 +244,9 @@ def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int 
     for step in range(steps):
         spent.clear()
         started = time.perf_counter()
-        update(run, run.feed.parts(step))
-        refresh(run)
+        update(run, run.feed.draw(step))
+        assert run.mining is not None
+        run.mining.after_step(step, run.encode, run.memory, {}, Progress(step, steps))
         run.state = module.replace(run.state, step=step + 1)
         shares.append(sum(spent) / (time.perf_counter() - started))
     table = read_json(arguments.results, {})

@@ -29,6 +29,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import IntArray
 from embedsmith.train import Recipe, step
 from embedsmith.train.build import make_accelerator
+from embedsmith.train.feed import Draw
 from embedsmith.train.loop import Run, build, update
 from embedsmith.train.step import Chunk, Memory, Part, plan_chunks
 
@@ -63,23 +64,27 @@ def make_run(path: Path, plan: dict[str, Any], max_length: int) -> Run:
 
 def by_side(part: Part) -> Callable[[IntArray, Memory], list[Chunk]]:
     """Chunks of plain training: each side of the batch whole."""
-    first = np.arange(len(part.first))
-    return lambda length_N, memory: [Chunk(first, True), Chunk(np.arange(len(first), len(length_N)), True)]
+
+    def cut(length_N: IntArray, memory: Memory) -> list[Chunk]:
+        sides = np.split(np.arange(len(length_N)), [part.ids.sizes[0]])
+        return [Chunk(rows, len(rows) * int(length_N[rows].max()), keep=True) for rows in sides]
+
+    return cut
 
 
-def chunks_of(name: str, run: Run, part: Part) -> tuple[int, int]:
+def chunks_of(name: str, run: Run, draw: Draw) -> tuple[int, int]:
     """(real, padded) tokens of a step."""
-    length_N = np.concatenate([part.first.length_N, part.second.length_N])
+    tokens, [part] = draw
     cut = by_side(part) if name == "shuffled" else plan_chunks
-    return int(length_N.sum()), sum(len(c.rows) * int(length_N[c.rows].max()) for c in cut(length_N, run.memory))
+    return int(tokens.length_N.sum()), sum(chunk.tokens for chunk in cut(tokens.length_N, run.memory))
 
 
 def tokens_per_second(name: str, run: Run, numbers: list[int]) -> float:
-    batches = [run.feed.parts(number) for number in numbers]
+    batches = [run.feed.draw(number) for number in numbers]
     tokens, started = 0, time.perf_counter()
-    for parts in batches:
-        with mock.patch.object(step, "plan_chunks", by_side(parts[0]) if name == "shuffled" else plan_chunks):
-            output, _, _ = update(run, parts)
+    for draw in batches:
+        with mock.patch.object(step, "plan_chunks", by_side(draw[1][0]) if name == "shuffled" else plan_chunks):
+            output, _, _ = update(run, draw)
         tokens += output.tokens
     return tokens / (time.perf_counter() - started)
 
@@ -97,7 +102,7 @@ def main() -> None:
         budget = {"batch_tokens": BATCH * 2 * arguments.max_length // 2} if "batch_tokens" in plan else {}
         runs[name] = make_run(path, plan | budget, arguments.max_length)
         steps = runs[name].feed.steps_per_epoch
-        counts = [chunks_of(name, runs[name], runs[name].feed.parts(number)[0]) for number in range(steps)]
+        counts = [chunks_of(name, runs[name], runs[name].feed.draw(number)) for number in range(steps)]
         real, padded = (sum(each) for each in zip(*counts, strict=True))
         found[name] = {"real over padded": real / padded, "steps": steps, "tokens": real, "speeds": []}
         print(f"{name}: real over padded tokens {real / padded:.3f} ({steps} steps)", flush=True)

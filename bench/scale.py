@@ -157,13 +157,13 @@ def prepare(folder: Path) -> dict[str, float]:
     tree = {"model": model, "data": [source], "train": {"steps": 50, "log_with": []}, "output": str(folder / "run")}
     recipe = parse(Recipe, tree)
     run = build(recipe, make_accelerator(recipe))
-    update(run, run.feed.parts(0))
+    update(run, run.feed.draw(0))
     seconds = [0.0, 0.0]
     for step in range(1, TIMED + 1):
         started = time.perf_counter()
-        parts = run.feed.parts(step)
+        drawn = run.feed.draw(step)
         ready = time.perf_counter()
-        update(run, parts)
+        update(run, drawn)
         seconds[0] += ready - started
         seconds[1] += time.perf_counter() - ready
     batch, whole = (each / TIMED * 1000 for each in seconds)

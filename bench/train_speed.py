@@ -119,8 +119,8 @@ def embedsmith_seconds(arguments: argparse.Namespace, precision: Any, folder: Pa
     )
     run = build(recipe, make_accelerator(recipe))
     ends = []
-    for parts in run.feed.run_ahead(0, steps):
-        update(run, parts)
+    for draw in run.feed.run_ahead(0, steps):
+        update(run, draw)
         ends.append(time.perf_counter())
     return ends[-1] - ends[0]
 

@@ -141,25 +141,26 @@ def probe_curve(study: Study, seed: int, together: bool) -> dict[str, list[float
     from embedsmith.core.recipe import parse
     from embedsmith.train import Recipe
     from embedsmith.train.build import build_feed, make_accelerator
-    from embedsmith.train.loop import build, refresh, update
+    from embedsmith.train.loop import build, update
     from embedsmith.train.step import evaluate_parts
 
     steps = max(study.steps // 2, 4)
     recipe = parse(Recipe, watched(study, seed, together, steps))
     run = build(recipe, make_accelerator(recipe))
     probe = build_feed(recipe, run.model, recipe.evaluate.validation)
-    parts = [probe.parts(step) for step in range(probe.steps_per_epoch)]
+    draws = [probe.draw(step) for step in range(probe.steps_per_epoch)]
     curve: dict[str, list[float]] = {}
     for step in range(steps):
-        update(run, run.feed.parts(step))
-        refresh(run)
+        update(run, run.feed.draw(step))
         run.state = replace(run.state, step=step + 1)
         if step < steps // 8:
             continue
         run.model.eval()
-        for part in parts:
-            loss = evaluate_parts(run.encode, part, run.memory, dict(run.extras.items()), Progress(step, steps))
-            curve.setdefault(part[0].source, []).append(float(loss))
+        for tokens, parts in draws:
+            loss = evaluate_parts(
+                run.encode, tokens, parts, run.memory, dict(run.extras.items()), Progress(step, steps)
+            )
+            curve.setdefault(parts[0].source, []).append(float(loss))
         run.model.train()
     return curve
 

@@ -1,5 +1,6 @@
 """Data methods as recipe values: from folders and files to the blocks of a merge."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,13 +106,14 @@ def test_the_gradient_of_matching_is_autograds(tmp_path, objective):
     }
     from torch.func import functional_call
 
-    from embedsmith.core.batch import Progress, Side
+    from embedsmith.core.batch import Side
     from embedsmith.core.reps import TEACHER
 
     total = where.price(where.coefficients(live.gram(), "paper"), config)
-    for part in parts:
+    for whole, part in parts:
+        cut = np.split(np.arange(len(whole)), [part.ids.sizes[0]])
         sides = [Side({}), Side({})]
-        for side, tokens, teacher in zip(sides, (part.first, part.second), part.teacher):
+        for side, tokens, teacher in zip(sides, (whole.take(rows) for rows in cut), part.teacher):
             vectors = [
                 functional_call(live.model, theta, (tokens.take([n]).pad(live.model.pad_id), ("dense",)))[
                     "dense"
@@ -119,7 +121,7 @@ def test_the_gradient_of_matching_is_autograds(tmp_path, objective):
                 for n in range(len(tokens))
             ]
             side.local = {"dense": Dense(torch.cat(vectors) if vectors else teacher.vector_ND), TEACHER: teacher}
-        total = total + part.weight * part.loss(part.assemble(*sides, {}, Progress())).value
+        total = total + part.weight * part.loss(part.ids.with_sides(*sides, task=part.task)).value
     for tensor, gradient in zip(
         (where.log_weight_M, where.length), torch.autograd.grad(total, (where.log_weight_M, where.length))
     ):

@@ -1,5 +1,6 @@
 """Self-Positioning: the projected gradient is autograd's, and descent finds what it should."""
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -11,7 +12,7 @@ from embedsmith.calibrate.positioning import (
     position_step,
     self_position,
 )
-from embedsmith.core.batch import Progress, Side
+from embedsmith.core.batch import Side
 from embedsmith.data import Source
 from embedsmith.merge.methods.formulas import karcher, sequential_slerp
 from tests.merge.family import family, retrieval_records, sts_records
@@ -43,13 +44,14 @@ def by_autograd(live, parts, where, config):
         for name, base in live.base.items()
     }
     total = where.price(coefficient_GM, config)
-    for part in parts:
-        padded = [side.pad(live.model.pad_id) for side in (part.first, part.second)]
+    for tokens, part in parts:
+        places = np.split(np.arange(len(tokens)), [part.ids.sizes[0]])
+        padded = [tokens.pad(live.model.pad_id, rows=rows) for rows in places]
         left, right = (functional_call(live.model, theta, (each, ("dense",))) for each in padded)
         sides = [Side({}), Side({})]
         for side, reps in zip(sides, (left, right), strict=True):
             side.local = reps
-        total = total + part.weight * part.loss(part.assemble(*sides, {}, Progress())).value
+        total = total + part.weight * part.loss(part.ids.with_sides(*sides, task=part.task)).value
     leaves = [where.log_weight_M, where.offset_GM, where.length]
     return torch.autograd.grad(total, leaves, allow_unused=True)
 

@@ -14,10 +14,10 @@ from embedsmith.core.recipe import load_recipe
 from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import generators
 from embedsmith.curate import (
-    Corpus,
     CurateRecipe,
     EvaluationText,
     Input,
+    InputRecords,
     Ledger,
     Length,
     SyntheticQueries,
@@ -64,7 +64,7 @@ def texts(corpus):
     ],
 )  # fmt: skip
 def test_pairs_of_rows(tmp_path, row, pairs):
-    corpus = Corpus(Input(path=write(tmp_path / "rows.jsonl", [row])))
+    corpus = InputRecords(Input(path=write(tmp_path / "rows.jsonl", [row])))
     assert corpus.kind == "rows"
     assert texts(corpus) == pairs
     assert all(record.source.startswith("rows/") for record in corpus)
@@ -72,12 +72,12 @@ def test_pairs_of_rows(tmp_path, row, pairs):
 
 def test_rejected_answers_are_negatives(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "P", "chosen": "C", "rejected": "R"}])
-    assert next(iter(Corpus(Input(path=path)))).negatives == ("R",)
+    assert next(iter(InputRecords(Input(path=path)))).negatives == ("R",)
 
 
 def test_chosen_structures_only(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"title": "T", "abstract": "A", "text": "B"}, {"other": 1}])
-    corpus = Corpus(Input(path=path, kind="rows", pairs=("title_abstract",)))
+    corpus = InputRecords(Input(path=path, kind="rows", pairs=("title_abstract",)))
     assert texts(corpus) == [("T", "A")]
     assert corpus.ledger.left["no structure found"].count == 1
 
@@ -91,7 +91,7 @@ def test_markdown(tmp_path):
     )
     found = {
         record.source.rsplit("/", 1)[1] + ": " + record.query: record.positives[0]
-        for record in Corpus(Input(path=str(tmp_path)))
+        for record in InputRecords(Input(path=str(tmp_path)))
     }
     assert found["heading_section: The title: One"] == "Text one."
     assert found["heading_section: The title: One: Deep"] == "first\n\nsecond\n\ncode stays"
@@ -110,7 +110,7 @@ def test_html(tmp_path):
     )
     found = {
         record.source.rsplit("/", 1)[1] + ": " + record.query: record.positives[0]
-        for record in Corpus(Input(path=str(tmp_path)))
+        for record in InputRecords(Input(path=str(tmp_path)))
     }
     assert found["title_abstract: T"] == "An abstract."
     assert found["heading_section: T: Part"] == "One.\n\na\n\nb\n\n这是粗体字 新行\n\n1 | 2\n\nWhy?\n\nBecause."
@@ -131,10 +131,10 @@ def test_records_are_read_as_training_reads_them(tmp_path):
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\t1\t2\n")
     paths = [write(tmp_path / "labels.jsonl", labels), write(tmp_path / "sts.jsonl", scores), str(beir)]
     for path in paths:
-        corpus = Corpus(Input(path=path))
+        corpus = InputRecords(Input(path=path))
         assert corpus.kind == "records"
         assert list(corpus) == list(corpus) == list(read_source(Source(path=path)).records)
-    assert Corpus(Input(path=paths[0])).labels == ("a", "b", "c")
+    assert InputRecords(Input(path=paths[0])).labels == ("a", "b", "c")
 
 
 def test_parallel_folders(tmp_path):
@@ -145,9 +145,9 @@ def test_parallel_folders(tmp_path):
         write(folder / "queries.jsonl", [{"_id": "q", "text": query}])
         (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
     both = Input(path=[str(tmp_path / "en"), str(tmp_path / "zh")], kind="parallel")
-    assert texts(Corpus(both)) == [("which dog", "一只狗"), ("哪只狗", "a dog")]
+    assert texts(InputRecords(both)) == [("which dog", "一只狗"), ("哪只狗", "a dog")]
     with pytest.raises(DataError, match="two folders or more"):
-        list(Corpus(Input(path=str(tmp_path / "en"), kind="parallel")))
+        list(InputRecords(Input(path=str(tmp_path / "en"), kind="parallel")))
 
 
 def test_faulty_rows_stop_or_are_counted(tmp_path):
@@ -157,7 +157,7 @@ def test_faulty_rows_stop_or_are_counted(tmp_path):
         f"{good}\nnot json\n{json.dumps({'query': '', 'pos': ['x']})}\n".encode() + b"\xff\xfe\n" + good.encode()
     )
     with pytest.raises(DataError, match=r"rows.jsonl:2: not valid JSON") as error:
-        list(Corpus(Input(path=str(path))))
+        list(InputRecords(Input(path=str(path))))
     assert "input.on_error=skip" in str(error.value)
     report = curate(CurateRecipe(Input(path=str(path), on_error="skip"), str(tmp_path / "out.jsonl"), ()))
     assert report.records == 2
@@ -304,12 +304,12 @@ class _Echo:
 
 def test_documents_get_queries(tmp_path):
     (tmp_path / "texts.txt").write_text("all about foxes\n\n关于狗的一切\n", encoding="utf-8")
-    corpus = Corpus(Input(path=str(tmp_path / "texts.txt")))
+    corpus = InputRecords(Input(path=str(tmp_path / "texts.txt")))
     assert texts(corpus) == [("", "all about foxes"), ("", "关于狗的一切")]
     kept, _ = apply(SyntheticQueries(_Echo()), corpus)
     assert [record.query for record in kept] == ["What is foxes?", "What is 关于狗的一切?"]
     with_title = write(tmp_path / "corpus.jsonl", [{"_id": "1", "title": "", "text": "all about cats"}])
-    assert Corpus(Input(path=with_title), wants_documents=True).kind == "documents"
+    assert InputRecords(Input(path=with_title), wants_documents=True).kind == "documents"
 
 
 @pytest.mark.slow
@@ -319,7 +319,7 @@ def test_real_texts_mostly_stay():
     from embedsmith.curate import Boilerplate, Language, Links, Symbols
 
     for name in ("pairs/debian-en-train.jsonl.gz", "pairs/drcd-zh-train.jsonl.gz", "pairs/nli-zh-hard.jsonl.gz"):
-        corpus = Corpus(Input(path=str(SHARED / name), limit=2000))
+        corpus = InputRecords(Input(path=str(SHARED / name), limit=2000))
         for step in (Length(), Symbols(), Links(), Language(), Boilerplate()):
             ledger = Ledger()
             kept = sum(1 for _ in step(corpus, ledger, None))

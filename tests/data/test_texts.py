@@ -4,10 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from embedsmith.core.batch import ABSENT
 from embedsmith.core.errors import DataError
-from embedsmith.data import Record, pair_texts, retrieval_texts, row_seeds, text_id
+from embedsmith.core.seeds import derive_seed
+from embedsmith.data import Record, pair_texts, retrieval_texts, text_id
 
 RECORDS = [
     Record("q1", ("p1", "p2", "p3"), ("n1", "n2", "n3", "n4")),
@@ -17,8 +19,12 @@ RECORDS = [
 
 
 def batch(records=RECORDS, positives=2, negatives=3, seed=0, visit=0):
-    rows = range(len(records))
-    return retrieval_texts(records, positives=positives, negatives=negatives, seeds=row_seeds(seed, visit, rows))
+    seeds = [derive_seed(seed, visit, row) for row in range(len(records))]
+    return retrieval_texts(records, positives=positives, negatives=negatives, seeds=seeds)
+
+
+def ids_of(*arguments, **options):
+    return batch(*arguments, **options)[2]
 
 
 def ids(texts):
@@ -26,7 +32,7 @@ def ids(texts):
 
 
 def test_slots_hold_the_record_s_own_texts_and_absent_beyond():
-    found = batch()
+    queries, _, found = batch()
     assert found.positive_id_QP.shape == (3, 2)
     assert found.negative_id_QM.shape == (3, 3)
     for q, record in enumerate(RECORDS):
@@ -36,58 +42,58 @@ def test_slots_hold_the_record_s_own_texts_and_absent_beyond():
             assert set(held) <= ids(texts)
             assert (slots[len(held) :] == ABSENT).all()
     assert found.query_id_Q.tolist() == [text_id("q1"), text_id("q2"), text_id("q3")]
-    assert found.instructions == [None, None, "find"]
+    assert queries == ["q1", "q2", "q3"]
 
 
 def test_documents_are_each_distinct_text_once_and_all_that_was_drawn():
-    found = batch()
-    assert [text_id(text) for text in found.documents] == found.document_id_N.tolist()
+    _, documents, found = batch()
+    assert [text_id(text) for text in documents] == found.document_id_N.tolist()
     drawn = {*found.positive_id_QP.flatten().tolist(), *found.negative_id_QM.flatten().tolist()} - {ABSENT}
     assert sorted(found.document_id_N.tolist()) == sorted(drawn)
 
 
 def test_a_draw_depends_on_its_seed_and_on_nothing_else():
-    first = batch(seed=1)
-    again = batch(seed=1)
-    assert np.array_equal(first.negative_id_QM, again.negative_id_QM)
-    alone = retrieval_texts(RECORDS[:1], positives=2, negatives=3, seeds=row_seeds(1, 0, [0]))
-    assert np.array_equal(alone.negative_id_QM[0], first.negative_id_QM[0])
-    draws = {tuple(batch(seed=1, visit=visit).negative_id_QM[0].tolist()) for visit in range(20)}
+    first = ids_of(seed=1)
+    again = ids_of(seed=1)
+    assert torch.equal(first.negative_id_QM, again.negative_id_QM)
+    alone = ids_of(RECORDS[:1], seed=1)
+    assert torch.equal(alone.negative_id_QM[0], first.negative_id_QM[0])
+    draws = {tuple(ids_of(seed=1, visit=visit).negative_id_QM[0].tolist()) for visit in range(20)}
     assert len(draws) > 10
 
 
 def test_every_text_is_drawn_equally_often():
-    counts = Counter(int(batch(RECORDS[:1], 1, 1, visit=visit).negative_id_QM[0, 0]) for visit in range(4000))
+    counts = Counter(int(ids_of(RECORDS[:1], 1, 1, visit=visit).negative_id_QM[0, 0]) for visit in range(4000))
     assert set(counts) == ids(RECORDS[0].negatives)
     assert all(900 < count < 1100 for count in counts.values())
 
 
 def test_a_negative_that_is_a_positive_and_a_repeated_text_are_not_drawn():
     record = Record("q", ("good", "also good"), ("good ", "bad", "bad", "also  good"))
-    found = batch([record], positives=1, negatives=4)
+    found = ids_of([record], positives=1, negatives=4)
     assert found.negative_id_QM[0].tolist() == [text_id("bad"), ABSENT, ABSENT, ABSENT]
-    twice = batch([Record("q", ("same", "same "))], positives=2, negatives=0)
+    twice = ids_of([Record("q", ("same", "same "))], positives=2, negatives=0)
     assert twice.positive_id_QP[0].tolist() == [text_id("same"), ABSENT]
 
 
 def test_teacher_scores_follow_their_texts():
     record = Record("q", ("p",), tuple("abcdef"), teacher_negative_scores=(0.0, 1.0, 2.0, 3.0, None, 5.0))
-    found = batch([record, RECORDS[1]], positives=1, negatives=4)
+    found = ids_of([record, RECORDS[1]], positives=1, negatives=4)
     known = dict(zip((text_id(letter) for letter in "abcdef"), (0.0, 1.0, 2.0, 3.0, np.nan, 5.0)))
     expected = [known[int(id_)] for id_ in found.negative_id_QM[0]]
     np.testing.assert_array_equal(found.negative_score_QM[0], np.float32(expected))
-    assert np.isnan(found.positive_score_QP).all()
-    assert np.isnan(found.negative_score_QM[1]).all()
-    assert batch().positive_score_QP is None
+    assert found.positive_score_QP.isnan().all()
+    assert found.negative_score_QM[1].isnan().all()
+    assert ids_of().positive_score_QP is None
 
 
 def test_labels_only_where_every_record_has_one():
     labelled = [Record("a", label=2, task="classification"), Record("b", label=0, task="classification")]
-    found = batch(labelled)
+    _, documents, found = batch(labelled)
     assert found.label_Q.tolist() == [2, 0]
     assert (found.positive_id_QP == ABSENT).all()
-    assert found.documents == []
-    assert batch([*labelled, RECORDS[0]]).label_Q is None
+    assert documents == []
+    assert ids_of([*labelled, RECORDS[0]]).label_Q is None
 
 
 def test_pairs():
@@ -95,13 +101,13 @@ def test_pairs():
         Record("a", ("b",), task="sts", positive_scores=(0.25,)),
         Record("c", ("d", "e", "f"), task="sts", positive_scores=(None, 0.5, 1.0)),
     ]
-    found = pair_texts(records, seeds=[1, 2])
-    assert found.left == ["a", "c"]
-    assert (found.right[0], found.label_N[0]) == ("b", 0.25)
+    left, right, found = pair_texts(records, seeds=[1, 2])
+    assert left == ["a", "c"]
+    assert (right[0], found.label_N[0]) == ("b", 0.25)
     assert found.left_id_N.tolist() == [text_id("a"), text_id("c")]
-    assert found.right_id_N.tolist() == [text_id(text) for text in found.right]
+    assert found.right_id_N.tolist() == [text_id(text) for text in right]
     drawn = [pair_texts(records[1:], seeds=[seed]) for seed in range(40)]
-    assert {(pair.right[0], float(pair.label_N[0])) for pair in drawn} == {("e", 0.5), ("f", 1.0)}
+    assert {(right[0], float(pair.label_N[0])) for _, right, pair in drawn} == {("e", 0.5), ("f", 1.0)}
     with pytest.raises(DataError, match="no scored pair"):
         pair_texts(RECORDS, seeds=[1, 2, 3])
 
@@ -113,9 +119,11 @@ def test_one_seed_a_record():
 
 def test_shares_split_the_drawn_negatives():
     record = Record("q", ("p",), tuple(f"n{i}" for i in range(9)))
-    whole = retrieval_texts([record], positives=1, negatives=5, seeds=[3]).negative_id_QM
-    parts = [retrieval_texts([record], positives=1, negatives=5, seeds=[3], share=(k, 2)) for k in range(2)]
+    whole = retrieval_texts([record], positives=1, negatives=5, seeds=[3])[2].negative_id_QM
+    parts = [retrieval_texts([record], positives=1, negatives=5, seeds=[3], share=(k, 2))[2] for k in range(2)]
     kept = [part.negative_id_QM[part.negative_id_QM != ABSENT].tolist() for part in parts]
     assert [len(each) for each in kept] == [3, 2]
-    assert sorted(kept[0] + kept[1]) == sorted(whole.ravel().tolist())
-    assert set(parts[0].document_id_N) & set(parts[1].document_id_N) == {parts[0].positive_id_QP.item()}
+    assert sorted(kept[0] + kept[1]) == sorted(whole.flatten().tolist())
+    assert set(parts[0].document_id_N.tolist()) & set(parts[1].document_id_N.tolist()) == {
+        parts[0].positive_id_QP.item()
+    }

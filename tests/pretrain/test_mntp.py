@@ -76,9 +76,9 @@ def test_replayed_chunks_hide_the_same_words(tmp_path):
     found = []
     for kept in (None, 1):
         model = decoder(tmp_path / f"lm{kept}").train()
-        encode = lambda tokens, heads, model=model: model(tokens.pad(model.pad_id), heads)
+        encode = lambda tokens, heads, rows, model=model: model(tokens.pad(model.pad_id, rows=rows), heads)
         torch.manual_seed(5)
-        output = run_step(encode, [retrieval_part(MNTP("both"))], Memory(24, kept))
+        output = run_step(encode, *retrieval_part(MNTP("both")), Memory(24, kept))
         found.append((output.value, gradients(model), output.replayed_chunks))
     (value, kept_all, none), (again, replayed, some) = found
     assert (none, some > 3) == (0, True)

@@ -123,11 +123,11 @@ def test_replayed_chunks_draw_the_same_masks(tmp_path):
         folder = lm.folder(tmp_path / f"lm{kept}")
         model = load(str(folder), pooling="cls", heads=("retromae",), device="cpu").train()
 
-        def encode(tokens, heads, model=model):
-            return model(tokens.pad(model.pad_id), heads)
+        def encode(tokens, heads, rows, model=model):
+            return model(tokens.pad(model.pad_id, rows=rows), heads)
 
         torch.manual_seed(5)
-        output = run_step(encode, [retrieval_part(RetroMAE("both"))], Memory(24, kept))
+        output = run_step(encode, *retrieval_part(RetroMAE("both")), Memory(24, kept))
         found.append((output.value, gradients(model), output.replayed_chunks))
     (value, kept_all, none), (again, replayed, some) = found
     assert none == 0

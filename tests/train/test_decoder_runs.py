@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import packed_rows
 from embedsmith.models import load
-from embedsmith.train import Recipe, loop, train
-from embedsmith.train import parallel as shard
-from embedsmith.train import parallel as zero
+from embedsmith.train import Recipe, TrainConfig, loop, train
+from embedsmith.train.parallel import Fsdp2, check_shard
 from tests.models import lm
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
@@ -145,7 +145,7 @@ def test_what_shards_cannot_do_is_refused(tree, key, changes, message):
     tree["train"] |= {"shard": True}
     tree[key] = tree.get(key, {}) | changes
     with pytest.raises(RecipeError, match=message):
-        shard.check(parse(Recipe, tree))
+        check_shard(parse(Recipe, tree))
 
 
 @pytest.mark.parametrize(("heads", "sparse", "said"), [("retromae", None, "retromae"), ("sparse", "splade", "splade")])
@@ -153,7 +153,7 @@ def test_a_head_that_lies_in_the_folder_is_refused_too(tmp_path, heads, sparse, 
     folder = lm.folder(tmp_path / "lm")
     load(str(folder), pooling="cls", heads=(heads,), sparse=sparse, device="cpu").save(tmp_path / "saved")
     with pytest.raises(RecipeError, match=f"the head {said} under train.shard"):
-        shard.Shards(load(str(tmp_path / "saved"), device="cpu"))
+        Fsdp2(load(str(tmp_path / "saved"), device="cpu"), nn.ModuleDict(), TrainConfig())
 
 
 def sharded(tree):
@@ -168,7 +168,7 @@ def test_zero_needs_its_extra_and_several_processes(tree, monkeypatch):
             train(parse(Recipe, tree))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(RecipeError, match=r"train\.shard=zero2 needs several processes"):
-        zero.check_zero()
+        check_shard(parse(Recipe, tree))
 
 
 @pytest.mark.dist

@@ -96,15 +96,15 @@ def test_the_negatives_in_use_are_those_of_the_state(live):
     run = build(parse(Recipe, live), make_accelerator(parse(Recipe, live)))
     _, source = run.mining.sources[0]
     rows = run.feed.lanes[0].plan.at(0).rows
-    part = run.feed.parts(0)[0]
+    tokens, [part] = run.feed.draw(0)
     records = source.supply.records.records
     negatives = {records[int(r)].negatives[c] for r, cs in zip(rows, source.state.draw(rows, 0)) for c in cs}
     wanted = negatives | {text for r in rows for text in records[int(r)].positives}
-    assert len(part.second) == len(wanted)
+    assert part.ids.sizes[1] == len(wanted)
     run.model.eval()
     from embedsmith.train.loop import update
 
-    update(run, [part])
+    update(run, (tokens, [part]))
     score_QS = source.seen[:, :-1]
     for place, row in enumerate(rows.tolist()):
         for slot, candidate in enumerate(source.state.draw(rows, 0)[place].tolist()):

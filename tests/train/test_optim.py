@@ -8,7 +8,9 @@ from torch import nn
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.train.config import TrainConfig
-from embedsmith.train.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
+from embedsmith.train.optim import adamw, learning_rate, set_learning_rate
+
+NOTHING = nn.ModuleDict()
 
 
 def rates(steps=10, **changes):
@@ -30,8 +32,8 @@ def test_constant_stays():
 
 
 def test_warmup_is_a_share_below_one_and_steps_from_one():
-    assert warmup_steps(TrainConfig(warmup=0.25), 10) == 3
-    assert warmup_steps(TrainConfig(warmup=4), 10) == 4
+    for warmup, steps in ((0.25, 3), (4, 4)):
+        assert rates(warmup=warmup).index(1.0) == steps - 1
 
 
 def test_a_floor_above_a_groups_peak_does_not_raise_it():
@@ -45,7 +47,7 @@ def model():
 
 def test_groups_by_pattern_and_no_decay_on_vectors():
     config = TrainConfig(learning_rate=1.0, group_learning_rates={r"^head\.": 5.0}, weight_decay=0.3)
-    optimizer = make_optimizer(model().named_parameters(), config)
+    optimizer = adamw(model(), NOTHING, config)
     found = {(g["peak_lr"], g["weight_decay"]): sum(p.numel() for p in g["params"]) for g in optimizer.param_groups}
     assert found == {(1.0, 0.3): 9, (1.0, 0.0): 3 + 6, (5.0, 0.3): 6, (5.0, 0.0): 2}
     set_learning_rate(optimizer, config, 9, 10)
@@ -56,10 +58,10 @@ def test_groups_by_pattern_and_no_decay_on_vectors():
 def test_frozen_parameters_are_left_out_and_idle_patterns_are_errors():
     net = model()
     net["body"].requires_grad_(False)
-    optimizer = make_optimizer(net.named_parameters(), TrainConfig())
+    optimizer = adamw(net, NOTHING, TrainConfig())
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == 8 + 6
     with pytest.raises(RecipeError, match="no parameter matches"):
-        make_optimizer(net.named_parameters(), TrainConfig(group_learning_rates={"haed": 1.0}))
+        adamw(net, NOTHING, TrainConfig(group_learning_rates={"haed": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_impossible_settings_are_refused_at_once(wrong):
 def test_adamw_matches_its_formula():
     """One step from zero state: w - lr * (g / (|g| + eps) + decay * w)."""
     parameter = nn.Parameter(torch.tensor([[2.0]]))
-    optimizer = make_optimizer([("w", parameter)], TrainConfig(learning_rate=0.1, weight_decay=0.5))
+    optimizer = adamw(nn.ParameterDict({"w": parameter}), NOTHING, TrainConfig(learning_rate=0.1, weight_decay=0.5))
     parameter.grad = torch.tensor([[3.0]])
     optimizer.step()
     assert parameter.item() == pytest.approx(2.0 - 0.1 * (1.0 + 0.5 * 2.0), abs=1e-6)

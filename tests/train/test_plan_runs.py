@@ -176,8 +176,8 @@ def test_a_mixed_step_has_a_part_of_every_kind_weighed_by_its_rows(tree, tmp_pat
     mixed = mixed_tree(tree | {"data": [*data, tree["data"][1]]}, tmp_path / "run")
     feed = feed_of(mixed)
     assert [supply.records.name for supply in feed.supplies] == ["a+b", "scored"]
-    parts = feed.parts(0)
-    assert [len(part.first) for part in parts] == [11, 5]  # 60 and 24 rows share 16
+    _, parts = feed.draw(0)
+    assert [part.ids.sizes[0] for part in parts] == [11, 5]  # 60 and 24 rows share 16
     assert [part.weight for part in parts] == [11 / 16, 5 / 16]
 
 
@@ -216,8 +216,8 @@ def supply_of(name, loss, count):
 def test_a_mixed_batch_is_full_whatever_the_shares_round_to(tree, tmp_path):
     data = [write(tmp_path / f"{name}.jsonl", pairs(24, 100 * place)) for place, name in enumerate("ab")]
     data[1]["loss"] = {"type": "infonce", "temperature": 0.5}
-    parts = feed_of(mixed_tree(tree | {"data": [*data, tree["data"][1]]}, tmp_path / "run")).parts(0)
-    assert sorted(len(part.first) for part in parts) == [5, 5, 6]
+    _, parts = feed_of(mixed_tree(tree | {"data": [*data, tree["data"][1]]}, tmp_path / "run")).draw(0)
+    assert sorted(part.ids.sizes[0] for part in parts) == [5, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -314,9 +314,9 @@ def test_the_overview_of_an_epoch(tree):
     feed = feed_of(tree)
     assert found.steps == feed.steps_per_epoch == 8
     assert [one.account.steps for one in found.sources] == [5, 3]
-    parts = [feed.parts(step)[0] for step in range(8)]
+    draws = [feed.draw(step) for step in range(8)]
     for source, name in zip(found.sources, ("pairs", "scored"), strict=True):
-        tokens = sum(len(part.first.id_S) + len(part.second.id_S) for part in parts if part.source == name)
+        tokens = sum(len(drawn.id_S) for drawn, parts in draws if parts[0].source == name)
         assert source.tokens == tokens  # as few steps as are sampled: nothing is estimated
         assert source.tokens <= source.padded_tokens
         assert source.seconds > 0

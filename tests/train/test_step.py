@@ -11,7 +11,7 @@ from embedsmith.core.reps import Dense
 from embedsmith.losses import CoSENT, InfoNCE, M3SelfDistillation, Matryoshka
 from embedsmith.train.step import Memory, plan_chunks, run_step
 from tests.ranks import on_ranks
-from tests.train.tiny import WHOLE, TinyHeads, assert_same, gradients, pair_part, retrieval_part, tokens
+from tests.train.tiny import WHOLE, TinyHeads, assert_same, gradients, pair_part, retrieval_part, together, tokens
 
 HEADS = ["dense", "sparse", "multivector"]
 MEMORIES = [
@@ -36,16 +36,16 @@ def make_part(head, rank_=0, world=1):
 def reference(head, dropout=0.0, memory=WHOLE):
     model = TinyHeads(dropout)
     torch.manual_seed(7)
-    output = run_step(model, [make_part(head)], memory)
+    output = run_step(model, *make_part(head), memory)
     return output, gradients(model)
 
 
 def test_the_step_equals_autograd_written_out():
     """No leaves, no chunks: cross-entropy over the candidates, differentiated in one graph."""
-    part = make_part("dense")
+    texts, [part] = make_part("dense")
     model = TinyHeads()
-    query, document = (model(side, ["dense"])["dense"].vector_ND for side in (part.first, part.second))
-    batch = part.assemble(*(Side({"dense": Dense(vector)}) for vector in (query, document)), {}, Progress())
+    query, document = model(texts, ["dense"])["dense"].vector_ND.split(part.ids.sizes)
+    batch = part.ids.with_sides(*(Side({"dense": Dense(vector)}) for vector in (query, document)), task="retrieval")
     target_Q = torch.searchsorted(batch.document_id_N, batch.positive_id_QP[:, 0])
     expected = F.cross_entropy(query @ document.T / 0.1, target_Q)
     expected.backward()
@@ -68,7 +68,7 @@ def test_a_learnable_temperature_gets_the_same_gradient_in_every_mode():
     for memory in [WHOLE, *MEMORIES]:
         loss = InfoNCE(temperature=0.1, learn_temperature=True)
         extras = dict(loss.extras(8))
-        run_step(TinyHeads(), [retrieval_part(loss)], memory, extras)
+        run_step(TinyHeads(), *retrieval_part(loss), memory, extras)
         found.append(next(extras["temperature"].parameters()).grad.item())
     assert found == pytest.approx([found[0]] * len(found), rel=1e-6)
     assert abs(found[0]) > 1e-3
@@ -106,8 +106,8 @@ def test_chunks_are_of_similar_length_and_only_the_overflow_is_replayed():
 
 def test_two_parts_add_up_with_their_weights():
     model = TinyHeads()
-    parts = [retrieval_part(InfoNCE(temperature=0.1), weight=0.5), pair_part(CoSENT(), weight=2.0)]
-    run_step(model, parts, Memory(20, 20))
+    both = together(retrieval_part(InfoNCE(temperature=0.1), weight=0.5), pair_part(CoSENT(), weight=2.0))
+    run_step(model, *both, Memory(20, 20))
     both = gradients(model)
     _, first = reference("dense")
     _, second = reference("pairs")
@@ -120,7 +120,7 @@ def one_rank():
     for head in [*HEADS, "m3", "pairs"]:
         for name, memory in (("whole", WHOLE), ("replayed", Memory(20, 20))):
             model = TinyHeads()
-            run_step(model, [make_part(head, rank(), world_size())], memory)
+            run_step(model, *make_part(head, rank(), world_size()), memory)
             average_gradients(model.parameters())
             found[f"{head}, {name}"] = gradients(model)
     found["undefined"] = undefined_on_one_rank(3)
@@ -146,18 +146,18 @@ def undefined_on_one_rank(steps):
         part = pair_part(CoSENT(cross_device=False), rank(), world_size())
         if step == rank():
             part = pair_part(CoSENT(cross_device=False), pairs=1)
-        run_step(model, [part], WHOLE, progress=Progress(step, steps))
+        run_step(model, *part, WHOLE, progress=Progress(step, steps))
         average_gradients(model.parameters())
     return gradients(model)
 
 
 def test_a_value_that_is_not_finite_is_named_before_any_gradient_is_touched():
     class Broken(TinyHeads):
-        def forward(self, batch, heads):
-            reps = super().forward(batch, heads)
+        def forward(self, batch, heads, rows):
+            reps = super().forward(batch, heads, rows)
             return {"dense": Dense(reps["dense"].vector_ND * float("nan"))}
 
     model = Broken()
     with pytest.raises(TrainingError, match=r"step 3, source retrieval.*representation"):
-        run_step(model, [retrieval_part(InfoNCE())], WHOLE, progress=Progress(3, 10))
+        run_step(model, *retrieval_part(InfoNCE()), WHOLE, progress=Progress(3, 10))
     assert all(p.grad is None for p in model.parameters())

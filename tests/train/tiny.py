@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embedsmith.core.batch import PairBatch, RetrievalBatch
+from embedsmith.core.batch import PairIds, RetrievalIds
 from embedsmith.core.reps import Dense, MultiVector, Sparse
 from embedsmith.core.tokens import TokenBatch
+from embedsmith.train.feed import Draw
 from embedsmith.train.step import Memory, Part
 
 WHOLE = Memory(chunk_tokens=10**9)
@@ -25,8 +26,8 @@ class TinyHeads(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.double()
 
-    def forward(self, tokens: TokenBatch, heads):
-        padded = tokens.pad(0)
+    def forward(self, tokens: TokenBatch, heads, rows=None):
+        padded = tokens.pad(0, rows=rows)
         hidden_NTH = self.dropout(torch.tanh(self.embed(padded.id_NT)))
         mask_NT1 = padded.mask_NT[..., None]
         mean_NH = (hidden_NTH * mask_NT1).sum(1) / mask_NT1.sum(1)
@@ -45,7 +46,7 @@ def tokens(count: int, seed: int, is_query: bool = False) -> TokenBatch:
     return TokenBatch.from_rows(rows, [0] * count, is_query)
 
 
-def retrieval_part(loss, rank=0, world=1, queries=8, negatives=2, weight=1.0, group=None) -> Part:
+def retrieval_part(loss, rank=0, world=1, queries=8, negatives=2, weight=1.0, group=None) -> Draw:
     """This rank's share of a batch in which two queries share a positive and one slot of negatives is empty."""
     documents = queries * (1 + negatives)
     query, document = tokens(queries, 1, True), tokens(documents, 2)
@@ -57,44 +58,28 @@ def retrieval_part(loss, rank=0, world=1, queries=8, negatives=2, weight=1.0, gr
     wanted = torch.cat([positive_id_QP[mine].flatten(), negative_id_QM[mine].flatten()])
     document_id_N = torch.unique(wanted[wanted >= 0])
 
-    def assemble(first, second, extras, progress):
-        return RetrievalBatch(
-            task="retrieval",
-            extras=extras,
-            progress=progress,
-            group=group,
-            query=first,
-            document=second,
-            query_id_Q=torch.arange(queries)[mine] + 1000,
-            positive_id_QP=positive_id_QP[mine],
-            negative_id_QM=negative_id_QM[mine],
-            document_id_N=document_id_N,
-        )
-
-    rows = np.arange(queries)[mine]
-    return Part("retrieval", query.take(rows), document.take(document_id_N.numpy()), assemble, loss, weight, group)
+    ids = RetrievalIds(
+        query_id_Q=torch.arange(queries)[mine] + 1000,
+        positive_id_QP=positive_id_QP[mine],
+        negative_id_QM=negative_id_QM[mine],
+        document_id_N=document_id_N,
+    )
+    sides = [query.take(np.arange(queries)[mine]), document.take(document_id_N.numpy())]
+    return TokenBatch.concatenate(sides), [Part("retrieval", "retrieval", ids, loss, weight, group)]
 
 
-def pair_part(loss, rank=0, world=1, pairs=8, weight=1.0, group=None) -> Part:
+def pair_part(loss, rank=0, world=1, pairs=8, weight=1.0, group=None) -> Draw:
     left, right = tokens(pairs, 3, True), tokens(pairs, 4, True)
     label_G = torch.tensor([0.0, 1.0, 0.4, 0.4, 0.9, 0.2, 0.6, 1.0], dtype=torch.float64)[:pairs]
     rows = np.arange(pairs)[rank * pairs // world : (rank + 1) * pairs // world]
     mine = torch.from_numpy(rows)
 
-    def assemble(first, second, extras, progress):
-        return PairBatch(
-            task="sts",
-            extras=extras,
-            progress=progress,
-            group=group,
-            left=first,
-            right=second,
-            left_id_N=mine,
-            right_id_N=mine + 100,
-            label_N=label_G[mine],
-        )
+    ids = PairIds(left_id_N=mine, right_id_N=mine + 100, label_N=label_G[mine])
+    return TokenBatch.concatenate([left.take(rows), right.take(rows)]), [Part("sts", "sts", ids, loss, weight, group)]
 
-    return Part("sts", left.take(rows), right.take(rows), assemble, loss, weight, group)
+
+def together(*draws: Draw) -> Draw:
+    return TokenBatch.concatenate([tokens for tokens, _ in draws]), [part for _, parts in draws for part in parts]
 
 
 def gradients(model: nn.Module):

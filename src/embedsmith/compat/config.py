@@ -30,8 +30,71 @@ HELD_OUT = 0.99
 @section
 @dataclass(frozen=True)
 class Reference:
-    """The fields of a flat config with the defaults of the reference's code. Aliases of F2LLM v2: `use_mrl`,
-    `teacher_model_path`, `kd_weight`, `scheduler_type`, `num_hard_neg_clustering`."""
+    """The fields of a flat config with the defaults of the reference's code. Aliases of F2LLM v2: use_mrl,
+    teacher_model_path, kd_weight, scheduler_type, num_hard_neg_clustering.
+
+    `model_path`: becomes `model.path`; with an adapter `model.base`.
+    `train_data_path`: a folder of Parquet files, or a token cache; a file each becomes a source.
+    `output_dir`: with `experiment_id` the recipe's `output`.
+    `experiment_id`: the run's folder inside `output_dir`.
+    `tb_dir`: accepted; TensorBoard's files lie in the run's folder.
+    `cache_dir`: becomes `cache` of every source.
+    `num_hard_neg`: hard negatives of a query.
+    `num_hard_neg_clustering`: the same in clustering data; by default `num_hard_neg`. Classification has one.
+    `max_seq_length`: tokens of a text.
+    `train_batch_size`: rows a process; the recipe counts all processes together.
+    `train_epochs`: passes over the data, unless `train_steps` is above 0.
+    `train_steps`: optimizer steps; -1 leaves it to `train_epochs`.
+    `checkpointing_steps`: steps between checkpoints.
+    `validation_steps`: steps between validations on held-out rows; `None` holds none out.
+    `log_interval`: steps between lines of the log.
+    `learning_rate`: at its peak.
+    `min_lr`: at the end of the schedule.
+    `weight_decay`: of AdamW.
+    `warmup_steps`: steps over which the learning rate rises.
+    `scheduler_type`: `cosine`, or `constant_with_warmup`.
+    `mrl_enabled`: learns leading parts of the vectors too (Matryoshka).
+    `use_mrl`: the same, by F2LLM v2's name and weights.
+    `mrl_dims`: widths of Matryoshka.
+    `mrl_dim_weights`: weight of each width; by default equal.
+    `spread_enabled`: adds uniformity on each side where in-batch rows are no relatives.
+    `spread_weight`: weight of uniformity.
+    `spread_t`: the t of exp(-t |x - y|^2).
+    `lora_enabled`: trains adapters instead of the weights.
+    `lora_r`: rank of the adapters.
+    `lora_alpha`: their scale times the rank.
+    `lora_dropout`: share of inputs dropped.
+    `lora_bias`: which biases are trained.
+    `lora_task_type`: accepted; there is one kind here.
+    `lora_target_modules`: names of layers, or `auto`.
+    `lora_adapter_path`: an adapter to go on with.
+    `bi_attn_enabled`: bidirectional attention; otherwise causal.
+    `attn_implementation`: as in transformers.
+    `pooling_mode`: `eos`, `mean`, `weighted_mean`, `cls` or `max`.
+    `skip_instruction`: leaves the instruction out of the pooling.
+    `instruction_separator`: accepted; where the prompt ends is known from its characters.
+    `train_subset_rows`: rows taken of every dataset.
+    `valid_subset_rows`: rows taken for validation.
+    `read_rows_limit`: as `train_subset_rows`, which goes first.
+    `max_datasets`: only the first so many datasets, by name.
+    `fast_split`: accepted; rows are held out by a hash of the query in any case.
+    `teacher_model_path`: a model whose vectors are learned from as well.
+    `kd_weight`: weight of the teacher's term.
+    `temperature`: of the contrastive loss.
+    `loss_form`: `split`, in-batch and hard negatives as two terms, or `joint`, as one.
+    `inbatch_task_types`: kinds of data that use in-batch negatives.
+    `false_neg_margin`: with `joint`, negatives above the positive's score plus this are left out.
+    `dataset_types`: kind of task by dataset; by default retrieval.
+    `dataset_weights`: how often a dataset is drawn, by its name; by default 1.
+    `gradient_checkpointing`: computes layers again in the backward pass.
+    `padding_side`: `left` or `right`; by default right.
+    `append_eos`: an end token behind every text.
+    `eos_token`: the text of that token.
+    `token_budget`: padded tokens encoded at once.
+    `adam_betas`: of AdamW.
+    `max_grad_norm`: length to which gradients are cut.
+    `seed`: of the order of rows and of new weights.
+    """
 
     model_path: str
     train_data_path: str

@@ -7,7 +7,7 @@ from embedsmith.curate.generators import Endpoint, LocalModel
 from embedsmith.curate.labels import LabelsToPairs
 from embedsmith.curate.language import Language
 from embedsmith.curate.outcome import Report, render
-from embedsmith.curate.read import Corpus, Input
+from embedsmith.curate.read import Input, InputRecords
 from embedsmith.curate.rules import Boilerplate, Length, Links, Symbols, Trivial
 from embedsmith.curate.run import CurateRecipe, curate
 from embedsmith.curate.score import ScoreFilter
@@ -16,13 +16,13 @@ from embedsmith.curate.synthesize import LongDocuments, SyntheticQueries, Transl
 
 __all__ = [
     "Boilerplate",
-    "Corpus",
     "CurateRecipe",
     "Decontaminate",
     "Endpoint",
     "EvaluationText",
     "ExactDuplicates",
     "Input",
+    "InputRecords",
     "LabelsToPairs",
     "Language",
     "Ledger",

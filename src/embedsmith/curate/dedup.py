@@ -100,9 +100,11 @@ class NearDuplicates:
             sketches = [rensa.RMinHash(self.permutations, self.seed) for _ in parts]
             for sketch, text in zip(sketches, parts):
                 sketch.update(list(shingles(text, self.shingle)))
-            found = _most_alike(sketches, index, kept, self.threshold) if parts else None
-            if found is not None:
-                why = f"similarity about {found[1]:.2f} to: {shown[found[0]]}"
+            candidates = [key for key in index.query(sketches[0]) if len(kept[key]) == len(parts)] if parts else []
+            alike = {key: min(a.jaccard(b) for a, b in zip(sketches, kept[key], strict=True)) for key in candidates}
+            most = max(alike, key=lambda key: alike[key], default=None)
+            if most is not None and alike[most] >= self.threshold:
+                why = f"similarity about {alike[most]:.2f} to: {shown[most]}"
                 ledger.record_left(f"nearly the same {self.by} as an earlier one", record, why)
                 continue
             if parts:
@@ -110,14 +112,6 @@ class NearDuplicates:
                 kept.append(sketches)
                 shown.append(" | ".join(short(text, 60) for text in parts))
             yield record
-
-
-def _most_alike(sketches: list[Any], index: Any, kept: list[list[Any]], threshold: float) -> tuple[int, float] | None:
-    """The kept record most like this one, and the similarity of their least similar texts, if that is enough."""
-    candidates = (key for key in index.query(sketches[0]) if len(kept[key]) == len(sketches))
-    scored = ((key, min(a.jaccard(b) for a, b in zip(sketches, kept[key], strict=True))) for key in candidates)
-    best = max(scored, key=lambda pair: pair[1], default=None)
-    return best if best is not None and best[1] >= threshold else None
 
 
 def band_count(threshold: float, permutations: int, recall: float = 0.9) -> int:

@@ -1,4 +1,5 @@
-"""Any server that speaks OpenAI's chat completions: hosted, or vLLM, llama.cpp, Ollama and others on your machines."""
+"""The language models that can be asked: any server that speaks OpenAI's chat completions (hosted, or vLLM, llama.cpp,
+Ollama and others on your machines), and a model that runs here, through transformers."""
 
 from __future__ import annotations
 
@@ -6,22 +7,21 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, RecipeError
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.settings import Count, NotNegative, Positive
 from embedsmith.core.shelf import generators
 from embedsmith.curate.ask import Accept, Answer, Refusal, Spending
-
-if TYPE_CHECKING:
-    import requests
-
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _WRONG_SETUP = (401, 402, 403, 404, 405)
@@ -37,14 +37,25 @@ class EndpointError(EmbedsmithError):
 class Endpoint:
     """A language model behind an OpenAI-compatible HTTP endpoint.
 
-    `base_url` as the server's documentation gives it, usually ending in /v1. `key_env` names the environment variable
-    with the key; the key itself is never written anywhere. Busy and failing servers (429, 5xx, broken connections,
-    answers that are not what was asked for) are tried again `retries` times, waiting `backoff` seconds, then twice as
-    long each time, or as long as the server asks. `parallel` requests are under way at once, at most
-    `requests_per_minute` start. `max_requests` and `max_cost` bound the whole step, runs before a stop included: a
-    request that could exceed them is not sent, its record leaves with the reason, and raising the limit later continues
-    from there. `price_in` and `price_out` are per million tokens, in the currency of `max_cost`. `extra` goes into the
-    request as it is (`{seed: 1}`, `{chat_template_kwargs: ...}`).
+    Busy and failing servers (429, 5xx, broken connections, answers that are not what was asked for) are tried again.
+    The bounds hold for the whole step, runs before a stop included: a request that could exceed them is not sent, its
+    record leaves with the reason, and raising the limit later continues from there.
+
+    - `base_url`: as the server's documentation gives it, usually ending in /v1;
+    - `model`: the name the server knows it by;
+    - `key_env`: the environment variable with the key, which itself is never written anywhere; `None` sends none;
+    - `max_tokens`: that an answer has at most;
+    - `temperature`: of the sampling; 0 takes the most probable token each time;
+    - `system`: a system message before every prompt; `None` sends none;
+    - `extra`: goes into the request as it is (seed: 1, chat_template_kwargs: ...);
+    - `parallel`: requests under way at once;
+    - `retries`: how often a request is sent again;
+    - `backoff`: seconds to wait before that, then twice as long each time, or as long as the server asks;
+    - `timeout`: seconds to wait for an answer;
+    - `requests_per_minute`: that start at most; `None` sets no limit;
+    - `max_requests`: that the step may send; `None` sets no limit;
+    - `max_cost`: that the step may cause, in the currency of the prices; `None` sets no limit;
+    - `price_in`, `price_out`: per million tokens of prompts and of answers.
 
     Errors: `EndpointError` when the server refuses the key, the model or the address, or stays silent.
     """
@@ -52,31 +63,25 @@ class Endpoint:
     base_url: str
     model: str
     key_env: str | None = None
-    max_tokens: int = 256
-    temperature: float = 0.7
+    max_tokens: Count = 256
+    temperature: NotNegative = 0.7
     system: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    parallel: int = 4
-    retries: int = 6
-    backoff: float = 1.0
-    timeout: float = 120.0
-    requests_per_minute: float | None = None
-    max_requests: int | None = None
-    max_cost: float | None = None
-    price_in: float | None = None
-    price_out: float | None = None
+    parallel: Count = 4
+    retries: Annotated[int, Field(ge=0)] = 6
+    backoff: NotNegative = 1.0
+    timeout: Positive = 120.0
+    requests_per_minute: Positive | None = None
+    max_requests: Annotated[int, Field(ge=0)] | None = None
+    max_cost: NotNegative | None = None
+    price_in: NotNegative | None = None
+    price_out: NotNegative | None = None
 
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise RecipeError(f"base_url is {self.base_url!r}", expected="an address such as http://localhost:8000/v1")
         if self.max_cost is not None and (self.price_in is None or self.price_out is None):
             raise RecipeError("max_cost needs price_in and price_out", expected="prices per million tokens")
-        for name in ("max_tokens", "parallel", "timeout", "requests_per_minute"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise RecipeError(f"{name} is {value}", expected="a number above 0")
-        for name in ("retries", "backoff", "temperature", "max_requests", "max_cost", "price_in", "price_out"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise RecipeError(f"{name} is {value}", expected="a number of 0 or more")
 
     @property
     def window(self) -> int:
@@ -89,61 +94,114 @@ class Endpoint:
     def answers(
         self, prompts: Sequence[str], accept: Accept, spent: Spending
     ) -> Iterator[tuple[int, Answer | Refusal]]:
+        """As they come. After an error nothing more is sent, but what is under way is waited for: it is paid."""
         if not prompts:
             return
-        line = _Line(self, Budget(self, spent), _Key(self.key_env))
+        window = _Window(self, _key(self.key_env), spent.requests, spent.cost)
+        failed: EndpointError | None = None
         with ThreadPoolExecutor(self.parallel) as pool:
-            places = {pool.submit(line.ask, prompt, accept): place for place, prompt in enumerate(prompts)}
-            yield from _collect(places, line)
-
-    def request(self, prompt: str) -> dict[str, Any]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, {"role": "user", "content": prompt}]
-        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens}
-        return {**body, "temperature": self.temperature, **self.extra}
+            places = {pool.submit(window.ask, prompt, accept): place for place, prompt in enumerate(prompts)}
+            try:
+                for future in as_completed(places):
+                    if future.cancelled():
+                        continue
+                    error = future.exception()
+                    if error is None:
+                        yield places[future], future.result()
+                    elif isinstance(error, EndpointError):
+                        failed = failed or error
+                        _cancel(places)
+                    else:
+                        raise error
+            finally:
+                window.stopped.set()
+                _cancel(places)
+        if failed is not None:
+            raise failed
 
     def price(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
 
 
-def _collect(places: dict[Future[Answer | Refusal], int], line: _Line) -> Iterator[tuple[int, Answer | Refusal]]:
-    """Answers as they come. After an error nothing more is sent, but what is under way is waited for: it is paid."""
-    failed: EndpointError | None = None
-    try:
-        for future in as_completed(places):
-            if future.cancelled():
-                continue
-            error = future.exception()
-            if error is None:
-                yield places[future], future.result()
-            elif isinstance(error, EndpointError):
-                failed = failed or error
-                for other in places:
-                    other.cancel()
-            else:
-                raise error
-    finally:
-        line.stopped.set()
-        for other in places:
-            other.cancel()
-    if failed is not None:
-        raise failed
+def _cancel(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+def _key(variable: str | None) -> Callable[[Any], Any]:
+    """Signs a request with our key and no other: without this, requests would take one from a .netrc file."""
+    key = None if variable is None else os.environ.get(variable)
+    if variable is not None and not key:
+        raise EndpointError(f"the environment variable {variable} is not set", fix="put the endpoint's key in it")
+
+    def sign(request: Any) -> Any:
+        if key is not None:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    return sign
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """Something that may be over in a moment. `wait`: the seconds that the server asks for."""
+
+    what: str
+    wait: float = 0.0
 
 
 @dataclass
-class Budget:
-    """What may still be sent. A request reserves the most it can cost, and gives back the rest."""
+class _Window:
+    """One window of requests: who may send when, what it may cost, and what comes back. A request reserves the most
+    it can cost, and gives back the rest; `requests` and `cost` start with what was spent before."""
 
     settings: Endpoint
-    spent: Spending
+    sign: Callable[[Any], Any]
+    requests: int
+    cost: float
     lock: threading.Lock = field(default_factory=threading.Lock)
-    requests: int = 0
-    cost: float = 0.0
+    stopped: threading.Event = field(default_factory=threading.Event)
 
-    def __post_init__(self) -> None:
-        self.requests, self.cost = self.spent.requests, self.spent.cost
+    def ask(self, prompt: str, accept: Accept) -> Answer | Refusal:
+        """One prompt, as often as needed. An error stops the other requests too. Errors: `EndpointError`."""
+        settings = self.settings
+        system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
+        messages = [*system, {"role": "user", "content": prompt}]
+        body = {"model": settings.model, "messages": messages, "max_tokens": settings.max_tokens}
+        body |= {"temperature": settings.temperature, **settings.extra}
+        most_in = sum(len(message["content"].encode()) for message in messages) + 64  # a token has a byte or more
+        reserved = settings.price(most_in, settings.max_tokens)
+        total, trouble, unusable = Spending(), "", 0
+        enough = 1 if settings.temperature == 0 else 3  # useless answers: without chance, the next is the same
+        for attempt in range(settings.retries + 1):
+            if self.stopped.is_set() or not _wait_for_turn(settings, self.stopped):
+                return Refusal("stopped")
+            if not self._reserve(reserved):
+                return Refusal("the budget is used up")
+            outcome = self._send(body)
+            answer = outcome if isinstance(outcome, Answer) else Answer("")
+            with self.lock:
+                self.cost += answer.cost - reserved
+            total.add(replace(answer, requests=1))
+            if isinstance(outcome, Refusal):
+                return outcome
+            if isinstance(outcome, _Trouble):
+                trouble = outcome.what
+                longest = min(settings.backoff * 2**attempt, _LONGEST_PAUSE)
+                self.stopped.wait(max(outcome.wait, longest * random.uniform(0.5, 1.0)))
+                continue
+            usable = accept(answer.text)
+            unusable += not usable
+            if usable or unusable >= enough:
+                return Answer(answer.text, usable, **vars(total))
+        self.stopped.set()
+        raise EndpointError(
+            f"no answer after {settings.retries + 1} tries; the last: {trouble or 'nothing usable'}",
+            where=settings.base_url,
+            fix="see whether the server runs; then run the same command again: what it answered so far is kept",
+        )
 
-    def reserve(self, cost: float) -> bool:
+    def _reserve(self, cost: float) -> bool:
         limits = self.settings
         with self.lock:
             if limits.max_requests is not None and self.requests >= limits.max_requests:
@@ -154,176 +212,74 @@ class Budget:
             self.cost += cost
             return True
 
-    def settle(self, reserved: float, cost: float) -> None:
-        with self.lock:
-            self.cost += cost - reserved
-
-
-@dataclass
-class _Line:
-    """One window of requests: who may send when, and what comes back."""
-
-    settings: Endpoint
-    budget: Budget
-    key: _Key
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    def ask(self, prompt: str, accept: Accept) -> Answer | Refusal:
-        """One prompt, as often as needed. An error stops the other requests too. Errors: `EndpointError`."""
-        try:
-            return self._ask(prompt, accept)
-        except EndpointError:
-            self.stopped.set()
-            raise
-
-    def _ask(self, prompt: str, accept: Accept) -> Answer | Refusal:
-        body = self.settings.request(prompt)
-        most_in = (
-            sum(len(message["content"].encode()) for message in body["messages"]) + 64
-        )  # a token has a byte or more
-        reserved = self.settings.price(most_in, self.settings.max_tokens)
-        total, trouble, unusable = Spending(), "", 0
-        for attempt in range(self.settings.retries + 1):
-            if self.stopped.is_set() or not _PACER.wait(self.settings, self.stopped):
-                return Refusal("stopped")
-            if not self.budget.reserve(reserved):
-                return Refusal("the budget is used up")
-            outcome = self._send(body)
-            answer = outcome if isinstance(outcome, Answer) else Answer("")
-            self.budget.settle(reserved, answer.cost)
-            total.add(replace(answer, requests=1))
-            if isinstance(outcome, Refusal):
-                return outcome
-            if isinstance(outcome, _Trouble):
-                trouble = outcome.what
-                self._pause(attempt, outcome.wait)
-                continue
-            usable = accept(answer.text)
-            unusable += not usable
-            if usable or unusable >= self._patience():
-                return Answer(answer.text, usable, **vars(total))
-        raise EndpointError(
-            f"no answer after {self.settings.retries + 1} tries; the last: {trouble or 'nothing usable'}",
-            where=self.settings.base_url,
-            fix="see whether the server runs; then run the same command again: what it answered so far is kept",
-        )
-
-    def _patience(self) -> int:
-        """How many useless answers to one prompt are enough: without chance in it, the next would be the same."""
-        return 1 if self.settings.temperature == 0 else 3
-
-    def _pause(self, attempt: int, wait: float) -> None:
-        longest = min(self.settings.backoff * 2**attempt, _LONGEST_PAUSE)
-        self.stopped.wait(max(wait, longest * random.uniform(0.5, 1.0)))
-
     def _send(self, body: dict[str, Any]) -> Answer | Refusal | _Trouble:
-        requests = _requests()
+        try:
+            import requests
+        except ImportError as error:
+            raise MissingExtraError("requests", "curate") from error
         address = self.settings.base_url.rstrip("/") + "/chat/completions"
         try:
-            response = requests.post(address, json=body, auth=self.key, timeout=self.settings.timeout)
+            response = requests.post(address, json=body, auth=self.sign, timeout=self.settings.timeout)
         except requests.RequestException as error:
             return _Trouble(f"{type(error).__name__}: {error}")
-        said = f"{response.status_code} {response.reason}: {response.text[:200]}"
+        reply = f"{response.status_code} {response.reason}: {response.text[:200]}"
         if response.status_code in _WRONG_SETUP:
-            raise EndpointError(
-                f"the server refuses: {said}",
-                where=address,
-                fix="check base_url, model and key_env",
-            )
+            self.stopped.set()
+            fix = "check base_url, model and key_env"
+            raise EndpointError(f"the server refuses: {reply}", where=address, fix=fix)
         if response.status_code in _AGAIN:
-            return _Trouble(said, _retry_after(response.headers.get("Retry-After")))
+            return _Trouble(reply, _seconds(response.headers.get("Retry-After")))
         if not response.ok:
             return Refusal(f"the endpoint refused it ({response.status_code})")
-        return self._read(response, body)
-
-    def _read(self, response: requests.Response, body: dict[str, Any]) -> Answer | _Trouble:
-        """The answer's text and usage. A cut answer loses its last line, which may be half a sentence."""
         try:
             value = response.json()
             choice = value["choices"][0]
-            text = choice["message"]["content"]
-            usage = value.get("usage")
+            text, usage = choice["message"]["content"], value.get("usage")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return _Trouble(f"not a chat completion: {response.text[:200]}")
+        return self._answer(body, text, usage, cut=choice.get("finish_reason") == "length")
+
+    def _answer(self, body: dict[str, Any], text: Any, usage: Any, cut: bool) -> Answer:
+        """With the server's own count of tokens, or half the characters. A cut answer loses its last line, which may be
+        half a sentence."""
         text = text if isinstance(text, str) else ""  # null where a filter or a tool stepped in
+        counts = []
         characters = sum(len(message["content"]) for message in body["messages"])
-        tokens_in = _count(usage, "prompt_tokens", characters // 2)
-        tokens_out = _count(usage, "completion_tokens", len(text) // 2)
-        if choice.get("finish_reason") == "length":
+        for name, estimate in (("prompt_tokens", characters // 2), ("completion_tokens", len(text) // 2)):
+            value = usage.get(name) if isinstance(usage, dict) else None
+            counts.append(value if isinstance(value, int) and value >= 0 else estimate)
+        if cut:
             text = text.rpartition("\n")[0] or text
-        return Answer(text, True, 0, tokens_in, tokens_out, self.settings.price(tokens_in, tokens_out))
+        return Answer(text, True, 0, counts[0], counts[1], self.settings.price(counts[0], counts[1]))
 
 
-def _requests() -> Any:
-    try:
-        import requests
-    except ImportError as error:
-        raise MissingExtraError("requests", "curate") from error
-    return requests
-
-
-@dataclass(frozen=True)
-class _Trouble:
-    """Something that may be over in a moment."""
-
-    what: str
-    wait: float = 0.0
-
-
-def _count(usage: Any, name: str, estimate: int) -> int:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and value >= 0 else estimate
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds, as a number or a date; 0 for anything else."""
-    if value is None:
+def _seconds(retry_after: str | None) -> float:
+    """A number or a date; 0 for anything else."""
+    if retry_after is None:
         return 0.0
     try:
-        seconds = float(value)
+        seconds = float(retry_after)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
         except ValueError:
             return 0.0
     return min(max(seconds, 0.0), 10 * _LONGEST_PAUSE)
 
 
-class _Key:
-    """Our key and no other: without this, requests would take one from a .netrc file."""
-
-    def __init__(self, variable: str | None) -> None:
-        self.key = None if variable is None else os.environ.get(variable)
-        if variable is not None and not self.key:
-            raise EndpointError(f"the environment variable {variable} is not set", fix="put the endpoint's key in it")
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.key is not None:
-            request.headers["Authorization"] = f"Bearer {self.key}"
-        return request
+_TURNS = threading.Lock()
+_next_turn: dict[str, float] = {}
+"""When the next request to an address may start."""
 
 
-class _Pacer:
-    """When the next request to an address may start."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.next: dict[str, float] = {}
-
-    def wait(self, settings: Endpoint, stopped: threading.Event) -> bool:
-        """Wait for this request's turn; false if everything was stopped meanwhile."""
-        if settings.requests_per_minute is None:
-            return True
-        with self.lock:
-            start = max(self.next.get(settings.base_url, 0.0), time.monotonic())
-            self.next[settings.base_url] = start + 60 / settings.requests_per_minute
-        return not stopped.wait(max(start - time.monotonic(), 0))
-
-
-_PACER = _Pacer()
-
-
-# A causal language model on this machine, through transformers.
+def _wait_for_turn(settings: Endpoint, stopped: threading.Event) -> bool:
+    """Whether the request may start now; false if everything was stopped meanwhile."""
+    if settings.requests_per_minute is None:
+        return True
+    with _TURNS:
+        start = max(_next_turn.get(settings.base_url, 0.0), time.monotonic())
+        _next_turn[settings.base_url] = start + 60 / settings.requests_per_minute
+    return not stopped.wait(max(start - time.monotonic(), 0))
 
 
 @generators.register("local", formula="transformers' generate")
@@ -331,23 +287,26 @@ _PACER = _Pacer()
 class LocalModel:
     """A causal language model from a folder or a hub id, run here.
 
-    With a chat template the prompt is a user's message. `temperature: 0` takes the most probable token each time;
-    above, tokens are drawn with a seed made of `seed` and the batch. `max_prompt` tokens of a prompt are read: the end
-    is kept. `dtype: None` is what the checkpoint was saved in on a GPU, and fp32 on a CPU.
+    With a chat template the prompt is a user's message.
+
+    - `path`: the folder or id;
+    - `max_tokens`: that an answer has at most;
+    - `max_prompt`: tokens of a prompt that are read: the end is kept;
+    - `temperature`: 0 takes the most probable token each time; above, tokens are drawn;
+    - `batch_size`: prompts answered together;
+    - `device`: such as `cuda:1`; `None` is a GPU where there is one;
+    - `dtype`: of the weights; `None` is what they were saved in on a GPU, and fp32 on a CPU;
+    - `seed`: of the draws, with the prompts of the batch.
     """
 
     path: str
-    max_tokens: int = 96
-    max_prompt: int = 2048
-    temperature: float = 0.0
-    batch_size: int = 8
+    max_tokens: Count = 96
+    max_prompt: Count = 2048
+    temperature: NotNegative = 0.0
+    batch_size: Count = 8
     device: str | None = None
     dtype: str | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.max_tokens, self.max_prompt, self.batch_size) < 1 or self.temperature < 0:
-            raise RecipeError("max_tokens, max_prompt and batch_size must be 1 or more, temperature 0 or more")
 
     @property
     def window(self) -> int:
@@ -367,7 +326,10 @@ class LocalModel:
         if not prompts:
             return
         model, tokenizer = _load(self.path, self.device, self.dtype)
-        texts = [_chat(tokenizer, prompt) for prompt in prompts]
+        texts = list(prompts)
+        if tokenizer.chat_template is not None:
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
         inputs = tokenizer(
             texts,
             return_tensors="pt",
@@ -376,20 +338,19 @@ class LocalModel:
             max_length=self.max_prompt,
             add_special_tokens=tokenizer.chat_template is None,
         ).to(model.device)
+        sampling: dict[str, Any] = {"max_new_tokens": self.max_tokens, "do_sample": self.temperature > 0}
+        if self.temperature == 0:
+            sampling |= {"temperature": None, "top_p": None, "top_k": None}
+        else:
+            sampling |= {"temperature": self.temperature}
         with torch.random.fork_rng(enabled=self.temperature > 0), torch.inference_mode():
             torch.manual_seed(derive_seed(self.seed, *prompts)) if self.temperature > 0 else None
-            out_NT = model.generate(**inputs, **self._sampling(), pad_token_id=tokenizer.pad_token_id)
+            out_NT = model.generate(**inputs, **sampling, pad_token_id=tokenizer.pad_token_id)
         width = inputs["input_ids"].shape[1]
-        for place, said in enumerate(tokenizer.batch_decode(out_NT[:, width:], skip_special_tokens=True)):
+        for place, text in enumerate(tokenizer.batch_decode(out_NT[:, width:], skip_special_tokens=True)):
             read = int(inputs["attention_mask"][place].sum())
             written = int((out_NT[place, width:] != tokenizer.pad_token_id).sum())
-            yield place, Answer(said, accept(said), 0, read, written)
-
-    def _sampling(self) -> dict[str, Any]:
-        common = {"max_new_tokens": self.max_tokens}
-        if self.temperature == 0:
-            return common | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return common | {"do_sample": True, "temperature": self.temperature}
+            yield place, Answer(text, accept(text), 0, read, written)
 
 
 @lru_cache(maxsize=1)
@@ -411,10 +372,3 @@ def _load(path: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(chosen).eval(), tokenizer
-
-
-def _chat(tokenizer: Any, prompt: str) -> str:
-    if tokenizer.chat_template is None:
-        return prompt
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -75,7 +75,11 @@ def render(report: Report) -> RenderableType:
                 parts.append(_reasons(f"{step.name}: {what}", entries))
         for name, value in step.notes.items():
             if name == "histogram" and value:
-                parts.append(_bars(value))
+                bars = Table("cosine from", "pairs", "")
+                for edge, count in value.items():
+                    length = max(round(40 * count / max(value.values())), 1 if count else 0)
+                    bars.add_row(edge, f"{count:,}", "█" * length)
+                parts.append(bars)
             elif value not in ({}, 0):
                 shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
                 parts.append(Text(f"{step.name}: {name}: {shown}"))
@@ -91,14 +95,6 @@ def _reasons(title: str, entries: Left) -> Table:
     for reason, entry in entries.items():
         lines = [" | ".join(map(shown, example.values())) for example in entry["examples"][:2]]
         table.add_row(Text(reason), f"{entry['count']:,}", Text("\n".join(lines)))
-    return table
-
-
-def _bars(histogram: Mapping[str, int]) -> Table:
-    table = Table("cosine from", "pairs", "")
-    top = max(histogram.values())
-    for edge, count in histogram.items():
-        table.add_row(edge, f"{count:,}", "█" * max(round(40 * count / top), 1 if count else 0))
     return table
 
 

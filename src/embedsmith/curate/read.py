@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import glob
 from itertools import permutations
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.step import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
 from embedsmith.data.formats.beir import beir_rows, is_beir
 from embedsmith.data.formats.columns import known_layouts
-from embedsmith.data.formats.files import Row, Rows
+from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import is_saved_dataset
 from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.formats.texts import read_texts
@@ -42,7 +40,8 @@ class Input:
       documents in another); `None` finds out;
     - `pairs`: which structures of rows and pages to take; `None`: all;
     - `task`, `format`, `columns`, `score_range`, `split`, `instruction`: as in a training source;
-    - `limit`: only the first; `on_error`: stop at faulty rows, or skip, count and name them.
+    - `limit`: the first so many records only; `None` takes all;
+    - `on_error`: `stop` at faulty rows, or `skip`, count and name them.
     """
 
     path: str | list[str]
@@ -51,15 +50,28 @@ class Input:
     task: Task | None = None
     format: Format | None = None
     columns: dict[str, str | list[str]] | None = None
-    score_range: tuple[float, float] | None = None
+    score_range: tuple[Finite, Finite] | None = None
     split: str | None = None
     instruction: str | None = None
-    limit: Annotated[int, Field(gt=0)] | None = None
+    limit: Count | None = None
     on_error: Literal["stop", "skip"] = "stop"
+
+    def source(self, path: str) -> Source:
+        """One of its files, as it would be trained on."""
+        same = ("task", "format", "columns", "score_range", "split", "instruction")
+        return Source(path=path, **{name: getattr(self, name) for name in same})
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
+
+    ranges: dict[str, Range | None]
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
-class Corpus:
+class InputRecords:
     """An input that is read from the start each time it is iterated. `ledger` counts the last reading."""
 
     input: Input
@@ -92,8 +104,9 @@ class Corpus:
             return "documents"
         if self.input.columns or self.input.format or is_beir(first):
             return "records"
-        row = self._first_row()
-        if _known(row):
+        rows = open_source(self.input.source(self.paths[0])).rows
+        row = next((row for _, row in rows if not isinstance(row, RowError)), {})
+        if any(layout.fits(row) for layout in known_layouts()):
             return "records"
         if self.wants_documents and "text" in row:
             return "documents"
@@ -110,7 +123,30 @@ class Corpus:
 
     @cached_property
     def scan(self) -> Scan:
-        return scan_sources(map(self._source, self.paths))
+        """One reading for the score ranges (unless declared) and the classes; faulty rows are left to the next reading.
+
+        Errors: `DataError` for scores that fit no known range.
+        """
+        ranges: dict[str, Range | None] = {}
+        names: set[str] = set()
+        for source in map(self.input.source, self.paths):
+            rows, reading, extent = open_source(source), None, Extent()
+            declared = source.score_range or rows.score_range
+            for line, row in rows.rows:
+                if isinstance(row, RowError):
+                    continue
+                reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
+                if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
+                    break
+                try:
+                    record = reading.record(row)
+                    validate(record)
+                except RowError:
+                    continue
+                extent.add(record, line)
+            names |= set(reading.labels) if reading else set()
+            ranges[source.path] = declared or (None if extent.empty else extent.range(source.path))
+        return Scan(ranges, tuple(sorted(names)))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -119,23 +155,18 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Record]:
         self.ledger = Ledger(self.ledger.examples)
-        for record in self._read():
+        read = {
+            "pages": self._pages,
+            "rows": self._pairs,
+            "documents": self._documents,
+            "parallel": self._parallel,
+            "records": self._records,
+        }
+        for record in read[self.kind]():
             self.ledger.given += 1
             yield record
             if self.ledger.given == self.input.limit:
                 return
-
-    def _read(self) -> Iterator[Record]:
-        if self.kind == "pages":
-            yield from self._pages()
-        elif self.kind == "rows":
-            yield from self._rows()
-        elif self.kind == "documents":
-            yield from self._documents()
-        elif self.kind == "parallel":
-            yield from parallel_pairs([Path(path) for path in self.paths], self.input.split)
-        else:
-            yield from self._records()
 
     def _pages(self) -> Iterator[Record]:
         for path in self.paths:
@@ -150,10 +181,10 @@ class Corpus:
             if not made:
                 self.ledger.record_left("no structure found", Record(Path(path).name))
 
-    def _rows(self) -> Iterator[Record]:
+    def _pairs(self) -> Iterator[Record]:
         kinds: Counter[str] = Counter()
         for path in self.paths:
-            source = self._source(path)
+            source = self.input.source(path)
             for _, row in self._sound(open_source(source)):
                 found = list(row_pairs(row, self.input.pairs, source_name(source)))
                 kinds.update(record.source.rsplit("/", 1)[-1] for record in found)
@@ -167,28 +198,48 @@ class Corpus:
 
     def _documents(self) -> Iterator[Record]:
         for path in self.paths:
-            rows = open_source(self._source(path))
-            if ".txt" in Path(path).suffixes:
-                rows = replace(rows, rows=_full_lines(rows))
+            rows = open_source(self.input.source(path))
+            if lines := ".txt" in Path(path).suffixes:  # an empty line only keeps texts apart
+                full = (pair for pair in rows.rows if isinstance(pair[1], RowError) or pair[1]["text"].strip())
+                rows = replace(rows, rows=full)
             for line, row in self._sound(rows):
                 text, title = row.get("text"), row.get("title") or ""
                 if isinstance(text, str) and text.strip() and isinstance(title, str):
-                    yield Record(title.strip(), (text,), source=Path(path).name)
+                    yield Record(title.strip(), (text.strip() if lines else text,), source=Path(path).name)
                 else:
                     fault = RowError("no text", fix="name the column of the documents `text`").at(f"{path}:{line}")
                     self._fault("no text", fault, str(row)[:200])
 
     def _records(self) -> Iterator[Record]:
         """Checked records, scores in [0, 1], named classes numbered in the order of their names in all files."""
+        number = {name: place for place, name in enumerate(self.scan.labels)}
         for path in self.paths:
-            source = self._source(path)
+            source = self.input.source(path)
             rows, reading = open_source(source), None
             for line, row in self._sound(rows):
-                reading = reading or replace(reading_of(dict(row), source, rows, path), labels=self.scan.numbers())
+                reading = reading or replace(reading_of(dict(row), source, rows, path), labels=dict(number))
                 try:
-                    yield checked(reading.record(row), self.scan.ranges[path])
+                    record = reading.record(row)
+                    validate(record)
+                    if (known := self.scan.ranges[path]) is not None:
+                        check_range(record, known)
+                    yield rescaled(record, known)
                 except RowError as error:
                     self._fault(error.kind, error.at(f"{rows.path}:{line}"), str(row)[:200])
+
+    def _parallel(self) -> Iterator[Record]:
+        """Cross-lingual records of BEIR folders with the same ids: the queries of each with the documents of each
+        other. Errors: `DataError` for fewer than two folders, or folders without common queries."""
+        if len(self.paths) < 2:
+            raise DataError("parallel input needs two folders or more", where=", ".join(self.paths))
+        read = {folder: _queries_and_documents(folder, self.input.split) for folder in map(Path, self.paths)}
+        for one, other in permutations(read, 2):
+            queries, (_, documents) = read[one][0], read[other]
+            common = [id_ for id_ in queries if id_ in documents]
+            if not common:
+                raise DataError("no query of the one has documents in the other", where=f"{one}, {other}")
+            for id_ in common:
+                yield Record(queries[id_], documents[id_], source=f"{one.name}-{other.name}")
 
     def _sound(self, rows: Rows) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for line, row in rows.rows:
@@ -208,86 +259,6 @@ class Corpus:
             )
         self.ledger.record_left(f"faulty: {reason}", Record(shown), f"{error.where}")
 
-    def _source(self, path: str) -> Source:
-        same = ("task", "format", "columns", "score_range", "split", "instruction")
-        return Source(path=path, **{name: getattr(self.input, name) for name in same})
-
-    def _first_row(self) -> Mapping[str, Any]:
-        rows = open_source(self._source(self.paths[0]))
-        return next((row for _, row in rows.rows if not isinstance(row, RowError)), {})
-
-
-def _full_lines(rows: Rows) -> Iterator[Row]:
-    """The lines of a text file without white space around them; one that is empty only keeps texts apart."""
-    for line, row in rows.rows:
-        if isinstance(row, RowError):
-            yield line, row
-        elif text := row["text"].strip():
-            yield line, {"text": text}
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
-
-    ranges: dict[str, Range | None]
-    labels: tuple[str, ...] = ()
-
-    def numbers(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.labels)}
-
-
-def scan_sources(sources: Iterable[Source]) -> Scan:
-    """One reading for the score ranges (unless declared) and the classes; faulty rows are left to the next reading.
-
-    Errors: `DataError` for scores that fit no known range.
-    """
-    ranges: dict[str, Range | None] = {}
-    names: set[str] = set()
-    for source in sources:
-        rows, reading, extent = open_source(source), None, Extent()
-        declared = source.score_range or rows.score_range
-        for line, row in rows.rows:
-            if isinstance(row, RowError):
-                continue
-            reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
-            if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
-                break
-            try:
-                record = reading.record(row)
-                validate(record)
-            except RowError:
-                continue
-            extent.add(record, line)
-        names |= set(reading.labels) if reading else set()
-        ranges[source.path] = declared or (None if extent.empty else extent.range(source.path))
-    return Scan(ranges, tuple(sorted(names)))
-
-
-def checked(record: Record, known: Range | None) -> Record:
-    """The record with its scores in [0, 1]. Errors: `RowError`, as `read_source` would find it."""
-    validate(record)
-    if known is not None:
-        check_range(record, known)
-    return rescaled(record, known)
-
-
-def parallel_pairs(folders: Sequence[Path], split: str | None) -> Iterator[Record]:
-    """Cross-lingual records of BEIR folders with the same ids: the queries of each with the documents of each other.
-
-    Errors: `DataError` for fewer than two folders, or folders without common queries.
-    """
-    if len(folders) < 2:
-        raise DataError("parallel input needs two folders or more", where=", ".join(map(str, folders)))
-    read = {folder: _queries_and_documents(folder, split) for folder in folders}
-    for one, other in permutations(folders, 2):
-        queries, (_, documents) = read[one][0], read[other]
-        common = [id_ for id_ in queries if id_ in documents]
-        if not common:
-            raise DataError("no query of the one has documents in the other", where=f"{one}, {other}")
-        for id_ in common:
-            yield Record(queries[id_], documents[id_], source=f"{one.name}-{other.name}")
-
 
 def _queries_and_documents(folder: Path, split: str | None) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Judged queries, and the relevant documents of each, by the query's id."""
@@ -305,8 +276,3 @@ def _expand(given: str) -> list[str]:
     if path.is_dir() and not is_beir(path) and not is_saved_dataset(path):
         return sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in READERS) or [given]
     return [given]
-
-
-def _known(row: Mapping[str, Any]) -> bool:
-    """Whether a row's columns are those of a known format of records."""
-    return any(layout.fits(row) for layout in known_layouts())

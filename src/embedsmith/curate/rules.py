@@ -244,15 +244,15 @@ class Trivial:
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         for record in records:
             ledger.taken += 1
-            left = record if record.task == "sts" else self._without_repeats(record, ledger)
-            if left is not None:
+            if record.task == "sts":
+                yield record
+                continue
+            seen = {text_id(record.query): "the query itself"} if record.query else {}
+            reasons: list[list[str | None]] = []
+            repeats = ("named twice", "also a positive or named twice")
+            for texts, again in zip((record.positives, record.negatives), repeats):
+                ids = [text_id(text) for text in texts]
+                reasons.append([seen.get(one, again if one in ids[:slot] else None) for slot, one in enumerate(ids)])
+                seen = dict.fromkeys(ids, again) | seen
+            if (left := without(record, reasons[0], reasons[1], ledger)) is not None:
                 yield left
-
-    def _without_repeats(self, record: Record, ledger: Ledger) -> Record | None:
-        seen = {text_id(record.query): "the query itself"} if record.query else {}
-        reasons: list[list[str | None]] = []
-        for texts, again in ((record.positives, "named twice"), (record.negatives, "also a positive or named twice")):
-            ids = [text_id(text) for text in texts]
-            reasons.append([seen.get(one, again if one in ids[:slot] else None) for slot, one in enumerate(ids)])
-            seen = dict.fromkeys(ids, again) | seen
-        return without(record, reasons[0], reasons[1], ledger)

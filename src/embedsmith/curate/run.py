@@ -20,7 +20,7 @@ from embedsmith.core.settings import section, to_plain
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import key_of
 from embedsmith.curate.outcome import Report, StepReport
-from embedsmith.curate.read import Corpus, Input
+from embedsmith.curate.read import Input, InputRecords
 from embedsmith.curate.step import Ledger, Step, Tools, counted
 from embedsmith.data.formats.files import rows_of
 from embedsmith.data.record import Record, RowError, validate
@@ -72,17 +72,17 @@ def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool 
     Errors: `DataError` naming file and line; what the steps raise; `CheckpointError` for a full disk.
     """
     makes_queries = any(type(step).registered_name in MAKE_QUERIES for step in recipe.steps)
-    corpus = Corpus(recipe.input, makes_queries, Ledger(recipe.examples))
-    if Path(recipe.output).resolve() in {Path(path).resolve() for path in corpus.paths}:
+    records = InputRecords(recipe.input, makes_queries, Ledger(recipe.examples))
+    if Path(recipe.output).resolve() in {Path(path).resolve() for path in records.paths}:
         raise RecipeError(f"the output {recipe.output} is also the input", fix="write to another file")
-    keys = [key_of(version("embedsmith"), corpus.identity, recipe.examples).hex()]
+    keys = [key_of(version("embedsmith"), records.identity, recipe.examples).hex()]
     for step in recipe.steps:
         keys.append(key_of(keys[-1], to_plain(step)).hex())
     if overwrite:
         shutil.rmtree(recipe.folder / "stages", ignore_errors=True)
     elif (done := _finished(recipe, keys[-1])) is not None:
         return done
-    report = _Run(recipe, corpus, replace(tools or Tools(), folder=recipe.folder), keys).all()
+    report = _Run(recipe, records, replace(tools or Tools(), folder=recipe.folder), keys).all()
     with atomic_file(recipe.report_path) as file:
         json.dump(report.as_dict(), file, indent=2, ensure_ascii=False)
     if not recipe.keep_stages:
@@ -105,16 +105,16 @@ class _Run:
     """One run of a recipe. `keys`: what the result depends on; entry n covers everything up to step n."""
 
     recipe: CurateRecipe
-    corpus: Corpus
+    input: InputRecords
     tools: Tools
     keys: list[str]
 
     def all(self) -> Report:
         """Stages that are there are skipped, the others made; the output is the last one's records, checked."""
         started = time.monotonic()
-        tools = replace(self.tools, labels=self.tools.labels or self.corpus.labels)
+        tools = replace(self.tools, labels=self.tools.labels or self.input.labels)
         steps: list[StepReport] = []
-        records: Iterable[Record] = self.corpus
+        records: Iterable[Record] = self.input
         for place, step in enumerate(self.recipe.steps):
             stage = self._stage(place + 1, type(step).registered_name)
             total = steps[-1].given if steps else self.recipe.input.limit
@@ -126,7 +126,7 @@ class _Run:
         assert first is not None  # written before the first stage was finished
         last = StepReport.of({"type": "checked for training"}, checks, 0.0)
         if not written and not first.given:
-            raise DataError("no records in it", where=self.corpus.paths[0], fix="check that it is the right file")
+            raise DataError("no records in it", where=self.input.paths[0], fix="check that it is the right file")
         if not written:
             lost = [step for step in (first, *steps, last) if step.left]
             raise DataError(
@@ -151,7 +151,7 @@ class _Run:
         with progress_bar(plain["type"], total) as bar:
             write_records(stage.path, counted(step, _Watched(records, bar.advance), ledger, tools))
         report = StepReport.of(plain, ledger, time.monotonic() - started)
-        if records is self.corpus:
+        if records is self.input:
             self._stage(0, "read").finish(self._reading())
         stage.finish(report)
         return report
@@ -161,7 +161,7 @@ class _Run:
 
     def _reading(self) -> StepReport:
         """How this run read the input."""
-        return StepReport.of({"type": "read", "kind": self.corpus.kind}, self.corpus.ledger, 0.0)
+        return StepReport.of({"type": "read", "kind": self.input.kind}, self.input.ledger, 0.0)
 
 
 @dataclass(frozen=True)

@@ -128,17 +128,14 @@ class _Scorer:
         known: dict[bytes, Any] = self.cache.get(list(wanted))
         new = {key: pair for key, pair in wanted.items() if key not in known}
         if new:
-            fresh = dict(zip(new, self._cosines(list(new.values())), strict=True))
+            self.scored += len(new)
+            queries, documents = (list(dict.fromkeys(side)) for side in zip(*new.values()))
+            query_of = dict(zip(queries, self._units(queries, "query")))
+            document_of = dict(zip(documents, self._units(documents, "document")))
+            fresh = {key: round(float(query_of[q] @ document_of[d]), 6) for key, (q, d) in new.items()}
             self.cache.put(fresh)
             known |= fresh
         return [None if keys is None else [float(known[key]) for key in keys] for keys in keys_N]
-
-    def _cosines(self, pairs: list[tuple[str, str]]) -> list[float]:
-        self.scored += len(pairs)
-        queries, documents = (list(dict.fromkeys(side)) for side in zip(*pairs))
-        query_of = dict(zip(queries, self._units(queries, "query")))
-        document_of = dict(zip(documents, self._units(documents, "document")))
-        return [round(float(query_of[query] @ document_of[document]), 6) for query, document in pairs]
 
     def _units(self, texts: list[str], role: Role) -> Floats:
         """Vectors of length one."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from embedsmith.core.errors import DataError, MissingExtraError
-from embedsmith.data.record import Record
+from embedsmith.core.errors import MissingExtraError
+from embedsmith.data.formats.files import text_lines
+from embedsmith.data.record import Record, RowError
 
 Kind = Literal[
     "title_body",
@@ -27,7 +28,7 @@ Kind = Literal[
 
 
 @dataclass(frozen=True)
-class Columns:
+class Form:
     """A structure by its columns: the first one present of each group counts. `more` continues the query."""
 
     kind: Kind
@@ -40,19 +41,19 @@ class Columns:
 _BODY = ("body", "text", "content", "article", "document", "passage", "description", "maintext")
 
 STRUCTURES = (
-    Columns("title_abstract", ("title", "headline"), ("abstract",)),
-    Columns("title_body", ("title", "headline", "subject"), _BODY),
-    Columns(
+    Form("title_abstract", ("title", "headline"), ("abstract",)),
+    Form("title_body", ("title", "headline", "subject"), _BODY),
+    Form(
         "question_answer", ("question", "query"), ("answer", "answers", "best_answer", "response"), ("question_body",)
     ),
-    Columns("instruction_output", ("instruction",), ("output", "response", "completion"), ("input",)),
-    Columns("prompt_response", ("prompt",), ("response", "completion", "chosen", "output"), (), ("rejected",)),
-    Columns("summary_article", ("summary", "highlights", "tldr"), ("article", "document", "text", "body", "content")),
+    Form("instruction_output", ("instruction",), ("output", "response", "completion"), ("input",)),
+    Form("prompt_response", ("prompt",), ("response", "completion", "chosen", "output"), (), ("rejected",)),
+    Form("summary_article", ("summary", "highlights", "tldr"), ("article", "document", "text", "body", "content")),
 )
 """In a row with several, each gives a pair."""
 
 _TURNS = ("messages", "conversations", "conversation")
-_ASKING, _TELLING = ("user", "human", "prompter"), ("assistant", "gpt", "bot", "model", "chatgpt")
+_ASKING, _ANSWERING = ("user", "human", "prompter"), ("assistant", "gpt", "bot", "model", "chatgpt")
 
 
 def row_pairs(row: Mapping[str, Any], wanted: Sequence[str] | None, source: str) -> Iterator[Record]:
@@ -61,28 +62,27 @@ def row_pairs(row: Mapping[str, Any], wanted: Sequence[str] | None, source: str)
     {"en": ..., "zh": ...}}: each language as the other's query)."""
     cells = {str(name).lower(): value for name, value in row.items()}
     for form in STRUCTURES:
-        if wanted is None or form.kind in wanted:
-            yield from _column_pairs(form, cells, source)
+        query, documents = _first(form.query, cells), _first(form.document, cells)
+        if query and documents and (wanted is None or form.kind in wanted):
+            full = "\n".join([query[0], *_first(form.more, cells)])
+            yield Record(full, tuple(documents), tuple(_first(form.negative, cells)), source=f"{source}/{form.kind}")
     if wanted is None or "prompt_response" in wanted:
-        for name in _TURNS:
-            yield from _turn_pairs(cells.get(name), f"{source}/prompt_response")
-    if wanted is None or "translation" in wanted:
-        yield from _translation_pairs(cells.get("translation"), f"{source}/translation")
-
-
-def _column_pairs(form: Columns, cells: Mapping[str, Any], source: str) -> Iterator[Record]:
-    query, documents = _first(form.query, cells), _first(form.document, cells)
-    if query and documents:
-        full = "\n".join([query[0], *_first(form.more, cells)])
-        yield Record(full, tuple(documents), tuple(_first(form.negative, cells)), source=f"{source}/{form.kind}")
+        for turns in (cells[name] for name in _TURNS if isinstance(cells.get(name), list | tuple)):
+            for first, second in pairwise(turn for turn in turns if isinstance(turn, Mapping)):
+                if _speaker(first) in _ASKING and _speaker(second) in _ANSWERING:
+                    asked, answer = _content(first), _content(second)
+                    if asked and answer:
+                        yield Record("\n".join(asked), ("\n".join(answer),), source=f"{source}/prompt_response")
+    translations = cells.get("translation")
+    if isinstance(translations, Mapping) and (wanted is None or "translation" in wanted):
+        sides = [(language, text.strip()) for language, text in translations.items() if isinstance(text, str)]
+        for (language, text), (other, translated) in permutations([side for side in sides if side[1]], 2):
+            yield Record(text, (translated,), source=f"{source}/translation/{language}-{other}")
 
 
 def _first(names: Sequence[str], cells: Mapping[str, Any]) -> list[str]:
     """The texts of the first column that has any. Dialogues as preference data have them count as their last turn."""
-    for name in names:
-        if found := _texts(cells.get(name)):
-            return found
-    return []
+    return next((found for name in names if (found := _texts(cells.get(name)))), [])
 
 
 def _texts(value: Any) -> list[str]:
@@ -92,38 +92,17 @@ def _texts(value: Any) -> list[str]:
         return _texts(value.get("text") or value.get("value") or value.get("content"))
     if isinstance(value, list | tuple):
         if value and all(isinstance(turn, Mapping) and _speaker(turn) for turn in value):
-            return _texts(_said(value[-1]))
+            return _content(value[-1])
         return [text for item in value for text in _texts(item)]
     return []
-
-
-def _turn_pairs(turns: Any, source: str) -> Iterator[Record]:
-    if not isinstance(turns, list | tuple):
-        return
-    known = [turn for turn in turns if isinstance(turn, Mapping)]
-    for asked, told in pairwise(known):
-        if _speaker(asked) in _ASKING and _speaker(told) in _TELLING:
-            query, answer = _texts(_said(asked)), _texts(_said(told))
-            if query and answer:
-                yield Record("\n".join(query), ("\n".join(answer),), source=source)
 
 
 def _speaker(turn: Mapping[str, Any]) -> str:
     return str(turn.get("role") or turn.get("from") or turn.get("speaker") or "").lower()
 
 
-def _said(turn: Mapping[str, Any]) -> Any:
-    return turn.get("content") or turn.get("value") or turn.get("text")
-
-
-def _translation_pairs(value: Any, source: str) -> Iterator[Record]:
-    if not isinstance(value, Mapping):
-        return
-    sides = [(language, text) for language, text in value.items() if isinstance(text, str) and text.strip()]
-    for language, text in sides:
-        for other, translated in sides:
-            if other != language:
-                yield Record(text.strip(), (translated.strip(),), source=f"{source}/{language}-{other}")
+def _content(turn: Mapping[str, Any]) -> list[str]:
+    return _texts(turn.get("content") or turn.get("value") or turn.get("text"))
 
 
 @dataclass
@@ -149,10 +128,9 @@ class Page:
     questions: list[tuple[str, str]] = field(default_factory=list)
 
     def heading(self, level: int, text: str) -> None:
-        above = [s for s in self.sections if s.level < level]
         path: list[str] = []
         limit = level
-        for section in reversed(above):
+        for section in reversed(self.sections):
             if section.level < limit:
                 path.insert(0, section.path[-1])
                 limit = section.level
@@ -171,19 +149,16 @@ def page_pairs(page: Page, wanted: Sequence[str] | None, source: str) -> Iterato
     whole = "\n\n".join(section.text for section in page.sections if section.text)
     title = page.title or next((section.path[-1] for section in page.sections if section.path[-1]), "")
 
-    def pairs() -> Iterator[tuple[Kind, str, str]]:
-        yield "title_body", title, whole
-        yield "title_abstract", title, page.abstract
-        for section in page.sections:
-            heading = section.path[-1]
-            if heading.endswith(("?", "？")):
-                yield "question_answer", heading, section.text
-            elif heading and heading != title:
-                path = section.path if section.path[0] == title or not title else (title, *section.path)
-                yield "heading_section", ": ".join(path), section.text
-        yield from (("question_answer", question, answer) for question, answer in page.questions)
-
-    for kind, query, document in pairs():
+    pairs: list[tuple[Kind, str, str]] = [("title_body", title, whole), ("title_abstract", title, page.abstract)]
+    for section in page.sections:
+        heading = section.path[-1]
+        if heading.endswith(("?", "？")):
+            pairs.append(("question_answer", heading, section.text))
+        elif heading and heading != title:
+            path = section.path if section.path[0] == title or not title else (title, *section.path)
+            pairs.append(("heading_section", ": ".join(path), section.text))
+    pairs += [("question_answer", question, answer) for question, answer in page.questions]
+    for kind, query, document in pairs:
         if query.strip() and document.strip() and (wanted is None or kind in wanted):
             yield Record(query.strip(), (document.strip(),), source=f"{source}/{kind}")
 
@@ -196,16 +171,20 @@ def read_markdown(text: str) -> Page:
     except ImportError as error:
         raise MissingExtraError("markdown-it-py", "curate") from error
     page = Page()
-    matter, body = _front_matter(text)
-    page.title = matter
-    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    if text.startswith("---\n") and "\n---" in text[4:]:
+        matter, _, text = text[4:].partition("\n---")
+        titles = [line.partition(":")[2] for line in matter.splitlines() if line.startswith("title:")]
+        page.title, text = "".join(titles[:1]).strip().strip("\"'"), text.lstrip("-")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    breaks = {"softbreak": " ", "hardbreak": "\n"}  # an image is its alternative text
     heading = 0
     cells: list[str] | None = None  # of the table's row that is being read
     for token in tokens:
         if token.type == "heading_open":
             heading = int(token.tag[1])
         elif token.type == "inline":
-            words = _plain(token.children or [])
+            inline = (breaks.get(t.type, "" if t.type == "html_inline" else t.content) for t in token.children or ())
+            words = "".join(inline).strip()
             if heading:
                 page.title = page.title or (words if heading == 1 else "")
                 page.heading(heading, words)
@@ -222,21 +201,6 @@ def read_markdown(text: str) -> Page:
         elif token.type in ("fence", "code_block"):
             page.text(token.content)
     return page
-
-
-def _front_matter(text: str) -> tuple[str, str]:
-    """The title named between `---` lines at the start, and the rest."""
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return "", text
-    matter, _, body = text[4:].partition("\n---")
-    titles = (line.partition(":")[2].strip().strip("\"'") for line in matter.splitlines() if line.startswith("title:"))
-    return next(titles, ""), body.lstrip("-")
-
-
-def _plain(tokens: Sequence[Any]) -> str:
-    """Inline tokens as plain text; an image is its alternative text, a line break inside a paragraph a space."""
-    said = {"softbreak": " ", "hardbreak": "\n"}
-    return "".join(said.get(t.type, "" if t.type == "html_inline" else t.content) for t in tokens).strip()
 
 
 _NOISE = "script,style,noscript,template,nav,footer,header,aside,form,button,iframe,svg"
@@ -258,13 +222,12 @@ def read_html(text: str) -> Page:
     page = Page()
     if (described := tree.css_first('meta[name="description"]')) is not None:
         page.abstract = str(described.attributes.get("content") or "")
-    title = tree.css_first("title")
     first = tree.css_first("h1")
-    page.title = _words(first) or _words(title)
+    page.title = _words(first) or _words(tree.css_first("title"))
     for line_break in tree.css("br"):
         line_break.replace_with("\n")
     for node in tree.css(_NOISE):
-        if first is None or not _holds(node, "h1"):
+        if first is None or node.css_first("h1") is None:
             node.decompose()
     main = tree.css_first("article") or tree.css_first("main") or tree.body
     if main is not None:
@@ -286,10 +249,6 @@ def _walk(node: Any, page: Page) -> None:
             page.text(_words(child))
         else:
             _walk(child, page)
-
-
-def _holds(node: Any, selector: str) -> bool:
-    return node.css_first(selector) is not None
 
 
 def _words(node: Any) -> str:
@@ -319,10 +278,9 @@ READERS: dict[str, Callable[[str], Page]] = {
 
 def read_page(path: Path) -> Page:
     """Errors: `DataError` for a file that is not UTF-8 or cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 ({error.reason})", where=path, fix="save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"cannot read the file ({error.strerror})", where=path, fix="check its permissions") from error
-    return READERS[path.suffix.lower()](text)
+    lines: list[str] = []
+    for number, line in text_lines(path):
+        if isinstance(line, RowError):
+            raise line.at(f"{path}:{number}")
+        lines.append(line)
+    return READERS[path.suffix.lower()]("\n".join(lines))

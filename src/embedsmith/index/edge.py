@@ -27,7 +27,11 @@ class EdgeStore:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
-        self._engine = _engine()
+        try:
+            import qdrant_edge
+        except ImportError as error:
+            raise MissingExtraError("qdrant-edge-py", "search") from error
+        self._engine: Any = qdrant_edge
         self._shard: Any = None
         self._lock: IO[bytes] | None = None
         if self.settings() is not None:
@@ -97,7 +101,13 @@ class EdgeStore:
 
     def _request(self, request: Request) -> Any:
         engine = self._engine
-        must = [_condition(engine, *condition) for condition in conditions(request.filter)]
+        must = []
+        for key, kind, value in conditions(request.filter):
+            if kind == "range":
+                must.append(engine.FieldCondition(f"{METADATA}.{key}", range=engine.RangeFloat(**value)))
+            else:
+                match = engine.MatchAny(value) if kind == "any" else engine.MatchValue(value)
+                must.append(engine.FieldCondition(f"{METADATA}.{key}", match=match))
         if request.among is not None:
             must.append(engine.HasIdCondition(set(request.among)))
         exact = request.among is not None
@@ -156,18 +166,3 @@ class EdgeStore:
                 if "No space left" in str(error):
                     raise OSError(28, "No space left on device") from error
                 raise SearchError(f"the index engine says: {error}", where=self._folder) from error
-
-
-def _condition(engine: Any, key: str, kind: str, value: Any) -> Any:
-    key = f"{METADATA}.{key}"
-    if kind == "range":
-        return engine.FieldCondition(key, range=engine.RangeFloat(**value))
-    return engine.FieldCondition(key, match=engine.MatchAny(value) if kind == "any" else engine.MatchValue(value))
-
-
-def _engine() -> Any:
-    try:
-        import qdrant_edge
-    except ImportError as error:
-        raise MissingExtraError("qdrant-edge-py", "search") from error
-    return qdrant_edge

@@ -1,4 +1,5 @@
-"""Why a document was found: which tokens matched, and what they gave."""
+"""How the scores of several heads become one order, and why a document was found: which tokens matched, and what they
+gave."""
 
 from __future__ import annotations
 
@@ -7,77 +8,7 @@ from dataclasses import dataclass
 
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import MultiVector, Reps, Sparse
-
-
-@dataclass(frozen=True)
-class Match:
-    """One token of the query with the token of the document that it met. `score` is what the pair adds to the head's
-    score; the scores of all matches of a head sum to it."""
-
-    query_token: str
-    document_token: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The score of every head, and the matches behind it, best first; none for `dense`, which has no parts."""
-
-    scores: Mapping[str, float]
-    matches: Mapping[str, Sequence[Match]]
-
-
-def explain(query: Reps, document: Reps, query_tokens: Sequence[str], document_tokens: Sequence[str]) -> Explanation:
-    """The scores of one query with one document, taken apart.
-
-    `query` and `document` have one row each, without padding; the tokens are those of their token axis.
-    Errors: `SearchError` where the numbers of tokens do not match.
-    """
-    scores: dict[str, float] = {}
-    matches: dict[str, list[Match]] = {}
-    for head in query:
-        left, right = query[head], document[head]
-        for rep, tokens in ((left, query_tokens), (right, document_tokens)):
-            if rep.token_count not in (0, len(tokens)):
-                raise SearchError(f"{len(tokens)} tokens for {rep.token_count} places of the head {head!r}")
-        scores[head] = float(left.paired(right)[0, 0])
-        if isinstance(left, Sparse) and isinstance(right, Sparse):
-            matches[head] = _lexical(left, right, query_tokens)
-        elif isinstance(left, MultiVector) and isinstance(right, MultiVector):
-            matches[head] = _by_token(left, right, query_tokens, document_tokens)
-        if head in matches:
-            matches[head].sort(key=lambda match: -match.score)
-    return Explanation(scores, matches)
-
-
-def _lexical(query: Sparse, document: Sparse, tokens: Sequence[str]) -> list[Match]:
-    mine, theirs = _weights(query), _weights(document)
-    names = dict(zip(query.coordinate_NT[0].tolist(), tokens))
-    shared = (coordinate for coordinate in mine if coordinate in theirs)
-    return [Match(names[each], names[each], mine[each] * theirs[each]) for each in shared]
-
-
-def _weights(rep: Sparse) -> dict[int, float]:
-    best: dict[int, float] = {}
-    for coordinate, weight in zip(rep.coordinate_NT[0].tolist(), rep.weight_NT[0].tolist(), strict=True):
-        if weight > best.get(coordinate, 0.0):
-            best[coordinate] = weight
-    return best
-
-
-def _by_token(
-    query: MultiVector, document: MultiVector, query_tokens: Sequence[str], document_tokens: Sequence[str]
-) -> list[Match]:
-    """Every query token with its nearest document token; the score is their mean over query tokens."""
-    score_TS = query.vector_NTD[0] @ document.vector_NTD[0].T
-    best = score_TS.masked_fill(~document.mask_NT[0], float("-inf")).max(dim=1)
-    mask_T = query.mask_NT[0].tolist()
-    count = max(sum(mask_T), 1)
-    rows = zip(query_tokens, mask_T, best.values.tolist(), best.indices.tolist(), strict=True)
-    return [Match(token, document_tokens[place], score / count) for token, real, score, place in rows if real]
-
-
-# How the scores of several heads become one order.
+from embedsmith.index.store import lexical_weights
 
 HeadScores = Mapping[str, Mapping[str, float]]
 """Head -> document -> score, for the candidates of one query. A head may not know a document."""
@@ -133,3 +64,59 @@ def _check(weights: Mapping[str, float]) -> None:
         raise SearchError(
             f"the weights are {dict(weights)}", expected="0 or more for every head, above 0 for one of them at least"
         )
+
+
+@dataclass(frozen=True)
+class Match:
+    """One token of the query with the token of the document that it met. `score` is what the pair adds to the head's
+    score; the scores of all matches of a head sum to it."""
+
+    query_token: str
+    document_token: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The score of every head, and the matches behind it, best first; none for `dense`, which has no parts."""
+
+    scores: Mapping[str, float]
+    matches: Mapping[str, Sequence[Match]]
+
+
+def explain(query: Reps, document: Reps, query_tokens: Sequence[str], document_tokens: Sequence[str]) -> Explanation:
+    """The scores of one query with one document, taken apart.
+
+    `query` and `document` have one row each, without padding; the tokens are those of their token axis.
+    Errors: `SearchError` where the numbers of tokens do not match.
+    """
+    scores: dict[str, float] = {}
+    matches: dict[str, list[Match]] = {}
+    for head in query:
+        left, right = query[head], document[head]
+        for rep, tokens in ((left, query_tokens), (right, document_tokens)):
+            if rep.token_count not in (0, len(tokens)):
+                raise SearchError(f"{len(tokens)} tokens for {rep.token_count} places of the head {head!r}")
+        scores[head] = float(left.paired(right)[0, 0])
+        if isinstance(left, Sparse) and isinstance(right, Sparse):
+            (mine,), (theirs,) = lexical_weights(left), lexical_weights(right)
+            names = dict(zip(left.coordinate_NT[0].tolist(), query_tokens))
+            shared = [coordinate for coordinate in mine if coordinate in theirs]
+            matches[head] = [Match(names[each], names[each], mine[each] * theirs[each]) for each in shared]
+        elif isinstance(left, MultiVector) and isinstance(right, MultiVector):
+            matches[head] = _token_matches(left, right, query_tokens, document_tokens)
+        if head in matches:
+            matches[head].sort(key=lambda match: -match.score)
+    return Explanation(scores, matches)
+
+
+def _token_matches(
+    query: MultiVector, document: MultiVector, query_tokens: Sequence[str], document_tokens: Sequence[str]
+) -> list[Match]:
+    """Every query token with its nearest document token; the score is their mean over query tokens."""
+    score_TS = query.vector_NTD[0] @ document.vector_NTD[0].T
+    best = score_TS.masked_fill(~document.mask_NT[0], float("-inf")).max(dim=1)
+    mask_T = query.mask_NT[0].tolist()
+    count = max(sum(mask_T), 1)
+    rows = zip(query_tokens, mask_T, best.values.tolist(), best.indices.tolist(), strict=True)
+    return [Match(token, document_tokens[place], score / count) for token, real, score, place in rows if real]

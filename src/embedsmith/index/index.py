@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedsmith.core.encoder import Encoder, fingerprint
@@ -96,69 +96,44 @@ class HybridIndex:
         """
         if k < 1 or candidates < 1:
             raise SearchError(f"k is {k}, candidates is {candidates}", expected="1 or more")
-        how = _Search(fusion or self._default(), max(candidates, k), filter or {}, ef)
-        heads = self._heads(how.fusion)
+        fusion = fusion or WeightedSum({head: M3_WEIGHTS.get(head, 1.0) for head in self.heads})
+        heads = tuple(head for head, weight in fusion.weights.items() if weight > 0)
+        if unknown := [head for head in heads if head not in self.heads]:
+            raise SearchError(f"this index has no head {unknown[0]!r}", expected=f"some of {', '.join(self.heads)}")
         found: list[list[Hit]] = []
         with progress_bar("search", len(queries), visible=show) as bar:
             for block in batched(queries, _QUERIES):
                 reps = self.encoder.represent(block, role="query", outputs=heads)
-                found += self._search_block(reps, len(block), k, how)
+                asked = _rows_of(reps, len(block))
+                union = self._candidates(asked, max(candidates, k), filter or {}, ef)
+                scored = self._exact(asked, union, reps)
+                found += self._hits(scored, [fusion(scores) for scores in scored], k)
                 bar.advance(len(block))
         return found
 
-    def _default(self) -> Fusion:
-        return WeightedSum({head: M3_WEIGHTS.get(head, 1.0) for head in self.heads})
-
-    def _heads(self, fusion: Fusion) -> tuple[str, ...]:
-        heads = tuple(head for head, weight in fusion.weights.items() if weight > 0)
-        if unknown := [head for head in heads if head not in self.heads]:
-            raise SearchError(f"this index has no head {unknown[0]!r}", expected=f"some of {', '.join(self.heads)}")
-        return heads
-
     def _points(self, documents: Sequence[Document]) -> list[StoredPoint]:
         reps = self.encoder.represent([document.text for document in documents], role="document", outputs=self.heads)
-        columns = {head: vectors_of(reps[head]) for head in self.heads}
+        rows = zip(documents, _rows_of(reps, len(documents)), strict=True)
         return [
-            StoredPoint(
-                point_key(document.id),
-                {head: vector for head, column in columns.items() if (vector := column[row]) is not None},
-                asdict(document) | {"hash": document.hash},
-            )
-            for row, document in enumerate(documents)
+            StoredPoint(point_key(document.id), vectors, asdict(document) | {"hash": document.hash})
+            for document, vectors in rows
         ]
 
-    def _search_block(self, reps: Reps, count: int, k: int, how: _Search) -> list[list[Hit]]:
-        columns = {head: vectors_of(rep) for head, rep in reps.items()}
-        queries = [
-            {head: vector for head, column in columns.items() if (vector := column[row]) is not None}
-            for row in range(count)
-        ]
-        union = self._candidates(queries, how)
-        scored = self._exact(queries, union, _query_tokens(reps, count))
-        fused = [how.fusion(scores) for scores in scored]
-        best = [ordered(scores)[:k] for scores in fused]
-        keys = sorted({key for row in best for key in row})
-        payload = self.store.payloads(keys, ["id", "text", "metadata"]) if keys else {}
-        return [
-            [_hit(payload[key], fused[row][key], key, scored[row]) for key in chosen if key in payload]
-            for row, chosen in enumerate(best)
-        ]
-
-    def _candidates(self, queries: list[dict[str, Vector]], how: _Search) -> list[frozenset[str]]:
+    def _candidates(
+        self, queries: list[dict[str, Vector]], count: int, filter_: Filter, ef: int | None
+    ) -> list[frozenset[str]]:
         """The documents worth an exact score, for every query."""
         requests: list[tuple[int, Request]] = []
         for row, vectors in enumerate(queries):
             proposing = [head for head in vectors if head != "multivector"] or list(vectors)
-            requests += [(row, Request(h, vectors[h], how.candidates, how.filter, ef=how.ef)) for h in proposing]
+            requests += [(row, Request(head, vectors[head], count, filter_, ef=ef)) for head in proposing]
         union: list[set[str]] = [set() for _ in queries]
         answers = self.store.search([request for _, request in requests]) if requests else []
         for (row, _), answer in zip(requests, answers, strict=True):
             union[row] |= {key for key, _ in answer}
         return [frozenset(keys) for keys in union]
 
-    def _exact(
-        self, queries: list[dict[str, Vector]], union: list[frozenset[str]], tokens: list[int]
-    ) -> list[dict[str, dict[str, float]]]:
+    def _exact(self, queries: list[dict[str, Vector]], union: list[frozenset[str]], reps: Reps) -> list[HeadScores]:
         """Every head's score of every candidate. The engine sums over query tokens, M3 takes the mean."""
         requests = [
             (row, Request(head, vector, len(union[row]), among=union[row]))
@@ -166,31 +141,39 @@ class HybridIndex:
             for head, vector in vectors.items()
             if union[row]
         ]
+        rep = reps.get("multivector")
+        tokens = rep.mask_NT.sum(1).tolist() if isinstance(rep, MultiVector) else []
         found: list[dict[str, dict[str, float]]] = [{} for _ in queries]
         answers = self.store.search([request for _, request in requests]) if requests else []
         for (row, request), answer in zip(requests, answers, strict=True):
             scale = 1 / tokens[row] if request.head == "multivector" else 1.0
             found[row][request.head] = {key: score * scale for key, score in answer}
+        return list(found)
+
+    def _hits(self, scored: Sequence[HeadScores], fused: Sequence[Mapping[str, float]], k: int) -> list[list[Hit]]:
+        """The best k of every query, with their texts."""
+        best = [ordered(scores)[:k] for scores in fused]
+        keys = sorted({key for row in best for key in row})
+        payload = self.store.payloads(keys, ["id", "text", "metadata"]) if keys else {}
+        found: list[list[Hit]] = []
+        for chosen, of_heads, scores in zip(best, scored, fused, strict=True):
+            hits = []
+            for key in chosen:
+                if key in payload:
+                    known = {head: by_key[key] for head, by_key in of_heads.items() if key in by_key}
+                    one = payload[key]
+                    hits.append(Hit(one["id"], scores[key], known, one["text"], one["metadata"]))
+            found.append(hits)
         return found
 
 
-@dataclass(frozen=True)
-class _Search:
-    fusion: Fusion
-    candidates: int
-    filter: Filter = field(default_factory=dict)
-    ef: int | None = None
-
-
-def _hit(payload: Mapping[str, Any], score: float, key: str, scores: HeadScores) -> Hit:
-    of_heads = {head: known[key] for head, known in scores.items() if key in known}
-    return Hit(payload["id"], score, of_heads, payload["text"], payload["metadata"])
-
-
-def _query_tokens(reps: Reps, count: int) -> list[int]:
-    """Query tokens of every row under the multi-vector head."""
-    rep = reps.get("multivector")
-    return rep.mask_NT.sum(1).tolist() if isinstance(rep, MultiVector) else [1] * count
+def _rows_of(reps: Reps, count: int) -> list[dict[str, Vector]]:
+    """The vectors of every text by head; a head that has none for a text is left out."""
+    columns = {head: vectors_of(rep) for head, rep in reps.items()}
+    return [
+        {head: vector for head, column in columns.items() if (vector := column[row]) is not None}
+        for row in range(count)
+    ]
 
 
 def open_index(

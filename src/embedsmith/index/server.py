@@ -24,7 +24,15 @@ class ServerStore:
     """
 
     def __init__(self, url: str, collection: str, *, api_key: str | None = None, waits: Sequence[float] = _WAITS):
-        self._client, self._models = _connect(url, api_key)
+        try:
+            from qdrant_client import QdrantClient, models
+        except ImportError as error:
+            raise MissingExtraError("qdrant-client", "search") from error
+        self._models: Any = models
+        if url.startswith(("http://", "https://")):
+            self._client = QdrantClient(url=url, api_key=api_key, check_compatibility=False)
+        else:
+            self._client = QdrantClient(url) if url == ":memory:" else QdrantClient(path=url)
         self._where, self._collection, self._waits = f"{url} ({collection})", collection, waits
 
     def settings(self) -> dict[str, Any] | None:
@@ -86,7 +94,13 @@ class ServerStore:
 
     def _request(self, request: Request) -> Any:
         models = self._models
-        must = [_condition(models, *condition) for condition in conditions(request.filter)]
+        must = []
+        for key, kind, value in conditions(request.filter):
+            if kind == "range":
+                must.append(models.FieldCondition(key=f"{METADATA}.{key}", range=models.Range(**value)))
+            else:
+                match = models.MatchAny(any=value) if kind == "any" else models.MatchValue(value=value)
+                must.append(models.FieldCondition(key=f"{METADATA}.{key}", match=match))
         if request.among is not None:
             must.append(models.HasIdCondition(has_id=sorted(request.among)))
         return models.QueryRequest(
@@ -150,21 +164,3 @@ def _numbers(vector: Vector) -> int:
     if isinstance(vector, tuple):
         return 2 * len(vector[0])
     return sum(len(one) if isinstance(one, list) else 1 for one in vector)
-
-
-def _condition(models: Any, key: str, kind: str, value: Any) -> Any:
-    key = f"{METADATA}.{key}"
-    if kind == "range":
-        return models.FieldCondition(key=key, range=models.Range(**value))
-    match = models.MatchAny(any=value) if kind == "any" else models.MatchValue(value=value)
-    return models.FieldCondition(key=key, match=match)
-
-
-def _connect(url: str, api_key: str | None) -> tuple[Any, Any]:
-    try:
-        from qdrant_client import QdrantClient, models
-    except ImportError as error:
-        raise MissingExtraError("qdrant-client", "search") from error
-    if url.startswith(("http://", "https://")):
-        return QdrantClient(url=url, api_key=api_key, check_compatibility=False), models
-    return (QdrantClient(url) if url == ":memory:" else QdrantClient(path=url)), models

@@ -103,17 +103,20 @@ def vectors_of(representation: Representation) -> list[Vector | None]:
         pairs = zip(representation.vector_NTD.float(), representation.mask_NT, strict=True)
         return [vector_TD[mask_T].tolist() or None for vector_TD, mask_T in pairs]
     assert isinstance(representation, Sparse)
-    pairs = zip(representation.coordinate_NT.tolist(), representation.weight_NT.tolist(), strict=True)
-    return [_sparse(coordinates, weights) for coordinates, weights in pairs]
+    return [(list(best), list(best.values())) if best else None for best in lexical_weights(representation)]
 
 
-def _sparse(coordinates: list[int], weights: list[float]) -> Vector | None:
-    """A token that comes twice counts with its larger weight, as M3's lexical weights do."""
-    best: dict[int, float] = {}
-    for coordinate, weight in zip(coordinates, weights, strict=True):
-        if weight > best.get(coordinate, 0.0):
-            best[coordinate] = weight
-    return (list(best), list(best.values())) if best else None
+def lexical_weights(representation: Sparse) -> list[dict[int, float]]:
+    """Weight by coordinate of every row. A token that comes twice counts with its larger weight, as in M3."""
+    rows = zip(representation.coordinate_NT.tolist(), representation.weight_NT.tolist(), strict=True)
+    found: list[dict[int, float]] = []
+    for coordinates, weights in rows:
+        best: dict[int, float] = {}
+        for coordinate, weight in zip(coordinates, weights, strict=True):
+            if weight > best.get(coordinate, 0.0):
+                best[coordinate] = weight
+        found.append(best)
+    return found
 
 
 _BOUNDS = ("gt", "gte", "lt", "lte")

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from rich.table import Table
+from rich.text import Text
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import SearchError
-from embedsmith.index import (
-    EdgeStore,
-    Explanation,
-    Filter,
-    Fusion,
-    Hit,
-    HybridIndex,
-    ReciprocalRank,
-    ServerStore,
-    Store,
-    WeightedSum,
-    Written,
-    explain,
-    open_index,
-    read_documents,
-)
+from embedsmith.index.documents import read_documents
+from embedsmith.index.edge import EdgeStore
+from embedsmith.index.hits import Explanation, Fusion, ReciprocalRank, WeightedSum, explain
+from embedsmith.index.index import Hit, Written, open_index
+from embedsmith.index.server import ServerStore
+from embedsmith.index.store import Filter, Store
+from embedsmith.models import Embedder, load
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from embedsmith.models import Embedder
+_TEXT = 120
+"""Characters of a text that a table shows."""
+_MATCHES = 5
+"""Matches of a head that a table shows."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +49,8 @@ class Place:
 def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
     """Index the documents of a file or BEIR folder; what is there unchanged is left alone. Gives the size, too.
 
-    The documents are read twice: what is wrong with them is said before anything is encoded.
+    The documents are read twice: what is wrong with them is an error before anything is encoded.
     """
-    from embedsmith.models import load
-
     total = sum(1 for _ in read_documents(documents))
     encoder = load(model)
     store = place.open()
@@ -92,21 +83,61 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
+    """The hits of one query, and how each came about where that was asked for."""
+
     query: str
     hits: Sequence[Hit]
     explanations: Sequence[Explanation]
 
+    def as_json(self) -> str:
+        """One line."""
+        row: dict[str, Any] = {"query": self.query, "hits": [asdict(hit) for hit in self.hits]}
+        if self.explanations:
+            row["explanations"] = [asdict(found) for found in self.explanations]
+        return json.dumps(row, ensure_ascii=False)
+
+    def table(self) -> Table:
+        """The hits with the score of every head, and the strongest matches where they were asked for."""
+        heads = sorted({head for hit in self.hits for head in hit.scores})
+        columns = ["", "score", *heads, "id", "text", *(["matches"] if self.explanations else [])]
+        table = Table(*columns, title=Text(self.query), title_justify="left")
+        for number, hit in enumerate(self.hits):
+            scores = [f"{hit.scores[head]:.3f}" if head in hit.scores else "-" for head in heads]
+            line = " ".join(hit.text.split())
+            short = line if len(line) <= _TEXT else line[: _TEXT - 1] + "…"
+            cells: list[str | Text] = [str(number + 1), f"{hit.score:.3f}", *scores, Text(hit.id), Text(short)]
+            if self.explanations:
+                cells.append(Text(_matches(self.explanations[number])))
+            table.add_row(*cells)
+        return table
+
+
+def _matches(found: Explanation) -> str:
+    lines = []
+    for head, matches in found.matches.items():
+        pairs = []
+        for match in matches[:_MATCHES]:
+            same = match.query_token == match.document_token
+            tokens = match.query_token if same else f"{match.query_token}→{match.document_token}"
+            pairs.append(f"{tokens} {match.score:.2f}")
+        lines.append(f"{head}: {', '.join(pairs) or 'nothing shared'}")
+    return "\n".join(lines)
+
 
 def run_search(place: Place, model: str | None, asked: Asked, explained: bool) -> list[Answer]:
     """The hits of every query. The model is the one that made the index, unless another place of it is given."""
-    from embedsmith.models import load
-
     if not asked.queries:
         raise SearchError("no query", expected="one query or more, or --file")
     store = place.open()
     try:
-        kept = store.settings() or _no_index(place)
-        encoder = load(model or kept["model"])
+        settings = store.settings()
+        if settings is None:
+            raise SearchError(
+                "there is no index here",
+                where=place.folder or place.url,
+                fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER",
+            )
+        encoder = load(model or settings["model"])
         index = open_index(encoder, store, model=model or "")
         hits = index.search(
             asked.queries,
@@ -115,36 +146,21 @@ def run_search(place: Place, model: str | None, asked: Asked, explained: bool) -
             candidates=asked.candidates,
             filter=asked.filter,
         )
-        return [
-            Answer(query, found, [_explained(encoder, index, query, hit) for hit in found] if explained else [])
+        reasons = [
+            [_explain(encoder, index.heads, query, hit) for hit in found] if explained else []
             for query, found in zip(asked.queries, hits, strict=True)
         ]
+        return [Answer(*answer) for answer in zip(asked.queries, hits, reasons, strict=True)]
     finally:
         store.close()
 
 
-def _no_index(place: Place) -> dict[str, Any]:
-    raise SearchError(
-        "there is no index here",
-        where=place.folder or place.url,
-        fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER",
-    )
-
-
-def _explained(model: Embedder, index: HybridIndex, query: str, hit: Hit) -> Explanation:
-    mine = model.represent([query], role="query", outputs=index.heads)
-    theirs = model.represent([hit.text], role="document", outputs=index.heads)
-    return explain(mine, theirs, _tokens(model, query, "query"), _tokens(model, hit.text, "document"))
-
-
-def _tokens(model: Embedder, text: str, role: Role) -> list[str]:
-    found: list[str] = model.tokenizer.convert_ids_to_tokens(model.tokenize([text], role=role).id_S.tolist())
-    return found
-
-
-def read_queries(path: str | Path) -> Iterator[str]:
-    """The texts of a queries file in any of the forms of documents."""
-    return (document.text for document in read_documents(path))
+def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> Explanation:
+    texts: tuple[tuple[str, Role], ...] = ((query, "query"), (hit.text, "document"))
+    left, right = (model.represent([text], role=role, outputs=heads) for text, role in texts)
+    ids = (model.tokenize([text], role=role).id_S.tolist() for text, role in texts)
+    mine, theirs = (model.tokenizer.convert_ids_to_tokens(each) for each in ids)
+    return explain(left, right, mine, theirs)
 
 
 def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
@@ -167,46 +183,3 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float] | None:
     if wrong := [f"{head}={w}" for head, w in found.items() if isinstance(w, bool) or not isinstance(w, int | float)]:
         raise SearchError(f"the weight {wrong[0]} is not a number", expected="such as sparse=0.3")
     return {head: float(weight) for head, weight in found.items()} or None
-
-
-def as_json(answer: Answer) -> str:
-    """One line."""
-    row: dict[str, Any] = {"query": answer.query, "hits": [asdict(hit) for hit in answer.hits]}
-    if answer.explanations:
-        row["explanations"] = [asdict(found) for found in answer.explanations]
-    return json.dumps(row, ensure_ascii=False)
-
-
-def table(answer: Answer) -> Table:
-    """The hits of a query with the score of every head, and the strongest matches where they were asked for."""
-    from rich.table import Table
-    from rich.text import Text
-
-    heads = sorted({head for hit in answer.hits for head in hit.scores})
-    columns = ["", "score", *heads, "id", "text", *(["matches"] if answer.explanations else [])]
-    made = Table(*columns, title=Text(answer.query), title_justify="left")
-    for number, hit in enumerate(answer.hits):
-        scores = [f"{hit.scores[head]:.3f}" if head in hit.scores else "-" for head in heads]
-        cells: list[str | Text] = [str(number + 1), f"{hit.score:.3f}", *scores, Text(hit.id), Text(_short(hit.text))]
-        if answer.explanations:
-            cells.append(Text(_matches(answer.explanations[number])))
-        made.add_row(*cells)
-    return made
-
-
-def _short(text: str, length: int = 120) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def _matches(found: Explanation, count: int = 5) -> str:
-    lines = []
-    for head, matches in found.matches.items():
-        pairs = (
-            f"{m.query_token} {m.score:.2f}"
-            if m.query_token == m.document_token
-            else f"{m.query_token}→{m.document_token} {m.score:.2f}"
-            for m in matches[:count]
-        )
-        lines.append(f"{head}: {', '.join(pairs) or 'nothing shared'}")
-    return "\n".join(lines)

@@ -7,7 +7,7 @@ Below it, published retrieval objectives as settings of InfoNCE, under the names
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -178,8 +178,8 @@ class InfoNCE(Loss):
             parts += of_term(other_queries(batch, self.head, self.mask_false_negatives), limit_WQP)
         if self.include_dd:
             limits = None if limit_WQP is None else limit_WQP.split(1, -1)
-            slots = [of_term(one, limits and limits[slot]) for slot, one in enumerate(other_positives(found))]
-            parts.append(torch.cat([_joined(slot) for slot in slots], -1))
+            positives = enumerate(other_positives(found))
+            parts.append(torch.cat([_joined(of_term(one, limits and limits[slot])) for slot, one in positives], -1))
         return _joined(parts)
 
 
@@ -217,11 +217,11 @@ def other_queries(batch: RetrievalBatch, head: str, mask_false_negatives: bool) 
     return Term(batch.query.local[head], batch.query.all(head), mask)
 
 
-def other_positives(found: Candidates) -> list[Term]:
+def other_positives(found: Candidates) -> Iterator[Term]:
     """For each slot, its positive against other queries' positives."""
-    rows = found.positive_row_QP.clamp_min(0).unbind(1)
-    mask = lambda start, size: found.allowed(start, size, "positives")
-    return [Term(found.document.rows(row_Q), found.document, mask) for row_Q in rows]
+    for row_Q in found.positive_row_QP.clamp_min(0).unbind(1):
+        mask = lambda start, size: found.allowed(start, size, "positives")
+        yield Term(found.document.rows(row_Q), found.document, mask)
 
 
 class LogTemperature(nn.Module):

@@ -1,7 +1,11 @@
 """The attention switch: `native`, `causal`, `bidirectional` or `softmask`, for any family transformers knows.
 
 No model class is copied or patched. In order: the config's flags, then the modules' flags, then a mask of four
-dimensions; after each the self-test of probe.py decides whether it worked. What was achieved is recorded.
+dimensions; after each the self-test of self_test.py decides whether it worked. What was achieved is recorded.
+
+Masks of four dimensions are for what a transformer's own mask cannot express. Every mask builder of transformers hands
+a 4-D mask through untouched: `sdpa` takes booleans (True: sees) or an added bias, `eager` an added bias. Neither limits
+of a sliding window nor of a chunk survive such a mask.
 """
 
 from __future__ import annotations
@@ -20,10 +24,6 @@ from embedsmith.core.progress import log
 from embedsmith.core.settings import section
 from embedsmith.models.self_test import Probe, probe
 
-# Attention masks of four dimensions, for what a transformer's own mask cannot say.
-# Every mask builder of transformers hands a 4-D mask through untouched: `sdpa` takes booleans (True: sees) or an added
-# bias, `eager` an added bias. Neither limits of a sliding window nor of a chunk survive such a mask.
-
 
 @section
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class SoftMask:
         M_ij = 1 for j <= i, else min(alpha * l / j, 1)     `axis: col`, in which the front columns saturate first
 
     for query i, key j (both from 1) of a text of l tokens. M = causal mask at 0, all ones at 1; its rank never rises.
+
+    `axis`: whether l is divided by i (`row`) or by j (`col`).
     `schedule`: alpha = t, t^2 (`accelerating`) or 1 - (1 - t)^2 (`decelerating`).
+
     How M enters attention is reconstructed: log M is added to the scores, which weighs the exponentials by M.
     Source: Conan-embedding-v2 (2509.12892); two renderings disagree on l/i, see docs/decoders.md.
     """
@@ -100,9 +103,11 @@ FLOOR = "5.2"
 class Attention:
     """What was asked of a backbone and how it was achieved; saved with the model.
 
+    `mode`: what was asked for; `native` is the family's own attention.
     `how`: `config` (its flags are enough, so plain transformers and servers see it too), `modules` (flags on modules
-    too, set by embedsmith at every load), `mask4d` (embedsmith hands over a mask; lifts sliding windows). `causal`:
-    every layer was measured to be causal. `causal_layers`: layers that stayed causal though bidirectional was asked.
+        too, set by embedsmith at every load), `mask4d` (embedsmith hands over a mask; lifts sliding windows).
+    `causal`: whether every layer was measured to be causal.
+    `causal_layers`: layers that stayed causal though bidirectional was asked for.
     """
 
     mode: Mode = "native"
@@ -137,11 +142,11 @@ def prepare_config(model_config: Any, mode: Mode) -> Any:
             fix=f'pip install "transformers>={FLOOR}"',
         )
     bidirectional = mode != "causal"
-    said = model_config.to_dict()
-    if bidirectional and "use_bidirectional_attention" in said and not said["use_bidirectional_attention"]:
+    tree = model_config.to_dict()
+    if bidirectional and "use_bidirectional_attention" in tree and not tree["use_bidirectional_attention"]:
         # Gemma computes its window from this flag, in the constructor and only there
         flag = "all" if model_config.model_type.startswith("gemma4") else True
-        model_config = type(model_config).from_dict({**said, "use_bidirectional_attention": flag})
+        model_config = type(model_config).from_dict({**tree, "use_bidirectional_attention": flag})
     model_config.get_text_config().is_causal = not bidirectional
     model_config.is_causal = not bidirectional
     return model_config
@@ -222,9 +227,9 @@ def _make_causal(backbone: Any) -> Attention:
 
 
 def _claims_causal(backbone: Any) -> bool:
-    """Whether it is worth measuring: an encoder's modules do not even say so."""
-    said = getattr(backbone.config.get_text_config(), "is_causal", True)
-    return said is not False and any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+    """Whether it is worth measuring: an encoder's modules do not even claim it."""
+    claim = getattr(backbone.config.get_text_config(), "is_causal", True)
+    return claim is not False and any(getattr(module, "is_causal", False) is True for module in backbone.modules())
 
 
 def _set_module_flags(backbone: nn.Module, causal: bool) -> None:
@@ -244,6 +249,3 @@ def _call(backbone: Any, attention: Attention) -> Any:
         return states
 
     return call
-
-
-__all__ = ["Attention", "Mode", "SoftMask", "prepare_config", "switch_attention"]

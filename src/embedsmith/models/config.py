@@ -29,40 +29,50 @@ MODEST_LENGTH = 512
 class ModelConfig:
     """Which model to load and what to change about it; `None` means "as the folder says".
 
-    `path`: a transformers or sentence-transformers folder, or a hub id (with an optional `revision`).
-    `pooling`: `cls`, `mean`, `weighted_mean`, `last`, `max`, `attention` or `latent`; required for a folder that does
-        not say. `pooler`: shape of the last two.
+    `path`: a transformers or sentence-transformers folder, or a hub id.
+    `revision`: of a hub id, a branch, tag or commit; by default its main branch.
+    `pooling`: how token states become one vector: `cls`, `mean`, `weighted_mean`, `last`, `max`, `attention`, `latent`,
+        or one of an installed package; required for a folder that does not say.
+    `pooler`: the shape of a pooling with weights, such as the last two.
     `max_length`: tokens a text may have, special tokens included (see `derive_max_length`).
     `prompts`: text put before every text, by `task-role`, task or role; replaces the folder's.
-    `template`, `instructions`: prompts made from a template (`qwen3`, `e5`, ..., or one's own by role) and the
-        instruction of each task; see prompts.py.
-    `include_prompt`: prompt tokens take part in the pooling; false skips the instruction.
-    `normalize`: vectors of length 1; a plain transformers folder is normalised.
-    `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows. `head`: says more of it.
+    `template`: makes the prompts: a published one (`qwen3`, `e5`, ...), or one's own text by role (see tokenize.py).
+    `instructions`: what the template asks for, by task; `default` is for texts without a task.
+    `include_prompt`: whether prompt tokens take part in the pooling; false leaves the instruction out.
+    `normalize`: whether vectors get length 1; a plain transformers folder is normalised.
+    `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
+    `head`: a new dense head, where its width is not all there is to say.
     `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
-        or both. A head that the folder has not is new and has to be trained; one that is not named is left out.
-        `retromae` (docs/m3.md) and `mntp` (docs/decoders.md) are for pre-training.
+        or both, or heads of an installed package. A head that the folder has not is new and has to be trained; one
+        that is not named is left out. `retromae` (docs/m3.md) and `mntp` (docs/decoders.md) are for pre-training.
     `sparse`: what a `sparse` head is: `lexical`, M3's weight a token (the default of a new one), or `splade`, a weight
-        a word of the vocabulary through the language-model head, of which a text keeps `sparse_terms` (256).
+        a word of the vocabulary through the language-model head.
+    `sparse_terms`: words that a text keeps of a `splade` head; by default what the folder says, or 256.
     `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
-    `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (positions.py).
+    `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (see `extend_positions`).
     `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
         loading, not saved with the model (mcls.py).
-    `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`).
+    `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`); by default its own choice.
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
+    `gradient_checkpointing`: computes layers again in the backward pass: less memory, about a third more time.
+    `trust_remote_code`: runs Python code that lies in the model's folder.
     `packing`: no padding is computed: the texts of a chunk stand in one row, kept apart; proven on the model when it is
         loaded. Saves time under `flash_attention_2` and `flex_attention`, none under sdpa.
     `compile`: the backbone through torch.compile with dynamic shapes; pays on GPUs and long runs.
 
     For decoders (docs/decoders.md):
     `attention`: `native`, `causal`, `bidirectional` or `softmask`, proven on the model when it is loaded.
-        `partial_attention` accepts a family some of whose layers stay causal. `softmask`: its schedule.
-    `layers`: keep the first so many layers, or those in a list.
-    `lora`: train adapters instead of the weights. `base`: where the base of an adapter folder is now.
-    `append_eos`: an end token behind every text; by default for last-token pooling. `eos_token`: which one.
+    `partial_attention`: accepts a family some of whose layers stay causal.
+    `softmask`: the schedule of `attention: softmask`.
+    `layers`: keep the first so many layers, or those in a list; by default all.
+    `lora`: train adapters instead of the weights.
+    `base`: where the base of an adapter folder is now; by default where it was.
+    `append_eos`: an end token behind every text; by default for last-token pooling.
+    `eos_token`: the text of that token; by default what the tokenizer appends, else its eos token.
     `cls_token`: a token put in front of every text, new or of the vocabulary; for cls pooling.
-    `pool_special_tokens`: bos and its like take part in averaging poolings; by default not in a folder that does not
-        say how to pool. `echo`: a text with `{text}` in it twice; the vector is pooled over the second.
+    `pool_special_tokens`: whether bos and its like take part in averaging poolings; by default not in a folder that
+        does not say how to pool.
+    `echo`: a text with `{text}` in it twice; the vector is pooled over the second.
     `padding_side`: `right` or `left`; both give the same vectors, right is faster.
     """
 
@@ -152,6 +162,6 @@ def derive_max_length(asked: int | None, folder: int | None, tokenizer: int | No
             f"max_length={asked} is not possible for this model",
             expected=f"from 4 to {positions}" if positions is not None else "at least 4",
         )
-    said = (asked, folder, tokenizer if tokenizer is not None and tokenizer < UNBOUNDED else None, positions)
-    length = next((value for value in said if value is not None), MODEST_LENGTH)
+    bounds = (asked, folder, tokenizer if tokenizer is not None and tokenizer < UNBOUNDED else None, positions)
+    length = next((value for value in bounds if value is not None), MODEST_LENGTH)
     return length if positions is None else min(length, positions)

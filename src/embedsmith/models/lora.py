@@ -23,7 +23,7 @@ from torch import nn
 
 from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.progress import log, quiet
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, Positive, Share, section
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
 ADAPTER = "adapter_config.json"
@@ -40,14 +40,19 @@ _NOT_ADAPTED = ("gate", "router", "shared_expert_gate", "lm_head")
 class LoraConfig:
     """Adapters instead of full fine-tuning. Their learning rate wants to be higher: 1e-4 rather than 1e-5.
 
+    `r`: rank of the adapters.
+    `alpha`: what they add is scaled by alpha / r.
+    `dropout`: share of an adapter's inputs that are dropped while training.
     `targets`: `auto` (every linear layer inside the transformer's layers but routers), or names of linear layers.
-    `experts`: also the three-dimensional weights of a mixture's experts. `kind`: `lora`, `rslora` (scaled by
-    alpha / sqrt(r)), `dora` (direction and length apart). `four_bit`: the frozen backbone in 4 bits (QLoRA).
+    `experts`: also adapts the three-dimensional weights of a mixture's experts.
+    `kind`: `lora`, `rslora` (scaled by alpha / sqrt(r)), `dora` (direction and length apart).
+    `bias`: which biases are trained: `none`, `all`, or `lora_only`, those of adapted layers.
+    `four_bit`: the frozen backbone in 4 bits (QLoRA).
     """
 
-    r: int = 16
-    alpha: float = 32
-    dropout: float = 0.05
+    r: Count = 16
+    alpha: Positive = 32
+    dropout: Share = 0.05
     targets: Literal["auto"] | tuple[str, ...] = "auto"
     experts: bool = False
     kind: Literal["lora", "rslora", "dora"] = "lora"

@@ -74,19 +74,20 @@ def search_index(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
     """Search an index by all heads together, with the score of each."""
+    from embedsmith.index import read_documents
     from embedsmith.index import verb as indexing
 
     place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
-    texts = [*(queries or []), *(indexing.read_queries(file) if file else [])]
+    texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]
     where = indexing.parse_pairs(filters or [], "the filter")
     asked = indexing.Asked(texts, k, indexing.parse_weights(weights or []), rrf, candidates, where)
     for answer in indexing.run_search(place, model, asked, explain):
         if as_json:
-            typer.echo(indexing.as_json(answer))
+            typer.echo(answer.as_json())
         else:
             from rich.console import Console
 
-            Console().print(indexing.table(answer))
+            Console().print(answer.table())
 
 
 @verbs.register("convert")

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
 from embedsmith.core.errors import ModelError
@@ -79,6 +80,14 @@ class Head(nn.Module):
     @classmethod
     def is_in(cls, folder: Path) -> bool:
         return (folder / cls.file).exists()
+
+    def read(self, folder: Path) -> None:
+        """Take the weights of the head's file. Errors: `ModelError` for a damaged one or one of another shape."""
+        path = folder / self.file
+        try:
+            self.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"cannot read this head ({error})", where=path, fix="copy the file again") from error
 
     def save(self, folder: Path) -> None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}

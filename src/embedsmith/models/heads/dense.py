@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, section
 from embedsmith.core.shelf import heads
 
 _NAMES = (
@@ -23,21 +23,25 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = {name: getattr(nn, name) for name i
 @section
 @dataclass(frozen=True)
 class HeadConfig:
-    """A new dense head of width `out`: W x + b (`linear`), or W2 act(W1 x + b1) + b2 (`mlp`, by default without an
-    activation and without biases, as in EmbeddingGemma). `hidden` is four times `out` unless said. All matrices start
-    orthogonal, so a head without activation keeps the geometry of the backbone as well as its width allows."""
+    """A new dense head. All matrices start orthogonal, so a head without activation keeps the geometry of the backbone
+    as well as its width allows; the defaults of `mlp` are EmbeddingGemma's.
 
-    out: int
+    `out`: numbers in a text's vector.
+    `type`: W x + b (`linear`), or W2 act(W1 x + b1) + b2 (`mlp`).
+    `hidden`: width between the two layers of `mlp`, by default four times `out`.
+    `activation`: by its name in torch.nn, such as `GELU`.
+    `bias`: whether the layers have one.
+    """
+
+    out: Count
     type: Literal["linear", "mlp"] = "linear"
-    hidden: int | None = None
+    hidden: Count | None = None
     activation: str = "Identity"
     bias: bool = False
 
     def build(self, width: int) -> list[Projection]:
-        """Errors: `ModelError` for an unknown activation or a width below 1."""
+        """Errors: `ModelError` for an unknown activation."""
         hidden = self.hidden or 4 * self.out
-        if self.out < 1 or hidden < 1:
-            raise ModelError(f"a head from {width} to {self.out} over {hidden}", expected="widths of at least 1")
         if self.type == "linear":
             return [_orthogonal(Projection(width, self.out, self.bias, self.activation))]
         first = Projection(width, hidden, self.bias, self.activation)
