@@ -62,8 +62,6 @@ class TokenBatch:
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
-        if len(parts) == 1:
-            return parts[0]
         lengths = np.concatenate([part.length_N for part in parts])
         return TokenBatch(
             np.concatenate([part.id_S for part in parts]),

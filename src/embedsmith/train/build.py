@@ -22,12 +22,13 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import losses
 from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, part_of, read_source
+from embedsmith.data.record import Text
 from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, load
 from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
-from embedsmith.train.tokens import check_tokens
+from embedsmith.train.token_check import check_tokens
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
 
@@ -154,7 +155,7 @@ def _mixed_lanes(supplies: Sequence[Supply], config: TrainConfig, planner: Plann
     return lanes, max(plan.steps_per_epoch for plan in plans)
 
 
-def make_supply(source: Source, whole: RecordSet, batch_size: int | None, model: Embedder) -> Supply:
+def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, model: Embedder) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
     records = part_of(whole, source.part)
     loss = choose_loss(source, records.task)
@@ -197,9 +198,9 @@ def choose_loss(source: Source, task: str) -> Loss:
     return loss
 
 
-def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet]) -> list[RecordSet]:
+def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet[Text]]) -> list[RecordSet[Text]]:
     """Sources under names of their own: reports, the manifest and live negatives know them by name."""
-    named: dict[str, RecordSet] = {}
+    named: dict[str, RecordSet[Text]] = {}
     for source, found in zip(sources, sets, strict=True):
         names = (f"{found.name}-{number}" for number in count(2))
         name = found.name if found.name not in named else next(name for name in names if name not in named)
@@ -214,7 +215,7 @@ def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet]) -> list[R
     return list(named.values())
 
 
-def _check_same_files(sets: Sequence[RecordSet]) -> None:
+def _check_same_files(sets: Sequence[RecordSet[Text]]) -> None:
     seen = objects_of_all_ranks([(record_set.name, record_set.fingerprint) for record_set in sets])
     for other, theirs in enumerate(seen):
         different = [mine[0] for mine, their in zip(seen[0], theirs, strict=True) if mine != their]

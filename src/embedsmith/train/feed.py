@@ -25,8 +25,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -41,13 +41,13 @@ from embedsmith.data import (
     BatchPlan,
     PlanConfig,
     PlannedSource,
-    Record,
     RecordSet,
     joined,
     pair_texts,
     retrieval_texts,
     row_facts,
 )
+from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
 from embedsmith.models import Embedder
@@ -62,11 +62,11 @@ class Negatives(Protocol):
         """Grows when what was drawn ahead is void: the pools were mined anew."""
         ...
 
-    def records(self, row_Q: IntArray, step: int) -> list[Record]:
+    def records(self, row_Q: IntArray, step: int) -> list[Record[Text]]:
         """Some rows, with the negatives in use at a step in place of their own."""
         ...
 
-    def watch(self, records: Sequence[Record]) -> Callable[[Batch], None]:
+    def watch(self, records: Sequence[Record[Text]]) -> Callable[[Batch], None]:
         """What is to be shown the batch of these records, once it is encoded."""
         ...
 
@@ -77,7 +77,7 @@ class Supply:
     plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
     chooses its negatives while the model trains."""
 
-    records: RecordSet
+    records: RecordSet[Text]
     loss: Loss
     batch_size: int | None
     weight: float
@@ -287,7 +287,8 @@ class Feed:
     def draw(self, step: int) -> Draw:
         """The texts and parts of a step: a function of its number (and of the live negatives in use then)."""
         drawn = [lane.draw(self.model, step, self.seed) for lane in self.lanes]
-        return TokenBatch.concatenate([tokens for tokens, _ in drawn]), [part for _, part in drawn]
+        texts, parts = [tokens for tokens, _ in drawn], [part for _, part in drawn]
+        return texts[0] if len(texts) == 1 else TokenBatch.concatenate(texts), parts
 
     def run_ahead(self, start: int, stop: int, ahead: int = AHEAD) -> Iterator[Draw]:
         """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains. Where pools of
@@ -325,32 +326,26 @@ def make_part(
     else:
         records = supply.live.records(np.asarray(rows), step)
     seeds = [derive_seed(seed, visit, int(row)) for row in rows]
-    task = supply.records.task
-    instructions = [record.instruction for record in records]
-    own = instructions if any(instruction is not None for instruction in instructions) else None
+    task, own = supply.records.task, [record.instruction for record in records]
+    first: Sequence[Text]
+    second: Sequence[Text]
     ids: RetrievalIds | PairIds
-    sides: list[tuple[list[str], Role, list[str | None] | None]]
     if supply.in_pairs:
-        left, right, ids = pair_texts(records, seeds=seeds)
-        sides = [(left, "query", own), (right, "query", own)]
+        first, second, ids = pair_texts(records, seeds=seeds)
+        second_role: Role = "query"
+        instructions = [*own, *own]
     else:
         counts = {"positives": supply.positives, "negatives": supply.negatives}
-        queries, documents, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
-        sides = [(queries, "query", own), (documents, "document", None)]
-    tokens = TokenBatch.concatenate([_tokenize(model, texts, role, task, given) for texts, role, given in sides])
+        first, second, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
+        second_role = "document"
+        instructions = [*own, *[None] * len(second)]
+    first_role: Role = "query"
+    roles = [first_role] * len(first) + [second_role] * len(second)
+    tokens = tokens_of(model.tokenize, [*first, *second], roles, task, instructions)
     teacher = None
     if supply.teacher is not None:
-        vectors = [supply.teacher.represent(texts, role=role, task=task)["dense"] for texts, role, _ in sides]
-        teacher = (vectors[0], vectors[1])
+        left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no teacher
+        represent = partial(supply.teacher.represent, task=task)
+        teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
     watch = supply.live.watch(records) if supply.live else None
     return tokens, Part(supply.records.name, task, ids, supply.loss, teacher=teacher, watch=watch)
-
-
-def _tokenize(
-    model: Embedder, texts: list[str], role: Role, task: str, instructions: list[str | None] | None
-) -> TokenBatch:
-    def tokenize(places: list[int]) -> TokenBatch:
-        given = None if instructions is None else [instructions[place] for place in places]
-        return model.tokenize([texts[place] for place in places], role=role, task=task, instruction=given)
-
-    return tokens_of(texts, role == "query", tokenize)
