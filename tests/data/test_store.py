@@ -122,14 +122,14 @@ def test_a_file_that_is_gone_is_named_with_when_it_was_there(tmp_path):
 
 def test_a_file_that_grows_while_it_is_read_is_refused_and_nothing_is_kept(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
-    settle = cache.DiskShelf.settle
+    settle = StoreWriter.settle
 
     def growing(shelf, change):
         with path.open("a") as file:
             file.write(json.dumps(ROWS[0]) + "\n")
         return settle(shelf, change)
 
-    monkeypatch.setattr(cache.DiskShelf, "settle", growing)
+    monkeypatch.setattr(StoreWriter, "settle", growing)
     with pytest.raises(DataError, match="changed while it was read"):
         on_disk(path, tmp_path)
     assert not [path for path in (tmp_path / "cache" / "records").iterdir() if path.is_dir()]
@@ -159,8 +159,8 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     code = f"""
 import os
-from embedsmith.data import Source, read_source, cache
-cache.DiskShelf.settle = lambda *_: os._exit(9)
+from embedsmith.data import Source, read_source, store
+store.StoreWriter.settle = lambda *_: os._exit(9)
 read_source(Source(path={str(path)!r}, cache={str(tmp_path / "cache")!r}))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 9
