@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedsmith.calibrate.live import Probe
 from embedsmith.cli.tokenize import TokenizeJob, adopt, tokenize
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse
@@ -81,6 +82,18 @@ def test_what_is_written_and_what_is_known_of_it(tree, tmp_path):
     own = [model.tokenize([r.query], "query", "retrieval").length_N for r in texts.records]
     others = [model.tokenize([*r.positives, *r.negatives]).length_N for r in texts.records]
     assert ours.length_N.tolist() == [max(a.max(), b.max()) for a, b in zip(own, others)]
+
+
+def test_both_layouts_hold_the_same_records(tree, tmp_path):
+    for layout in ("corpus", "inline"):
+        tokenize(job(tree, tmp_path / layout, layout=layout))
+    one, other = (read_source(Source(path=str(tmp_path / name), split="pairs")) for name in ("corpus", "inline"))
+    texts = read_source(Source(**tree["data"][0]))
+    assert list(one.records) == list(other.records)
+    assert one.fingerprint == other.fingerprint
+    for record, text in zip(one.records, texts.records, strict=True):
+        ids = (text_id(record.query), *map(text_id, record.positives), *map(text_id, record.negatives))
+        assert ids == (text_id(text.query), *map(text_id, text.positives), *map(text_id, text.negatives))
 
 
 def test_instructions_of_their_own_and_body_offsets_come_back(tree, tmp_path):
@@ -300,6 +313,8 @@ def test_what_needs_texts_refuses_tokens(tree, tmp_path):
         curate(
             parse(CurateRecipe, {"input": {"path": source["path"]}, "output": "c.jsonl", "steps": [{"type": "links"}]})
         )
+    with pytest.raises(DataError, match="tokens: a merge that reads data needs texts"):
+        Probe(sources=(Source(path=source["path"], split="pairs"),)).read()
     train = tree["train"] | {"mining": {"remine_every": 4}}
     with pytest.raises(DataError, match="pairs: mining anew while training needs texts"):
         run(tree | {"data": [source], "train": train})

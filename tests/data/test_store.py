@@ -6,6 +6,7 @@ import sys
 import threading
 
 import datasets
+import numpy as np
 import pytest
 from tests.core.test_files import tiny_disk
 
@@ -63,6 +64,28 @@ def test_a_store_holds_what_memory_holds(tmp_path, small_blocks, rows, options):
             assert getattr(ours, name).tolist() == getattr(theirs, name).tolist(), name
         most = (found.records.counts.most_positives, found.records.most_negatives())
         assert most == (max(len(r.positives) for r in memory.records), max(len(r.negatives) for r in memory.records))
+
+
+def test_a_store_of_tokens_holds_the_tokens_of_every_text(tmp_path, small_blocks):
+    texts = [np.arange(3 * row, 4 * row + 1) for row in range(40)]
+    writer = StoreWriter(tmp_path, tokens=True)
+    for first, last in ((0, 15), (15, 40)):
+        piece = texts[first:last]
+        lengths = np.asarray(list(map(len, piece)))
+        given = (100 + np.arange(first, last), lengths, np.concatenate(piece), np.arange(first, last) % 3)
+        assert writer.add_tokens(*given).tolist() == list(range(first, last))
+    rows = [Record(n, (39 - n,), tuple(range(n % 4)), label=n) for n in range(20)]
+    for record in rows:
+        writer.add(record)
+    found, _ = writer.settle()
+    for place, (ours, theirs) in enumerate(zip(found, rows, strict=True)):
+        assert ours == found[place]
+        assert ours.label == theirs.label
+        held = ((ours.query, *ours.positives, *ours.negatives), (theirs.query, *theirs.positives, *theirs.negatives))
+        for text, row in zip(*held, strict=True):
+            assert (text.id, text.ids.tolist(), text.body) == (100 + row, texts[row].tolist(), row % 3)
+    assert row_facts(found).length_N.tolist() == [max(n, 39 - n) + 1 for n in range(20)]
+    assert row_facts(found).query_id_N.tolist() == [100 + n for n in range(20)]
 
 
 def test_lines_are_those_of_the_file(tmp_path, small_blocks):

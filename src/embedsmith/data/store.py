@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -36,16 +36,10 @@ from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, facts_of
 from embedsmith.data.record import OneByOne, Record, T, Text, TokenIds
 
-Kinds = Mapping[str, type[np.int32] | type[np.int64]]
-"""The arrays that belong together, by name, and what they hold."""
-_FACTS: Kinds = {"query_id_N": np.int64, "positive_id_P": np.int64, "count_N": np.int32, "length_N": np.int32}
-_LINES: Kinds = {"lines": np.int64}
-_TOKENS: Kinds = {
-    "token_text_N": np.int64,
-    "token_body_N": np.int32,
-    "token_end_N": np.int64,
-    "token_id_S": np.int32,
-}
+# The plain arrays that belong together, and the type of their entries.
+_FACTS = {"query_id_N": "int64", "positive_id_P": "int64", "count_N": "int32", "length_N": "int32"}
+_LINES = {"lines": "int64"}
+_TOKENS = {"token_text_N": "int64", "token_body_N": "int32", "token_end_N": "int64", "token_id_S": "int32"}
 _ROWS, _CHARACTERS = 4096, 2**24
 """A block of the Arrow file ends at this many rows or, for long texts, characters: what is in memory while writing."""
 
@@ -70,13 +64,10 @@ def _schema(text: pa.DataType) -> pa.Schema:
     )
 
 
-TEXTS, TOKENS = _schema(pa.string()), _schema(pa.int64())
-
-
 class ArrayWriter:
     """Appends to plain arrays, each in a file of its own."""
 
-    def __init__(self, folder: Path, kinds: Kinds) -> None:
+    def __init__(self, folder: Path, kinds: dict[str, str]) -> None:
         self._files = {name: (_array_file(folder, name, kind).open("wb"), kind) for name, kind in kinds.items()}
 
     def append(self, **arrays: npt.NDArray[Any]) -> None:
@@ -93,7 +84,7 @@ class ArrayWriter:
             file.close()
 
 
-def _mapped(folder: Path, kinds: Kinds) -> dict[str, npt.NDArray[Any]]:
+def _mapped(folder: Path, kinds: dict[str, str]) -> dict[str, npt.NDArray[Any]]:
     """Plain arrays, memory-mapped. An empty file cannot be mapped, so it is an empty array."""
     files = {name: (_array_file(folder, name, kind), kind) for name, kind in kinds.items()}
     return {
@@ -102,8 +93,8 @@ def _mapped(folder: Path, kinds: Kinds) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _array_file(folder: Path, name: str, kind: type[np.int32] | type[np.int64]) -> Path:
-    return folder / f"{name}.i{8 * np.dtype(kind).itemsize}"
+def _array_file(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{name}.{kind.replace('int', 'i')}"
 
 
 class TokenTable:
@@ -165,7 +156,7 @@ class StoreWriter:
         self._block: list[Record[Any]] = []
         self._lines: list[int] = []
         self._fingerprint = Fingerprint()
-        self._schema = TOKENS if tokens else TEXTS
+        self._schema = _schema(pa.int64() if tokens else pa.string())
         self._arrow = pa.ipc.new_file(str(folder / "records.arrow"), self._schema)
         self._arrays = ArrayWriter(folder, {**_FACTS, **_LINES})
         self._tokens = ArrayWriter(folder, _TOKENS) if tokens else None
@@ -265,7 +256,7 @@ class RecordStore(OneByOne[T]):
             self._map = pa.memory_map(str(folder / "records.arrow"))
             reader = pa.ipc.open_file(self._map)
             batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
-            self._tokens = TokenTable(folder) if reader.schema.equals(TOKENS) else None
+            self._tokens = TokenTable(folder) if reader.schema.field("query").type == pa.int64() else None
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"not a readable store of records ({error})", where=folder, fix="delete it") from error
         self._blocks = [batch.columns for batch in batches]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -246,11 +246,14 @@ class TokenJob:
         schema = pa.unify_schemas([pa.ipc.open_file(pa.memory_map(str(one))).schema for one in paths])
         written = pa.schema([one for one in schema if kind == "query" or one.name != "id"])
         plain = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
-        rows = 0
+        rows, waiting = 0, [written.empty_table()]  # gives a column that a shard lacks: it is null there
         with atomic_file(path, "wb") as file, pq.ParquetWriter(file, written, **plain) as sink:
-            for group in _groups(paths, written):
-                sink.write_table(group, row_group_size=GROUP_ROWS)
-                rows += len(group)
+            for part in paths:
+                waiting.append(_read_part(part))
+                if sum(map(len, waiting)) >= GROUP_ROWS or part == paths[-1]:
+                    group = pa.concat_tables(waiting, promote_options="default").select(written.names)
+                    sink.write_table(group, row_group_size=GROUP_ROWS)
+                    rows, waiting = rows + len(group), waiting[:1]
         return rows
 
 
@@ -269,17 +272,3 @@ def _slot_ids(records: Sequence[Record], role: str, slot: int, texts: dict[int, 
 
 def _read_part(path: Path) -> Any:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def _groups(paths: Sequence[Path], schema: pa.Schema) -> Iterator[Any]:
-    """Tables of about `GROUP_ROWS` rows; a column that a shard lacks is null there."""
-    waiting: list[Any] = []
-    for path in paths:
-        table = _read_part(path)
-        absent = {one.name: pa.nulls(len(table), one.type) for one in schema if one.name not in table.column_names}
-        waiting.append(pa.table({name: absent[name] if name in absent else table[name] for name in schema.names}))
-        if sum(map(len, waiting)) >= GROUP_ROWS:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting)
