@@ -24,7 +24,7 @@ from embedsmith.data import Record, RecordSet, read_source, text_id, write_recor
 from embedsmith.mining.config import MineRecipe, Selection
 from embedsmith.mining.report import Counts, MineReport, concatenate
 from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, on_every_rank
-from embedsmith.mining.select import (
+from embedsmith.mining.selection import (
     Ranked,
     corpus_texts,
     fuse,

@@ -33,7 +33,7 @@ from embedsmith.mining.live_pools import mine_pools
 from embedsmith.mining.live_state import EMPTY, LiveState
 from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
-from embedsmith.mining.select import corpus_texts
+from embedsmith.mining.selection import corpus_texts
 from embedsmith.models import Embedder
 from embedsmith.train.feed import AHEAD, Feed, Lane, Supply, make_part
 from embedsmith.train.step import Encode, Memory, evaluate_parts

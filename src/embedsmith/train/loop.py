@@ -21,8 +21,8 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.models import Embedder, load
-from embedsmith.report.folder import report_run
 from embedsmith.report.page import save_environment
+from embedsmith.report.run_folder import report_run
 from embedsmith.train.build import (
     RunLength,
     build_extras,
