@@ -21,8 +21,8 @@ from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import is_saved_dataset
 from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.formats.texts import read_texts
-from embedsmith.data.record import Record, RowError, Task, tokens_refused, validate
-from embedsmith.data.source import Format, Source, open_source, reading_of, source_name
+from embedsmith.data.record import Record, RowError, Task, validate
+from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused
 from embedsmith.data.token_records import is_token_cache
 
 InputKind = Literal["records", "rows", "documents", "pages", "parallel"]

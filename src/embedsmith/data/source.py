@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Generic, Literal, Protocol, cast, runtime_checkable
 
 from pydantic import Field
 
 from embedsmith.core.batch import Loss
+from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.beir import beir_rows, is_beir_folder
@@ -17,7 +18,8 @@ from embedsmith.data.formats.columns import Reading, choose_layout
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
 from embedsmith.data.formats.hub import hub_rows
 from embedsmith.data.formats.ranges import Range
-from embedsmith.data.record import Record, Task
+from embedsmith.data.record import Record, T, Task, Text
+from embedsmith.data.token_manifest import DatasetFacts, TokenizerFacts
 
 Format = Annotated[str, Name(layouts)]
 _MOST_NEGATIVES = 4
@@ -96,22 +98,35 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class RecordSet:
+class RecordSet(Generic[T]):
     """The records of one source. `records` may be a list or a store on disk: only its length and its entries count.
 
     `fingerprint` is a hash of the records' content; `labels` names the classes if the file names them; `scores`
-    says which score range was assumed and why.
+    says which score range was assumed and why; `tokens`, for records of a token cache, which tokenizer made them and
+    what its manifest says of them.
     """
 
     name: str
     task: str
-    records: Sequence[Record]
+    records: Sequence[Record[T]]
     fingerprint: str
     skipped: tuple[Skipped, ...] = ()
     format: str = "records"
     labels: tuple[str, ...] = ()
     score_range: Range | None = None
     scores: str = "none"
+    tokens: tuple[TokenizerFacts, DatasetFacts] | None = None
+
+    def texts_only(self, purpose: str, where: object) -> RecordSet:
+        """The same records, known to hold texts. Errors: `DataError` for records of a token cache."""
+        if self.tokens is not None:
+            raise tokens_refused(purpose, where)
+        return cast(RecordSet, self)
+
+
+def tokens_refused(purpose: str, where: object) -> DataError:
+    fix = "name the files that the tokens were made from"
+    return DataError(f"{purpose} needs texts, and a token cache has only tokens", where=where, fix=fix)
 
 
 @runtime_checkable
@@ -121,7 +136,7 @@ class KnowsNegatives(Protocol):
     def most_negatives(self) -> int: ...
 
 
-def negatives_per_query(source: Source, records: Sequence[Record]) -> int:
+def negatives_per_query(source: Source, records: Sequence[Record[Text]]) -> int:
     """How many negatives a query draws: as declared, otherwise the most that a record has, at most 4 (CoDiEmb's n)."""
     if source.negatives is not None:
         return source.negatives

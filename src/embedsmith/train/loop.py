@@ -28,7 +28,6 @@ from embedsmith.train.build import (
     build_extras,
     build_feed,
     derive_memory,
-    from_checkpoint,
     make_accelerator,
     run_length,
 )
@@ -133,7 +132,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     """Model, data, plan and optimizer. On resume the model comes from a checkpoint instead of its origin."""
     config = recipe.train
     seed_everything(config.seed)
-    model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
+    model = load(recipe.model if model_folder is None else recipe.model.continued(str(model_folder)))
     model.to(accelerator.device).train()
     check_shard(recipe)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)
