@@ -169,7 +169,7 @@ Change = Callable[[Record, int], Record | None]
 """What a record becomes once its whole file is known (`None`: it is left out), given its line."""
 
 
-class Shelf(Protocol):
+class RecordSink(Protocol):
     """Where the records of a source are put while it is read, and kept afterwards."""
 
     def __len__(self) -> int: ...

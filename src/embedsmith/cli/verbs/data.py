@@ -24,7 +24,7 @@ def inspect_data(
 
     from embedsmith.core.recipe import apply_override, parse
     from embedsmith.core.settings import to_plain
-    from embedsmith.data.inspect import inspect_source, render
+    from embedsmith.data.inspect import inspect_source, inspection_tables
     from embedsmith.data.source import Source
 
     if path.endswith((".yaml", ".yml")):
@@ -45,7 +45,7 @@ def inspect_data(
     if as_json:
         typer.echo(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
     else:
-        Console().print(render(found))
+        Console().print(inspection_tables(found))
 
 
 @verbs.register("curate")
