@@ -1,4 +1,4 @@
-"""A data source of a recipe, and reading it: any file or dataset to a set of records."""
+"""A data source of a recipe: its settings, how its rows are opened and read, and the set of records it becomes."""
 
 from __future__ import annotations
 
