@@ -96,13 +96,13 @@ def trained(cell: str, steps: int, batch: int, work: Path) -> tuple[Path, float]
 
 
 def scores(model: Path, deep: bool, bf16: bool) -> dict[str, float]:
-    from embedsmith.calibrate.goal import part_of
+    from embedsmith.calibrate.objective import reduced_task
     from embedsmith.evaluate import evaluate, load_task
     from embedsmith.models import load
 
     tasks = [load_task(str(data_path(path))) for path in TASKS.values()]
     if deep:
-        tasks += [part_of(load_task(str(data_path(path))), 500, 2000, 0) for path in DEEP.values()]
+        tasks += [reduced_task(load_task(str(data_path(path))), 500, 2000, 0) for path in DEEP.values()]
     encoder = load(str(model), max_length=128)
     if bf16:
         encoder.represent = partial(encoder.represent, dtype="bfloat16")  # type: ignore[method-assign]

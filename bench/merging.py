@@ -41,8 +41,8 @@ from bench.merging_models import (
     trained,
 )
 from bench.merging_verdicts import summarise
-from embedsmith.calibrate.goal import part_of
-from embedsmith.calibrate.live import LiveMerge, open_live
+from embedsmith.calibrate.live_model import LiveMerge, open_live
+from embedsmith.calibrate.objective import reduced_task
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
 from embedsmith.merge.plan import Plan, make_plan
@@ -71,7 +71,7 @@ PROBE_LOSS = {"type": "pearson"}
 """Of graded pairs. CoSENT, which the parents were trained with, falls when cosines are only spread further: descents
 then end at great lengths and lose similarity."""
 DESCENT_EXAMPLES = 512
-IN_BF16 = ("self_positioning", "parent_matching", "lm_cocktail")
+IN_BF16 = ("self_positioning", "lm_cocktail")
 """Methods whose texts go through the model under autocast. Fisher and RegMean measure in float32."""
 PROBED = {
     "self_positioning": DESCENT,
@@ -79,11 +79,9 @@ PROBED = {
     "self_positioning simplex": DESCENT | {"mode": "simplex"},
     "self_positioning free": DESCENT | {"mode": "free"},
     "self_positioning per_block": DESCENT | {"per_block": True},
-    "parent_matching": DESCENT | {"mu": 1e-4},
     "fisher": {"expectation": "sampled"},
     "fisher embedding": {"definition": "embedding"},
     "regmean": {},
-    "regmean sequential": {"sequential": True},
     "lm_cocktail": {},
 }
 PLAIN = {
@@ -95,14 +93,11 @@ PLAIN = {
     "karcher": {},
     "normalised_mean": {},
     "model_stock": {},
-    "warp": {},
-    "nan": {},
     "ties": {},
     "dare": {},
     "della": {},
     "breadcrumbs": {},
     "sce": {},
-    "magmax": {},
     "codiemb layer": {"layer": 1.0, "element": 0.0},
     "codiemb parameter": {"layer": 0.0, "element": 1.0},
     "codiemb hierarchical": {},
@@ -150,13 +145,13 @@ def train_part(study: Study, seed: int, arms: list[str] | None) -> None:
 def tasks_of(study: Study) -> list[Task]:
     debian = load_task(str(data_path("retrieval/debian-dev")))
     return [
-        part_of(debian, study.items, study.documents, 0),
-        part_of(load_task(str(data_path("sts/stsb-en-dev.jsonl"))), 2 * study.items, 1, 0),
+        reduced_task(debian, study.items, study.documents, 0),
+        reduced_task(load_task(str(data_path("sts/stsb-en-dev.jsonl"))), 2 * study.items, 1, 0),
     ]
 
 
 def cranfield(study: Study) -> Task:
-    return part_of(load_task(str(data_path("retrieval/cranfield"))), study.items, study.documents, 0)
+    return reduced_task(load_task(str(data_path("retrieval/cranfield"))), study.items, study.documents, 0)
 
 
 def banking(study: Study) -> Task:
@@ -326,7 +321,7 @@ def forget_part(study: Study, seed: int, arms: list[str] | None) -> None:
         ("soup", [trained(study, "fast retrieval", n, steps["retrieval"], FORGET_RATE) for n in SOUP],
          {"type": "average"}),
         *((name, [retrieval, sts], {"type": name.split(" ")[0], **PLAIN[name]})
-          for name in ("average", "average restored", "slerp", "karcher", "normalised_mean", "nan")),
+          for name in ("average", "average restored", "slerp", "karcher", "normalised_mean")),
     ]  # fmt: skip
     for name, paths, method in kinds:
         for n in FORGET_LENGTHS if arms is None or name in arms else ():

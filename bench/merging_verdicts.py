@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.common import read_json, write_json
+from bench.merging_growth import Growth, growth_sections
 from bench.merging_models import Study
-from embedsmith.calibrate.growth import Growth, growth_sections
 from embedsmith.core.files import atomic_file
 from embedsmith.report.page import page
 

@@ -169,7 +169,7 @@ CLAIMS = (
         setting=LIKE
         + " Lengths at five sizes of data, from an eighth of the parents' to twice as much; joint models with five "
         "shares of retrieval.",
-        full=MORE + " `embedsmith merge --explain --sizes` draws the curves of any run.",
+        full=MORE + " `python -m bench.merging --parts growth` draws the curves.",
         recipes=("merge-self-positioning.yaml",),
         checks=(
             *(

@@ -182,7 +182,7 @@ class Study:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        from embedsmith.calibrate.goal import part_of
+        from embedsmith.calibrate.objective import reduced_task
         from embedsmith.evaluate import load_task
 
         files = {
@@ -191,7 +191,7 @@ class Study:
             "stsb-test": "sts/stsb-en-test.jsonl",
         }
         made = {name: load_task(str(data_path(path))) for name, path in files.items()}
-        return {name: part_of(task, self._count(name), self.documents, 0) for name, task in made.items()}
+        return {name: reduced_task(task, self._count(name), self.documents, 0) for name, task in made.items()}
 
     def _count(self, name: str) -> int:
         return self.items if name == "debian" else 3 * self.items

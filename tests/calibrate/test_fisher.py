@@ -4,13 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embedsmith.calibrate.fisher import FisherConfig, fisher_of_parents, measure, merge_by_fisher
-from embedsmith.calibrate.live import frozen_candidates, texts_of
+from embedsmith.calibrate.fisher import Fisher
+from embedsmith.calibrate.probe import Probe, frozen_candidates, texts_of
 from embedsmith.core.errors import RecipeError
-from embedsmith.data import Record, RecordSet
+from embedsmith.data import Record, RecordSet, Source
 from tests.merge.family import family, retrieval_records, sts_records
 
 PLAIN = {"normalise": False, "floor": 0.0, "shrink": 0.0}
+
+
+def fisher(negatives=7, **settings):
+    return Fisher(probe=Probe(sources=(Source(path="x"),), negatives=negatives), **settings)
 
 
 def vectors(live, texts, role):
@@ -47,32 +51,20 @@ def by_definition(live, definition, lists, batch=3):
                 [sum(log_p_K[k].exp().detach() * part for k, part in enumerate(c)) for c in zip(*by_document)]
             )
         return mean_of(examples)
-    if definition == "detached":
-        examples = []
-        for chunk in chunks:
-            for q, each in enumerate(chunk):
-                rows = [vectors(live, [other.documents[0]], "document") for other in chunk]
-                document_QD = torch.cat([row if place == q else row.detach() for place, row in enumerate(rows)])
-                score_Q = document_QD @ vectors(live, [each.query], "query")[0] / 0.05
-                examples.append(squares(live, -F.log_softmax(score_Q, 0)[q]))
-        return mean_of(examples)
     in_batch = [
         [-log_p(live, each.query, [other.documents[0] for other in chunk])[q] for q, each in enumerate(chunk)]
         for chunk in chunks
     ]
-    if definition == "shared":
-        return mean_of([squares(live, loss) for losses in in_batch for loss in losses])
     return [sum(column) / len(lists) for column in zip(*(squares(live, sum(losses)) for losses in in_batch))]
 
 
-@pytest.mark.parametrize("definition", ["isolated", "exact", "detached", "shared", "batch_square"])
+@pytest.mark.parametrize("definition", ["isolated", "exact", "batch_square"])
 def test_every_definition_equals_a_loop_over_examples(tmp_path, definition):
     live = family(tmp_path)
     records = retrieval_records(6)
     expectation = "exact" if definition == "exact" else "empirical"
     name = "isolated" if definition == "exact" else definition
-    config = FisherConfig(definition=name, expectation=expectation, batch_size=3)
-    got = measure(live, records, config, negatives=3)
+    got = fisher(3, definition=name, expectation=expectation, batch_size=3).measure(live, records)
     expected = by_definition(live, definition, frozen_candidates(records, 3, 0))
     assert max(float(tensor.max()) for tensor in expected) > 1e-4
     for tensor, other in zip(got.values(), expected, strict=True):
@@ -84,41 +76,27 @@ def test_the_square_of_a_batch_is_not_the_fisher(tmp_path):
     live = family(tmp_path)
     records = retrieval_records(6)
     right, wrong = (
-        measure(live, records, FisherConfig(definition=d, expectation="empirical", batch_size=3), negatives=3)
-        for d in ("shared", "batch_square")
+        fisher(3, definition=d, expectation="empirical", batch_size=3).measure(live, records)
+        for d in ("isolated", "batch_square")
     )
     ratio = [float(wrong[name].sum() / right[name].sum()) for name in right if float(right[name].sum()) > 0]
     assert max(abs(r - 1) for r in ratio) > 0.1
 
 
-@pytest.mark.parametrize("definition", ["detached", "shared"])
-def test_a_document_of_two_queries_is_not_its_own_negative(tmp_path, definition):
+def test_a_document_of_two_queries_is_not_its_own_negative(tmp_path):
     """Two queries with one document between them have nothing to be told apart: no loss, no Fisher."""
     live = family(tmp_path)
     two = RecordSet("two", "retrieval", [Record("the cat", ("a mat",)), Record("red dog", ("a mat",))], "two")
     third = RecordSet("x", "retrieval", [*two.records, Record("old tree", ("big tree",))], "x")
-    config = FisherConfig(definition=definition, batch_size=2)
-    assert all(float(f.sum()) < 1e-20 for f in measure(live, third, config).values())
-
-
-def test_shared_graph_with_private_candidates_is_isolated(tmp_path):
-    """Two queries whose batch is each other's candidate list: both definitions see the same losses."""
-    live = family(tmp_path)
-    records = retrieval_records(2)
-    isolated = measure(live, records, FisherConfig(expectation="empirical"), negatives=1)
-    shared = measure(live, records, FisherConfig(definition="shared", batch_size=2))
-    for name in isolated:
-        torch.testing.assert_close(isolated[name], shared[name], rtol=1e-8, atol=1e-12)
+    squared = fisher(definition="batch_square", batch_size=2)
+    assert all(float(f.sum()) < 1e-20 for f in squared.measure(live, third).values())
 
 
 def test_sampling_tends_to_the_exact_expectation(tmp_path):
     live = family(tmp_path)
     records = retrieval_records(2)
-    exact = measure(live, records, FisherConfig(expectation="exact", temperature=1.0), negatives=1)
-    draws = [
-        measure(live, records, FisherConfig(expectation="sampled", temperature=1.0, seed=s), negatives=1)
-        for s in range(24)
-    ]
+    exact = fisher(1, expectation="exact", temperature=1.0).measure(live, records)
+    draws = [fisher(1, expectation="sampled", temperature=1.0, seed=s).measure(live, records) for s in range(24)]
     name = max(exact, key=lambda key: float(exact[key].sum()))
     sampled = torch.stack([draw[name] for draw in draws]).mean(0).sum()
     assert float(sampled / exact[name].sum()) == pytest.approx(1.0, abs=0.25)
@@ -128,7 +106,7 @@ def test_the_label_free_fisher_is_the_sum_over_coordinates(tmp_path):
     """E_e (grad <e, f>)^2 = sum_d (grad f_d)^2; many draws come close."""
     live = family(tmp_path)
     records = RecordSet("one", "retrieval", [Record("the cat", ("a dog",))], "one")
-    got = measure(live, records, FisherConfig(definition="embedding", draws=60))
+    got = fisher(definition="embedding", draws=60).measure(live, records)
     vector = live.model(live.model.tokenize(["the cat"], "query", None).pad(live.model.pad_id))["dense"].vector_ND[0]
     other = live.model(live.model.tokenize(["a dog"], "document", None).pad(live.model.pad_id))["dense"].vector_ND[0]
     expected = [sum(parts) / 2 for parts in zip(*(squares(live, v[d]) for v in (vector, other) for d in range(len(v))))]
@@ -139,14 +117,14 @@ def test_the_label_free_fisher_is_the_sum_over_coordinates(tmp_path):
 def test_the_merge_is_the_weighted_mean_of_elements():
     deltas = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -2.0])}]
     fishers = [{"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([3.0, 1.0])}]
-    merged = merge_by_fisher(deltas, fishers, [2.0, 1.0], FisherConfig(**PLAIN))
+    merged = fisher(**PLAIN).merge(deltas, fishers, [2.0, 1.0])
     assert merged.delta["w"].tolist() == pytest.approx([(2 * 1 + 3 * 3) / 5, (6 * 2 - 2) / 7])
 
 
 def test_equal_fishers_give_the_mean_and_all_parents_count():
     deltas = [{"w": torch.randn(5)} for _ in range(3)]
     fishers = [{"w": torch.full((5,), 1e-12)} for _ in range(3)]
-    merged = merge_by_fisher(deltas, fishers, [1.0, 1.0, 1.0], FisherConfig())
+    merged = fisher().merge(deltas, fishers, [1.0, 1.0, 1.0])
     torch.testing.assert_close(merged.delta["w"], torch.stack([d["w"] for d in deltas]).mean(0))
     assert merged.effective_parents == pytest.approx(3.0)
 
@@ -156,30 +134,30 @@ def test_a_tiny_fisher_is_no_plain_average():
     deltas = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([0.0, 0.0])}]
     fishers = [{"w": torch.tensor([9e-9, 1e-9])}, {"w": torch.tensor([1e-9, 9e-9])}]
     for normalise in (True, False):
-        merged = merge_by_fisher(deltas, fishers, [1.0, 1.0], FisherConfig(shrink=0.0, normalise=normalise))
+        merged = fisher(shrink=0.0, normalise=normalise).merge(deltas, fishers, [1.0, 1.0])
         assert merged.delta["w"].tolist() == pytest.approx([0.9, 0.1])
 
 
 def test_a_part_without_gradient_is_the_weighted_mean():
     deltas = [{"w": torch.tensor([4.0])}, {"w": torch.tensor([0.0])}]
     fishers = [{"w": torch.tensor([0.0])}, {"w": torch.tensor([7.0])}]
-    assert merge_by_fisher(deltas, fishers, [1.0, 3.0], FisherConfig()).delta["w"].tolist() == [1.0]
+    assert fisher().merge(deltas, fishers, [1.0, 3.0]).delta["w"].tolist() == [1.0]
 
 
 def test_rounding_noise_decides_nothing():
     """The bias of keys has no gradient but that of rounding: squares of 1e-10 beside squares of 1."""
     deltas = [{"w": torch.ones(2), "noise": torch.tensor([4.0])}, {"w": torch.ones(2), "noise": torch.tensor([0.0])}]
     fishers = [{"w": torch.ones(2), "noise": torch.tensor([a])} for a in (1e-20, 5e-20)]
-    assert merge_by_fisher(deltas, fishers, [1.0, 1.0], FisherConfig()).delta["noise"].tolist() == [2.0]
+    assert fisher().merge(deltas, fishers, [1.0, 1.0]).delta["noise"].tolist() == [2.0]
 
 
 def test_each_parent_is_measured_on_its_own_weights(tmp_path):
     live = family(tmp_path, parents=2)
     records = retrieval_records(3)
-    config = FisherConfig(expectation="empirical")
-    both = fisher_of_parents(live, [records, records], config, negatives=2)
+    method = fisher(2, expectation="empirical")
+    both = method.of_parents(live, [records, records])
     live.place_parent(1)
-    alone = measure(live, records, config, negatives=2)
+    alone = method.measure(live, records)
     for name in alone:
         torch.testing.assert_close(both[1][name], alone[name])
     assert not torch.allclose(both[0][name], both[1][name])
@@ -188,11 +166,11 @@ def test_each_parent_is_measured_on_its_own_weights(tmp_path):
 def test_what_was_measured_is_kept_for_the_same_parent_texts_and_settings(tmp_path):
     """A second call encodes nothing; another parent, other texts or another definition are measured anew."""
     live = family(tmp_path, parents=1)
-    cache, config = tmp_path / "cache", FisherConfig(expectation="empirical")
+    cache, plain = tmp_path / "cache", fisher(2, expectation="empirical")
 
-    def texts(records, own=config, name="a"):
+    def texts(records, own=plain, name="a"):
         before = live.cost.texts
-        found = fisher_of_parents(live, [records], own, 2, cache, [name])
+        found = own.of_parents(live, [records], cache, [name])
         return live.cost.texts - before, found[0]
 
     count, first = texts(retrieval_records(3))
@@ -200,9 +178,9 @@ def test_what_was_measured_is_kept_for_the_same_parent_texts_and_settings(tmp_pa
     assert count > 0 == again
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
-    for other in ({"own": FisherConfig(expectation="exact")}, {"name": "b"}, {"records": retrieval_records(3, seed=9)}):
+    for other in ({"own": fisher(2, expectation="exact")}, {"name": "b"}, {"records": retrieval_records(3, seed=9)}):
         assert texts(**{"records": retrieval_records(3)} | other)[0] > 0
-    assert texts(retrieval_records(3), FisherConfig(expectation="empirical", shrink=0.5))[0] == 0
+    assert texts(retrieval_records(3), fisher(2, expectation="empirical", shrink=0.5))[0] == 0
 
 
 def test_candidates_are_frozen_and_never_the_querys_own(tmp_path):

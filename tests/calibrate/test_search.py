@@ -1,4 +1,4 @@
-"""Search: candidates in place, searchers on known surfaces, stopping, Pareto front, corrections."""
+"""Search: candidates in place, searchers on known surfaces, stopping."""
 
 import csv
 import json
@@ -8,22 +8,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from embedsmith.calibrate.goal import Goal, GoalConfig, Point, evolution, grid, halving, part_of
-from embedsmith.calibrate.live import Probe
-from embedsmith.calibrate.positioning import PositioningConfig
-from embedsmith.calibrate.search import (
-    Search,
-    SearchConfig,
-    Study,
-    Trial,
-    against,
-    front,
-    holm,
-    search,
-    two_scores,
-)
+from embedsmith.calibrate.objective import Objective, Scorer, reduced_task
+from embedsmith.calibrate.probe import Probe
+from embedsmith.calibrate.search import Point, Search, Study, evolution, grid
+from embedsmith.calibrate.self_positioning import Descent
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.progress import progress_bar
 from embedsmith.core.shelf import merge_methods
 from embedsmith.data import Source
 from embedsmith.evaluate import Results, RetrievalTask, STSTask, TaskResult
@@ -39,8 +28,8 @@ def tasks(count=12):
     return retrieval, graded
 
 
-def goal(**changes):
-    return Goal(tasks(), (), {"find": 1.0, "alike": 1.0}, **changes)
+def scorer(**settings):
+    return Scorer(Objective(tasks=("find", "alike"), **settings), tasks())
 
 
 def results(find, alike):
@@ -80,8 +69,8 @@ def drive(searcher, surface, limit=400):
             wanted = searcher.send(values)
         except StopIteration:
             break
-        values = [surface(point) for point in wanted.points]
-        seen += [(point, wanted.share) for point in wanted.points]
+        values = [surface(point) for point in wanted]
+        seen += wanted
     return seen
 
 
@@ -92,34 +81,26 @@ def hill(point):
 
 
 def test_a_grid_has_every_point_of_the_simplex_once():
-    seen = [point for point, _ in drive(grid(3, 4, (0.8, 1.0)), hill)]
+    seen = drive(grid(3, 4, (0.8, 1.0)), hill)
     assert len(seen) == len(set(seen)) == 2 * 15
     assert all(sum(point.weights) == pytest.approx(1) for point in seen)
 
 
-def test_halving_spends_most_on_the_best():
-    seen = drive(halving(3, 27, (0.5, 1.5), 1 / 3, 0), hill)
-    assert [share for _, share in seen].count(1.0) == 1
-    shares = sorted({round(share, 4) for _, share in seen})
-    assert shares == [round(1 / 27, 4), round(1 / 9, 4), round(1 / 3, 4), 1.0]
-    assert hill(seen[-1][0]) == max(hill(point) for point, _ in seen)
-
-
 def test_cma_es_climbs():
     seen = drive(evolution(3, Point((1 / 3,) * 3, 1.2), (0.5, 1.5), 0.3, 0), hill)
-    best = max((point for point, _ in seen), key=hill)
+    best = max(seen, key=hill)
     assert best.weights == pytest.approx((0.7, 0.2, 0.1), abs=0.03)
     assert best.length == pytest.approx(0.9, abs=0.05)
-    assert all(0.5 <= point.length <= 1.5 for point, _ in seen)
+    assert all(0.5 <= point.length <= 1.5 for point in seen)
 
 
 def test_values_are_weighted_normalised_or_the_worst():
     one = results([1.0, 0.5], [0.0, 1.0, 2.0])
-    plain = Goal(tasks(), (), {"find": 3.0, "alike": 1.0})
+    plain = scorer(weights={"find": 3.0})
     assert plain.value(one) == pytest.approx((3 * 0.75 + 1.0) / 4)
-    assert Goal(tasks(), (), {"find": 3.0, "alike": 1.0}, "min").value(one) == pytest.approx(0.75)
+    assert scorer(weights={"find": 3.0}, aggregate="min").value(one) == pytest.approx(0.75)
     parents = [results([0.5, 0.5], [0.0, 1.0, 2.0]), results([1.0, 1.0], [2.0, 1.0, 0.0])]
-    scaled = Goal(tasks(), (), {"find": 1.0, "alike": 1.0}, normalise=True).bounded(parents)
+    scaled = scorer(normalise=True).bounded(parents)
     assert scaled.value(one) == pytest.approx((0.5 + 1.0) / 2)
 
 
@@ -127,7 +108,7 @@ def test_the_gain_is_paired():
     """A merge better by 0.1 on every query is clearly better, however much queries differ."""
     base = np.linspace(0, 0.8, 40)
     same = list(np.random.default_rng(0).permutation(40).astype(float))
-    value, low, high = goal().gain(results(base + 0.1, same), results(base, same))
+    value, low, high = scorer().gain(results(base + 0.1, same), results(base, same))
     assert value == pytest.approx(0.05)
     assert low == pytest.approx(0.05)
     assert high == pytest.approx(0.05)
@@ -138,66 +119,38 @@ def test_the_search_stops_when_nothing_is_gained(tmp_path):
     live = family(tmp_path, parents=2)
     counts = []
     for least_gain in (10.0, -1e9):
-        config = SearchConfig(
-            goal=GoalConfig(tasks=("x",)), steps=2, lengths=(0.2, 0.4, 0.6, 0.8), least_gain=least_gain
-        )
-        study = Study(live, goal(), config)
-        with progress_bar("x", 1) as bar:
-            study.run(grid(2, 2, config.lengths), bar)
+        config = Search(goal=Objective(tasks=("x",)), steps=2, lengths=(0.2, 0.4, 0.6, 0.8), least_gain=least_gain)
+        study = Study(live, scorer(), config)
+        study.run(grid(2, 2, config.lengths), lambda: None)
         counts.append(len(study.trials))
     assert counts == [9, 12]
 
 
 def test_a_budget_ends_it(tmp_path):
-    study = Study(family(tmp_path, parents=2), goal(), SearchConfig(goal=GoalConfig(tasks=("x",)), evaluations=4))
-    with progress_bar("x", 1) as bar:
-        assert study.run(grid(2, 4, (1.0,)), bar) == "budget spent"
+    study = Study(family(tmp_path, parents=2), scorer(), Search(goal=Objective(tasks=("x",)), evaluations=4))
+    assert study.run(grid(2, 4, (1.0,)), lambda: None) == "budget spent"
     assert len(study.trials) == 4
 
 
 def test_a_candidate_is_the_merge_and_nothing_is_written(tmp_path):
     live = family(tmp_path, parents=2)
     before = sorted(tmp_path.rglob("*"))
-    study = Study(live, goal(), SearchConfig(goal=GoalConfig(tasks=("x",)), family="average"))
-    study.try_out(Point((0.25, 0.75), 0.5), 1.0)
-    for name, parameter in live.parameters.items():
+    study = Study(live, scorer(), Search(goal=Objective(tasks=("x",)), family="average"))
+    study.try_out(Point((0.25, 0.75), 0.5))
+    for name, parameter in live.model.named_parameters():
         expected = live.base[name] + 0.125 * live.deltas[0][name] + 0.375 * live.deltas[1][name]
         torch.testing.assert_close(parameter.data, expected)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def trial(find, alike):
-    one = results([find], [0.0, 1.0, 2.0] if alike else [2.0, 0.0, 1.0])
-    return Trial(Point((1.0,), 1.0), torch.ones(1, 1), 1.0, 0.0, one, 0)
-
-
-def test_the_front_has_those_that_nobody_beats():
-    low_high, high_low, both, beaten = trial(0.2, True), trial(0.9, False), trial(0.5, True), trial(0.8, False)
-    kept = front([low_high, high_low, both, beaten])
-    assert kept == (high_low, both)
-    assert two_scores(both.results)[0] == 0.5
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-
-
-def test_every_parent_and_task_is_compared():
-    rows = against(results([1.0, 0.9], [0.0, 1.0, 2.0]), {"a": results([0.5, 0.4], [0.0, 1.0, 2.0])})
-    assert [(row["parent"], row["task"]) for row in rows] == [("a", "find"), ("a", "alike")]
-    assert rows[0]["difference"] == pytest.approx(0.5)
-    assert rows[0]["p_holm"] >= rows[0]["p"]
-
-
 def test_parts_of_tasks_lie_within_each_other():
     find, alike = tasks()
-    small, large = (part_of(find, n, d, 0) for n, d in ((3, 5), (6, 9)))
+    small, large = (reduced_task(find, n, d, 0) for n, d in ((3, 5), (6, 9)))
     assert set(small.queries) <= set(large.queries)
     assert set(small.qrels) == set(small.queries)
     assert all(document in small.corpus for grades in small.qrels.values() for document in grades)
     assert len(small.corpus) == 5
-    assert set(part_of(alike, 3, 2, 0).text1) <= set(part_of(alike, 6, 2, 0).text1)
+    assert set(reduced_task(alike, 3, 2, 0).text1) <= set(reduced_task(alike, 6, 2, 0).text1)
 
 
 @pytest.fixture
@@ -218,13 +171,12 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-@pytest.mark.parametrize("searcher", ["grid", "halving", "cma", "self_positioning"])
+@pytest.mark.parametrize("searcher", ["grid", "cma", "self_positioning"])
 def test_every_searcher_finds_something_no_worse_than_its_trials(tmp_path, dev, folders, searcher):
     live = family(tmp_path, parents=2)
     config = Search(
-        goal=GoalConfig(tasks=tuple(dev[:1]), hold_out=tuple(dev[1:])),
+        goal=Objective(tasks=tuple(dev[:1]), hold_out=tuple(dev[1:])),
         searcher=searcher,
-        points=9,
         evaluations=12,
         steps=2,
         lengths=(0.5, 1.0),
@@ -232,28 +184,22 @@ def test_every_searcher_finds_something_no_worse_than_its_trials(tmp_path, dev, 
         position=POSITION,
         report=str(tmp_path / "report.json"),
     )
-    found = search(live, config)
-    whole = [t for t in found.trials if t.share >= 1]
-    assert found.best.value == max(t.value for t in whole)
+    found = config.run(live)
+    assert found.best.value == max(t.value for t in found.trials)
     assert len(found.trials) <= 13
-    assert found.best in found.front or len(found.front) >= 1
     assert set(found.held_out) == {"merge", *live.names}
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["trials"]) == len(list(csv.DictReader((tmp_path / "report.csv").open())))
     live.place(found.best.coefficient_GM)
     again = found.best.results.main_scores()
-    assert goal_of(dev).score(live).main_scores() == pytest.approx(again)
-
-
-def goal_of(dev):
-    return GoalConfig(tasks=tuple(dev[:1])).open()
+    assert Objective(tasks=tuple(dev[:1])).scorer().results(live).main_scores() == pytest.approx(again)
 
 
 def probe_of(folders):
     return Probe(sources=(Source(path=str(folders / "pairs.jsonl")),), negatives=2)
 
 
-POSITION = PositioningConfig(steps=2, check_every=1, batch_size=4, held_out=0.5)
+POSITION = Descent(steps=2, check_every=1, batch_size=4, held_out=0.5)
 
 
 @pytest.mark.parametrize("kind", ["search", "greedy_soup"])
@@ -267,8 +213,8 @@ def test_a_recipe_can_search(folders, dev, kind):
 
 def test_wrong_settings_are_errors(dev):
     with pytest.raises(RecipeError, match="probe"):
-        SearchConfig(goal=GoalConfig(tasks=("x",)), searcher="self_positioning")
+        Search(goal=Objective(tasks=("x",)), searcher="self_positioning")
     with pytest.raises(RecipeError, match="nobody"):
-        GoalConfig(tasks=tuple(dev), weights={"nobody": 1.0}).open()
+        Objective(tasks=tuple(dev), weights={"nobody": 1.0}).scorer()
     with pytest.raises(RecipeError, match="lengths"):
-        SearchConfig(goal=GoalConfig(tasks=("x",)), lengths=())
+        Search(goal=Objective(tasks=("x",)), lengths=())

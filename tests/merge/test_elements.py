@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge.methods.select import keep_count, nth_largest
+from embedsmith.merge.methods.thresholds import kept_count, nth_largest
 from embedsmith.merge.stream import DRAW_UNIT as UNIT
 from embedsmith.merge.stream import ExactSum, RowSums, uniform
 from tests.merge.memory import deltas, flat, job_of, random_family, run
@@ -183,11 +183,6 @@ def test_sce_weights_small_task_vectors_too():
     assert job.report["weights"]["model"] == pytest.approx([5 / 37, 32 / 37])
 
 
-def test_magmax():
-    base, moved = one_tensor([[1.0, -5.0, 0.0], [-2.0, 4.0, 0.0]])
-    assert run("magmax", job_of(base, moved))[NAME].tolist() == [-2.0, -5.0, 0.0]
-
-
 METHODS = [
     "average",
     "slerp",
@@ -196,7 +191,6 @@ METHODS = [
     {"type": "dare", "rescale": "l1"},
     "breadcrumbs",
     {"type": "sce", "density": 0.5},
-    "magmax",
     "codiemb",
     {"type": "codiemb", "unit": "row"},
 ]
@@ -241,9 +235,9 @@ def test_drawn_numbers_belong_to_their_element():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-30])
 def test_streamed_selection_is_exact(scale, monkeypatch):
-    import embedsmith.merge.methods.select as select
+    import embedsmith.merge.methods.thresholds as thresholds
 
-    monkeypatch.setattr(select, "_IN_MEMORY", 0)
+    monkeypatch.setattr(thresholds, "_IN_MEMORY", 0)
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).abs() * scale
     values[0, 100:600] = values[0, 99]  # many equal values
     values[1, :1000] = 0
@@ -282,7 +276,7 @@ def test_row_sums_do_not_know_the_blocks():
 
 
 def test_how_many_are_kept():
-    assert [keep_count(d, 10) for d in (1.0, 0.29, 0.7, 0.01, 0.0)] == [10, 2, 7, 1, 0]
+    assert [kept_count(d, 10) for d in (1.0, 0.29, 0.7, 0.01, 0.0)] == [10, 2, 7, 1, 0]
 
 
 def naive_guided(v, layer, element, weights=None):

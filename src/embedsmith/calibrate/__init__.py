@@ -1,6 +1,1 @@
-"""Every merging method that also reads data. Apart from the others, because it needs the training code."""
-
-from embedsmith.calibrate import methods as learned
-from embedsmith.calibrate import search
-
-__all__ = ["learned", "search"]
+"""Merges that read texts: each method is found in its file by its name in a recipe."""

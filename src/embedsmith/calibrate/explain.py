@@ -16,7 +16,7 @@ from torch import Tensor
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.gram import Gram, groups
-from embedsmith.merge.methods.formulas import average, karcher, order_spread, sequential_slerp
+from embedsmith.merge.methods.formulas import karcher, normalised, order_spread, sequential_slerp
 from embedsmith.merge.parents import size_of
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.recipe import Granularity
@@ -117,7 +117,7 @@ class Facts:
         square = torch.tensor([[sum(self.seen.merge_square.values())]], dtype=torch.float64)
         inner = torch.cat([torch.cat([gram_MM, shared_M[:, None]], 1), torch.cat([shared_M[None], square], 1)])
         ways = {
-            "average": average(self.weight_M),
+            "average": normalised(self.weight_M),
             "slerp": sequential_slerp(gram_MM, self.weight_M, on_antipodal="linear"),
             "karcher": karcher(gram_MM, self.weight_M),
         }

@@ -13,8 +13,8 @@ from embedsmith.core.batch import Loss
 from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
-from embedsmith.data.formats.beir import beir_rows, is_beir
-from embedsmith.data.formats.columns import Found, Reading, choose_layout
+from embedsmith.data.formats.beir import beir_rows, is_beir_folder
+from embedsmith.data.formats.columns import Reading, choose_layout
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
 from embedsmith.data.formats.hub import hub_rows
 from embedsmith.data.formats.ranges import Range
@@ -158,7 +158,7 @@ def open_source(source: Source) -> Rows:
     path = Path(source.path).expanduser()
     if source.path.startswith(_HUB):
         return hub_rows(source.path.removeprefix(_HUB), source.split)
-    if path.is_dir() and (source.format == "beir" or is_beir(path)):
+    if path.is_dir() and (source.format == "beir" or is_beir_folder(path)):
         return beir_rows(path, source.split)
     if path.is_dir() or (source.path.count("/") == 1 and not path.parent.is_dir() and not has_known_kind(path.name)):
         return hub_rows(str(path) if path.is_dir() else source.path, source.split)
@@ -185,16 +185,7 @@ def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -
     """How to read the rows of a source, decided by its first readable row. Errors: `DataError` if no format fits."""
     format_ = "records" if rows.format == "beir" else source.format
     layout = choose_layout(list(row), format_, source.columns, where)
-    task = source.task or layout.task or _task_of(layout.found(row))
+    task = source.task or layout.task_of(row)
     if layout.name == "pairs" and task != "sts":
         layout = replace(layout, required=layout.required[:2])
     return Reading(layout, task, source_name(source), source.instruction, rows.cells)
-
-
-def _task_of(found: Found) -> str:
-    """A scored pair is sts; a label without positives is classification; anything else is retrieval."""
-    positives = found.get("positives", [])
-    if not positives:
-        return "classification" if "label" in found else "retrieval"
-    single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
-    return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"

@@ -51,7 +51,7 @@ class Tokenize(Protocol):
     def __call__(
         self,
         texts: Sequence[str],
-        role: Role = "document",
+        role: Role | Sequence[Role] = "document",
         task: str | None = None,
         instruction: Sequence[str | None] | None = None,
     ) -> TokenBatch: ...

@@ -42,15 +42,16 @@ _KEPT_TEXT = re.compile(r"query|text|(passage|negative)(_\d+)?")
 def tokens_of(
     tokenize: Tokenize,
     texts: Sequence[Text],
-    role: Role,
+    role: Role | Sequence[Role],
     task: str | None = None,
     instructions: Sequence[str | None] | None = None,
 ) -> TokenBatch:
     """The tokens of texts, in their order: those that a token cache holds, and those that `tokenize` makes.
 
-    An instruction, one a text where there are any, takes the place of the task's prompt; tokens of a cache have it in
-    them.
+    `role`: of all texts, or one a text. An instruction, one a text where there are any, takes the place of the task's
+    prompt; tokens of a cache have it in them.
     """
+    roles = [role] * len(texts) if isinstance(role, str) else role
     plain = [place for place, text in enumerate(texts) if isinstance(text, str)]
     known = [place for place, text in enumerate(texts) if not isinstance(text, str)]
     parts = []
@@ -59,11 +60,12 @@ def tokens_of(
         ids = np.concatenate([np.zeros(0, np.int64), *(text.ids for text in held)], dtype=np.int64)
         ends = np.cumsum([0, *(len(text.ids) for text in held)], dtype=np.int64)
         body = np.asarray([text.body for text in held], np.int64)
-        parts.append(TokenBatch(ids, ends, body, np.full(len(held), role == "query")))
+        parts.append(TokenBatch(ids, ends, body, np.asarray([roles[place] == "query" for place in known], bool)))
     if plain:
         own = None if instructions is None else [instructions[place] for place in plain]
         given = own if own is not None and any(one is not None for one in own) else None
-        parts.append(tokenize([text for text in texts if isinstance(text, str)], role, task, given))
+        wanted = role if isinstance(role, str) else [role[place] for place in plain]
+        parts.append(tokenize([text for text in texts if isinstance(text, str)], wanted, task, given))
     return parts[0] if len(parts) == 1 else TokenBatch.concatenate(parts).take(np.argsort([*known, *plain]))
 
 

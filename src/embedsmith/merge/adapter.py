@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.lora import CONFIG, WEIGHTS, LowRank
-from embedsmith.merge.method import Combine, Job, Method
-from embedsmith.merge.methods.coefficient import CoefficientMethod, group_coefficients
+from embedsmith.merge.method import Combine, Job
+from embedsmith.merge.methods.coefficient import CoefficientMethod
 from embedsmith.merge.plan import Plan
 from embedsmith.merge.stream import blocks
 from embedsmith.models.backbone import skeleton
@@ -61,27 +61,47 @@ def extract(plan: Plan, rank: int | None) -> tuple[Extracted, dict[str, Any]]:
 
     Errors: `RecipeError` without a base, for heads beside the encoder, and for a missing rank.
     """
-    _check(plan)
+    outside = [name for name in plan.names if not name.startswith("backbone.")]
+    if plan.base is None:
+        raise RecipeError("an adapter lies on a base, and the merge has none", where="adapter", fix="set base")
+    if outside:
+        fix = "write the merge as a whole: leave adapter out"
+        raise RecipeError(f"{outside[0]} lies beside the encoder; an adapter holds the encoder's changes", fix=fix)
     found: dict[str, Factors] = {}
     lost = 0.0
     facts: dict[str, Any] = {}
     with progress_bar("factors", sum(len(names) for _, names in plan.by_method)) as bar:
         for method, names in plan.by_method:
             job = plan.job(names)
-            sums = _sums_of_adapters(plan, job, method)
+            summable = isinstance(method, CoefficientMethod)
+            pairs = {name: own for name in names if summable and (own := factor_pairs(plan, name)) is not None}
+            coefficients = method.by_name(job) if isinstance(method, CoefficientMethod) else {}
             combine = method.prepare(job)
             fits = _matrices(plan, names)
             for name in names:
-                dense = None if name in sums else _dense(job, name, combine, method.by_rows)
-                if dense is not None and name not in fits:
-                    lost += float(dense.square().sum())
-                elif factors := summed(*sums[name], rank) if dense is None else cut(dense, rank, name):
+                if name in pairs:
+                    factors = summed(pairs[name], coefficients[name], rank)
+                else:
+                    dense = merged_delta(job, name, combine, method.by_rows)
+                    factors = cut(dense, rank, name) if name in fits else None
+                    lost += 0.0 if name in fits else float(dense.square().sum())
+                if factors is not None:
                     found[name] = factors
                 bar.advance()
             for key, value in job.report.items():
                 facts.setdefault(key, {}).update(value)
     kept = sum(float(((f.left_RK.T @ f.left_RK) * (f.right_KC @ f.right_KC.T)).sum()) for f in found.values())
     return Extracted(found, lost / (lost + kept) if lost else 0.0), facts
+
+
+def merged_delta(job: Job, name: str, combine: Combine, by_rows: bool) -> Tensor:
+    """V_m of one tensor in its shape, float64."""
+    parts = []
+    for block in blocks(job.parents, job.base, (name,), size=job.block, by_rows=by_rows):
+        assert block.base_E is not None
+        parts.append(combine(block).double() - block.base_E.double())
+    shape = job.parents[0].tensors[name].shape
+    return torch.cat(parts).view(shape) if parts else torch.zeros(shape, dtype=torch.float64)
 
 
 def _matrices(plan: Plan, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -100,26 +120,7 @@ Pair = tuple[Tensor, Tensor] | None
 """A parent's factors over the base's weight; `None` where the parent has the base's own."""
 
 
-def _sums_of_adapters(plan: Plan, job: Job, method: Method) -> dict[str, tuple[list[Pair], Tensor]]:
-    """Tensors of which every parent is the base with an adapter or nothing, under a coefficient method: the parents'
-    factors and the coefficients."""
-    if CoefficientMethod not in type(method).__mro__:
-        return {}
-    pairs = {name: _pairs(plan, name) for name in job.names}
-    coefficients = group_coefficients(method, job)  # type: ignore[arg-type]
-    return {name: (own, coefficients[name]) for name, own in pairs.items() if own is not None}
-
-
-def _check(plan: Plan) -> None:
-    outside = [name for name in plan.names if not name.startswith("backbone.")]
-    if plan.base is None:
-        raise RecipeError("an adapter lies on a base, and the merge has none", where="adapter", fix="set base")
-    if outside:
-        fix = "write the merge as a whole: leave adapter out"
-        raise RecipeError(f"{outside[0]} lies beside the encoder; an adapter holds the encoder's changes", fix=fix)
-
-
-def _pairs(plan: Plan, name: str) -> list[Pair] | None:
+def factor_pairs(plan: Plan, name: str) -> list[Pair] | None:
     """Each parent's factors; nothing where a parent is more than the base with an adapter."""
     assert plan.base is not None
     own = plan.base.tensors[name]
@@ -173,16 +174,6 @@ def _kept(left: Tensor, s: Tensor, right: Tensor, rank: int | None, whole: float
     count = count if rank is None else min(rank, count)
     root = s[:count].sqrt()
     return Factors(left[:, :count] * root, root[:, None] * right[:count], float(s[:count].square().sum()) / whole)
-
-
-def _dense(job: Job, name: str, combine: Combine, by_rows: bool) -> Tensor:
-    """V_m of one tensor in its shape, float64."""
-    parts = []
-    for block in blocks(job.parents, job.base, (name,), size=job.block, by_rows=by_rows):
-        assert block.base_E is not None
-        parts.append(combine(block).double() - block.base_E.double())
-    shape = job.parents[0].tensors[name].shape
-    return torch.cat(parts).view(shape) if parts else torch.zeros(shape, dtype=torch.float64)
 
 
 def write_adapter(found: Extracted, plan: Plan, folder: Path) -> None:

@@ -32,7 +32,7 @@ _UNRELATED = 0.5
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a model's folder says, for comparison."""
+    """What a model's folder says of it, for comparison."""
 
     model: Parent
     facts: FolderFacts
@@ -43,8 +43,8 @@ class Sheet:
     def of(model: Parent) -> Sheet:
         facts = read_folder(model.folder)
         general = model.folder / "config_sentence_transformers.json"
-        said = read_json(general).get("similarity_fn_name") if general.exists() else None
-        return Sheet(model, facts, normalised_config(model.config_folder), said or "cosine")
+        similarity = read_json(general).get("similarity_fn_name") if general.exists() else None
+        return Sheet(model, facts, normalised_config(model.config_folder), similarity or "cosine")
 
     @property
     def is_embedder(self) -> bool:
@@ -85,15 +85,13 @@ def _compare_configs(first: Sheet, other: Sheet) -> list[str]:
         if "drop" in key:
             notes.append(f"{key}: {one} in {first.model.id}, {two} in {other.model.id}; it only matters in training")
             continue
-        fix = "these are different architectures: nothing can be merged" if key == "model_type" else _fix(key)
+        fix = "merge models of one architecture and shape only"
+        if key == "model_type":
+            fix = "these are different architectures: nothing can be merged"
+        elif key in _ATTENTION:
+            fix = "attention modes cannot be mixed: train the parents with the same one"
         raise _differ(first, other, f"{key} of config.json", one, two, fix)
     return notes
-
-
-def _fix(key: str) -> str:
-    if key in _ATTENTION:
-        return "attention modes cannot be mixed: train the parents with the same one"
-    return "merge models of one architecture and shape only"
 
 
 def _compare_facts(first: Sheet, other: Sheet) -> None:
@@ -153,19 +151,19 @@ def choose_like(parents: Sequence[Sheet], base: Sheet | None, packaging: Packagi
 
 def choose_prompts(parents: Sequence[Sheet], packaging: Packaging) -> tuple[Mapping[str, str], str | None]:
     """Prompts and the default prompt. Errors: `RecipeError` when the parents differ and nobody chose."""
-    said = {sheet.model.id: (dict(sheet.facts.prompts), sheet.facts.default_prompt) for sheet in parents}
+    theirs = {sheet.model.id: (dict(sheet.facts.prompts), sheet.facts.default_prompt) for sheet in parents}
     if isinstance(packaging.prompts, str):
-        if packaging.prompts not in said:
-            raise RecipeError(f"packaging.prompts is {packaging.prompts!r}", expected=f"one of {', '.join(said)}")
-        return said[packaging.prompts]
+        if packaging.prompts not in theirs:
+            raise RecipeError(f"packaging.prompts is {packaging.prompts!r}", expected=f"one of {', '.join(theirs)}")
+        return theirs[packaging.prompts]
     if packaging.prompts is not None:
-        default = next(iter(said.values()))[1]
+        default = next(iter(theirs.values()))[1]
         return packaging.prompts, default if default in packaging.prompts else None
-    first = next(iter(said.values()))
-    different = next((name for name, value in said.items() if value != first), None)
+    first = next(iter(theirs.values()))
+    different = next((name for name, value in theirs.items() if value != first), None)
     if different is not None:
         raise RecipeError(
-            f"the prompts of {next(iter(said))} and {different} differ: {first[0]} and {said[different][0]}",
+            f"the prompts of {next(iter(theirs))} and {different} differ: {first[0]} and {theirs[different][0]}",
             where="merge",
             fix=f"say whose are kept (packaging.prompts={different}), or write them out under packaging.prompts",
         )
@@ -176,10 +174,10 @@ def choose_max_length(parents: Sequence[Sheet], packaging: Packaging, notes: lis
     """What the recipe says, else the smallest of the parents'."""
     if packaging.max_length is not None:
         return packaging.max_length
-    said = {sheet.model.id: sheet.facts.max_length for sheet in parents if sheet.facts.max_length is not None}
-    if len(set(said.values())) > 1:
-        notes.append(f"max_length is the smallest of {said}")
-    return min(said.values(), default=None)
+    lengths = {sheet.model.id: sheet.facts.max_length for sheet in parents if sheet.facts.max_length is not None}
+    if len(set(lengths.values())) > 1:
+        notes.append(f"max_length is the smallest of {lengths}")
+    return min(lengths.values(), default=None)
 
 
 def check_shapes(models: Sequence[Parent], names: Sequence[str]) -> None:
@@ -234,11 +232,14 @@ def check_descent(
     distance = {parent.id: float((sample[parent.id] - origin).norm()) / size if size else 0.0 for parent in parents}
     far = max(distance, key=lambda name: distance[name])
     if distance[far] > _UNRELATED and not unrelated:
+        total = {one.id: sum(float((sample[one.id] - other).norm()) for other in sample.values()) for one in models}
+        nearest = min(total, key=lambda name: total[name])
+        better = f" (of these models {nearest} is nearest to all the others)" if len(models) > 2 else ""
         raise CheckpointError(
             f"{far} is no descendant of {parents[0].id if base is None else base.id}: its weights differ by"
             f" {distance[far]:.0%} of their size (siblings differ by less than 10 %)",
             where="merge",
-            fix=f"merge models trained from one base{_better_base(sample, models)}; unrelated=true merges all the same",
+            fix=f"merge models trained from one base{better}; unrelated=true merges all the same",
         )
     return distance
 
@@ -251,10 +252,3 @@ def _sample(model: Parent, names: Sequence[str]) -> torch.Tensor:
         for start in sorted({0, total // 2 // UNIT * UNIT}):
             parts.append(read_finite(model, name, start, min(start + UNIT, total)).double())
     return torch.cat(parts)
-
-
-def _better_base(sample: Mapping[str, torch.Tensor], models: Sequence[Parent]) -> str:
-    if len(models) < 3:
-        return ""
-    total = {one.id: sum(float((sample[one.id] - sample[two.id]).norm()) for two in models) for one in models}
-    return f" (of these models {min(total, key=lambda name: total[name])} is nearest to all the others)"

@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os
 import pickle
 import re
 from collections import defaultdict
@@ -29,13 +30,14 @@ from embedsmith.models.folder import POOLER_FILE, read_embedding_config, read_fo
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
 
-# What the code of an encoder says about its weights' names, without a weight.
-
 
 @dataclass(frozen=True)
 class Architecture:
-    """`names` that a file must or may hold; `canonical`: every name, ties included, to the one used; `prefix`: what a
-    model with a head of its own puts before them. All names begin with `backbone.`."""
+    """What the code of an encoder says about its weights' names, without a weight.
+
+    `names` that a file must or may hold; `canonical`: every name, ties included, to the one used; `prefix`: what a
+    model with a head of its own puts before them. All names begin with `backbone.`.
+    """
 
     names: frozenset[str]
     canonical: Mapping[str, str]
@@ -48,56 +50,85 @@ class Architecture:
         """Names no vector depends on."""
         return frozenset(name for name in self.canonical if UNUSED.search(name))
 
+    @staticmethod
+    def of(folder: Path, trust_remote_code: bool = False, cache: Path | None = None) -> Architecture:
+        """From the model built without weights, or from the `cache` where one of the same config.json was built before:
+        the code of a family takes longer to import than half a gigabyte to merge. Foreign code is never remembered.
 
-def architecture_of(folder: Path, trust_remote_code: bool = False, cache: Path | None = None) -> Architecture:
-    """From the model built without weights, or from the `cache` where one of the same config.json was built before:
-    the code of a family takes longer to import than half a gigabyte to merge. Foreign code is never remembered.
+        Errors: `ModelError` for a missing config.json or an unknown architecture.
+        """
+        config = folder / "config.json"
+        if cache is None or trust_remote_code or not config.is_file():
+            return Architecture.built(folder, trust_remote_code)
+        versions = [version(package) for package in ("embedsmith", "transformers", "torch")]
+        key = hashlib.sha256("\n".join(versions).encode() + config.read_bytes()).hexdigest()[:32]
+        file = cache / f"architecture-{key}.json"
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            sets = {part: frozenset(kept[part]) for part in ("names", "buffers", "token_tables")}
+            return Architecture(**sets, canonical=kept["canonical"], prefix=kept["prefix"])
+        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: built again
+            found = Architecture.built(folder, trust_remote_code)
+        lists = {part: sorted(getattr(found, part)) for part in ("names", "buffers", "token_tables")}
+        content = {**lists, "canonical": dict(found.canonical), "prefix": found.prefix}
+        write_cache(file, json.dumps(content).encode())
+        return found
 
-    Errors: `ModelError` for a missing config.json or an unknown architecture.
-    """
-    config = folder / "config.json"
-    if cache is None or trust_remote_code or not config.is_file():
-        return _built(folder, trust_remote_code)
-    versions = [version(package) for package in ("embedsmith", "transformers", "torch")]
-    key = hashlib.sha256("\n".join(versions).encode() + config.read_bytes()).hexdigest()[:32]
-    file = cache / f"architecture-{key}.json"
-    found = _load(file)
-    if found is None:
-        found = _built(folder, trust_remote_code)
-        _save(found, file)
-    return found
+    @staticmethod
+    def built(folder: Path, trust_remote_code: bool) -> Architecture:
+        model: Any = skeleton(folder, trust_remote_code)
+        by_identity: dict[int, list[str]] = defaultdict(list)
+        for key, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            by_identity[id(tensor)].append(f"backbone.{key}")
+        canonical = {key: names[0] for names in by_identity.values() for key in names}
+        table = model.get_input_embeddings()
+        tables = (key for key, module in model.named_modules() if module is table)
+        return Architecture(
+            names=frozenset(canonical[f"backbone.{key}"] for key in model.state_dict()),
+            canonical=canonical,
+            buffers=frozenset(f"backbone.{key}" for key, _ in model.named_buffers()),
+            token_tables=frozenset(canonical[f"backbone.{key}.weight"] for key in tables),
+            prefix=f"backbone.{model.base_model_prefix}.",
+        )
+
+    def sort(self, found: Mapping[str, Weights], folder: Path) -> tuple[dict[str, Weights], list[str]]:
+        """Tensors of files under their canonical names, and the names of those that the encoder does not have (other
+        heads). Two stored copies of a tensor that the architecture ties must agree, or one of them would be lost.
+
+        Errors: `CheckpointError` for copies that differ, and for missing weights.
+        """
+        tensors: dict[str, Weights] = {}
+        left_out: list[str] = []
+        for key, weights in found.items():
+            stored = f"backbone.{key}"
+            name = self.canonical.get(stored) or self.canonical.get("backbone." + stored.removeprefix(self.prefix))
+            if name is None:
+                left_out.append(key)
+            elif name not in tensors:
+                tensors[name] = weights
+            elif not _same_start(tensors[name], weights):
+                raise CheckpointError(
+                    f"{name.removeprefix('backbone.')} is stored twice with different values, but config.json ties"
+                    " the two",
+                    where=folder,
+                    fix="set tie_word_embeddings to false in config.json if they were trained apart, or save the model"
+                    " again",
+                )
+        missing = sorted(self.names - self.unused - tensors.keys())
+        if missing:
+            listing = ", ".join(name.removeprefix("backbone.") for name in missing[:3])
+            raise CheckpointError(
+                f"{len(missing)} weights of the architecture in config.json are missing: {listing}",
+                where=folder,
+                fix="use a folder that was saved with this architecture, as a whole",
+            )
+        return tensors, left_out
 
 
-def _built(folder: Path, trust_remote_code: bool) -> Architecture:
-    model: Any = skeleton(folder, trust_remote_code)
-    by_identity: dict[int, list[str]] = defaultdict(list)
-    for key, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        by_identity[id(tensor)].append(f"backbone.{key}")
-    canonical = {key: names[0] for names in by_identity.values() for key in names}
-    table = model.get_input_embeddings()
-    return Architecture(
-        names=frozenset(canonical[f"backbone.{key}"] for key in model.state_dict()),
-        canonical=canonical,
-        buffers=frozenset(f"backbone.{key}" for key, _ in model.named_buffers()),
-        token_tables=frozenset(canonical[f"backbone.{key}.weight"] for key, m in model.named_modules() if m is table),
-        prefix=f"backbone.{model.base_model_prefix}.",
-    )
-
-
-def _save(found: Architecture, file: Path) -> None:
-    sets = {part: sorted(getattr(found, part)) for part in ("names", "buffers", "token_tables")}
-    content = {**sets, "canonical": dict(found.canonical), "prefix": found.prefix}
-    write_cache(file, json.dumps(content).encode())
-
-
-def _load(file: Path) -> Architecture | None:
-    """`None` where there is none, or a file that cannot be read: the model is then built again."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        sets = {part: frozenset(kept[part]) for part in ("names", "buffers", "token_tables")}
-        return Architecture(**sets, canonical=kept["canonical"], prefix=kept["prefix"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _same_start(first: Weights, second: Weights) -> bool:
+    """Whether two tensors have one shape and agree in their first four million elements."""
+    total = min(1 << 22, torch.Size(first.shape).numel())
+    return first.shape == second.shape and torch.equal(first.read(0, total), second.read(0, total))
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -112,10 +143,10 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     """
     facts = read_folder(folder)
     refuse_quantised(facts.backbone)
-    architecture = architecture_of(facts.backbone, trust_remote_code, cache)
+    architecture = Architecture.of(facts.backbone, trust_remote_code, cache)
     files = weight_files(facts.backbone)
     found = {key: weights for file in files for key, weights in file_tensors(file).items()}
-    tensors, left_out = _named(found, architecture, facts.backbone)
+    tensors, left_out = architecture.sort(found, facts.backbone)
     for place, path in enumerate(dense_folders(folder)):
         files.append(path / WEIGHTS)
         tensors |= {f"projections.{place}.{key}": held for key, held in read_header(path / WEIGHTS).items()}
@@ -155,48 +186,6 @@ def module_entries(folder: Path) -> list[tuple[str, Path]]:
 def dense_folders(folder: Path) -> list[Path]:
     """Folders of the Dense modules, in their order."""
     return [path for kind, path in module_entries(folder) if kind == "Dense"]
-
-
-def _named(
-    found: Mapping[str, Weights], architecture: Architecture, folder: Path
-) -> tuple[dict[str, Weights], list[str]]:
-    """Tensors under their canonical names, and the names of those that the encoder does not have (other heads)."""
-    tensors: dict[str, Weights] = {}
-    left_out: list[str] = []
-    for key, weights in found.items():
-        name = _canonical(f"backbone.{key}", architecture)
-        if name is None:
-            left_out.append(key)
-        elif name not in tensors:
-            tensors[name] = weights
-        else:
-            _check_tied(name, tensors[name], weights, folder)
-    missing = sorted(architecture.names - architecture.unused - tensors.keys())
-    if missing:
-        listing = ", ".join(name.removeprefix("backbone.") for name in missing[:3])
-        raise CheckpointError(
-            f"{len(missing)} weights of the architecture in config.json are missing: {listing}",
-            where=folder,
-            fix="use a folder that was saved with this architecture, as a whole",
-        )
-    return tensors, left_out
-
-
-def _canonical(key: str, architecture: Architecture) -> str | None:
-    if key in architecture.canonical:
-        return architecture.canonical[key]
-    return architecture.canonical.get("backbone." + key.removeprefix(architecture.prefix))
-
-
-def _check_tied(name: str, first: Weights, second: Weights, folder: Path) -> None:
-    """Two stored copies of a tensor that the architecture ties must agree, or one of them is lost."""
-    total = min(1 << 22, torch.Size(first.shape).numel())
-    if first.shape != second.shape or not torch.equal(first.read(0, total), second.read(0, total)):
-        raise CheckpointError(
-            f"{name.removeprefix('backbone.')} is stored twice with different values, but config.json ties the two",
-            where=folder,
-            fix="set tie_word_embeddings to false in config.json if they were trained apart, or save the model again",
-        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -245,8 +234,6 @@ def refuse_quantised(folder: Path) -> None:
         )
 
 
-# What a recipe says about parents and base, opened.
-
 Opener = Callable[[Path, str], Parent]
 """A folder that is no adapter, under a name."""
 
@@ -270,7 +257,6 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
             _open(spec, name, base, opener),
             weight=spec.weight,
             trajectory=spec.trajectory,
-            examples=spec.examples,
         )
         for spec, name in zip(specs, names, strict=True)
     ]
@@ -284,41 +270,31 @@ def expand(spec: ParentSpec) -> list[ParentSpec]:
     """
     if not any(mark in spec.path for mark in "*?["):
         return [spec]
-    matches = sorted(
-        (path for path in glob.glob(str(Path(spec.path).expanduser())) if Path(path).is_dir()), key=_natural
-    )
+
+    def natural(path: str) -> list[tuple[int, int | str]]:
+        return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
+
+    matches = sorted(filter(os.path.isdir, glob.glob(str(Path(spec.path).expanduser()))), key=natural)
     if not matches:
         raise RecipeError(f"no folder matches the pattern {spec.path!r}", fix="check the path")
     chosen = matches[-spec.last :] if spec.last is not None else matches
+    columns = list(zip(*(Path(match).parts for match in matches), strict=False))
+    differing = [place for place, column in enumerate(columns) if len(set(column)) > 1]
+
+    def own_part(path: str) -> str:
+        parts = Path(path).parts
+        return "/".join(parts[place] for place in differing) or parts[-1]
+
     return [
         dataclasses.replace(
             spec,
             path=path,
-            id=f"{spec.id}/{_varying(path, matches)}" if spec.id else None,
+            id=f"{spec.id}/{own_part(path)}" if spec.id else None,
             trajectory=spec.trajectory or spec.id or spec.path,
-            examples=_times_steps(spec.examples, path),
             last=None,
         )
         for path in chosen
     ]
-
-
-def _natural(path: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
-
-
-def _times_steps(examples: Mapping[str, float] | None, path: str) -> dict[str, float] | None:
-    """Examples of one step times the steps of a checkpoint, the last number in its path (step-200)."""
-    steps = re.findall(r"\d+", path)
-    return {task: count * int(steps[-1]) for task, count in examples.items()} if examples and steps else None
-
-
-def _varying(path: str, matches: Sequence[str]) -> str:
-    """The parts of the path in which the matches differ."""
-    columns = list(zip(*(Path(match).parts for match in matches), strict=False))
-    return "/".join(part for part, column in zip(Path(path).parts, columns, strict=False) if len(set(column)) > 1) or (
-        Path(path).name
-    )
 
 
 def unique_names(specs: Sequence[ParentSpec]) -> list[str]:
@@ -355,13 +331,13 @@ def _open(spec: ParentSpec, name: str, base: Parent | None, opener: Opener) -> P
 
 def _base_of(adapter: Path, base: Parent | None, opener: Opener) -> Parent:
     """The model an adapter lies on: where its configuration says, else the merge's base."""
-    said = read_config(adapter).get("base_model_name_or_path")
+    named = read_config(adapter).get("base_model_name_or_path")
     try:
-        folder = locate(str(said)) if said else None
+        folder = locate(str(named)) if named else None
     except ModelError:
         if base is None:
             raise
-        log.warning("%s: its base %s is not here; the merge's base stands in", adapter, said)
+        log.warning("%s: its base %s is not here; the merge's base stands in", adapter, named)
         folder = None
     if folder is None:
         if base is None:
@@ -372,4 +348,4 @@ def _base_of(adapter: Path, base: Parent | None, opener: Opener) -> Parent:
     refuse_quantised(folder)
     if base is not None and folder.resolve() == base.folder.resolve():
         return base
-    return opener(folder, str(said))
+    return opener(folder, str(named))

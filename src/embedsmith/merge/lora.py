@@ -124,19 +124,33 @@ def with_adapter(base: Parent, folder: Path, name: str) -> Parent:
         by_module[match["module"]][match["kind"].rpartition(".")[2]] = tensor
     tensors = dict(base.tensors)
     for module, parts in by_module.items():
-        if _is_unused(module, base):
+        places = _places_of(module)
+        # a part no vector depends on, which the base was saved without (adapters on every `dense` reach the pooler)
+        if any(f"{place}.weight" in base.unused and f"{place}.weight" not in base.tensors for place in places):
             continue
-        _add(tensors, _found(module, tensors, folder), parts, _Settings(config, module, folder))
+        canonical = next((place for place in places if f"{place}.weight" in tensors or place in tensors), None)
+        if canonical is None:
+            raise ModelError(
+                f"the adapter changes {module}, which the base does not have", where=folder, fix=_ITS_OWN_BASE
+            )
+        ModuleAdapter(config, module, folder).add(tensors, canonical, parts)
     files = (*base.files, folder / CONFIG, folder / WEIGHTS)
     around = folder if (folder / "modules.json").exists() else base.folder
     return dataclasses.replace(base, id=name, folder=around, tensors=tensors, files=files)
 
 
 _MERGE_FIRST = "merge the adapter into its base with peft (merge_and_unload), then give that folder"
+_ITS_OWN_BASE = "give the model the adapter was trained on as its base"
+
+
+def _places_of(module: str) -> list[str]:
+    """Names the module may have in the encoder: adapters are trained on it, or on a model that holds it."""
+    parts = module.split(".")
+    return ["backbone." + ".".join(parts[skip:]) for skip in range(len(parts))]
 
 
 @dataclass(frozen=True)
-class _Settings:
+class ModuleAdapter:
     """adapter_config.json as it applies to one module."""
 
     config: Mapping[str, Any]
@@ -155,70 +169,41 @@ class _Settings:
         alpha = self.pattern("alpha_pattern", float(self.config.get("lora_alpha") or 8))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def add(self, tensors: dict[str, Weights], name: str, parts: Mapping[str, Tensor]) -> None:
+        """Put the module's adapter weights over the base's, which are called `name`. Errors: `ModelError`."""
+        key = f"{name}.weight"
+        magnitude = parts.get("lora_magnitude_vector")
+        if "lora_A" in parts:
+            a, b = parts["lora_A"], parts["lora_B"]
+            scale = self.scale(a.shape[0])
+            if not self.config.get("fan_in_fan_out"):
+                dora = None if magnitude is None else magnitude.double()
+                tensors[key] = self.low_rank(tensors[key], b.double() * scale, a.double(), dora)
+            elif magnitude is None:
+                tensors[key] = self.low_rank(tensors[key], a.T.double() * scale, b.T.double())
+            else:
+                raise ModelError(f"DoRA on the transposed layer {self.module}", where=self.folder, fix=_MERGE_FIRST)
+        if "lora_embedding_A" in parts:
+            if magnitude is not None:
+                raise ModelError(f"DoRA on the token table {name}", where=self.folder, fix=_MERGE_FIRST)
+            left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
+            tensors[key] = self.low_rank(tensors[key], left.double() * self.scale(left.shape[1]), right.double())
+        if "trainable_tokens_delta" in parts:
+            ids = self.config.get("trainable_token_indices") or ()
+            if isinstance(ids, Mapping):
+                ids = next((own for end, own in ids.items() if self.module.endswith(end)), ())
+            tensors[key] = NewRows(tensors[key], tuple(int(place) for place in ids), parts["trainable_tokens_delta"])
+        for leaf in ("weight", "bias"):
+            if leaf in parts:  # modules_to_save and trained biases stand for the base's
+                tensors[f"{name}.{leaf}"] = Held(parts[leaf])
 
-def _is_unused(module: str, base: Parent) -> bool:
-    """A part no vector depends on, which the base was saved without (adapters on every `dense` reach the pooler)."""
-    return any(f"{name}.weight" in base.unused and f"{name}.weight" not in base.tensors for name in _places_of(module))
-
-
-def _places_of(module: str) -> list[str]:
-    """Names the module may have in the encoder: adapters are trained on it, or on a model that holds it."""
-    parts = module.split(".")
-    return ["backbone." + ".".join(parts[skip:]) for skip in range(len(parts))]
-
-
-def _found(module: str, tensors: Mapping[str, Weights], folder: Path) -> str:
-    """The module's canonical name."""
-    for name in _places_of(module):
-        if f"{name}.weight" in tensors or name in tensors:
-            return name
-    raise ModelError(
-        f"the adapter changes {module}, which the base does not have",
-        where=folder,
-        fix="give the model the adapter was trained on as its base",
-    )
-
-
-def _add(tensors: dict[str, Weights], name: str, parts: Mapping[str, Tensor], how: _Settings) -> None:
-    """Put one module's adapter weights over the base's."""
-    key = f"{name}.weight"
-    if "lora_A" in parts:
-        tensors[key] = _low_rank(tensors[key], parts["lora_B"], parts["lora_A"], parts, how)
-    if "lora_embedding_A" in parts:
-        left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
-        if "lora_magnitude_vector" in parts:
-            raise ModelError(f"DoRA on the token table {name}", where=how.folder, fix=_MERGE_FIRST)
-        tensors[key] = _checked(tensors[key], left.double() * how.scale(left.shape[1]), right.double(), None, how)
-    if "trainable_tokens_delta" in parts:
-        tensors[key] = NewRows(tensors[key], _places(how), parts["trainable_tokens_delta"])
-    for leaf in ("weight", "bias"):
-        if leaf in parts:  # modules_to_save and trained biases stand for the base's
-            tensors[f"{name}.{leaf}"] = Held(parts[leaf])
-
-
-def _low_rank(whole: Weights, b: Tensor, a: Tensor, parts: Mapping[str, Tensor], how: _Settings) -> LowRank:
-    scale = how.scale(a.shape[0])
-    magnitude = parts.get("lora_magnitude_vector")
-    if how.config.get("fan_in_fan_out"):
-        if magnitude is not None:
-            raise ModelError(f"DoRA on the transposed layer {how.module}", where=how.folder, fix=_MERGE_FIRST)
-        return _checked(whole, a.T.double() * scale, b.T.double(), None, how)
-    return _checked(whole, b.double() * scale, a.double(), None if magnitude is None else magnitude.double(), how)
-
-
-def _checked(whole: Weights, left: Tensor, right: Tensor, magnitude: Tensor | None, how: _Settings) -> LowRank:
-    came = (left.shape[0], right.shape[1])
-    if left.dim() != 2 or tuple(whole.shape) != came:
-        raise ModelError(
-            f"the adapter of {how.module} is for a weight {came}, the base has {tuple(whole.shape)}",
-            where=how.folder,
-            fix="give the model the adapter was trained on as its base",
-        )
-    return LowRank(whole, left.contiguous(), right.contiguous(), magnitude)
-
-
-def _places(how: _Settings) -> tuple[int, ...]:
-    said = how.config.get("trainable_token_indices") or ()
-    if isinstance(said, Mapping):
-        said = next((ids for key, ids in said.items() if how.module.endswith(key)), ())
-    return tuple(int(place) for place in said)
+    def low_rank(self, whole: Weights, left: Tensor, right: Tensor, magnitude: Tensor | None = None) -> LowRank:
+        """Errors: `ModelError` where the factors do not fit the base's weight."""
+        came = (left.shape[0], right.shape[1])
+        if left.dim() != 2 or tuple(whole.shape) != came:
+            raise ModelError(
+                f"the adapter of {self.module} is for a weight {came}, the base has {tuple(whole.shape)}",
+                where=self.folder,
+                fix=_ITS_OWN_BASE,
+            )
+        return LowRank(whole, left.contiguous(), right.contiguous(), magnitude)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,10 +40,15 @@ class Job:
     block: int = BLOCK
     report: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """Group key to names, by the granularity."""
         return groups(self.names, self.granularity)
+
+    @cached_property
+    def group_of(self) -> Mapping[str, str]:
+        """Name to the key of its group."""
+        return {name: key for key, names in self.groups.items() for name in names}
 
     @cached_property
     def gram(self) -> Gram:
@@ -61,16 +67,17 @@ class Job:
 
 
 class Method(Protocol):
-    """Frozen dataclasses registered in `core.registry.merge_methods`.
+    """What a merging method is: a frozen dataclass that extends this and is registered in `core.shelf.merge_methods`.
 
     `base`: whether task vectors are needed. `by_rows`: blocks must be whole rows. `prepare` may pass over the weights,
     read data and train; what it returns is called for every block of `job.names`, each tensor's blocks in order.
     """
 
     registered_name: ClassVar[str]
-    base: ClassVar[Base]
-    by_rows: ClassVar[bool]
+    base: ClassVar[Base] = "needed"
+    by_rows: ClassVar[bool] = False
 
+    @abstractmethod
     def prepare(self, job: Job) -> Combine: ...
 
 
@@ -84,7 +91,9 @@ def combine_coefficients(coefficients: Mapping[str, Tensor]) -> Combine:
 
     def combine(block: Block) -> Tensor:
         coefs = plain[block.name]
-        rest = base_share(coefs)
+        rest = 1.0 - math.fsum(coefs)
+        if abs(rest) < 4e-16 * len(coefs):  # the sum is 1 but for rounding: the base has no share at all
+            rest = 0.0
         terms = [(coef, parent_E) for coef, parent_E in zip(coefs, block.parents, strict=True) if coef]
         if rest:
             if block.base_E is None:
@@ -97,9 +106,3 @@ def combine_coefficients(coefficients: Mapping[str, Tensor]) -> Combine:
         return merged_E
 
     return combine
-
-
-def base_share(coefs: list[float]) -> float:
-    """1 - sum c, and exactly 0 where the sum is 1 but for rounding."""
-    rest = 1.0 - math.fsum(coefs)
-    return 0.0 if abs(rest) < 4e-16 * len(coefs) else rest

@@ -52,10 +52,14 @@ def homes(plan: Plan, dtype_of: Mapping[str, torch.dtype], shard_bytes: int | No
         else:
             head, _, key = rest.partition(".linear.")
             found.setdefault(backbone / FILES[head], {})[name] = Slot(key, shape, dtype_of[name])
-    return _sharded(backbone, inside, shard_bytes) | found
+    ordered = sorted(inside.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: keeps every tensor aligned
+    parts = shards(ordered, shard_bytes)
+    names = [f"model-{place:05d}-of-{len(parts):05d}.safetensors" for place in range(1, len(parts) + 1)]
+    names = names if len(parts) > 1 else [WEIGHTS]
+    return {backbone / name: part for name, part in zip(names, parts, strict=True)} | found
 
 
-def about(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, str]:
+def metadata_of(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, str]:
     """What a safetensors file says of itself; a SPLADE head's is that of the model it belongs to."""
     if file.name != SPLADE_FILE:
         return {"format": "pt"}
@@ -69,19 +73,6 @@ def backbone_place(plan: Plan) -> Path:
     return plan.like.facts.backbone.resolve().relative_to(plan.like.model.folder.resolve())
 
 
-def _sharded(folder: Path, slots: Mapping[str, Slot], shard_bytes: int | None) -> dict[Path, dict[str, Slot]]:
-    ordered = sorted(slots.values(), key=lambda slot: -slot.dtype.itemsize)  # stable: keeps every tensor aligned
-    names = {slot.name: name for name, slot in slots.items()}
-    parts = shards(ordered, shard_bytes)
-    if len(parts) == 1:
-        return {folder / WEIGHTS: {names[slot.name]: slot for slot in parts[0]}}
-    count = len(parts)
-    return {
-        folder / f"model-{place:05d}-of-{count:05d}.safetensors": {names[slot.name]: slot for slot in part}
-        for place, part in enumerate(parts, start=1)
-    }
-
-
 def write_around(plan: Plan, folder: Path, report: Mapping[str, Any]) -> None:
     """Everything but the weights, into the folder that holds them."""
     source = plan.like.model.folder
@@ -93,7 +84,8 @@ def write_around(plan: Plan, folder: Path, report: Mapping[str, Any]) -> None:
     backbone = folder / backbone_place(plan)
     shutil.copyfile(plan.like.model.config_folder / "config.json", backbone / "config.json")
     _edit(folder / EMBEDDING_CONFIG, {"base": None}, only_if_there=True)
-    _edit(backbone / "config.json", _config_changes(plan, report))
+    shortened = {} if plan.positions is None else {"max_position_embeddings": plan.positions}
+    _edit(backbone / "config.json", {"dtype": report["dtype"], **shortened})
     if plan.max_length is not None:
         for place in (backbone, folder):
             _edit(place / "sentence_bert_config.json", {"max_seq_length": plan.max_length}, only_if_there=True)
@@ -112,13 +104,6 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _config_changes(plan: Plan, report: Mapping[str, Any]) -> dict[str, Any]:
-    changes: dict[str, Any] = {"dtype": report["dtype"]}
-    if plan.positions is not None:
-        changes["max_position_embeddings"] = plan.positions
-    return changes
-
-
 def _edit(path: Path, changes: Mapping[str, Any], only_if_there: bool = False) -> None:
     if not path.exists() and only_if_there:
         return
@@ -133,11 +118,20 @@ def card(plan: Plan, report: Mapping[str, Any]) -> str:
     pooling = plan.like.facts.pooling
     pooled = f"with {pooling.replace('_', ' ')} pooling" if pooling else "that does not say how to pool"
     prompts = "".join(f"- `{name}`: `{json.dumps(text, ensure_ascii=False)}`\n" for name, text in plan.prompts.items())
+    rows = [
+        f"| {entry['id']} | `{entry['path']}` | {entry['weight']:g} | {entry['distance']} | `{entry['sha256'][:16]}` |"
+        for entry in report["models"]
+    ]
+    notes = "".join(f"- {note}\n" for note in report["notes"])
     return _CARD.format(
         architecture=(plan.like.config.get("architectures") or ["encoder"])[0],
         pooled=pooled,
         prompts=prompts or "None: texts go in as they are.\n",
-        made=_made(plan, report),
+        method=report["method"],
+        version=report["embedsmith"],
+        models="\n".join(rows),
+        notes=notes,
+        recipe=yaml.safe_dump(to_plain(plan.recipe), sort_keys=False, allow_unicode=True),
     )
 
 
@@ -169,24 +163,18 @@ model = es.load("path/to/this/folder")
 vectors = model.encode(["what is late interaction?"], role="query")
 ```
 
-{made}"""
+## How it was merged
 
+By `{method}` with embedsmith {version}; all figures are in `merge.json`.
 
-def _made(plan: Plan, report: Mapping[str, Any]) -> str:
-    rows = [
-        f"| {entry['id']} | `{entry['path']}` | {entry['weight']:g} | {entry['distance']} | `{entry['sha256'][:16]}` |"
-        for entry in report["models"]
-    ]
-    notes = "".join(f"- {note}\n" for note in report["notes"])
-    recipe = yaml.safe_dump(to_plain(plan.recipe), sort_keys=False, allow_unicode=True)
-    return (
-        "## How it was merged\n\n"
-        f"By `{report['method']}` with embedsmith {report['embedsmith']}; all figures are in `{REPORT}`.\n\n"
-        "| model | from | weight | distance from the base | SHA-256 |\n|---|---|---|---|---|\n"
-        + "\n".join(rows)
-        + (f"\n\n{notes}" if notes else "\n\n")
-        + f"\n```yaml\n{recipe}```\n"
-    )
+| model | from | weight | distance from the base | SHA-256 |
+|---|---|---|---|---|
+{models}
+
+{notes}
+```yaml
+{recipe}```
+"""
 
 
 def write_index(folder: Path, files: Mapping[Path, Mapping[str, Slot]]) -> None:

@@ -1,4 +1,7 @@
-"""The models of a merge: folders, sentence-transformers models, LoRA adapters and checkpoints by pattern, one view."""
+"""The models of a merge in one view, whatever their files: named tensors that are read piece by piece.
+
+Headers are read first, data in blocks, and nothing is memory-mapped.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
-
-# Where a tensor's numbers lie, and how a piece of it is read: headers first, data in blocks, nothing memory-mapped.
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -60,6 +61,18 @@ class Stored:
     file: Path
     offset: int
 
+    @staticmethod
+    def of_header(path: Path, data: int, entry: Mapping[str, object]) -> Stored:
+        """From a tensor's entry in the header of a file whose data begin at byte `data`. Errors: `ValueError`."""
+        kind = str(entry["dtype"])
+        if kind not in DTYPES:
+            raise ValueError(f"numbers of type {kind} cannot be merged")
+        shape = tuple(int(size) for size in entry["shape"])  # type: ignore[attr-defined]
+        begin, end = (int(place) for place in entry["data_offsets"])  # type: ignore[attr-defined]
+        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+            raise ValueError("a tensor's bytes do not fit its shape")
+        return Stored(shape, DTYPES[kind], path, data + begin)
+
     def read(self, start: int, stop: int) -> Tensor:
         """Errors: `CheckpointError` when the file ends early (it is damaged or was changed meanwhile)."""
         width = self.dtype.itemsize
@@ -68,19 +81,16 @@ class Stored:
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * width)
-                _fill(buffer, file, self.file)
+                while len(buffer):
+                    count = file.readinto(buffer)
+                    if not count:
+                        raise CheckpointError(
+                            "the file ends before its tensors do", where=self.file, fix="copy or download it again"
+                        )
+                    buffer = buffer[count:]
         except OSError as error:
             raise CheckpointError(f"cannot read the weights ({error.strerror})", where=self.file) from error
         return values_E
-
-
-def _fill(view: memoryview, file: object, path: Path) -> None:
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]  # io.FileIO; typeshed hides it behind open()
-        if not count:
-            raise CheckpointError("the file ends before its tensors do", where=path, fix="copy or download it again")
-        done += count
 
 
 @dataclass(frozen=True)
@@ -106,10 +116,6 @@ def size_of(weights: Weights) -> int:
     return math.prod(weights.shape)
 
 
-def is_float(weights: Weights) -> bool:
-    return weights.dtype.is_floating_point
-
-
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, without reading their data.
 
@@ -121,7 +127,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        found = {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        found = {name: Stored.of_header(path, 8 + length, entry) for name, entry in entries.items()}
     except FileNotFoundError as error:
         raise CheckpointError("this file of weights is missing", where=path, fix="copy the folder again") from error
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
@@ -136,17 +143,6 @@ def read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _stored(path: Path, data: int, entry: Mapping[str, object]) -> Stored:
-    kind = str(entry["dtype"])
-    if kind not in DTYPES:
-        raise ValueError(f"numbers of type {kind} cannot be merged")
-    shape = tuple(int(size) for size in entry["shape"])  # type: ignore[attr-defined]
-    begin, end = (int(place) for place in entry["data_offsets"])  # type: ignore[attr-defined]
-    if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError("a tensor's bytes do not fit its shape")
-    return Stored(shape, DTYPES[kind], path, data + begin)
-
-
 @dataclass(frozen=True)
 class Parent:
     """One model as named tensors that are read piece by piece.
@@ -156,7 +152,7 @@ class Parent:
 
     folder: where modules, prompts and tokenizer are read from. config_folder: where the encoder's config.json is.
     files: every file whose bytes decide the weights. remark: what else does (a vocabulary's new order).
-    trajectory: the run this is a checkpoint of, for two-level merges. examples: task to what it was trained on.
+    trajectory: the run this is a checkpoint of, for two-level merges.
     unused: names no vector depends on (a pooler). buffers: float tensors that are no weights.
     token_tables: names whose rows belong to tokens. left_out: tensors of the files that the encoder does not have.
     """
@@ -168,7 +164,6 @@ class Parent:
     files: tuple[Path, ...]
     weight: float = 1.0
     trajectory: str | None = None
-    examples: Mapping[str, float] | None = None
     remark: str = ""
     unused: frozenset[str] = frozenset()
     buffers: frozenset[str] = frozenset()
@@ -190,12 +185,6 @@ class Parent:
         with ThreadPoolExecutor() as pool:
             hashes = list(pool.map(file_hash, self.files))
         return hashlib.sha256("\n".join([*hashes, self.remark]).encode()).hexdigest()
-
-    @property
-    def stamp(self) -> str:
-        """A cheap stand-in for the contents: names, sizes and times of the files."""
-        parts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in self.files]
-        return "\n".join([*parts, self.remark])
 
 
 def file_hash(path: Path) -> str:

@@ -160,7 +160,10 @@ def _same_positions(
 def _sort_tensors(
     parents: Sequence[Parent], base: Parent | None, recipe: MergeRecipe, notes: list[str]
 ) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Names for the method, names without an ancestor, names to copy."""
+    """Names for the method, names without an ancestor, names to copy.
+
+    Errors: `CheckpointError` for a token head that some parents lack, unless the recipe decides what happens to it.
+    """
     merged: list[str] = []
     averaged: dict[str, tuple[int, ...]] = {}
     copied: list[str] = []
@@ -175,8 +178,12 @@ def _sort_tensors(
             merged.append(name)
         elif name in parent.unused:
             notes.append(f"{name} is not in every model and no vector depends on it: left out")
-        elif everywhere or _keeps(name, parents, recipe):
+        elif everywhere or (recipe.packaging.heads == "copy" and name.startswith("token_heads.")):
             averaged[name] = holders
+        elif recipe.packaging.heads == "error" or not name.startswith("token_heads."):
+            lacking = next(other.id for other in parents if name not in other.tensors)
+            fix = "packaging.heads=drop or packaging.heads=copy" if name.startswith("token_heads.") else None
+            raise CheckpointError(f"{name} is in {parent.id} and not in {lacking}", where="merge", fix=fix)
     if averaged:
         notes.append(f"without an ancestor, so averaged over the parents that have them: {', '.join(averaged)}")
     for parent in parents:
@@ -185,22 +192,12 @@ def _sort_tensors(
     return tuple(merged), averaged, tuple(copied)
 
 
-def _keeps(name: str, parents: Sequence[Parent], recipe: MergeRecipe) -> bool:
-    """Whether a token head that some parents lack is kept. Errors: `CheckpointError` unless the recipe decides."""
-    policy = recipe.packaging.heads
-    if not name.startswith("token_heads.") or policy == "error":
-        lacking = next(parent.id for parent in parents if name not in parent.tensors)
-        having = next(parent.id for parent in parents if name in parent.tensors)
-        fix = "packaging.heads=drop or packaging.heads=copy" if name.startswith("token_heads.") else None
-        raise CheckpointError(f"{name} is in {having} and not in {lacking}", where="merge", fix=fix)
-    return policy == "copy"
-
-
 def _methods(
     recipe: MergeRecipe, names: Sequence[str], base: Parent | None
 ) -> tuple[tuple[Method, tuple[str, ...]], ...]:
     """Each method with its names; the first override that matches a name decides."""
-    chosen: list[tuple[Any, list[str]]] = [(recipe.method, [])] + [(entry.method, []) for entry in recipe.overrides]
+    own = [entry.method for entry in recipe.overrides]
+    chosen: list[tuple[Any, list[str]]] = [(method, []) for method in (recipe.method, *own)]
     for name in names:
         hits = (place for place, entry in enumerate(recipe.overrides, start=1) if re.search(entry.match, name))
         chosen[next(hits, 0)][1].append(name)

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import section
-from embedsmith.core.shelf import merge_methods
+from pydantic import BeforeValidator
 
-OutType = Literal["float32", "bfloat16", "float16"]
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.settings import Count, Finite, NotNegative, Share, section
+from embedsmith.core.shelf import merge_methods
+from embedsmith.merge.removed import refuse_removed_keys, refuse_removed_method
+
+Granularity = Literal["model", "block", "module", "tensor"]
+AnyMethod = Annotated[Any, merge_methods, BeforeValidator(refuse_removed_method)]
 
 
 @section
@@ -21,34 +25,32 @@ class ParentSpec:
     """One model, or several checkpoints, to merge.
 
     `path`: a folder (transformers, sentence-transformers, or a LoRA adapter), a hub id, or a pattern such as
-    `runs/a/checkpoints/step-*/model` that stands for every folder it matches, in natural order; `last` keeps the last
-    so many of them. `adapter`: a LoRA folder on top of the model at `path`. `weight`: a_i, each checkpoint's own.
-    `trajectory`: the run a checkpoint belongs to; methods that merge in two levels merge each run first.
-    `examples`: task to the number of examples it was trained on, for the curves of `--explain`; with a pattern, of one
-    step: a checkpoint's own is that times the last number in its path.
+    `runs/a/checkpoints/step-*/model` that stands for every folder it matches, in natural order. `id`: its name in
+    reports, by default the end of its path. `weight`: a_i, each checkpoint's own. `adapter`: a LoRA folder on top of
+    the model at `path`. `trajectory`: the run a checkpoint belongs to; methods that merge in two levels merge each run
+    first. `last`: keep only the last so many folders of a pattern. `revision`: branch, tag or commit of a hub id.
     """
 
     path: str
     id: str | None = None
-    weight: float = 1.0
+    weight: Finite = 1.0
     adapter: str | None = None
     trajectory: str | None = None
-    last: int | None = None
+    last: Count | None = None
     revision: str | None = None
-    examples: dict[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.last is not None and self.last < 1:
-            raise RecipeError(f"last is {self.last}", expected="at least 1")
 
 
 @section
 @dataclass(frozen=True)
 class Override:
-    """Another method for the tensors whose name `match` (a regular expression) finds. The first match counts."""
+    """Another method for some tensors.
+
+    `match`: a regular expression; the first override that finds one in a tensor's name counts. `method`: a name, or a
+    mapping with `type` and settings.
+    """
 
     match: str
-    method: Annotated[Any, merge_methods]
+    method: AnyMethod
 
     def __post_init__(self) -> None:
         try:
@@ -64,14 +66,14 @@ class Packaging:
 
     `like`: id of the model whose configuration, modules and tokenizer the result gets (by default the base where it
     is a whole embedder, else the heaviest parent). `prompts`: a parent's id, or the prompts themselves; needed where
-    the parents' differ. `max_length`: by default the smallest. `vocabulary`: `same` refuses differing vocabularies,
-    `align` matches token by token. `heads`: what happens to a token head that some parents lack: `error`, `drop`, or
-    `copy` from those that have it.
+    the parents' differ. `max_length`: in tokens, by default the smallest. `vocabulary`: `same` refuses differing
+    vocabularies, `align` matches token by token. `heads`: what happens to a token head that some parents lack: `error`,
+    `drop`, or `copy` from those that have it.
     """
 
     like: str | None = None
     prompts: str | Mapping[str, str] | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     vocabulary: Literal["same", "align"] = "same"
     heads: Literal["error", "drop", "copy"] = "error"
 
@@ -79,13 +81,12 @@ class Packaging:
 @section
 @dataclass(frozen=True)
 class Adapter:
-    """The result as a LoRA adapter on the base. `rank`: of a matrix at most; `None` is exact, for sums of adapters."""
+    """The result as a LoRA adapter on the base.
 
-    rank: int | None = None
+    `rank`: of a matrix at most; by default exact, for sums of adapters.
+    """
 
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise RecipeError(f"rank is {self.rank}", where="adapter", expected="at least 1")
+    rank: Count | None = None
 
 
 @section
@@ -93,24 +94,19 @@ class Adapter:
 class Bounds:
     """What `--verify` and `--strict` hold a merge to.
 
-    `cka`, `overlap`: the least linear CKA, and the least share of the `neighbours` nearest neighbours, that a merge has
-    in common with at least one parent on that parent's texts. `slack`: how much worse than the worst parent a geometric
-    figure may be: anisotropy and prompt sensitivity in cosines, uniformity in its logarithm, effective rank and margin
+    `cka`: the least linear CKA that a merge has with at least one parent on that parent's texts. `overlap`: the least
+    share of nearest neighbours in common, alike. `slack`: how much worse than the worst parent a geometric figure may
+    be: anisotropy, prompt and length sensitivity in cosines, uniformity in its logarithm, effective rank and margin
     as a share. `dims`: widths whose Matryoshka retention is compared; those from the model's own on are left out.
-    `same`: largest difference of vectors after saving and loading.
+    `neighbours`: how many of a text are compared. `same`: largest difference of vectors after saving and loading.
     """
 
-    cka: float = 0.5
-    overlap: float = 0.2
-    slack: float = 0.15
-    dims: tuple[int, ...] = (64, 128, 256, 512)
-    neighbours: int = 10
-    same: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.cka <= 1 and 0 <= self.overlap <= 1 and self.slack >= 0 and self.neighbours >= 1):
-            expected = "cka and overlap from 0 to 1, slack from 0, neighbours from 1"
-            raise RecipeError(f"these bounds cannot be kept: {self}", where="verify", expected=expected)
+    cka: Share = 0.5
+    overlap: Share = 0.2
+    slack: NotNegative = 0.15
+    dims: tuple[Count, ...] = (64, 128, 256, 512)
+    neighbours: Count = 10
+    same: NotNegative = 1e-5
 
 
 @section
@@ -118,21 +114,26 @@ class Bounds:
 class MergeRecipe:
     """Everything a merge depends on.
 
+    `parents`: the models to merge, each a path or a mapping. `output`: folder of the result.
+    `method`: a name, or a mapping with `type` and settings.
     `base`: theta_0, the model all parents were trained from. `granularity`: what shares one set of coefficients.
-    `dtype`: numbers on disk, by default the widest among the parents; `rounding` to 16 bits is to the `nearest` or
-    `stochastic` (right on average, the same for the same seed). `shard_size`: bytes a file, such as 5GB. `unrelated`:
-    merge although a parent does not look like a descendant of the base. `cache`: where statistics and architectures are
-    kept; `null` keeps none. `verify`: the bounds of `--verify` and `--strict`. `adapter`: write an adapter instead of a
-    whole model.
+    `overrides`: other methods for some tensors.
+    `dtype`: numbers on disk, by default the widest among the parents. `rounding`: to 16 bits is to the `nearest` or
+    `stochastic` (right on average, the same for the same seed). `packaging`: what stands around the weights.
+    `shard_size`: bytes a file, such as 5GB; by default one file.
+    `seed`: of methods that draw, and of stochastic rounding. `unrelated`: merge although a parent does not look like a
+    descendant of the base. `trust_remote_code`: run code that lies in the models' folders. `cache`: where statistics
+    and architectures are kept; `null` keeps none. `verify`: the bounds of `--verify` and `--strict`. `adapter`: write
+    an adapter instead of a whole model.
     """
 
-    parents: tuple[ParentSpec | str, ...]
+    parents: Annotated[tuple[ParentSpec | str, ...], BeforeValidator(refuse_removed_keys)]
     output: str
-    method: Annotated[Any, merge_methods]
+    method: AnyMethod
     base: ParentSpec | str | None = None
     granularity: Granularity = "model"
     overrides: tuple[Override, ...] = ()
-    dtype: OutType | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
     packaging: Packaging = field(default_factory=Packaging)
     shard_size: str | None = None
@@ -161,6 +162,3 @@ class MergeRecipe:
     def specs(self) -> list[ParentSpec]:
         """The parents; a bare path is a parent of weight 1."""
         return [ParentSpec(path=entry) if isinstance(entry, str) else entry for entry in self.parents]
-
-
-Granularity = Literal["model", "block", "module", "tensor"]

@@ -1,15 +1,15 @@
-"""A merge from recipe to folder: plan, prepare, stream, package, rename. A killed one goes on where it was."""
+"""A merge from recipe to folder: plan, prepare, stream, package, rename. One that was cut off starts anew; what it left
+lies under a hidden name and is removed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,23 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.core.files import atomic_file, disk_errors, move_into_place
-from embedsmith.core.progress import Bar, log, progress_bar
+from embedsmith.core.files import disk_errors, move_into_place
+from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.settings import to_plain
+from embedsmith.merge.adapter import extract, write_adapter
 from embedsmith.merge.method import Combine, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised
-from embedsmith.merge.package import about, homes, write_around, write_index
+from embedsmith.merge.package import homes, metadata_of, write_around, write_index
 from embedsmith.merge.parents import Parent, file_hash, size_of
 from embedsmith.merge.plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.stream import BLOCK, Block, blocks, pieces
+from embedsmith.merge.stream import BLOCK, Block, blocks
 from embedsmith.merge.writer import LOSSY, RoundingLoss, Slot, TensorFile, parse_size, rounded
 
-JOURNAL = "journal.json"
-_SAVE_EVERY = 512
-"""Blocks between two saves of the position: 256 MiB of float32."""
 _SPARE = 1 << 24
+"""Bytes that must be left on the disk beside the weights: for everything else in the folder."""
 
 Check = Callable[[Path], None]
 """Looks at a finished folder before it gets its name; an error it raises keeps the folder from appearing."""
@@ -51,17 +50,6 @@ class Merged:
         return str(self.path)
 
 
-@dataclass(frozen=True)
-class Section:
-    """Tensors made in one way."""
-
-    parents: tuple[Parent, ...]
-    base: Parent | None
-    names: tuple[str, ...]
-    combine: Combine
-    by_rows: bool = False
-
-
 def merge(
     recipe: MergeRecipe | str | Path | None = None,
     /,
@@ -73,11 +61,15 @@ def merge(
     """Merge models into one folder that is a whole embedder.
 
     `recipe`: a `MergeRecipe`, or the path of a YAML file; or the recipe's keys as arguments:
-    `merge(parents=["a", "b"], base="c", method="slerp", output="merged")`. The same call continues a merge that was
-    stopped. `overwrite` replaces a finished one. `check` may refuse the result before it gets its name.
+    `merge(parents=["a", "b"], base="c", method="slerp", output="merged")`. `overwrite` replaces a finished merge.
+    `check` may refuse the result before it gets its name.
     Errors: `RecipeError`, `ModelError` or `CheckpointError`, each saying what to do.
     """
-    chosen = as_recipe(recipe, settings)
+    if recipe is None:
+        recipe = parse(MergeRecipe, settings, where="merge")
+    elif settings:
+        raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
+    chosen = recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
     output = Path(chosen.output)
     if output.exists() and not output.is_dir():
         raise CheckpointError("this is a file", where=output, expected="a new folder", fix="choose another output")
@@ -92,28 +84,27 @@ def merge(
         hashes = {model.id: hashing.submit(getattr, model, "content_hash") for model in plan.models}
         with disk_errors(output):
             partial = output.with_name(f".{output.name}.merging")
-            report = _stream(plan, partial) if chosen.adapter is None else _factors(plan, chosen.adapter.rank, partial)
-            report["models"] = _models(plan, hashes)
+            shutil.rmtree(partial, ignore_errors=True)
+            report = _write_model(plan, partial) if chosen.adapter is None else _write_adapter(plan, partial)
+            report["models"] = _about_models(plan, hashes)
             write_around(plan, partial, report)
             save_recipe(chosen, partial / "recipe.yaml")
             if check is not None:
                 check(partial)
-            (partial / JOURNAL).unlink()
             move_into_place(partial, output)
-    _warn(report)
+    for note in report["notes"]:
+        log.info("%s", note)
+    loss = report["rounding"]["total"]
+    if loss is not None and loss > LOSSY:
+        log.warning(
+            "rounding to %s loses %.0f %% of what the merge changed: write float32 (dtype: float32)",
+            report["dtype"],
+            100 * loss,
+        )
     return Merged(output, report)
 
 
-def as_recipe(recipe: MergeRecipe | str | Path | None, settings: Mapping[str, Any]) -> MergeRecipe:
-    """A recipe from any of the forms `merge` takes."""
-    if recipe is None:
-        return parse(MergeRecipe, dict(settings), where="merge")
-    if settings:
-        raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
-    return recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
-
-
-def rehearse(recipe: MergeRecipe) -> str:
+def plan_in_words(recipe: MergeRecipe) -> str:
     """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing."""
     plan = make_plan(recipe)
     dtype_of = dtypes(plan)
@@ -137,201 +128,9 @@ def dtypes(plan: Plan) -> dict[str, torch.dtype]:
     for name in plan.names:
         own = [parent.tensors[name].dtype for parent in plan.parents if name in parent.tensors]
         widest = reduce(torch.promote_types, own)
-        keep = wanted is None or name in plan.copied or name.startswith("token_heads.")
-        found[name] = widest if keep else getattr(torch, str(wanted))
+        stays = wanted is None or name in plan.copied or name.startswith("token_heads.")
+        found[name] = widest if stays else getattr(torch, str(wanted))
     return found
-
-
-def _stream(plan: Plan, partial: Path) -> dict[str, Any]:
-    """Prepare the methods and write all weights. Returns the report so far."""
-    dtype_of = dtypes(plan)
-    shard_bytes = None if plan.recipe.shard_size is None else parse_size(plan.recipe.shard_size)
-    files = homes(plan, dtype_of, shard_bytes)
-    _check_space(files, partial)
-    facts: dict[str, Any] = {}
-    sections = _sections(plan, facts, dtype_of)
-    stamp = _stamp(plan)
-    done, rounding = _open_partial(partial, stamp)
-    with _opened(plan, partial, files) as writers:
-        _write(plan, sections, writers, dtype_of, rounding, partial, stamp, done)
-        _write_copied(plan, writers)
-    _write_heads(plan, sections, files, dtype_of, partial)
-    write_index(partial, files)
-    return _report(plan, dtype_of, facts, rounding)
-
-
-def _factors(plan: Plan, rank: int | None, partial: Path) -> dict[str, Any]:
-    """The merge as an adapter: a few megabytes, so written at once and never continued."""
-    from embedsmith.merge.adapter import extract, write_adapter
-
-    found, facts = extract(plan, rank)
-    _open_partial(partial, "adapter")
-    write_adapter(found, plan, partial)
-    if found.left_out > 0:
-        log.warning("%.2f %% of the merge lies in weights that an adapter has no place for", 100 * found.left_out)
-    return _report(plan, dtypes(plan), {**facts, "adapter": found.report()}, RoundingLoss())
-
-
-def _sections(plan: Plan, facts: dict[str, Any], dtype_of: Mapping[str, torch.dtype]) -> list[Section]:
-    """Every method prepared, and the means of what has no ancestor. Each method's report goes into `facts`."""
-    found: list[Section] = []
-    for method, names in plan.by_method:
-        job = plan.job(names)
-        combine = method.prepare(job)
-        # nobody looks at the base of a plain mean but the rounding report: one model less to read
-        unread = isinstance(method, Average) and method.is_mean and all(dtype_of[n].itemsize > 2 for n in names)
-        found.append(Section(plan.parents, None if unread else plan.base, names, combine, method.by_rows))
-        for key, value in job.report.items():
-            facts.setdefault(key, {}).update(value)
-    for holders in dict.fromkeys(plan.averaged.values()):
-        names = tuple(name for name, having in plan.averaged.items() if having == holders)
-        weight_M = normalised(plan.weight_M[list(holders)])
-        mean = combine_coefficients(dict.fromkeys(names, weight_M))
-        found.append(Section(tuple(plan.parents[place] for place in holders), None, names, mean))
-    return found
-
-
-def _write(
-    plan: Plan,
-    sections: list[Section],
-    writers: Mapping[str, tuple[TensorFile, str]],
-    dtype_of: Mapping[str, torch.dtype],
-    rounding: RoundingLoss,
-    partial: Path,
-    stamp: str,
-    done: int,
-) -> None:
-    """All blocks of tensors in safetensors files; every so often the position is made durable."""
-    seed = plan.recipe.seed if plan.recipe.rounding == "stochastic" else None
-    total = sum(size_of(plan.holder(name).tensors[name]) for name in writers if name not in plan.copied)
-    with progress_bar("merging", total) as bar:
-        for count, (block, exact_E) in enumerate(_made(sections, writers, done, bar), start=done + 1):
-            written_E = rounded(exact_E, dtype_of[block.name], block, seed)
-            rounding.add(block, exact_E, written_E)
-            file, key = writers[block.name]
-            file.write(key, block.start, written_E)
-            bar.advance(len(written_E))
-            if count % _SAVE_EVERY == 0:
-                for other in {id(f): f for f, _ in writers.values()}.values():
-                    other.sync()
-                _save_journal(partial, stamp, count, rounding)
-
-
-def _made(sections: list[Section], wanted: Mapping[str, object], done: int, bar: Bar) -> Iterator[tuple[Block, Tensor]]:
-    """Blocks with their merged weights, but for the first `done`, which an earlier run has written."""
-    left = done
-    for section in sections:
-        names = tuple(name for name in section.names if name in wanted)
-        options: dict[str, Any] = {"size": BLOCK, "by_rows": section.by_rows}
-        passed = count_blocks(section, names)
-        if left >= passed:
-            left -= passed
-            continue
-        for block in blocks(section.parents, section.base, names, skip=left, **options):
-            yield block, section.combine(block)
-        left = 0
-
-
-def count_blocks(section: Section, names: tuple[str, ...]) -> int:
-    """How many blocks a section is cut into."""
-    return sum(len(pieces(name, section.parents[0], BLOCK, section.by_rows)) for name in names)
-
-
-def _write_copied(plan: Plan, writers: Mapping[str, tuple[TensorFile, str]]) -> None:
-    for name in plan.copied:
-        file, key = writers[name]
-        weights = plan.holder(name).tensors[name]
-        for start in range(0, size_of(weights), BLOCK):
-            file.write(key, start, weights.read(start, min(start + BLOCK, size_of(weights))))
-
-
-def _write_heads(
-    plan: Plan,
-    sections: list[Section],
-    files: Mapping[Path, Mapping[str, Slot]],
-    dtype_of: Mapping[str, torch.dtype],
-    partial: Path,
-) -> None:
-    """Token heads: small, and kept as torch.save files, so written whole."""
-    for path, slots in files.items():
-        if path.suffix != ".pt":
-            continue
-        state = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in slots.values()}
-        for section in sections:
-            names = tuple(name for name in section.names if name in slots)
-            for block in blocks(section.parents, section.base, names, by_rows=section.by_rows):
-                made_E = rounded(section.combine(block), dtype_of[block.name], block, None)
-                state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
-        with (partial / path).open("wb") as file:
-            torch.save(state, file)
-
-
-@contextmanager
-def _opened(
-    plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Slot]]
-) -> Iterator[dict[str, tuple[TensorFile, str]]]:
-    """Canonical name to the open safetensors file that holds it and its name there."""
-    open_files: list[TensorFile] = []
-    found: dict[str, tuple[TensorFile, str]] = {}
-    try:
-        for path, slots in files.items():
-            if path.suffix == ".safetensors":
-                file = TensorFile(partial / path, list(slots.values()), about(plan, path, slots))
-                open_files.append(file)
-                found |= {name: (file, slot.name) for name, slot in slots.items()}
-        yield found
-        for file in open_files:
-            file.sync()
-    finally:
-        for file in open_files:
-            file.close()
-
-
-def _stamp(plan: Plan) -> str:
-    """What the half-written weights depend on: the recipe and the models' files."""
-    recipe = json.dumps({**to_plain(plan.recipe), "verify": None}, sort_keys=True)
-    text = "\n".join([recipe, str(BLOCK), *(model.stamp for model in plan.models)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _open_partial(partial: Path, stamp: str) -> tuple[int, RoundingLoss]:
-    """How many blocks an earlier run of the same merge left behind; anything else there is removed."""
-    rounding = RoundingLoss()
-    journal = partial / JOURNAL
-    if journal.exists():
-        try:
-            found = json.loads(journal.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        if found.get("stamp") == stamp:
-            rounding.restore(found["rounding"])
-            log.info("%s: going on after %d blocks", partial, found["done"])
-            return int(found["done"]), rounding
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _save_journal(partial, stamp, 0, rounding)
-    return 0, rounding
-
-
-def _save_journal(partial: Path, stamp: str, done: int, rounding: RoundingLoss) -> None:
-    with atomic_file(partial / JOURNAL) as file:
-        json.dump({"stamp": stamp, "done": done, "rounding": rounding.sums}, file)
-
-
-def _check_space(files: Mapping[Path, Mapping[str, Slot]], partial: Path) -> None:
-    """Errors: `CheckpointError` before anything is written when the disk cannot hold the result."""
-    needed = _SPARE + sum(slot.bytes for slots in files.values() for slot in slots.values())
-    place = partial.parent
-    while not place.exists():
-        place = place.parent
-    there = sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
-    free = shutil.disk_usage(place).free + there
-    if free < needed:
-        raise CheckpointError(
-            f"the merge needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; nothing was written",
-            where=partial.parent,
-            fix="free some space or choose an output on another disk, then run the same command again",
-        )
 
 
 @contextmanager
@@ -348,7 +147,150 @@ def _hashing(recipe: MergeRecipe) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[str, Any]]:
+def _write_model(plan: Plan, partial: Path) -> dict[str, Any]:
+    """Prepare the methods and write all weights. Returns the report so far."""
+    dtype_of = dtypes(plan)
+    shard_bytes = None if plan.recipe.shard_size is None else parse_size(plan.recipe.shard_size)
+    files = homes(plan, dtype_of, shard_bytes)
+    _check_space(files, partial)
+    facts: dict[str, Any] = {}
+    parts = _prepare(plan, facts, dtype_of)
+    rounding = RoundingLoss()
+    with _opened(plan, partial, files) as writers:
+        _write_blocks(plan, parts, writers, dtype_of, rounding)
+        for name in plan.copied:
+            file, key = writers[name]
+            weights = plan.holder(name).tensors[name]
+            for start in range(0, size_of(weights), BLOCK):
+                file.write(key, start, weights.read(start, min(start + BLOCK, size_of(weights))))
+    _write_heads(parts, files, dtype_of, partial)
+    write_index(partial, files)
+    return _report(plan, dtype_of, facts, rounding)
+
+
+def _write_adapter(plan: Plan, partial: Path) -> dict[str, Any]:
+    """The merge as an adapter: a few megabytes. Returns the report so far."""
+    assert plan.recipe.adapter is not None
+    found, facts = extract(plan, plan.recipe.adapter.rank)
+    partial.mkdir(parents=True)
+    write_adapter(found, plan, partial)
+    if found.left_out > 0:
+        log.warning("%.2f %% of the merge lies in weights that an adapter has no place for", 100 * found.left_out)
+    return _report(plan, dtypes(plan), {**facts, "adapter": found.report()}, RoundingLoss())
+
+
+@dataclass(frozen=True)
+class MergedPart:
+    """Tensors made in one way."""
+
+    parents: tuple[Parent, ...]
+    base: Parent | None
+    names: tuple[str, ...]
+    combine: Combine
+    by_rows: bool = False
+
+    def made(self, wanted: Iterable[str]) -> Iterator[tuple[Block, Tensor]]:
+        """Blocks of the wanted tensors with their merged weights, not rounded yet."""
+        names = tuple(name for name in self.names if name in wanted)
+        for block in blocks(self.parents, self.base, names, size=BLOCK, by_rows=self.by_rows):
+            yield block, self.combine(block)
+
+
+def _prepare(plan: Plan, facts: dict[str, Any], dtype_of: Mapping[str, torch.dtype]) -> list[MergedPart]:
+    """Every method prepared, and the means of what has no ancestor. Each method's report goes into `facts`."""
+    found: list[MergedPart] = []
+    for method, names in plan.by_method:
+        job = plan.job(names)
+        combine = method.prepare(job)
+        # nobody looks at the base of a plain mean but the rounding report: one model less to read
+        unread = isinstance(method, Average) and method.is_mean and all(dtype_of[n].itemsize > 2 for n in names)
+        found.append(MergedPart(plan.parents, None if unread else plan.base, names, combine, method.by_rows))
+        for key, value in job.report.items():
+            facts.setdefault(key, {}).update(value)
+    for holders in dict.fromkeys(plan.averaged.values()):
+        names = tuple(name for name, having in plan.averaged.items() if having == holders)
+        weight_M = normalised(plan.weight_M[list(holders)])
+        mean = combine_coefficients(dict.fromkeys(names, weight_M))
+        found.append(MergedPart(tuple(plan.parents[place] for place in holders), None, names, mean))
+    return found
+
+
+def _write_blocks(
+    plan: Plan,
+    parts: list[MergedPart],
+    writers: Mapping[str, tuple[TensorFile, str]],
+    dtype_of: Mapping[str, torch.dtype],
+    rounding: RoundingLoss,
+) -> None:
+    """All blocks of tensors in safetensors files."""
+    seed = plan.recipe.seed if plan.recipe.rounding == "stochastic" else None
+    total = sum(size_of(plan.holder(name).tensors[name]) for name in writers if name not in plan.copied)
+    with progress_bar("merging", total) as bar:
+        for part in parts:
+            for block, exact_E in part.made(writers):
+                written_E = rounded(exact_E, dtype_of[block.name], block, seed)
+                rounding.add(block, exact_E, written_E)
+                file, key = writers[block.name]
+                file.write(key, block.start, written_E)
+                bar.advance(len(written_E))
+
+
+def _write_heads(
+    parts: list[MergedPart],
+    files: Mapping[Path, Mapping[str, Slot]],
+    dtype_of: Mapping[str, torch.dtype],
+    partial: Path,
+) -> None:
+    """Token heads: small, and kept as torch.save files, so written whole."""
+    for path, slots in files.items():
+        if path.suffix != ".pt":
+            continue
+        state = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in slots.values()}
+        for part in parts:
+            for block, exact_E in part.made(slots):
+                made_E = rounded(exact_E, dtype_of[block.name], block, None)
+                state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
+        with (partial / path).open("wb") as file:
+            torch.save(state, file)
+
+
+@contextmanager
+def _opened(
+    plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Slot]]
+) -> Iterator[dict[str, tuple[TensorFile, str]]]:
+    """Canonical name to the open safetensors file that holds it and its name there."""
+    open_files: list[TensorFile] = []
+    found: dict[str, tuple[TensorFile, str]] = {}
+    try:
+        for path, slots in files.items():
+            if path.suffix == ".safetensors":
+                file = TensorFile(partial / path, list(slots.values()), metadata_of(plan, path, slots))
+                open_files.append(file)
+                found |= {name: (file, slot.name) for name, slot in slots.items()}
+        yield found
+        for file in open_files:
+            file.sync()
+    finally:
+        for file in open_files:
+            file.close()
+
+
+def _check_space(files: Mapping[Path, Mapping[str, Slot]], partial: Path) -> None:
+    """Errors: `CheckpointError` before anything is written when the disk cannot hold the result."""
+    needed = _SPARE + sum(slot.bytes for slots in files.values() for slot in slots.values())
+    place = partial.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CheckpointError(
+            f"the merge needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; nothing was written",
+            where=partial.parent,
+            fix="free some space or choose an output on another disk, then run the same command again",
+        )
+
+
+def _about_models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[str, Any]]:
     return [
         {
             "id": model.id,
@@ -364,11 +306,9 @@ def _models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[str, Any
 def _report(
     plan: Plan, dtype_of: Mapping[str, torch.dtype], facts: Mapping[str, Any], rounding: RoundingLoss
 ) -> dict[str, Any]:
-    from embedsmith import __version__
-
     main = [dtype_of[name] for name in plan.names if name.startswith("backbone.") and dtype_of[name].is_floating_point]
     return {
-        "embedsmith": __version__,
+        "embedsmith": version("embedsmith"),
         "method": plan.recipe.method.registered_name,
         "settings": to_plain(plan.recipe.method),
         "dtype": str(max(main, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
@@ -377,15 +317,3 @@ def _report(
         "rounding": {"total": rounding.total(), "blocks": rounding.report()},
         "notes": list(plan.notes),
     }
-
-
-def _warn(report: Mapping[str, Any]) -> None:
-    for note in report["notes"]:
-        log.info("%s", note)
-    loss = report["rounding"]["total"]
-    if loss is not None and loss > LOSSY:
-        log.warning(
-            "rounding to %s loses %.0f %% of what the merge changed: write float32 (dtype: float32)",
-            report["dtype"],
-            100 * loss,
-        )

@@ -55,16 +55,15 @@ def blocks(
     *,
     size: int = BLOCK,
     by_rows: bool = False,
-    skip: int = 0,
 ) -> Iterator[Block]:
     """Blocks of the tensors `names`, in that order; the next block is read while one is used.
 
     `size`: elements in a block, rounded up to whole units. `by_rows`: a block is whole rows of a matrix (a vector is
-    one row). `skip`: leave out this many blocks at the front (what a continued merge has already written).
+    one row).
     Errors: `CheckpointError` naming tensor and model where a weight is NaN or infinite.
     """
     models = [*parents, *([] if base is None else [base])]
-    ranges = [piece for name in names for piece in pieces(name, models[0], size, by_rows)][skip:]
+    ranges = [piece for name in names for piece in pieces(name, models[0], size, by_rows)]
     if not ranges:
         return
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -51,26 +51,23 @@ class Reordered:
         return self.table.dtype
 
     def read(self, start: int, stop: int) -> Tensor:
+        """Rows that lie side by side in the table, and rows that are all missing, are read together."""
         width = self.shape[1]
         first, last = start // width, -(-stop // width)
-        found = [self._run(int(run[0]), int(run[-1]) + 1) for run in _runs(self.row_V, first, last)]
+        row = self.row_V[first:last]
+        goes_on = np.where(
+            row[1:] == _MISSING, row[:-1] == _MISSING, (row[1:] == row[:-1] + 1) & (row[:-1] != _MISSING)
+        )
+        found = []
+        for run in np.split(np.arange(first, last), np.flatnonzero(~goes_on) + 1):
+            begin, count, own = int(run[0]), len(run), int(self.row_V[run[0]])
+            if own != _MISSING:
+                found.append(self.table.read(own * width, (own + count) * width).float())
+            elif self.instead is None:
+                found.append(torch.zeros(count * width))
+            else:
+                found.append(self.instead.read(begin * width, (begin + count) * width).float())
         return torch.cat(found)[start - first * width : stop - first * width]
-
-    def _run(self, first: int, last: int) -> Tensor:
-        """New rows [first, last), which lie side by side in the table, or are all missing."""
-        width, row = self.shape[1], int(self.row_V[first])
-        if row != _MISSING:
-            return self.table.read(row * width, (row + last - first) * width).float()
-        if self.instead is None:
-            return torch.zeros((last - first) * width)
-        return self.instead.read(first * width, last * width).float()
-
-
-def _runs(row_V: NDArray[np.int64], first: int, last: int) -> list[NDArray[np.int64]]:
-    place = np.arange(first, last)
-    row = row_V[first:last]
-    goes_on = np.where(row[1:] == _MISSING, row[:-1] == _MISSING, (row[1:] == row[:-1] + 1) & (row[:-1] != _MISSING))
-    return np.split(place, np.flatnonzero(~goes_on) + 1)
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,6 @@ class MeanOfOwners:
         return (total_E / owners_E.clamp_min(1)).float()
 
 
-def tokenizer_of(model: Parent) -> Any:
-    return load_tokenizer(read_folder(model.folder).backbone, trust_remote_code=False)
-
-
 def match_vocabularies(
     parents: Sequence[Parent], base: Parent | None, like: Parent, policy: str, notes: list[str]
 ) -> tuple[tuple[Parent, ...], Parent | None]:
@@ -112,9 +105,11 @@ def match_vocabularies(
     in different ways.
     """
     models = [*parents, *([] if base is None else [base])]
-    if len({_tokenizer_bytes(model) for model in models}) == 1:
+    folders = {model.id: read_folder(model.folder).backbone for model in models}
+    files = {name: folder / "tokenizer.json" for name, folder in folders.items()}
+    if len({file.read_bytes() if file.exists() else name.encode() for name, file in files.items()}) == 1:
         return tuple(parents), base
-    tokenizers = {model.id: tokenizer_of(model) for model in models}
+    tokenizers = {name: load_tokenizer(folder, trust_remote_code=False) for name, folder in folders.items()}
     vocabularies: dict[str, Mapping[str, int]] = {name: found.get_vocab() for name, found in tokenizers.items()}
     _check_cuts(tokenizers, like.id)
     target = vocabularies[like.id]
@@ -122,17 +117,21 @@ def match_vocabularies(
     if not others:
         return tuple(parents), base
     if policy == "same":
-        raise _vocabularies_differ(like.id, target, others[0], vocabularies[others[0]])
+        other = vocabularies[others[0]]
+        lacking, extra = len(target.keys() - other.keys()), len(other.keys() - target.keys())
+        moved = sum(other[token] != place for token, place in target.items() if token in other)
+        raise CheckpointError(
+            f"the vocabularies of {like.id} and {others[0]} differ: {lacking} tokens only in the first, {extra} only"
+            f" in the second, {moved} with another id",
+            where="merge",
+            fix="packaging.vocabulary=align matches the rows token by token",
+        )
     notes.append(f"rows of the token table of {', '.join(others)} were matched to those of {like.id} by token")
     return _aligned(parents, base, like, vocabularies)
 
 
-def _tokenizer_bytes(model: Parent) -> bytes:
-    file = read_folder(model.folder).backbone / "tokenizer.json"
-    return file.read_bytes() if file.exists() else model.id.encode()
-
-
 def _check_cuts(tokenizers: Mapping[str, Any], like: str) -> None:
+    """Errors: `CheckpointError` for a tokenizer of the same vocabulary that cuts one of the `PROBES` differently."""
     for name, other in tokenizers.items():
         for text in PROBES:
             mine, theirs = (
@@ -146,46 +145,28 @@ def _check_cuts(tokenizers: Mapping[str, Any], like: str) -> None:
                 )
 
 
-def _vocabularies_differ(
-    like: str, target: Mapping[str, int], other: str, vocabulary: Mapping[str, int]
-) -> CheckpointError:
-    lacking, extra = len(target.keys() - vocabulary.keys()), len(vocabulary.keys() - target.keys())
-    moved = sum(vocabulary[token] != place for token, place in target.items() if token in vocabulary)
-    return CheckpointError(
-        f"the vocabularies of {like} and {other} differ: {lacking} tokens only in the first, {extra} only in the"
-        f" second, {moved} with another id",
-        where="merge",
-        fix="packaging.vocabulary=align matches the rows token by token",
-    )
-
-
 def _aligned(
     parents: Sequence[Parent], base: Parent | None, like: Parent, vocabularies: Mapping[str, Mapping[str, int]]
 ) -> tuple[tuple[Parent, ...], Parent | None]:
+    """Models with their token tables in the order of `like`. Padding rows, which no token has, become zero."""
     (name,) = like.token_tables
     rows = like.tensors[name].shape[0]
 
     def reordered(model: Parent) -> Reordered:
-        table = model.tensors[name]
-        return Reordered(table, _rows(vocabularies[like.id], vocabularies[model.id], rows, table.shape[0]))
+        table, own = model.tensors[name], vocabularies[model.id]
+        row_V = np.full(rows, _MISSING, np.int64)
+        for token, place in vocabularies[like.id].items():
+            if token in own and own[token] < table.shape[0] and place < rows:
+                row_V[place] = own[token]
+        return Reordered(table, row_V)
+
+    def with_table(model: Parent, table: Reordered) -> Parent:
+        order = hashlib.sha256(table.row_V.tobytes()).hexdigest()
+        remark = f"{model.remark} rows of {name} in the order {order}"
+        return dataclasses.replace(model, tensors={**model.tensors, name: table}, remark=remark)
 
     mean = MeanOfOwners(tuple(reordered(parent) for parent in parents))
-    ancestor: Weights = mean if base is None else dataclasses.replace(reordered(base), instead=mean)
-    found = tuple(_with(parent, name, dataclasses.replace(reordered(parent), instead=ancestor)) for parent in parents)
-    if base is None or not isinstance(ancestor, Reordered):
-        return found, None
-    return found, _with(base, name, ancestor)
-
-
-def _with(model: Parent, name: str, table: Reordered) -> Parent:
-    remark = f"{model.remark} rows of {name} in the order {hashlib.sha256(table.row_V.tobytes()).hexdigest()}"
-    return dataclasses.replace(model, tensors={**model.tensors, name: table}, remark=remark)
-
-
-def _rows(target: Mapping[str, int], vocabulary: Mapping[str, int], rows: int, own: int) -> NDArray[np.int64]:
-    """For every row of the result, the model's row of that token. Padding rows, which no token has, become zero."""
-    row_V = np.full(rows, _MISSING, np.int64)
-    for token, place in target.items():
-        if token in vocabulary and vocabulary[token] < own and place < rows:
-            row_V[place] = vocabulary[token]
-    return row_V
+    of_base = None if base is None else dataclasses.replace(reordered(base), instead=mean)
+    ancestor: Weights = mean if of_base is None else of_base
+    found = tuple(with_table(one, dataclasses.replace(reordered(one), instead=ancestor)) for one in parents)
+    return found, None if base is None or of_base is None else with_table(base, of_base)

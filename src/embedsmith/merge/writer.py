@@ -1,5 +1,4 @@
-"""Weights to disk: the header first, then blocks at their places, so that memory holds one block and a killed merge
-goes on where it was.
+"""Weights to disk: the header first, then blocks at their places, so that memory holds one block.
 
 A file is safetensors: 8 bytes of header length, the header (JSON, padded to 8 bytes), the tensors without gaps.
 """
@@ -15,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +41,7 @@ class Slot:
 
 
 class TensorFile:
-    """A safetensors file whose tensors arrive in pieces. Opening one that is there keeps what it holds."""
+    """A safetensors file whose tensors arrive in pieces."""
 
     def __init__(self, path: Path, slots: Sequence[Slot], metadata: Mapping[str, str]) -> None:
         self.path = path
@@ -87,13 +85,14 @@ def layout(slots: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, d
     return before, {name: len(before) + begin for name, begin in begins.items()}
 
 
-def shards(slots: Sequence[Slot], most: int | None) -> list[list[Slot]]:
-    """Slots in files of at most `most` bytes of tensors each (a larger tensor gets a file of its own)."""
-    found: list[list[Slot]] = []
-    for slot in slots:
-        if not found or (most is not None and sum(other.bytes for other in found[-1]) + slot.bytes > most):
-            found.append([])
-        found[-1].append(slot)
+def shards(slots: Iterable[tuple[str, Slot]], most: int | None) -> list[dict[str, Slot]]:
+    """Named slots in files of at most `most` bytes of tensors each (a larger tensor gets a file of its own)."""
+    found: list[dict[str, Slot]] = [{}]
+    for name, slot in slots:
+        filled = sum(other.bytes for other in found[-1].values())
+        if most is not None and found[-1] and filled + slot.bytes > most:
+            found.append({})
+        found[-1][name] = slot
     return found
 
 
@@ -165,6 +164,3 @@ class RoundingLoss:
         """|error| / |V| of the whole model, `None` where nothing was rounded."""
         error, moved = (sum(row[place] for row in self.sums.values()) for place in (0, 1))
         return None if not self.sums else (error / moved) ** 0.5 if moved else 0.0
-
-    def restore(self, sums: Mapping[str, Any]) -> None:
-        self.sums.update({name: list(row) for name, row in sums.items()})

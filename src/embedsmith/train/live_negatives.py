@@ -33,7 +33,7 @@ from embedsmith.mining.live_pools import mine_pools
 from embedsmith.mining.live_state import EMPTY, LiveState
 from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
-from embedsmith.mining.select import corpus_texts
+from embedsmith.mining.selection import corpus_texts
 from embedsmith.models import Embedder
 from embedsmith.train.feed import AHEAD, Feed, Lane, Supply, make_part
 from embedsmith.train.step import Encode, Memory, evaluate_parts
@@ -182,7 +182,7 @@ class LiveMining:
 
     def _remine(self, lane: Lane, live: LiveSource) -> None:
         started = time.perf_counter()
-        encoder, task, texts = _Quiet(self.feed.model), live.supply.records.task, live.texts
+        encoder, task, texts = _WithoutBars(self.feed.model), live.supply.records.task, live.texts
         queries = TextReps(encoder, texts.queries, "query", task, live.head, texts.instructions)
         documents = TextReps(encoder, texts.corpus, "document", task, live.head)
         live.state.install_pools(*mine_pools(texts, queries, documents, live.more, lane.group))
@@ -218,7 +218,7 @@ class LiveMining:
 
 
 @dataclass(frozen=True)
-class _Quiet:
+class _WithoutBars:
     """The live model as an encoder without bars of its own."""
 
     model: Embedder

@@ -58,25 +58,24 @@ def merge_models(
     verify: Annotated[bool, typer.Option("--verify", help="Check the result against its parents.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="As --verify; what fails is not written.")] = False,
     probe: Annotated[list[str] | None, typer.Option(help="Texts to look at: one file a parent, or one.")] = None,
-    sizes: Annotated[list[int] | None, typer.Option(help="With --explain: examples each parent saw.")] = None,
 ) -> None:
-    """Merge models as a recipe says. The same command continues a merge that was stopped."""
+    """Merge models as a recipe says."""
     share_one_heap()
     from embedsmith.core.recipe import load_recipe
     from embedsmith.merge import MergeRecipe, merge
-    from embedsmith.merge.run import rehearse
+    from embedsmith.merge.run import plan_in_words
 
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
-        typer.echo(rehearse(loaded))
+        typer.echo(plan_in_words(loaded))
     elif explain is not None:
-        from embedsmith.calibrate.verb import run_explain
+        from embedsmith.calibrate.explain_report import write_explanation
 
-        typer.echo(f"report: {run_explain(loaded, explain, probe or [], sizes or [])}")
+        typer.echo(f"report: {write_explanation(loaded, explain, probe or [])}")
     elif verify or strict:
-        from embedsmith.calibrate.verb import run_verified
+        from embedsmith.calibrate.verify import merge_verified
 
-        typer.echo(f"model: {run_verified(loaded, probe or [], strict, overwrite)}")
+        typer.echo(f"model: {merge_verified(loaded, probe or [], strict, overwrite)}")
     else:
         typer.echo(f"model: {merge(loaded, overwrite=overwrite)}")
 

@@ -1,4 +1,5 @@
-"""No two rows of a batch share a text: rows that do change places with others until they no longer do."""
+"""What a plan must know of every row (who it shares a text with, and how long it is), and how rows change places with
+others until no two rows of a batch share a text."""
 
 from __future__ import annotations
 
@@ -12,8 +13,6 @@ import numpy.typing as npt
 
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.record import Record, Text, TokenIds, text_id
-
-# What a plan must know of every row, and nothing else: who it shares a text with, and how long it is.
 
 BYTES_PER_TOKEN = 4
 """Of UTF-8: about right for English word pieces, and for Chinese, where a character is three bytes and a token."""

@@ -39,11 +39,6 @@ def normalised(weight_M: Tensor) -> Tensor:
     return weight_M / total
 
 
-def average(weight_M: Tensor) -> Tensor:
-    """c_i = a_i / sum a."""
-    return normalised(weight_M)
-
-
 def norm_restoring(gram_MM: Tensor, weight_M: Tensor) -> Tensor:
     """The weighted mean, stretched to the weighted mean norm of its parts: c = w sum_i w_i |V_i| / |sum_i w_i V_i|.
 
@@ -189,17 +184,13 @@ def _in_pairs(gram_MM: Tensor, weight_M: Tensor, norm: Norm, on_antipodal: Antip
     left: list[tuple[Tensor, Tensor]] = list(zip(torch.eye(len(weight_M), dtype=torch.float64), weight_M, strict=True))
     while len(left) > 1:
         rest = left[len(left) // 2 * 2 :]
-        pairs = zip(left[0::2], left[1::2], strict=False)
-        left = [_pair(gram_MM, one, two, norm, on_antipodal) for one, two in pairs] + rest
+        paired = []
+        for (one_M, one), (two_M, two) in zip(left[0::2], left[1::2], strict=False):
+            both = one + two
+            t = two / both if both > 0 else torch.tensor(0.5, dtype=torch.float64)
+            paired.append((slerp(gram_MM, one_M, two_M, t, norm, on_antipodal), both))
+        left = paired + rest
     return left[0][0]
-
-
-def _pair(
-    gram_MM: Tensor, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], norm: Norm, on_antipodal: Antipodal
-) -> tuple[Tensor, Tensor]:
-    both = one[1] + two[1]
-    t = two[1] / both if both > 0 else torch.tensor(0.5, dtype=torch.float64)
-    return slerp(gram_MM, one[0], two[0], t, norm, on_antipodal), both
 
 
 def orders(count: int) -> list[tuple[int, ...]]:
@@ -308,17 +299,6 @@ def model_stock(gram_MM: Tensor) -> Tensor:
     return (cos / (1 + (count - 1) * cos)).expand(count)
 
 
-def inverse_norms(gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-    """c_i proportional to a_i / |V_i|, summing to 1: trust the parent that moved least (NAN, arXiv 2505.16148).
-
-    Zero vectors contribute nothing and get no share.
-    """
-    if not norms(gram_MM).any():
-        return normalised(weight_M)
-    _, inverse_M = _directions(gram_MM, weight_M)
-    return normalised(weight_M * inverse_M)
-
-
 def greedy_soup(
     score_M: Sequence[float], evaluate: Callable[[Tensor], float], gain: float = 0.0
 ) -> tuple[Tensor, list[float]]:
@@ -332,14 +312,14 @@ def greedy_soup(
     chosen, best = [ranked[0]], score_M[ranked[0]]
     history = [best]
     for place in ranked[1:]:
-        score = evaluate(uniform([*chosen, place], count))
+        score = evaluate(equal_shares([*chosen, place], count))
         history.append(score)
         if score >= best + gain:
             chosen, best = [*chosen, place], score
-    return uniform(chosen, count), history
+    return equal_shares(chosen, count), history
 
 
-def uniform(chosen: Sequence[int], count: int) -> Tensor:
+def equal_shares(chosen: Sequence[int], count: int) -> Tensor:
     """Equal coefficients for the chosen parents, 0 for the others."""
     coef_M = torch.zeros(count, dtype=torch.float64)
     coef_M[list(chosen)] = 1 / len(chosen)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.report.page import Section, chart, table
@@ -99,38 +98,6 @@ class Growth:
         directions = {task: fit.as_dict() for task, fit in self.direction_fits().items()}
         points = {"lengths": dict(self.lengths), "directions": dict(self.directions)}
         return {**points, "length_fits": lengths, "direction_fits": directions}
-
-
-def growth_of(gram_MM: Tensor, examples: Sequence[Mapping[str, float] | None]) -> Growth:
-    """Length and direction of task vectors against what each run was trained on: task to examples, `None` unknown.
-
-    A run on one task is a point of that task's length; a run on several is a point of the direction to each of its
-    tasks that also has a run of its own. Errors: `RecipeError` for a number that is not above 0.
-    """
-    known = [(place, said) for place, said in enumerate(examples) if said]
-    if any(count <= 0 for _, said in known for count in said.values()):
-        raise RecipeError(f"examples {[dict(said) for _, said in known]}", expected="numbers above 0")
-    single = [(place, *next(iter(said.items()))) for place, said in known if len(said) == 1]
-    joint = [(place, said) for place, said in known if len(said) > 1]
-    tasks = list(dict.fromkeys(task for _, task, _ in single))
-    lengths = {
-        t: [(n, math.sqrt(float(gram_MM[place, place]))) for place, task, n in single if task == t] for t in tasks
-    }
-    longest = {t: max((n, place) for place, task, n in single if task == t)[1] for t in tasks}
-    directions = {
-        task: [
-            (said[task] / (sum(said.values()) - said[task]), _degrees(gram_MM, place, own))
-            for place, said in joint
-            if task in said
-        ]
-        for task, own in longest.items()
-    }
-    return Growth(lengths, {task: points for task, points in directions.items() if points})
-
-
-def _degrees(gram_MM: Tensor, one: int, two: int) -> float:
-    cosine = float(gram_MM[one, two]) / math.sqrt(float(gram_MM[one, one] * gram_MM[two, two]))
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def _spread(points: Sequence[tuple[float, float]]) -> bool:

@@ -17,18 +17,34 @@ from embedsmith.merge.stream import Block
 _LOW = 12
 _BINS = 1 << (31 - _LOW)
 _IN_MEMORY = 1 << 20
-Keys = Callable[[Block], Tensor]
-"""A block to what is ranked, rows [M, E] of values that are not negative."""
 
 
 def magnitudes(block: Block) -> Tensor:
-    """|V_i|, in float32."""
+    """|V_i| [M, E], in float32."""
     return block.delta_ME.abs_().float()
 
 
-def keep_count(density: float, total: int) -> int:
+def kept_count(density: float, total: int) -> int:
     """How many of `total` are kept: the whole part of the fraction, as elsewhere, but never none by rounding."""
     return min(total, max(1, int(density * total + 1e-9))) if density > 0 else 0
+
+
+def thresholds(
+    job: Job, ranks_of: Callable[[int], Sequence[int]], keys: Callable[[Block], Tensor] = magnitudes
+) -> dict[str, Tensor]:
+    """Tensor name to the values [M, R] at the ranks that `ranks_of` gives for the size of the tensor's group.
+
+    `keys`: a block to what is ranked, rows [M, E] of values that are not negative.
+    """
+    found: dict[str, Tensor] = {}
+    for names in job.groups.values():
+        total = sum(job.size(name) for name in names)
+
+        def passes(names: tuple[str, ...] = names) -> Iterable[Tensor]:
+            return (keys(block) for block in job.blocks(names))
+
+        found |= dict.fromkeys(names, nth_largest(passes, ranks_of(total), total))
+    return found
 
 
 def nth_largest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int], total: int) -> Tensor:
@@ -38,22 +54,16 @@ def nth_largest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int], to
     """
     if total <= _IN_MEMORY:
         whole_ME = torch.cat(list(passes()), 1)
-        columns = [_infinite(whole_ME) if not rank else whole_ME.kthvalue(total - rank + 1, 1).values for rank in ranks]
-        return torch.stack(columns, 1)
-    upper_MB = _count_upper(passes())
-    bins_MR, left_MR = _bins_of(upper_MB, ranks)
+        infinite_M = torch.full((len(whole_ME),), torch.inf)
+        return torch.stack(
+            [infinite_M if not rank else whole_ME.kthvalue(total - rank + 1, 1).values for rank in ranks], 1
+        )
+    bins_MR, left_MR = _bins_of(passes(), ranks)
     return _inside(passes(), bins_MR, left_MR, ranks)
 
 
-def _infinite(rows_ME: Tensor) -> Tensor:
-    return torch.full((len(rows_ME),), torch.inf)
-
-
-def _patterns(values_ME: Tensor) -> Tensor:
-    return values_ME.contiguous().view(torch.int32)
-
-
-def _count_upper(rows: Iterable[Tensor]) -> Tensor:
+def _bins_of(rows: Iterable[Tensor], ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """For every row and rank: the bin of the value, and its rank among the values of that bin."""
     counted: Tensor | None = None
     for values_ME in rows:
         if counted is None:
@@ -61,19 +71,15 @@ def _count_upper(rows: Iterable[Tensor]) -> Tensor:
         for row, upper_E in enumerate(_patterns(values_ME) >> _LOW):
             counted[row] += torch.bincount(upper_E, minlength=_BINS)
     assert counted is not None, "a group has at least one tensor"
-    return counted
-
-
-def _bins_of(upper_MB: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """For every row and rank: the bin of the value, and its rank among the values of that bin."""
-    above_MB = upper_MB.flip(1).cumsum(1)  # how many lie in this bin or above, from the top
-    wanted_MR = torch.tensor(ranks).clamp_min(1).expand(len(upper_MB), -1).contiguous()
+    above_MB = counted.flip(1).cumsum(1)  # how many lie in this bin or above, from the top
+    wanted_MR = torch.tensor(ranks).clamp_min(1).expand(len(counted), -1).contiguous()
     place_MR = torch.searchsorted(above_MB, wanted_MR)
     before_MR = torch.where(place_MR > 0, above_MB.gather(1, (place_MR - 1).clamp_min(0)), 0)
     return _BINS - 1 - place_MR, wanted_MR - before_MR
 
 
 def _inside(rows: Iterable[Tensor], bins_MR: Tensor, left_MR: Tensor, ranks: Sequence[int]) -> Tensor:
+    """The values at the ranks `left_MR` inside their bins."""
     counts = torch.zeros(*bins_MR.shape, 1 << _LOW, dtype=torch.int64)
     for values_ME in rows:
         for row, pattern_E in enumerate(_patterns(values_ME)):
@@ -88,14 +94,5 @@ def _inside(rows: Iterable[Tensor], bins_MR: Tensor, left_MR: Tensor, ranks: Seq
     return torch.where(torch.tensor(ranks) == 0, torch.inf, values_MR)
 
 
-def group_thresholds(job: Job, ranks_of: Callable[[int], Sequence[int]], keys: Keys = magnitudes) -> dict[str, Tensor]:
-    """Group key to the values [M, R] at the ranks that `ranks_of` gives for the group's size."""
-    found: dict[str, Tensor] = {}
-    for key, names in job.groups.items():
-        total = sum(job.size(name) for name in names)
-        found[key] = nth_largest(_passes(job, names, keys), ranks_of(total), total)
-    return found
-
-
-def _passes(job: Job, names: tuple[str, ...], keys: Keys) -> Callable[[], Iterable[Tensor]]:
-    return lambda: (keys(block) for block in job.blocks(names))
+def _patterns(values_ME: Tensor) -> Tensor:
+    return values_ME.contiguous().view(torch.int32)

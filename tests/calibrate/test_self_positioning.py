@@ -5,13 +5,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from embedsmith.calibrate.positioning import (
-    Position,
-    PositioningConfig,
-    ProbeBatches,
-    position_step,
-    self_position,
-)
+from embedsmith.calibrate.self_positioning import Descent, Position, Positioning
 from embedsmith.core.batch import Side
 from embedsmith.data import Source
 from embedsmith.merge.methods.formulas import karcher, sequential_slerp
@@ -21,7 +15,11 @@ SOURCES = (Source(path="pairs", task="retrieval"), Source(path="graded", task="s
 
 
 def batches(live, config):
-    return ProbeBatches.of(live, SOURCES, [retrieval_records(), sts_records()], config)
+    return config.batches(live, SOURCES, [retrieval_records(), sts_records()])
+
+
+def descended(live, config):
+    return Positioning(live, batches(live, config), config).descend()
 
 
 def position(live, config):
@@ -60,11 +58,11 @@ def by_autograd(live, parts, where, config):
 @pytest.mark.parametrize("per_block", [False, True])
 def test_the_projected_gradient_is_autograds(tmp_path, mode, per_block):
     live = family(tmp_path, per_block=per_block)
-    config = PositioningConfig(mode=mode, per_block=per_block, batch_size=6, mu=0.03)
+    config = Descent(mode=mode, per_block=per_block, batch_size=6, mu=0.03)
     where = position(live, config)
     parts = batches(live, config).at(2)
     expected = by_autograd(live, parts, where, config)
-    position_step(live, parts, batches(live, config), where, live.gram(), config)
+    Positioning(live, batches(live, config), config).step(parts, where)
     for tensor, gradient in zip((where.log_weight_M, where.offset_GM, where.length), expected, strict=True):
         if gradient is not None:
             assert gradient.abs().max() > 1e-6
@@ -73,18 +71,18 @@ def test_the_projected_gradient_is_autograds(tmp_path, mode, per_block):
 
 def test_gradients_do_not_stay_in_the_model(tmp_path):
     live = family(tmp_path)
-    config = PositioningConfig(batch_size=4)
-    position_step(live, batches(live, config).at(0), batches(live, config), position(live, config), live.gram(), config)
+    config = Descent(batch_size=4)
+    Positioning(live, batches(live, config), config).step(batches(live, config).at(0), position(live, config))
     assert all(p.grad is None for p in live.model.parameters())
 
 
 def test_descent_lowers_the_objective_and_leaves_the_model_there(tmp_path):
     live = family(tmp_path)
-    config = PositioningConfig(steps=20, batch_size=6, check_every=5, learning_rate=0.05, length_learning_rate=0.05)
-    found = self_position(live, batches(live, config), config)
+    config = Descent(steps=20, batch_size=6, check_every=5, learning_rate=0.05, length_learning_rate=0.05)
+    found = descended(live, config)
     held = [entry["held_out"] for entry in found.trajectory if "held_out" in entry]
     assert found.objective == min(held) < held[0]
-    for name, parameter in live.parameters.items():
+    for name, parameter in live.model.named_parameters():
         expected = live.base[name] + sum(float(found.coefficient_GM[0, i]) * live.deltas[i][name] for i in range(3))
         torch.testing.assert_close(parameter.data, expected)
 
@@ -93,18 +91,17 @@ def test_a_higher_price_makes_a_shorter_merge(tmp_path):
     live = family(tmp_path)
     lengths = []
     for mu in (0.0, 1.0):
-        config = PositioningConfig(steps=15, batch_size=6, check_every=15, mu=mu, length_learning_rate=0.03)
-        lengths.append(self_position(live, batches(live, config), config).trajectory[-1]["length"])
+        config = Descent(steps=15, batch_size=6, check_every=15, mu=mu, length_learning_rate=0.03)
+        lengths.append(descended(live, config).trajectory[-1]["length"])
     assert lengths[0] > lengths[1] + 0.05
 
 
 def test_starts_see_the_same_batches_and_the_best_end_counts(tmp_path):
     live = family(tmp_path)
-    config = PositioningConfig(steps=4, batch_size=6, check_every=2, starts=("uniform", "best_parent"))
-    both = self_position(live, batches(live, config), config)
+    config = Descent(steps=4, batch_size=6, check_every=2, starts=("uniform", "best_parent"))
+    both = descended(live, config)
     alone = [
-        self_position(live, batches(live, config), PositioningConfig(steps=4, batch_size=6, check_every=2, starts=(s,)))
-        for s in ("uniform", "best_parent")
+        descended(live, Descent(steps=4, batch_size=6, check_every=2, starts=(s,))) for s in ("uniform", "best_parent")
     ]
     assert both.objective == min(end.objective for end in alone)
 
