@@ -129,7 +129,7 @@ class Attention:
 
 
 def prepare_config(model_config: Any, mode: Mode) -> Any:
-    """The transformers config to build a backbone from: what has to be said before it is built.
+    """The transformers config to build a backbone from: what has to be set before it is built.
 
     Errors: `ModelError` under a transformers that would ignore it.
     """

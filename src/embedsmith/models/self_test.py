@@ -1,6 +1,6 @@
 """What a backbone's tokens really see, measured on the model itself: the self-test of the attention switch.
 
-Flags say what a model was told; transformers ignores some of them silently in some families, and differently for
+Flags hold what a model was asked for; transformers ignores some of them silently in some families, and differently for
 padded and unpadded batches. So every layer is run again with one later token changed, and compared at an
 earlier one; and a text alone must give the same states as in a padded batch.
 """
@@ -23,7 +23,7 @@ LENGTH, SHORTER = 10, 7
 
 @dataclass(frozen=True)
 class Probe:
-    """`ahead_L`: whether each layer sees later tokens (one entry, for the whole, where layers cannot be told apart),
+    """`ahead_L`: whether each layer sees later tokens (one entry, for the whole, where layers cannot be distinguished),
     in an unpadded and in a padded batch alike; `None` entries contradict themselves. `steady`: a text alone gives the
     states it gives beside a longer one."""
 
@@ -147,7 +147,7 @@ def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
 
 
 def layers_of(backbone: Any) -> list[nn.Module]:
-    """The transformer's layers in order; empty where they cannot be told."""
+    """The transformer's layers in order; empty where they cannot be found."""
     count = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
