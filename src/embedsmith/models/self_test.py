@@ -79,7 +79,13 @@ def _ahead(backbone: Any, call: Call, id_NT: Tensor, mask_NT: Tensor) -> list[bo
     """For every layer whether its first token notices a change of the second (near: any sliding window sees it)."""
     layers = layers_of(backbone)
     seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
-    handles = [layer.register_forward_hook(_keep(seen, place), with_kwargs=True) for place, layer in enumerate(layers)]
+    handles = []
+    for place, layer in enumerate(layers):
+
+        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any, place: int = place) -> None:
+            seen[place] = (inputs, named, output)
+
+        handles.append(layer.register_forward_hook(note, with_kwargs=True))
     try:
         hidden_NTH = call(id_NT, mask_NT)
     finally:
@@ -90,13 +96,6 @@ def _ahead(backbone: Any, call: Call, id_NT: Tensor, mask_NT: Tensor) -> list[bo
         changed_NT[:, 1] = id_NT.flip(0)[:, 1]
         return [_notices(hidden_NTH, call(changed_NT, mask_NT))]
     return [_layer_sees_ahead(layer, *seen[place]) for place, layer in enumerate(layers)]
-
-
-def _keep(seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], place: int) -> Callable[..., None]:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        seen[place] = (inputs, named, output)
-
-    return hook
 
 
 def _layer_sees_ahead(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> bool:
