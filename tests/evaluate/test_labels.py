@@ -8,7 +8,7 @@ import pytest
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import ClassificationTask, ClusteringTask, PairClassificationTask, evaluate
 from embedsmith.evaluate.metrics import average_precision, best_thresholds
-from embedsmith.evaluate.tasks.labels import draw_few_per_label
+from embedsmith.evaluate.tasks.labelled import draw_few_per_label
 from tests.evaluate.examples import small_tasks
 from tests.evaluate.fakes import ConstantEncoder, HashEncoder, TableEncoder, WordEncoder
 

@@ -10,7 +10,7 @@ import pytest
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.shelf import task_kinds
 from embedsmith.evaluate import RetrievalTask, STSTask, data_folder, known_tasks, load_task, split_names
-from embedsmith.evaluate.tasks.by_name import Format, TaskKind, has_columns
+from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns
 
 CORPUS = [{"_id": "d1", "title": "Cats ", "text": "sleep"}, {"_id": 2, "title": "", "text": "dogs"}]
 QUERIES = [{"_id": 7, "text": "what sleeps"}, {"_id": "q8", "text": "what barks"}]

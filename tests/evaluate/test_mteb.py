@@ -14,7 +14,7 @@ from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.evaluate import HybridEncoder, RetrievalTask, STSTask, evaluate
 from embedsmith.evaluate.mteb.models import document_text, mteb_name, mteb_task_name, query_text
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
-from embedsmith.evaluate.mteb.tasks import Limits, as_mteb_task, hub_task
+from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.test_retrieval import ManyHeads
 from tests.evaluate.test_tasks import collection
@@ -113,7 +113,7 @@ def test_prompts_reach_their_roles(tmp_path: Path) -> None:
 def test_limits_sample_the_queries_keep_the_corpus_and_say_so(tmp_path: Path) -> None:
     task = small_tasks()["search"]
     run = lambda limits: mteb_evaluate(NamedEncoder(), [as_mteb_task(task)], tmp_path, name="./m", limits=limits)
-    result = run(Limits(5, seed=3))[0]
+    result = run(SampleLimits(5, seed=3))[0]
     whole = evaluate(NamedEncoder(), [task])[0]
     (file,) = tmp_path.glob("results/*/*/experiments/limit_queries_5__limit_seed_3/search.json")
     told = json.loads(file.read_text())["scores"]["test"][0]
@@ -121,7 +121,7 @@ def test_limits_sample_the_queries_keep_the_corpus_and_say_so(tmp_path: Path) ->
     ndcg = whole.items["ndcg_at_10"].tolist()
     combinations = [abs(np.mean(part) - result.main_score) for part in _means_of_five(ndcg, whole.item_ids)]
     assert min(combinations) < 1e-5, "the score is the mean over five of the queries, as scored on the whole corpus"
-    cut = run(Limits(5, documents=3, seed=3))[0]
+    cut = run(SampleLimits(5, documents=3, seed=3))[0]
     assert cut.counts["documents_searched"] < len(task.corpus)
     assert "not comparable" in cut.notes[0]
     assert len(list(tmp_path.glob("results/*/*/experiments/*/search.json"))) == 2
@@ -138,9 +138,9 @@ def test_limits_are_for_retrieval_and_positive() -> None:
     from embedsmith.evaluate.mteb.tasks import limited
 
     with pytest.raises(EvaluationError, match="limits are for retrieval"):
-        limited(as_mteb_task(small_tasks()["sts"]), Limits(3))
+        limited(as_mteb_task(small_tasks()["sts"]), SampleLimits(3))
     with pytest.raises(EvaluationError, match="1 or more"):
-        Limits(0)
+        SampleLimits(0)
 
 
 def test_names_of_models_and_tasks() -> None:
@@ -199,7 +199,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_commands_of_the_reference(tmp_path: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     local = as_mteb_task(small_tasks()["search"])
-    monkeypatch.setattr("embedsmith.cli.evaluation.find_mteb_tasks", lambda names, **_: [local])
+    monkeypatch.setattr("embedsmith.compat.scripts.find_mteb_tasks", lambda names, **_: [local])
     asked = scripts(
         "evaluate_mteb_t2retrieval_models.py",
         *("--model", "qwen3embedding", "--model_id", "org/some", "--batch_size", "8", "--limits", "4"),

@@ -2,7 +2,7 @@
 
 import io
 import json
-import textwrap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from embedsmith.core.errors import CheckpointError, EvaluationError
-from embedsmith.evaluate import Results, evaluate
+from embedsmith.core.shelf import metrics, task_kinds
+from embedsmith.evaluate import Results, evaluate, load_task
 from tests.evaluate.fakes import ConstantEncoder, HashEncoder
 from tests.evaluate.test_tasks import PAIRS, collection
 
@@ -67,19 +68,31 @@ def test_no_tasks_and_one_name_twice_are_errors() -> None:
         evaluate(HashEncoder(), [PAIRS, PAIRS])
 
 
-def test_a_task_of_ones_own_runs_as_the_docs_show() -> None:
+def test_a_task_and_a_metric_of_ones_own_run_as_the_docs_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shelf in (metrics, task_kinds):
+        shelf.names()
+        monkeypatch.setattr(shelf, "_entries", dict(shelf._entries))
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    code = textwrap.dedent(text[text.index("    @dataclass") : text.index("To have it found")])
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "@" in block]
     names: dict[str, Any] = {}
-    exec(_IMPORTS + code, names)  # noqa: S102 (our own page)
+    exec(_IMPORTS + "\n".join(blocks), names)  # noqa: S102 (our own page)
     task = names["NearDuplicates"]("mine", [("a", "a"), ("a", "b")])
     assert evaluate(HashEncoder(), [task])[0].main_score == 0.5
+    (tmp_path / "mine.jsonl").write_text('{"left": "a", "right": "a"}\n{"left": "a", "right": "b"}\n')
+    assert load_task("mine", data_dir=tmp_path) == load_task("duplicates:mine", data_dir=tmp_path) == task
+    scores = [result.scores for result in evaluate(HashEncoder(), [PAIRS, collection()])]
+    assert "cosine_gap" in scores[0]
+    assert "gain_of_first_at_10" in scores[1]
 
 
 _IMPORTS = """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
+from embedsmith.core.shelf import task_kinds
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.result import TaskResult
+from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns
 """

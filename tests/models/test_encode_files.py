@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, DataError
-from embedsmith.models import encode_files as module
 from embedsmith.models import load
 from embedsmith.models.encode_files import EncodeJob, encode_files
 from tests.models import tiny
@@ -62,7 +61,7 @@ def test_smaller_numbers(tmp_path, model, text_file, stored):
 
 
 def test_an_interrupted_job_goes_on_with_the_blocks_that_are_missing(tmp_path, model, text_file, monkeypatch):
-    out, real, calls = tmp_path / "out", module._vectors, []
+    out, real, calls = tmp_path / "out", EncodeJob.vectors, []
 
     def failing(job, model, texts):
         calls.append(len(texts))
@@ -70,7 +69,7 @@ def test_an_interrupted_job_goes_on_with_the_blocks_that_are_missing(tmp_path, m
             raise KeyboardInterrupt
         return real(job, model, texts)
 
-    monkeypatch.setattr(module, "_vectors", failing)
+    monkeypatch.setattr(EncodeJob, "vectors", failing)
     with pytest.raises(KeyboardInterrupt):
         encode_files(job(model, text_file, out=out))
     assert json.loads((out / "progress-0.json").read_text()) == [0, 1, 2]

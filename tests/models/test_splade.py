@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from embedsmith.core.errors import ModelError
+from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.models import load
 from embedsmith.models.heads import splade
 from embedsmith.models.heads.splade import SPLADE_FILE, top_words
@@ -146,7 +146,7 @@ def test_a_model_without_a_language_head_starts_from_its_words(tmp_path, caplog)
 
 def test_impossible_settings(tmp_path):
     folder = str(lm.folder(tmp_path / "lm"))
-    with pytest.raises(ModelError, match="sparse_terms=0"):
+    with pytest.raises(RecipeError, match="sparse_terms"):
         load(folder, pooling="mean", heads=("sparse",), sparse="splade", sparse_terms=0)
     with pytest.raises(ModelError, match="sparse_terms belongs to sparse=splade"):
         load(folder, pooling="mean", heads=("sparse",), sparse_terms=5)

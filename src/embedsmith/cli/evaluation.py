@@ -12,11 +12,11 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.compare import Comparison, compare
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
-from embedsmith.evaluate.mteb.tasks import Limits
+from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.by_name import load_task
-from embedsmith.evaluate.tasks.similarity import Task
+from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.variants import FULL, HeadScores, score_heads, score_widths
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
@@ -69,7 +69,7 @@ class Scoring:
     def _load(self, names: Sequence[str], split: str | None = None) -> list[Task]:
         return [load_task(name, data_dir=self.data, split=split or self.split) for name in names]
 
-    def with_mteb(self, encoder: Encoder, model: str, output: Path, limits: Limits | None) -> Results:
+    def with_mteb(self, encoder: Encoder, model: str, output: Path, limits: SampleLimits | None) -> Results:
         """The model on all tasks, with mteb."""
         chosen = find_mteb_tasks(self.tasks, data=self.data, split=self.split)
         if self.head == "hybrid":

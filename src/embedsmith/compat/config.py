@@ -20,7 +20,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
-from embedsmith.data.token_cache import MANIFEST, Manifest
+from embedsmith.data.token_manifest import MANIFEST, Manifest
 from embedsmith.train.config import Recipe
 
 POOLINGS = {"eos": "last", "mean": "mean", "weighted_mean": "weighted_mean", "cls": "cls", "max": "max"}
@@ -166,147 +166,137 @@ class Reference:
         if self.pooling_mode not in POOLINGS:
             raise RecipeError(f"pooling_mode {self.pooling_mode!r}", expected=f"one of {', '.join(POOLINGS)}")
 
+    def recipe_tree(self) -> dict[str, Any]:
+        """The recipe's tree of this flat config. Errors: `DataError` where the folder has no datasets."""
+        self.warn()
+        sources = [self.source(name, path) for name, path in self.datasets().items()]
+        rows = self.train_subset_rows or self.read_rows_limit
+        recipe: dict[str, Any] = {
+            "model": self.model(),
+            "data": [{**source, "part": [0, HELD_OUT], "limit": rows} for source in sources],
+            "train": self.train(),
+            "output": str(Path(self.output_dir) / self.experiment_id),
+        }
+        if self.validation_steps:
+            held_out = [{**source, "part": [HELD_OUT, 1], "limit": self.valid_subset_rows} for source in sources]
+            recipe["evaluate"] = {"every": self.validation_steps, "validation": held_out}
+        return recipe
 
-def translated(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The recipe's tree of a flat config."""
-    if "limits" in tree:
-        raise RecipeError(
-            "limits: training has no such key, and mteb ignored it",
-            where=where,
-            fix="remove it; score a sample of the queries with embedsmith evaluate",
-        )
-    flat = parse(Reference, dict(tree), where=where)
-    _remark(flat)
-    names = _datasets(flat)
-    sources = [_source(flat, name, path) for name, path in names.items()]
-    rows = flat.train_subset_rows or flat.read_rows_limit
-    recipe: dict[str, Any] = {
-        "model": _model(flat),
-        "data": [{**source, "part": [0, HELD_OUT], "limit": rows} for source in sources],
-        "train": _train(flat),
-        "output": str(Path(flat.output_dir) / flat.experiment_id),
-    }
-    if flat.validation_steps:
-        held_out = [{**source, "part": [HELD_OUT, 1], "limit": flat.valid_subset_rows} for source in sources]
-        recipe["evaluate"] = {"every": flat.validation_steps, "validation": held_out}
-    return recipe
+    def warn(self) -> None:
+        """Log what a reader of the file might not expect. Errors: `RecipeError` for Matryoshka without widths."""
+        if self.lora_enabled and self.learning_rate < 5e-5:
+            log.warning("learning_rate %g moves adapters hardly; 1e-4 is usual", self.learning_rate)
+        if self.pooling_mode == "eos" and self.bi_attn_enabled:
+            log.warning("eos pooling of bidirectional attention: legal, mean is the usual choice")
+        if self.pooling_mode == "mean" and not self.bi_attn_enabled:
+            log.warning("mean pooling of causal attention: legal, weighted_mean or eos is the usual choice")
+        if self.spread_enabled and self.spread_weight > 0 and self.train_batch_size < 4:
+            log.warning("spread_weight with %d rows a process: there is little to spread", self.train_batch_size)
+        if self.skip_instruction and self.pooling_mode == "eos":
+            log.warning("skip_instruction changes nothing under eos pooling: the end token is never an instruction")
+        if self.mrl_enabled and not self.mrl_dims:
+            raise RecipeError("mrl_enabled without mrl_dims", fix="list the widths")
 
+    def model(self) -> dict[str, Any]:
+        lora = {
+            "r": self.lora_r,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "bias": self.lora_bias,
+            "targets": self.lora_target_modules,
+        }
+        return {
+            "path": self.lora_adapter_path or self.model_path,
+            "base": self.model_path if self.lora_adapter_path else None,
+            "attention": "bidirectional" if self.bi_attn_enabled else "causal",
+            "pooling": POOLINGS[self.pooling_mode],
+            "include_prompt": not self.skip_instruction,
+            "max_length": self.max_seq_length,
+            "attn_implementation": self.attn_implementation,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "padding_side": self.padding_side or "right",
+            "append_eos": self.append_eos,
+            "eos_token": self.eos_token,
+            "lora": lora if self.lora_enabled else None,
+        }
 
-def _remark(flat: Reference) -> None:
-    """What a reader of the file might not expect."""
-    if flat.lora_enabled and flat.learning_rate < 5e-5:
-        log.warning("learning_rate %g moves adapters hardly; 1e-4 is usual", flat.learning_rate)
-    if flat.pooling_mode == "eos" and flat.bi_attn_enabled:
-        log.warning("eos pooling of bidirectional attention: legal, mean is the usual choice")
-    if flat.pooling_mode == "mean" and not flat.bi_attn_enabled:
-        log.warning("mean pooling of causal attention: legal, weighted_mean or eos is the usual choice")
-    if flat.spread_enabled and flat.spread_weight > 0 and flat.train_batch_size < 4:
-        log.warning("spread_weight with %d rows a process: there is little to spread", flat.train_batch_size)
-    if flat.skip_instruction and flat.pooling_mode == "eos":
-        log.warning("skip_instruction changes nothing under eos pooling: the end token is never an instruction")
-    if flat.mrl_enabled and not flat.mrl_dims:
-        raise RecipeError("mrl_enabled without mrl_dims", fix="list the widths")
+    def train(self) -> dict[str, Any]:
+        by_steps = self.train_steps > 0
+        return {
+            "steps": self.train_steps if by_steps else None,
+            "epochs": None if by_steps else self.train_epochs,
+            "batch_size": self.train_batch_size * int(os.environ.get("WORLD_SIZE", "1")),
+            "learning_rate": self.learning_rate,
+            "min_learning_rate": self.min_lr,
+            "schedule": "cosine" if self.scheduler_type == "cosine" else "constant",
+            "warmup": self.warmup_steps,
+            "weight_decay": self.weight_decay,
+            "betas": list(self.adam_betas),
+            "clip_norm": self.max_grad_norm,
+            "token_budget": self.token_budget,
+            "seed": self.seed,
+            "log_every": self.log_interval,
+            "checkpoint_every": self.checkpointing_steps,
+        }
 
+    def source(self, name: str, path: Path) -> dict[str, Any]:
+        """A dataset with its loss; hard negatives are counted by what kind of task it is."""
+        kind = self.dataset_types.get(name, "retrieval")
+        counts = {"classification": 1, "clustering": self.num_hard_neg_clustering or self.num_hard_neg}
+        source: dict[str, Any] = {
+            "path": str(path),
+            "name": name,
+            "task": kind,
+            "negatives": counts.get(kind, self.num_hard_neg),
+            "weight": self.dataset_weights.get(name, 1.0),
+            "loss": self.loss(kind),
+            "cache": self.cache_dir,
+            "teacher": self.teacher_model_path,
+        }
+        if path.is_dir():
+            return {**source, "split": name}
+        columns = pq.read_schema(path).names
+        negatives = [column for column in columns if column.startswith("negative_") and column[9:].isdecimal()]
+        return {**source, "columns": {"query": "query", "positives": "passage", "negatives": negatives}}
 
-def _model(flat: Reference) -> dict[str, Any]:
-    lora = {
-        "r": flat.lora_r,
-        "alpha": flat.lora_alpha,
-        "dropout": flat.lora_dropout,
-        "bias": flat.lora_bias,
-        "targets": flat.lora_target_modules,
-    }
-    return {
-        "path": flat.lora_adapter_path or flat.model_path,
-        "base": flat.model_path if flat.lora_adapter_path else None,
-        "attention": "bidirectional" if flat.bi_attn_enabled else "causal",
-        "pooling": POOLINGS[flat.pooling_mode],
-        "include_prompt": not flat.skip_instruction,
-        "max_length": flat.max_seq_length,
-        "attn_implementation": flat.attn_implementation,
-        "gradient_checkpointing": flat.gradient_checkpointing,
-        "padding_side": flat.padding_side or "right",
-        "append_eos": flat.append_eos,
-        "eos_token": flat.eos_token,
-        "lora": lora if flat.lora_enabled else None,
-    }
+    def loss(self, kind: str) -> dict[str, Any]:
+        in_batch = kind in self.inbatch_task_types
+        loss: dict[str, Any] = {"type": "f2llm", "temperature": self.temperature, "in_batch": in_batch}
+        if self.loss_form == "joint":
+            own = "all" if in_batch else "own"
+            loss = {
+                "type": "infonce",
+                "temperature": self.temperature,
+                "negatives": own,
+                "margin": self.false_neg_margin,
+            }
+        if self.mrl_enabled or self.use_mrl:
+            given = None if self.mrl_dim_weights is None else list(self.mrl_dim_weights)
+            weighting = "f2llm" if self.use_mrl and given is None else "ones"
+            shape = {"dims": list(self.mrl_dims), "weights": given, "weighting": weighting, "normalise": False}
+            loss = {"type": "matryoshka", "inner": loss, **shape}
+        parts, weights = [loss], [1.0]
+        if self.spread_enabled and self.spread_weight > 0 and in_batch:
+            parts, weights = [*parts, {"type": "uniformity", "t": self.spread_t}], [*weights, self.spread_weight]
+        if self.teacher_model_path is not None:
+            parts, weights = [*parts, {"type": "teacher_vectors"}], [*weights, self.kd_weight]
+        return loss if len(parts) == 1 else {"type": "sum", "parts": parts, "weights": weights}
 
-
-def _train(flat: Reference) -> dict[str, Any]:
-    by_steps = flat.train_steps > 0
-    return {
-        "steps": flat.train_steps if by_steps else None,
-        "epochs": None if by_steps else flat.train_epochs,
-        "batch_size": flat.train_batch_size * int(os.environ.get("WORLD_SIZE", "1")),
-        "learning_rate": flat.learning_rate,
-        "min_learning_rate": flat.min_lr,
-        "schedule": "cosine" if flat.scheduler_type == "cosine" else "constant",
-        "warmup": flat.warmup_steps,
-        "weight_decay": flat.weight_decay,
-        "betas": list(flat.adam_betas),
-        "clip_norm": flat.max_grad_norm,
-        "token_budget": flat.token_budget,
-        "seed": flat.seed,
-        "log_every": flat.log_interval,
-        "checkpoint_every": flat.checkpointing_steps,
-    }
-
-
-def _source(flat: Reference, name: str, path: Path) -> dict[str, Any]:
-    """A dataset with its loss; hard negatives are counted by what kind of task it is."""
-    kind = flat.dataset_types.get(name, "retrieval")
-    counts = {"classification": 1, "clustering": flat.num_hard_neg_clustering or flat.num_hard_neg}
-    source: dict[str, Any] = {
-        "path": str(path),
-        "name": name,
-        "task": kind,
-        "negatives": counts.get(kind, flat.num_hard_neg),
-        "weight": flat.dataset_weights.get(name, 1.0),
-        "loss": _loss(flat, kind),
-        "cache": flat.cache_dir,
-        "teacher": flat.teacher_model_path,
-    }
-    if path.is_dir():
-        return {**source, "split": name}
-    columns = pq.read_schema(path).names
-    negatives = [column for column in columns if column.startswith("negative_") and column[9:].isdecimal()]
-    return {**source, "columns": {"query": "query", "positives": "passage", "negatives": negatives}}
-
-
-def _loss(flat: Reference, kind: str) -> dict[str, Any]:
-    in_batch = kind in flat.inbatch_task_types
-    loss: dict[str, Any] = {"type": "f2llm", "temperature": flat.temperature, "in_batch": in_batch}
-    if flat.loss_form == "joint":
-        own = "all" if in_batch else "own"
-        loss = {"type": "infonce", "temperature": flat.temperature, "negatives": own, "margin": flat.false_neg_margin}
-    if flat.mrl_enabled or flat.use_mrl:
-        given = None if flat.mrl_dim_weights is None else list(flat.mrl_dim_weights)
-        weighting = "f2llm" if flat.use_mrl and given is None else "ones"
-        shape = {"dims": list(flat.mrl_dims), "weights": given, "weighting": weighting, "normalise": False}
-        loss = {"type": "matryoshka", "inner": loss, **shape}
-    parts, weights = [loss], [1.0]
-    if flat.spread_enabled and flat.spread_weight > 0 and in_batch:
-        parts, weights = [*parts, {"type": "uniformity", "t": flat.spread_t}], [*weights, flat.spread_weight]
-    if flat.teacher_model_path is not None:
-        parts, weights = [*parts, {"type": "teacher_vectors"}], [*weights, flat.kd_weight]
-    return loss if len(parts) == 1 else {"type": "sum", "parts": parts, "weights": weights}
-
-
-def _datasets(flat: Reference) -> dict[str, Path]:
-    """Datasets by name: those of a token cache, or one a Parquet file of texts."""
-    folder = Path(flat.train_data_path)
-    if (folder / MANIFEST).is_file():
-        found = {name: folder for name in sorted(Manifest.load(folder).datasets)}
-    else:
-        found = {file.stem: file for file in sorted(folder.glob("**/*.parquet"))}
-    if not found:
-        raise DataError(
-            "train_data_path has no datasets",
-            where=folder,
-            expected=f"Parquet files with query, passage, negative_1, ..., or a token cache with {MANIFEST}",
-            fix="download the data, or make a cache with embedsmith tokenize",
-        )
-    return dict(list(found.items())[: flat.max_datasets])
+    def datasets(self) -> dict[str, Path]:
+        """Datasets by name: those of a token cache, or one a Parquet file of texts."""
+        folder = Path(self.train_data_path)
+        if (folder / MANIFEST).is_file():
+            found = {name: folder for name in sorted(Manifest.load(folder).datasets)}
+        else:
+            found = {file.stem: file for file in sorted(folder.glob("**/*.parquet"))}
+        if not found:
+            raise DataError(
+                "train_data_path has no datasets",
+                where=folder,
+                expected=f"Parquet files with query, passage, negative_1, ..., or a token cache with {MANIFEST}",
+                fix="download the data, or make a cache with embedsmith tokenize",
+            )
+        return dict(list(found.items())[: self.max_datasets])
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -320,7 +310,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         old = [override for override in overrides if override.partition("=")[0] in flat]
         for override in old:
             apply_override(tree, override)
-        tree = translated(tree, str(path))
+        if "limits" in tree:
+            raise RecipeError(
+                "limits: training has no such key, and mteb ignored it",
+                where=path,
+                fix="remove it; score a sample of the queries with embedsmith evaluate",
+            )
+        tree = parse(Reference, tree, where=str(path)).recipe_tree()
         overrides = [override for override in overrides if override not in old]
     for override in overrides:
         apply_override(tree, override)

@@ -11,7 +11,7 @@ from typing import Any
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
-from embedsmith.evaluate.mteb.tasks import Limits
+from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.result import Results
 
 Load = Callable[..., Encoder]
@@ -72,7 +72,7 @@ def _run(load: Load, said: argparse.Namespace, names: list[str], model: str, opt
         options["prompts"] = {"query": said.query_instruction.replace("\\n", "\n")}
     if said.device is not None:
         options["device"] = f"cuda:{said.device}" if said.device.isdecimal() else said.device
-    limits = None if said.limits is None else Limits(said.limits, said.corpus_limit, said.seed)
+    limits = None if said.limits is None else SampleLimits(said.limits, said.corpus_limit, said.seed)
     tasks = find_mteb_tasks(names, languages=getattr(said, "task_langs", ()))
     return mteb_evaluate(load(model, **options), tasks, said.output_folder, name=model, limits=limits)
 

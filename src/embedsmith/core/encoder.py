@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -19,23 +19,11 @@ class Encoder(Protocol):
     def represent(
         self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
     ) -> Reps:
-        """Representations of N texts, in their order, on the CPU, without gradient."""
-        ...
+        """Representations of N texts, in their order, on the CPU, without gradient.
 
-
-class InstructedEncoder(Protocol):
-    """An encoder that also takes an instruction with every text."""
-
-    def represent(
-        self,
-        texts: Sequence[str],
-        *,
-        role: Role,
-        task: str | None = None,
-        outputs: Sequence[str] = ("dense",),
-        instruction: Sequence[str | None] | None = None,
-    ) -> Reps:
-        """As `Encoder`; a text's instruction takes the place of the prompt of its role and task."""
+        An encoder may also take `instruction`, one or `None` for each text, in the place of the prompt of its role and
+        task.
+        """
         ...
 
 
@@ -48,8 +36,8 @@ def represent(
     outputs: Sequence[str],
     instruction: Sequence[str | None] | None,
 ) -> Reps:
-    """`encoder.represent`, told of instructions only where a text has one. Errors: `ModelError` for an encoder that
-    has no such parameter."""
+    """`encoder.represent`, with instructions only where a text has one. Errors: `ModelError` for an encoder that has no
+    such parameter."""
     if instruction is None or all(own is None for own in instruction):
         return encoder.represent(texts, role=role, task=task, outputs=outputs)
     if "instruction" not in inspect.signature(encoder.represent).parameters:
@@ -58,8 +46,8 @@ def represent(
             expected="represent(texts, *, role, task, outputs, instruction)",
             fix="add the parameter, or leave the instructions out",
         )
-    able = cast(InstructedEncoder, encoder)
-    return able.represent(texts, role=role, task=task, outputs=outputs, instruction=instruction)
+    reps: Reps = cast(Any, encoder).represent(texts, role=role, task=task, outputs=outputs, instruction=instruction)
+    return reps
 
 
 @runtime_checkable

@@ -73,14 +73,9 @@ def move_into_place(new: Path, path: Path) -> None:
     for file in new.rglob("*"):
         _sync_folder(file) if file.is_dir() else _sync_file(file)
     _sync_folder(new)
-    _swap(new, path)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Put `new` at `path`. A rename cannot replace a folder that holds files, so the old one steps aside first."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    if path.exists():  # a rename cannot replace a folder that holds files, so the old one steps aside first
         path.rename(old)
     new.rename(path)
     _sync_folder(path.parent)

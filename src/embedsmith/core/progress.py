@@ -18,7 +18,7 @@ _on_screen: list[str] = []  # labels of the bars the terminal shows: at most one
 
 
 class Bar:
-    """One running bar; `advance` it, and `say` a short text beside it."""
+    """One running bar; `advance` it, and `note` a short text beside it."""
 
     def __init__(self, progress: Progress, label: str, total: int | None, done: int) -> None:
         self._progress = progress
@@ -27,8 +27,8 @@ class Bar:
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
 
-    def say(self, note: str) -> None:
-        self._progress.update(self._task, note=note)
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=text)
 
 
 @contextmanager
@@ -59,9 +59,8 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """For the time of the block, transformers shows no bars and warnings of its own: what matters of them is an error
-    here."""
+def transformers_silenced() -> Iterator[None]:
+    """Within the block, transformers shows no bars and warnings of its own: what matters of them is an error here."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -105,7 +105,7 @@ class Representation:
 
 @dataclass(frozen=True)
 class Dense(Representation):
-    """One vector a text, normalised by the model unless it was told not to."""
+    """One vector a text, normalised by the model unless its settings leave that out."""
 
     vector_ND: Tensor
 
@@ -155,19 +155,19 @@ class Sparse(Representation):
     weight_NT: Tensor = _tokens(pad=0.0)
 
     def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
-        vocabulary_U = torch.unique(self.coordinate_NT)
-        return (self.over(vocabulary_U) @ other.over(vocabulary_U).T)[None]
+        vocabulary_V = torch.unique(self.coordinate_NT)
+        return (self.over(vocabulary_V) @ other.over(vocabulary_V).T)[None]
 
     def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
-        vocabulary_U = torch.unique(self.coordinate_NT)
-        return (self.over(vocabulary_U) * other.over(vocabulary_U)).sum(-1)[None]
+        vocabulary_V = torch.unique(self.coordinate_NT)
+        return (self.over(vocabulary_V) * other.over(vocabulary_V)).sum(-1)[None]
 
-    def over(self, vocabulary_U: Tensor) -> Tensor:
-        """weight_NU over the given sorted coordinates only: [N, V] never exists."""
-        place_NT = torch.searchsorted(vocabulary_U, self.coordinate_NT).clamp_max(len(vocabulary_U) - 1)
-        weight_NT = in_fp32(self.weight_NT) * (vocabulary_U[place_NT] == self.coordinate_NT)
-        weight_NU = weight_NT.new_zeros(len(weight_NT), len(vocabulary_U))
-        return weight_NU.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=True)
+    def over(self, vocabulary_V: Tensor) -> Tensor:
+        """weight_NV over the given sorted coordinates only: [N, V] never exists."""
+        place_NT = torch.searchsorted(vocabulary_V, self.coordinate_NT).clamp_max(len(vocabulary_V) - 1)
+        weight_NT = in_fp32(self.weight_NT) * (vocabulary_V[place_NT] == self.coordinate_NT)
+        weight_NV = weight_NT.new_zeros(len(weight_NT), len(vocabulary_V))
+        return weight_NV.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=True)
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,10 @@ class MultiVector(Representation):
     mask_NT: Tensor = _tokens(pad=False)
 
     def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
-        asked_XD = in_fp32(self.vector_NTD).flatten(0, 1)
-        score_KUX = in_fp32(other.vector_NTD) @ asked_XD.T  # tokens of documents in rows: maxima over rows are quick
-        best_KX = _best(score_KUX, other.mask_NT[..., None], axis=1)
-        best_QKT = best_KX.unflatten(1, self.mask_NT.shape).transpose(0, 1)
+        asked_SD = in_fp32(self.vector_NTD).flatten(0, 1)
+        score_KUS = in_fp32(other.vector_NTD) @ asked_SD.T  # tokens of documents in rows: maxima over rows are quick
+        best_KS = _best(score_KUS, other.mask_NT[..., None], axis=1)
+        best_QKT = best_KS.unflatten(1, self.mask_NT.shape).transpose(0, 1)
         return _mean_over_tokens(best_QKT, self.mask_NT[:, None, :])[None]
 
     def paired(self, other: Self, widths: Widths | None = None) -> Tensor:

@@ -179,10 +179,10 @@ def _properties(entry: Entry[Any]) -> dict[str, Any]:
     """Names, defaults and meanings of a component's fields. Shallow, because wrappers hold components of their own
     kind."""
     properties: dict[str, Any] = {"type": {"const": entry.name}}
-    said = descriptions(entry.thing)
+    meanings = descriptions(entry.thing)
     for f in dataclasses.fields(entry.thing):
         properties[f.name] = {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}
-        properties[f.name] |= {"description": said[f.name]} if f.name in said else {}
+        properties[f.name] |= {"description": meanings[f.name]} if f.name in meanings else {}
     return {"properties": properties, "additionalProperties": False}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -62,8 +62,6 @@ class TokenBatch:
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
-        if len(parts) == 1:
-            return parts[0]
         lengths = np.concatenate([part.length_N for part in parts])
         return TokenBatch(
             np.concatenate([part.id_S for part in parts]),
@@ -73,11 +71,13 @@ class TokenBatch:
         )
 
     @staticmethod
-    def from_rows(rows: Sequence[Sequence[int]], body: Sequence[int], is_query: bool) -> TokenBatch:
+    def from_rows(rows: Iterable[Sequence[int]], body: Sequence[int], is_query: bool | Sequence[bool]) -> TokenBatch:
+        """Rows of token ids; `is_query` may be given for all of them or for each."""
+        rows = list(rows)
         length_N = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         flat = np.fromiter(chain.from_iterable(rows), np.int64, int(length_N.sum()))
         offset_P = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64)
-        return TokenBatch(flat, offset_P, np.asarray(body, np.int64), np.full(len(rows), is_query))
+        return TokenBatch(flat, offset_P, np.asarray(body, np.int64), np.full(len(rows), np.asarray(is_query, bool)))
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,12 @@ class PaddedTokens:
     is_query_N: Tensor
 
 
-SIMILAR = 0.9
-"""Texts this much shorter than the longest of their chunk begin another, once the chunk is worth a forward pass."""
-
-
 def chunk_rows(
     length_N: IntArray, token_budget: int, max_rows: int | None = None, least_tokens: int | None = None
 ) -> list[IntArray]:
     """Rows in chunks of similar length, longest first, each of at most `token_budget` padded tokens (a single longer
-    row stands alone) and at most `max_rows` rows. With `least_tokens` a chunk that has so many padded tokens ends
-    where texts get shorter than `SIMILAR` of its longest: more chunks, less padding."""
+    row stands alone) and at most `max_rows` rows. With `least_tokens` a chunk that has so many padded tokens, and is
+    worth a forward pass, ends where texts get shorter than 0.9 of its longest: more chunks, less padding."""
     order = np.argsort(-length_N, kind="stable")
     falling_N = -length_N[order]
     chunks: list[IntArray] = []
@@ -109,7 +105,7 @@ def chunk_rows(
         count = max(token_budget // longest, 1)
         count = count if max_rows is None else min(count, max_rows)
         if least_tokens is not None:
-            alike = int(np.searchsorted(falling_N, -SIMILAR * longest, side="right")) - start
+            alike = int(np.searchsorted(falling_N, -0.9 * longest, side="right")) - start
             count = min(count, max(alike, -(-least_tokens // longest), 1))
         chunks.append(order[start : start + count])
         start += count

@@ -3,9 +3,10 @@
 from embedsmith.evaluate.result import Example, Results, TaskResult
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.by_name import data_folder, known_tasks, load_task, split_names
-from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
+from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
+from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
 from embedsmith.evaluate.variants import HeadScores, NarrowEncoder, score_heads, score_widths
 from embedsmith.search.hybrid import HybridEncoder
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate.metrics import Floats, average_precision
-from embedsmith.evaluate.result import Results, TaskResult, percent, short_names
+from embedsmith.evaluate.result import Results, TaskResult, finite_or_none, percent, short_names
 
 SAMPLES = 1000
 _BLOCK = 2**22  # numbers resampled at once
@@ -45,6 +45,17 @@ class Difference:
         """Whether the interval leaves out zero."""
         return self.interval.low > 0 or self.interval.high < 0
 
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        values = {"difference": self.interval.value, "low": self.interval.low, "high": self.interval.high}
+        numbers = {name: finite_or_none(value) for name, value in {**values, "p": self.p_value}.items()}
+        return {"task": self.task, "metric": self.metric, **numbers, "items": self.items}
+
+    def __str__(self) -> str:
+        low, high = (f"{100 * bound:+.2f}" for bound in (self.interval.low, self.interval.high))
+        bounds = "" if self.items == 0 else f" ({low} to {high}){'*' if self.clear else ''}"
+        return f"{100 * self.interval.value:+.2f}{bounds}"
+
 
 Statistic = Callable[[Mapping[str, npt.NDArray[np.float64]]], Floats]
 """Items [B, N] of B resamples to the main score of each, [B]."""
@@ -63,7 +74,12 @@ def statistic_of(result: TaskResult) -> tuple[tuple[str, ...], Statistic]:
     if metric.endswith("spearman"):
         return (column, "score"), lambda items: spearman_rows(items[column], items["score"])
     if metric.endswith("ap"):
-        return (column, "label"), lambda items: _ap_rows(items[column], items["label"])
+
+        def precisions(items: Mapping[str, Floats]) -> Floats:
+            rows = zip(items[column], items["label"].astype(np.int64), strict=True)
+            return np.array([average_precision(s, label) if label.any() else np.nan for s, label in rows])
+
+        return (column, "label"), precisions
     raise EvaluationError(f"{metric!r} has no values of single items", where=result.task)
 
 
@@ -77,11 +93,6 @@ def spearman_rows(left_BN: Floats, right_BN: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         value_B: Floats = (left * right).sum(axis=1) / norm_B
     return value_B
-
-
-def _ap_rows(similarity_BN: Floats, label_BN: Floats) -> Floats:
-    rows = zip(similarity_BN, label_BN.astype(np.int64), strict=True)
-    return np.array([average_precision(s, label) if label.any() else np.nan for s, label in rows])
 
 
 def resampled(result: TaskResult, choice_BN: npt.NDArray[np.int64]) -> Floats:
@@ -118,17 +129,11 @@ def difference(
     choice_BN = _choices(_count(new), samples, seed)
     gap_B = resampled(new, choice_BN) - resampled(old, choice_BN)
     gap_B = gap_B[np.isfinite(gap_B)]
-    interval = _interval(gap, gap_B, level)
-    return Difference(new.task, new.metric, interval, _p_value(gap_B), choice_BN.shape[1])
-
-
-def _p_value(gap_B: Floats) -> float:
-    if len(gap_B) == 0:
-        return float("nan")
-    if not gap_B.any():
-        return 1.0
-    least = min(int((gap_B <= 0).sum()), int((gap_B >= 0).sum()))
-    return min(1.0, 2 * (least + 1) / (len(gap_B) + 1))
+    p_value = float("nan") if len(gap_B) == 0 else 1.0
+    if gap_B.any():
+        least = min(int((gap_B <= 0).sum()), int((gap_B >= 0).sum()))
+        p_value = min(1.0, 2 * (least + 1) / (len(gap_B) + 1))
+    return Difference(new.task, new.metric, _interval(gap, gap_B, level), p_value, choice_BN.shape[1])
 
 
 def _interval(value: float, value_B: Floats, level: float) -> Interval:
@@ -185,7 +190,7 @@ class Comparison:
             "baseline": self.models[0],
             "scores": {name: results.main_scores() for name, results in zip(self.models, self.results)},
             "means": dict(zip(self.models, self.means())),
-            "differences": {name: [_plain(each) for each in rows] for name, rows in gaps.items()},
+            "differences": {name: [each.as_dict() for each in rows] for name, rows in gaps.items()},
         }
 
     def table(self) -> Table:
@@ -200,28 +205,13 @@ class Comparison:
         for row, task in enumerate(self.tasks()):
             scores = [results[row] for results in self.results]
             cells = [percent(scores[0].main_score)]
-            cells += [_cell(each.main_score, gap[row]) for each, gap in zip(scores[1:], gaps)]
+            cells += [f"{percent(each.main_score)}  {gap[row]}" for each, gap in zip(scores[1:], gaps)]
             table.add_row(task, scores[0].metric, *cells)
         if len(self.tasks()) > 1:
             table.add_row("mean", "", *(percent(mean) for mean in self.means()))
         return table
 
 
-def _cell(score: float, gap: Difference) -> str:
-    low, high = (f"{100 * bound:+.2f}" for bound in (gap.interval.low, gap.interval.high))
-    known = "" if gap.items == 0 else f" ({low} to {high}){'*' if gap.clear else ''}"
-    return f"{percent(score)}  {100 * gap.interval.value:+.2f}{known}"
-
-
-def _plain(gap: Difference) -> dict[str, object]:
-    values = {"difference": gap.interval.value, "low": gap.interval.low, "high": gap.interval.high, "p": gap.p_value}
-    numbers = {name: value if np.isfinite(value) else None for name, value in values.items()}
-    return {"task": gap.task, "metric": gap.metric, **numbers, "items": gap.items}
-
-
 def compare(models: Sequence[tuple[str, Results]]) -> Comparison:
     """Names and results, the one to measure against first."""
     return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))
-
-
-__all__ = ["Comparison", "Difference", "Interval", "compare", "confidence", "difference"]

@@ -64,11 +64,14 @@ class SentenceTransformersEncoder:
         """Dense vectors only. Errors: `EvaluationError` for another output, or a similarity that is a distance."""
         if tuple(outputs) != ("dense",):
             raise EvaluationError(f"a sentence-transformers model gives dense vectors, not {', '.join(outputs)}")
+        similarity = str(getattr(self.model.similarity_fn_name, "value", self.model.similarity_fn_name))
+        if similarity not in _NORMALIZE:
+            raise EvaluationError(f"the model compares by {similarity!r}", expected="cosine or dot")
         vectors = self.model.encode(
             list(texts),
             prompt=self.prompt(role, task),
             batch_size=self.batch_size,
-            normalize_embeddings=self._normalized,
+            normalize_embeddings=_NORMALIZE[similarity],
             convert_to_numpy=True,
             show_progress_bar=False,
         )
@@ -87,13 +90,6 @@ class SentenceTransformersEncoder:
             if name is not None and prompts.get(name) is not None:
                 return prompts[name]
         return None
-
-    @property
-    def _normalized(self) -> bool:
-        name = str(getattr(self.model.similarity_fn_name, "value", self.model.similarity_fn_name))
-        if name not in _NORMALIZE:
-            raise EvaluationError(f"the model compares by {name!r}", expected="cosine or dot")
-        return _NORMALIZE[name]
 
 
 def looks_like_a_path(path_or_id: str | Path) -> bool:

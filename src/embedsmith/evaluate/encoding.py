@@ -15,8 +15,8 @@ from embedsmith.core.collectives import ALONE, Group, objects_of_all_ranks, rank
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.reps import Dense, Representation, concatenate
-from embedsmith.search.hybrid import Hybrid
+from embedsmith.core.reps import Dense, Representation
+from embedsmith.search.hybrid import join
 
 PIECE = 2048
 """Texts an encoder is given at once: enough to sort by length, few enough to hold and to show progress."""
@@ -115,14 +115,6 @@ class Reader:
             name = "" if isinstance(error, EmbedsmithError) else f"{type(error).__name__}: "
             objects_of_all_ranks((None, f"{name}{error}"), self.group)
             raise
-
-
-def join(parts: Sequence[Representation]) -> Representation:
-    """Rows of all parts in order."""
-    if isinstance(parts[0], Hybrid):
-        return Hybrid.join([part for part in parts if isinstance(part, Hybrid)])
-    joined: Representation = concatenate([{"all": part} for part in parts])["all"]
-    return joined
 
 
 def _check(representation: Representation, texts: Sequence[str], label: str) -> None:

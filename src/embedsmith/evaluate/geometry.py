@@ -193,6 +193,14 @@ class Space:
         overlap = neighbour_overlap(self.neighbours(), other.neighbours())
         return {"cka": cka, "cosines": correlation, "neighbours": overlap}
 
+    def some_cosines(self, count: int = 5000) -> Matrix:
+        """Cosines of random pairs of different texts, the same pairs each time."""
+        chance = np.random.default_rng(0)
+        left = chance.integers(0, len(self), count)
+        right = (left + chance.integers(1, len(self), count)) % len(self)
+        cosines: Matrix = np.sum(self.unit_ND[left] * self.unit_ND[right], axis=1)
+        return cosines
+
     def measures(self) -> Mapping[str, float]:
         """The measures of one space, by name. `anisotropy` is the mean cosine of two different texts (Ethayarajh 2019),
         which is also the text form of CoDiEmb's token-wise similarity; `effective_rank` is exp of the entropy of the

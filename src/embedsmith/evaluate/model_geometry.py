@@ -15,12 +15,14 @@ from rich.table import Table
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.core.reps import MultiVector, Reps
+from embedsmith.data.formats.texts import read_texts
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.geometry import Space, token_shapes
 from embedsmith.evaluate.result import finite_or_none, short_names
-from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.tasks.retrieval import LongDocumentTask, RerankingTask, RetrievalTask
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
+from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
+from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask
 
 TEXTS = 1000
 _TOKEN_TEXTS = 100  # token states are measured for this many
@@ -52,12 +54,8 @@ class Sample:
 
     @staticmethod
     def read(path: Path, count: int = TEXTS, seed: int = 0) -> Sample:
-        """Different lines of a text file, one text each. Errors: `EvaluationError` for a file that cannot be read."""
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"cannot read the texts ({error})", where=path) from error
-        texts = list(dict.fromkeys(line for line in lines if line))
+        """Different texts of a file, such as the lines of a .txt. Errors: `DataError` for one that cannot be read."""
+        texts = list(dict.fromkeys(text for one in read_texts(path) if (text := one.text.strip())))
         return Sample(tuple(texts if len(texts) <= count else random.Random(seed).sample(texts, count)))
 
 
@@ -124,7 +122,7 @@ class Geometry:
             paired = np.sum(queries.unit_ND * documents.unit_ND, axis=1)
         if tokens:
             numbers |= _named("token", token_space(encoder, sample.texts[:_TOKEN_TEXTS]))
-        return Geometry(numbers, space.spectrum(), space.variance(), _some_cosines(space), paired, dict(about or {}))
+        return Geometry(numbers, space.spectrum(), space.variance(), space.some_cosines(), paired, dict(about or {}))
 
 
 def training_geometry(encoder: Encoder, sample: Sample) -> dict[str, float]:
@@ -163,15 +161,6 @@ def _space(
 
 def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def _some_cosines(space: Space, count: int = 5000) -> npt.NDArray[np.float64]:
-    """Cosines of random pairs of different texts."""
-    chance = np.random.default_rng(0)
-    left = chance.integers(0, len(space), count)
-    right = (left + chance.integers(1, len(space), count)) % len(space)
-    cosines: npt.NDArray[np.float64] = np.sum(space.unit_ND[left] * space.unit_ND[right], axis=1)
-    return cosines
 
 
 def geometry_table(

@@ -104,7 +104,12 @@ class TaskResult:
                 notes=tuple(plain.get("notes", ())),
                 seconds=float(plain.get("seconds", 0.0)),
                 examples=tuple(
-                    Example(each["id"], _value(each["value"]), each["texts"], _values(each["numbers"]))
+                    Example(
+                        each["id"],
+                        _value(each["value"]),
+                        each["texts"],
+                        {name: _value(value) for name, value in each["numbers"].items()},
+                    )
                     for each in plain.get("examples", ())
                 ),
             )
@@ -212,7 +217,3 @@ def finite_or_none(value: float) -> float | None:
 
 def _value(number: float | None) -> float:
     return float("nan") if number is None else float(number)
-
-
-def _values(numbers: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: _value(value) for name, value in numbers.items()}

@@ -24,7 +24,7 @@ from embedsmith.core.progress import log
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import added_metrics
 from embedsmith.evaluate.result import Results, TaskResult
-from embedsmith.evaluate.tasks.similarity import Task
+from embedsmith.evaluate.tasks.kinds import Task
 
 
 def evaluate(

@@ -28,8 +28,9 @@ from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Graded, Judgements, Ranking, ndcg, spearman
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.run import evaluate
-from embedsmith.evaluate.tasks.retrieval import RetrievalTask
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.pairs import STSTask
+from embedsmith.evaluate.tasks.ranking import RetrievalTask
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import top_of_block
 from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from embedsmith.core.errors import MissingExtraError, SearchError
 from embedsmith.core.progress import log
-from embedsmith.index.store import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
+from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
 
 T = TypeVar("T")
 _WAITS = (0.5, 2.0, 8.0)
@@ -151,16 +151,15 @@ def _in_calls(points: Sequence[StoredPoint]) -> Iterator[list[StoredPoint]]:
     some: list[StoredPoint] = []
     held = 0
     for point in points:
-        count = sum(_numbers(vector) for vector in point.vectors.values())
+        count = sum(
+            2 * len(vector[0])
+            if isinstance(vector, tuple)
+            else sum(len(one) if isinstance(one, list) else 1 for one in vector)
+            for vector in point.vectors.values()
+        )
         if some and held + count > _NUMBERS:
             yield some
             some, held = [], 0
         some, held = [*some, point], held + count
     if some:
         yield some
-
-
-def _numbers(vector: Vector) -> int:
-    if isinstance(vector, tuple):
-        return 2 * len(vector[0])
-    return sum(len(one) if isinstance(one, list) else 1 for one in vector)

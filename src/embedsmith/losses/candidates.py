@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import torch
@@ -105,7 +106,7 @@ class Candidates:
 
     `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count;
     `valid_QP`: which slots of positives do.
-    `excluded`: candidates that are never negatives of a query. `own`: its own hard negatives.
+    `excluded`: candidates that are never negatives of a query.
     `countable_K`: a document that several ranks hold counts once. `positive_K`: it is somebody's positive.
     """
 
@@ -115,7 +116,6 @@ class Candidates:
     negative_row_QM: Tensor
     valid_QP: Tensor
     excluded: Relation
-    own: Relation
     countable_K: Tensor
     positive_K: Tensor
     widths: Widths | None
@@ -145,12 +145,16 @@ class Candidates:
             negative_row_QM=negative_row_QM,
             valid_QP=positive_row_QP != ABSENT,
             excluded=excluded,
-            own=Relation.by_position(negative_row_QM),
             countable_K=batch.first_of_its_id_K,
             positive_K=torch.zeros_like(batch.first_of_its_id_K).index_fill(0, row_GP[row_GP != ABSENT], True),
             widths=batch.widths,
             block_size=block_size,
         )
+
+    @cached_property
+    def own(self) -> Relation:
+        """Each query and its own hard negatives."""
+        return Relation.by_position(self.negative_row_QM)
 
     def scores_of(self, row_QX: Tensor) -> Tensor:
         """score_WQX of query n against the documents `row_QX[n]`; an absent slot has the score of row 0, to be masked.

@@ -99,10 +99,10 @@ def _pooled_logsumexp(logit_WGM: Tensor, mask_GM: Tensor, query_G: Tensor) -> Te
     """lse_WG: the logsumexp over the negatives of all rows of the same query."""
     lse_WG = logit_WGM.masked_fill(~mask_GM, NEVER).logsumexp(-1)
     place_WG = query_G.expand_as(lse_WG)
-    top_WU = torch.full_like(lse_WG, NEVER).scatter_reduce(1, place_WG, lse_WG.detach(), reduce="amax")
-    share_WG = (lse_WG - top_WU.gather(1, place_WG)).exp()
-    total_WU = torch.zeros_like(lse_WG).scatter_add(1, place_WG, share_WG)
-    return total_WU.gather(1, place_WG).log() + top_WU.gather(1, place_WG)
+    top_WV = torch.full_like(lse_WG, NEVER).scatter_reduce(1, place_WG, lse_WG.detach(), reduce="amax")
+    share_WG = (lse_WG - top_WV.gather(1, place_WG)).exp()
+    total_WV = torch.zeros_like(lse_WG).scatter_add(1, place_WG, share_WG)
+    return total_WV.gather(1, place_WG).log() + top_WV.gather(1, place_WG)
 
 
 def balance_weights(

@@ -59,8 +59,8 @@ class Uniformity(Loss):
         view = batch if self.cross_device else batch.alone()
         potential = lambda score: ((score - 1) * (2 * self.t)).exp()
         values = []
-        for crowd in _crowds(view, self.sides, self.head):
-            mean_W, count = crowd.mean(view, potential, self.block_size)
+        for one in _sides_to_spread(view, self.sides, self.head):
+            mean_W, count = one.mean(view, potential, self.block_size)
             mean_W = _of_all_ranks(mean_W, view)
             values.append(mean_W.clamp_min(1e-38).log().where(count > 0, 0 * mean_W))
         return LossOutput(torch.stack(values).mean(0))
@@ -91,8 +91,8 @@ class GOR(Loss):
 
     def __call__(self, batch: Batch) -> LossOutput:
         view = batch if self.cross_device else batch.alone()
-        crowds = _crowds(view, self.sides, self.head)
-        values = [crowd.mean(view, torch.square, self.block_size)[0] for crowd in crowds]
+        spread = _sides_to_spread(view, self.sides, self.head)
+        values = [one.mean(view, torch.square, self.block_size)[0] for one in spread]
         return LossOutput(torch.stack(values).sum(0))
 
 
@@ -124,12 +124,12 @@ class GORST(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         view = batch if self.cross_device else batch.alone()
         values = []
-        for crowd in _crowds(view, self.sides, self.head):
+        for one in _sides_to_spread(view, self.sides, self.head):
             first_W, second_W = (
-                _of_all_ranks(crowd.mean(view, moment, self.block_size)[0], view)
+                _of_all_ranks(one.mean(view, moment, self.block_size)[0], view)
                 for moment in (lambda score: score, torch.square)
             )
-            full = crowd.side.local[self.head].tensors()[0].shape[1]
+            full = one.side.local[self.head].tensors()[0].shape[1]
             width_W = first_W.new_tensor(view.widths or (full,))
             values.append(first_W.square() + (second_W - 1 / width_W).relu())
         stacked = torch.stack(values)
@@ -137,7 +137,7 @@ class GORST(Loss):
 
 
 @dataclass(frozen=True)
-class _Crowd:
+class _OneSide:
     """The texts of one side: this rank's rows against all ranks' rows; `close` are pairs that should be close."""
 
     side: Side
@@ -165,17 +165,17 @@ class _Crowd:
         return total_W * world_size(batch.group) / count.clamp_min(1), count
 
 
-def _crowds(batch: Batch, sides: Sides, head: str) -> list[_Crowd]:
+def _sides_to_spread(batch: Batch, sides: Sides, head: str) -> list[_OneSide]:
     first, second = batch.sides()
     if isinstance(batch, RetrievalBatch):
-        crowds = _crowds_of_retrieval(batch, head)
+        both = _sides_of_retrieval(batch, head)
     else:
         assert isinstance(batch, PairBatch)
-        crowds = [_Crowd(first, head, batch.left_id_N, ()), _Crowd(second, head, batch.right_id_N, ())]
-    return crowds if sides == "both" else crowds[:1] if sides == "first" else crowds[1:]
+        both = [_OneSide(first, head, batch.left_id_N, ()), _OneSide(second, head, batch.right_id_N, ())]
+    return both if sides == "both" else both[:1] if sides == "first" else both[1:]
 
 
-def _crowds_of_retrieval(batch: RetrievalBatch, head: str) -> list[_Crowd]:
+def _sides_of_retrieval(batch: RetrievalBatch, head: str) -> list[_OneSide]:
     """Close are queries of one class (or text) or with a positive in common, and documents that are positives of such
     a group."""
     key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q
@@ -189,8 +189,8 @@ def _crowds_of_retrieval(batch: RetrievalBatch, head: str) -> list[_Crowd]:
     local_E = ((row_E1 >= mine.start) & (row_E1 < mine.stop))[:, 0]
     documents = Relation.between(key_E[local_E, None], row_E1, key_E, row_E1[local_E, 0] - mine.start)
     return [
-        _Crowd(batch.query, head, batch.query_id_Q, (group, shared)),
-        _Crowd(batch.document, head, batch.document_id_N, (documents,)),
+        _OneSide(batch.query, head, batch.query_id_Q, (group, shared)),
+        _OneSide(batch.document, head, batch.document_id_N, (documents,)),
     ]
 
 
@@ -254,5 +254,5 @@ def squared_means(sparse: Sparse, counts_N: Tensor) -> Tensor:
     coordinate_NT, weight_NT = sparse.coordinate_NT[counts_N], sparse.weight_NT[counts_N]
     if coordinate_NT.numel() == 0:
         return 0 * sparse.weight_NT.sum()
-    weight_NU = Sparse(coordinate_NT, weight_NT).over(torch.unique(coordinate_NT))
-    return weight_NU.mean(0).square().sum()
+    weight_NV = Sparse(coordinate_NT, weight_NT).over(torch.unique(coordinate_NT))
+    return weight_NV.mean(0).square().sum()

@@ -160,7 +160,7 @@ class InfoNCE(Loss):
         def of_term(term: Term, limit_WQP: Tensor | None, own: Relation | None = None) -> list[Tensor]:
             def block(start: int, score_WQB: Tensor) -> Tensor:
                 mask_QB, own_QB = term.mask(start, score_WQB.shape[-1]), None
-                if own is not None and self.hardness_weight:
+                if own is not None:
                     own_QB = torch.zeros_like(mask_QB)
                     own.mark(own_QB, start, True)
                 return lse(score_WQB, mask_QB, own_QB, limit_WQP)
@@ -173,19 +173,15 @@ class InfoNCE(Loss):
             parts = [lse(found.scores_of(found.negative_row_QM), mask_QM, own_QM, limit_WQP)]
         else:
             allowed = lambda start, size: found.allowed(start, size, self.negatives)
-            parts = of_term(Term(found.query, found.document, allowed), limit_WQP, found.own)
+            own = found.own if self.hardness_weight else None
+            parts = of_term(Term(found.query, found.document, allowed), limit_WQP, own)
         if self.include_qq:
             parts += of_term(other_queries(batch, self.head, self.mask_false_negatives), limit_WQP)
         if self.include_dd:
             limits = None if limit_WQP is None else limit_WQP.split(1, -1)
-            positives = enumerate(other_positives(found))
-            parts.append(torch.cat([_joined(of_term(one, limits and limits[slot])) for slot, one in positives], -1))
-        return _joined(parts)
-
-
-def _joined(lse_WQP: list[Tensor]) -> Tensor:
-    """The logsumexp of sums given by their logsumexp."""
-    return torch.stack(torch.broadcast_tensors(*lse_WQP)).logsumexp(0)
+            slots = [of_term(one, limits and limits[slot]) for slot, one in enumerate(other_positives(found))]
+            parts.append(torch.cat([torch.stack(blocks).logsumexp(0) for blocks in slots], -1))
+        return torch.stack(torch.broadcast_tensors(*parts)).logsumexp(0)
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ def complex_angles(left: Dense, right: Dense, widths: Widths | None) -> Tensor:
 
     def at(width: int) -> Tensor:
         x_ND, y_ND = left_ND[:, :width], right_ND[:, :width]
-        (a_NH, b_NH), (c_NH, d_NH) = x_ND.chunk(2, 1), y_ND.chunk(2, 1)
-        total_N = (a_NH * c_NH + b_NH * d_NH + b_NH * c_NH - a_NH * d_NH).sum(1)
+        (a_NX, b_NX), (c_NX, d_NX) = x_ND.chunk(2, 1), y_ND.chunk(2, 1)
+        total_N = (a_NX * c_NX + b_NX * d_NX + b_NX * c_NX - a_NX * d_NX).sum(1)
         norms_N = torch.linalg.vector_norm(x_ND, dim=1) * torch.linalg.vector_norm(y_ND, dim=1)
         angle_N: Tensor = total_N.abs() / norms_N.clamp_min(1e-12)
         return angle_N
@@ -218,10 +218,10 @@ class RankKL(Loss):
 
 def rank_targets(label_N: Tensor) -> Tensor:
     """g_N in [0, 1]: 1 for the highest label, 0 for the lowest, ties at the mean of their ranks."""
-    _, place_N, count_U = torch.unique(label_N, return_inverse=True, return_counts=True)
-    above_U = len(label_N) - count_U.cumsum(0)
-    rank_U = above_U.to(label_N.dtype) + (count_U.to(label_N.dtype) - 1) / 2
-    target_N: Tensor = 1 - rank_U[place_N] / max(len(label_N) - 1, 1)
+    _, place_N, count_V = torch.unique(label_N, return_inverse=True, return_counts=True)
+    above_V = len(label_N) - count_V.cumsum(0)
+    rank_V = above_V.to(label_N.dtype) + (count_V.to(label_N.dtype) - 1) / 2
+    target_N: Tensor = 1 - rank_V[place_N] / max(len(label_N) - 1, 1)
     return target_N
 
 

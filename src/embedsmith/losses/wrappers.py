@@ -22,7 +22,7 @@ Inner = Annotated[Loss, losses]
 
 
 @dataclass(frozen=True)
-class _Holder(Loss):
+class _Wrapper(Loss):
     """What every wrapper asks of the loss it holds.
 
     inner: the loss that is held: in a recipe its name, or a mapping with its `type`.
@@ -50,7 +50,7 @@ class _Holder(Loss):
     source="Kusupati et al. 2022 (2205.13147); weights f2llm: F2LLM-v2's code",
 )
 @dataclass(frozen=True)
-class Matryoshka(_Holder):
+class Matryoshka(_Wrapper):
     """The inner loss at several widths: leading coordinates, normalised again.
 
         L = sum_k c_k L_inner( x[:d_k] / |x[:d_k]| )  (divided by sum_k c_k with `normalise`)
@@ -127,7 +127,7 @@ class Matryoshka(_Holder):
 
 @losses.register("weighted", formula="weight * L", source="-")
 @dataclass(frozen=True)
-class Weighted(_Holder):
+class Weighted(_Wrapper):
     """The inner loss times a number, ramped up over the first steps if asked.
 
         L = weight * min((step + 1) / warmup_steps, 1)^2 * L_inner        (no ramp with warmup_steps 0)
@@ -149,7 +149,7 @@ class Weighted(_Holder):
 
 @losses.register("symmetric", formula="( L(x, y) + L(y, x) ) / 2", source="CLIP (2103.00020)")
 @dataclass(frozen=True)
-class Symmetric(_Holder):
+class Symmetric(_Wrapper):
     """The mean of the inner loss and of the inner loss with the two sides exchanged.
 
         L = ( L_inner(batch) + L_inner(batch with sides exchanged) ) / 2
@@ -171,7 +171,7 @@ class Symmetric(_Holder):
 
 @losses.register("per_head", formula="sum_h w_h L(head h)", source="-")
 @dataclass(frozen=True)
-class PerHead(_Holder):
+class PerHead(_Wrapper):
     """The inner loss on several heads, each with a weight.
 
         L = sum_h weights[h] * L_inner with head h

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +14,9 @@ from embedsmith.core.reps import Representation, exceeds
 from embedsmith.core.tokens import IntArray
 from embedsmith.mining.config import LiveNegatives, Selection
 from embedsmith.mining.offline import Texts, candidates_of
-from embedsmith.mining.searchers import PIECE, Searcher, TextReps, joined, top_of_pieces
+from embedsmith.mining.searchers import PIECE, Searcher, TextReps, top_of_pieces
 from embedsmith.search.exact import FloatArray, IndexArray
+from embedsmith.search.hybrid import join
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ def mine_pools(
 ) -> tuple[npt.NDArray[np.int32], IntArray]:
     """pool_NP of corpus places, best first, and size_N. Each rank encodes a share of queries and corpus and searches
     its share of the corpus for all queries; no rank holds the corpus's representations. A collective of `group`."""
-    query = _everybodys(queries, group)
+    query = _on_all_ranks(queries, group)
     known = max(len(texts.positives_of(row)) for row in range(len(texts.queries))) + 1
     wanted = min(config.pool + config.skip + known, len(documents))
-    found = _merged(_my_share(query, documents, wanted, group), wanted, group)
+    found = _searched(query, documents, wanted, group)
     select = Selection(negatives=config.pool, skip=config.skip)
-    index_N, score_N = candidates_of(texts, [found], config.pool + config.skip, replace(select), 0, len(texts.queries))
+    index_N, score_N = candidates_of(texts, [found], config.pool + config.skip, select, 0, len(texts.queries))
     assert score_N is not None
     if config.guard is not None:
         index_N = _guarded(texts, query, documents, index_N, score_N, config.guard, group)
@@ -53,30 +53,21 @@ def mine_pools(
     return pool_NP, np.array([len(index_C) for index_C in index_N], np.int64)
 
 
-def _everybodys(reps: TextReps, group: Group) -> Representation:
+def _on_all_ranks(reps: TextReps, group: Group) -> Representation:
     """All representations on every rank, each computed on one of them."""
     each = math.ceil(len(reps) / world_size(group))
     mine = reps.part(slice(rank(group) * each, (rank(group) + 1) * each))
     parts = [part for theirs in objects_of_all_ranks(list(mine.pieces()), group) for part in theirs]
-    return joined(parts)
+    return join(parts)
 
 
-def _my_share(query: Representation, documents: TextReps, k: int, group: Group) -> tuple[FloatArray, IndexArray]:
+def _searched(query: Representation, documents: TextReps, k: int, group: Group) -> _Found:
+    """The best k of the whole corpus for every query, ties to the lower place. Every rank searches its own pieces."""
     starts = range(0, len(documents), PIECE)[rank(group) :: world_size(group)]
-    if not starts:
-        return np.zeros((len(query), 0), np.float32), np.zeros((len(query), 0), np.int64)
-
-    def pieces() -> Iterator[Representation]:
-        for start in starts:
-            yield documents.piece(start)
-
-    score_Nk, local_Nk = top_of_pieces(query, pieces(), k)
-    first = np.asarray(starts, np.int64)
-    return score_Nk, first[local_Nk // PIECE] + local_Nk % PIECE
-
-
-def _merged(mine: tuple[FloatArray, IndexArray], k: int, group: Group) -> _Found:
-    """The best of all ranks' shares, ties to the lower place."""
+    mine = np.zeros((len(query), 0), np.float32), np.zeros((len(query), 0), np.int64)
+    if starts:
+        score_Nk, local_Nk = top_of_pieces(query, (documents.piece(start) for start in starts), k)
+        mine = score_Nk, np.asarray(starts, np.int64)[local_Nk // PIECE] + local_Nk % PIECE
     everyones = objects_of_all_ranks(mine, group)
     score_NX, index_NX = (np.concatenate(column, axis=1) for column in zip(*everyones, strict=True))
     order = np.lexsort((index_NX, -score_NX))[:, :k]
@@ -95,7 +86,7 @@ def _guarded(
     """Without the candidates that score more than `guard` times the weakest positive."""
     positives = [texts.positives_of(row) for row in range(len(index_N))]
     place = {index: n for n, index in enumerate(sorted({index for row in positives for index in row}))}
-    reps = _everybodys(replace(documents, texts=[documents.texts[index] for index in place]), group)
+    reps = _on_all_ranks(replace(documents, texts=[documents.texts[index] for index in place]), group)
     kept: list[IndexArray] = []
     for row, (index_C, score_C) in enumerate(zip(index_N, score_N, strict=True)):
         own = reps.rows(torch.tensor([place[index] for index in positives[row]]))

@@ -16,16 +16,15 @@ import numpy as np
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder
-from embedsmith.core.errors import DataError, EmbedsmithError, SearchError
+from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.settings import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
-from embedsmith.data.record import refuse_tokens
 from embedsmith.mining.config import MineRecipe, Selection
 from embedsmith.mining.report import Counts, MineReport, concatenate
-from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts
-from embedsmith.mining.select import (
+from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, on_every_rank
+from embedsmith.mining.selection import (
     Ranked,
     corpus_texts,
     fuse,
@@ -56,28 +55,17 @@ def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) 
     for scorer in (*searchers, *([] if teacher is None else [teacher])):
         models |= scorer.models()
     key = _agreed_key(recipe, texts, models)
-    if not overwrite and (done := on_first_rank(lambda: _finished(recipe, key))) is not None:
+    earlier = lambda: MineReport.of_earlier_run(recipe.report_path, recipe.output, key)
+    if not overwrite and (done := on_first_rank(earlier)) is not None:
         return done
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
         on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
     work = _Work(recipe, texts, searchers, teacher, parts)
     starts = range(0, len(texts.records), recipe.part)
-    failed = _attempt(lambda: work.all_parts(starts[rank() :: world_size()]))
-    messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
-    if failed is not None:
-        raise failed
-    if messages:
-        raise SearchError(f"another rank failed: {messages[0]}", where="mine", fix="run the same command again")
+    mine_share = lambda: work.all_parts(starts[rank() :: world_size()])
+    on_every_rank(mine_share, "mine", fix="run the same command again")
     return on_first_rank(lambda: work.finish(key, [work.path(start) for start in starts], started))
-
-
-def _attempt(act: Callable[[], None]) -> EmbedsmithError | None:
-    try:
-        act()
-    except EmbedsmithError as error:
-        return error
-    return None
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,7 @@ class Texts:
 
     @staticmethod
     def read(recipe: MineRecipe) -> Texts:
-        found = read_source(recipe.data)
-        refuse_tokens(found.records, "mining", recipe.data.path)
+        found = read_source(recipe.data).texts_only("mining", recipe.data.path)
         if found.task != "retrieval":
             raise DataError(
                 f"records of task {found.task} have no hard negatives",
@@ -168,15 +155,6 @@ def _agreed_key(recipe: MineRecipe, texts: Texts, models: Mapping[str, str]) -> 
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _finished(recipe: MineRecipe, key: str) -> MineReport | None:
-    """The report of an earlier run of the same, if its output is as it was left."""
-    try:
-        known = MineReport(**json.loads(recipe.report_path.read_text(encoding="utf-8")))
-        return known if (known.key, known.output_bytes) == (key, Path(recipe.output).stat().st_size) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 @dataclass(frozen=True)
 class _Work:
     recipe: MineRecipe
@@ -202,13 +180,11 @@ class _Work:
     def _part(self, start: int) -> None:
         stop = min(start + self.recipe.part, len(self.texts.records))
         mined = mine_rows(self.texts, self.recipe, self.searchers, self.teacher, start, stop)
-        kept = [record for record in mined if self.recipe.short == "keep" or self._enough(record)]
-        write_records(self.path(start), kept)
+        wanted, keeps_all = self.recipe.select.negatives, self.recipe.short == "keep"
+        written = [record for record in mined if keeps_all or len(record.negatives) >= wanted]
+        write_records(self.path(start), written)
         with atomic_file(self.path(start).with_suffix(".json")) as file:
-            json.dump(asdict(Counts.of(mined, kept, self.recipe.select.negatives)), file)
-
-    def _enough(self, record: Record) -> bool:
-        return len(record.negatives) >= self.recipe.select.negatives
+            json.dump(asdict(Counts.of(mined, written, wanted)), file)
 
     def finish(self, key: str, paths: Sequence[Path], started: float) -> MineReport:
         """Put the parts together and report. On the first rank."""
@@ -271,7 +247,10 @@ def candidates_of(
 ) -> tuple[list[IndexArray], list[FloatArray] | None]:
     """For each row the candidates that are not known, each text once, in reach; with scores where one searcher gave
     both."""
-    banned = [_banned(texts, row) for row in range(start, stop)]
+    banned = []  # loose ids of the query and of all that is known to answer it
+    for row in range(start, stop):
+        known = [int(texts.loose_K[place]) for place in texts.positives_of(row)]
+        banned.append(np.array([*known, loose_id(texts.queries[row]) >> 1], np.int64))
     wanted = min(count + max(map(len, banned)), len(texts.corpus))
     found = [searcher.top(start, stop, wanted) for searcher in searchers]
     index_Q: list[IndexArray] = []
@@ -287,12 +266,6 @@ def candidates_of(
         if len(searchers) == 1:
             score_Q.append(found[0][0][place][: len(index_C)][kept])
     return index_Q, score_Q if len(searchers) == 1 else None
-
-
-def _banned(texts: Texts, row: int) -> IndexArray:
-    """Loose ids of the query and of all that is known to answer it."""
-    known = [int(texts.loose_K[place]) for place in texts.positives_of(row)]
-    return np.array([*known, loose_id(texts.queries[row]) >> 1], np.int64)
 
 
 def _scores(scorer: Scorer, index_Q: Sequence[Sequence[int] | IndexArray], start: int) -> list[FloatArray]:

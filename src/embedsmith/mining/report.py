@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,15 @@ class MineReport:
     positive_score: float
     seconds: float
     output_bytes: int = 0
+
+    @staticmethod
+    def of_earlier_run(path: Path, output: str, key: str) -> MineReport | None:
+        """The report of an earlier run of the same, if its output is as it was left."""
+        try:
+            known = MineReport(**json.loads(path.read_text(encoding="utf-8")))
+            return known if (known.key, known.output_bytes) == (key, Path(output).stat().st_size) else None
+        except (OSError, ValueError, TypeError):
+            return None
 
     def lines(self) -> str:
         return (

@@ -29,13 +29,13 @@ from embedsmith.core.errors import (
     SearchError,
 )
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.reps import MultiVector, Representation, concatenate
+from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.settings import Count, Positive, Share, Word
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
-from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
+from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder, join
 
 PIECE = 2048
 """Texts a file of cached vectors holds, and documents scored at once."""
@@ -93,6 +93,20 @@ class TeacherSettings(Protocol):
     def open(self, texts: SearchTexts) -> Scorer: ...
 
 
+def on_every_rank(act: Callable[[], None], where: str, fix: str | None = None) -> None:
+    """Run `act` on every rank. Errors: the rank's own; `SearchError` with its message on the others."""
+    failed: EmbedsmithError | None = None
+    try:
+        act()
+    except EmbedsmithError as error:
+        failed = error
+    messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
+    if failed is not None:
+        raise failed
+    if messages:
+        raise SearchError(f"another rank failed: {messages[0]}", where=where, fix=fix)
+
+
 # By an embedding model.
 
 
@@ -136,34 +150,19 @@ class TextReps:
         piece_E = index_E // PIECE
         parts = [self.piece(int(p) * PIECE).rows(torch.from_numpy(index_E[piece_E == p] % PIECE)) for p in set(piece_E)]
         place_E = np.concatenate([np.flatnonzero(piece_E == p) for p in set(piece_E)])
-        return joined(parts).rows(torch.from_numpy(np.argsort(place_E)))
+        return join(parts).rows(torch.from_numpy(np.argsort(place_E)))
 
     def compute(self, label: str) -> None:
         """Let every rank compute its share of the pieces. A collective; an error on one rank is one on all."""
-        starts = range(0, len(self.texts), PIECE)[rank() :: world_size()]
-        failed: EmbedsmithError | None = None
-        try:
+
+        def act() -> None:
+            starts = range(0, len(self.texts), PIECE)[rank() :: world_size()]
             with progress_bar(label, len(starts)) as bar:
                 for start in starts:
                     self.piece(start)
                     bar.advance()
-        except EmbedsmithError as error:
-            failed = error
-        messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
-        if failed is not None:
-            raise failed
-        if messages:
-            raise SearchError(f"another rank failed: {messages[0]}", where=label)
 
-
-def joined(parts: Sequence[Representation]) -> Representation:
-    """Rows of all parts in order."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Hybrid):
-        return Hybrid.join([part for part in parts if isinstance(part, Hybrid)])
-    whole: Representation = concatenate([{"all": part} for part in parts])["all"]
-    return whole
+        on_every_rank(act, label)
 
 
 def top_of_pieces(query: Representation, pieces: Iterator[Representation], k: int) -> tuple[FloatArray, IndexArray]:
@@ -177,10 +176,10 @@ def top_of_pieces(query: Representation, pieces: Iterator[Representation], k: in
         if device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
             # A piece of vectors is a block as it is; token vectors are cut further.
             rows = None if isinstance(piece, MultiVector) else max(best.block_rows(piece), len(piece))
-            best.add_in_blocks(joined(waiting), rows)
+            best.add_in_blocks(join(waiting), rows)
             waiting = []
     if waiting:
-        best.add_in_blocks(joined(waiting))
+        best.add_in_blocks(join(waiting))
     return best.result()
 
 

@@ -161,20 +161,23 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
     if mode == "native":
         return Attention(causal=_claims_causal(backbone) and probe(backbone, _call(backbone, Attention())).causal)
     if mode == "causal":
-        return _make_causal(backbone)
+        _set_module_flags(backbone, True)
+        if not probe(backbone, _call(backbone, Attention("causal", "config"))).causal:
+            raise ModelError(
+                f"{type(backbone).__name__} cannot be made causal",
+                fix="use attention=native; an encoder has no causal form",
+            )
+        return Attention("causal", "config", causal=True)
     attempts: dict[How, Probe] = {}
-    for how in _ways(backbone):
+    takes_mask = backbone.config._attn_implementation in ("sdpa", "eager")
+    ways: tuple[How, ...] = ("config", "modules", "mask4d") if takes_mask else ("config", "modules")
+    for how in ways:
         if how == "modules":
             _set_module_flags(backbone, False)
         attempts[how] = probe(backbone, _call(backbone, Attention(mode, how)))
         if attempts[how].bidirectional:
             return _checked(backbone, Attention(mode, how))
     return _checked(backbone, _partial(backbone, mode, attempts, allow_partial))
-
-
-def _ways(backbone: Any) -> tuple[How, ...]:
-    takes_mask = backbone.config._attn_implementation in ("sdpa", "eager")
-    return ("config", "modules", "mask4d") if takes_mask else ("config", "modules")
 
 
 def _checked(backbone: Any, achieved: Attention) -> Attention:
@@ -197,7 +200,8 @@ def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Probe], allowed: 
         )
     layers = steady[best].causal_layers
     if not allowed or len(layers) == len(steady[best].ahead_L):
-        kinds = sorted(set(_layer_types(backbone, layers)))
+        types = getattr(backbone.config.get_text_config(), "layer_types", None) or []
+        kinds = sorted({types[place] for place in layers if place < len(types)})
         fix = "use attention=causal"
         if len(layers) < len(steady[best].ahead_L):
             fix += ", or partial_attention=true to accept it"
@@ -208,22 +212,6 @@ def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Probe], allowed: 
         )
     log.warning("bidirectional in part: layers %s stay causal", ", ".join(map(str, layers)))
     return Attention(mode, best, causal_layers=layers)
-
-
-def _layer_types(backbone: Any, layers: tuple[int, ...]) -> list[str]:
-    types = getattr(backbone.config.get_text_config(), "layer_types", None) or []
-    return [types[place] for place in layers if place < len(types)]
-
-
-def _make_causal(backbone: Any) -> Attention:
-    _set_module_flags(backbone, True)
-    achieved = Attention("causal", "config")
-    if not probe(backbone, _call(backbone, achieved)).causal:
-        raise ModelError(
-            f"{type(backbone).__name__} cannot be made causal",
-            fix="use attention=native; an encoder has no causal form",
-        )
-    return replace(achieved, causal=True)
 
 
 def _claims_causal(backbone: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.progress import quiet
+from embedsmith.core.progress import transformers_silenced
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.folder import read_json
@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="save the tokenizer of the base model into the folder",
         )
-    with quiet():
+    with transformers_silenced():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -84,9 +84,13 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
     attention kernel that this machine has not.
     """
     _check_shards(folder)
-    _check_kernel(config.attn_implementation)
+    if (config.attn_implementation or "").startswith("flash") and not torch.cuda.is_available():  # no silent fallback
+        raise ModelError(
+            f"the attention {config.attn_implementation!r} needs a GPU, and there is none",
+            fix="leave attn_implementation out, or say sdpa",
+        )
     more = {"quantization_config": four_bit_loading(torch.bfloat16)} if four_bit else {}
-    with quiet():
+    with transformers_silenced():
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
             model_config = prepare_config(model_config, mode)
@@ -121,15 +125,6 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
     return model
 
 
-def _check_kernel(implementation: str | None) -> None:
-    """Never a silent fallback: what was asked for is there, or it is an error."""
-    if implementation is not None and implementation.startswith("flash") and not torch.cuda.is_available():
-        raise ModelError(
-            f"the attention {implementation!r} needs a GPU, and there is none",
-            fix="leave attn_implementation out, or say sdpa",
-        )
-
-
 def keep_layers(backbone: Any, wanted: int | Sequence[int] | None) -> None:
     """Drop all layers but the first `wanted`, or but those listed, in place. Errors: `ModelError` if there are not."""
     if wanted is None:
@@ -157,7 +152,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     Errors: `ModelError` for a missing config.json or an unknown architecture.
     """
     _check_shards(folder)
-    with quiet(), torch.device("meta"):
+    with transformers_silenced(), torch.device("meta"):
         try:
             model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel
@@ -178,8 +173,8 @@ def positions_of(backbone: nn.Module) -> int | None:
     table = position_table(backbone)
     if table is not None:
         return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    said = getattr(backbone.config, "max_position_embeddings", None)
-    return said if isinstance(said, int) and said > 0 else None
+    count = getattr(backbone.config, "max_position_embeddings", None)
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def _check_shards(folder: Path) -> None:
@@ -230,20 +225,19 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-# More positions for models with a learned position table: BERT, XLM-RoBERTa and their like.
-# New rows repeat the old ones (position n of the longer table is position n mod L of the old), as Longformer's were
-# made: a text that fits the old table keeps its vector, and a longer one starts from positions the model knows. How
-# M3-Embedding's new rows were made is not published; this is reconstructed. Texts longer than before need training.
-
-
 def extend_positions(backbone: Any, positions: int) -> None:
-    """Give the position table room for `positions` tokens, in place.
+    """Give a learned position table, as BERT and XLM-RoBERTa have, room for `positions` tokens, in place.
 
+    New rows repeat the old ones (position n of the longer table is position n mod L of the old), as Longformer's were
+    made: a text that fits the old table keeps its vector, and a longer one starts from positions the model knows. How
+    M3-Embedding's new rows were made is not published; this is reconstructed. Texts longer than before need training.
     Errors: `ModelError` for a model without such a table, and for fewer positions than it has.
     """
     table = position_table(backbone)
     holder = next((module for module in backbone.modules() if table in module.children()), None)
-    if table is None or type(table) is not nn.Embedding or not _is_plain(holder):
+    # As in BERT, the table has to belong to a module that adds it to word embeddings.
+    plain = holder is not None and "word_embeddings" in dict(holder.named_children())
+    if table is None or type(table) is not nn.Embedding or not plain:
         raise ModelError(
             f"positions={positions}: {type(backbone).__name__} has no position table that can be extended",
             expected="a model like BERT or XLM-RoBERTa",
@@ -262,22 +256,13 @@ def extend_positions(backbone: Any, positions: int) -> None:
     longer.weight = nn.Parameter(torch.cat([rows[:offset], again]))
     name = next(name for name, child in holder.named_children() if child is table)
     setattr(holder, name, longer)
-    _lengthen(holder, positions + offset)
-    backbone.config.max_position_embeddings = positions + offset
-
-
-def _is_plain(holder: nn.Module | None) -> bool:
-    """Whether the table belongs to a module that adds it to word embeddings, as BERT's does."""
-    return holder is not None and "word_embeddings" in dict(holder.named_children())
-
-
-def _lengthen(holder: nn.Module, count: int) -> None:
-    """The buffers that go with the table: the numbers of positions, and token types of zero."""
-    for name, buffer in list(holder.named_buffers(recurse=False)):
+    for name, buffer in list(holder.named_buffers(recurse=False)):  # what goes with the table
         if name == "position_ids":
-            holder.register_buffer(name, torch.arange(count, device=buffer.device)[None], persistent=False)
+            numbers = torch.arange(positions + offset, device=buffer.device)
+            holder.register_buffer(name, numbers[None], persistent=False)
         elif name == "token_type_ids":
-            holder.register_buffer(name, buffer.new_zeros(1, count), persistent=False)
+            holder.register_buffer(name, buffer.new_zeros(1, positions + offset), persistent=False)
+    backbone.config.max_position_embeddings = positions + offset
 
 
 def position_table(backbone: nn.Module) -> nn.Embedding | None:

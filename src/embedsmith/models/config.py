@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, section
 from embedsmith.core.shelf import Name, heads, poolings
 from embedsmith.models.attention import Mode, SoftMask
 from embedsmith.models.heads.dense import HeadConfig
@@ -82,12 +82,12 @@ class ModelConfig:
     max_length: int | None = None
     prompts: Mapping[str, str] | None = None
     normalize: bool | None = None
-    dimension: int | None = None
+    dimension: Count | None = None
     heads: tuple[HeadName, ...] | None = None
-    multivector_dim: int | None = None
+    multivector_dim: Count | None = None
     sparse: Literal["lexical", "splade"] | None = None
-    sparse_terms: int | None = None
-    positions: int | None = None
+    sparse_terms: Count | None = None
+    positions: Count | None = None
     mcls: int | None = None
     attn_implementation: str | None = None
     dtype: ComputeType = "float32"

@@ -18,14 +18,14 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
 from embedsmith.core.shelf import poolings
-from embedsmith.core.tokens import PaddedTokens, TokenBatch
+from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import takes, takes_positions
 from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, cosine, encode_block, quantize
 from embedsmith.models.heads.base import Head, known_heads
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.mcls import cls_places, room_for, with_cls_blocks, without_inner_cls
+from embedsmith.models.mcls import cls_and_words, room_for, with_cls_blocks
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
@@ -124,11 +124,16 @@ class Embedder(nn.Module):
         return hasher.hexdigest()
 
     def tokenize(
-        self, texts: Sequence[str], role: Role = "document", task: str | None = None, instruction: Instruction = None
+        self,
+        texts: Sequence[str],
+        role: Role | Sequence[Role] = "document",
+        task: str | None = None,
+        instruction: Instruction = None,
     ) -> TokenBatch:
         """Token ids of N texts, prompt (or instruction) in front, truncated with the end tokens kept.
 
-        An instruction, one for all or one a text, replaces the prompt of the role and task.
+        A role may be given for all texts or for each. An instruction, one for all or one a text, replaces the prompt of
+        the role and task.
         """
         block = self.settings.mcls
         if block is None:
@@ -165,7 +170,7 @@ class Embedder(nn.Module):
         part_NT = pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, left_out_S)
         if settings.mcls is not None:
             cls_id = added_tokens(self.tokenizer)[0][0]
-            part_NT, pool_NT = without_inner_cls(part_NT, padded, cls_id), cls_places(padded, cls_id)
+            pool_NT, part_NT = cls_and_words(padded, part_NT, cls_id)
         reps: dict[str, Representation] = {}
         with torch.autocast(last_NTH.device.type, enabled=False):
             if "dense" in outputs:
@@ -229,8 +234,8 @@ class Embedder(nn.Module):
             one = self.represent([""], role=role, task=task, outputs=outputs, token_budget=token_budget, dtype=dtype)
             return each_head(one, lambda rep: rep.rows(slice(0, 0)))
 
-        def compute(tokens: TokenBatch) -> Reps:
-            made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left), outputs)
+        def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
+            made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows), outputs)
             return made
 
         parts: list[Reps] = []

@@ -25,7 +25,7 @@ BLOCK = 8192
 
 def encode_block(
     tokens: TokenBatch,
-    compute: Callable[[TokenBatch], Reps],
+    compute: Callable[[TokenBatch, IntArray], Reps],
     device: torch.device,
     token_budget: int | None,
     dtype: ComputeType | None,
@@ -36,7 +36,7 @@ def encode_block(
 
     def of(rows: IntArray) -> Reps:
         with torch.inference_mode(), autocast(device, dtype):  # both are settings of the thread
-            return each_head(compute(tokens.take(rows)), lambda rep: rep.map(torch.Tensor.cpu))
+            return each_head(compute(tokens, rows), lambda rep: rep.map(torch.Tensor.cpu))
 
     parts: list[Reps] = []
     for rows, part in zip(chunks, _spread(of, chunks, derive_workers(device, len(chunks))), strict=True):

@@ -22,7 +22,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
-from embedsmith.data.formats.texts import Text, read_texts
+from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.config import ComputeType
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import AnyArray, quantize, value_ranges
@@ -53,10 +53,76 @@ class EncodeJob:
     block: int = 4096
     processes: int = 1
 
-    def texts(self) -> Iterator[Text]:
+    def texts(self) -> Iterator[FileText]:
         """Of all files. In JSON lines a title stands in front of its text; in tables only the one column counts."""
         for path in self.files:
             yield from read_texts(path, column=self.column, titles=".jsonl" in path.suffixes)
+
+    def identity(self, model: Embedder) -> dict[str, Any]:
+        """Everything the vectors depend on."""
+        return {
+            "format": FORMAT,
+            "weights": weights_hash(model),
+            "settings": json.loads(json.dumps(asdict(model.settings))),
+            "prompt": prompt_for(model.settings, self.role, self.task),
+            "dim": self.dim or model.dimension,
+            "stored": self.stored,
+            "dtype": self.dtype or "float32",
+            "column": self.column,
+            "block": self.block,
+            "inputs": [[path.name, _file_hash(path)] for path in self.files],
+        }
+
+    def prepare(self, model: Embedder) -> int:
+        """Read everything once: ids, and for int8 the ranges of an evenly spaced sample. Makes an empty array; the
+        number of texts."""
+        with atomic_file(self.out / "ids.txt") as file:
+            count = 0
+            for count, one in enumerate(self.texts(), start=1):
+                if one.id is not None and ("\n" in one.id or "\r" in one.id):
+                    raise DataError(f"the id {one.id!r} has a line break", where=one.where, expected="a one-line id")
+                file.write(f"{count - 1 if one.id is None else one.id}\n")
+        if count == 0:
+            raise DataError("no text in these files", where=", ".join(map(str, self.files)))
+        if self.stored == "int8":
+            texts = [one.text for one in islice(self.texts(), 0, None, -(-count // _CALIBRATION))]
+            with atomic_file(self.out / "ranges.npy", "wb") as file:
+                np.save(file, value_ranges(self.vectors(model, texts)))
+        np.lib.format.open_memmap(
+            self.out / "vectors.npy", mode="w+", dtype=self.stored, shape=(count, self.dim or model.dimension)
+        ).flush()
+        return count
+
+    def write_blocks(self, model: Embedder, blocks: Sequence[int], worker: int) -> Iterator[int]:
+        """Encode the given blocks in order; each is flushed, entered in this worker's progress file, then yielded."""
+        array = np.lib.format.open_memmap(self.out / "vectors.npy", mode="r+")
+        ranges = np.load(self.out / "ranges.npy") if self.stored == "int8" else None
+        done = _read_progress(self.out / f"progress-{worker}.json")
+        for place, texts in self.texts_of(blocks):
+            vectors: AnyArray = self.vectors(model, texts)
+            vectors = quantize(vectors, "int8", ranges) if self.stored == "int8" else vectors.astype(self.stored)
+            array[place * self.block : place * self.block + len(vectors)] = vectors
+            array.flush()
+            done.append(place)
+            _write_json(self.out / f"progress-{worker}.json", done)
+            yield place
+
+    def vectors(self, model: Embedder, texts: Sequence[str]) -> AnyArray:
+        return model.encode(texts, self.role, self.task, dim=self.dim, dtype=self.dtype, show_progress=False)
+
+    def texts_of(self, blocks: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
+        """The texts of ascending blocks, in one pass over the files."""
+        every, position = self.texts(), 0
+        for place in blocks:
+            start = place * self.block
+            texts = [one.text for one in islice(every, start - position, start - position + self.block)]
+            position = start + len(texts)
+            yield place, texts
+
+    def count_done(self, count: int) -> int:
+        """How many of `count` texts lie in blocks that are whole on the disk."""
+        done: Iterable[int] = chain.from_iterable(map(_read_progress, self.out.glob("progress-*.json")))
+        return sum(min(self.block, count - place * self.block) for place in done)
 
 
 def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
@@ -67,18 +133,18 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
     if job.processes < 1 or job.block < 1 or not job.files:
         raise ModelError("nothing to encode with", expected="at least one file, one process and a block of one text")
     model = load(job.model)
-    identity = _identity(job, model)
+    identity = job.identity(model)
     meta = _resume_or_start(job.out, identity)
     if meta["state"] == "complete":
         return int(meta["count"])
     if meta["state"] == "preparing":
-        meta |= {"count": _prepare(job, model), "state": "encoding"}
+        meta |= {"count": job.prepare(model), "state": "encoding"}
         _write_json(job.out / "meta.json", meta)
     count = int(meta["count"])
     todo = sorted(set(range(-(-count // job.block))) - _collect_progress(job.out))
-    with progress_bar("encode", count, done=_texts_done(job, count), visible=show_progress) as bar:
+    with progress_bar("encode", count, done=job.count_done(count), visible=show_progress) as bar:
         if job.processes == 1 or len(todo) < 2:
-            for place in _encode_blocks(job, model, todo, worker=0):
+            for place in job.write_blocks(model, todo, worker=0):
                 bar.advance(min(job.block, count - place * job.block))
         else:
             _in_processes(job, todo, count, bar)
@@ -86,22 +152,6 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
     for path in job.out.glob("progress-*.json"):
         path.unlink()
     return count
-
-
-def _identity(job: EncodeJob, model: Embedder) -> dict[str, Any]:
-    """Everything the vectors depend on."""
-    return {
-        "format": FORMAT,
-        "weights": weights_hash(model),
-        "settings": json.loads(json.dumps(asdict(model.settings))),
-        "prompt": prompt_for(model.settings, job.role, job.task),
-        "dim": job.dim or model.dimension,
-        "stored": job.stored,
-        "dtype": job.dtype or "float32",
-        "column": job.column,
-        "block": job.block,
-        "inputs": [[path.name, _file_hash(path)] for path in job.files],
-    }
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -143,64 +193,15 @@ def _resume_or_start(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
-def _prepare(job: EncodeJob, model: Embedder) -> int:
-    """Read everything once: count, ids, and for int8 the ranges of an evenly spaced sample. Makes an empty array."""
-    with atomic_file(job.out / "ids.txt") as file:
-        count = 0
-        for count, one in enumerate(job.texts(), start=1):
-            if one.id is not None and ("\n" in one.id or "\r" in one.id):
-                raise DataError(f"the id {one.id!r} has a line break", where=one.where, expected="a one-line id")
-            file.write(f"{count - 1 if one.id is None else one.id}\n")
-    if count == 0:
-        raise DataError("no text in these files", where=", ".join(map(str, job.files)))
-    if job.stored == "int8":
-        texts = [one.text for one in islice(job.texts(), 0, None, -(-count // _CALIBRATION))]
-        with atomic_file(job.out / "ranges.npy", "wb") as file:
-            np.save(file, value_ranges(_vectors(job, model, texts)))
-    np.lib.format.open_memmap(
-        job.out / "vectors.npy", mode="w+", dtype=job.stored, shape=(count, job.dim or model.dimension)
-    ).flush()
-    return count
-
-
-def _encode_blocks(job: EncodeJob, model: Embedder, blocks: Sequence[int], worker: int) -> Iterator[int]:
-    """Encode the given blocks in order; each is flushed, then entered in this worker's progress file, then yielded."""
-    array = np.lib.format.open_memmap(job.out / "vectors.npy", mode="r+")
-    ranges = np.load(job.out / "ranges.npy") if job.stored == "int8" else None
-    done = _read_progress(job.out / f"progress-{worker}.json")
-    for place, texts in _texts_of(job, blocks):
-        vectors: AnyArray = _vectors(job, model, texts)
-        vectors = quantize(vectors, "int8", ranges) if job.stored == "int8" else vectors.astype(job.stored)
-        array[place * job.block : place * job.block + len(vectors)] = vectors
-        array.flush()
-        done.append(place)
-        _write_json(job.out / f"progress-{worker}.json", done)
-        yield place
-
-
-def _vectors(job: EncodeJob, model: Embedder, texts: Sequence[str]) -> AnyArray:
-    return model.encode(texts, job.role, job.task, dim=job.dim, dtype=job.dtype, show_progress=False)
-
-
-def _texts_of(job: EncodeJob, blocks: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
-    """The texts of ascending blocks, in one pass over the files."""
-    every, position = job.texts(), 0
-    for place in blocks:
-        start = place * job.block
-        texts = [one.text for one in islice(every, start - position, start - position + job.block)]
-        position = start + len(texts)
-        yield place, texts
-
-
 def _in_processes(job: EncodeJob, todo: Sequence[int], count: int, bar: Any) -> None:
     """Contiguous shares of the blocks, a process each; the bar follows their progress files."""
     shares = [share.tolist() for share in np.array_split(np.asarray(todo), min(job.processes, len(todo)))]
     threads = max(torch.get_num_threads() // len(shares), 1)
     context = spawn(_worker, args=(job, shares, threads), nprocs=len(shares), join=False, daemon=True)
-    seen = _texts_done(job, count)
+    seen = job.count_done(count)
     try:
         while not context.join(timeout=0.5):
-            done = _texts_done(job, count)
+            done = job.count_done(count)
             bar.advance(done - seen)
             seen = done
     except ProcessException as error:
@@ -217,7 +218,7 @@ def _worker(index: int, job: EncodeJob, shares: list[list[int]], threads: int) -
     device = best_device()
     if device == "cuda":
         device = f"cuda:{index % torch.cuda.device_count()}"
-    for _ in _encode_blocks(job, load(job.model, device=device), shares[index], worker=index + 1):
+    for _ in job.write_blocks(load(job.model, device=device), shares[index], worker=index + 1):
         pass
 
 
@@ -234,11 +235,6 @@ def _collect_progress(out: Path) -> set[int]:
 
 def _read_progress(path: Path) -> list[int]:
     return [int(place) for place in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-
-
-def _texts_done(job: EncodeJob, count: int) -> int:
-    done: Iterable[int] = chain.from_iterable(map(_read_progress, job.out.glob("progress-*.json")))
-    return sum(min(job.block, count - place * job.block) for place in done)
 
 
 def _write_json(path: Path, value: Any) -> None:

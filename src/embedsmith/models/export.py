@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.files import atomic_folder
-from embedsmith.core.progress import quiet
+from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.recipe import apply_override, parse
 from embedsmith.models.backbone import locate
 from embedsmith.models.config import ModelConfig
@@ -81,7 +81,7 @@ def _as_sparse(saved: Saved, root: Path) -> None:
         return
     assert isinstance(head, SpladeHead)
     _clear(root)
-    with quiet():
+    with transformers_silenced():
         whole.save_pretrained(root)
     pooling_path = _MODULES + "sparse_encoder.models.SpladePooling"
     _write_modules(root, {"": _MODULES + "sparse_encoder.models.MLMTransformer", "1_SpladePooling": pooling_path})
@@ -205,7 +205,7 @@ def _from_gguf(file: Path, scratch: Path) -> Path:
     if not file.is_file():
         raise ModelError("there is no such file", where=file, fix="check the path")
     try:
-        with quiet():
+        with transformers_silenced():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             loaded = AutoModel.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
 
-from embedsmith.core.errors import ModelError
+from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention, switch_attention
@@ -32,7 +31,6 @@ from embedsmith.models.folder import POOLER_FILE, FolderFacts, read_folder, read
 from embedsmith.models.heads.base import HeadSource, build_heads
 from embedsmith.models.heads.dense import Projection, orthogonal_projection
 from embedsmith.models.lora import ADAPTER, add_adapter, check_installed, fingerprint, load_adapter, merged
-from embedsmith.models.mcls import check_mcls
 from embedsmith.models.packing import check_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
@@ -188,22 +186,17 @@ def _adapt(model: Embedder, config: ModelConfig, facts: FolderFacts, adapter: Pa
             return
     else:
         assert config.lora is not None
+        layers = config.layers
         model.base = {
             **fingerprint(model.backbone),
             "path": str(base.resolve()),
             "revision": config.revision,
-            "layers": layers_kept(config.layers),
+            "layers": list(range(layers)) if isinstance(layers, int) else layers and list(layers),
             "cls_token": config.cls_token,
         }
         add_adapter(model.backbone, config.lora)
         return
     model.base = facts.embedding_config.base and {**facts.embedding_config.base, "path": str(base.resolve())}
-
-
-def layers_kept(layers: int | Sequence[int] | None) -> list[int] | None:
-    if layers is None:
-        return None
-    return list(range(layers)) if isinstance(layers, int) else list(layers)
 
 
 def prepare_tokenizer(tokenizer: Any, backbone: Any, config: ModelConfig, facts: FolderFacts) -> None:
@@ -227,11 +220,9 @@ def derive_append_eos(config: ModelConfig, facts: FolderFacts) -> bool:
     return config.pooling == "last" and facts.pooling is None
 
 
-def decide(
-    config: ModelConfig, facts: FolderFacts, tokenizer: Any, positions: int | None, attention: Attention
-) -> Settings:
-    """What the user said, else what the folder says. Errors: `ModelError` when neither says which pooling, for cls
-    pooling of causal attention, for prompts that leave no room for a text."""
+def decide_pooling(config: ModelConfig, facts: FolderFacts, tokenizer: Any, attention: Attention) -> str:
+    """As the user asks, else as the folder says. Errors: `ModelError` when neither says it, for a pooling that no
+    installed package has, for cls pooling of causal attention."""
     pooling = config.pooling or facts.pooling
     if pooling is None:
         raise ModelError(
@@ -241,21 +232,39 @@ def decide(
             fix="say it, for example pooling=mean: it must be the one the model was trained with; where there is "
             "no place to say it, make an embedder of the folder first: embedsmith convert",
         )
-    if config.pooling is None and pooling not in poolings.names():
+    try:
+        poolings.entry(pooling)
+    except RecipeError as error:
+        if config.pooling is not None:
+            raise
         raise ModelError(
             f"this model pools by {pooling!r}, which no installed package has",
             where=config.path,
-            expected=f"one of {', '.join(poolings.names())}",
+            expected=error.expected,
             fix="install the package that the README.md in the folder names",
-        )
-    poolings.entry(pooling)
+        ) from error
     if pooling == "cls" and attention.causal:
         raise ModelError(
             "cls pooling of causal attention: the first token sees nothing but itself",
             where=config.path,
             fix="use pooling=last or mean, or attention=bidirectional",
         )
-    check_mcls(config.mcls, pooling, tokenizer)
+    one_cls = pooling == "cls" and len(added_tokens(tokenizer)[0]) == 1
+    if config.mcls is not None and (config.mcls < 1 or not one_cls):
+        raise ModelError(
+            f"mcls={config.mcls} with {pooling} pooling",
+            expected="1 or more, for an encoder with cls pooling whose tokenizer puts one CLS before a text",
+            fix="leave mcls out",
+        )
+    return pooling
+
+
+def decide(
+    config: ModelConfig, facts: FolderFacts, tokenizer: Any, positions: int | None, attention: Attention
+) -> Settings:
+    """What the user asks for, else what the folder says. Errors: as `decide_pooling`, and `ModelError` for prompts that
+    leave no room for a text."""
+    pooling = decide_pooling(config, facts, tokenizer, attention)
     saved = facts.embedding_config
     special = config.pool_special_tokens
     if special is None:
@@ -270,8 +279,8 @@ def decide(
         ),
         prompts=facts.prompts,
         default_prompt=facts.default_prompt,
-        include_prompt=_first(config.include_prompt, facts.include_prompt),
-        normalize=_first(config.normalize, facts.normalize, True),
+        include_prompt=facts.include_prompt if config.include_prompt is None else config.include_prompt,
+        normalize=facts.normalize is not False if config.normalize is None else config.normalize,
         lower_case=facts.lower_case,
         templates=saved.templates,
         echo=config.echo or saved.echo,
@@ -279,10 +288,18 @@ def decide(
         eos_id=added_tokens(tokenizer)[1][-1] if derive_append_eos(config, facts) else saved.eos_id,
         mcls=config.mcls,
     )
-    return checked_prompts(with_template(settings, config), tokenizer)
+    settings = with_prompts(settings, config)
+    for name, text in settings.prompts.items():  # behind a longer prompt all texts would be one vector
+        count = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else 0
+        if count + sum(map(len, added_tokens(tokenizer))) >= settings.max_length:
+            raise ModelError(
+                f"the prompt {name!r} takes {count} tokens of {settings.max_length}: no text would fit behind it",
+                fix="shorten the prompt or raise max_length",
+            )
+    return settings
 
 
-def with_template(settings: Settings, config: ModelConfig) -> Settings:
+def with_prompts(settings: Settings, config: ModelConfig) -> Settings:
     """Prompts as the user gave them, or made from a template and the tasks' instructions."""
     if config.prompts is not None:
         if config.template is not None:
@@ -298,19 +315,6 @@ def with_template(settings: Settings, config: ModelConfig) -> Settings:
     return dataclasses.replace(settings.with_prompts(made), templates=dict(templates))
 
 
-def checked_prompts(settings: Settings, tokenizer: Any) -> Settings:
-    """Errors: `ModelError` for a prompt after which no token of a text fits: all texts would be one vector."""
-    extra = sum(map(len, added_tokens(tokenizer)))
-    for name, text in settings.prompts.items():
-        count = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else 0
-        if count + extra >= settings.max_length:
-            raise ModelError(
-                f"the prompt {name!r} takes {count} tokens of {settings.max_length}: no text would fit behind it",
-                fix="shorten the prompt or raise max_length",
-            )
-    return settings
-
-
 def projections(config: ModelConfig, facts: FolderFacts, hidden_size: int) -> list[Projection]:
     """The folder's dense layers, then a new one where another dimension is asked for."""
     layers = list(facts.projections)
@@ -320,8 +324,6 @@ def projections(config: ModelConfig, facts: FolderFacts, hidden_size: int) -> li
             raise ModelError(f"dimension={config.dimension} and head.out={config.head.out}", fix="keep one of them")
         return [*layers, *config.head.build(width)]
     if config.dimension is not None and config.dimension != width:
-        if config.dimension < 1:
-            raise ModelError(f"dimension={config.dimension}", expected="at least 1")
         layers.append(orthogonal_projection(width, config.dimension))
     return layers
 
@@ -331,10 +333,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _first(*values: bool | None) -> bool:
-    return next(value for value in values if value is not None)
 
 
 def _lower_case(tokenizer: Any) -> None:

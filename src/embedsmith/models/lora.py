@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from embedsmith.core.errors import MissingExtraError, ModelError
-from embedsmith.core.progress import log, quiet
+from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Count, Positive, Share, section
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
@@ -116,7 +116,7 @@ def _inject(backbone: Any, peft_config: Any) -> None:
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    with warnings.catch_warnings(), quiet():
+    with warnings.catch_warnings(), transformers_silenced():
         warnings.simplefilter("ignore")  # about GPT-2's transposed layers, which peft then sets right by itself
         inject_adapter_in_model(peft_config, backbone)
         cast_adapter_dtype(backbone, _NAME)  # in bf16, as the frozen weights may be, it would barely move

@@ -7,27 +7,10 @@ mean of the states of all CLS. Source: M3-Embedding (Chen et al., 2024), section
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 from torch import Tensor
 
-from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import PaddedTokens, TokenBatch
-from embedsmith.models.tokenize import added_tokens
-
-
-def check_mcls(block: int | None, pooling: str, tokenizer: Any) -> None:
-    """Errors: `ModelError` for a pooling other than cls, or a tokenizer without a single CLS in front."""
-    if block is None:
-        return
-    if block < 1 or pooling != "cls" or len(added_tokens(tokenizer)[0]) != 1:
-        raise ModelError(
-            f"mcls={block} with {pooling} pooling",
-            expected="1 or more, for an encoder with cls pooling whose tokenizer puts one CLS before a text",
-            fix="leave mcls out",
-        )
 
 
 def room_for(max_length: int, block: int, ends: int) -> int:
@@ -53,13 +36,8 @@ def with_cls_blocks(tokens: TokenBatch, block: int, ends: int) -> TokenBatch:
     return TokenBatch(made.id_S, made.offset_P, made.body_N, tokens.is_query_N)
 
 
-def cls_places(padded: PaddedTokens, cls_id: int) -> Tensor:
-    """mask_NT of the CLS tokens."""
-    return padded.mask_NT & (padded.id_NT == cls_id)
-
-
-def without_inner_cls(part_NT: Tensor, padded: PaddedTokens, cls_id: int) -> Tensor:
-    """`part_NT` without the CLS tokens that were put between blocks: they are no words of the text."""
-    place_NT = cls_places(padded, cls_id)
-    inner_NT = place_NT & (torch.cumsum(place_NT.int(), 1) > 1)
-    return part_NT & ~inner_NT
+def cls_and_words(padded: PaddedTokens, part_NT: Tensor, cls_id: int) -> tuple[Tensor, Tensor]:
+    """mask_NT of the CLS tokens, and `part_NT` without those that were put between blocks: they are no words of the
+    text."""
+    cls_NT = padded.mask_NT & (padded.id_NT == cls_id)
+    return cls_NT, part_NT & ~(cls_NT & (cls_NT.int().cumsum(1) > 1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -30,9 +31,19 @@ def packed(padded: PaddedTokens, attention: Attention, implementation: str, dtyp
         "position_ids": (mask_NT.cumsum(1) - 1)[mask_NT][None],
     }
     if implementation.startswith("flash"):
-        return arguments | _lengths(mask_NT)
+        length_N = mask_NT.sum(1)
+        end_P, longest = F.pad(length_N.cumsum(0), (1, 0)).to(torch.int32), int(length_N.max())
+        return arguments | dict(cu_seq_lens_q=end_P, cu_seq_lens_k=end_P, max_length_q=longest, max_length_k=longest)
     if implementation == "flex_attention":
-        return arguments | {"attention_mask": _blocks(text_S, attention.causal)}
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same = text_S[query] == text_S[key]
+            return same & (query >= key) if attention.causal else same
+
+        size, device = len(text_S), text_S.device
+        blocks = create_block_mask(sees, None, None, size, size, device=str(device), _compile=device.type == "cuda")
+        return arguments | {"attention_mask": blocks}
     sees_SS = text_S[:, None] == text_S[None, :]
     sees_SS = sees_SS.tril() if attention.causal else sees_SS
     return arguments | {"attention_mask": as_mask(sees_SS[None, None], implementation, dtype)}
@@ -50,24 +61,6 @@ def unpacked(states: Any, mask_NT: Tensor) -> BaseModelOutput:
         last_hidden_state=rows(states.last_hidden_state),
         hidden_states=None if layers is None else tuple(map(rows, layers)),
     )
-
-
-def _lengths(mask_NT: Tensor) -> dict[str, Any]:
-    length_N = mask_NT.sum(1)
-    end_P = torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(length_N.max())
-    return {"cu_seq_lens_q": end_P, "cu_seq_lens_k": end_P, "max_length_q": longest, "max_length_k": longest}
-
-
-def _blocks(text_S: Tensor, causal: bool) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = text_S[query] == text_S[key]
-        return same & (query >= key) if causal else same
-
-    size, device = len(text_S), text_S.device
-    return create_block_mask(sees, None, None, size, size, device=str(device), _compile=device.type == "cuda")
 
 
 def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:

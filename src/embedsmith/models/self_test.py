@@ -49,29 +49,23 @@ FAILED = Probe((None,), steady=False)
 
 def probe(backbone: Any, call: Call) -> Probe:
     """Two short random texts through `call`, in eval mode, without gradient. About four forward passes."""
+    id_NT = example_ids(backbone, next(backbone.parameters()).device)
+    whole_NT = torch.ones_like(id_NT, dtype=torch.bool)
+    padded_NT = whole_NT.clone()
+    padded_NT[1, SHORTER:] = False
     was_training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad(), kernel_precision(backbone):
-            return _probe(backbone, call)
+            both = zip(_ahead(backbone, call, id_NT, whole_NT), _ahead(backbone, call, id_NT, padded_NT), strict=True)
+            agreed = tuple(unpadded if unpadded == padded else None for unpadded, padded in both)
+            alone_TH = call(id_NT[1:, :SHORTER], whole_NT[1:, :SHORTER])[0]
+            together_TH = call(id_NT, padded_NT)[1, :SHORTER]
+            return Probe(agreed, steady=bool(distance(alone_TH, together_TH) < tolerance(backbone)))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         return FAILED  # a family whose own code cannot take this mask, e.g. modernbert-decoder under eager
     finally:
         backbone.train(was_training)
-
-
-def _probe(backbone: Any, call: Call) -> Probe:
-    device = next(backbone.parameters()).device
-    id_NT = example_ids(backbone, device)
-    whole_NT = torch.ones_like(id_NT, dtype=torch.bool)
-    padded_NT = whole_NT.clone()
-    padded_NT[1, SHORTER:] = False
-    unpadded = _ahead(backbone, call, id_NT, whole_NT)
-    padded = _ahead(backbone, call, id_NT, padded_NT)
-    agreed = tuple(u if u == p else None for u, p in zip(unpadded, padded, strict=True))
-    alone_TH = call(id_NT[1:, :SHORTER], whole_NT[1:, :SHORTER])[0]
-    together_TH = call(id_NT, padded_NT)[1, :SHORTER]
-    return Probe(agreed, steady=bool(distance(alone_TH, together_TH) < tolerance(backbone)))
 
 
 def example_ids(backbone: Any, device: torch.device, rows: int = 2) -> Tensor:

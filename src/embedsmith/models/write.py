@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embedsmith.core.files import atomic_folder
-from embedsmith.core.progress import quiet
+from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.settings import to_plain
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention
@@ -34,7 +34,7 @@ from embedsmith.models.folder import (
     read_json,
 )
 from embedsmith.models.heads.base import Head
-from embedsmith.models.heads.dense import Projection, activation_path
+from embedsmith.models.heads.dense import Projection
 from embedsmith.models.lora import has_adapter, is_quantized, merged, save_adapter, transplanted
 from embedsmith.models.pooling import PoolerConfig
 
@@ -93,7 +93,7 @@ class Saved:
         adapter would change the vectors.
         """
         settings = self.settings
-        with atomic_folder(folder) as root, quiet():
+        with atomic_folder(folder) as root, transformers_silenced():
             apart = has_adapter(self.backbone) and not merge
             if apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
@@ -108,19 +108,41 @@ class Saved:
                 more, modules = replace(more, modules=tuple(modules)), [{**_module(0, ""), "type": MODULE}]
             write_json(root / "modules.json", modules)
             write_embedding_config(more, root)
-            lengths = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
-            write_json(root / "sentence_bert_config.json", lengths)
-            write_json(root / "config_sentence_transformers.json", _general(settings))
-            write_json(root / "1_Pooling" / "config.json", self._pooling())
+            self._save_settings(root)
             if self.pooler is not None:
                 save_file(cpu_state(self.pooler), root / POOLER_FILE)
             for place, projection in enumerate(self.projections, start=2):
-                _save_projection(projection, root / f"{place}_Dense")
+                projection.save(root / f"{place}_Dense")
             if settings.normalize:
                 (root / f"{len(kinds) - 1}_Normalize").mkdir()
             for head in self.heads.values():
                 head.save(root)
             (root / "README.md").write_text(model_card(self), encoding="utf-8")
+
+    def _save_settings(self, root: Path) -> None:
+        """Lengths, prompts and the pooling, as sentence-transformers reads them."""
+        settings = self.settings
+        lengths = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
+        write_json(root / "sentence_bert_config.json", lengths)
+        versions = {
+            "sentence_transformers": EMULATED,
+            "transformers": transformers.__version__,
+            "pytorch": torch.__version__,
+        }
+        general = {
+            "__version__": versions,
+            "prompts": dict(settings.prompts),
+            "default_prompt_name": settings.default_prompt,
+            "similarity_fn_name": "cosine",
+        }
+        write_json(root / "config_sentence_transformers.json", general)
+        theirs = next((name for name, ours in POOLING_NAMES.items() if ours == settings.pooling), None)
+        pooling = {
+            "word_embedding_dimension": self.pooled_width,
+            **{switch: mode == theirs for switch, mode in POOLING_SWITCHES.items()},
+            "include_prompt": settings.include_prompt,
+        }
+        write_json(root / "1_Pooling" / "config.json", pooling)
 
     def _whole_backbone(self) -> Any:
         """The backbone with its adapter merged. The base of a quantised one is loaded at full precision: an adapter is
@@ -155,44 +177,10 @@ class Saved:
             path = root / "tokenizer_config.json"
             write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
-    def _pooling(self) -> dict[str, Any]:
-        theirs = next((name for name, ours in POOLING_NAMES.items() if ours == self.settings.pooling), None)
-        return {
-            "word_embedding_dimension": self.pooled_width,
-            **{switch: mode == theirs for switch, mode in POOLING_SWITCHES.items()},
-            "include_prompt": self.settings.include_prompt,
-        }
-
 
 def _module(place: int, kind: str) -> dict[str, Any]:
     path = "" if place == 0 else f"{place}_{kind}"
     return {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-
-
-def _general(settings: Settings) -> dict[str, Any]:
-    versions = {
-        "sentence_transformers": EMULATED,
-        "transformers": transformers.__version__,
-        "pytorch": torch.__version__,
-    }
-    return {
-        "__version__": versions,
-        "prompts": dict(settings.prompts),
-        "default_prompt_name": settings.default_prompt,
-        "similarity_fn_name": "cosine",
-    }
-
-
-def _save_projection(projection: Projection, folder: Path) -> None:
-    """The activation is always named: a Dense without one means Tanh."""
-    config = {
-        "in_features": projection.linear.in_features,
-        "out_features": projection.linear.out_features,
-        "bias": projection.linear.bias is not None,
-        "activation_function": activation_path(projection),
-    }
-    write_json(folder / "config.json", config | ({"use_residual": True} if projection.use_residual else {}))
-    save_file(cpu_state(projection), folder / "model.safetensors")
 
 
 def cpu_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -300,8 +288,11 @@ def model_card(saved: Saved) -> str:
         normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
     plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
     standard = saved.embedding_config().standard
+    package = poolings.entry(settings.pooling).package
+    foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
+    foreign = "" if package == "embedsmith" else foreign
     return _CARD.format(
-        alone=plain if standard else _ATTENDED + _foreign_pooling(settings.pooling),
+        alone=plain if standard else _ATTENDED + foreign,
         trust="" if standard else ", trust_remote_code=True",
         attention=_attention(saved.attention),
         architecture=type(saved.backbone).__name__,
@@ -312,11 +303,6 @@ def model_card(saved: Saved) -> str:
         prompts=_prompts(settings),
         token_heads=_token_heads(saved.heads),
     )
-
-
-def _foreign_pooling(name: str) -> str:
-    package = poolings.entry(name).package
-    return "" if package == "embedsmith" else f"Its pooling, `{name}`, comes with the Python package `{package}`.\n"
 
 
 def _attention(found: Attention) -> str:

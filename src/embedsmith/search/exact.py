@@ -35,11 +35,11 @@ def exact_top_k(
     Errors: `SearchError` for shapes that do not match, `k` below 1, and scores that are not a number.
     """
     rows = _QUERIES[Dense]
-    if isinstance(query, Representation) or isinstance(document, np.memmap) or _count(query) <= rows:
+    if isinstance(query, Representation) or isinstance(document, np.memmap) or len(query) <= rows:
         return _searched(query, document, k, block)
     # Documents in memory may be read again for every part of the queries: what is kept of one part fits the cache.
     _check(query, "the queries")
-    starts = range(0, _count(query), rows)
+    starts = range(0, len(query), rows)
     parts = [_searched(query[start : start + rows], document, k, block, start) for start in starts]
     return np.concatenate([score for score, _ in parts]), np.concatenate([index for _, index in parts])
 
@@ -65,7 +65,7 @@ class TopK:
         _check(query, "the queries")
         self._query, self._k, self._seen, self._first = query, k, 0, first
         rows = _QUERIES.get(type(query), 32) if isinstance(query, Representation) else _QUERIES[Dense]
-        self._parts = [_part(query, start, start + rows) for start in range(0, _count(query), rows)]
+        self._parts = [_part(query, start, start + rows) for start in range(0, len(query), rows)]
         self._best = [_Best(len(part), k, part.tensors()[0].device) for part in self._parts]
         self._bounded = [_bounded(part) for part in self._parts]
         self._buffer: FloatArray = np.empty(0, np.float32)
@@ -73,14 +73,19 @@ class TopK:
     def add(self, document: Vectors) -> None:
         """Score the next documents, given as one block."""
         _check(document, "the documents")
-        block = _part(document, 0, _count(document))
+        block = _part(document, 0, len(document))
         if len(block) == 0:
             return
         start, bounded = self._first, _bounded(block)
         for part, best, also in zip(self._parts, self._best, self._bounded, strict=True):
             score_QB = self._scores(part, block)
-            if not (bounded and also):
-                self._refuse_nan(score_QB, start)
+            # Of bounded blocks no score can be NaN; of others one pass finds that nothing is wrong.
+            if not (bounded and also) and bool(score_QB.sum().isnan()) and bool(score_QB.isnan().any()):
+                row, column = (int(place) for place in score_QB.isnan().nonzero()[0])
+                raise SearchError(
+                    f"the score of query {start + row} with document {self._seen + column} is not a number",
+                    fix="look for NaN or infinite values in the vectors",
+                )
             best.add(score_QB, self._seen)
             start += len(part)
         self._seen += len(block)
@@ -89,7 +94,7 @@ class TopK:
         """Score the next documents, `block` rows at a time (derived from the budget by default)."""
         _check(document, "the documents")
         rows = block or self.block_rows(document)
-        for start in range(0, _count(document), rows):
+        for start in range(0, len(document), rows):
             self.add(_part(document, start, start + rows))
 
     def result(self) -> tuple[FloatArray, IndexArray]:
@@ -102,7 +107,7 @@ class TopK:
     def block_rows(self, document: Vectors) -> int:
         """How many documents to score at once so that a block of scores, and what leads to it, stays in the budget."""
         kind = type(document) if isinstance(document, Representation) else Dense
-        queries = min(_QUERIES.get(kind, 32), max(_count(self._query), 1))
+        queries = min(_QUERIES.get(kind, 32), max(len(self._query), 1))
         tokens = self._query.token_count if isinstance(self._query, Representation) else 1
         device = self._parts[0].tensors()[0].device.type if self._parts else "cpu"
         if kind is not Dense and isinstance(document, Representation):
@@ -127,14 +132,6 @@ class TopK:
                 _inner_products(query.vector_ND, document.vector_ND, score)
                 return torch.from_numpy(score)
             return query.scores(document.map(lambda tensor: tensor.to(device)))[0].float()
-
-    def _refuse_nan(self, score_QB: Tensor, start: int) -> None:
-        if bool(score_QB.sum().isnan()) and bool(score_QB.isnan().any()):  # one pass finds that nothing is wrong
-            row, column = (int(place) for place in score_QB.isnan().nonzero()[0])
-            raise SearchError(
-                f"the score of query {start + row} with document {self._seen + column} is not a number",
-                fix="look for NaN or infinite values in the vectors",
-            )
 
 
 def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> None:
@@ -231,20 +228,17 @@ def _places_of_top(score_QX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     floor_Q1 = _kth_best(score_QX, k)
     kept_QX = score_QX >= floor_Q1
     if int(kept_QX.count_nonzero()) > k * len(kept_QX):
-        tied_Q = _trues(kept_QX) > k
+        if kept_QX.device.type == "cpu":  # NumPy adds bytes eight times as fast as torch counts truths
+            count_Q = torch.from_numpy(np.add.reduce(kept_QX.numpy().view(np.uint8), axis=1, dtype=np.int64))
+        else:
+            count_Q = kept_QX.sum(1)
+        tied_Q = count_Q > k
         order = score_QX[tied_Q].sort(dim=1, descending=True, stable=True).indices[:, :k]
         kept_QX[tied_Q] = torch.zeros_like(kept_QX[tied_Q]).scatter(1, order, True)
     if kept_QX.device.type == "cpu":  # NumPy finds them several times as fast
         flat = np.flatnonzero(kept_QX.numpy()).reshape(-1, k)
         return torch.from_numpy(flat - np.arange(len(flat))[:, None] * kept_QX.shape[1]), floor_Q1
     return kept_QX.nonzero()[:, 1].view(-1, k), floor_Q1
-
-
-def _trues(mask_QX: Tensor) -> Tensor:
-    """How many a row holds. NumPy adds bytes eight times as fast as torch counts truths."""
-    if mask_QX.device.type != "cpu":
-        return mask_QX.sum(1)
-    return torch.from_numpy(np.add.reduce(mask_QX.numpy().view(np.uint8), axis=1, dtype=np.int64))
 
 
 def _kth_best(score_QX: Tensor, k: int) -> Tensor:
@@ -263,10 +257,6 @@ def top_of_block(score_QB: Tensor, k: int) -> tuple[Tensor, Tensor]:
     place_Qk, _ = _places_of_top(score_QB, k)
     score_Qk, order = score_QB.gather(1, place_Qk).sort(dim=1, descending=True, stable=True)
     return score_Qk, place_Qk.gather(1, order)
-
-
-def _count(value: Vectors) -> int:
-    return len(value)
 
 
 def _check(value: Vectors, name: str) -> None:

@@ -43,9 +43,11 @@ class Hybrid(Representation):
 
     def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
         """score_1QK. Documents are taken a few at a time where token vectors are compared."""
+        rows = max(len(other), 1)
+        if any(isinstance(part, MultiVector) for part in self.parts):
+            rows = max(_NUMBERS // max(len(self) * self.token_count * other.token_count, 1), 1)
         blocks = [
             self._sum(other.rows(slice(start, start + rows)), lambda mine, theirs: mine.scores(theirs))
-            for rows in [self._rows_at_once(other)]
             for start in range(0, len(other), rows)
         ]
         return torch.cat(blocks, dim=-1)
@@ -58,16 +60,16 @@ class Hybrid(Representation):
         total: Tensor = torch.stack([weight * score(mine, theirs) for weight, mine, theirs in terms]).sum(0)
         return total
 
-    def _rows_at_once(self, other: Self) -> int:
-        if not any(isinstance(part, MultiVector) for part in self.parts):
-            return max(len(other), 1)
-        return max(_NUMBERS // max(len(self) * self.token_count * other.token_count, 1), 1)
 
-    @staticmethod
-    def join(pieces: Sequence[Hybrid]) -> Hybrid:
-        """Rows of all pieces in order."""
-        reps = [{str(number): part for number, part in enumerate(piece.parts)} for piece in pieces]
-        return Hybrid(tuple(concatenate(reps).values()), pieces[0].weights)
+def join(pieces: Sequence[Representation]) -> Representation:
+    """Rows of all pieces in order, hybrid ones too."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if isinstance(first, Hybrid):
+        columns = zip(*(piece.parts for piece in pieces if isinstance(piece, Hybrid)), strict=True)
+        return Hybrid(tuple(join(column) for column in columns), first.weights)
+    return concatenate([{"all": piece} for piece in pieces])["all"]
 
 
 @dataclass(frozen=True)

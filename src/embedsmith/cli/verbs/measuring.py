@@ -65,7 +65,7 @@ def evaluate_model(
     from embedsmith.cli.evaluation import Scoring
     from embedsmith.core.errors import EvaluationError
     from embedsmith.evaluate import load_task, split_names
-    from embedsmith.index.verb import parse_weights
+    from embedsmith.index.commands import parse_weights
 
     weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])
@@ -80,9 +80,9 @@ def evaluate_model(
             load_task(name, data_dir=data, split=split)
     encoder = _encoder(model, engine, max_length, batch_size, options)
     if mteb is not None:
-        from embedsmith.evaluate.mteb.tasks import Limits
+        from embedsmith.evaluate.mteb.tasks import SampleLimits
 
-        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else Limits(limits))
+        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else SampleLimits(limits))
     else:
         about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head, **options}
         if head == "all":

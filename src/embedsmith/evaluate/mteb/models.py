@@ -58,10 +58,10 @@ def make_meta(name: str, revision: str, head: str, experiment: Mapping[str, Any]
     need_mteb()
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-    said = {**({} if head == "dense" else {"head": head}), **(experiment or {})}
+    named = {**({} if head == "dense" else {"head": head}), **(experiment or {})}
     similarity = ScoringFunction.MAX_SIM if head == "multivector" else ScoringFunction.DOT_PRODUCT
     facts = {"name": name, "revision": revision, "model_type": [_TYPES.get(head, "dense")], "framework": ["PyTorch"]}
-    more = {"similarity_fn_name": similarity, "experiment_kwargs": said or None}
+    more = {"similarity_fn_name": similarity, "experiment_kwargs": named or None}
     return ModelMeta.create_empty(overwrites={**facts, **more})
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.evaluate.mteb.models import mteb_model, mteb_task_name, need_mteb
-from embedsmith.evaluate.mteb.tasks import Limits, as_mteb_task, hub_task, limited
+from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task, limited
 from embedsmith.evaluate.result import Results, TaskResult
 from embedsmith.evaluate.tasks.by_name import data_folder, known_tasks, load_task
 
@@ -25,7 +24,7 @@ def mteb_evaluate(
     name: str | Path,
     revision: str | None = None,
     head: str = "dense",
-    limits: Limits | None = None,
+    limits: SampleLimits | None = None,
     progress: bool | None = None,
 ) -> Results:
     """Score `encoder` on tasks of mteb (or ours made into them, see `as_mteb_task`) with mteb itself.
@@ -35,15 +34,30 @@ def mteb_evaluate(
     Errors: `EvaluationError` for a task whose data cannot be fetched, and one that the head cannot do.
     """
     mteb = need_mteb()
+    from datasets.exceptions import DatasetNotFoundError
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
     experiment = None if limits is None else limits.as_dict()
     model = mteb_model(encoder, name, revision=revision, head=head, experiment=experiment, progress=progress)
     chosen = [task if limits is None else limited(task, limits) for task in tasks]
     cache = mteb.ResultCache(cache_path=Path(output))
     found: list[TaskResult] = []
+    logging.getLogger("mteb").setLevel(logging.ERROR)
     for task in chosen:
-        _check_head(task, head)
-        with _fetching(task):
+        if head != "dense" and not isinstance(task, AbsTaskRetrieval):
+            raise EvaluationError(
+                f"mteb scores the head {head!r} on retrieval and reranking only",
+                where=task.metadata.name,
+                fix="use embedsmith's own evaluation for this head",
+            )
+        try:
             done = mteb.evaluate(model, [task], cache=cache, co2_tracker=False, show_progress_bar=bool(progress))
+        except (OSError, DatasetNotFoundError) as error:
+            raise DataError(
+                f"the data cannot be fetched ({str(error).splitlines()[0][:200]})",
+                where=task.metadata.name,
+                fix="connect to the hub, or use local files: paths of STS files and BEIR folders are tasks too",
+            ) from error
         found.append(from_mteb(done.task_results[0], task.metadata))
     meta = model.mteb_model_meta
     about = {"model": meta.name, "revision": meta.revision, "engine": f"mteb {mteb.__version__}", "head": head}
@@ -82,39 +96,9 @@ def from_mteb(result: Any, metadata: Any) -> TaskResult:
         del scores[key]
     metric = str(metadata.main_score) if metadata.main_score in scores else "main_score"
     sizes: tuple[str, ...] = ("queries_scored", "documents_searched")
+    cut = any(row.get("comparable") is False for row in rows)
     counts = {key: int(scores.pop(key)) for key in sizes if key in scores}
-    notes: list[str] = ["the corpus was cut: the score is not comparable with others"] if _cut(rows) else []
+    notes: list[str] = ["the corpus was cut: the score is not comparable with others"] if cut else []
     notes += ["the score does not exist: the model gives all texts the same"] if math.isnan(scores[metric]) else []
     kind, seconds = mteb_task_name(metadata.type), float(result.evaluation_time or 0.0)
     return TaskResult(result.task_name, kind, metric, scores, counts, notes=tuple(notes), seconds=seconds)
-
-
-def _cut(rows: list[dict[str, Any]]) -> bool:
-    return any(row.get("comparable") is False for row in rows)
-
-
-def _check_head(task: Any, head: str) -> None:
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
-
-    if head != "dense" and not isinstance(task, AbsTaskRetrieval):
-        raise EvaluationError(
-            f"mteb scores the head {head!r} on retrieval and reranking only",
-            where=task.metadata.name,
-            fix="use embedsmith's own evaluation for this head",
-        )
-
-
-@contextmanager
-def _fetching(task: Any) -> Iterator[None]:
-    """Failures to get a task's data are told as such."""
-    from datasets.exceptions import DatasetNotFoundError
-
-    logging.getLogger("mteb").setLevel(logging.ERROR)
-    try:
-        yield
-    except (OSError, DatasetNotFoundError) as error:
-        raise DataError(
-            f"the data cannot be fetched ({str(error).splitlines()[0][:200]})",
-            where=task.metadata.name,
-            fix="connect to the hub, or use local files: paths of STS files and BEIR folders are tasks too",
-        ) from error

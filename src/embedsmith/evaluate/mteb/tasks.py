@@ -11,15 +11,16 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.evaluate.mteb.models import need_mteb
 from embedsmith.evaluate.run import digest, task_content
-from embedsmith.evaluate.tasks.labels import ClassificationTask, ClusteringTask, PairClassificationTask
-from embedsmith.evaluate.tasks.retrieval import RerankingTask, RetrievalTask
-from embedsmith.evaluate.tasks.similarity import STSTask, Task
+from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
+from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
+from embedsmith.evaluate.tasks.ranking import RerankingTask, RetrievalTask
 
 _BLANK = ("date", "domains", "task_subtypes", "license", "annotations_creators", "dialect", "sample_creation")
 
 
 @dataclass(frozen=True)
-class Limits:
+class SampleLimits:
     """A sample of a retrieval task: `queries` of them, drawn with `seed`, against the whole corpus.
 
     With `documents` the corpus is cut too: every document judged relevant for a sampled query, and that many others.
@@ -36,8 +37,28 @@ class Limits:
 
     def as_dict(self) -> dict[str, Any]:
         """What goes into the result and into the name of its folder."""
-        said = {"limit_queries": self.queries, "limit_seed": self.seed}
-        return said if self.documents is None else {**said, "limit_documents": self.documents}
+        named = {"limit_queries": self.queries, "limit_seed": self.seed}
+        return named if self.documents is None else {**named, "limit_documents": self.documents}
+
+    def draw(self, data: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """The split with fewer queries, and with a smaller corpus where that is wanted."""
+        judged = data["relevant_docs"]
+        query_ids = [str(key) for key in data["queries"]["id"]]
+        able = sorted(key for key in query_ids if any(grade > 0 for grade in judged.get(key, {}).values()))
+        if not able:
+            raise EvaluationError("no query has a relevant document", where=name)
+        chance = random.Random(self.seed)
+        chosen = set(chance.sample(able, min(self.queries, len(able))))
+        queries = data["queries"].select([row for row, key in enumerate(query_ids) if key in chosen])
+        corpus, ranked = data["corpus"], data.get("top_ranked")
+        if self.documents is not None:
+            ids = [str(key) for key in corpus["id"]]
+            needed = {key for query in chosen for key, grade in judged[query].items() if grade > 0}
+            needed |= {key for query in chosen for key in (ranked or {}).get(query, ())}
+            others = [key for key in ids if key not in needed]
+            needed |= set(chance.sample(others, min(self.documents, len(others))))
+            corpus = corpus.select([row for row, key in enumerate(ids) if key in needed])
+        return {**data, "queries": queries, "corpus": corpus, "relevant_docs": {key: judged[key] for key in chosen}}
 
 
 def hub_task(name: str, languages: Sequence[str] = ()) -> Any:
@@ -72,25 +93,18 @@ def as_mteb_task(task: Task, split: str = "test") -> Any:
 def _made(base: type, task: Task, kind: str, metric: str, split: str, dataset: Any, **settings: Any) -> Any:
     """An instance of a new subclass of mteb's `base` that holds its data already."""
 
-    def load_data(self: Any, **_: Any) -> None:
-        self.dataset, self.data_loaded = dataset(), True
-
-    metadata = _metadata(task, kind, metric, split)
-    made = type(f"Local{kind}", (base,), {"metadata": metadata, "load_data": load_data, **settings})
-    return made()
-
-
-def _metadata(task: Task, kind: str, metric: str, split: str) -> Any:
     from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.languages import ISO_TO_LANGUAGE, ISO_TO_SCRIPT
 
-    return TaskMetadata(
+    undetermined = "und" in ISO_TO_LANGUAGE and "Zyyy" in ISO_TO_SCRIPT  # mteb refuses codes that it does not know
+    metadata = TaskMetadata(
         name=task.name,
         description=f"{task.name}, from local files",
         type=kind,
         category="t2t",
         modalities=["text"],
         eval_splits=[split],
-        eval_langs=["und-Zyyy"] if _knows_undetermined() else ["eng-Latn"],
+        eval_langs=["und-Zyyy"] if undetermined else ["eng-Latn"],
         main_score=metric,
         dataset={"path": f"local/{task.name}", "revision": digest(task_content(task))},
         reference=None,
@@ -98,12 +112,11 @@ def _metadata(task: Task, kind: str, metric: str, split: str) -> Any:
         **dict.fromkeys(_BLANK),
     )
 
+    def load_data(self: Any, **_: Any) -> None:
+        self.dataset, self.data_loaded = dataset(), True
 
-def _knows_undetermined() -> bool:
-    """Whether mteb has a code for texts of unknown language; it refuses codes it does not know."""
-    from mteb.languages import ISO_TO_LANGUAGE, ISO_TO_SCRIPT
-
-    return "und" in ISO_TO_LANGUAGE and "Zyyy" in ISO_TO_SCRIPT
+    made = type(f"Local{kind}", (base,), {"metadata": metadata, "load_data": load_data, **settings})
+    return made()
 
 
 def _retrieval(task: RetrievalTask | RerankingTask, split: str) -> Any:
@@ -180,8 +193,8 @@ def _columns(split: str, **columns: list[Any]) -> Any:
     return dataset
 
 
-def limited(task: Any, limits: Limits) -> Any:
-    """The mteb task with its queries sampled when it loads, and the sample told in its scores. Changes `task`.
+def limited(task: Any, limits: SampleLimits) -> Any:
+    """The mteb task with its queries sampled when it loads, and the sample noted in its scores. Changes `task`.
 
     mteb has no such option; a `limits` handed to it is ignored, and the score is of all queries.
     Errors: `EvaluationError` for a task that is no retrieval.
@@ -200,34 +213,13 @@ def limited(task: Any, limits: Limits) -> Any:
         task.convert_v1_dataset_format_to_v2(num_proc=None)
         for subset, splits in task.dataset.items():
             for split, data in splits.items():
-                splits[split] = sample_of(data, limits, task.metadata.name)
+                splits[split] = limits.draw(data, task.metadata.name)
                 sizes[subset, split] = {part: len(splits[split][part]) for part in ("queries", "corpus")}
 
-    def told(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, Any]:
+    def sizes_of(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, Any]:
         size = sizes[hf_subset, hf_split]
         counts = {"queries_scored": size["queries"], "documents_searched": size["corpus"]}
         return {**limits.as_dict(), **counts, "comparable": limits.documents is None}
 
-    task.load_data, task.task_specific_scores = load_data, told
+    task.load_data, task.task_specific_scores = load_data, sizes_of
     return task
-
-
-def sample_of(data: Mapping[str, Any], limits: Limits, name: str) -> dict[str, Any]:
-    """The split with fewer queries, and with a smaller corpus where `limits` says so."""
-    judged = data["relevant_docs"]
-    query_ids = [str(key) for key in data["queries"]["id"]]
-    able = sorted(key for key in query_ids if any(grade > 0 for grade in judged.get(key, {}).values()))
-    if not able:
-        raise EvaluationError("no query has a relevant document", where=name)
-    chance = random.Random(limits.seed)
-    chosen = set(chance.sample(able, min(limits.queries, len(able))))
-    queries = data["queries"].select([row for row, key in enumerate(query_ids) if key in chosen])
-    corpus, ranked = data["corpus"], data.get("top_ranked")
-    if limits.documents is not None:
-        ids = [str(key) for key in corpus["id"]]
-        needed = {key for query in chosen for key, grade in judged[query].items() if grade > 0}
-        needed |= {key for query in chosen for key in (ranked or {}).get(query, ())}
-        others = [key for key in ids if key not in needed]
-        needed |= set(chance.sample(others, min(limits.documents, len(others))))
-        corpus = corpus.select([row for row, key in enumerate(ids) if key in needed])
-    return {**data, "queries": queries, "corpus": corpus, "relevant_docs": {key: judged[key] for key in chosen}}

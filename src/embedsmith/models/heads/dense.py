@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
@@ -69,6 +72,20 @@ class Projection(nn.Module):
         if not self.use_residual:
             return out_ND
         return out_ND + (vector_ND if self.residual is None else self.residual(vector_ND))
+
+    def save(self, folder: Path) -> None:
+        """As sentence-transformers' `Dense`. The activation is always named: a Dense without one means Tanh."""
+        config = {
+            "in_features": self.linear.in_features,
+            "out_features": self.linear.out_features,
+            "bias": self.linear.bias is not None,
+            "activation_function": activation_path(self),
+        }
+        config |= {"use_residual": True} if self.use_residual else {}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
 
 
 def orthogonal_projection(width_in: int, width_out: int) -> Projection:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.progress import log, quiet
+from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.reps import Sparse, in_fp32
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource
@@ -83,7 +83,7 @@ def new_lm_head(source: HeadSource) -> LmHead:
     Errors: `ModelError` for a family whose head computes more than W f(h) + b (a cap or scale on its scores).
     """
     kind = _family(source.backbone.config)
-    with quiet():
+    with transformers_silenced():
         model, report = kind.from_pretrained(
             source.base, dtype=torch.float32, trust_remote_code=source.trust_remote_code, output_loading_info=True
         )
@@ -120,7 +120,7 @@ def read_lm_head(path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], 
     own = {name.removeprefix("lm."): tensor for name, tensor in tensors.items() if name.startswith("lm.")}
     transform = None
     if about.get("transform") == "family":
-        with quiet(), torch.device("meta"):
+        with transformers_silenced(), torch.device("meta"):
             transform = _parts(_family(backbone.config).from_config(backbone.config))[1]
     head = LmHead(backbone.get_input_embeddings(), transform, own.get("weight_VH"), own.get("bias_V"))
     try:
@@ -168,7 +168,7 @@ def masked_model(head: LmHead, backbone: Any) -> Any | None:
     kind = _family(backbone.config)
     if kind is not AutoModelForMaskedLM or head.transform is None:
         return None
-    with quiet():
+    with transformers_silenced():
         model = kind.from_config(backbone.config, dtype=torch.float32)
     own = {name: tensor.detach().cpu().float() for name, tensor in backbone.state_dict().items()}
     known = model.base_model.state_dict().keys()
@@ -223,8 +223,6 @@ class SpladeHead(Head):
     @classmethod
     def build(cls, source: HeadSource) -> SpladeHead:
         """The head in the folder, or a new one of the language model in the base."""
-        if source.sparse_terms is not None and source.sparse_terms < 1:
-            raise ModelError(f"sparse_terms={source.sparse_terms}", expected="at least 1")
         if cls.is_in(source.folder):
             lm, _, about = read_lm_head(source.folder / cls.file, source.backbone)
             head = cls(lm, source.sparse_terms or int(about.get("terms", TERMS)))

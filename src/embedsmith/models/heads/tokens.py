@@ -96,8 +96,6 @@ class MultiVectorHead(Head):
     @classmethod
     def build(cls, source: HeadSource) -> MultiVectorHead:
         width = source.multivector_dim
-        if width is not None and width < 1:
-            raise ModelError(f"multivector_dim={width}", expected="at least 1")
         linear = _read(source.folder / cls.file, source.hidden_size, width)
         return cls(linear or nn.Linear(source.hidden_size, width or source.hidden_size), cls_ids(source.tokenizer))
 

@@ -1,4 +1,4 @@
-"""Tasks on labelled texts: pair classification, classification by a linear probe, clustering.
+"""Tasks on labelled texts: classification by a linear probe, clustering.
 
 Algorithms, settings and seeds are those of mteb 2, so the figures agree with it (tests/evaluate/test_mteb.py).
 """
@@ -9,19 +9,24 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from embedsmith.core.errors import EvaluationError, MissingExtraError
-from embedsmith.core.reps import Dense
+from embedsmith.core.errors import DataError, EvaluationError, MissingExtraError
+from embedsmith.core.shelf import task_kinds
+from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.texts import text_in
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Floats, cosines, pair_scores
+from embedsmith.evaluate.metrics import Floats
 from embedsmith.evaluate.result import TaskResult
+from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns, refuse_empty
 
 SEED = 42  # mteb's
 Label = str | int
+_labelled = has_columns({"text", "label"})
 
 
 def need_sklearn() -> None:
@@ -32,51 +37,20 @@ def need_sklearn() -> None:
         raise MissingExtraError("scikit-learn", "eval") from error
 
 
+@task_kinds.register("classification")
 @dataclass(frozen=True)
-class PairClassificationTask:
-    """Pairs of texts that belong together (1) or not (0): does similarity separate them?
-
-    Main score: average precision of the cosine, `cosine_ap`; other heads than `dense` use their own similarity, under
-    `ap`. Accuracy and F1 are those at their best threshold, found on the same pairs, as in mteb.
-    """
-
-    name: str
-    text1: Sequence[str] = field(repr=False)
-    text2: Sequence[str] = field(repr=False)
-    label: Sequence[int] = field(repr=False)
-    kind: ClassVar[str] = "pair_classification"
-
-    def __post_init__(self) -> None:
-        if not len(self.text1) == len(self.text2) == len(self.label) or not self.text1:
-            sizes = f"{len(self.text1)}, {len(self.text2)} and {len(self.label)}"
-            raise EvaluationError(f"text1, text2 and label have {sizes} entries", where=self.name, expected="pairs")
-        if set(self.label) != {0, 1}:
-            found = ", ".join(str(label) for label in sorted(set(self.label))[:5])
-            raise EvaluationError(f"the labels are {found}", where=self.name, expected="0 and 1, both of them")
-
-    def evaluate(self, reader: Reader) -> TaskResult:
-        left, right = reader.sides(self.text1, self.text2, task=self.kind, label=self.name)
-        label_N = np.asarray(self.label, dtype=np.int64)
-        similarity_N = left.paired(right)[0].double().numpy()
-        scores = pair_scores("labelled pairs", similarity_N, label_N)
-        metric, items = "ap", {"similarity": similarity_N, "label": label_N * 1.0}
-        if isinstance(left, Dense) and isinstance(right, Dense):
-            cosine_N = cosines(left.vector_ND.numpy(), right.vector_ND.numpy())
-            metric, items["cosine"] = "cosine_ap", cosine_N
-            scores |= pair_scores("labelled pairs", cosine_N, label_N, "cosine_")
-        notes = ("the model gives every pair the same score",) if float(np.ptp(similarity_N)) == 0.0 else ()
-        ids = [str(number) for number in range(len(label_N))]
-        counts = {"pairs": len(label_N), "positives": int(label_N.sum())}
-        return TaskResult(self.name, self.kind, metric, scores, counts, ids, items, notes)
-
-
-@dataclass(frozen=True)
-class ClassificationTask:
+class ClassificationTask(TaskKind):
     """A logistic regression on the vectors of a few texts a label predicts the labels of other texts.
 
     mteb's protocol: `experiments` times, `samples_per_label` training texts of every label are drawn, a regression is
     fitted (scikit-learn, lbfgs, 100 iterations) and scored on all test texts. Scores are means over the experiments;
     main score: `accuracy`. The prompt is that of the task `classification`, else the one for queries.
+
+    name: what results call it.
+    train_text, train_label: the texts that are learned from, and their labels.
+    text, label: the texts whose labels are predicted, and their labels.
+    samples_per_label: training texts of every label that one experiment draws.
+    experiments: how often that is done.
     """
 
     name: str
@@ -95,6 +69,24 @@ class ClassificationTask:
             raise EvaluationError("the training texts have one label only", where=self.name, expected="two or more")
         if unseen := sorted({str(label) for label in set(self.label) - set(self.train_label)}):
             raise EvaluationError(f"the label {unseen[0]!r} has no training text", where=self.name)
+
+    @staticmethod
+    def read(path: Path, name: str, split: str) -> ClassificationTask:
+        """Rows of `text` and `label`; the texts to learn from are in the file of the split `train` beside it."""
+        train = _train_file(path)
+        if train is None:
+            raise DataError(
+                "there is no file with training texts beside it",
+                where=path,
+                expected="names by split, such as banking-test.jsonl beside banking-train.jsonl",
+                fix="add the file, or use it for clustering: clustering:NAME",
+            )
+        (train_text, train_label), (text, label) = _read_labels(train), _read_labels(path)
+        return ClassificationTask(name, train_text, train_label, text, label)
+
+    formats: ClassVar[tuple[Format, ...]] = (
+        Format(lambda path: _train_file(path) is not None and _labelled(path), read, 6),
+    )
 
     def evaluate(self, reader: Reader) -> TaskResult:
         need_sklearn()
@@ -162,13 +154,20 @@ def _classified(true_N: npt.NDArray[np.int64], predicted_N: npt.NDArray[np.int64
     return scores
 
 
+@task_kinds.register("clustering")
 @dataclass(frozen=True)
-class ClusteringTask:
+class ClusteringTask(TaskKind):
     """Do texts of one label lie together? v-measure between the labels and the clusters of mini-batch k-means.
 
     mteb's protocol: `experiments` times, `sample` texts are drawn with replacement and put into as many clusters as
-    there are labels. Main score: the mean `v_measure`. `max_documents` embeds only that many texts, drawn at random
-    (`None`: all). A label may be a list, from coarse to fine: every level is scored, and all count alike.
+    there are labels. Main score: the mean `v_measure`. A label may be a list, from coarse to fine: every level is
+    scored, and all count alike.
+
+    name: what results call it.
+    text, label: the texts, and the labels that their clusters should find.
+    sample: texts that one experiment draws, with replacement.
+    experiments: how often that is done, at every level.
+    max_documents: how many texts are embedded, drawn at random (`None`: all).
     """
 
     name: str
@@ -182,6 +181,14 @@ class ClusteringTask:
     def __post_init__(self) -> None:
         if len(self.text) != len(self.label) or not self.text:
             raise EvaluationError(f"{len(self.text)} texts and {len(self.label)} labels", where=self.name)
+
+    @staticmethod
+    def read(path: Path, name: str, split: str) -> ClusteringTask:
+        """Rows of `text` and `label`; a label may be a list, from coarse to fine."""
+        text, label = _read_labels(path)
+        return ClusteringTask(name, text, label)
+
+    formats: ClassVar[tuple[Format, ...]] = (Format(_labelled, read, 7),)
 
     def evaluate(self, reader: Reader) -> TaskResult:
         need_sklearn()
@@ -240,3 +247,27 @@ def _clusterings(
 def _constant_note(vector_ND: npt.NDArray[np.floating]) -> tuple[str, ...]:
     constant = len(vector_ND) > 1 and float(np.ptp(vector_ND, axis=0).max()) == 0.0
     return ("the model gives every text the same vector",) if constant else ()
+
+
+def _train_file(path: Path) -> Path | None:
+    """`banking-train.jsonl` for `banking-test.jsonl`, `train.jsonl` for `test.jsonl`, where it exists."""
+    stem, dot, ending = path.name.partition(".")
+    base, dash, split = stem.rpartition("-")
+    file = path.with_name(f"{base}{dash}train{dot}{ending}")
+    return file if split != "train" and file.is_file() else None
+
+
+def _read_labels(path: Path) -> tuple[list[str], list[Label]]:
+    text: list[str] = []
+    label: list[Label] = []
+    for where, row in sound_rows(path):
+        text.append(text_in(row, "text", where))
+        value: Any = row.get("label")
+        plain = value if isinstance(value, list) else [value]
+        if not plain or any(isinstance(each, bool) or not isinstance(each, str | int) for each in plain):
+            raise DataError(f"the label is {value!r}", where=where, expected="`label`, a text or a whole number")
+        label.append(value)
+    refuse_empty(label, path, "text, label")
+    if len({type(each) for each in label}) > 1:
+        raise DataError("some labels are numbers and some are texts", where=path, fix="write all of them the same way")
+    return text, label

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import DataError, EvaluationError
+from embedsmith.core.progress import log
+from embedsmith.core.shelf import task_kinds
+from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Judgements, Qrels, Ranking, ranking_scores
 from embedsmith.evaluate.result import Example, TaskResult, ends
+from embedsmith.evaluate.tasks.kinds import (
+    ENDINGS,
+    Format,
+    Task,
+    TaskKind,
+    find,
+    has_columns,
+    is_beir,
+    is_number,
+    name_of,
+    refuse_empty,
+)
 from embedsmith.search import TopK
 from embedsmith.search.exact import top_of_block
 
+_CANDIDATE_COLUMNS = (("positive", "negative"), ("pos", "neg"), ("positives", "negatives"))
+_QRELS = {"query-id", "corpus-id", "score"}
 _NOTES = {
     "queries_without_positives": "queries without a relevant document are left out",
     "judged_queries_missing": "judged queries are not among the queries",
@@ -23,13 +42,20 @@ _NOTES = {
 }
 
 
+@task_kinds.register("retrieval")
 @dataclass(frozen=True)
-class RetrievalTask:
+class RetrievalTask(TaskKind):
     """Queries, a corpus, and graded judgements `qrels[query][document]`: are the relevant documents found first?
 
     Main score: nDCG@10. Queries without a document graded 1 or more are left out of every mean, and counted. Equal
-    scores are ordered by document id, descending, as trec_eval does. `ignore_identical_ids` removes the document with
-    the query's own id from its ranking, for collections where the queries are taken from the corpus.
+    scores are ordered by document id, descending, as trec_eval does. `ignore_identical_ids` is for
+    collections where the queries are taken from the corpus.
+
+    name: what results call it.
+    queries, corpus: texts by their ids.
+    qrels: the grade of every judged document, by query.
+    ignore_identical_ids: remove the document with the query's own id from its ranking.
+    cuts: the numbers of documents at which figures are given.
     """
 
     name: str
@@ -54,6 +80,31 @@ class RetrievalTask:
     def judged(self) -> list[str]:
         """The queries that are scored: those with a positive judgement."""
         return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
+
+    @staticmethod
+    def read(path: Path, name: str, split: str) -> RetrievalTask:
+        """`corpus.jsonl` (`_id, title, text`), `queries.jsonl` (`_id, text`) and `qrels/SPLIT.tsv`.
+
+        A document is its title and its text joined by one space. Ids that are numbers are read as strings.
+        """
+        qrels_path = find(path / "qrels", split, (".tsv", ".tsv.gz"))
+        if qrels_path is None:
+            have = sorted(file.name.split(".")[0] for file in path.glob("qrels/*.tsv*"))
+            raise DataError(
+                f"there are no judgements for the split {split!r}",
+                where=path,
+                expected=f"qrels/{split}.tsv",
+                fix=f"choose another split: {', '.join(have)}" if have else "add the file",
+            )
+        qrels = _read_qrels(qrels_path)
+        judged = {document for grades in qrels.values() for document in grades}
+        corpus = _texts_by_id(path, "corpus", judged)
+        queries = _texts_by_id(path, "queries", qrels)
+        if not any(query in queries for query in qrels):
+            raise DataError("no judged query is in queries.jsonl", where=qrels_path, fix="check the ids of both files")
+        return RetrievalTask(name, queries, corpus, qrels)
+
+    formats: ClassVar[tuple[Format, ...]] = (Format(is_beir, read, 2),)
 
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
@@ -83,25 +134,30 @@ class RetrievalTask:
             return score_Qk, index_Qk + share.start
 
         found = reader.together(search)
-        ranking = Ranking(*(found[0] if share == slice(0, len(document_ids)) else _merged(found, depth)))
+        ranking = Ranking(*found[0])
+        if share != slice(0, len(document_ids)):
+            # The shares stand in rank order, so a stable sort keeps the earlier document first in ties.
+            score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
+            order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
+            ranking = Ranking(*(np.take_along_axis(each, order_Qk, 1) for each in (score_QK, index_QK)))
         if self.ignore_identical_ids:
             place = {document: number for number, document in enumerate(document_ids)}
             ranking = ranking.without(np.array([place.get(query, -1) for query in query_ids]))
         return ranking.first(max(self.cuts))
 
 
-def _merged(found: Sequence[tuple[Any, Any]], depth: int) -> tuple[Any, Any]:
-    """The best of all shares. They stand in rank order, so a stable sort keeps the earlier document first in ties."""
-    score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
-    order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
-    return np.take_along_axis(score_QK, order_Qk, 1), np.take_along_axis(index_QK, order_Qk, 1)
-
-
+@task_kinds.register("reranking")
 @dataclass(frozen=True)
-class RerankingTask:
+class RerankingTask(TaskKind):
     """Given candidates of every query, put into order: are the relevant ones first?
 
-    Main score: MAP over all candidates (`map_at_1000`), as in mteb. `candidates[query]` are ids of the corpus.
+    Main score: MAP over all candidates (`map_at_1000`), as in mteb.
+
+    name: what results call it.
+    queries, corpus: texts by their ids.
+    qrels: the grade of every judged document, by query.
+    candidates: the ids of the documents that are put into order, by query.
+    cuts: the numbers of documents at which figures are given.
     """
 
     name: str
@@ -127,6 +183,53 @@ class RerankingTask:
     def judged(self) -> list[str]:
         """The queries that are scored: those with a positive judgement."""
         return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
+
+    @staticmethod
+    def read(path: Path, name: str, split: str) -> RerankingTask:
+        """A BEIR folder with `top_ranked.jsonl` beside the corpus: rows of `query-id` and `corpus-ids`."""
+        base = RetrievalTask.read(path, name, split)
+        file = find(path, "top_ranked", (".jsonl", ".jsonl.gz"))
+        if file is None:
+            raise DataError("top_ranked.jsonl is missing", where=path, expected="rows of `query-id` and `corpus-ids`")
+        candidates: dict[str, list[str]] = {}
+        for where, row in sound_rows(file):
+            ids = row.get("corpus-ids")
+            if "query-id" not in row or not isinstance(ids, list):
+                raise DataError(
+                    f"found: {', '.join(row)}", where=where, expected="`query-id`, and `corpus-ids`, a list"
+                )
+            candidates[str(row["query-id"])] = [str(each) for each in ids]
+        return RerankingTask(name, base.queries, base.corpus, base.qrels, candidates)
+
+    @staticmethod
+    def read_rows(path: Path, name: str, split: str) -> RerankingTask:
+        """Rows of `query`, `positive` and `negative` (or `pos`, `neg`), lists of texts. Rows without a positive or
+        without a negative are left out, and ids are given as mteb does, so that ties are decided alike."""
+        queries: dict[str, str] = {}
+        corpus: dict[str, str] = {}
+        qrels: dict[str, dict[str, int]] = {}
+        number = 0
+        for where, row in sound_rows(path):
+            columns = next((pair for pair in _CANDIDATE_COLUMNS if set(pair) <= row.keys()), None)
+            if columns is None:
+                raise DataError(f"found: {', '.join(row)}", where=where, expected="`query`, `positive` and `negative`")
+            positive, negative = ([row[c]] if isinstance(row[c], str) else list(row[c] or ()) for c in columns)
+            if positive and negative:
+                query = f"{split}_query{number}"
+                number += 1
+                queries[query] = text_in(row, "query", where)
+                for prefix, texts, grade in (("apositive", positive, 1), ("negative", negative, 0)):
+                    for place, text in enumerate(texts):
+                        document = f"{prefix}_{query}_{place:05d}"
+                        corpus[document] = text_in({"text": text}, "text", where, empty=True)
+                        qrels.setdefault(query, {})[document] = grade
+        refuse_empty(list(queries), path, "query, positive, negative")
+        return RerankingTask(name, queries, corpus, qrels, {query: list(grades) for query, grades in qrels.items()})
+
+    formats: ClassVar[tuple[Format, ...]] = (
+        Format(lambda path: is_beir(path) and find(path, "top_ranked", ENDINGS) is not None, read, 1),
+        Format(has_columns({"query", "positive", "negative"}), read_rows, 5),
+    )
 
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
@@ -209,17 +312,40 @@ def across_languages(queries: RetrievalTask, documents: RetrievalTask) -> Retrie
     return replace(queries, name=f"{queries.name}-to-{documents.name}", corpus=documents.corpus)
 
 
+@task_kinds.register("cross")
+class CrossLingual(TaskKind):
+    """The queries of one collection against the corpus of another: `cross:QUERIES:DOCUMENTS` of BEIR folders."""
+
+    @classmethod
+    def load(cls, name: str, find: Callable[[str], Path], split: str) -> Task:
+        first, colon, second = name.partition(":")
+        if not colon:
+            raise EvaluationError(f"'cross:{name}' names one collection", expected="cross:QUERIES:DOCUMENTS")
+        queries, documents = (
+            RetrievalTask.read(path, name_of(path), split) for path in (find(each) for each in (first, second))
+        )
+        return across_languages(queries, documents)
+
+
+@task_kinds.register("long")
 @dataclass(frozen=True)
-class LongDocumentTask:
-    """A retrieval task whose score is also told by the length of the relevant documents.
+class LongDocumentTask(TaskKind):
+    """A retrieval task whose score is also given by the length of the relevant documents.
 
     The scores are those of `task`; `ndcg_at_10_length_1` to `_4` are means over the queries whose longest relevant
     document lies in that quarter of lengths (characters) from short to long. A model that reads only the beginning of
     a text shows it in the last ones.
+
+    task: the retrieval task that is scored, as `long:NAME` names it.
     """
 
     task: RetrievalTask
     kind: ClassVar[str] = "long_retrieval"
+
+    @classmethod
+    def load(cls, name: str, find: Callable[[str], Path], split: str) -> LongDocumentTask:
+        path = find(name)
+        return LongDocumentTask(RetrievalTask.read(path, name_of(path), split))
 
     @property
     def name(self) -> str:
@@ -227,7 +353,9 @@ class LongDocumentTask:
 
     def evaluate(self, reader: Reader) -> TaskResult:
         result = self.task.evaluate(reader)
-        length_N = np.array([self._length(query) for query in result.item_ids], dtype=np.float64)
+        corpus, qrels = self.task.corpus, self.task.qrels
+        relevant = [[document for document, grade in qrels[query].items() if grade > 0] for query in result.item_ids]
+        length_N = np.array([max(len(corpus.get(each, "")) for each in row) for row in relevant], dtype=np.float64)
         quarter_N = np.searchsorted(np.quantile(length_N, (0.25, 0.5, 0.75)), length_N, side="left")
         value_N: Floats = result.items[result.metric]
         by_length = {
@@ -245,6 +373,41 @@ class LongDocumentTask:
             items={**result.items, "characters": length_N},
         )
 
-    def _length(self, query: str) -> int:
-        grades = self.task.qrels[query]
-        return max(len(self.task.corpus.get(document, "")) for document, grade in grades.items() if grade > 0)
+
+def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Columns `query-id`, `corpus-id`, `score`. Grades are whole numbers; a pair judged twice must agree."""
+    qrels: dict[str, dict[str, int]] = {}
+    for where, row in sound_rows(path):
+        if not row.keys() >= _QRELS:
+            raise DataError(f"found: {', '.join(row)}", where=path, expected=f"columns {', '.join(sorted(_QRELS))}")
+        query, document, score = (str(row[column]) for column in ("query-id", "corpus-id", "score"))
+        if not is_number(score) or not float(score).is_integer():
+            raise DataError(f"the grade is {score!r}", where=where, expected="a whole number")
+        grade = int(float(score))
+        earlier = qrels.setdefault(query, {}).setdefault(document, grade)
+        if earlier != grade:
+            raise DataError(f"{document!r} has the grades {earlier} and {grade} for query {query!r}", where=where)
+    if not qrels:
+        raise DataError("the file has no judgements", where=path)
+    return qrels
+
+
+def _texts_by_id(folder: Path, part: str, judged: Collection[str]) -> dict[str, str]:
+    """Texts by id of the `corpus` or the `queries`. Where an id appears twice the last one counts, as in BEIR's own
+    loader; but a judged id must be one text."""
+    path, document = find(folder, part, ENDINGS), part == "corpus"
+    if path is None:
+        raise DataError(f"{part}.jsonl is missing", where=folder, expected="corpus.jsonl, queries.jsonl and qrels/")
+    texts: dict[str, str] = {}
+    for one in read_texts(path, titles=document, ids="each"):
+        key = str(one.id)
+        if key in texts and key in judged:
+            raise DataError(f"the judged id {key!r} appears twice", where=one.where, fix="keep one of the two rows")
+        if key in texts:
+            log.warning("%s: the id %r appears twice; the later text counts", one.where, key)
+        if not document and not one.text.strip():
+            raise DataError("'text' is empty", where=one.where)
+        texts[key] = one.text
+    if not texts:
+        raise DataError("the file has no rows", where=path)
+    return texts

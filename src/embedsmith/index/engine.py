@@ -127,7 +127,7 @@ def conditions(filter_: Filter) -> list[tuple[str, str, Any]]:
     found: list[tuple[str, str, Any]] = []
     for key, wanted in filter_.items():
         if isinstance(wanted, Mapping):
-            if not wanted or set(wanted) - set(_BOUNDS) or not all(_is_number(bound) for bound in wanted.values()):
+            if not wanted or set(wanted) - set(_BOUNDS) or not all(map(_is_number, wanted.values())):
                 raise SearchError(f"the filter on {key!r} is {dict(wanted)}", expected=f"numbers for {_BOUNDS}")
             found.append((key, "range", {name: float(bound) for name, bound in wanted.items()}))
         elif isinstance(wanted, list | tuple):
