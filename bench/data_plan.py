@@ -42,14 +42,15 @@ def texts(file: int, count: int) -> Iterator[tuple[str, str]]:
 
 
 def embedsmith(count: int, lengths: bool) -> dict[str, Any]:
-    from embedsmith.data import BatchPlan, PlanConfig, Record, row_facts
+    from embedsmith.data import BatchPlan, PlanConfig, PlannedSource, Record, row_facts
 
     sets = [[Record(query, (positive,)) for query, positive in texts(file, count // FILES)] for file in range(FILES)]
     before, started, busy = resident("VmHWM"), time.perf_counter(), time.process_time()
     facts = tuple(row_facts(records) for records in sets)
     read = time.perf_counter()
     config = PlanConfig(lengths="auto" if lengths else None)
-    plan = BatchPlan(tuple(map(len, sets)), (BATCH,) * FILES, config=config, facts=facts)
+    sources = [PlannedSource(len(known), BATCH, facts=known) for known in facts]
+    plan = BatchPlan(tuple(sources), config=config)
     plan.at(0)
     built, busy = time.perf_counter(), time.process_time() - busy
     steps = plan.steps_per_epoch

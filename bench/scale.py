@@ -124,9 +124,9 @@ def reopen(folder: Path) -> dict[str, float]:
 
 
 def draw(records: Any, **options: Any) -> dict[str, float]:
-    from embedsmith.data import BatchPlan
+    from embedsmith.data import BatchPlan, PlannedSource
 
-    plan = BatchPlan((len(records),), (BATCH,), **options)
+    plan = BatchPlan((PlannedSource(len(records), BATCH, **options),))
     started = time.perf_counter()
     plan.at(0)
     first = time.perf_counter() - started
@@ -142,7 +142,7 @@ def batches(folder: Path) -> dict[str, float]:
 
 def stream(folder: Path) -> dict[str, float]:
     records = records_of(folder, streaming=True)
-    return draw(records, orders=(records.order,), apart=(False,))
+    return draw(records, order=records.order, apart=False)
 
 
 def prepare(folder: Path) -> dict[str, float]:

@@ -6,7 +6,7 @@ the tokenizer of all-MiniLM-L6-v2, in turn:
 - `library`: `tokenizers`' own batch call on all texts (`encode_batch_fast`), with nothing done with its result;
 - `ids`: the same, and the ids of every text taken out of it, as lists: the least that makes it of use;
 - `transformers`: `tokenizer(texts)` of transformers, as most scripts call it;
-- `embedsmith`: `write_tokens`, from records to the finished files of the corpus layout.
+- `embedsmith`: `TokenJob.write`, from records to the finished files of the corpus layout.
 
 The figure is texts a second over rounds in turn, as a ratio of medians; beside it that of the processor's time (of all
 threads), which a busy machine hardly changes. Target: 0.95 of the library's own batch call
@@ -68,11 +68,12 @@ def main() -> None:
 def contenders(rows: int | None) -> tuple[dict[str, Callable[[], object]], int, int]:
     """What is timed, by name; the number of texts, and of their tokens."""
     from embedsmith.data import Source, read_source
-    from embedsmith.data.token_cache import TokenJob, write_tokens
+    from embedsmith.data.token_cache import TokenJob
     from embedsmith.models import load
 
     model = load(minilm(), device="cpu", max_length=MAX_LENGTH)
-    records = read_source(Source(path=str(data_path("pairs/debian-en-train.jsonl.gz")), limit=rows, name="debian"))
+    source = Source(path=str(data_path("pairs/debian-en-train.jsonl.gz")), limit=rows, name="debian")
+    records = read_source(source).texts_only("tokenizing", source.path)
     texts = [record.query for record in records.records]
     texts += list(dict.fromkeys(text for record in records.records for text in record.positives))
     tokens = len(model.tokenize(texts).id_S)
@@ -80,7 +81,7 @@ def contenders(rows: int | None) -> tuple[dict[str, Callable[[], object]], int, 
 
     def cache() -> None:
         shutil.rmtree(WORK / "tokens", ignore_errors=True)
-        write_tokens(TokenJob(WORK / "tokens", records, model.tokenize, prompts={}, probes={}))
+        TokenJob(WORK / "tokens", records, model.tokenize, prompts={}, probes={}).write()
 
     ways: dict[str, Callable[[], object]] = {
         "library": lambda: native.encode_batch_fast(texts),

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedsmith.calibrate.live import Probe
 from embedsmith.cli.tokenize import TokenizeJob, adopt, tokenize
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse
@@ -14,7 +15,7 @@ from embedsmith.curate import CurateRecipe, curate
 from embedsmith.data import Source, read_source, row_facts, text_id
 from embedsmith.data import token_cache as tokencache
 from embedsmith.data.inspect import inspect_source
-from embedsmith.data.token_cache import Manifest
+from embedsmith.data.token_manifest import Manifest
 from embedsmith.data.token_records import tokens_of
 from embedsmith.mining.config import MineRecipe
 from embedsmith.mining.offline import mine
@@ -83,6 +84,18 @@ def test_what_is_written_and_what_is_known_of_it(tree, tmp_path):
     assert ours.length_N.tolist() == [max(a.max(), b.max()) for a, b in zip(own, others)]
 
 
+def test_both_layouts_hold_the_same_records(tree, tmp_path):
+    for layout in ("corpus", "inline"):
+        tokenize(job(tree, tmp_path / layout, layout=layout))
+    one, other = (read_source(Source(path=str(tmp_path / name), split="pairs")) for name in ("corpus", "inline"))
+    texts = read_source(Source(**tree["data"][0]))
+    assert list(one.records) == list(other.records)
+    assert one.fingerprint == other.fingerprint
+    for record, text in zip(one.records, texts.records, strict=True):
+        ids = (text_id(record.query), *map(text_id, record.positives), *map(text_id, record.negatives))
+        assert ids == (text_id(text.query), *map(text_id, text.positives), *map(text_id, text.negatives))
+
+
 def test_instructions_of_their_own_and_body_offsets_come_back(tree, tmp_path):
     rows = [{"query": f"cat {n}", "pos": [f"mat {n}"], "prompt": "the big " * (n % 3) or None} for n in range(9)]
     path = tmp_path / "own.jsonl"
@@ -94,12 +107,12 @@ def test_instructions_of_their_own_and_body_offsets_come_back(tree, tmp_path):
     order = [4, 0, 8, 1]
     queries = [rows[n]["query"] for n in order]
     wanted = model.tokenize(queries, "query", "retrieval", [rows[n]["prompt"] for n in order])
-    found = tokens_of([records[n].query for n in order], True, lambda places: pytest.fail("all are known"))
+    found = tokens_of(lambda *_: pytest.fail("all are known"), [records[n].query for n in order], "query", "retrieval")
     assert len(set(wanted.body_N.tolist())) > 1
     same_tokens(found, wanted)
     wanted = model.tokenize(["mat 2", "a text", "mat 7"])
     mixed = [records[2].positives[0], "a text", records[7].positives[0]]  # of a cache and of a file, put together
-    same_tokens(tokens_of(mixed, False, lambda places: model.tokenize([mixed[place] for place in places])), wanted)
+    same_tokens(tokens_of(model.tokenize, mixed, "document"), wanted)
 
 
 def same_tokens(found, wanted):
@@ -151,7 +164,7 @@ def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeyp
     tree["data"] = [{"path": str(path)}]
     whole = tmp_path / "whole"
     tokenize(job(tree, whole, layout=layout))
-    write, calls = tokencache._write_shard, []
+    write, calls = tokencache.TokenJob._write_shard, []
 
     def failing(job_, shard, tables):
         calls.append(shard)
@@ -159,7 +172,7 @@ def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeyp
             raise KeyboardInterrupt
         write(job_, shard, tables)
 
-    monkeypatch.setattr(tokencache, "_write_shard", failing)
+    monkeypatch.setattr(tokencache.TokenJob, "_write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
         tokenize(job(tree, tmp_path / "tokens", layout=layout))
     assert not (tmp_path / "tokens" / "pairs_query.parquet").exists()
@@ -219,7 +232,7 @@ def test_caches_of_f2llm_are_read_once_somebody_vouches_for_their_tokenizer(tree
     records = read_source(Source(path=str(folder))).records
     for record, (_, positive, negative) in zip(records, rows, strict=True):
         texts = [*record.positives, *record.negatives]
-        found = [text.side.take(np.asarray([text.row]), False).id_S.tolist() for text in texts]
+        found = [text.ids.tolist() for text in texts]
         assert found == [ids[text] for text in (positive, negative) if text is not None]
     assert text_id(records[1].negatives[0]) == text_id(records[2].positives[0]) != text_id(records[0].positives[0])
     recipe = tree | {"data": [{"path": str(folder), "batch_size": 2}]}
@@ -300,6 +313,8 @@ def test_what_needs_texts_refuses_tokens(tree, tmp_path):
         curate(
             parse(CurateRecipe, {"input": {"path": source["path"]}, "output": "c.jsonl", "steps": [{"type": "links"}]})
         )
+    with pytest.raises(DataError, match="tokens: a merge that reads data needs texts"):
+        Probe(sources=(Source(path=source["path"], split="pairs"),)).read()
     train = tree["train"] | {"mining": {"remine_every": 4}}
     with pytest.raises(DataError, match="pairs: mining anew while training needs texts"):
         run(tree | {"data": [source], "train": train})

@@ -9,6 +9,7 @@ import torch
 from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.reps import Dense
+from embedsmith.core.shelf import curation_steps
 from embedsmith.curate import (
     Boilerplate,
     CurateRecipe,
@@ -25,11 +26,9 @@ from embedsmith.curate import (
     Tools,
     Trivial,
     apply,
-    curation_steps,
 )
 from embedsmith.curate.dedup import band_count
-from embedsmith.curate.language import guess_language
-from embedsmith.curate.rules import shingles, units
+from embedsmith.curate.rules import guess_language, token_shingles, units
 from embedsmith.data import Record
 
 EN = "The quick brown fox jumps over the lazy dog near the old river bank"
@@ -152,7 +151,7 @@ def test_near_duplicates_estimate_the_true_similarity():
         for _ in range(20):
             base = chance.choices(words, k=60)
             other = [chance.choice(words) if place < changed else word for place, word in enumerate(base)]
-            one, two = shingles(" ".join(base), 5), shingles(" ".join(other), 5)
+            one, two = token_shingles(" ".join(base), 5), token_shingles(" ".join(other), 5)
             rows.append((" ".join(base), " ".join(other)))
             truth.append(len(one & two) / len(one | two))
     for (one, two), similarity in zip(rows, truth, strict=True):

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.plans import epoch_of
+from tests.plans import epoch_of, plan_from
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.data import BatchPlan, PlanConfig, RowFacts
+from embedsmith.data import PlanConfig, RowFacts
 
 RANKS = range(1, 9)
 SIZES = (900, 257, 140)
@@ -44,7 +44,7 @@ def plan_for(kind, world, seed=3, **changes):
     batches = (None,) * 3 if config.batch_tokens else (24 * world, 8 * world, 3 * world)
     known = tuple(facts(size, place) for place, size in enumerate(SIZES))
     values = dict(seed=seed, world=world, config=config, facts=known, apart=(apart,) * 3, texts=(2,) * 3)
-    return BatchPlan(SIZES, batches, **(values | changes))
+    return plan_from(SIZES, batches, **(values | changes))
 
 
 every_plan = pytest.mark.parametrize("kind", PLANS)
@@ -85,7 +85,7 @@ def test_no_two_rows_of_a_batch_share_a_text(kind, world):
     plan = plan_for(kind, world)
     for epoch in range(2):
         for planned in epoch_of(plan, epoch):
-            texts = Counter(text for row in planned.rows for text in texts_of(plan.facts[planned.source], row))
+            texts = Counter(text for row in planned.rows for text in texts_of(plan.sources[planned.source].facts, row))
             assert max(texts.values()) == 1
 
 
@@ -94,7 +94,7 @@ def test_rows_do_share_texts_where_nothing_forbids_it():
     plan = plan_for("apart", 1, apart=(False,) * 3)
     shared = 0
     for planned in epoch_of(plan):
-        texts = Counter(text for row in planned.rows for text in texts_of(plan.facts[planned.source], row))
+        texts = Counter(text for row in planned.rows for text in texts_of(plan.sources[planned.source].facts, row))
         shared += sum(count - 1 for count in texts.values())
     assert shared > 50
 
@@ -123,7 +123,7 @@ def test_another_number_of_ranks_in_the_middle_of_an_epoch_keeps_it_a_partition(
     sizes = (None,) * 3 if config.batch_tokens else (48, 24, 24)
     known = tuple(facts(size, place) for place, size in enumerate(SIZES))
     plans = [
-        BatchPlan(SIZES, sizes, 3, world, config=config, facts=known, apart=(apart,) * 3) for world in (before, after)
+        plan_from(SIZES, sizes, 3, world, config=config, facts=known, apart=(apart,) * 3) for world in (before, after)
     ]
     assert plans[0].steps_per_epoch == plans[1].steps_per_epoch
     half = plans[0].steps_per_epoch // 2
@@ -139,7 +139,7 @@ def test_rows_that_can_not_be_set_apart_are_left_out_of_a_pass_and_counted(caplo
     """One query has 30 rows, and a pass 20 batches."""
     query_id_N = np.where(np.arange(200) < 30, 7, np.arange(200) + 100)
     known = RowFacts(query_id_N, np.arange(200) + 1000, np.arange(201), np.full(200, 9, np.int32))
-    plan = BatchPlan((200,), (10,), facts=(known,), names=("faq",), world=2)
+    plan = plan_from((200,), (10,), facts=(known,), names=("faq",), world=2)
     account = plan.account(0)[0]
     assert account.unseen["shares a text"] >= 10
     assert account.seen + sum(account.unseen.values()) == 200
@@ -154,25 +154,25 @@ def test_rows_that_can_not_be_set_apart_are_left_out_of_a_pass_and_counted(caplo
 def test_a_source_of_which_most_rows_would_be_left_out_is_refused():
     known = RowFacts(np.arange(100), np.arange(100) % 2 + 1000, np.arange(101), np.full(100, 9, np.int32))
     with pytest.raises(RecipeError, match=r"96 of 100 rows find no batch(.|\n)*plan.duplicates=allow"):
-        BatchPlan((100,), (50,), facts=(known,))
-    assert BatchPlan((100,), (50,), facts=(known,), apart=(False,)).unused_rows == (0,)
+        plan_from((100,), (50,), facts=(known,))
+    assert plan_from((100,), (50,), facts=(known,), apart=(False,)).unused_rows == (0,)
 
 
 def test_two_rows_that_are_one_text_both_ways_count_as_sharing():
     """A query that is another row's positive would be contrasted with itself."""
     known = RowFacts(np.asarray([1, 2]), np.asarray([2, 3]), np.arange(3), np.full(2, 9, np.int32))
-    plan = BatchPlan((2,), (1,), facts=(known,))
+    plan = plan_from((2,), (1,), facts=(known,))
     assert plan.cuts[0].shared.texts == 1
     assert plan.cuts[0].shared.row_E.tolist() == [0, 1]
 
 
 def test_a_text_twice_in_one_row_only_is_not_shared():
     known = RowFacts(np.asarray([1, 2]), np.asarray([1, 1, 3]), np.asarray([0, 2, 3]), np.full(2, 9, np.int32))
-    assert BatchPlan((2,), (2,), facts=(known,)).cuts[0].shared.texts == 0
+    assert plan_from((2,), (2,), facts=(known,)).cuts[0].shared.texts == 0
 
 
 def test_rows_are_set_apart_even_where_batches_are_nearly_full_of_shared_texts():
     """40 documents of 24 rows each and 40 batches of 24: every batch holds more than half of the documents."""
     known = RowFacts(np.arange(960), np.arange(960) % 40 + 10**6, np.arange(961), np.full(960, 9, np.int32))
-    plan = BatchPlan((960,), (24,), facts=(known,))
+    plan = plan_from((960,), (24,), facts=(known,))
     assert plan.account(0)[0].seen > 0.97 * 960

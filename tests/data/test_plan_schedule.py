@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tests.plans import epoch_of
+from tests.plans import epoch_of, plan_from
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.data import BatchPlan, PlanConfig
+from embedsmith.data import PlanConfig
 
 TASKS = ("retrieval", "sts", "retrieval")
 SIZES = (640, 64, 320)
@@ -16,7 +16,7 @@ SIZES = (640, 64, 320)
 
 def plan_of(sizes=SIZES, tasks=TASKS, batch=16, weights=None, small="shrink", **config):
     config = PlanConfig(small=small, **config)
-    return BatchPlan(sizes, (batch,) * len(sizes), 5, tasks=tasks, weights=weights, config=config)
+    return plan_from(sizes, (batch,) * len(sizes), 5, tasks=tasks, weights=weights, config=config)
 
 
 def tasks_of(plan, epoch=0):
@@ -137,7 +137,7 @@ def test_one_row_makes_a_batch_of_one():
 def test_an_order_of_its_own_is_followed():
     """Streams say in which order they can be read."""
     blocks = lambda chance: np.concatenate([np.arange(16) + 16 * block for block in chance.permutation(4)])
-    plan = BatchPlan((64,), (16,), orders=(blocks,))
+    plan = plan_from((64,), (16,), orders=(blocks,))
     for planned in epoch_of(plan):
         assert planned.rows.tolist() == list(range(planned.rows[0], planned.rows[0] + 16))
     assert sorted(int(planned.rows[0]) for planned in epoch_of(plan)) == [0, 16, 32, 48]

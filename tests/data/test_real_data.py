@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.plans import plan_from
 
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data import (
-    BatchPlan,
     Source,
     negatives_per_query,
     pair_texts,
@@ -59,7 +59,7 @@ def test_an_empty_document_of_cranfield_is_named_or_left_out():
 
 def test_batches_of_real_records():
     sets = [read("pairs/nli-zh-hard.jsonl.gz"), read("sts/stsb-en-train.jsonl")]
-    plan = BatchPlan(tuple(len(found.records) for found in sets), (64, 128), seed=1, world=2)
+    plan = plan_from(tuple(len(found.records) for found in sets), (64, 128), seed=1, world=2)
     for step in range(20):
         planned = plan.at(step)
         rows = planned.rows_of(1, 2)

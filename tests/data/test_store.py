@@ -6,6 +6,7 @@ import sys
 import threading
 
 import datasets
+import numpy as np
 import pytest
 from tests.core.test_files import tiny_disk
 
@@ -65,6 +66,28 @@ def test_a_store_holds_what_memory_holds(tmp_path, small_blocks, rows, options):
         assert most == (max(len(r.positives) for r in memory.records), max(len(r.negatives) for r in memory.records))
 
 
+def test_a_store_of_tokens_holds_the_tokens_of_every_text(tmp_path, small_blocks):
+    texts = [np.arange(3 * row, 4 * row + 1) for row in range(40)]
+    writer = StoreWriter(tmp_path, tokens=True)
+    for first, last in ((0, 15), (15, 40)):
+        piece = texts[first:last]
+        lengths = np.asarray(list(map(len, piece)))
+        given = (100 + np.arange(first, last), lengths, np.concatenate(piece), np.arange(first, last) % 3)
+        assert writer.add_tokens(*given).tolist() == list(range(first, last))
+    rows = [Record(n, (39 - n,), tuple(range(n % 4)), label=n) for n in range(20)]
+    for record in rows:
+        writer.add(record)
+    found, _ = writer.settle()
+    for place, (ours, theirs) in enumerate(zip(found, rows, strict=True)):
+        assert ours == found[place]
+        assert ours.label == theirs.label
+        held = ((ours.query, *ours.positives, *ours.negatives), (theirs.query, *theirs.positives, *theirs.negatives))
+        for text, row in zip(*held, strict=True):
+            assert (text.id, text.ids.tolist(), text.body) == (100 + row, texts[row].tolist(), row % 3)
+    assert row_facts(found).length_N.tolist() == [max(n, 39 - n) + 1 for n in range(20)]
+    assert row_facts(found).query_id_N.tolist() == [100 + n for n in range(20)]
+
+
 def test_lines_are_those_of_the_file(tmp_path, small_blocks):
     path = tmp_path / "a.jsonl"
     path.write_text("".join("\n" + json.dumps(row) + "\n" for row in SCORED))
@@ -122,14 +145,14 @@ def test_a_file_that_is_gone_is_named_with_when_it_was_there(tmp_path):
 
 def test_a_file_that_grows_while_it_is_read_is_refused_and_nothing_is_kept(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
-    settle = cache.DiskShelf.settle
+    settle = StoreWriter.settle
 
     def growing(shelf, change):
         with path.open("a") as file:
             file.write(json.dumps(ROWS[0]) + "\n")
         return settle(shelf, change)
 
-    monkeypatch.setattr(cache.DiskShelf, "settle", growing)
+    monkeypatch.setattr(StoreWriter, "settle", growing)
     with pytest.raises(DataError, match="changed while it was read"):
         on_disk(path, tmp_path)
     assert not [path for path in (tmp_path / "cache" / "records").iterdir() if path.is_dir()]
@@ -159,8 +182,8 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     code = f"""
 import os
-from embedsmith.data import Source, read_source, cache
-cache.DiskShelf.settle = lambda *_: os._exit(9)
+from embedsmith.data import Source, read_source, store
+store.StoreWriter.settle = lambda *_: os._exit(9)
 read_source(Source(path={str(path)!r}, cache={str(tmp_path / "cache")!r}))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 9

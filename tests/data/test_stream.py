@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.plans import plan_from
 
 from embedsmith.core.errors import DataError, RecipeError
-from embedsmith.data import BatchPlan, Source, part_of, read_source
+from embedsmith.data import Source, part_of, read_source
 from embedsmith.data import stream as blocks
 from embedsmith.data.stream import HasOrder
 
@@ -79,7 +80,7 @@ def test_the_order_is_drawn_for_the_pass_and_mixes(found):
 
 
 def plan(found, world=1, at=0):
-    return BatchPlan((500,), (20,), seed=3, world=world, orders=(found.records.order,), apart=(False,))
+    return plan_from((500,), (20,), seed=3, world=world, orders=(found.records.order,), apart=(False,))
 
 
 def test_a_step_is_a_function_of_its_number_and_ranks_are_disjoint(found):

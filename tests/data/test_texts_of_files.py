@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.texts import Text, read_texts
+from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.encode_files import EncodeJob
 
 
@@ -37,7 +37,7 @@ def test_a_folder_and_what_else_a_row_holds(tmp_path):
     (tmp_path / "corpus.jsonl").write_text('{"id": 3, "text": "dogs", "lang": "en"}\n')
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "barks?"}\n')
     assert list(read_texts(tmp_path, metadata=True)) == [
-        Text("3", "dogs", f"{tmp_path / 'corpus.jsonl'}:1", {"lang": "en"})
+        FileText("3", "dogs", f"{tmp_path / 'corpus.jsonl'}:1", {"lang": "en"})
     ]
     assert pairs(tmp_path, part="queries") == [("q", "barks?")]
 

@@ -168,6 +168,7 @@ def test_the_merge_method_merges(run, tmp_path):
     recipe = {
         "parents": [{"path": str(parent)} for parent in parents],
         "method": "median",
+        "unrelated": True,
         "output": str(tmp_path / "m"),
     }
     (tmp_path / "merge.yaml").write_text(json.dumps(recipe), encoding="utf-8")

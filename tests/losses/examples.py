@@ -217,7 +217,8 @@ def run(loss: Loss, example, dtype=torch.float64):
     batch, pushed = make_batch(model, example, loss, extras, dtype)
     output = loss(batch)
     output.value.backward()
-    batch.settle()
+    for side in batch.sides():
+        side.settle()
     for reps, side in pushed:
         for head, representation in reps.items():
             for tensor, leaf in zip(representation.floating(), side.local[head].floating(), strict=True):

@@ -8,7 +8,7 @@ from embedsmith.core.errors import CheckpointError
 from embedsmith.core.recipe import parse
 from embedsmith.mining import LiveNegatives
 from embedsmith.mining.live_state import EMPTY, LiveState
-from embedsmith.mining.select import conan_window
+from embedsmith.mining.selection import conan_window
 
 
 def state(size=50, rows=1, negatives=2, lag=0, **config):

@@ -12,7 +12,7 @@ from embedsmith.core.reps import Dense
 from embedsmith.mining import Bm25Search, Limits
 from embedsmith.mining import searchers as module
 from embedsmith.mining.searchers import Bm25, EmbeddingSearcher, TextReps, tokenize, top_of_pieces
-from embedsmith.mining.select import loose_id, overlap, shingles, within
+from embedsmith.mining.selection import loose_id, overlap, shingles, within
 from embedsmith.search import exact_top_k
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder

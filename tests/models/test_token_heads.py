@@ -11,7 +11,6 @@ from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.reps import each_head
 from embedsmith.models import ModelConfig, load
 from embedsmith.models.heads.tokens import special_ids
-from embedsmith.train.build import from_checkpoint
 from tests.models import tiny
 
 BOTH = ("sparse", "multivector")
@@ -282,7 +281,7 @@ def test_special_ids_of_a_tokenizer_with_few():
 def test_a_checkpoint_keeps_its_heads(tmp_path, model):
     model.save(tmp_path / "saved")
     config = ModelConfig(str(tmp_path / "base"), pooling="mean", heads=("sparse",), multivector_dim=4)
-    resumed = load(from_checkpoint(config, tmp_path / "saved"), device="cpu")
+    resumed = load(config.continued(str(tmp_path / "saved")), device="cpu")
     assert resumed.outputs == model.outputs
     assert torch.equal(resumed.token_heads["multivector"].linear.weight, model.token_heads["multivector"].linear.weight)
 

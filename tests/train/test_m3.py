@@ -12,7 +12,8 @@ from embedsmith.core.reps import Sparse
 from embedsmith.losses import Flops, InfoNCE, Sum
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, train
-from embedsmith.train.step import DeadHeads, Memory, run_step, sparse_activity
+from embedsmith.train.journal import DeadHeads
+from embedsmith.train.step import Memory, run_step, sparse_activity
 from tests.models import lm
 from tests.tinybert import WORDS
 from tests.train.tiny import assert_same, gradients, retrieval_part

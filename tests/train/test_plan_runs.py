@@ -21,7 +21,7 @@ from embedsmith.data import Record, RecordSet
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, rehearse, train
 from embedsmith.train.build import build_feed
-from embedsmith.train.feed import Planner, Supply, mixed_supplies
+from embedsmith.train.feed import Supply, mixed_supplies, plan_of
 from tests.plans import epoch_of
 from tests.ranks import on_ranks
 from tests.tinybert import WORDS, tiny_bert
@@ -137,7 +137,7 @@ def test_parts_and_caps_of_a_source(tree, tmp_path):
     source = write(tmp_path / "p.jsonl", pairs(400))
     feed = feed_of(tree | {"data": [source | {"part": [0, 0.5], "cap": 80}]})
     plan = feed.lanes[0].plan
-    assert 160 < plan.sizes[0] < 240
+    assert 160 < plan.sources[0].rows < 240
     assert plan.steps_per_epoch == 10
     assert plan.account(0)[0].unseen["not reached"] > 0
 
@@ -197,7 +197,7 @@ def test_mixed_batches_are_a_partition_on_any_number_of_ranks(world):
     """The released sampler's `mixed` lets ranks draw the same rows (specification A.5)."""
     supplies = [supply_of("pairs", "infonce", 300), supply_of("more", "infonce", 120), supply_of("sts", "cosent", 200)]
     for supply in mixed_supplies([replace(s, batch_size=24 * world) for s in supplies], 24 * world, world):
-        plan = Planner(seed=3)([supply], world)
+        plan = plan_of([supply], world, seed=3)
         seen = []
         for planned in epoch_of(plan):
             slices = [planned.rows_of(place, world).tolist() for place in range(world)]

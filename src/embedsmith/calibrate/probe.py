@@ -49,7 +49,10 @@ class Probe:
 
     def read(self) -> list[RecordSet]:
         """A sample of every source, the same for the same seed."""
-        return [sample(read_source(source), self.examples, self.seed) for source in self.sources]
+        return [
+            sample(read_source(source).texts_only("a merge that reads data", source.path), self.examples, self.seed)
+            for source in self.sources
+        ]
 
     def of_parents(self, parents: int) -> list[RecordSet]:
         """One sample a parent. Errors: `RecipeError` when the numbers do not fit."""

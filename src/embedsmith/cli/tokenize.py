@@ -1,4 +1,4 @@
-"""The verb `tokenize`: sources to token caches."""
+"""The verb `tokenize`: sources to token caches, and caches of other tools made known."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
-from embedsmith.data import RecordSet, Source, read_source
-from embedsmith.data.record import refuse_tokens
-from embedsmith.data.token_cache import (
-    MANIFEST,
-    DatasetFacts,
-    Layout,
-    Manifest,
-    TokenJob,
-    open_manifest,
-    write_tokens,
-)
+from embedsmith.data.read import read_source
+from embedsmith.data.source import RecordSet, Source
+from embedsmith.data.token_cache import TokenJob
+from embedsmith.data.token_manifest import MANIFEST, DatasetFacts, Layout, Manifest
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
 from embedsmith.models.tokenize import prompt_for
-from embedsmith.train.tokens import _OF_MODEL, probes, tokenizer_facts
+from embedsmith.train.token_check import probes, tokenizer_facts
+
+_OF_MODEL = ("max_length", "pooling")
+"""Options of the command line that belong to the model."""
 
 
 @section
 @dataclass(frozen=True)
 class TokenizeJob:
-    """What `embedsmith tokenize` does. `layout`: `corpus` keeps every distinct document once, `inline` in each row;
-    `keep_text`: the texts too."""
+    """What `embedsmith tokenize` does.
+
+    - `model`: the model that will be trained; only its tokenizer and settings are read, not its weights;
+    - `data`: the sources, each of which becomes a dataset of the cache, under its name;
+    - `out`: the folder of the cache, where finished datasets stay as they are;
+    - `layout`: `corpus` keeps every distinct document once (F2LLM v2), `inline` in each row that has it (F2LLM v1);
+    - `keep_text`: whether the texts are kept beside their tokens; training does not need them.
+    """
 
     model: ModelConfig
     data: tuple[Source, ...]
@@ -43,43 +45,62 @@ class TokenizeJob:
     layout: Layout = "corpus"
     keep_text: bool = False
 
+    def of(self, records: RecordSet, model: Embedder) -> TokenJob:
+        """What there is to do for one of the sources."""
+        roles: dict[str, Role] = {"query": "query", "document": "query" if records.task == "sts" else "document"}
+        return TokenJob(
+            Path(self.out),
+            records,
+            model.tokenize,
+            prompts={side: prompt_for(model.settings, role, records.task) for side, role in roles.items()},
+            probes=probes(model, records.task, roles["document"]),
+            layout=self.layout,
+            keep_text=self.keep_text,
+        )
+
 
 def tokenize(job: TokenizeJob) -> Manifest:
     """Write the token cache of some sources; the same job continues where a stopped one was.
 
     Datasets that are finished and whose records are unchanged are left alone. Errors: those of `read_source`, `load`
-    and `write_tokens`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer.
+    and `TokenJob.write`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer.
     """
     out, model = Path(job.out), without_weights(job.model)
-    manifest = open_manifest(out, tokenizer_facts(model, job.model.path))
+    manifest = Manifest.to_write(out, tokenizer_facts(model, job.model.path))
     manifest.save(out)
     names: set[str] = set()
     for source in job.data:
-        records = read_source(source)
-        refuse_tokens(records.records, "tokenizing", source.path)
+        records = read_source(source).texts_only("tokenizing", source.path)
         if records.name in names:
             raise RecipeError(f"two sources are named {records.name!r}", fix="name one of them: name: ...")
         names.add(records.name)
-        one = _job(out, records, model, job)
-        if _is_done(manifest, one):
-            log.info("%s: is tokenized already", records.name)
-            continue
+        one = job.of(records, model)
+        if (before := manifest.datasets.get(records.name)) is not None:
+            if (before.fingerprint, before.probes, before.layout) == (records.fingerprint, one.probes, one.layout):
+                log.info("%s: is tokenized already", records.name)
+                continue
+            log.warning("%s: its texts or how they are tokenized have changed: tokenizing it again", records.name)
         with progress_bar(f"tokenize {records.name}", total=len(records.records)) as bar:
-            facts = write_tokens(one, bar.advance)
+            facts = one.write(bar.advance)
         manifest = replace(manifest, datasets=manifest.datasets | {records.name: facts})
         manifest.save(out)
     return manifest
 
 
 def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence[str], task: str | None) -> list[str]:
-    """What the command line asks for, done; lines that say what came of it. `task` adopts a cache of another tool."""
+    """What the command line asks for, done; lines that report it. `task` adopts a cache of another tool."""
     given = {key: value for key, value in options.items() if value is not None}
     if task is not None:
         _require(given, "model")
+        out = Path(data[0])
         model = without_weights(ModelConfig(given["model"], **{key: given[key] for key in _OF_MODEL if key in given}))
-        return [_said(Path(data[0]), adopt(Path(data[0]), model, given["model"], task))]
-    job = job_of(data, given, changes)
-    return [_said(Path(job.out), tokenize(job))]
+        manifest = adopt(out, model, given["model"], task)
+    else:
+        job = job_of(data, given, changes)
+        out, manifest = Path(job.out), tokenize(job)
+    sets = manifest.datasets.values()
+    lines = [f"  {one.name}: {one.rows:,} rows, {one.documents:,} documents, {one.task}, {one.layout}" for one in sets]
+    return ["\n".join([f"tokens in {out}, of the tokenizer {manifest.tokenizer.sha256[:16]}:", *lines])]
 
 
 def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -> TokenizeJob:
@@ -104,35 +125,6 @@ def _require(given: dict[str, Any], *names: str) -> None:
             raise RecipeError(f"--{name} is missing", fix=f"say --{name} ...")
 
 
-def _said(out: Path, manifest: Manifest) -> str:
-    sets = manifest.datasets.values()
-    lines = [f"  {one.name}: {one.rows:,} rows, {one.documents:,} documents, {one.task}, {one.layout}" for one in sets]
-    return "\n".join([f"tokens in {out}, of the tokenizer {manifest.tokenizer.sha256[:16]}:", *lines])
-
-
-def _job(out: Path, records: RecordSet, model: Embedder, job: TokenizeJob) -> TokenJob:
-    roles: dict[str, Role] = {"query": "query", "document": "query" if records.task == "sts" else "document"}
-    return TokenJob(
-        out,
-        records,
-        model.tokenize,
-        prompts={side: prompt_for(model.settings, role, records.task) for side, role in roles.items()},
-        probes=probes(model, records.task, roles["document"]),
-        layout=job.layout,
-        keep_text=job.keep_text,
-    )
-
-
-def _is_done(manifest: Manifest, job: TokenJob) -> bool:
-    before = manifest.datasets.get(job.name)
-    if before is None:
-        return False
-    same = (before.fingerprint, before.probes, before.layout) == (job.records.fingerprint, job.probes, job.layout)
-    if not same:
-        log.warning("%s: its texts or how they are tokenized have changed: tokenizing it again", job.name)
-    return same
-
-
 def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int | None = None) -> Manifest:
     """Write the manifest of a cache that another tool made, in either F2LLM layout, vouching for its tokenizer.
 
@@ -141,24 +133,15 @@ def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int |
     if (folder / MANIFEST).exists():
         raise DataError("it has a manifest already", where=folder, fix="train on it as it is")
     facts = tokenizer_facts(model, name)
+    role: Role = "query" if task == "sts" else "document"
     datasets = {}
     for path in sorted(folder.glob("*.parquet")):
-        columns = pq.read_schema(path)
-        if "query_input_ids" not in columns.names:
+        if "query_input_ids" not in pq.read_schema(path).names:
             continue
-        inline = not path.stem.endswith("_query")
-        dataset = path.stem if inline else path.stem.removesuffix("_query")
+        dataset = path.stem.removesuffix("_query")
+        layout: Layout = "inline" if dataset == path.stem else "corpus"
         rows = pq.read_metadata(path).num_rows
-        datasets[dataset] = DatasetFacts(
-            dataset,
-            task,
-            "inline" if inline else "corpus",
-            rows,
-            0,
-            {},
-            "query" if task == "sts" else "document",
-            "name",
-        )
+        datasets[dataset] = DatasetFacts(dataset, task, layout, rows, 0, {}, role, "name")
         _check_ids(path, len(model.tokenizer), name)
     if not datasets:
         raise DataError(

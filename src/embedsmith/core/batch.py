@@ -31,7 +31,7 @@ from embedsmith.core.collectives import (
     sum_over_ranks,
     world_size,
 )
-from embedsmith.core.reps import Representation, Reps, Widths, each_head
+from embedsmith.core.reps import Representation, Reps, Widths
 
 ABSENT = -1
 """The id of a slot that holds nothing: a missing positive or negative, a row added to make ranks equal."""
@@ -49,7 +49,7 @@ class Side:
     """The texts on one side of a batch: this rank's representations, and all ranks' on demand."""
 
     def __init__(self, local: Reps, group: Group = None) -> None:
-        self.local: Reps = each_head(local, lambda representation: representation.leaf())
+        self.local: Reps = {head: representation.leaf() for head, representation in local.items()}
         self.group = group
         self._gathered: dict[str, Representation] = {}
 
@@ -65,9 +65,10 @@ class Side:
     def _device(self) -> torch.device:
         return next(iter(self.local.values())).tensors()[0].device
 
-    def beside(self, fields_of_ids: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    def beside(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Tensors by name, on the device of the representations."""
-        return {name: None if ids is None else ids.to(self._device) for name, ids in fields_of_ids.items()}
+        device = next(iter(self.local.values())).tensors()[0].device
+        return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
 
     def all(self, head: str) -> Any:
         """The representation of all ranks' rows, in rank order. A collective on its first call for a head."""
@@ -124,12 +125,6 @@ class Batch(ABC):
     @abstractmethod
     def sides(self) -> tuple[Side, ...]:
         """Both sides, in the order of the fields."""
-
-    def settle(self) -> None:
-        """After backward: return the gradients of gathered rows to the ranks they came from."""
-        for f in fields(self):
-            if isinstance(side := getattr(self, f.name), Side):
-                side.settle()
 
     def alone(self) -> Self:
         """This rank's rows as a batch of their own, on the same leaves: the local form of a loss."""

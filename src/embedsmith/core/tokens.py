@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -62,8 +62,6 @@ class TokenBatch:
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
-        if len(parts) == 1:
-            return parts[0]
         lengths = np.concatenate([part.length_N for part in parts])
         return TokenBatch(
             np.concatenate([part.id_S for part in parts]),
@@ -73,11 +71,13 @@ class TokenBatch:
         )
 
     @staticmethod
-    def from_rows(rows: Sequence[Sequence[int]], body: Sequence[int], is_query: bool) -> TokenBatch:
+    def from_rows(rows: Iterable[Sequence[int]], body: Sequence[int], is_query: bool | Sequence[bool]) -> TokenBatch:
+        """Rows of token ids; `is_query` may be given for all of them or for each."""
+        rows = list(rows)
         length_N = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         flat = np.fromiter(chain.from_iterable(rows), np.int64, int(length_N.sum()))
         offset_P = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64)
-        return TokenBatch(flat, offset_P, np.asarray(body, np.int64), np.full(len(rows), is_query))
+        return TokenBatch(flat, offset_P, np.asarray(body, np.int64), np.full(len(rows), np.asarray(is_query, bool)))
 
 
 @dataclass(frozen=True)

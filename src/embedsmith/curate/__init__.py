@@ -1,17 +1,15 @@
 """Curation: what to keep of a pile of texts, and what to make of it. Every step is a value that stands alone."""
 
-from embedsmith.core.shelf import curation_steps, generators
 from embedsmith.curate.decontaminate import Decontaminate
 from embedsmith.curate.dedup import ExactDuplicates, NearDuplicates
 from embedsmith.curate.generators import Endpoint, LocalModel
 from embedsmith.curate.labels import LabelsToPairs
-from embedsmith.curate.language import Language
-from embedsmith.curate.outcome import Report, render
+from embedsmith.curate.outcome import Report
 from embedsmith.curate.read import Input, InputRecords
-from embedsmith.curate.rules import Boilerplate, Length, Links, Symbols, Trivial
+from embedsmith.curate.rules import Boilerplate, Language, Length, Links, Symbols, Trivial
 from embedsmith.curate.run import CurateRecipe, curate
 from embedsmith.curate.score import ScoreFilter
-from embedsmith.curate.step import EvaluationText, Ledger, Step, Tools, apply
+from embedsmith.curate.step import EvaluationText, Ledger, Tools, apply
 from embedsmith.curate.synthesize import LongDocuments, SyntheticQueries, TranslateQueries
 
 __all__ = [
@@ -33,7 +31,6 @@ __all__ = [
     "NearDuplicates",
     "Report",
     "ScoreFilter",
-    "Step",
     "Symbols",
     "SyntheticQueries",
     "Tools",
@@ -41,7 +38,4 @@ __all__ = [
     "Trivial",
     "apply",
     "curate",
-    "curation_steps",
-    "generators",
-    "render",
 ]

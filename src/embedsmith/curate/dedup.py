@@ -12,7 +12,7 @@ from pydantic import Field
 from embedsmith.core.errors import MissingExtraError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.rules import shingles
+from embedsmith.curate.rules import token_shingles
 from embedsmith.curate.step import Ledger, Tools, short
 from embedsmith.data.record import Record, text_id
 
@@ -99,7 +99,7 @@ class NearDuplicates:
             parts = [text for text in _parts(record, self.by) if text]
             sketches = [rensa.RMinHash(self.permutations, self.seed) for _ in parts]
             for sketch, text in zip(sketches, parts):
-                sketch.update(list(shingles(text, self.shingle)))
+                sketch.update(list(token_shingles(text, self.shingle)))
             candidates = [key for key in index.query(sketches[0]) if len(kept[key]) == len(parts)] if parts else []
             alike = {key: min(a.jaccard(b) for a, b in zip(sketches, kept[key], strict=True)) for key in candidates}
             most = max(alike, key=lambda key: alike[key], default=None)

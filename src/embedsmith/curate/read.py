@@ -15,14 +15,14 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.step import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
-from embedsmith.data.formats.beir import beir_rows, is_beir
+from embedsmith.data.formats.beir import beir_rows, is_beir_folder
 from embedsmith.data.formats.columns import known_layouts
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import is_saved_dataset
 from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.formats.texts import read_texts
-from embedsmith.data.record import Record, RowError, Task, tokens_refused, validate
-from embedsmith.data.source import Format, Source, open_source, reading_of, source_name
+from embedsmith.data.record import Record, RowError, Task, validate
+from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused
 from embedsmith.data.token_records import is_token_cache
 
 InputKind = Literal["records", "rows", "documents", "pages", "parallel"]
@@ -102,7 +102,7 @@ class InputRecords:
             return "pages"
         if first.suffix.lower() == ".txt":
             return "documents"
-        if self.input.columns or self.input.format or is_beir(first):
+        if self.input.columns or self.input.format or is_beir_folder(first):
             return "records"
         rows = open_source(self.input.source(self.paths[0])).rows
         row = next((row for _, row in rows if not isinstance(row, RowError)), {})
@@ -273,6 +273,6 @@ def _expand(given: str) -> list[str]:
     path = Path(given).expanduser()
     if any(mark in given for mark in "*?[") and not path.exists():
         return sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
-    if path.is_dir() and not is_beir(path) and not is_saved_dataset(path):
+    if path.is_dir() and not is_beir_folder(path) and not is_saved_dataset(path):
         return sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in READERS) or [given]
     return [given]

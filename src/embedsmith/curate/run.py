@@ -22,7 +22,7 @@ from embedsmith.curate.ask import key_of
 from embedsmith.curate.outcome import Report, StepReport
 from embedsmith.curate.read import Input, InputRecords
 from embedsmith.curate.step import Ledger, Step, Tools, counted
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.writers import write_records
 
@@ -144,20 +144,22 @@ class _Run:
             round(time.monotonic() - started, 1),
         )
 
-    def _make(self, stage: Stage, step: Step, records: Iterable[Record], tools: Tools, total: int | None) -> StepReport:
+    def _make(
+        self, out: StepOutput, step: Step, records: Iterable[Record], tools: Tools, total: int | None
+    ) -> StepReport:
         ledger = Ledger(self.recipe.examples)
         started = time.monotonic()
         plain = to_plain(step)
         with progress_bar(plain["type"], total) as bar:
-            write_records(stage.path, counted(step, _Watched(records, bar.advance), ledger, tools))
+            write_records(out.path, counted(step, _Watched(records, bar.advance), ledger, tools))
         report = StepReport.of(plain, ledger, time.monotonic() - started)
         if records is self.input:
             self._stage(0, "read").finish(self._reading())
-        stage.finish(report)
+        out.finish(report)
         return report
 
-    def _stage(self, place: int, name: str) -> Stage:
-        return Stage(self.recipe.folder / "stages" / f"{place:02d}-{name}-{self.keys[place][:12]}.jsonl")
+    def _stage(self, place: int, name: str) -> StepOutput:
+        return StepOutput(self.recipe.folder / "stages" / f"{place:02d}-{name}-{self.keys[place][:12]}.jsonl")
 
     def _reading(self) -> StepReport:
         """How this run read the input."""
@@ -165,7 +167,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StepOutput:
     """What a step gave, on the disk; it is finished when its report is there."""
 
     path: Path
@@ -182,7 +184,7 @@ class Stage:
 
     def __iter__(self) -> Iterator[Record]:
         try:
-            for _, row in rows_of(self.path):
+            for _, row in sound_rows(self.path):
                 fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
                 yield Record(**fields)
         except RowError as error:

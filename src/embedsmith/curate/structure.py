@@ -106,7 +106,7 @@ def _content(turn: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass
-class Section:
+class PageSection:
     """A heading, those above it, and the text right under it."""
 
     path: tuple[str, ...]
@@ -124,7 +124,7 @@ class Page:
 
     title: str = ""
     abstract: str = ""
-    sections: list[Section] = field(default_factory=list)
+    sections: list[PageSection] = field(default_factory=list)
     questions: list[tuple[str, str]] = field(default_factory=list)
 
     def heading(self, level: int, text: str) -> None:
@@ -134,12 +134,12 @@ class Page:
             if section.level < limit:
                 path.insert(0, section.path[-1])
                 limit = section.level
-        self.sections.append(Section((*path, text), level))
+        self.sections.append(PageSection((*path, text), level))
 
     def text(self, part: str) -> None:
         if part.strip():
             if not self.sections:
-                self.sections.append(Section((self.title,), 0))
+                self.sections.append(PageSection((self.title,), 0))
             self.sections[-1].parts.append(part.strip())
 
 

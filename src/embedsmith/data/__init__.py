@@ -3,7 +3,7 @@
 from embedsmith.data.draw import pair_texts, retrieval_texts
 from embedsmith.data.mixture import Joined, joined, part_of
 from embedsmith.data.plan.config import PlanConfig
-from embedsmith.data.plan.plan import Account, BatchPlan, PlannedStep
+from embedsmith.data.plan.plan import Account, BatchPlan, PlannedSource, PlannedStep
 from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.read import read_source
 from embedsmith.data.record import Record, Task, text_id
@@ -15,6 +15,7 @@ __all__ = [
     "BatchPlan",
     "Joined",
     "PlanConfig",
+    "PlannedSource",
     "PlannedStep",
     "Record",
     "RecordSet",

@@ -13,18 +13,18 @@ import torch
 from embedsmith.core.batch import ABSENT, PairIds, RetrievalIds
 from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
-from embedsmith.data.record import Record, draw_texts, shuffled, text_id
+from embedsmith.data.record import Record, Text, draw_texts, shuffled, text_id
 
 
 def retrieval_texts(
-    records: Sequence[Record],
+    records: Sequence[Record[Text]],
     *,
     positives: int,
     negatives: int,
     seeds: Sequence[int],
     share: tuple[int, int] = (0, 1),
     shuffle: float = 0.0,
-) -> tuple[list[str], list[str], RetrievalIds]:
+) -> tuple[list[Text], list[Text], RetrievalIds]:
     """(queries, documents, ids): up to `positives` positives and `negatives` negatives of each record, drawn without
     replacement. Each distinct text stands once among the documents.
 
@@ -34,7 +34,7 @@ def retrieval_texts(
     given with its parts in another order (`parts_shuffled`), under the id of the text itself.
     """
     queries = [record.query for record in records]
-    documents: dict[int, str] = {}
+    documents: dict[int, Text] = {}
     positive_id_QP = np.full((len(records), positives), ABSENT)
     negative_id_QM = np.full((len(records), negatives), ABSENT)
     positive_score_QP = np.full(positive_id_QP.shape, np.nan, np.float32)
@@ -68,18 +68,18 @@ def retrieval_texts(
     return queries, list(documents.values()), ids
 
 
-def pair_texts(records: Sequence[Record], *, seeds: Sequence[int]) -> tuple[list[str], list[str], PairIds]:
+def pair_texts(records: Sequence[Record[Text]], *, seeds: Sequence[int]) -> tuple[list[Text], list[Text], PairIds]:
     """(left, right, ids) of the pairs of a batch, with labels in [0, 1]; a record with several scored positives gives
     one of them, drawn with its seed.
 
     Errors: `DataError` for a record without a scored pair.
     """
-    right: list[str] = []
+    right: list[Text] = []
     labels: list[float] = []
     for record, seed in zip(records, seeds, strict=True):
         scored = {slot: s for slot, s in enumerate(record.positive_scores or ()) if s is not None and not math.isnan(s)}
         if not scored:
-            raise DataError(f"no scored pair in the record of {record.query[:60]!r}", fix="give every sts row a score")
+            raise DataError(f"no scored pair in the record of {record.query!r:.60}", fix="give every sts row a score")
         slot = list(scored)[shuffled(len(scored), random.Random(seed))[0] if len(scored) > 1 else 0]
         right.append(record.positives[slot])
         labels.append(scored[slot])
@@ -92,13 +92,13 @@ def pair_texts(records: Sequence[Record], *, seeds: Sequence[int]) -> tuple[list
     return left, right, ids
 
 
-def parts_shuffled(text: str, probability: float, seed: int) -> str:
+def parts_shuffled(text: Text, probability: float, seed: int) -> Text:
     """M3's text shuffling: with this probability a text of more than 100 characters is cut in three equal parts, which
-    are put in another order, joined by spaces. A function of its arguments alone.
+    are put in another order, joined by spaces; tokens stay as they are. A function of its arguments alone.
 
     Source: M3-Embedding's released code (`shuffle_ratio`); the paper shuffles 0.2 % of the passages.
     """
-    if probability == 0 or len(text) <= 100:
+    if probability == 0 or not isinstance(text, str) or len(text) <= 100:
         return text
     chance = random.Random(derive_seed(seed, "parts"))
     if chance.random() >= probability:

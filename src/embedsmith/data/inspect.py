@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from embedsmith.core.tokens import IntArray
 from embedsmith.data.read import read_source
-from embedsmith.data.record import Record, TokenText, text_id
+from embedsmith.data.record import Record, TokenIds, text_id
 from embedsmith.data.source import RecordSet, Skipped, Source, negatives_per_query
 
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -56,7 +56,7 @@ class Inspection:
     labels: dict[str, int]
     negatives_drawn: int
     fingerprint: str
-    samples: tuple[Record, ...]
+    samples: tuple[Record[Any], ...]
 
 
 def inspect_source(source: Source, samples: int = 3) -> Inspection:
@@ -83,12 +83,12 @@ def inspect_source(source: Source, samples: int = 3) -> Inspection:
     )
 
 
-def _fields(records: Sequence[Record]) -> dict[str, int]:
+def _fields(records: Sequence[Record[Any]]) -> dict[str, int]:
     counts = {f.name: sum(getattr(r, f.name) not in (None, (), "") for r in records) for f in fields(Record)}
     return {name: count for name, count in counts.items() if count and name not in ("task", "source")}
 
 
-def _lengths(records: Sequence[Record]) -> dict[str, Lengths]:
+def _lengths(records: Sequence[Record[Any]]) -> dict[str, Lengths]:
     roles = {
         "query": [record.query for record in records],
         "positives": [text for record in records for text in record.positives],
@@ -101,15 +101,12 @@ def _lengths(records: Sequence[Record]) -> dict[str, Lengths]:
     }
 
 
-def _sizes(texts: Sequence[str]) -> Sequence[int] | IntArray:
-    """Of texts in one role: they are all of the same side of a token cache, if of any."""
-    if not isinstance(first := texts[0], TokenText):
-        return [len(text) for text in texts]
-    rows = np.asarray([text.row for text in texts if isinstance(text, TokenText)], np.int64)
-    return first.side.take(rows, False).length_N
+def _sizes(texts: Sequence[str | TokenIds]) -> list[int]:
+    """Characters of texts; tokens of those of a token cache."""
+    return [len(text if isinstance(text, str) else text.ids) for text in texts]
 
 
-def _duplicates(records: Sequence[Record]) -> Duplicates:
+def _duplicates(records: Sequence[Record[Any]]) -> Duplicates:
     query_ids = [text_id(record.query) for record in records]
     positive_ids = [tuple(text_id(text) for text in record.positives) for record in records]
     negative_ids = [tuple(text_id(text) for text in record.negatives) for record in records]
@@ -127,7 +124,7 @@ def _repeats(values: Iterable[object]) -> int:
     return counts.total() - len(counts)
 
 
-def _score_counts(records: Sequence[Record]) -> dict[str, int]:
+def _score_counts(records: Sequence[Record[Any]]) -> dict[str, int]:
     """Positives by tenths of their score in [0, 1]."""
     tenths = Counter(
         min(int(score * 10), 9) for record in records for score in record.positive_scores or () if score is not None
@@ -135,7 +132,7 @@ def _score_counts(records: Sequence[Record]) -> dict[str, int]:
     return {f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": tenths[tenth] for tenth in sorted(tenths)}
 
 
-def _labels(found: RecordSet) -> dict[str, int]:
+def _labels(found: RecordSet[Any]) -> dict[str, int]:
     counts = Counter(record.label for record in found.records if record.label is not None)
     return {found.labels[label] if found.labels else str(label): counts[label] for label in sorted(counts)}
 
@@ -186,7 +183,7 @@ def _bars(title: str, counts: dict[str, int]) -> Table:
     return table
 
 
-def _sample(record: Record) -> Table:
+def _sample(record: Record[Any]) -> Table:
     table = Table(show_header=False, title="sample", title_justify="left")
     table.add_row("query", Text(_short(record.query)))
     for role, texts, scores in (
@@ -203,6 +200,8 @@ def _sample(record: Record) -> Table:
     return table
 
 
-def _short(text: str) -> str:
+def _short(text: str | TokenIds) -> str:
+    if isinstance(text, TokenIds):
+        return f"{len(text.ids)} tokens of the text {text.id}"
     flat = " ".join(text.split())
     return flat if len(flat) <= 160 else flat[:157] + "..."

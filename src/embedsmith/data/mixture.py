@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, row_facts
-from embedsmith.data.record import Record
+from embedsmith.data.record import OneByOne, Record, Text
 from embedsmith.data.source import RecordSet
 from embedsmith.data.stream import HasOrder
 
@@ -22,36 +21,18 @@ _ONE = float(2**63)
 """Text ids lie below it."""
 
 
-class _View(Sequence[Record]):
-    """What is indexed one row at a time."""
-
-    def row(self, place: int) -> Record:
-        raise IndexError(place)
-
-    @overload
-    def __getitem__(self, place: int) -> Record: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Record]: ...
-    def __getitem__(self, place: int | slice) -> Record | list[Record]:
-        if isinstance(place, slice):
-            return [self.row(one) for one in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        return self.row(place % len(self))
-
-
 @dataclass(frozen=True)
-class Selected(_View):
+class Selected(OneByOne[Text]):
     """Some rows of other records, in the order of `rows`."""
 
-    records: Sequence[Record]
+    records: Sequence[Record[Text]]
     rows: IntArray
     known: RowFacts
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, place: int) -> Record:
+    def row(self, place: int) -> Record[Text]:
         return self.records[int(self.rows[place])]
 
     def facts(self) -> RowFacts:
@@ -59,10 +40,10 @@ class Selected(_View):
 
 
 @dataclass(frozen=True)
-class Joined(_View):
+class Joined(OneByOne[Text]):
     """The rows of several sequences, one after the other; `names` are those of their sources."""
 
-    pieces: tuple[Sequence[Record], ...]
+    pieces: tuple[Sequence[Record[Text]], ...]
     names: tuple[str, ...]
 
     @cached_property
@@ -73,7 +54,7 @@ class Joined(_View):
     def __len__(self) -> int:
         return int(self.stop[-1])
 
-    def row(self, place: int) -> Record:
+    def row(self, place: int) -> Record[Text]:
         piece = int(np.searchsorted(self.stop, place, side="right"))
         return self.pieces[piece][place - int(self.stop[piece]) + len(self.pieces[piece])]
 
@@ -81,7 +62,7 @@ class Joined(_View):
         return RowFacts.concatenate([row_facts(piece) for piece in self.pieces])
 
 
-def part_of(found: RecordSet, part: tuple[float, float] | None) -> RecordSet:
+def part_of(found: RecordSet[Text], part: tuple[float, float] | None) -> RecordSet[Text]:
     """The rows whose query hashes into `part`, a range [from, to) of [0, 1): the same rows in every run, whatever
     their order; rows of one query stay together, so that no query is both trained on and validated on.
 
@@ -109,10 +90,10 @@ def in_part(id_N: IntArray, low: float, high: float) -> npt.NDArray[np.bool_]:
     return mine
 
 
-def joined(sets: Sequence[RecordSet]) -> RecordSet:
+def joined(sets: Sequence[RecordSet[Text]]) -> RecordSet[Text]:
     """Sources of one task as one, named after all of them; those that were joined before are taken apart."""
     digest = hashlib.blake2b(" ".join(one.fingerprint for one in sets).encode(), digest_size=16).hexdigest()
-    pieces: list[Sequence[Record]] = []
+    pieces: list[Sequence[Record[Text]]] = []
     names: list[str] = []
     for one in sets:
         pieces += one.records.pieces if isinstance(one.records, Joined) else [one.records]
@@ -122,5 +103,6 @@ def joined(sets: Sequence[RecordSet]) -> RecordSet:
         name="+".join(names),
         records=Joined(tuple(pieces), tuple(names)),
         fingerprint=digest,
+        tokens=next((one.tokens for one in sets if one.tokens is not None), None),
         skipped=tuple(skipped for one in sets for skipped in one.skipped),
     )

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
-from embedsmith.data.cache import belongs_on_disk, look, refuse_vanished, stored, weight
+from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
 from embedsmith.data.formats.columns import Reading
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
-from embedsmith.data.record import Record, RowError, validate
+from embedsmith.data.record import Record, RowError, Text, validate
 from embedsmith.data.source import Change, RecordSet, Shelf, Skipped, Source, open_source, reading_of, source_name
 from embedsmith.data.store import Fingerprint
 from embedsmith.data.stream import stream_source
 from embedsmith.data.token_records import is_token_cache, read_tokens
 
 
-def read_source(source: Source) -> RecordSet:
+def read_source(source: Source) -> RecordSet[Text]:
     """Read, check and rescale all records of a source, or find them in the cache if they were read before.
 
     Errors: `DataError` naming file and line: every kind of fault once, with its count and first lines; or the source
@@ -32,7 +32,7 @@ def read_source(source: Source) -> RecordSet:
     if is_token_cache(path):
         return read_tokens(source)
     if path.exists():
-        files, version, rows = look(path), None, None
+        files, version, rows = files_of(path), None, None
         size = weight(files)
     else:
         refuse_vanished(source)
@@ -40,7 +40,7 @@ def read_source(source: Source) -> RecordSet:
         files, version, size = {}, rows.version, rows.size
     if (rows is not None and version is None) or not belongs_on_disk(source, size):
         return _Pass(source, rows or open_source(source), MemoryShelf()).read()
-    found = stored(source, files, version, lambda shelf: _Pass(source, rows or open_source(source), shelf).read())
+    found = stored(source, files, version, lambda writer: _Pass(source, rows or open_source(source), writer).read())
     for skipped in found.skipped:  # named in every run, not only in the one that converted the source
         lines = ", ".join(map(str, skipped.lines))
         log.warning("%s: %d rows are left out: %s (lines %s)", source.path, skipped.count, skipped.kind, lines)

@@ -8,11 +8,14 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, field
+from typing import Generic, Literal, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import TypeVar
 
 from embedsmith.core.errors import DataError
-from embedsmith.core.tokens import IntArray, TokenBatch
 
 Task = Literal["retrieval", "sts", "classification", "clustering"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -21,7 +24,25 @@ _surrogate = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class TokenIds:
+    """What a record of a token cache holds in the place of a text: the tokens, and the id of the text they stand for.
+
+    - `id`: the id of the text (`text_id`): two of them are equal if their texts are;
+    - `ids`: the token ids, special ones included;
+    - `body`: how many of the leading tokens belong to a prompt or an instruction.
+    """
+
+    id: int
+    ids: npt.NDArray[np.int32] = field(repr=False, compare=False)
+    body: int = field(repr=False, compare=False)
+
+
+Text = str | TokenIds
+T = TypeVar("T", bound=Text, default=str, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Generic[T]):
     """One example: (task, query, positives, negatives, scores of either), CoDiEmb's unified format.
 
     - retrieval: `positives` answer `query`, `negatives` do not; scores are graded relevance, if known;
@@ -30,14 +51,15 @@ class Record:
 
     A slot that holds nothing is simply not there: no placeholder text ever stands for it. Score tuples align with
     their texts, `None` inside them is an unknown score. Scores of a read file lie in [0, 1]; teacher scores are the
-    teacher's own numbers. `source` names where the record came from.
+    teacher's own numbers. `source` names where the record came from. A record of a token cache is a
+    `Record[TokenIds]`: it has the tokens of its texts in their places.
 
     Source: CoDiEmb (arXiv 2508.11442), unified data format.
     """
 
-    query: str
-    positives: tuple[str, ...] = ()
-    negatives: tuple[str, ...] = ()
+    query: T
+    positives: tuple[T, ...] = ()
+    negatives: tuple[T, ...] = ()
     task: str = "retrieval"
     positive_scores: Scores | None = None
     negative_scores: Scores | None = None
@@ -46,6 +68,25 @@ class Record:
     label: int | None = None
     instruction: str | None = None
     source: str = ""
+
+
+class OneByOne(Sequence[Record[T]], Generic[T]):
+    """Records that are made when they are asked for, each by the number of its row."""
+
+    def row(self, place: int) -> Record[T]:
+        """The record of a row from 0 to the last."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> Record[T]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Record[T]]: ...
+    def __getitem__(self, place: int | slice) -> Record[T] | list[Record[T]]:
+        if isinstance(place, slice):
+            return [self.row(one) for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        return self.row(place % len(self))
 
 
 class RowError(DataError):
@@ -68,53 +109,19 @@ class RowError(DataError):
         return RowError(self.kind, self.what, where=where, expected=self.expected, fix=self.fix)
 
 
-class TokenText(str):
-    """Stands for a text of which only the tokens are at hand: row `row` of `side`, in a token cache. `id` is the id of
-    the text; as a string it is only a name for messages."""
-
-    __slots__ = ("id", "row", "side")
-
-    id: int
-    row: int
-    side: TokenSide
-
-    def __new__(cls, name: str, id_: int, row: int, side: TokenSide) -> TokenText:
-        text = super().__new__(cls, name)
-        text.id, text.row, text.side = id_, row, side
-        return text
-
-
-class TokenSide(Protocol):
-    """The tokens of many texts, by row."""
-
-    def take(self, rows: IntArray, is_query: bool) -> TokenBatch: ...
-
-
-def refuse_tokens(records: Iterable[Record], what: str, where: object) -> None:
-    """For what reads texts. Errors: `DataError` for records of a token cache, whose texts are only names."""
-    first = next(iter(records), None)
-    if first is not None and isinstance(first.query, TokenText):
-        raise tokens_refused(what, where)
-
-
-def tokens_refused(what: str, where: object) -> DataError:
-    fix = "name the files that the tokens were made from"
-    return DataError(f"{what} needs texts, and a token cache has only tokens", where=where, fix=fix)
-
-
-def text_id(text: str) -> int:
+def text_id(text: Text) -> int:
     """A 63-bit id of the text itself: equal for texts that differ only in Unicode form or in white space.
 
     Normalised to NFC with runs of white space collapsed, then BLAKE2b; never negative, so that `ABSENT` is no text.
     """
-    if isinstance(text, TokenText):
+    if isinstance(text, TokenIds):
         return text.id
     normal = " ".join(unicodedata.normalize("NFC", text).split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw_texts(
-    texts: Sequence[str], count: int, chance: random.Random, banned: Iterable[int] = ()
+    texts: Sequence[Text], count: int, chance: random.Random, banned: Iterable[int] = ()
 ) -> Iterator[tuple[int, int]]:
     """Up to `count` (place, id) of distinct texts, at random and without replacement, none of them banned by id."""
     seen = set(banned)

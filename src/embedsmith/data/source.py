@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Generic, Literal, Protocol, cast, runtime_checkable
 
 from pydantic import Field
 
 from embedsmith.core.batch import Loss
+from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
-from embedsmith.data.formats.beir import beir_rows, is_beir
-from embedsmith.data.formats.columns import Found, Reading, choose_layout
+from embedsmith.data.formats.beir import beir_rows, is_beir_folder
+from embedsmith.data.formats.columns import Reading, choose_layout
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
 from embedsmith.data.formats.hub import hub_rows
 from embedsmith.data.formats.ranges import Range
-from embedsmith.data.record import Record, Task
+from embedsmith.data.record import Record, T, Task, Text
+from embedsmith.data.token_manifest import DatasetFacts, TokenizerFacts
 
 Format = Annotated[str, Name(layouts)]
 _MOST_NEGATIVES = 4
@@ -96,22 +98,35 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class RecordSet:
+class RecordSet(Generic[T]):
     """The records of one source. `records` may be a list or a store on disk: only its length and its entries count.
 
     `fingerprint` is a hash of the records' content; `labels` names the classes if the file names them; `scores`
-    says which score range was assumed and why.
+    says which score range was assumed and why; `tokens`, for records of a token cache, which tokenizer made them and
+    what its manifest says of them.
     """
 
     name: str
     task: str
-    records: Sequence[Record]
+    records: Sequence[Record[T]]
     fingerprint: str
     skipped: tuple[Skipped, ...] = ()
     format: str = "records"
     labels: tuple[str, ...] = ()
     score_range: Range | None = None
     scores: str = "none"
+    tokens: tuple[TokenizerFacts, DatasetFacts] | None = None
+
+    def texts_only(self, purpose: str, where: object) -> RecordSet:
+        """The same records, known to hold texts. Errors: `DataError` for records of a token cache."""
+        if self.tokens is not None:
+            raise tokens_refused(purpose, where)
+        return cast(RecordSet, self)
+
+
+def tokens_refused(purpose: str, where: object) -> DataError:
+    fix = "name the files that the tokens were made from"
+    return DataError(f"{purpose} needs texts, and a token cache has only tokens", where=where, fix=fix)
 
 
 @runtime_checkable
@@ -121,7 +136,7 @@ class KnowsNegatives(Protocol):
     def most_negatives(self) -> int: ...
 
 
-def negatives_per_query(source: Source, records: Sequence[Record]) -> int:
+def negatives_per_query(source: Source, records: Sequence[Record[Text]]) -> int:
     """How many negatives a query draws: as declared, otherwise the most that a record has, at most 4 (CoDiEmb's n)."""
     if source.negatives is not None:
         return source.negatives
@@ -143,7 +158,7 @@ def open_source(source: Source) -> Rows:
     path = Path(source.path).expanduser()
     if source.path.startswith(_HUB):
         return hub_rows(source.path.removeprefix(_HUB), source.split)
-    if path.is_dir() and (source.format == "beir" or is_beir(path)):
+    if path.is_dir() and (source.format == "beir" or is_beir_folder(path)):
         return beir_rows(path, source.split)
     if path.is_dir() or (source.path.count("/") == 1 and not path.parent.is_dir() and not has_known_kind(path.name)):
         return hub_rows(str(path) if path.is_dir() else source.path, source.split)
@@ -170,16 +185,7 @@ def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -
     """How to read the rows of a source, decided by its first readable row. Errors: `DataError` if no format fits."""
     format_ = "records" if rows.format == "beir" else source.format
     layout = choose_layout(list(row), format_, source.columns, where)
-    task = source.task or layout.task or _task_of(layout.found(row))
+    task = source.task or layout.task_of(row)
     if layout.name == "pairs" and task != "sts":
         layout = replace(layout, required=layout.required[:2])
     return Reading(layout, task, source_name(source), source.instruction, rows.cells)
-
-
-def _task_of(found: Found) -> str:
-    """A scored pair is sts; a label without positives is classification; anything else is retrieval."""
-    positives = found.get("positives", [])
-    if not positives:
-        return "classification" if "label" in found else "retrieval"
-    single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
-    return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"

@@ -4,6 +4,14 @@ records.arrow               one row a record; a field that no record has is null
 lines.i64                   the line of each record in its source
 query_id_N.i64 ...          the `RowFacts` of all records, as plain arrays
 store.json                  counts and the fingerprint
+
+A store of token ids has one more table, of all texts of its records by row; what stands in the columns `query`,
+`positives` and `negatives` are then numbers of its rows:
+
+token_text_N.i64            the id of each text
+token_body_N.i32            how many of its tokens belong to a prompt
+token_end_N.i64             where its tokens end in
+token_id_S.i32              the token ids of all texts, one after the other
 """
 
 from __future__ import annotations
@@ -12,12 +20,12 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,36 +34,99 @@ import pyarrow as pa
 from embedsmith.core.errors import DataError
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, facts_of
-from embedsmith.data.record import Record
+from embedsmith.data.record import OneByOne, Record, T, Text, TokenIds
 
-_TEXTS, _SCORES = pa.list_(pa.string()), pa.list_(pa.float64())
-SCHEMA = pa.schema(
-    {
-        "query": pa.string(),
-        "positives": _TEXTS,
-        "negatives": _TEXTS,
-        "task": pa.string(),
-        "positive_scores": _SCORES,
-        "negative_scores": _SCORES,
-        "teacher_positive_scores": _SCORES,
-        "teacher_negative_scores": _SCORES,
-        "label": pa.int64(),
-        "instruction": pa.string(),
-        "source": pa.string(),
-    }
-)
-"""The fields of `Record`, in its order."""
-
-Kind = type[np.int32] | type[np.int64]
-_FACTS: dict[str, Kind] = {
-    "query_id_N": np.int64,
-    "positive_id_P": np.int64,
-    "count_N": np.int32,
-    "length_N": np.int32,
-}
-_LINES: tuple[str, Kind] = ("lines", np.int64)
+# The plain arrays that belong together, and the type of their entries.
+_FACTS = {"query_id_N": "int64", "positive_id_P": "int64", "count_N": "int32", "length_N": "int32"}
+_LINES = {"lines": "int64"}
+_TOKENS = {"token_text_N": "int64", "token_body_N": "int32", "token_end_N": "int64", "token_id_S": "int32"}
 _ROWS, _CHARACTERS = 4096, 2**24
 """A block of the Arrow file ends at this many rows or, for long texts, characters: what is in memory while writing."""
+
+
+def _schema(text: pa.DataType) -> pa.Schema:
+    """The fields of `Record`, in its order; what stands for a text is of the type `text`."""
+    scores = pa.list_(pa.float64())
+    return pa.schema(
+        {
+            "query": text,
+            "positives": pa.list_(text),
+            "negatives": pa.list_(text),
+            "task": pa.string(),
+            "positive_scores": scores,
+            "negative_scores": scores,
+            "teacher_positive_scores": scores,
+            "teacher_negative_scores": scores,
+            "label": pa.int64(),
+            "instruction": pa.string(),
+            "source": pa.string(),
+        }
+    )
+
+
+class ArrayWriter:
+    """Appends to plain arrays, each in a file of its own."""
+
+    def __init__(self, folder: Path, kinds: dict[str, str]) -> None:
+        self._files = {name: (_array_file(folder, name, kind).open("wb"), kind) for name, kind in kinds.items()}
+
+    def append(self, **arrays: npt.NDArray[Any]) -> None:
+        for name, values in arrays.items():
+            file, kind = self._files[name]
+            file.write(np.ascontiguousarray(values, dtype=kind).tobytes())
+
+    def flush(self) -> None:
+        for file, _ in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        for file, _ in self._files.values():
+            file.close()
+
+
+def _mapped(folder: Path, kinds: dict[str, str]) -> dict[str, npt.NDArray[Any]]:
+    """Plain arrays, memory-mapped. An empty file cannot be mapped, so it is an empty array."""
+    files = {name: (_array_file(folder, name, kind), kind) for name, kind in kinds.items()}
+    return {
+        name: np.asarray(np.memmap(file, dtype=kind, mode="r")) if os.path.getsize(file) else np.zeros(0, kind)
+        for name, (file, kind) in files.items()
+    }
+
+
+def _array_file(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{name}.{kind.replace('int', 'i')}"
+
+
+class TokenTable:
+    """The tokens of many texts by row, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._text_N, self._body_N, self._end_N, self._id_S = _mapped(folder, _TOKENS).values()
+
+    def __getitem__(self, row: int) -> TokenIds:
+        start = self._end_N[row - 1] if row else 0
+        return TokenIds(int(self._text_N[row]), self._id_S[start : self._end_N[row]], int(self._body_N[row]))
+
+    def looked_up(self, record: Record[Any]) -> Record[TokenIds]:
+        """A record of row numbers as one of tokens."""
+        positives, negatives = (tuple(map(self.__getitem__, rows)) for rows in (record.positives, record.negatives))
+        return replace(record, query=self[record.query], positives=positives, negatives=negatives)
+
+
+class Fingerprint:
+    """A hash of what records hold, in their order; where they came from does not count. Of tokens it takes the id of
+    the text they stand for."""
+
+    _names = tuple(f.name for f in fields(Record) if f.name != "source")
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, record: Record[Text]) -> None:
+        self._digest.update(repr([getattr(record, name) for name in self._names]).encode())
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,81 +139,111 @@ class StoreCounts:
     fingerprint: str
 
 
-class Fingerprint:
-    """A hash of what records hold, in their order; where they came from does not count."""
-
-    _names = tuple(f.name for f in fields(Record) if f.name != "source")
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-
-    def add(self, record: Record) -> None:
-        self._digest.update(repr([getattr(record, name) for name in self._names]).encode())
-
-    def hex(self) -> str:
-        return self._digest.hexdigest()
-
-
 class StoreWriter:
     """Writes a store into a folder, record by record; `close` completes it. Memory: one block.
+
+    With `tokens` it is a store of token ids: `add_tokens` first, then records in which the numbers of the rows stand
+    in the places of their texts.
 
     The folder is the caller's to make atomic (`core.files.atomic_folder`). Errors: `OSError` of a full disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tokens: bool = False) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows = 0
-        self._most_negatives = self._most_positives = self._characters = 0
-        self._block: list[Record] = []
+        self.rows = self.token_rows = 0
+        self._most_negatives = self._most_positives = self._characters = self._token_end = 0
+        self._block: list[Record[Any]] = []
         self._lines: list[int] = []
         self._fingerprint = Fingerprint()
-        self._arrow = pa.ipc.new_file(str(folder / "records.arrow"), SCHEMA)
-        self._arrays: dict[str, IO[bytes]] = {
-            name: (folder / f"{name}.{_suffix(kind)}").open("wb") for name, kind in (*_FACTS.items(), _LINES)
-        }
+        self._schema = _schema(pa.int64() if tokens else pa.string())
+        self._arrow = pa.ipc.new_file(str(folder / "records.arrow"), self._schema)
+        self._arrays = ArrayWriter(folder, {**_FACTS, **_LINES})
+        self._tokens = ArrayWriter(folder, _TOKENS) if tokens else None
 
     def __len__(self) -> int:
         return self.rows
 
-    def add(self, record: Record, line: int = 0) -> None:
+    def add_tokens(
+        self, text_N: IntArray, length_N: IntArray, id_S: npt.NDArray[Any], body_N: npt.NDArray[Any]
+    ) -> IntArray:
+        """The rows of some more texts, given by their ids, their numbers of tokens, all of the tokens one after the
+        other, and the numbers of tokens that belong to prompts."""
+        assert self._tokens is not None
+        end_N = self._token_end + np.cumsum(length_N)
+        self._tokens.append(token_text_N=text_N, token_body_N=body_N, token_end_N=end_N, token_id_S=id_S)
+        row_N = self.token_rows + np.arange(len(text_N))
+        self.token_rows += len(text_N)
+        self._token_end += len(id_S)
+        return row_N
+
+    def add(self, record: Record[Any], line: int = 0) -> None:
         self.rows += 1
         self._block.append(record)
         self._lines.append(line)
-        self._fingerprint.add(record)
         self._most_negatives = max(self._most_negatives, len(record.negatives))
         self._most_positives = max(self._most_positives, len(record.positives))
-        self._characters += len(record.query) + sum(map(len, record.positives)) + sum(map(len, record.negatives))
+        if self._tokens is None:
+            self._characters += sum(map(len, (record.query, *record.positives, *record.negatives)))
         if len(self._block) == _ROWS or self._characters >= _CHARACTERS:
             self._flush()
 
     def _flush(self) -> None:
         if not self._block:
             return
-        columns = [pa.array([getattr(record, f.name) for record in self._block], f.type) for f in SCHEMA]
-        self._arrow.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        facts = facts_of(self._block)
-        values = {"query_id_N": facts.query_id_N, "positive_id_P": facts.positive_id_P, "length_N": facts.length_N}
-        values |= {"count_N": np.diff(facts.offset_N1), "lines": np.asarray(self._lines)}
-        for name, kind in (*_FACTS.items(), _LINES):
-            self._arrays[name].write(np.ascontiguousarray(values[name], dtype=kind).tobytes())
+        columns = [pa.array([getattr(record, f.name) for record in self._block], f.type) for f in self._schema]
+        self._arrow.write_batch(pa.record_batch(columns, schema=self._schema))
+        records: list[Record[Any]] = self._block
+        if self._tokens is not None:
+            self._tokens.flush()
+            records = list(map(TokenTable(self.folder).looked_up, records))
+        for record in records:
+            self._fingerprint.add(record)
+        facts = facts_of(records)
+        self._arrays.append(
+            query_id_N=facts.query_id_N,
+            positive_id_P=facts.positive_id_P,
+            count_N=np.diff(facts.offset_N1),
+            length_N=facts.length_N,
+            lines=np.asarray(self._lines),
+        )
         self._block, self._lines, self._characters = [], [], 0
+
+    def settle(
+        self, change: Callable[[Record[Any], int], Record[Any] | None] | None = None
+    ) -> tuple[RecordStore[Any], str]:
+        """The complete store and its fingerprint. Records are written once more only if all of them must change, as
+        `change` says, given the record and its line (`None`: it is left out)."""
+        counts = self.close()
+        if change is None:
+            return RecordStore(self.folder), counts.fingerprint
+        before: RecordStore[Any] = RecordStore(self.folder)
+        other = StoreWriter(self.folder / "changed")
+        for record, line in zip(before, before.lines().tolist()):
+            if (changed := change(record, line)) is not None:
+                other.add(changed, line)
+        fingerprint = other.close().fingerprint
+        for file in other.folder.iterdir():
+            file.replace(self.folder / file.name)
+        other.folder.rmdir()
+        return RecordStore(self.folder), fingerprint
 
     def close(self) -> StoreCounts:
         self._flush()
         self.abandon()
         counts = StoreCounts(self.rows, self._most_negatives, self._most_positives, self._fingerprint.hex())
-        (self.folder / "store.json").write_text(json.dumps(counts.__dict__), encoding="utf-8")
+        (self.folder / "store.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
         return counts
 
     def abandon(self) -> None:
         """Close the files as they are."""
         self._arrow.close()
-        for file in self._arrays.values():
-            file.close()
+        self._arrays.close()
+        if self._tokens is not None:
+            self._tokens.close()
 
 
-class RecordStore(Sequence[Record]):
+class RecordStore(OneByOne[T]):
     """The records of a store, as a sequence: each is made when it is asked for. Safe to share between threads.
 
     Errors: `DataError` for a folder that is damaged or not a store.
@@ -155,6 +256,7 @@ class RecordStore(Sequence[Record]):
             self._map = pa.memory_map(str(folder / "records.arrow"))
             reader = pa.ipc.open_file(self._map)
             batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
+            self._tokens = TokenTable(folder) if reader.schema.field("query").type == pa.int64() else None
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"not a readable store of records ({error})", where=folder, fix="delete it") from error
         self._blocks = [batch.columns for batch in batches]
@@ -165,23 +267,19 @@ class RecordStore(Sequence[Record]):
     def __len__(self) -> int:
         return self.counts.rows
 
-    @overload
-    def __getitem__(self, row: int) -> Record: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Record]: ...
-    def __getitem__(self, row: int | slice) -> Record | list[Record]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        place = row + len(self) if row < 0 else row
-        if not 0 <= place < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+    def row(self, place: int) -> Record[T]:
         block = bisect_right(self._ends, place)
         within = place - (self._ends[block - 1] if block else 0)
-        return _record([column[within].as_py() for column in self._blocks[block]])
+        return self._record([column[within].as_py() for column in self._blocks[block]])
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[Record[T]]:
         for columns in self._blocks:
-            yield from map(_record, zip(*(column.to_pylist() for column in columns)))
+            yield from map(self._record, zip(*(column.to_pylist() for column in columns)))
+
+    def _record(self, values: Sequence[Any]) -> Record[Any]:
+        given: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+        record: Record[Any] = Record(*given)
+        return record if self._tokens is None else self._tokens.looked_up(record)
 
     def most_negatives(self) -> int:
         """Of any record."""
@@ -193,25 +291,11 @@ class RecordStore(Sequence[Record]):
 
     @cached_property
     def _facts(self) -> RowFacts:
-        values = {name: map_array(self.folder / f"{name}.{_suffix(kind)}", kind) for name, kind in _FACTS.items()}
+        values = _mapped(self.folder, _FACTS)
         offset_N1: IntArray = np.zeros(len(self) + 1, np.int64)
         np.cumsum(values["count_N"], out=offset_N1[1:])
         return RowFacts(values["query_id_N"], values["positive_id_P"], offset_N1, values["length_N"])
 
     def lines(self) -> IntArray:
         """The line of each record in its source."""
-        return map_array(self.folder / "lines.i64", np.int64)
-
-
-def _record(values: Sequence[Any]) -> Record:
-    arguments: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
-    return Record(*arguments)
-
-
-def map_array(path: Path, kind: Kind) -> npt.NDArray[Any]:
-    """A plain array on disk, memory-mapped for reading. An empty file cannot be mapped, so it is an empty array."""
-    return np.memmap(path, dtype=kind, mode="r") if os.path.getsize(path) else np.zeros(0, kind)
-
-
-def _suffix(kind: Kind) -> str:
-    return f"i{8 * np.dtype(kind).itemsize}"
+        return _mapped(self.folder, _LINES)["lines"]

@@ -4,6 +4,10 @@ A pass goes through all blocks in a new order, and through the rows of a buffer 
 is filled, shuffled, emptied, and filled again. So the n-th row of a pass is a function of (seed, pass, n); the
 position of a run stays the number of its step, a resumed run draws the same batches after reading one buffer, and
 ranks take disjoint slices of every batch, however many there are.
+
+    Blocks          rows of Parquet files, of a dataset on disk or of one on the hub, numbered, a block at a time
+    StreamRecords   a row of a block, checked and made a record when it is asked for; keeps the blocks in use
+    HasOrder.order  the order of a pass, which the plan follows
 """
 
 from __future__ import annotations
@@ -11,14 +15,14 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any, Protocol, overload, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,42 +34,175 @@ from embedsmith.core.progress import log
 from embedsmith.data.formats.columns import Reading
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.hub import choose_split, is_saved_dataset, load_datasets, refused
-from embedsmith.data.formats.ranges import Range, check_range, rescaled, scores_of
-from embedsmith.data.record import Record, RowError, validate
+from embedsmith.data.formats.ranges import check_range, rescaled, scores_of
+from embedsmith.data.record import OneByOne, Record, RowError, validate
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
-
-# Sources too large to read whole, as numbered blocks of rows: Parquet shards, datasets on disk or on the hub.
 
 BLOCK_ROWS = 4096
 """Rows of a block where the source has none of its own."""
 
+BUFFER_ROWS = 10_000
+"""Rows shuffled together unless the source says or one of its blocks has more (it is in memory anyway)."""
+
 _END = 2**16
+Order = npt.NDArray[np.integer]
+
+
+def stream_source(source: Source) -> RecordSet:
+    """A source to be streamed. Its first block tells layout, task and the most negatives of a row.
+
+    Scores need a declared range and classes need numbers: what would take a look at every row is not inferred. The
+    fingerprint is that of the files (footers of Parquet files), not of every record.
+    Errors: `DataError` as in `open_blocks`, or for an empty stream.
+    """
+    blocks = open_blocks(source.path, source.split, source.limit)
+    rows = min(sum(blocks.sizes), source.limit or sum(blocks.sizes))
+    if rows == 0:
+        raise DataError("no records in it", where=source.path, fix="check that it is the right source")
+    first = next(block for block, size in enumerate(blocks.sizes) if size)
+    head = dict(blocks.read(first)[0])
+    reading = reading_of(head, source, Rows(source.path, ()), blocks.place(first, 0))
+    return RecordSet(
+        name=source_name(source),
+        task=reading.task,
+        records=StreamRecords(blocks, source, reading, rows),
+        fingerprint=f"{blocks.version}-{rows}",
+        format=reading.layout.name,
+        score_range=source.score_range,
+        scores="declared" if source.score_range else "none",
+    )
+
+
+@runtime_checkable
+class HasOrder(Protocol):
+    """Records that cannot be read in any order at the same cost, and say in which order a pass should take them."""
+
+    def order(self, chance: np.random.Generator) -> Order:
+        """A permutation of all rows, drawn with `chance` alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamRecords(OneByOne[str]):
+    """The records of a stream by row number; rows of the same buffer are cheap to reach together.
+
+    A faulty row stops with its file and row; told to skip, the next good row of its block takes its place, it is
+    named, and `skipped` counts it. Safe to share between threads.
+    """
+
+    blocks: Blocks
+    source: Source
+    reading: Reading
+    rows: int
+    skipped: set[str] = field(default_factory=set)
+    _held: OrderedDict[int, Block] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @cached_property
+    def buffer(self) -> int:
+        """Rows that are shuffled together."""
+        return self.source.buffer or max(BUFFER_ROWS, *self.blocks.sizes)
+
+    @cached_property
+    def start_B(self) -> npt.NDArray[np.int64]:
+        """First row of each block, and the end of the last."""
+        return np.concatenate([[0], np.cumsum(self.blocks.sizes)]).clip(max=self.rows).astype(np.int64)
+
+    def order(self, chance: np.random.Generator) -> Order:
+        """Blocks in a drawn order (unless they must come in their own), then each buffer of rows in a drawn order."""
+        start_B = self.start_B
+        sequence = np.arange(len(start_B) - 1)
+        if not self.blocks.in_order:
+            chance.shuffle(sequence)
+        order_N = np.concatenate([np.arange(start_B[block], start_B[block + 1]) for block in sequence])
+        for start in range(0, len(order_N), self.buffer):
+            chance.shuffle(order_N[start : start + self.buffer])
+        return order_N
+
+    def row(self, place: int) -> Record:
+        block = int(np.searchsorted(self.start_B, place, side="right")) - 1
+        first, rows = place - int(self.start_B[block]), self._block(block)
+        for step in range(len(rows)):
+            at = (first + step) % len(rows)
+            try:
+                return self._record(rows[at])
+            except RowError as error:
+                named = error.at(self.blocks.place(block, at))
+                if self.source.on_error == "stop":
+                    raise named from error
+                if str(named.where) not in self.skipped:
+                    self.skipped.add(str(named.where))
+                    log.warning("skipped (%d so far): %s: %s", len(self.skipped), named.where, named.what)
+        raise DataError("no good row in the block", where=self.blocks.place(block, 0))
+
+    def _block(self, number: int) -> Block:
+        """A block, read now or held. A buffer touches at most its own rows and the rest of the blocks at its two ends:
+        what is more is let go."""
+        with self._lock:
+            if number not in self._held:
+                self._held[number] = self.blocks.read(number)
+                most = self.buffer + 2 * max(self.blocks.sizes)
+                while len(self._held) > 1 and sum(map(len, self._held.values())) > most:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(number)
+            return self._held[number]
+
+    def _record(self, row: Row) -> Record:
+        """What reading a whole file does with a row, without what needs the whole file. Errors: `RowError`."""
+        record, declared = self.reading.record(row), self.source.score_range
+        validate(record)
+        if record.task != self.reading.task:
+            raise RowError(f"a row of task {record.task} among those of task {self.reading.task}")
+        if self.reading.labels:
+            raise RowError("classes have names", fix="number the classes, or leave streaming out")
+        if declared is None:
+            if any(True for _ in scores_of(record)):
+                raise RowError("scores of an unknown range", fix="declare score_range: [lowest, highest]")
+            return record
+        check_range(record, declared)
+        return rescaled(record, declared)
+
+    def most_negatives(self) -> int:
+        """Of the first hundred rows."""
+        return max(len(self[row].negatives) for row in range(min(len(self), 100)))
+
+
 Row = Mapping[str, Any]
+
+
+class Block(Protocol):
+    """Some rows; only those asked for become Python objects."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Row: ...
 
 
 class Blocks(Protocol):
     """Rows of a source in blocks. `in_order`: reading them in another order than their own is slow."""
 
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
+    in_order: bool
 
     @property
-    def in_order(self) -> bool: ...
+    def sizes(self) -> tuple[int, ...]: ...
 
     @property
     def version(self) -> str:
         """Stands for the content of the source."""
         ...
 
-    def read(self, block: int) -> Sequence[Row]: ...
+    def read(self, block: int) -> Block: ...
 
     def place(self, block: int, row: int) -> str:
         """File and row, for messages."""
         ...
 
 
-class TableRows(Sequence[Row]):
-    """The rows of an Arrow table; only those asked for become Python objects."""
+class _Table:
+    """The rows of an Arrow table."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -73,45 +210,33 @@ class TableRows(Sequence[Row]):
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    @overload
-    def __getitem__(self, row: int) -> Row: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Row]: ...
-    def __getitem__(self, row: int | slice) -> Row | list[Row]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        found: list[Row] = self._table.slice(row, 1).to_pylist()
-        return found[0]
+    def __getitem__(self, row: int, /) -> Row:
+        found: Row = self._table.slice(row, 1).to_pylist()[0]
+        return found
 
 
-@dataclass(frozen=True)
 class ParquetBlocks:
     """Row groups of Parquet files, which may lie anywhere fsspec reads. Only footers are read at the start.
 
     Errors: `DataError` for a file that is missing or not Parquet.
     """
 
-    files: tuple[str, ...]
-    _footers: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
-    _group: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False, compare=False)
+    in_order = False
 
-    def __post_init__(self) -> None:
-        for number, name in enumerate(self.files):
-            with _reading(name), open_anywhere(name) as file:
-                footer = pq.read_metadata(file)
-            self._footers.append(footer)
+    def __init__(self, files: tuple[str, ...]) -> None:
+        self.files = files
+        self._footers: list[Any] = []
+        self._group: list[tuple[int, int, int]] = []
+        sizes: list[int] = []
+        for number, name in enumerate(files):
+            with _reading(name), _opened(name) as file:
+                self._footers.append(pq.read_metadata(file))
             first = 1
-            for group in range(footer.num_row_groups):
+            for group in range(self._footers[-1].num_row_groups):
                 self._group.append((number, group, first))
-                first += footer.row_group(group).num_rows
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(self._footers[number].row_group(group).num_rows for number, group, _ in self._group)
-
-    @property
-    def in_order(self) -> bool:
-        return False
+                sizes.append(self._footers[-1].row_group(group).num_rows)
+                first += sizes[-1]
+        self.sizes = tuple(sizes)
 
     @property
     def version(self) -> str:
@@ -121,63 +246,51 @@ class ParquetBlocks:
             digest.update(repr(footer.to_dict()).encode())
         return digest.hexdigest()
 
-    def read(self, block: int) -> Sequence[Row]:
+    def read(self, block: int) -> Block:
         number, group, _ = self._group[block]
         name = self.files[number]
-        with _reading(name), open_anywhere(name) as file:
-            return TableRows(pq.ParquetFile(file, metadata=self._footers[number]).read_row_group(group))
+        with _reading(name), _opened(name) as file:
+            return _Table(pq.ParquetFile(file, metadata=self._footers[number]).read_row_group(group))
 
     def place(self, block: int, row: int) -> str:
         number, _, first = self._group[block]
         return f"{self.files[number]}:{first + row}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class DatasetBlocks:
     """A dataset of the package `datasets` that lies on disk, memory-mapped."""
 
     name: str
     dataset: Any
+    rows: int
+    in_order: bool = field(default=False, init=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return _evenly(len(self.dataset))
-
-    @property
-    def in_order(self) -> bool:
-        return False
+        return tuple(min(BLOCK_ROWS, self.rows - start) for start in range(0, self.rows, BLOCK_ROWS))
 
     @property
     def version(self) -> str:
         return str(self.dataset._fingerprint)
 
-    def read(self, block: int) -> Sequence[Row]:
+    def read(self, block: int) -> Block:
         start = block * BLOCK_ROWS
-        return TableRows(self.dataset.with_format("arrow")[start : start + BLOCK_ROWS])
+        return _Table(self.dataset.with_format("arrow")[start : start + BLOCK_ROWS])
 
     def place(self, block: int, row: int) -> str:
         return f"{self.name}:{block * BLOCK_ROWS + row + 1}"
 
 
 @dataclass
-class SequentialBlocks:
+class SequentialBlocks(DatasetBlocks):
     """A dataset of the hub in files that can only be read from their start (JSON, CSV, ...). Blocks read one after the
     other cost nothing extra; to start in the middle, the rows before are skipped. `files`: what they are read from."""
 
-    name: str
-    dataset: Any
-    rows: int
     files: tuple[str, ...] = ()
-    _next: int = -1
-    _rest: Iterator[Row] = field(default_factory=lambda: iter(()))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return _evenly(self.rows)
-
-    @property
-    def in_order(self) -> bool:
-        return True
+    in_order: bool = field(default=True, init=False)
+    _next: int = field(default=-1, init=False)
+    _rest: Iterator[Row] = field(default_factory=lambda: iter(()), init=False)
 
     @property
     def version(self) -> str:
@@ -187,7 +300,7 @@ class SequentialBlocks:
             digest.update(_state_of(file))
         return digest.hexdigest()
 
-    def read(self, block: int) -> Sequence[Row]:
+    def read(self, block: int) -> Block:
         if block != self._next:
             self._rest = iter(self.dataset.skip(block * BLOCK_ROWS))
         rows = list(islice(self._rest, self.sizes[block]))
@@ -198,9 +311,6 @@ class SequentialBlocks:
                 f"the stream ended after {ended} rows", where=self.name, expected=f"{self.rows}", fix="set limit to it"
             )
         return rows
-
-    def place(self, block: int, row: int) -> str:
-        return f"{self.name}:{block * BLOCK_ROWS + row + 1}"
 
 
 def open_blocks(path: str, split: str | None, limit: int | None) -> Blocks:
@@ -216,18 +326,18 @@ def open_blocks(path: str, split: str | None, limit: int | None) -> Blocks:
             expected="Parquet files, or a dataset",
             fix="leave streaming out: a large file is converted once and read from disk",
         )
-    files = [str(here)] if here.is_file() else _parquet_files(here)
+    if here.is_file():
+        files = [str(here)]
+    elif here.is_dir():
+        files = sorted(str(file) for file in here.rglob("*.parquet"))
+    else:
+        files = sorted(glob.glob(str(here), recursive=True)) if glob.has_magic(str(here)) else []
     if files:
         return ParquetBlocks(tuple(files))
     if is_saved_dataset(here):
-        return DatasetBlocks(path, choose_split(load_datasets().load_from_disk(str(here)), split, path))
+        dataset = choose_split(load_datasets().load_from_disk(str(here)), split, path)
+        return DatasetBlocks(path, dataset, len(dataset))
     return _hub_blocks(str(here) if here.is_dir() else path.removeprefix("hf://"), split, limit)
-
-
-def _parquet_files(here: Path) -> list[str]:
-    if here.is_dir():
-        return sorted(str(file) for file in here.rglob("*.parquet"))
-    return sorted(glob.glob(str(here), recursive=True)) if glob.has_magic(str(here)) else []
 
 
 def _hub_blocks(name: str, split: str | None, limit: int | None) -> Blocks:
@@ -246,11 +356,7 @@ def _hub_blocks(name: str, split: str | None, limit: int | None) -> Blocks:
     return SequentialBlocks(name, stream, rows, tuple(str(file) for file in chosen or ()))
 
 
-def _evenly(rows: int) -> tuple[int, ...]:
-    return tuple(min(BLOCK_ROWS, rows - start) for start in range(0, rows, BLOCK_ROWS))
-
-
-def open_anywhere(name: str) -> IO[bytes]:
+def _opened(name: str) -> IO[bytes]:
     """A local file, or one behind a URL that fsspec knows."""
     if "://" not in name:
         return open(name, "rb")
@@ -286,157 +392,3 @@ def _reading(name: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         kind = "Parquet file" if name.endswith(".parquet") else "file"
         raise DataError(f"not a readable {kind} ({error})", where=name, fix="copy it again") from error
-
-
-BUFFER_ROWS = 10_000
-"""Rows shuffled together unless the source says or one of its blocks has more (it is in memory anyway)."""
-
-Order = npt.NDArray[np.integer]
-
-
-@runtime_checkable
-class HasOrder(Protocol):
-    """Records that cannot be read in any order at the same cost, and say in which order a pass should take them."""
-
-    def order(self, chance: np.random.Generator) -> Order:
-        """A permutation of all rows, drawn with `chance` alone."""
-        ...
-
-
-@dataclass(frozen=True)
-class RowReader:
-    """Rows to checked records: what reading a whole file does, without what needs the whole file."""
-
-    source: Source
-    reading: Reading
-    declared: Range | None
-
-    def record(self, row: Row) -> Record:
-        """Errors: `RowError`."""
-        record = self.reading.record(row)
-        validate(record)
-        if record.task != self.reading.task:
-            raise RowError(f"a row of task {record.task} among those of task {self.reading.task}")
-        if self.reading.labels:
-            raise RowError("classes have names", fix="number the classes, or leave streaming out")
-        if self.declared is None:
-            if any(True for _ in scores_of(record)):
-                raise RowError("scores of an unknown range", fix="declare score_range: [lowest, highest]")
-            return record
-        check_range(record, self.declared)
-        return rescaled(record, self.declared)
-
-
-@dataclass(frozen=True)
-class StreamRecords(Sequence[Record]):
-    """The records of a stream by row number; rows of the same buffer are cheap to reach together.
-
-    A faulty row stops with its file and row; told to skip, the next good row of its block takes its place, it is
-    named, and `skipped` counts it. Safe to share between threads.
-    """
-
-    blocks: Blocks
-    reader: RowReader
-    buffer: int
-    rows: int
-    skipped: set[str] = field(default_factory=set)
-    _held: OrderedDict[int, Sequence[Row]] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
-    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self.rows
-
-    @cached_property
-    def start_B(self) -> npt.NDArray[np.int64]:
-        """First row of each block, and the end of the last."""
-        return np.concatenate([[0], np.cumsum(self.blocks.sizes)]).clip(max=self.rows).astype(np.int64)
-
-    def order(self, chance: np.random.Generator) -> Order:
-        """Blocks in a drawn order (unless they must come in their own), then each buffer of rows in a drawn order."""
-        start_B = self.start_B
-        sequence = np.arange(len(start_B) - 1)
-        if not self.blocks.in_order:
-            chance.shuffle(sequence)
-        order_N = np.concatenate([np.arange(start_B[block], start_B[block + 1]) for block in sequence])
-        for start in range(0, len(order_N), self.buffer):
-            chance.shuffle(order_N[start : start + self.buffer])
-        return order_N
-
-    @overload
-    def __getitem__(self, row: int) -> Record: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Record]: ...
-    def __getitem__(self, row: int | slice) -> Record | list[Record]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        place = row % len(self)
-        block = int(np.searchsorted(self.start_B, place, side="right")) - 1
-        return self._good(block, place - int(self.start_B[block]))
-
-    def _good(self, block: int, row: int) -> Record:
-        rows = self._rows(block)
-        for step in range(len(rows)):
-            at = (row + step) % len(rows)
-            try:
-                return self.reader.record(rows[at])
-            except RowError as error:
-                named = error.at(self.blocks.place(block, at))
-                if self.reader.source.on_error == "stop":
-                    raise named from error
-                self._skip(named)
-        raise DataError("no good row in the block", where=self.blocks.place(block, 0))
-
-    def _skip(self, error: RowError) -> None:
-        if str(error.where) not in self.skipped:
-            self.skipped.add(str(error.where))
-            log.warning("skipped (%d so far): %s: %s", len(self.skipped), error.where, error.what)
-
-    def _rows(self, block: int) -> Sequence[Row]:
-        with self._lock:
-            if block not in self._held:
-                self._held[block] = self.blocks.read(block)
-                while len(self._held) > 1 and self._more_than_needed():
-                    self._held.popitem(last=False)
-            self._held.move_to_end(block)
-            return self._held[block]
-
-    def _more_than_needed(self) -> bool:
-        """A buffer touches at most its own rows and the rest of the blocks at its two ends."""
-        return sum(map(len, self._held.values())) > self.buffer + 2 * self._largest_block
-
-    @cached_property
-    def _largest_block(self) -> int:
-        return max(self.blocks.sizes)
-
-    def most_negatives(self) -> int:
-        """Of the first hundred rows."""
-        return max(len(self[row].negatives) for row in range(min(len(self), 100)))
-
-
-def stream_source(source: Source) -> RecordSet:
-    """A source to be streamed. Its first block tells layout, task and the most negatives of a row.
-
-    Scores need a declared range and classes need numbers: what would take a look at every row is not inferred. The
-    fingerprint is that of the files (footers of Parquet files), not of every record.
-    Errors: `DataError` as in `open_blocks`, or for an empty stream.
-    """
-    blocks = open_blocks(source.path, source.split, source.limit)
-    rows = min(sum(blocks.sizes), source.limit or sum(blocks.sizes))
-    if rows == 0:
-        raise DataError("no records in it", where=source.path, fix="check that it is the right source")
-    first = next(block for block, size in enumerate(blocks.sizes) if size)
-    head = blocks.read(first)
-    reading = reading_of(dict(head[0]), source, Rows(source.path, ()), blocks.place(first, 0))
-    reader = RowReader(source, reading, source.score_range)
-    buffer = source.buffer or max(BUFFER_ROWS, *blocks.sizes)
-    return RecordSet(
-        name=source_name(source),
-        task=reading.task,
-        records=StreamRecords(blocks, reader, buffer, rows),
-        fingerprint=f"{blocks.version}-{rows}",
-        format=reading.layout.name,
-        score_range=source.score_range,
-        scores="declared" if source.score_range else "none",
-    )

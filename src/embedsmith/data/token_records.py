@@ -1,19 +1,22 @@
-"""A token cache as a source: records whose texts are places in it, and the tokens at those places.
+"""Reading a token cache: its records hold the tokens of their texts (`TokenIds`) in the places of the texts.
 
-A record of a cache holds keys instead of texts (`TokenText`): `q5:17` is the query in row 5, whose text has the id 17;
-`d8:23` the document in row 8. Whatever draws rows, positives and negatives works on them as on texts: `text_id` gives
-the id of the text, `tokens_of` the tokens. The Parquet files are converted once (`storecache`) to
-plain arrays that are memory-mapped, because Parquet cannot be read at single rows.
+Whatever draws rows, positives and negatives works on them as on texts: `text_id` gives the id of the text, and
+`tokens_of` the batch of tokens. The Parquet files are converted once, to a store that is memory-mapped, because
+Parquet cannot be read at single rows.
+
+    NAME_corpus.parquet  ->  rows of the store's token table, found by `doc_id`
+    NAME_query.parquet   ->  the queries' tokens: more rows; and the records, which hold numbers of rows
+    NAME.parquet         ->  both at once (inline layout)
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,252 +24,55 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.data.cache import DiskShelf, look, stored
-from embedsmith.data.plan.separate import RowFacts
-from embedsmith.data.record import Record, TokenSide, TokenText
-from embedsmith.data.source import RecordSet, Shelf, Source
-from embedsmith.data.store import Kind, RecordStore, map_array
-from embedsmith.data.token_cache import MANIFEST, SCORES, DatasetFacts, Manifest, TokenizerFacts
+from embedsmith.data.cache import files_of, stored
+from embedsmith.data.record import Record, Text, TokenIds
+from embedsmith.data.source import RecordSet, Source
+from embedsmith.data.store import StoreWriter
+from embedsmith.data.token_cache import SCORES, Tokenize
+from embedsmith.data.token_manifest import MANIFEST, DatasetFacts, Manifest
 
-# A token cache's Parquet files to what is memory-mapped: records of keys, and plain arrays of tokens.
-
+Columns = dict[str, Any]
+"""Arrow columns of some rows, by name."""
 _BATCH = 8192
-SIDES = {"q": "query", "d": "document"}
-"""First letter of a key, and the arrays it points into."""
+_KEPT_TEXT = re.compile(r"query|text|(passage|negative)(_\d+)?")
+"""Columns of texts, which a cache may have beside the tokens."""
 
 
-def corpus_of(folder: Path, name: str) -> Path:
-    """A dataset's own corpus, or the one that the released scripts want all corpora joined to."""
-    own = folder / f"{name}_corpus.parquet"
-    return own if own.exists() or not (folder / "corpus.parquet").exists() else folder / "corpus.parquet"
+def tokens_of(
+    tokenize: Tokenize,
+    texts: Sequence[Text],
+    role: Role | Sequence[Role],
+    task: str | None = None,
+    instructions: Sequence[str | None] | None = None,
+) -> TokenBatch:
+    """The tokens of texts, in their order: those that a token cache holds, and those that `tokenize` makes.
 
-
-class _SideWriter:
-    """Appends tokens to the arrays of one side."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._files: dict[str, IO[bytes]] = {
-            part: (folder / f"tokens.{name}.{part}").open("wb") for part in ("ids", "ends", "body")
-        }
-        self.rows = self._end = 0
-
-    def add(self, lists: Any, body: npt.NDArray[Any]) -> None:
-        """`lists`: an Arrow list array without nulls."""
-        lengths = np.asarray(pc.list_value_length(lists)).astype(np.int64)
-        ends = self._end + np.cumsum(lengths)
-        self._files["ids"].write(np.asarray(lists.flatten()).astype(np.int32).tobytes())
-        self._files["ends"].write(ends.astype(np.int64).tobytes())
-        self._files["body"].write(np.ascontiguousarray(body, dtype=np.int32).tobytes())
-        self.rows += len(lengths)
-        self._end += int(lengths.sum())
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-def convert_tokens(folder: Path, facts: DatasetFacts, source: Source, shelf: Shelf) -> RecordSet:
-    """Parquet to records of keys and arrays of tokens."""
-    assert isinstance(shelf, DiskShelf)
-    convert = _Conversion(facts, source, shelf)
-    try:
-        if facts.layout == "corpus":
-            convert.read_corpus(corpus_of(folder, facts.name))
-            convert.read_rows(folder / f"{facts.name}_query.parquet")
-        else:
-            convert.read_rows(folder / f"{facts.name}.parquet")
-    finally:
-        convert.close()
-    if not len(shelf):
-        raise DataError("no records in it", where=folder, fix="tokenize again")
-    records, hash_ = shelf.settle(None)
-    return RecordSet(source.name or facts.name, facts.task, records, hash_, format="tokens", labels=facts.labels)
-
-
-class _Conversion:
-    def __init__(self, facts: DatasetFacts, source: Source, shelf: DiskShelf) -> None:
-        self.facts, self.source, self.shelf = facts, source, shelf
-        self.query, self.document = (_SideWriter(shelf.folder, name) for name in SIDES.values())
-        self._facts = {
-            name: (shelf.folder / f"tokens.{name}").open("wb") for name in ("query_id", "positive_id", "length")
-        }
-        self._name_M: IntArray = np.zeros(0, np.int64)
-        self._row_M = self._id_N = self._length_N = self._name_M
-
-    def close(self) -> None:
-        self.query.close()
-        self.document.close()
-        for file in self._facts.values():
-            file.close()
-
-    def read_corpus(self, path: Path) -> None:
-        """Tokens of all documents, and where to find each by its `doc_id`."""
-        names: list[IntArray] = []
-        ids: list[IntArray] = []
-        lengths: list[IntArray] = []
-        for _, batch in _batches(path, ("doc_id", "input_ids")):
-            names.append(self._names(batch["doc_id"]))
-            ids.append(names[-1] if self.facts.ids == "text" else _content_ids(batch["input_ids"]))
-            lengths.append(np.asarray(pc.list_value_length(batch["input_ids"])).astype(np.int64))
-            self.document.add(batch["input_ids"], _column(batch, "body_start"))
-        name_N = np.concatenate(names) if names else self._name_M
-        self._id_N = np.concatenate(ids) if ids else self._name_M
-        self._length_N = np.concatenate(lengths) if lengths else self._name_M
-        self._row_M = np.argsort(name_N, kind="stable")
-        self._name_M = name_N[self._row_M]
-        again = np.flatnonzero(self._name_M[1:] == self._name_M[:-1])
-        differ = again[self._id_N[self._row_M[again]] != self._id_N[self._row_M[again + 1]]]
-        if len(differ):
-            first, second = (int(self._row_M[differ[0] + step]) + 1 for step in (0, 1))
-            raise DataError(
-                f"the doc_id of row {first} stands for another document here ({len(differ)} such rows)",
-                where=f"{path}:{second}",
-                fix="make doc ids unique: corpora of several datasets share ids only for equal documents",
-            )
-
-    def _names(self, column: Any) -> IntArray:
-        values = column.to_pylist()
-        if self.facts.ids == "text":
-            return np.asarray([int(value) for value in values], np.int64)
-        return np.asarray([_hash(str(value).encode()) for value in values], np.int64)
-
-    def read_rows(self, path: Path) -> None:
-        columns = ("query_input_ids",)
-        for line, batch in _batches(path, columns):
-            slots = [name for name in batch if name.endswith("_input_ids") and name != "query_input_ids"]
-            slots.sort(key=_slot_order)
-            query_id_N = self._ids(batch, "query_id", "query_input_ids")
-            length_N = np.asarray(pc.list_value_length(batch["query_input_ids"])).astype(np.int64)
-            first = self.query.rows
-            self.query.add(batch["query_input_ids"], _column(batch, "query_body_start"))
-            held = {name: self._documents(batch, name, f"{path}:{line}") for name in slots}
-            self._add(batch, held, first, query_id_N, length_N, line)
-            if self.source.limit is not None and len(self.shelf) >= self.source.limit:
-                return
-
-    def _documents(self, batch: dict[str, Any], name: str, where: str) -> tuple[list[str | None], IntArray, IntArray]:
-        """(keys, text ids, lengths) of one slot of every row; -1 where it is empty."""
-        column = batch[name]
-        held = np.asarray(column.is_valid())
-        row_N, id_N, length_N = (np.full(len(held), -1, np.int64) for _ in range(3))
-        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            prefix = name.removesuffix("_input_ids")
-            lists = column.filter(column.is_valid())
-            row_N[held] = self.document.rows + np.arange(held.sum())
-            id_N[held] = self._ids(batch, f"{prefix}_id", name)[held]
-            length_N[held] = np.asarray(pc.list_value_length(lists))
-            self.document.add(lists, _column(batch, f"{prefix}_body_start")[held])
-        elif held.any():
-            wanted = self._names(column.filter(column.is_valid()))
-            place = np.searchsorted(self._name_M, wanted).clip(max=max(len(self._name_M) - 1, 0))
-            known = self._name_M[place] == wanted if len(self._name_M) else np.zeros(len(wanted), bool)
-            if not known.all():
-                missing = column.filter(column.is_valid())[int(np.argmin(known))]
-                raise DataError(f"{name} names the document {missing}, which is not in the corpus", where=where)
-            row_N[held] = self._row_M[place]
-            id_N[held], length_N[held] = self._id_N[row_N[held]], self._length_N[row_N[held]]
-        keys = [f"d{row}:{id_}" if row >= 0 else None for row, id_ in zip(row_N.tolist(), id_N.tolist())]
-        return keys, id_N, length_N
-
-    def _ids(self, batch: dict[str, Any], column: str, tokens: str) -> IntArray:
-        """Text ids where the cache has them, else a hash of the tokens: equal for equal texts either way."""
-        if column in batch:
-            return np.asarray(batch[column].fill_null(-1)).astype(np.int64)
-        return _content_ids(batch[tokens])
-
-    def _add(
-        self,
-        batch: dict[str, Any],
-        held: dict[str, Any],
-        first: int,
-        query_id_N: IntArray,
-        length_N: IntArray,
-        line: int,
-    ) -> None:
-        good = [name for name in held if name.startswith("passage")]
-        bad = [name for name in held if name.startswith("negative")]
-        extra = {name: batch[name].to_pylist() for name in (*SCORES, "label") if name in batch}
-        for name in held:
-            length_N = np.maximum(length_N, held[name][2])
-        positive_ids: list[int] = []
-        count = (
-            len(query_id_N) if self.source.limit is None else min(len(query_id_N), self.source.limit - len(self.shelf))
-        )
-        for n in range(count):
-            positives = tuple(held[name][0][n] for name in good if held[name][0][n] is not None)
-            positive_ids.extend(int(held[name][1][n]) for name in good if held[name][0][n] is not None)
-            scores: dict[str, Any] = {name: _tuple(extra[name][n]) for name in SCORES if name in extra}
-            record = Record(
-                query=f"q{first + n}:{query_id_N[n]}",
-                positives=positives,
-                negatives=tuple(held[name][0][n] for name in bad if held[name][0][n] is not None),
-                task=self.facts.task,
-                label=extra["label"][n] if "label" in extra else None,
-                source=self.facts.name,
-                **scores,
-            )
-            self.shelf.add(record, line + n)
-        self._facts["query_id"].write(query_id_N[:count].tobytes())
-        self._facts["positive_id"].write(np.asarray(positive_ids, np.int64).tobytes())
-        self._facts["length"].write(length_N[:count].astype(np.int32).tobytes())
-
-
-def _batches(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, columns) of a Parquet file, a few thousand rows at a time. Errors: `DataError`."""
-    line = 1
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if absent := [name for name in needed if name not in names]:
-                raise DataError(f"no column {absent[0]!r}; found: {', '.join(names)}", where=path)
-            used = [name for name in names if name not in ("query", "passage", "text") and not _is_text(name)]
-            for batch in file.iter_batches(batch_size=_BATCH, columns=used):
-                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-                for name in needed:
-                    if columns[name].null_count:
-                        raise DataError(f"{name} is null", where=f"{path}:{line}", fix="remove such rows")
-                yield line, columns
-                line += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"not a readable Parquet file ({error})", where=f"{path}:{line}", fix="copy it again"
-        ) from error
-
-
-def _is_text(name: str) -> bool:
-    """`passage_2`, `negative_7`: kept texts, of no use here."""
-    head, _, number = name.partition("_")
-    return head in ("passage", "negative") and number.isdecimal()
-
-
-def _slot_order(name: str) -> tuple[str, int]:
-    head, _, number = name.removesuffix("_input_ids").partition("_")
-    return head, int(number or 0)
-
-
-def _column(batch: dict[str, Any], name: str) -> npt.NDArray[Any]:
-    """A column of numbers, zeros where the cache does not have it."""
-    if name not in batch:
-        return np.zeros(len(next(iter(batch.values()))), np.int32)
-    return np.asarray(batch[name].fill_null(0))
-
-
-def _content_ids(lists: Any) -> IntArray:
-    return np.asarray([_hash(np.asarray(row.values).tobytes()) if row.is_valid else -1 for row in lists], np.int64)
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
-
-
-def _tuple(value: list[Any] | None) -> tuple[Any, ...] | None:
-    return None if value is None else tuple(value)
+    `role`: of all texts, or one a text. An instruction, one a text where there are any, takes the place of the task's
+    prompt; tokens of a cache have it in them.
+    """
+    roles = [role] * len(texts) if isinstance(role, str) else role
+    plain = [place for place, text in enumerate(texts) if isinstance(text, str)]
+    known = [place for place, text in enumerate(texts) if not isinstance(text, str)]
+    parts = []
+    if known or not texts:
+        held = [text for text in texts if isinstance(text, TokenIds)]
+        ids = np.concatenate([np.zeros(0, np.int64), *(text.ids for text in held)], dtype=np.int64)
+        ends = np.cumsum([0, *(len(text.ids) for text in held)], dtype=np.int64)
+        body = np.asarray([text.body for text in held], np.int64)
+        parts.append(TokenBatch(ids, ends, body, np.asarray([roles[place] == "query" for place in known], bool)))
+    if plain:
+        own = None if instructions is None else [instructions[place] for place in plain]
+        given = own if own is not None and any(one is not None for one in own) else None
+        wanted = role if isinstance(role, str) else [role[place] for place in plain]
+        parts.append(tokenize([text for text in texts if isinstance(text, str)], wanted, task, given))
+    return parts[0] if len(parts) == 1 else TokenBatch.concatenate(parts).take(np.argsort([*known, *plain]))
 
 
 def is_token_cache(path: Path) -> bool:
-    """A folder of tokens, with or without its manifest."""
+    """Whether this is a folder of tokens, with or without its manifest."""
     if not path.is_dir():
         return False
     if (path / MANIFEST).is_file():
@@ -274,7 +80,7 @@ def is_token_cache(path: Path) -> bool:
     return any("query_input_ids" in pq.read_schema(file).names for file in path.glob("*.parquet"))
 
 
-def read_tokens(source: Source) -> RecordSet:
+def read_tokens(source: Source) -> RecordSet[TokenIds]:
     """A dataset of a token cache; `split` names it where there are several.
 
     Errors: `DataError` for a missing manifest, file or dataset, a document that is named but not there, or doc ids
@@ -283,16 +89,15 @@ def read_tokens(source: Source) -> RecordSet:
     folder = Path(source.path).expanduser()
     manifest = Manifest.load(folder)
     facts = _chosen(manifest, source, folder)
-    source = replace(source, split=facts.name, format=None, task=_task(source, facts))
-    files = {name: state for name, state in look(folder).items() if Path(name).name in _files_of(folder, facts)}
-    found = stored(source, files, None, lambda shelf: convert_tokens(folder, facts, source, shelf))
-    store = found.records
-    assert isinstance(store, RecordStore)
-    return replace(
-        found,
-        records=TokenRecords(store, manifest.tokenizer, facts),
-        fingerprint=f"{found.fingerprint}-{manifest.tokenizer.sha256[:16]}",
-    )
+    if source.task is not None and source.task != facts.task:
+        raise RecipeError(f"the tokens are of task {facts.task}, not {source.task}", where=source.path)
+    task: Any = facts.task
+    source = replace(source, split=facts.name, format=None, task=task)
+    paths = [str(path) for path in _paths(folder, facts)]
+    files = {name: state for name, state in files_of(folder).items() if name in paths}
+    found = stored(source, files, None, lambda writer: _convert(folder, facts, source, writer), tokens=True)
+    hash_ = f"{found.fingerprint}-{manifest.tokenizer.sha256[:16]}"
+    return replace(found, tokens=(manifest.tokenizer, facts), fingerprint=hash_)
 
 
 def _chosen(manifest: Manifest, source: Source, folder: Path) -> DatasetFacts:
@@ -308,115 +113,149 @@ def _chosen(manifest: Manifest, source: Source, folder: Path) -> DatasetFacts:
     return manifest.datasets[name]
 
 
-def _task(source: Source, facts: DatasetFacts) -> Any:
-    if source.task is not None and source.task != facts.task:
-        raise RecipeError(f"the tokens are of task {facts.task}, not {source.task}", where=source.path)
-    return facts.task
-
-
-def _files_of(folder: Path, facts: DatasetFacts) -> set[str]:
+def _paths(folder: Path, facts: DatasetFacts) -> list[Path]:
+    """The files of a dataset in the order in which they are read: its corpus first, or the one that the released
+    scripts want all corpora joined to."""
     if facts.layout == "inline":
-        return {f"{facts.name}.parquet"}
-    return {f"{facts.name}_query.parquet", corpus_of(folder, facts.name).name}
+        return [folder / f"{facts.name}.parquet"]
+    corpora = [folder / f"{facts.name}_corpus.parquet", folder / "corpus.parquet"]
+    corpus = next((path for path in corpora if path.exists()), corpora[0])
+    return [corpus, folder / f"{facts.name}_query.parquet"]
 
 
-@dataclass(frozen=True)
-class TokenRecords(Sequence[Record]):
-    """Records of keys (see above), and the tokens behind them. Safe to share between threads."""
-
-    store: RecordStore
-    tokenizer: TokenizerFacts
-    facts_of_set: DatasetFacts
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    @overload
-    def __getitem__(self, row: int) -> Record: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Record]: ...
-    def __getitem__(self, row: int | slice) -> Record | list[Record]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        return self._known(self.store[row])
-
-    def __iter__(self) -> Iterator[Record]:
-        return map(self._known, self.store)
-
-    def _known(self, record: Record) -> Record:
-        """The record with keys that know their tokens."""
-        return replace(
-            record,
-            query=self._text(record.query),
-            positives=tuple(map(self._text, record.positives)),
-            negatives=tuple(map(self._text, record.negatives)),
-        )
-
-    def _text(self, key: str) -> TokenText:
-        row, _, id_ = key[1:].partition(":")
-        return TokenText(key, int(id_), int(row), self._sides[key[0]])
-
-    def facts(self) -> RowFacts:
-        """Ids of the texts, and lengths in tokens."""
-        folder = self.store.folder
-        return RowFacts(
-            map_array(folder / "tokens.query_id", np.int64),
-            map_array(folder / "tokens.positive_id", np.int64),
-            self.store.facts().offset_N1,
-            map_array(folder / "tokens.length", np.int32),
-        )
-
-    def most_negatives(self) -> int:
-        return self.store.most_negatives()
-
-    @cached_property
-    def _sides(self) -> dict[str, Side]:
-        return {letter: Side.open(self.store.folder, name) for letter, name in SIDES.items()}
+def _convert(folder: Path, facts: DatasetFacts, source: Source, writer: StoreWriter) -> RecordSet[Any]:
+    conversion = _Conversion(facts, source, writer)
+    *corpus, rows = _paths(folder, facts)
+    for path in corpus:
+        conversion.read_corpus(path)
+    conversion.read_rows(rows)
+    if not len(writer):
+        raise DataError("no records in it", where=folder, fix="tokenize again")
+    records, hash_ = writer.settle()
+    return RecordSet(source.name or facts.name, facts.task, records, hash_, format="tokens", labels=facts.labels)
 
 
-def tokens_of(texts: Sequence[str], is_query: bool, tokenize: Callable[[list[int]], TokenBatch]) -> TokenBatch:
-    """The tokens of texts, in their order: looked up where they are known, and by `tokenize`, which is given the
-    places of the texts that are not."""
-    known: dict[int, list[int]] = {}
-    places: list[int] = []
-    plain: list[int] = []
-    sides: dict[int, TokenSide] = {}
-    for place, text in enumerate(texts):
-        if isinstance(text, TokenText):
-            sides[id(text.side)] = text.side
-            known.setdefault(id(text.side), []).append(place)
-        else:
-            plain.append(place)
-    if not known:
-        return tokenize(plain)
-    parts = []
-    for number, side in sides.items():
-        rows = [text.row for place in known[number] if isinstance(text := texts[place], TokenText)]
-        parts.append(side.take(np.asarray(rows, np.int64), is_query))
-        places += known[number]
-    if plain:
-        parts.append(tokenize(plain))
-        places += plain
-    return TokenBatch.concatenate(parts).take(np.argsort(places))
+class _Conversion:
+    """Parquet files to a store of tokens. `_name_M` are hashes of the documents' names, sorted; `_row_M` the rows of
+    the token table where these documents are."""
+
+    def __init__(self, facts: DatasetFacts, source: Source, writer: StoreWriter) -> None:
+        self.facts, self.source, self.writer = facts, source, writer
+        self._name_M: IntArray = np.zeros(0, np.int64)
+        self._row_M = self._name_M
+
+    def read_corpus(self, path: Path) -> None:
+        """Tokens of all documents, and where to find each by its `doc_id`.
+
+        Errors: `DataError` for an id of two different documents.
+        """
+        names, texts, rows = [self._name_M], [self._name_M], [self._row_M]
+        for _, batch in _batches(path, ("doc_id", "input_ids")):
+            names.append(self._names(batch["doc_id"]))
+            texts.append(names[-1] if self.facts.ids == "text" else _content_ids(batch["input_ids"]))
+            rows.append(self._add_tokens(batch["input_ids"], texts[-1], batch.get("body_start")))
+        name_N, text_N, row_N = map(np.concatenate, (names, texts, rows))
+        order_M = np.argsort(name_N, kind="stable")
+        self._name_M, self._row_M = name_N[order_M], row_N[order_M]
+        again = np.flatnonzero(self._name_M[1:] == self._name_M[:-1])
+        differ = again[text_N[order_M[again]] != text_N[order_M[again + 1]]]
+        if len(differ):
+            first, second = (int(order_M[differ[0] + step]) + 1 for step in (0, 1))
+            raise DataError(
+                f"the doc_id of row {first} stands for another document here ({len(differ)} such rows)",
+                where=f"{path}:{second}",
+                fix="make doc ids unique: corpora of several datasets share ids only for equal documents",
+            )
+
+    def read_rows(self, path: Path) -> None:
+        for line, batch in _batches(path, ("query_input_ids",)):
+            queries = self._lists(batch, "query_input_ids")
+            slots = [name for name in batch if re.fullmatch(r"(passage|negative)(_\d+)?_input_ids", name)]
+            slots.sort(key=lambda name: (name[0], int((re.findall(r"\d+", name) or [0])[0])))
+            rows = {name: self._documents(batch, name, f"{path}:{line}") for name in slots}
+            positives = [rows[name] for name in slots if name.startswith("passage")]
+            negatives = [rows[name] for name in slots if name.startswith("negative")]
+            extra = {name: batch[name].to_pylist() for name in (*SCORES, "label") if name in batch}
+            for n, query in enumerate(queries):
+                if self.source.limit is not None and len(self.writer) >= self.source.limit:
+                    return
+                held = {name: column[n] for name, column in extra.items() if column[n] is not None}
+                values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in held.items()}
+                record: Record[Any] = Record(
+                    query=query,
+                    positives=tuple(slot[n] for slot in positives if slot[n] is not None),
+                    negatives=tuple(slot[n] for slot in negatives if slot[n] is not None),
+                    task=self.facts.task,
+                    source=self.facts.name,
+                    **values,
+                )
+                self.writer.add(record, line + n)
+
+    def _documents(self, batch: Columns, name: str, where: str) -> list[int | None]:
+        """The rows of the token table that hold one slot of every record."""
+        column = batch[name]
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            return self._lists(batch, name)
+        wanted = self._names(column.drop_null())
+        place = np.searchsorted(self._name_M, wanted).clip(max=max(len(self._name_M) - 1, 0))
+        known = self._name_M[place] == wanted if len(self._name_M) else np.zeros(len(wanted), bool)
+        if not known.all():
+            missing = column.drop_null()[int(np.argmin(known))]
+            raise DataError(f"{name} names the document {missing}, which is not in the corpus", where=where)
+        return _spread(self._row_M[place], column)
+
+    def _lists(self, batch: Columns, name: str) -> list[int | None]:
+        """The rows of the token table that are made of a column of token ids. The id of a text is that of the cache
+        where it has one, else a hash of the tokens: equal for equal texts either way."""
+        column, prefix = batch[name], name.removesuffix("_input_ids")
+        lists, held = column.drop_null(), column.is_valid()
+        ids, body = batch.get(f"{prefix}_id"), batch.get(f"{prefix}_body_start")
+        text_N = _content_ids(lists) if ids is None else np.asarray(ids.filter(held).fill_null(-1))
+        return _spread(self._add_tokens(lists, text_N, None if body is None else body.filter(held)), column)
+
+    def _add_tokens(self, lists: Any, text_N: IntArray, body: Any) -> IntArray:
+        length_N = np.asarray(pc.list_value_length(lists)).astype(np.int64)
+        body_N = np.zeros(len(lists), np.int32) if body is None else np.asarray(body.fill_null(0))
+        return self.writer.add_tokens(text_N, length_N, np.asarray(lists.flatten()), body_N)
+
+    def _names(self, column: Any) -> IntArray:
+        values = column.to_pylist()
+        if self.facts.ids == "text":
+            return np.asarray([int(value) for value in values], np.int64)
+        return np.asarray([_hash(str(value).encode()) for value in values], np.int64)
 
 
-@dataclass(frozen=True)
-class Side:
-    """Tokens of all queries or all documents: row n is `id_S[end_N[n - 1]:end_N[n]]`."""
+def _batches(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Columns]]:
+    """(line, columns) of a Parquet file, a few thousand rows at a time. Errors: `DataError`."""
+    line = 1
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if absent := [name for name in needed if name not in names]:
+                raise DataError(f"no column {absent[0]!r}; found: {', '.join(names)}", where=path)
+            used = [name for name in names if not _KEPT_TEXT.fullmatch(name)]
+            for batch in file.iter_batches(batch_size=_BATCH, columns=used):
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                for name in needed:
+                    if columns[name].null_count:
+                        raise DataError(f"{name} is null", where=f"{path}:{line}", fix="remove such rows")
+                yield line, columns
+                line += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"not a readable Parquet file ({error})", where=f"{path}:{line}", fix="copy it again"
+        ) from error
 
-    id_S: npt.NDArray[np.int32]
-    end_N: IntArray
-    body_N: npt.NDArray[np.int32]
 
-    @staticmethod
-    def open(folder: Path, name: str) -> Side:
-        kinds: dict[str, Kind] = {"ids": np.int32, "ends": np.int64, "body": np.int32}
-        return Side(*(map_array(folder / f"tokens.{name}.{part}", kind) for part, kind in kinds.items()))
+def _spread(row_N: npt.NDArray[Any], column: Any) -> list[int | None]:
+    """Rows of the texts that a column holds, `None` where it holds none."""
+    rows = iter(row_N.tolist())
+    return [next(rows) if held else None for held in column.is_valid().to_pylist()]
 
-    def take(self, rows: IntArray, is_query: bool) -> TokenBatch:
-        end = self.end_N[rows]
-        start = np.where(rows > 0, self.end_N[rows - 1], 0)
-        offset_P = np.concatenate([[0], np.cumsum(end - start)]).astype(np.int64)
-        place = np.arange(offset_P[-1]) + np.repeat(start - offset_P[:-1], end - start)
-        body = self.body_N[rows].astype(np.int64)
-        return TokenBatch(self.id_S[place].astype(np.int64), offset_P, body, np.full(len(rows), is_query))
+
+def _content_ids(lists: Any) -> IntArray:
+    return np.asarray([_hash(np.asarray(row.values).tobytes()) for row in lists], np.int64)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

@@ -15,6 +15,7 @@ from rich.table import Table
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.core.reps import MultiVector, Reps
+from embedsmith.data.formats.texts import read_texts
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.geometry import Space, token_shapes
 from embedsmith.evaluate.result import finite_or_none, short_names
@@ -53,12 +54,8 @@ class Sample:
 
     @staticmethod
     def read(path: Path, count: int = TEXTS, seed: int = 0) -> Sample:
-        """Different lines of a text file, one text each. Errors: `EvaluationError` for a file that cannot be read."""
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"cannot read the texts ({error})", where=path) from error
-        texts = list(dict.fromkeys(line for line in lines if line))
+        """Different texts of a file, such as the lines of a .txt. Errors: `DataError` for one that cannot be read."""
+        texts = list(dict.fromkeys(text for one in read_texts(path) if (text := one.text.strip())))
         return Sample(tuple(texts if len(texts) <= count else random.Random(seed).sample(texts, count)))
 
 

@@ -2,10 +2,10 @@
 
 from embedsmith.index.documents import Document, read_documents
 from embedsmith.index.edge import EdgeStore
+from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Explanation, Fusion, Match, ReciprocalRank, WeightedSum, explain
 from embedsmith.index.index import Hit, HybridIndex, Written, open_index
 from embedsmith.index.server import ServerStore
-from embedsmith.index.store import Filter, Store
 
 __all__ = [
     "Document",

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from embedsmith.core.errors import MissingExtraError, SearchError
 from embedsmith.core.files import atomic_file, disk_errors
-from embedsmith.index.store import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
+from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
 
 SETTINGS = "embedsmith_index.json"
 _SHARD = "shard"

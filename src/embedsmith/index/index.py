@@ -12,8 +12,8 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.data.writers import batched
 from embedsmith.index.documents import Document, without_repeats
+from embedsmith.index.engine import Filter, Request, Store, StoredPoint, Vector, field_of, point_key, vectors_of
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
-from embedsmith.index.store import Filter, Request, Store, StoredPoint, Vector, field_of, point_key, vectors_of
 from embedsmith.search.hybrid import M3_WEIGHTS
 
 _QUERIES = 64

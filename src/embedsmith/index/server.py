@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from embedsmith.core.errors import MissingExtraError, SearchError
 from embedsmith.core.progress import log
-from embedsmith.index.store import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
+from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
 
 T = TypeVar("T")
 _WAITS = (0.5, 2.0, 8.0)

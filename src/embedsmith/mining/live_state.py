@@ -22,7 +22,7 @@ from embedsmith.core.reps import exceeds
 from embedsmith.core.tokens import IntArray
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.mining.report import SUSPECT
-from embedsmith.mining.select import conan_window
+from embedsmith.mining.selection import conan_window
 
 FloatArray = npt.NDArray[np.float32]
 EMPTY = -1

@@ -21,11 +21,10 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.settings import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
-from embedsmith.data.record import refuse_tokens
 from embedsmith.mining.config import MineRecipe, Selection
 from embedsmith.mining.report import Counts, MineReport, concatenate
 from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, on_every_rank
-from embedsmith.mining.select import (
+from embedsmith.mining.selection import (
     Ranked,
     corpus_texts,
     fuse,
@@ -78,8 +77,7 @@ class Texts:
 
     @staticmethod
     def read(recipe: MineRecipe) -> Texts:
-        found = read_source(recipe.data)
-        refuse_tokens(found.records, "mining", recipe.data.path)
+        found = read_source(recipe.data).texts_only("mining", recipe.data.path)
         if found.task != "retrieval":
             raise DataError(
                 f"records of task {found.task} have no hard negatives",

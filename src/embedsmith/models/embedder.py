@@ -124,11 +124,16 @@ class Embedder(nn.Module):
         return hasher.hexdigest()
 
     def tokenize(
-        self, texts: Sequence[str], role: Role = "document", task: str | None = None, instruction: Instruction = None
+        self,
+        texts: Sequence[str],
+        role: Role | Sequence[Role] = "document",
+        task: str | None = None,
+        instruction: Instruction = None,
     ) -> TokenBatch:
         """Token ids of N texts, prompt (or instruction) in front, truncated with the end tokens kept.
 
-        An instruction, one for all or one a text, replaces the prompt of the role and task.
+        A role may be given for all texts or for each. An instruction, one for all or one a text, replaces the prompt of
+        the role and task.
         """
         block = self.settings.mcls
         if block is None:

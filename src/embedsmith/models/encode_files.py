@@ -22,7 +22,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
-from embedsmith.data.formats.texts import Text, read_texts
+from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.config import ComputeType
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import AnyArray, quantize, value_ranges
@@ -53,7 +53,7 @@ class EncodeJob:
     block: int = 4096
     processes: int = 1
 
-    def texts(self) -> Iterator[Text]:
+    def texts(self) -> Iterator[FileText]:
         """Of all files. In JSON lines a title stands in front of its text; in tables only the one column counts."""
         for path in self.files:
             yield from read_texts(path, column=self.column, titles=".jsonl" in path.suffixes)

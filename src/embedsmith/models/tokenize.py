@@ -128,14 +128,17 @@ class TextTokenizer:
         self,
         texts: Sequence[str],
         settings: Settings,
-        role: Role,
+        role: Role | Sequence[Role],
         task: str | None = None,
         instruction: Instruction = None,
     ) -> TokenBatch:
-        """Token ids of N texts. Errors: `DataError` for broken Unicode, naming the text."""
-        prompts = [prompt_for(settings, role, task)] * len(texts)
+        """Token ids of N texts, of one role or each of its own. Errors: `DataError` for broken Unicode, naming the
+        text."""
+        roles = [role] * len(texts) if isinstance(role, str) else role
+        prompt_of = {each: prompt_for(settings, each, task) for each in dict.fromkeys(roles)}
+        prompts = [prompt_of[each] for each in roles]
         if instruction is not None:
-            prompts = _instructed(prompts, instruction, settings.templates.get(role))
+            prompts = _instructed(prompts, instruction, [settings.templates.get(each) for each in roles])
         if settings.echo is not None:
             prompts, texts = self._twice(prompts, texts, settings)
         self._set_up(settings.max_length)
@@ -150,11 +153,11 @@ class TextTokenizer:
                         f"broken Unicode in text {number}", expected="text without lone surrogates"
                     ) from None
             raise
-        rows = [encoding.ids or [self._filler_id] for encoding in encodings]
-        starts = [0] * len(rows)
+        starts = [0] * len(texts)
         if with_prompts:
             starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
-        return TokenBatch.from_rows(rows, starts, role == "query")
+        rows = (encoding.ids or [self._filler_id] for encoding in encodings)
+        return TokenBatch.from_rows(rows, starts, [each == "query" for each in roles])
 
     def _twice(
         self, prompts: Sequence[str], texts: Sequence[str], settings: Settings
@@ -184,13 +187,17 @@ class TextTokenizer:
             self._native.enable_truncation(max_length=max_length)
 
 
-def _instructed(prompts: list[str], instruction: str | Sequence[str | None], template: str | None) -> list[str]:
+def _instructed(
+    prompts: list[str], instruction: str | Sequence[str | None], templates: Sequence[str | None]
+) -> list[str]:
     """An instruction goes into the role's template; without one it stands in the prompt's place, word for word."""
     given = [instruction] * len(prompts) if isinstance(instruction, str) else instruction
     if len(given) != len(prompts):
         raise ModelError(f"{len(given)} instructions for {len(prompts)} texts", expected="one a text")
-    own = given if template is None else [None if one is None else filled(template, one) for one in given]
-    return [prompt if one is None else one for prompt, one in zip(prompts, own, strict=True)]
+    return [
+        prompt if own is None else own if template is None else filled(template, own)
+        for prompt, own, template in zip(prompts, given, templates, strict=True)
+    ]
 
 
 def _body_start(encoding: Any, prompt_length: int) -> int:

@@ -1,6 +1,6 @@
 """Reports: one HTML file that opens without a network, of a run, a merge or a comparison."""
 
 from embedsmith.report.comparison import comparison_page, geometry_page
-from embedsmith.report.folder import folder_page, write_report
+from embedsmith.report.run_folder import folder_page, write_report
 
 __all__ = ["comparison_page", "folder_page", "geometry_page", "write_report"]

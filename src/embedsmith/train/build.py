@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,46 +21,14 @@ from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import losses
-from embedsmith.data import RecordSet, Source, negatives_per_query, part_of, read_source
+from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, part_of, read_source
+from embedsmith.data.record import Text
 from embedsmith.losses import balance_weights
-from embedsmith.models import Embedder, ModelConfig, load
+from embedsmith.models import Embedder, load
 from embedsmith.train.config import Balance, Recipe, TrainConfig
-from embedsmith.train.feed import Feed, Lane, Planner, Supply, merge_small, mixed_supplies
+from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
-from embedsmith.train.tokens import check_tokens
-
-# Steps of two parts: retrieval and similarity in one optimizer step (Conan's cross-GPU batch balance).
-
-
-def balanced_lanes(balance: Balance, supplies: Sequence[Supply], plan_of: Planner) -> tuple[list[Lane], int]:
-    """This rank's lanes, and the steps of an epoch (those of the retrieval sources; similarity is cycled).
-
-    Errors: `RecipeError` without a source of each kind, or with too few ranks to split.
-    """
-    retrieval = [supply for supply in supplies if not supply.in_pairs]
-    sts = [supply for supply in supplies if supply.in_pairs]
-    if not retrieval or not sts:
-        raise RecipeError("train.balance needs a retrieval source and a source of scored pairs", where="data")
-    world, me = world_size(), rank()
-    if balance.mode == "balanced":
-        weight, beta = balance_weights("balanced", world, world, balance.beta)
-        shared = 1 if balance.spread_negatives else world
-        plan = plan_of(retrieval, shared)
-        lanes = [
-            Lane(retrieval, plan, me, world, weight, spread=balance.spread_negatives),
-            Lane(sts, plan_of(sts, world), me, world, beta),
-        ]
-        return lanes, plan.steps_per_epoch
-    first_sts = world - balance.sts_ranks
-    weight, beta = balance_weights("split", first_sts, balance.sts_ranks, balance.beta)
-    groups = [dist.new_group(list(ranks)) for ranks in (range(first_sts), range(first_sts, world))]
-    plan = plan_of(retrieval, first_sts)
-    if me < first_sts:
-        lane = Lane(retrieval, plan, me, first_sts, weight, groups[0])
-    else:
-        lane = Lane(sts, plan_of(sts, balance.sts_ranks), me - first_sts, balance.sts_ranks, beta, groups[1])
-    return [lane], plan.steps_per_epoch
-
+from embedsmith.train.token_check import check_tokens
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
 
@@ -122,11 +90,6 @@ def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
     return Memory(chunk, least_tokens=least)
 
 
-def from_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The same model as a checkpoint holds it: what the recipe changed about the original is already in there."""
-    return config.continued(str(folder))
-
-
 def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balance: Balance | None = None) -> Feed:
     """Read every source, choose its loss, and plan the batches."""
     sets = _named_apart(sources, [read_source(source) for source in sources])
@@ -135,9 +98,9 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
     supplies = [
         make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=True)
     ]
-    planner = Planner(config.plan, config.seed, model.settings.max_length)
+    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length)
     if balance is not None:
-        lanes, steps = balanced_lanes(balance, merge_small(supplies, config.plan), planner)
+        lanes, steps = _balanced_lanes(balance, merge_small(supplies, config.plan), planner)
     elif config.plan.batches == "mixed":
         lanes, steps = _mixed_lanes(supplies, config, planner)
     else:
@@ -145,6 +108,40 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
         plan = planner(supplies, world_size())
         lanes, steps = [Lane(supplies, plan, rank(), world_size())], plan.steps_per_epoch
     return Feed(model, lanes, steps, config.seed)
+
+
+Planner = Callable[[Sequence[Supply], int], BatchPlan]
+
+
+def _balanced_lanes(balance: Balance, supplies: Sequence[Supply], planner: Planner) -> tuple[list[Lane], int]:
+    """Retrieval and similarity in one optimizer step (Conan's cross-GPU batch balance): this rank's lanes, and the
+    steps of an epoch (those of the retrieval sources; similarity is cycled).
+
+    Errors: `RecipeError` without a source of each kind, or with too few ranks to split.
+    """
+    retrieval = [supply for supply in supplies if not supply.in_pairs]
+    sts = [supply for supply in supplies if supply.in_pairs]
+    if not retrieval or not sts:
+        raise RecipeError("train.balance needs a retrieval source and a source of scored pairs", where="data")
+    world, me = world_size(), rank()
+    if balance.mode == "balanced":
+        weight, beta = balance_weights("balanced", world, world, balance.beta)
+        shared = 1 if balance.spread_negatives else world
+        plan = planner(retrieval, shared)
+        lanes = [
+            Lane(retrieval, plan, me, world, weight, spread=balance.spread_negatives),
+            Lane(sts, planner(sts, world), me, world, beta),
+        ]
+        return lanes, plan.steps_per_epoch
+    first_sts = world - balance.sts_ranks
+    weight, beta = balance_weights("split", first_sts, balance.sts_ranks, balance.beta)
+    groups = [dist.new_group(list(ranks)) for ranks in (range(first_sts), range(first_sts, world))]
+    plan = planner(retrieval, first_sts)
+    if me < first_sts:
+        lane = Lane(retrieval, plan, me, first_sts, weight, groups[0])
+    else:
+        lane = Lane(sts, planner(sts, balance.sts_ranks), me - first_sts, balance.sts_ranks, beta, groups[1])
+    return [lane], plan.steps_per_epoch
 
 
 def _mixed_lanes(supplies: Sequence[Supply], config: TrainConfig, planner: Planner) -> tuple[list[Lane], int]:
@@ -158,7 +155,7 @@ def _mixed_lanes(supplies: Sequence[Supply], config: TrainConfig, planner: Plann
     return lanes, max(plan.steps_per_epoch for plan in plans)
 
 
-def make_supply(source: Source, whole: RecordSet, batch_size: int | None, model: Embedder) -> Supply:
+def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, model: Embedder) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
     records = part_of(whole, source.part)
     loss = choose_loss(source, records.task)
@@ -201,20 +198,24 @@ def choose_loss(source: Source, task: str) -> Loss:
     return loss
 
 
-def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet]) -> list[RecordSet]:
+def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet[Text]]) -> list[RecordSet[Text]]:
     """Sources under names of their own: reports, the manifest and live negatives know them by name."""
-    named: dict[str, RecordSet] = {}
+    named: dict[str, RecordSet[Text]] = {}
     for source, found in zip(sources, sets, strict=True):
         names = (f"{found.name}-{number}" for number in count(2))
         name = found.name if found.name not in named else next(name for name in names if name not in named)
         if name != found.name:
-            told = f"another source is named {found.name!r} too: this one is called {name!r}; `name` calls it otherwise"
-            log.warning("%s: %s", source.path, told)
+            log.warning(
+                "%s: another source is named %r too: this one is called %r; `name` calls it otherwise",
+                source.path,
+                found.name,
+                name,
+            )
         named[name] = replace(found, name=name)
     return list(named.values())
 
 
-def _check_same_files(sets: Sequence[RecordSet]) -> None:
+def _check_same_files(sets: Sequence[RecordSet[Text]]) -> None:
     seen = objects_of_all_ranks([(record_set.name, record_set.fingerprint) for record_set in sets])
     for other, theirs in enumerate(seen):
         different = [mine[0] for mine, their in zip(seen[0], theirs, strict=True) if mine != their]

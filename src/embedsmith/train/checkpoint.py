@@ -28,31 +28,6 @@ from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import to_plain
 from embedsmith.models import Embedder
 
-# The optimizer's state as one whole, wherever its parameters lie: what a checkpoint holds, for any number of ranks.
-
-
-def whole(tensor: Any) -> Any:
-    """The full tensor of a shard, on the CPU; anything else as it is. Collective for a shard."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with full tensors. Collective where parameters are sharded."""
-    state = optimizer.state_dict()
-    moments = {key: {name: whole(value) for name, value in entry.items()} for key, entry in state["state"].items()}
-    return {**state, "state": moments}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `optimizer_state`, on any number of ranks."""
-    optimizer.load_state_dict(state)
-    for parameter, entry in optimizer.state.items():
-        if isinstance(parameter, DTensor):
-            for name, value in entry.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and not isinstance(value, DTensor):
-                    entry[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
 FINISHED = "finished.json"
 
 
@@ -82,19 +57,21 @@ class Checkpoints:
     ) -> None:
         """Write `step-N`, then drop older ones (never the best). Collective: every rank's random state goes in."""
         random_states = objects_of_all_ranks(random_state())
-        moments = optimizer_state(optimizer)
+        optimizer_whole = optimizer_state(optimizer)
         if rank() != 0:
             return
         with atomic_folder(self.path(state.step)) as folder:
             model.save(folder / "model", merge=False)
-            training = {"optimizer": moments, "extras": extras.state_dict(), "random": random_states}
+            training = {"optimizer": optimizer_whole, "extras": extras.state_dict(), "random": random_states}
             with (folder / "training.pt").open("wb") as file:
                 torch.save(training, file)
             if mining is not None:
                 with (folder / "mining.pt").open("wb") as file:
                     torch.save(mining, file)
             (folder / "state.json").write_text(json.dumps(to_plain(state)), encoding="utf-8")
-        self._prune(state)
+        for step in self.steps()[: -self.keep]:
+            if step != state.best_step:
+                shutil.rmtree(self.path(step))
 
     def load(self, step: int, extras: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
         """Restore everything but the model, which is built from `model_folder(step)`."""
@@ -139,10 +116,28 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def _prune(self, state: RunState) -> None:
-        for step in self.steps()[: -self.keep]:
-            if step != state.best_step:
-                shutil.rmtree(self.path(step))
+
+def whole(tensor: Any) -> Any:
+    """The full tensor of a shard, on the CPU; anything else as it is. Collective for a shard."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` with full tensors, wherever the parameters lie: what a checkpoint holds, for any number
+    of ranks. Collective where parameters are sharded."""
+    state = optimizer.state_dict()
+    full = {key: {name: whole(value) for name, value in entry.items()} for key, entry in state["state"].items()}
+    return {**state, "state": full}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The inverse of `optimizer_state`, on any number of ranks."""
+    optimizer.load_state_dict(state)
+    for parameter, entry in optimizer.state.items():
+        if isinstance(parameter, DTensor):
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and not isinstance(value, DTensor):
+                    entry[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:

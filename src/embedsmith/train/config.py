@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Count, NotNegative, Positive, section
 from embedsmith.data import PlanConfig, Source
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
@@ -18,20 +18,21 @@ class Balance:
     """Conan's cross-GPU balance: every step has a retrieval part and a similarity part, which move the model together
     with loss L_retrieval + beta L_similarity (Conan-embedding, section 3.3).
 
-    `balanced`: every rank computes both parts. With `spread_negatives` all ranks have the same queries and each
-    another slice of their negatives (the paper's figure); without, each has its own queries with all their negatives,
-    which gives the same loss and encodes less. `split`: the last `sts_ranks` ranks do the similarity part, the others
-    the retrieval part.
+    - `mode`: `balanced`, every rank computes both parts; `split`, the last `sts_ranks` ranks do the similarity part
+      and the others the retrieval part.
+    - `beta`: the weight of the similarity part beside the retrieval part.
+    - `spread_negatives`: all ranks have the same queries and each another slice of their negatives (the paper's
+      figure). Without it each has its own queries with all their negatives, which gives the same loss and encodes
+      less. For the balanced mode.
+    - `sts_ranks`: how many ranks do the similarity part in the mode `split`.
     """
 
     mode: Literal["balanced", "split"] = "balanced"
-    beta: float = 0.8
+    beta: NotNegative = 0.8
     spread_negatives: bool = False
-    sts_ranks: int = 1
+    sts_ranks: Count = 1
 
     def __post_init__(self) -> None:
-        if self.beta < 0 or self.sts_ranks < 1:
-            raise RecipeError(f"beta {self.beta}, sts_ranks {self.sts_ranks}", expected="beta >= 0, sts_ranks >= 1")
         if self.mode == "split" and self.spread_negatives:
             raise RecipeError("spread_negatives belongs to the balanced mode", fix="remove one of the two")
 
@@ -39,54 +40,67 @@ class Balance:
 @section
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """How to train. Neither `micro_batch` nor `token_budget` changes the negatives or the gradient.
 
-    `steps` or `epochs` (one epoch by default) say how long; `batch_size` is per optimizer step, all ranks together,
-    and the pool of in-batch negatives. `plan` says which rows meet in a batch. `micro_batch` (texts) and
-    `token_budget` (padded tokens) only bound memory: they change neither the negatives nor the gradient. `mining`
-    replaces hard negatives while the model trains. `group_learning_rates` maps a regular expression on parameter names
-    to a learning rate of its own. `warmup` is a share of the run below 1, or a number of steps.
-    `shard` spreads the backbone's weights and optimizer state over the ranks (FSDP2); `zero2` the optimizer's state and
-    gradients alone (DeepSpeed, extra `deepspeed`).
+    - `steps`: optimizer steps of the run, in place of `epochs`.
+    - `epochs`: passes over the data, fractions allowed; `None` is one where `steps` is not given either.
+    - `batch_size`: rows of an optimizer step, all ranks together, and so the pool of in-batch negatives; a source may
+      have its own.
+    - `learning_rate`: the highest rate, reached after the warm-up.
+    - `group_learning_rates`: a rate of their own for parameters whose name matches a regular expression; the first
+      match wins.
+    - `min_learning_rate`: the rate at which the schedule ends.
+    - `schedule`: how the rate falls after the warm-up: in a straight line, as a cosine, or not at all.
+    - `warmup`: how long the rate rises, as a share of the run below 1, else as a number of steps.
+    - `weight_decay`: AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed.
+    - `betas`: AdamW's decay rates of its two averages of the gradient.
+    - `clip_norm`: the norm to which larger gradients are scaled down; `None` leaves them as they are.
+    - `precision`: `bf16` is autocast over fp32 weights; `auto` takes it where the hardware multiplies bf16.
+    - `shard`: `true` spreads the backbone's weights, gradients and optimizer state over the ranks (FSDP2), `zero2` the
+      optimizer's state and gradients alone (DeepSpeed, extra `deepspeed`).
+    - `balance`: retrieval and similarity in every step, as Conan does it; `None` draws one source a step.
+    - `mining`: replaces hard negatives while the model trains; `None` keeps those of the data.
+    - `plan`: which rows meet in a batch, and in which order batches come.
+    - `micro_batch`: texts encoded at once, to bound memory; `None` does not limit them.
+    - `token_budget`: padded tokens whose graphs may be in memory together; `None` keeps all of them.
+    - `seed`: of everything that is drawn.
+    - `log_every`: steps between two lines of numbers.
+    - `checkpoint_every`: steps between two checkpoints; `None` is a tenth of the run.
+    - `keep_checkpoints`: how many checkpoints stay; the best one is kept besides.
+    - `final`: whether the result is the last model or the one with the best score of `evaluate`.
+    - `log_with`: trackers that get the numbers too; any that accelerate knows.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 64
-    learning_rate: float = 2e-5
-    group_learning_rates: dict[str, float] = field(default_factory=dict)
-    min_learning_rate: float = 0.0
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 64
+    learning_rate: Positive = 2e-5
+    group_learning_rates: dict[str, NotNegative] = field(default_factory=dict)
+    min_learning_rate: NotNegative = 0.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.01
+    warmup: NotNegative = 0.1
+    weight_decay: NotNegative = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     shard: bool | Literal["zero2"] = False
     balance: Balance | None = None
     mining: LiveNegatives | None = None
     plan: PlanConfig = PlanConfig()
-    micro_batch: int | None = None
-    token_budget: int | None = None
+    micro_batch: Count | None = None
+    token_budget: Count | None = None
     seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
+    log_every: Count = 10
+    checkpoint_every: Count | None = None
+    keep_checkpoints: Count = 2
     final: Literal["last", "best"] = "last"
     log_with: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        positive = ("steps", "epochs", "batch_size", "learning_rate", "micro_batch", "token_budget", "log_every")
-        for name in (*positive, "checkpoint_every", "keep_checkpoints", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise RecipeError(f"{name} is {value}", expected="a number above 0")
         if self.steps is not None and self.epochs is not None:
             raise RecipeError("steps and epochs are both set", fix="keep one of them")
         if self.micro_batch is not None and self.token_budget is not None:
             raise RecipeError("micro_batch and token_budget are both set", fix="keep one of them")
-        if self.warmup < 0 or self.weight_decay < 0 or self.min_learning_rate < 0:
-            raise RecipeError("warmup, weight_decay and min_learning_rate cannot be negative")
         if self.balance is not None and (self.plan.batches == "mixed" or self.plan.schedule != "proportional"):
             raise RecipeError(
                 "train.balance has both tasks in every step: a schedule or mixed batches mean nothing beside it",
@@ -104,33 +118,30 @@ class TrainConfig:
 class EvaluateConfig:
     """What to measure while training.
 
-    `tasks`: names or paths for `embedsmith evaluate`, looked up in `data`; `every`: steps between evaluations (`None`:
-    only at the end). `metric`: the task whose main score chooses the best checkpoint (`None`: the mean over tasks).
-    `validation`: sources whose loss is reported without training on them. `patience`: evaluations without a better
-    score after which training stops early. `before`: score the model before the first step too, so that the report can
-    tell what training changed. `geometry`: texts of the first task whose geometry is logged at every evaluation.
-    `heads`: outputs beside `dense` that are scored too, logged as `score/TASK/HEAD`. `dims`: widths of the vectors that
-    are scored too (Matryoshka), logged as `score/TASK/WIDTH`.
+    - `tasks`: names or paths for `embedsmith evaluate`, scored at every evaluation; none by default.
+    - `data`: the folder in which the tasks are looked up; `None` is that of `embedsmith evaluate`.
+    - `every`: steps between evaluations; `None` measures only at the end.
+    - `metric`: the task whose main score chooses the best checkpoint; `None` is the mean over tasks.
+    - `validation`: sources whose loss is reported without training on them.
+    - `patience`: evaluations without a better score after which training stops early; `None` never does.
+    - `before`: score the model before the first step too, so that the report can tell what training changed.
+    - `geometry`: texts of the first task whose geometry is logged at every evaluation; `None` logs none.
+    - `heads`: outputs beside `dense` that are scored too, logged as `score/TASK/HEAD`.
+    - `dims`: widths of the vectors that are scored too (Matryoshka), logged as `score/TASK/WIDTH`.
     """
 
     tasks: tuple[str, ...] = ()
     data: str | None = None
-    every: int | None = None
+    every: Count | None = None
     metric: str | None = None
     validation: tuple[Source, ...] = ()
-    patience: int | None = None
+    patience: Count | None = None
     before: bool = True
-    geometry: int | None = None
+    geometry: Count | None = None
     heads: tuple[Literal["sparse", "multivector", "hybrid"], ...] = ()
-    dims: tuple[int, ...] = ()
+    dims: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        if any(width < 1 for width in self.dims):
-            raise RecipeError(f"dims are {list(self.dims)}", expected="numbers from 1, such as [64, 128, 256]")
-        for name in ("every", "patience", "geometry"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise RecipeError(f"{name} is {value}", expected="a number above 0")
         if self.geometry is not None and not self.tasks:
             raise RecipeError("geometry needs texts to look at", fix="set evaluate.tasks")
         if self.patience is not None and not (self.tasks and self.every):
@@ -142,7 +153,14 @@ class EvaluateConfig:
 @section
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a training run depends on."""
+    """Everything a training run depends on.
+
+    - `model`: the encoder to start from, with its pooling, prompts and heads.
+    - `data`: the sources to train on, one or more.
+    - `output`: the run's folder.
+    - `train`: steps, learning rate, memory, precision, checkpoints.
+    - `evaluate`: tasks and validation sources to score while training.
+    """
 
     model: ModelConfig
     data: tuple[Source, ...]

@@ -1,5 +1,23 @@
-"""From a step's number to its tokens. Everything here is a pure function of the plan, so it can run ahead of training
-in a background thread, and a resumed run draws the same texts."""
+"""From a step's number to its texts as tokens: sources become supplies, their rows are planned, and each step is drawn.
+
+    RecordSet + recipe    build.make_supply                        Supply: records, loss, how to draw
+      | merge_small, mixed_supplies   which sources are put together
+      | plan_of                       data.plan                    BatchPlan
+      v
+    Lane                  sources of which a step draws one, and the ranks that share its rows
+      | plan.at(step).rows_of(rank)   which rows                   PlannedStep, row numbers
+      | records[row]                  or live negatives in use     Record
+      | retrieval_texts, pair_texts   data.draw                    texts, and who belongs to whom by id
+      | tokenize                      one TokenBatch               TokenBatch
+      v
+    Feed.draw(step)       the texts of a step, and its parts       Draw = (TokenBatch, [Part])
+      | run_ahead                     a few steps ahead, in a background thread
+      v
+    step.run_step
+
+Everything here is a pure function of the plan (and of the live negatives in use at a step), so it can run ahead of
+training, and a resumed run draws the same texts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +25,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -21,14 +40,14 @@ from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import (
     BatchPlan,
     PlanConfig,
-    Record,
+    PlannedSource,
     RecordSet,
-    RowFacts,
     joined,
     pair_texts,
     retrieval_texts,
     row_facts,
 )
+from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
 from embedsmith.models import Embedder
@@ -43,16 +62,13 @@ class Negatives(Protocol):
         """Grows when what was drawn ahead is void: the pools were mined anew."""
         ...
 
-    def records(self, row_Q: IntArray, step: int) -> list[Record]:
+    def records(self, row_Q: IntArray, step: int) -> list[Record[Text]]:
         """Some rows, with the negatives in use at a step in place of their own."""
         ...
 
-    def watch(self, records: Sequence[Record]) -> Callable[[Batch], None]:
+    def watch(self, records: Sequence[Record[Text]]) -> Callable[[Batch], None]:
         """What is to be shown the batch of these records, once it is encoded."""
         ...
-
-
-# The sources of a run, ready to be planned: which of them are put together, and how their rows become batches.
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class Supply:
     plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
     chooses its negatives while the model trains."""
 
-    records: RecordSet
+    records: RecordSet[Text]
     loss: Loss
     batch_size: int | None
     weight: float
@@ -71,7 +87,7 @@ class Supply:
     shuffle: float = 0.0
     live: Negatives | None = None
 
-    @property
+    @cached_property
     def in_pairs(self) -> bool:
         """Whether its batches are scored pairs; a loss that reads both kinds takes what the task is."""
         return PairBatch in self.loss.batches and (
@@ -97,38 +113,41 @@ class Supply:
         return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
 
 
-@dataclass(frozen=True)
-class Planner:
-    """Makes the plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text."""
+def plan_of(
+    supplies: Sequence[Supply],
+    world: int,
+    config: PlanConfig = PlanConfig(),  # noqa: B008  (frozen)
+    seed: int = 0,
+    max_length: int | None = None,
+) -> BatchPlan:
+    """The plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text.
 
-    config: PlanConfig = PlanConfig()
-    seed: int = 0
-    max_length: int | None = None
-
-    def __call__(self, supplies: Sequence[Supply], world: int) -> BatchPlan:
-        """Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates."""
-        apart = [_apart(supply, self.config) for supply in supplies]
-        records = [supply.records.records for supply in supplies]
-        return BatchPlan(
-            sizes=tuple(supply.rows for supply in supplies),
-            batch_sizes=tuple(supply.batch_size for supply in supplies),
-            weights=tuple(supply.weight for supply in supplies),
-            names=tuple(supply.records.name for supply in supplies),
-            tasks=tuple(supply.records.task for supply in supplies),
-            texts=tuple(supply.texts_a_row for supply in supplies),
-            apart=tuple(apart),
-            facts=tuple(
-                _facts(supply, self.max_length) if wanted or self.config.by_length else None
-                for supply, wanted in zip(supplies, apart, strict=True)
-            ),
-            orders=tuple(one.order if isinstance(one, HasOrder) else None for one in records),
-            seed=self.seed,
-            world=world,
-            config=self.config,
+    Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates.
+    """
+    sources = []
+    for supply in supplies:
+        apart, facts, records = _is_apart(supply, config), None, supply.records.records
+        if apart or config.by_length:
+            facts = row_facts(records)
+        if facts is not None and max_length is not None:
+            facts = replace(facts, length_N=np.minimum(facts.length_N, max_length))
+        sources.append(
+            PlannedSource(
+                supply.rows,
+                supply.batch_size,
+                supply.weight,
+                supply.records.name,
+                supply.records.task,
+                supply.texts_a_row,
+                apart,
+                facts,
+                records.order if isinstance(records, HasOrder) else None,
+            )
         )
+    return BatchPlan(tuple(sources), seed, world, config)
 
 
-def _apart(supply: Supply, config: PlanConfig) -> bool:
+def _is_apart(supply: Supply, config: PlanConfig) -> bool:
     """Whether rows of a batch must share no text: by default where they are contrasted with each other."""
     if not supply.streamed:
         return config.duplicates == "forbid" or (config.duplicates is None and not supply.in_pairs)
@@ -141,17 +160,12 @@ def _apart(supply: Supply, config: PlanConfig) -> bool:
     return False
 
 
-def _facts(supply: Supply, max_length: int | None) -> RowFacts:
-    facts = row_facts(supply.records.records)
-    return facts if max_length is None else replace(facts, length_N=np.minimum(facts.length_N, max_length))
-
-
-def put_together(supplies: Sequence[Supply], name: str | None = None) -> Supply:
+def put_together(supplies: Sequence[Supply]) -> Supply:
     """Sources of one kind as one."""
     records = joined([supply.records for supply in supplies])
     return replace(
         supplies[0],
-        records=records if name is None else replace(records, name=name),
+        records=records,
         negatives=max(supply.negatives for supply in supplies),
     )
 
@@ -273,7 +287,8 @@ class Feed:
     def draw(self, step: int) -> Draw:
         """The texts and parts of a step: a function of its number (and of the live negatives in use then)."""
         drawn = [lane.draw(self.model, step, self.seed) for lane in self.lanes]
-        return TokenBatch.concatenate([tokens for tokens, _ in drawn]), [part for _, part in drawn]
+        texts, parts = [tokens for tokens, _ in drawn], [part for _, part in drawn]
+        return texts[0] if len(texts) == 1 else TokenBatch.concatenate(texts), parts
 
     def run_ahead(self, start: int, stop: int, ahead: int = AHEAD) -> Iterator[Draw]:
         """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains. Where pools of
@@ -311,32 +326,26 @@ def make_part(
     else:
         records = supply.live.records(np.asarray(rows), step)
     seeds = [derive_seed(seed, visit, int(row)) for row in rows]
-    task = supply.records.task
-    instructions = [record.instruction for record in records]
-    own = instructions if any(instruction is not None for instruction in instructions) else None
+    task, own = supply.records.task, [record.instruction for record in records]
+    first: Sequence[Text]
+    second: Sequence[Text]
     ids: RetrievalIds | PairIds
-    sides: list[tuple[list[str], Role, list[str | None] | None]]
     if supply.in_pairs:
-        left, right, ids = pair_texts(records, seeds=seeds)
-        sides = [(left, "query", own), (right, "query", own)]
+        first, second, ids = pair_texts(records, seeds=seeds)
+        second_role: Role = "query"
+        instructions = [*own, *own]
     else:
         counts = {"positives": supply.positives, "negatives": supply.negatives}
-        queries, documents, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
-        sides = [(queries, "query", own), (documents, "document", None)]
-    tokens = TokenBatch.concatenate([_tokenize(model, texts, role, task, given) for texts, role, given in sides])
+        first, second, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
+        second_role = "document"
+        instructions = [*own, *[None] * len(second)]
+    first_role: Role = "query"
+    roles = [first_role] * len(first) + [second_role] * len(second)
+    tokens = tokens_of(model.tokenize, [*first, *second], roles, task, instructions)
     teacher = None
     if supply.teacher is not None:
-        vectors = [supply.teacher.represent(texts, role=role, task=task)["dense"] for texts, role, _ in sides]
-        teacher = (vectors[0], vectors[1])
+        left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no teacher
+        represent = partial(supply.teacher.represent, task=task)
+        teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
     watch = supply.live.watch(records) if supply.live else None
     return tokens, Part(supply.records.name, task, ids, supply.loss, teacher=teacher, watch=watch)
-
-
-def _tokenize(
-    model: Embedder, texts: list[str], role: Role, task: str, instructions: list[str | None] | None
-) -> TokenBatch:
-    def tokenize(places: list[int]) -> TokenBatch:
-        given = None if instructions is None else [instructions[place] for place in places]
-        return model.tokenize([texts[place] for place in places], role=role, task=task, instruction=given)
-
-    return tokens_of(texts, role == "query", tokenize)

@@ -1,4 +1,8 @@
-"""What a run writes about itself: `metrics.jsonl`, and the trackers accelerate knows (TensorBoard and others)."""
+"""What a run writes about itself, in its folder and to the trackers that accelerate knows (TensorBoard and others).
+
+metrics.jsonl   one line of numbers at a time (`Journal`, from a `Meter`)
+manifest.json   what the run reads, and what it saw up to its last checkpoint: counts and hashes (`RunManifest`)
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +27,12 @@ from embedsmith.core.collectives import (
 )
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.progress import Bar
+from embedsmith.core.progress import Bar, log
 from embedsmith.core.settings import to_plain
-from embedsmith.data import BatchPlan, Joined
+from embedsmith.core.tokens import IntArray
+from embedsmith.data import Joined
 from embedsmith.train.feed import Feed, Lane
-from embedsmith.train.step import DeadHeads, StepOutput
+from embedsmith.train.step import StepOutput
 
 
 class Journal:
@@ -85,157 +90,8 @@ def _scalars(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): tree if isinstance(tree, bool | int | float | str) else json.dumps(tree)}
 
 
-# `manifest.json` in a run's folder: what the run reads, and what it saw up to its last checkpoint: counts and hashes.
-# The plan is a function of the step number, so what was seen is not recorded but computed: the batches are planned once
-# more, without reading a text.
-
-NAME = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Start:
-    """A start of the run, at `step`, on so many ranks."""
-
-    step: int
-    ranks: int
-
-
-@dataclass
-class _Seen:
-    """What a run saw of one source. The hash is over the row numbers in the order of the steps."""
-
-    rows: int
-    steps: int = 0
-    drawn: int = 0
-    mask_N: Any = None
-    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-
-
-@dataclass
-class RunManifest:
-    """The manifest of a run under way: `save` counts what the steps since the last call saw."""
-
-    output: Path
-    feed: Feed
-    starts: list[Start]
-    _step: int = 0
-    _seen: list[list[_Seen]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._seen = [
-            [_Seen(supply.rows, mask_N=np.zeros(supply.rows, bool)) for supply in lane.supplies]
-            for lane in self.feed.lanes
-        ]
-
-    def save(self, step: int, *, finished: bool = False) -> None:
-        """Write what steps 0 to `step` - 1 saw of each source. Collective."""
-        sources = _sources(self.feed)
-        for lane, seen in zip(self.feed.lanes, self._seen, strict=True):
-            self._follow(lane, seen, step)
-            for supply, one in zip(lane.supplies, seen, strict=True):
-                sources[supply.records.name]["seen"] = _told(supply.records.records, one)
-        self._step = max(self._step, step)
-        _write(self.output, {"starts": to_plain(self.starts), "steps": step, "finished": finished}, sources)
-
-    def _follow(self, lane: Lane, seen: list[_Seen], step: int) -> None:
-        for each, ranks in _steps(self.starts, range(self._step, step), lane):
-            planned = lane.plan.at(each, ranks)
-            one = seen[planned.source]
-            one.steps += 1
-            one.drawn += len(planned.rows)
-            one.mask_N[planned.rows] = True
-            one.digest.update(planned.rows.tobytes())
-
-
-def open_manifest(output: Path, feed: Feed, step: int) -> RunManifest:
-    """Say what will be read, before the first step or after a resume, and what was seen before. Collective.
-
-    Errors: `DataError` on a resume when a source holds other records than before: its steps would not be the same.
-    """
-    if step:
-        now = _of_all_ranks(_sources(feed))
-        on_first_rank(lambda: _refuse_changed(output, now))
-    earlier = [start for start in _starts(output) if start.step < step] if step else []
-    manifest = RunManifest(output, feed, [*earlier, Start(step, world_size())])
-    manifest.save(step)
-    return manifest
-
-
-def _told(records: Any, seen: _Seen) -> dict[str, Any]:
-    told = {
-        "steps": seen.steps,
-        "rows_drawn": seen.drawn,
-        "rows": int(seen.mask_N.sum()),
-        "hash": seen.digest.hexdigest(),
-    }
-    if isinstance(records, Joined):
-        counts = [int(piece.sum()) for piece in np.split(seen.mask_N, records.stop[:-1])]
-        told["rows_of"] = dict(zip(records.names, counts, strict=True))
-    return told
-
-
-def _refuse_changed(output: Path, now: dict[str, dict[str, Any]]) -> None:
-    path = output / NAME
-    before = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.exists() else {}
-    changed = [name for name, entry in now.items() if name in before and before[name]["content"] != entry["content"]]
-    if changed:
-        rows = "; ".join(f"{name}: {before[name]['rows']:,} rows before, {now[name]['rows']:,} now" for name in changed)
-        raise DataError(
-            f"data of this run changed since it was stopped ({rows})",
-            where=output,
-            fix="put the files back as they were to continue it, or start anew in another output",
-        )
-
-
-def _starts(output: Path) -> list[Start]:
-    path = output / NAME
-    if not path.exists():
-        return []
-    return [Start(**start) for start in json.loads(path.read_text(encoding="utf-8"))["starts"]]
-
-
-def _sources(feed: Feed) -> dict[str, dict[str, Any]]:
-    sources: dict[str, dict[str, Any]] = {}
-    for lane in feed.lanes:
-        for place, supply in enumerate(lane.supplies):
-            sources[supply.records.name] = {
-                "task": supply.records.task,
-                "rows": supply.rows,
-                "content": supply.records.fingerprint,
-                "skipped_rows": sum(skipped.count for skipped in supply.records.skipped),
-                "weight": supply.weight,
-                "steps_per_epoch": lane.plan.steps_of[place],
-                "unseen_rows_first_epoch": lane.plan.unused_rows[place],
-            }
-    return sources
-
-
-def _steps(starts: list[Start], wanted: range, lane: Lane) -> Iterator[tuple[int, int]]:
-    """Some steps with the number of ranks that shared their rows: all of them, or the part of them this lane has
-    now."""
-    ends = [start.step for start in starts[1:]] + [wanted.stop]
-    now: BatchPlan = lane.plan
-    for start, end in zip(starts, ends, strict=True):
-        ranks = start.ranks if start.ranks != world_size() else now.world
-        for step in range(max(start.step, wanted.start), min(end, wanted.stop)):
-            yield step, ranks
-
-
-def _of_all_ranks(mine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}
-
-
-def _write(output: Path, run: dict[str, Any], mine: dict[str, dict[str, Any]]) -> None:
-    """On the first rank; ranks may hold different sources (Conan's split mode)."""
-    sources = _of_all_ranks(mine)
-    if rank() != 0:
-        return
-    with atomic_file(output / NAME) as file:
-        json.dump({**run, "sources": sources}, file, indent=2, ensure_ascii=False)
-
-
 class Meter:
-    """Means since the last report."""
+    """Sums the numbers of steps, and reports their means since the last report."""
 
     def __init__(self) -> None:
         self._dead = DeadHeads()
@@ -274,3 +130,157 @@ class Meter:
         bar.note(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
         self._reset()
         return report
+
+
+MOSTLY_EMPTY = 0.5
+"""From this share of empty sparse vectors on a warning is given."""
+
+
+class DeadHeads:
+    """Warns once for each head and source of which most vectors are empty."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def watch(self, report: Mapping[str, float]) -> None:
+        """`report`: the numbers of one log line, named `HEAD_empty/SOURCE`."""
+        for name, value in report.items():
+            key, _, source = name.partition("/")
+            if key.endswith("_empty") and value > MOSTLY_EMPTY and name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "%s: %.0f%% of the texts have an empty %s vector; a smaller learning rate, a larger weight of this "
+                    "head or distillation from the start may revive it",
+                    source,
+                    100 * value,
+                    key.removesuffix("_empty"),
+                )
+
+
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of the run, at `step`, on so many ranks."""
+
+    step: int
+    ranks: int
+
+
+class SeenRows:
+    """What a run saw of one source. The hash is over the row numbers in the order of the steps."""
+
+    def __init__(self, rows: int) -> None:
+        self.steps, self.drawn, self.is_seen_N = 0, 0, np.zeros(rows, bool)
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, rows: IntArray) -> None:
+        self.steps += 1
+        self.drawn += len(rows)
+        self.is_seen_N[rows] = True
+        self._digest.update(rows.tobytes())
+
+    def entry(self, records: Any) -> dict[str, Any]:
+        """For the manifest; of sources that were put together also the rows of each."""
+        entry = {
+            "steps": self.steps,
+            "rows_drawn": self.drawn,
+            "rows": int(self.is_seen_N.sum()),
+            "hash": self._digest.hexdigest(),
+        }
+        if isinstance(records, Joined):
+            counts = [int(piece.sum()) for piece in np.split(self.is_seen_N, records.stop[:-1])]
+            entry["rows_of"] = dict(zip(records.names, counts, strict=True))
+        return entry
+
+
+class RunManifest:
+    """The manifest of a run under way. The plan is a function of the step number, so what was seen is not recorded but
+    computed: `save` plans the batches of the steps since the last call once more, without reading a text."""
+
+    def __init__(self, output: Path, feed: Feed, starts: list[Start]) -> None:
+        self.output, self.feed, self.starts = output, feed, starts
+        self._step = 0
+        self._seen = [[SeenRows(supply.rows) for supply in lane.supplies] for lane in feed.lanes]
+
+    def save(self, step: int, *, finished: bool = False) -> None:
+        """Write what steps 0 to `step` - 1 saw of each source. Collective: ranks may hold different sources (Conan's
+        split mode)."""
+        sources = _sources(self.feed)
+        for lane, seen in zip(self.feed.lanes, self._seen, strict=True):
+            for each, ranks in self._ranks_of_steps(range(self._step, step), lane):
+                planned = lane.plan.at(each, ranks)
+                seen[planned.source].add(planned.rows)
+            for supply, one in zip(lane.supplies, seen, strict=True):
+                sources[supply.records.name]["seen"] = one.entry(supply.records.records)
+        self._step = max(self._step, step)
+        sources = _of_all_ranks(sources)
+        if rank() == 0:
+            run = {"starts": to_plain(self.starts), "steps": step, "finished": finished, "sources": sources}
+            with atomic_file(self.output / NAME) as file:
+                json.dump(run, file, indent=2, ensure_ascii=False)
+
+    def _ranks_of_steps(self, wanted: range, lane: Lane) -> Iterator[tuple[int, int]]:
+        """Some steps with the number of ranks that shared their rows: all of them, or the part of them this lane has
+        now."""
+        ends = [start.step for start in self.starts[1:]] + [wanted.stop]
+        for start, end in zip(self.starts, ends, strict=True):
+            ranks = start.ranks if start.ranks != world_size() else lane.plan.world
+            for step in range(max(start.step, wanted.start), min(end, wanted.stop)):
+                yield step, ranks
+
+
+def open_manifest(output: Path, feed: Feed, step: int) -> RunManifest:
+    """Write what will be read, before the first step or after a resume, and what was seen before. Collective.
+
+    Errors: `DataError` on a resume when a source holds other records than before: its steps would not be the same.
+    """
+    earlier: list[Start] = []
+    if step:
+        now = _of_all_ranks(_sources(feed))
+        on_first_rank(lambda: _refuse_changed(output, now))
+        starts = [Start(**start) for start in _read(output).get("starts", ())]
+        earlier = [start for start in starts if start.step < step]
+    manifest = RunManifest(output, feed, [*earlier, Start(step, world_size())])
+    manifest.save(step)
+    return manifest
+
+
+def _read(output: Path) -> dict[str, Any]:
+    path = output / NAME
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _refuse_changed(output: Path, now: dict[str, dict[str, Any]]) -> None:
+    before = _read(output).get("sources", {})
+    changed = [name for name, entry in now.items() if name in before and before[name]["content"] != entry["content"]]
+    if changed:
+        rows = "; ".join(f"{name}: {before[name]['rows']:,} rows before, {now[name]['rows']:,} now" for name in changed)
+        raise DataError(
+            f"data of this run changed since it was stopped ({rows})",
+            where=output,
+            fix="put the files back as they were to continue it, or start anew in another output",
+        )
+
+
+def _sources(feed: Feed) -> dict[str, dict[str, Any]]:
+    """What this rank's lanes read, by the names of the sources."""
+    sources: dict[str, dict[str, Any]] = {}
+    for lane in feed.lanes:
+        for place, supply in enumerate(lane.supplies):
+            sources[supply.records.name] = {
+                "task": supply.records.task,
+                "rows": supply.rows,
+                "content": supply.records.fingerprint,
+                "skipped_rows": sum(skipped.count for skipped in supply.records.skipped),
+                "weight": supply.weight,
+                "steps_per_epoch": lane.plan.steps_of[place],
+                "unseen_rows_first_epoch": lane.plan.unused_rows[place],
+            }
+    return sources
+
+
+def _of_all_ranks(mine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}

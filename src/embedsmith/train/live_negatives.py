@@ -25,7 +25,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray
 from embedsmith.data import Record, text_id
-from embedsmith.data.record import refuse_tokens
+from embedsmith.data.record import Text
 from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
 from embedsmith.losses.candidates import Candidates
 from embedsmith.mining import LiveNegatives
@@ -33,7 +33,7 @@ from embedsmith.mining.live_pools import mine_pools
 from embedsmith.mining.live_state import EMPTY, LiveState
 from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
-from embedsmith.mining.select import corpus_texts
+from embedsmith.mining.selection import corpus_texts
 from embedsmith.models import Embedder
 from embedsmith.train.feed import AHEAD, Feed, Lane, Supply, make_part
 from embedsmith.train.step import Encode, Memory, evaluate_parts
@@ -51,12 +51,12 @@ class LiveSource:
     more: LiveNegatives
     seen: Tensor | None = field(default=None)
 
-    def records(self, row_Q: IntArray, step: int) -> list[Record]:
+    def records(self, row_Q: IntArray, step: int) -> list[Record[Text]]:
         """The records of a batch, with the negatives of that step in place of their own."""
         candidate_QS = self.state.draw(row_Q, step)
         return [self._record(int(row), candidates) for row, candidates in zip(row_Q, candidate_QS, strict=True)]
 
-    def _record(self, row: int, candidate_S: IntArray) -> Record:
+    def _record(self, row: int, candidate_S: IntArray) -> Record[Text]:
         record = self.supply.records.records[row]
         chosen = [int(candidate) for candidate in candidate_S if candidate != EMPTY]
         taught = record.teacher_negative_scores if self.state.pool_NP is None else None
@@ -67,14 +67,14 @@ class LiveSource:
             teacher_negative_scores=None if taught is None else tuple(taught[candidate] for candidate in chosen),
         )
 
-    def _text(self, record: Record, row: int, candidate: int) -> str:
+    def _text(self, record: Record[Text], row: int, candidate: int) -> Text:
         if self.state.pool_NP is None:
             return record.negatives[candidate]
         return self.texts.corpus[int(self.state.pool_NP[row, candidate])]
 
     @cached_property
     def texts(self) -> Texts:
-        found = self.supply.records
+        found = self.supply.records.texts_only("mining anew while training", self.supply.records.name)
         return Texts(found, corpus_texts(found.records, self.more.corpus))
 
     @cached_property
@@ -87,7 +87,7 @@ class LiveSource:
     def generation(self) -> int:
         return self.state.generation
 
-    def watch(self, records: Sequence[Record]) -> Callable[[Batch], None]:
+    def watch(self, records: Sequence[Record[Text]]) -> Callable[[Batch], None]:
         """Leaves the scores of the records' negatives in `seen`."""
         id_QS = torch.full((len(records), self.supply.negatives), ABSENT)
         for row, record in enumerate(records):
@@ -182,7 +182,7 @@ class LiveMining:
 
     def _remine(self, lane: Lane, live: LiveSource) -> None:
         started = time.perf_counter()
-        encoder, task, texts = _Quiet(self.feed.model), live.supply.records.task, live.texts
+        encoder, task, texts = _WithoutBars(self.feed.model), live.supply.records.task, live.texts
         queries = TextReps(encoder, texts.queries, "query", task, live.head, texts.instructions)
         documents = TextReps(encoder, texts.corpus, "document", task, live.head)
         live.state.install_pools(*mine_pools(texts, queries, documents, live.more, lane.group))
@@ -218,7 +218,7 @@ class LiveMining:
 
 
 @dataclass(frozen=True)
-class _Quiet:
+class _WithoutBars:
     """The live model as an encoder without bars of its own."""
 
     model: Embedder
@@ -279,7 +279,7 @@ def _live(supply: Supply, config: LiveNegatives) -> Supply:
         return supply
     may_mine = config.remine_every is not None or config.refill == "remine"
     if may_mine:
-        refuse_tokens(supply.records.records, "mining anew while training", name)
+        supply.records.texts_only("mining anew while training", name)
     sizes = [supply.negatives] if supply.streamed else [len(record.negatives) for record in supply.records.records]
     if supply.in_pairs or supply.streamed or supply.negatives == 0 or (not any(sizes) and not may_mine):
         if config.sources is None and not supply.in_pairs and not any(sizes) and not may_mine:

@@ -21,14 +21,13 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.models import Embedder, load
-from embedsmith.report.folder import report_run
 from embedsmith.report.page import save_environment
+from embedsmith.report.run_folder import report_run
 from embedsmith.train.build import (
     RunLength,
     build_extras,
     build_feed,
     derive_memory,
-    from_checkpoint,
     make_accelerator,
     run_length,
 )
@@ -133,7 +132,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     """Model, data, plan and optimizer. On resume the model comes from a checkpoint instead of its origin."""
     config = recipe.train
     seed_everything(config.seed)
-    model = load(recipe.model if model_folder is None else from_checkpoint(recipe.model, model_folder))
+    model = load(recipe.model if model_folder is None else recipe.model.continued(str(model_folder)))
     model.to(accelerator.device).train()
     check_shard(recipe)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)

@@ -65,7 +65,7 @@ def evaluate_model(
     from embedsmith.cli.evaluation import Scoring
     from embedsmith.core.errors import EvaluationError
     from embedsmith.evaluate import load_task, split_names
-    from embedsmith.index.verb import parse_weights
+    from embedsmith.index.commands import parse_weights
 
     weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])

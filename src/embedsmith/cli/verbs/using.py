@@ -49,7 +49,7 @@ def index_documents(
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
 ) -> None:
     """Index documents under every head of a model; the same command continues after a stop, and updates."""
-    from embedsmith.index.verb import Place, run_index
+    from embedsmith.index.commands import Place, run_index
 
     place = Place(to, url, collection, os.environ.get(api_key_env) if api_key_env else None)
     written, size = run_index(model, documents, place, heads, batch)
@@ -74,8 +74,8 @@ def search_index(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
     """Search an index by all heads together, with the score of each."""
+    from embedsmith.index import commands as indexing
     from embedsmith.index import read_documents
-    from embedsmith.index import verb as indexing
 
     place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
     texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import Row, Rows, rows_of
+from embedsmith.data.formats.files import Row, Rows, sound_rows
+from embedsmith.data.formats.hub import choose_split
 from embedsmith.data.formats.texts import file_in, read_texts
 
 Judgements = dict[str, dict[str, float]]
 
 
-def is_beir(folder: Path) -> bool:
+def is_beir_folder(folder: Path) -> bool:
     return file_in(folder, "corpus.jsonl").is_file() and file_in(folder, "queries.jsonl").is_file()
 
 
@@ -56,9 +57,12 @@ def _rows(folder: Path, qrels: Path, documents: dict[str, str], judgements: Judg
 
 
 def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> tuple[Path, Judgements]:
-    path = _qrels_file(folder, split)
+    found = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
+    if not found:
+        raise DataError("no judgements", where=folder / "qrels", fix="add qrels/train.tsv")
+    path: Path = choose_split(found, split, folder / "qrels")
     judgements: Judgements = {}
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         if not {"query-id", "corpus-id", "score"} <= row.keys():
             raise DataError(f"found: {', '.join(row)}", where=where, expected="columns query-id, corpus-id, score")
         if row["corpus-id"] not in documents:
@@ -78,18 +82,3 @@ def _grade(cell: str, where: str) -> float:
     if not math.isfinite(grade):
         raise DataError(f"the score is {cell!r}", where=where, expected="a number")
     return grade
-
-
-def _qrels_file(folder: Path, split: str | None) -> Path:
-    """The judgements of the split asked for; else of `train`; else the only ones there are."""
-    found = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
-    chosen = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
-    if chosen not in found:
-        what = "no judgements" if split is None and not found else f"no split {split!r}" if split else "several splits"
-        raise DataError(
-            what,
-            where=folder / "qrels",
-            expected=f"one of those found: {', '.join(found) or 'none'}",
-            fix="set split to one of them" if found else "add qrels/train.tsv",
-        )
-    return found[chosen]

@@ -75,6 +75,19 @@ class Layout:
     def fits(self, keys: Iterable[str]) -> bool:
         return set(keys).issuperset(self.required)
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Errors: `RowError` for a column that is missing, or that a strict layout does not know."""
+        for key in row if self.strict else ():
+            if key not in self.known:
+                known = list(self.known)
+                hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
+                raise RowError(f"unknown key {key!r}{hint}", fix="rename or remove it")
+        for name in self.required:
+            if name not in row:
+                kind = f"no column {name!r}"
+                found = ", ".join(row) or "none"
+                raise RowError(kind, f"{kind}{did_you_mean(name, list(row))}; found: {found}")
+
     def found(self, row: Mapping[str, Any]) -> Found:
         """What a row holds, by role; a missing column or a null is left out."""
         found: Found = {}
@@ -84,12 +97,23 @@ class Layout:
                 found.setdefault(role, []).append(value)
         return found
 
+    def task_of(self, row: Mapping[str, Any]) -> str:
+        """Its own; else a scored pair is sts, a label without positives classification, anything else retrieval."""
+        if self.task is not None:
+            return self.task
+        found = self.found(row)
+        positives = found.get("positives", [])
+        if not positives:
+            return "classification" if "label" in found else "retrieval"
+        single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
+        return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"
+
 
 _RECORD_KEYS = {role: role for role, target in ROLES.items() if role == target}
 
 
 @layouts.register("records")
-def records() -> tuple[Layout, ...]:
+def our_records() -> tuple[Layout, ...]:
     """Our own: the fields of `Record`, and no others."""
     by_answer = Layout(_RECORD_KEYS, ("query", "positives"), strict=True)
     return by_answer, replace(by_answer, required=("query", "label"))
@@ -118,20 +142,20 @@ def f2llm() -> Layout:
 
 
 @layouts.register("pairs")
-def pairs() -> tuple[Layout, ...]:
+def scored_pairs() -> tuple[Layout, ...]:
     """Two texts and how alike they are."""
     named = (("text1", "text2", "score"), ("sentence1", "sentence2", "score"))
     return tuple(Layout(dict(zip(named[0], names)), names, task="sts") for names in named)
 
 
 @layouts.register("labels")
-def labels() -> Layout:
+def labelled_texts() -> Layout:
     """A text and its class."""
     return Layout({"text": "text", "label": "label"}, ("text", "label"), task="classification")
 
 
 @layouts.register("beir")
-def beir() -> tuple[Layout, ...]:
+def beir_folder() -> tuple[Layout, ...]:
     """A folder of corpus, queries and judgements: known by its files (`formats/beir.py`), not by columns."""
     return ()
 
@@ -154,7 +178,13 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
     package. Errors: `DataError` that lists what was found, where none fits, or another package's as well.
     """
     if columns is not None:
-        return _declared(columns, keys, where)
+        declared = Layout(columns, ())
+        if missing := [name for name in declared.known if name not in keys]:
+            hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
+            raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
+        if "query" not in declared.known.values():
+            raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
+        return declared
     candidates = [layout for layout in known_layouts() if name in (None, layout.name)]
     fitting = [layout for layout in candidates if layout.fits(keys)]
     if not fitting:
@@ -179,17 +209,6 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
     )
 
 
-def _declared(columns: Columns, keys: Sequence[str], where: object) -> Layout:
-    layout = Layout(columns, ())
-    missing = [name for name in layout.known if name not in keys]
-    if missing:
-        hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
-        raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
-    if "query" not in layout.known.values():
-        raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
-    return layout
-
-
 @dataclass(frozen=True)
 class Reading:
     """What turning a file's rows into records needs besides the rows. `labels` collects the names of classes."""
@@ -203,7 +222,7 @@ class Reading:
 
     def record(self, row: Mapping[str, Any]) -> Record:
         """The record of a row, not yet validated. Errors: `RowError`."""
-        self._check_keys(row)
+        self.layout.check(row)
         found = self.layout.found(row)
         positives, negatives = self._texts(found, "positives"), self._texts(found, "negatives")
         teacher = self._teacher_scores(found, len(positives))
@@ -224,20 +243,6 @@ class Reading:
             instruction=one("instruction", None) or self.instruction,
             source=one("source", self.source),
         )
-
-    def _check_keys(self, row: Mapping[str, Any]) -> None:
-        if self.layout.strict:
-            for key in row:
-                if key not in self.layout.known:
-                    known = list(self.layout.known)
-                    hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
-                    raise RowError(f"unknown key {key!r}{hint}", fix="rename or remove it")
-        for name in self.layout.required:
-            if name not in row:
-                found = ", ".join(row) or "none"
-                raise RowError(
-                    f"no column {name!r}", f"no column {name!r}{did_you_mean(name, list(row))}; found: {found}"
-                )
 
     def _texts(self, found: Found, role: str) -> tuple[Any, ...]:
         """A column holds one text or a list of them; in CSV an empty cell is an absent text."""

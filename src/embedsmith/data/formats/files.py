@@ -66,7 +66,7 @@ def open_rows(path: Path, columns: Sequence[str] | None = None) -> Rows:
     return Rows(path, rows, cells=kind in (".csv", ".tsv"))
 
 
-def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def sound_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place (`file:line`). Errors: `DataError` for the first that cannot be read."""
     for line, row in open_rows(path, columns).rows:
         if isinstance(row, RowError):
@@ -184,7 +184,10 @@ def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[R
             if header is None:
                 if broken:
                     raise broken.pop().at(f"{path}:{lines.line_num}")
-                header = _header(path, cells)
+                header = [cell.strip() for cell in cells]
+                if twice := sorted({name for name in header if header.count(name) > 1}):
+                    what = f"the header names {', '.join(twice)} twice"
+                    raise DataError(what, where=f"{path}:1", fix="rename one of them")
             elif broken:
                 yield lines.line_num, broken.pop()
             elif cells and len(cells) != len(header):
@@ -203,14 +206,6 @@ def _whole_lines(path: Path, broken: list[RowError]) -> Iterator[str]:
         if isinstance(line, RowError):
             broken.append(line)
         yield "undecodable\n" if isinstance(line, RowError) else line + "\n"
-
-
-def _header(path: Path, cells: list[str]) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"the header names {', '.join(twice)} twice", where=f"{path}:1", fix="rename one of them")
-    return names
 
 
 @file_kinds.register(".parquet")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError, MissingExtraError
-from embedsmith.data.formats.files import Row, Rows
+from embedsmith.data.formats.files import Rows
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -25,7 +25,8 @@ def hub_rows(name: str, split: str | None) -> Rows:
     with refused(name):
         found = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name)
     chosen = choose_split(found, split, name)
-    return Rows(name, _rows(chosen), version=chosen._fingerprint, size=chosen.data.nbytes)
+    rows = enumerate((dict(row) for row in chosen), start=1)
+    return Rows(name, rows, version=chosen._fingerprint, size=chosen.data.nbytes)
 
 
 def load_datasets() -> Any:
@@ -52,7 +53,7 @@ def refused(name: str) -> Iterator[None]:
         ) from error
 
 
-def choose_split(found: Any, split: str | None, name: str) -> Any:
+def choose_split(found: Any, split: str | None, name: object) -> Any:
     """One split of several: the one asked for, else `train`, else the only one. Errors: `DataError`."""
     if not isinstance(found, dict):
         return found
@@ -65,7 +66,3 @@ def choose_split(found: Any, split: str | None, name: str) -> Any:
             fix="set split to one of them",
         )
     return found[chosen]
-
-
-def _rows(dataset: Any) -> Iterator[Row]:
-    yield from enumerate((dict(row) for row in dataset), start=1)

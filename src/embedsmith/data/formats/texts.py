@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import titled
 
 _IDS = ("_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class FileText:
     """A text of a file, with its title in front as `titled` joins them. `where` is its place (`file:line`); `metadata`
     holds the other columns of its row, where they were asked for."""
 
@@ -34,7 +34,7 @@ def read_texts(
     titles: bool = True,
     ids: Literal["any", "each", "unique"] = "any",
     metadata: bool = False,
-) -> Iterator[Text]:
+) -> Iterator[FileText]:
     """The texts of a file, or of one part (`corpus`, `queries`) of a BEIR folder, one after another.
 
     A row's id is in `_id` or `id`; its text is in `text`, with `title` in front where there is one and `titles` are
@@ -45,7 +45,7 @@ def read_texts(
     path = file_in(path, f"{part}.jsonl") if path.is_dir() else path
     name = column or "text"
     first: dict[str, str] = {}
-    for where, row in rows_of(path, None if metadata else (name, "title", *_IDS)):
+    for where, row in sound_rows(path, None if metadata else (name, "title", *_IDS)):
         text = text_in(row, name, where, empty=True)
         if titles and column is None and row.get("title"):
             text = titled(text_in(row, "title", where, empty=True), text)
@@ -58,7 +58,7 @@ def read_texts(
                 fix="give every text an id of its own",
             )
         rest = {key: value for key, value in row.items() if key not in (*_IDS, name, "title")} if metadata else {}
-        yield Text(id_, text, where, rest)
+        yield FileText(id_, text, where, rest)
 
 
 def file_in(folder: Path, name: str) -> Path:

@@ -1,10 +1,12 @@
-"""How a recipe asks for its batches: the section `train.plan`."""
+"""How a recipe asks for its batches (the section `train.plan`), and what its schedule makes of it: how many steps of an
+epoch each source gets, and in which order they come."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy.typing as npt
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.seeds import derive_seed
-from embedsmith.core.settings import did_you_mean, section
+from embedsmith.core.settings import Count, Positive, Share, did_you_mean, section
 
 MULTIPLE = 8
 """Rows of a token-budget batch are a multiple of it where they can be, so that 1, 2, 4 and 8 ranks plan the same."""
@@ -23,38 +25,41 @@ MULTIPLE = 8
 class PlanConfig:
     """Which rows meet in a batch, and in which order batches come. The default is CoDiEmb's dynamic sampler.
 
-    - `schedule`: shares of the steps. `proportional`: of the batches each source has; `balanced`: equal for every
-      task; `ratio`: by task, as in `ratio`; `temperature`: a source's share grows with rows ** `temperature`. With
-      balanced and ratio an epoch sees all rows of every task and cycles the smaller ones; with temperature it has as
-      many steps as with proportional;
+    - `schedule`: shares of the steps. `proportional`, of the batches each source has; `balanced`, equal for every
+      task; `ratio`, by task; `temperature`, a source's share grows with rows ** temperature. With balanced and ratio
+      an epoch sees all rows of every task and cycles the smaller ones; with temperature it has as many steps as with
+      proportional.
+    - `ratio`: the share of each task in the steps, for `schedule: ratio`.
+    - `temperature`: the exponent of that schedule, from 0 (sources get equal shares) to 1 (proportional to their rows).
     - `order`: `shuffle`; `strict` spreads every task and source evenly, in the same way every epoch; `sequential`
-      runs through one source after the other, in an order drawn for the epoch (a baseline);
+      runs through one source after the other, in an order drawn for the epoch (a baseline).
     - `batches`: `single`, one source a step; `mixed`, rows of all sources in every step (a baseline, see
-      `docs/batching.md`);
+      `docs/batching.md`).
     - `small`: a source with fewer rows than a batch gets smaller batches (`shrink`), is put together with the other
-      small ones of its kind (`merge`), repeats rows (`pad`), or is left out with a warning (`drop`);
+      small ones of its kind (`merge`), repeats rows (`pad`), or is left out with a warning (`drop`).
     - `duplicates`: whether rows of a batch may share a text among their queries and positives; `None` forbids it
-      where batches are contrasted and allows it for scored pairs;
-    - `lengths`: edges in tokens between groups of rows that never meet in a batch, or `auto`; `batch_sizes`: rows a
-      step in each group, one more than there are edges (M3's table);
+      where batches are contrasted and allows it for scored pairs.
+    - `lengths`: edges in tokens between groups of rows that never meet in a batch, or `auto`; `None` makes one group.
+    - `batch_sizes`: rows of a step in each group, one more than there are edges (M3's table).
     - `batch_tokens`: padded tokens of a step, all ranks together, in place of `batch_size` for sources without one of
-      their own: rows = batch_tokens / (longest text of the group x texts a row); `multiple`: what such rows are a
-      multiple of, so that a run may go on with any number of ranks that divides it.
+      their own. Rows = batch_tokens / (longest text of the group x texts a row).
+    - `multiple`: what the rows of a token budget are a multiple of, so that a run may go on with any number of ranks
+      that divides it.
 
     Source: CoDiEmb (arXiv 2508.11442), its released sampler; M3-Embedding (arXiv 2402.03216), efficient batching.
     """
 
     schedule: Literal["proportional", "balanced", "ratio", "temperature"] = "proportional"
-    ratio: dict[str, float] = field(default_factory=dict)
-    temperature: float = 0.5
+    ratio: dict[str, Positive] = field(default_factory=dict)
+    temperature: Share = 0.5
     order: Literal["shuffle", "strict", "sequential"] = "shuffle"
     batches: Literal["single", "mixed"] = "single"
     small: Literal["shrink", "merge", "pad", "drop"] = "shrink"
     duplicates: Literal["forbid", "allow"] | None = None
-    lengths: Literal["auto"] | tuple[int, ...] | None = None
-    batch_sizes: tuple[int, ...] | None = None
-    batch_tokens: int | None = None
-    multiple: int = MULTIPLE
+    lengths: Literal["auto"] | tuple[Count, ...] | None = None
+    batch_sizes: tuple[Count, ...] | None = None
+    batch_tokens: Count | None = None
+    multiple: Count = MULTIPLE
 
     def __post_init__(self) -> None:
         if (self.schedule == "ratio") != bool(self.ratio):
@@ -62,33 +67,22 @@ class PlanConfig:
                 f"plan.schedule is {self.schedule} and plan.ratio {self.ratio or 'empty'}",
                 fix="set both, for example schedule: ratio and ratio: {retrieval: 3, sts: 1}",
             )
-        if any(not 0 < share < float("inf") for share in self.ratio.values()):
-            raise RecipeError(f"plan.ratio is {self.ratio}", expected="numbers above 0")
-        if not 0 <= self.temperature <= 1:
-            raise RecipeError(f"plan.temperature is {self.temperature}", expected="0 (equal) to 1 (proportional)")
-        self._check_lengths()
-
-    def _check_lengths(self) -> None:
         edges = self.lengths if isinstance(self.lengths, tuple) else ()
-        if list(edges) != sorted({edge for edge in edges if edge > 0}):
-            raise RecipeError(f"plan.lengths is {list(edges)}", expected="token counts above 0, ascending")
+        if list(edges) != sorted(set(edges)):
+            raise RecipeError(f"plan.lengths is {list(edges)}", expected="token counts, ascending")
         if self.batch_sizes is not None and (not edges or len(self.batch_sizes) != len(edges) + 1):
             raise RecipeError(
                 f"plan.batch_sizes has {len(self.batch_sizes)} values for {len(edges)} edges in plan.lengths",
                 expected="one value a group: one more than there are edges",
             )
-        if self.batch_sizes is not None and (self.batch_tokens is not None or min(self.batch_sizes) < 1):
-            raise RecipeError("plan.batch_sizes", expected="numbers above 0, and no plan.batch_tokens beside it")
-        if self.multiple < 1 or (self.batch_tokens is not None and self.batch_tokens < 1):
-            raise RecipeError(f"plan.batch_tokens {self.batch_tokens}, plan.multiple {self.multiple}: above 0, please")
+        if self.batch_sizes is not None and self.batch_tokens is not None:
+            raise RecipeError("plan.batch_sizes and plan.batch_tokens are both set", fix="keep one of them")
 
-    @property
+    @cached_property
     def by_length(self) -> bool:
         """Whether rows are grouped by length: asked for, or needed by a token budget."""
         return self.lengths is not None or self.batch_tokens is not None
 
-
-# How many steps of an epoch each source gets, and in which order they come.
 
 Ints = npt.NDArray[np.int32]
 
@@ -108,7 +102,10 @@ def steps_of_sources(
     if config.schedule == "proportional":
         return tuple(own)
     if config.schedule == "temperature":
-        return _tempered(own, weights, sizes, config.temperature)
+        shares = [
+            (w * size) ** config.temperature if n else 0.0 for n, w, size in zip(own, weights, sizes, strict=True)
+        ]
+        return tuple(_apportion(shares, sum(own)))
     ratio = _ratio(own, tasks, config)
     totals = {task: sum(n for n, of in zip(own, tasks) if of == task) for task in ratio}
     unit = max(totals[task] / ratio[task] for task in ratio)
@@ -132,13 +129,6 @@ def _ratio(own: Sequence[int], tasks: Sequence[str], config: PlanConfig) -> dict
     if missing:
         raise RecipeError(f"plan.ratio has no share for the task {missing[0]!r}", fix=f"add {missing[0]}: 1")
     return {task: config.ratio[task] for task in present}
-
-
-def _tempered(
-    own: Sequence[int], weights: Sequence[float], sizes: Sequence[int], temperature: float
-) -> tuple[int, ...]:
-    shares = [(w * size) ** temperature if n else 0.0 for n, w, size in zip(own, weights, sizes, strict=True)]
-    return tuple(_apportion(shares, sum(own)))
 
 
 def _apportion(shares: Sequence[float], total: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,7 @@ class Cut:
     padded: bool = False
     order: Order | None = None
 
-    @property
+    @cached_property
     def batches(self) -> int:
         return sum(self.batches_G)
 
@@ -58,13 +59,6 @@ class Pass:
     start: IntArray
     kept: Ints
     sequence: Ints
-
-    def batch(self, number: int, ranks: int) -> IntArray:
-        """The rows of a batch, a multiple of `ranks`: rows that share a text are used only where it would be empty."""
-        place = int(self.sequence[number])
-        start, kept = int(self.start[place]), int(self.kept[place])
-        count = max(kept // ranks * ranks, ranks)
-        return self.row_P[start : start + count].astype(np.int64)
 
 
 def cut(size: int, batch_size: int | None, texts: int, config: PlanConfig, facts: RowFacts | None, apart: bool) -> Cut:
@@ -206,11 +200,7 @@ def _set_apart(seating: Seating, rows_B: Ints, clashing: Ints) -> tuple[Ints, In
 
 
 def _shuffled(size: int, chance: np.random.Generator) -> Ints:
-    order_N: Ints = np.arange(size, dtype=_narrow(size))
+    """Row numbers in four bytes where they fit: a permutation is kept for every source."""
+    order_N: Ints = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
     chance.shuffle(order_N)
     return order_N
-
-
-def _narrow(size: int) -> type[np.int32 | np.int64]:
-    """Row numbers in four bytes where they fit: a permutation is kept for every source."""
-    return np.int32 if size < 2**31 else np.int64

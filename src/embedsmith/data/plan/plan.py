@@ -2,14 +2,12 @@
 
 CoDiEmb's dynamic sampler (every step one task and one file, the same on all ranks, disjoint slices) and M3's efficient
 batching (rows of one length group, a token budget), with every row accounted for. The whole state is the number of
-the next step. How a pass is cut: `plan_cut`; rows that share a text: `plan_separate`; shares and order of the steps:
-`plan_schedule`; what a recipe may ask for: `plan_config`.
+the next step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,6 +20,66 @@ from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.config import PlanConfig, ordinals, source_order, steps_of_sources
 from embedsmith.data.plan.passes import Cut, Order, Pass, cut, make_pass
 from embedsmith.data.plan.separate import RowFacts
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """What a plan must know of a source, and nothing else.
+
+    - `rows`: how many there are; `batch_size`: rows of one of its steps, all ranks together. `None` follows from
+      `batch_tokens` of the plan and `texts`, the texts that a row brings;
+    - `weight`: how often an epoch sees its rows;
+    - `name`: for messages; `task`: for schedules by task;
+    - `facts`: of its rows, or `None` where neither lengths nor shared texts matter; `apart`: whether rows of a batch
+      must share no text;
+    - `order`: how its rows are permuted, where not any order will do (streams).
+    """
+
+    rows: int
+    batch_size: int | None
+    weight: float = 1.0
+    name: str = ""
+    task: str = ""
+    texts: int = 2
+    apart: bool = True
+    facts: RowFacts | None = field(default=None, repr=False, compare=False)
+    order: Order | None = field(default=None, repr=False, compare=False)
+
+    def check(self, world: int) -> None:
+        """Errors: `RecipeError` for an empty source, a batch that ranks cannot share, a weight that is not above 0."""
+        where = f"source {self.name!r}"
+        if self.rows < 1:
+            raise RecipeError("the source is empty", where=where, fix="remove it from the recipe")
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % world):
+            down, up = self.batch_size // world * world, -(-self.batch_size // world) * world
+            near = " or ".join(str(value) for value in sorted({down, max(up, world)}) if value > 0)
+            raise RecipeError(
+                f"batch_size {self.batch_size} cannot be shared equally by {world} ranks",
+                where=where,
+                fix=f"set batch_size to {near}",
+            )
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise RecipeError(
+                f"weight {self.weight} is not above 0", where=where, fix="remove a source you do not want"
+            )
+
+    def check_cut(self, shape: Cut, world: int, dropped: bool) -> None:
+        """Errors: `RecipeError` for a source of which no plan can be made for so many ranks."""
+        where = f"source {self.name!r}"
+        if not dropped and self.rows < world and not shape.padded:
+            raise RecipeError(
+                f"{self.rows} rows cannot be shared by {world} ranks",
+                where=where,
+                fix="merge it with another source of its task (plan.small=merge), pad or drop it, or use fewer ranks",
+            )
+        for rows in shape.rows_G:
+            if not dropped and not shape.small and rows % world:
+                raise RecipeError(
+                    f"batches of {rows} rows, by length, cannot be shared equally by {world} ranks",
+                    where=where,
+                    fix="set plan.batch_sizes to multiples of the ranks; or, with plan.batch_tokens, plan.multiple to "
+                    "one, and enough tokens for the longest rows",
+                )
 
 
 @dataclass(frozen=True)
@@ -70,118 +128,54 @@ class Account:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batches of a run, from the sizes of its sources and, where rows must not share texts or go by length, the
-    facts of their rows.
+    """The batches of a run, from what is known of its sources, for `world` ranks.
 
     A pass over a source is a fresh permutation cut into batches. An epoch has a number of steps of each source, given
     by the schedule; a source's passes follow each other without regard to epochs, so that no row is seen twice before
     all others were seen once. What an epoch does not see is counted with the reason (`account`). Batches do not depend
     on the number of ranks, which only must divide them, so a run may go on with another number.
 
-    - `sizes`, `batch_sizes`: rows of each source, and rows of one of its steps, all ranks together; a batch size
-      `None` follows from `config.batch_tokens` and `texts`, the texts that a row brings;
-    - `weights`: how often an epoch sees a source's rows, 1 each by default;
-    - `facts`: of each source, or `None` where neither lengths nor shared texts matter; `apart`: whether rows of a
-      batch must share no text;
-    - `orders`: of each source, how its rows are permuted, where not any order will do (streams);
-    - `tasks`: for schedules by task; `world`: the number of ranks; `names`: for messages.
-
     Errors: `RecipeError` for a batch that ranks cannot share equally, an empty source, one with fewer rows than
     there are ranks, a weight that is not above 0.
     """
 
-    sizes: tuple[int, ...]
-    batch_sizes: tuple[int | None, ...]
+    sources: tuple[PlannedSource, ...]
     seed: int = 0
     world: int = 1
-    weights: tuple[float, ...] | None = None
-    names: tuple[str, ...] | None = None
-    tasks: tuple[str, ...] | None = None
     config: PlanConfig = PlanConfig()
-    texts: tuple[int, ...] | None = None
-    apart: tuple[bool, ...] | None = None
-    facts: tuple[RowFacts | None, ...] | None = field(default=None, repr=False, compare=False)
-    orders: tuple[Order | None, ...] | None = field(default=None, repr=False, compare=False)
     _passes: dict[int, tuple[int, Pass]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _schedules: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
-        if not self.sizes:
+        if not self.sources:
             raise RecipeError("a plan needs at least one source", where="sources")
-        for values in (self.batch_sizes, self.weights, self.names, self.tasks, self.texts, self.apart, self.facts):
-            if values is not None and len(values) != len(self.sizes):
-                raise RecipeError(f"{len(values)} values for {len(self.sizes)} sources", where="sources")
-        for source in range(len(self.sizes)):
-            self._check(source)
+        for source in self.sources:
+            source.check(self.world)
+        for place, source in enumerate(self.sources):
+            source.check_cut(self.cuts[place], self.world, self._is_dropped(place))
         if not any(self.steps_of):
             raise RecipeError("every source is too small for a batch", where="sources", fix="set plan.small=shrink")
-        self._check_clashes()
-        for note in self.notes:
-            log.warning(note)
-
-    def _check(self, source: int) -> None:
-        size, batch, weight = self.sizes[source], self.batch_sizes[source], self.weight(source)
-        where = f"source {self.name(source)!r}"
-        if size < 1:
-            raise RecipeError("the source is empty", where=where, fix="remove it from the recipe")
-        if batch is not None and (batch < 1 or batch % self.world):
-            raise RecipeError(
-                f"batch_size {batch} cannot be shared equally by {self.world} ranks",
-                where=where,
-                fix=f"set batch_size to {_near(batch, self.world)}",
-            )
-        if not (math.isfinite(weight) and weight > 0):
-            raise RecipeError(f"weight {weight} is not above 0", where=where, fix="remove a source you do not want")
-        if self._left_out(source):
-            return
-        shape = self.cuts[source]
-        if size < self.world and not shape.padded:
-            raise RecipeError(
-                f"{size} rows cannot be shared by {self.world} ranks",
-                where=where,
-                fix="merge it with another source of its task (plan.small=merge), pad or drop it, or use fewer ranks",
-            )
-        for rows in shape.rows_G:
-            if not shape.small and rows % self.world:
+        for source, clashing in zip(self.sources, self._clashing, strict=True):
+            if clashing > source.rows / 2:
                 raise RecipeError(
-                    f"batches of {rows} rows, by length, cannot be shared equally by {self.world} ranks",
-                    where=where,
-                    fix="set plan.batch_sizes to multiples of the ranks; or, with plan.batch_tokens, plan.multiple to "
-                    "one, and enough tokens for the longest rows",
-                )
-
-    def _check_clashes(self) -> None:
-        for source, left in enumerate(self._clashing):
-            if left > self.sizes[source] / 2:
-                raise RecipeError(
-                    f"{left} of {self.sizes[source]} rows find no batch without another row of the same query or "
-                    "positive",
-                    where=f"source {self.name(source)!r}",
+                    f"{clashing} of {source.rows} rows find no batch without another row of the same query or positive",
+                    where=f"source {source.name!r}",
                     fix="set plan.duplicates=allow: losses count a text that repeats once; or use smaller batches",
                 )
-
-    def name(self, source: int) -> str:
-        return self.names[source] if self.names else str(source)
-
-    def weight(self, source: int) -> float:
-        return self.weights[source] if self.weights else 1.0
-
-    def _facts(self, source: int) -> RowFacts | None:
-        return self.facts[source] if self.facts else None
+        for note in self.notes:
+            log.warning(note)
 
     @cached_property
     def cuts(self) -> tuple[Cut, ...]:
         """The shape of every source's passes."""
-        shapes = []
-        for i, size in enumerate(self.sizes):
-            texts, apart = self.texts[i] if self.texts else 2, self.apart is None or self.apart[i]
-            shape = cut(size, self.batch_sizes[i], texts, self.config, self._facts(i), apart)
-            shapes.append(replace(shape, order=self.orders[i] if self.orders else None))
-        return tuple(shapes)
+        return tuple(
+            replace(cut(s.rows, s.batch_size, s.texts, self.config, s.facts, s.apart), order=s.order)
+            for s in self.sources
+        )
 
-    def _left_out(self, source: int) -> bool:
+    def _is_dropped(self, source: int) -> bool:
         return self.config.small == "drop" and self.cuts[source].small
 
     @cached_property
@@ -193,46 +187,37 @@ class BatchPlan:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What the plan had to change, one sentence each."""
-        return tuple(
-            f"source {self.name(i)!r} has {self.sizes[i]} rows, fewer than its batch_size "
-            f"{self.batch_sizes[i] or 'by tokens'}: {self._remedy(i)}"
-            for i in range(len(self.sizes))
-            if self.cuts[i].small
-        ) + tuple(
-            f"source {self.name(i)!r}: {left} of {self.sizes[i]} rows find no batch in a pass without another row of "
-            "the same query or positive, and are left out of it; plan.duplicates=allow keeps them"
-            for i, left in enumerate(self._clashing)
-            if left
-        )
-
-    def _remedy(self, source: int) -> str:
-        if self.config.small == "drop":
-            return "it is left out"
-        if self.config.small == "pad":
-            return f"rows are repeated to fill {self.rows_per_step[source]}"
-        return f"its batches have {self.rows_per_step[source]} rows"
+        small: list[str] = []
+        clashing: list[str] = []
+        remedies = {"drop": "it is left out", "pad": "rows are repeated to fill {}"}
+        remedy = remedies.get(self.config.small, "its batches have {} rows")
+        for place, source in enumerate(self.sources):
+            if self.cuts[place].small:
+                small.append(
+                    f"source {source.name!r} has {source.rows} rows, fewer than its batch_size "
+                    f"{source.batch_size or 'by tokens'}: {remedy.format(self.rows_per_step[place])}"
+                )
+            if left := self._clashing[place]:
+                clashing.append(
+                    f"source {source.name!r}: {left} of {source.rows} rows find no batch in a pass without another row "
+                    "of the same query or positive, and are left out of it; plan.duplicates=allow keeps them"
+                )
+        return (*small, *clashing)
 
     @cached_property
     def _clashing(self) -> tuple[int, ...]:
         """Rows that the first pass over each source leaves out because they share a text with others."""
-        left = []
-        for source in range(len(self.sizes)):
-            made = None if self._left_out(source) else self._pass(source, 0)
-            left.append(0 if made is None else int(made.start[-1]) - int(np.sum(made.kept)))
-        return tuple(left)
+        firsts = [None if self._is_dropped(place) else self._pass(place, 0) for place in range(len(self.sources))]
+        return tuple(0 if each is None else int(each.start[-1]) - int(np.sum(each.kept)) for each in firsts)
 
     @cached_property
     def steps_of(self) -> tuple[int, ...]:
         """Steps of each source in an epoch."""
-        batches = [0 if self._left_out(i) else shape.batches for i, shape in enumerate(self.cuts)]
-        weights = [self.weight(i) for i in range(len(self.sizes))]
-        return steps_of_sources(batches, weights, self.sizes, self._tasks, self.config)
+        batches = [0 if self._is_dropped(place) else shape.batches for place, shape in enumerate(self.cuts)]
+        weights, rows = [source.weight for source in self.sources], [source.rows for source in self.sources]
+        return steps_of_sources(batches, weights, rows, [source.task for source in self.sources], self.config)
 
-    @property
-    def _tasks(self) -> Sequence[str]:
-        return self.tasks or ("",) * len(self.sizes)
-
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         return sum(self.steps_of)
 
@@ -242,8 +227,11 @@ class BatchPlan:
         source_S, ordinal_S = self._schedule(epoch)
         source = int(source_S[place])
         visit, batch = divmod(epoch * self.steps_of[source] + int(ordinal_S[place]), self.cuts[source].batches)
-        rows = self._pass(source, visit).batch(batch, world or self.world)
-        facts = self._facts(source)
+        made, ranks = self._pass(source, visit), world or self.world
+        start, kept = (int(each[made.sequence[batch]]) for each in (made.start, made.kept))
+        # Rows that share a text with one that is kept are used only where a batch would be empty without.
+        rows = made.row_P[start : start + max(kept // ranks * ranks, ranks)].astype(np.int64)
+        facts = self.sources[source].facts
         length = facts.length_N[rows] if facts is not None and self.config.by_length else None
         return PlannedStep(step, epoch, source, visit, rows, length)
 
@@ -251,7 +239,8 @@ class BatchPlan:
         """(source_S, ordinal_S): the source of each step of the epoch, and how many of its batches came before."""
         kept = self._schedules.get(epoch)
         if kept is None:
-            source_S = source_order(self.steps_of, self._tasks, self.config, self.seed, epoch)
+            tasks = [source.task for source in self.sources]
+            source_S = source_order(self.steps_of, tasks, self.config, self.seed, epoch)
             kept = (source_S, ordinals(source_S))
             self._schedules.clear()  # only the epoch in use is kept
             self._schedules[epoch] = kept
@@ -268,10 +257,13 @@ class BatchPlan:
     def summary(self) -> list[str]:
         """A line a source: rows, steps of an epoch and their size, rows that the first epoch does not see and why."""
         lines = []
-        for i, account in enumerate(self.account(0)):
-            steps = f"{self.steps_of[i]:,} steps of {_range(self.cuts[i], self.world)} an epoch"
+        for source, shape, steps, account in zip(self.sources, self.cuts, self.steps_of, self.account(0), strict=True):
+            cuts = zip(shape.rows_G, shape.batches_G, strict=True)
+            used = [rows // self.world * self.world for rows, batches in cuts if batches]
+            size = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
             unseen = "".join(f", {count:,} rows left out ({why})" for why, count in account.unseen.items())
-            lines.append(f"{self.name(i)}: {self._tasks[i]}, {account.rows:,} rows, {steps}{unseen}")
+            rows = f"{source.name}: {source.task}, {account.rows:,} rows"
+            lines.append(f"{rows}, {steps:,} steps of {size} an epoch{unseen}")
         return lines
 
     def steps_with(self, source: int, epoch: int = 0) -> IntArray:
@@ -285,10 +277,10 @@ class BatchPlan:
 
     def account(self, epoch: int) -> tuple[Account, ...]:
         """What an epoch does with every row of every source. The reason of an unseen row is that of its last pass."""
-        return tuple(self._account(source, epoch) for source in range(len(self.sizes)))
+        return tuple(self._account(source, epoch) for source in range(len(self.sources)))
 
     def _account(self, source: int, epoch: int) -> Account:
-        size, steps = self.sizes[source], self.steps_of[source]
+        size, steps = self.sources[source].rows, self.steps_of[source]
         if steps == 0:
             return Account(size, 0, 0, 0, {"too small": size})
         seen_N, why_N = np.zeros(size, bool), np.zeros(size, np.int8)
@@ -298,10 +290,9 @@ class BatchPlan:
             why_N[made.row_P] = _NOT_REACHED
             why_N[made.row_P[made.start[-1] :]] = _NO_BATCH
             first, last = max(epoch * steps - visit * batches, 0), min((epoch + 1) * steps - visit * batches, batches)
-            for number in range(first, last):
-                place = int(made.sequence[number])
+            for place in made.sequence[first:last]:
                 start, stop, kept = int(made.start[place]), int(made.start[place + 1]), int(made.kept[place])
-                rows = made.batch(number, self.world)
+                rows = made.row_P[start : start + max(kept // self.world * self.world, self.world)]
                 why_N[made.row_P[start : start + kept]] = _RANKS
                 why_N[made.row_P[start + kept : stop]] = _CLASHES
                 seen_N[rows] = True
@@ -313,13 +304,3 @@ class BatchPlan:
 
 _REASONS = ("not reached", "no full batch", "shares a text", "ranks")
 _NOT_REACHED, _NO_BATCH, _CLASHES, _RANKS = range(len(_REASONS))
-
-
-def _range(shape: Cut, world: int) -> str:
-    used = [rows // world * world for rows, batches in zip(shape.rows_G, shape.batches_G, strict=True) if batches]
-    return f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
-
-
-def _near(batch: int, world: int) -> str:
-    down, up = batch // world * world, -(-batch // world) * world
-    return " or ".join(str(value) for value in sorted({down, max(up, world)}) if value > 0)

@@ -1,4 +1,5 @@
-"""No two rows of a batch share a text: rows that do change places with others until they no longer do."""
+"""What a plan must know of every row (who it shares a text with, and how long it is), and how rows change places with
+others until no two rows of a batch share a text."""
 
 from __future__ import annotations
 
@@ -11,9 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.record import Record, text_id
-
-# What a plan must know of every row, and nothing else: who it shares a text with, and how long it is.
+from embedsmith.data.record import Record, Text, TokenIds, text_id
 
 BYTES_PER_TOKEN = 4
 """Of UTF-8: about right for English word pieces, and for Chinese, where a character is three bytes and a token."""
@@ -63,14 +62,14 @@ class HasFacts(Protocol):
     def facts(self) -> RowFacts: ...
 
 
-def row_facts(records: Sequence[Record]) -> RowFacts:
+def row_facts(records: Sequence[Record[Text]]) -> RowFacts:
     """The facts of all rows: those that the records bring, otherwise from one pass over the texts."""
     if isinstance(records, HasFacts):
         return records.facts()
     return facts_of(records)
 
 
-def facts_of(records: Iterable[Record]) -> RowFacts:
+def facts_of(records: Iterable[Record[Text]]) -> RowFacts:
     """The facts of rows, read once in their order."""
     query_ids, positive_ids, ends, lengths = array("q"), array("q"), array("q", [0]), array("i")
     for record in records:
@@ -82,8 +81,11 @@ def facts_of(records: Iterable[Record]) -> RowFacts:
     return RowFacts(np.asarray(query_ids), np.asarray(positive_ids), np.asarray(ends), np.asarray(lengths, np.int32))
 
 
-def estimated_tokens(text: str) -> int:
-    """Tokens of a text with its two special ones, guessed from its size: UTF-8 bytes / 4, rounded up, plus 2."""
+def estimated_tokens(text: Text) -> int:
+    """Tokens of a text with its two special ones, guessed from its size (UTF-8 bytes / 4, rounded up, plus 2), or
+    counted where a token cache has them."""
+    if isinstance(text, TokenIds):
+        return len(text.ids)
     size = len(text) if text.isascii() else len(text.encode())
     return -(-size // BYTES_PER_TOKEN) + 2
 

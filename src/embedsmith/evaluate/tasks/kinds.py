@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.result import TaskResult
 
@@ -68,7 +68,7 @@ def has_columns(*choices: set[str]) -> Callable[[Path], bool]:
         if not path.is_file() or not path.name.endswith(ENDINGS):
             return False
         try:
-            columns = {column for _, row in islice(rows_of(path), 1) for column in row}
+            columns = {column for _, row in islice(sound_rows(path), 1) for column in row}
         except DataError:
             return False
         return any(choice <= columns for choice in choices)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from embedsmith.core.errors import DataError, EvaluationError, MissingExtraError
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import text_in
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Floats
@@ -260,7 +260,7 @@ def _train_file(path: Path) -> Path | None:
 def _read_labels(path: Path) -> tuple[list[str], list[Label]]:
     text: list[str] = []
     label: list[Label] = []
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         text.append(text_in(row, "text", where))
         value: Any = row.get("label")
         plain = value if isinstance(value, list) else [value]

@@ -13,7 +13,7 @@ import numpy as np
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import text_in
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Floats, cosines, pair_scores
@@ -55,7 +55,7 @@ class STSTask(TaskKind):
         text1: list[str] = []
         text2: list[str] = []
         score: list[float] = []
-        for where, row in rows_of(path):
+        for where, row in sound_rows(path):
             _append_texts(row, where, text1, text2)
             value: Any = row.get("score")
             if isinstance(value, str) and is_number(value):
@@ -138,7 +138,7 @@ class PairClassificationTask(TaskKind):
         text1: list[str] = []
         text2: list[str] = []
         label: list[int] = []
-        for where, row in rows_of(path):
+        for where, row in sound_rows(path):
             _append_texts(row, where, text1, text2)
             value: Any = row.get("label", row.get("score"))
             if str(value) not in ("0", "1", "0.0", "1.0"):

@@ -13,7 +13,7 @@ import torch
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import rows_of
+from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Judgements, Qrels, Ranking, ranking_scores
@@ -192,7 +192,7 @@ class RerankingTask(TaskKind):
         if file is None:
             raise DataError("top_ranked.jsonl is missing", where=path, expected="rows of `query-id` and `corpus-ids`")
         candidates: dict[str, list[str]] = {}
-        for where, row in rows_of(file):
+        for where, row in sound_rows(file):
             ids = row.get("corpus-ids")
             if "query-id" not in row or not isinstance(ids, list):
                 raise DataError(
@@ -209,7 +209,7 @@ class RerankingTask(TaskKind):
         corpus: dict[str, str] = {}
         qrels: dict[str, dict[str, int]] = {}
         number = 0
-        for where, row in rows_of(path):
+        for where, row in sound_rows(path):
             columns = next((pair for pair in _CANDIDATE_COLUMNS if set(pair) <= row.keys()), None)
             if columns is None:
                 raise DataError(f"found: {', '.join(row)}", where=where, expected="`query`, `positive` and `negative`")
@@ -377,7 +377,7 @@ class LongDocumentTask(TaskKind):
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Columns `query-id`, `corpus-id`, `score`. Grades are whole numbers; a pair judged twice must agree."""
     qrels: dict[str, dict[str, int]] = {}
-    for where, row in rows_of(path):
+    for where, row in sound_rows(path):
         if not row.keys() >= _QRELS:
             raise DataError(f"found: {', '.join(row)}", where=path, expected=f"columns {', '.join(sorted(_QRELS))}")
         query, document, score = (str(row[column]) for column in ("query-id", "corpus-id", "score"))

@@ -16,10 +16,10 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import SearchError
 from embedsmith.index.documents import read_documents
 from embedsmith.index.edge import EdgeStore
+from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Explanation, Fusion, ReciprocalRank, WeightedSum, explain
 from embedsmith.index.index import Hit, Written, open_index
 from embedsmith.index.server import ServerStore
-from embedsmith.index.store import Filter, Store
 from embedsmith.models import Embedder, load
 
 _TEXT = 120

@@ -1,4 +1,4 @@
-"""`embedsmith tokenize`: sources to a token cache; and whether a model may train on one."""
+"""Whether a model may train on the tokens of a cache: it must make the same tokens of the same texts."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from collections.abc import Sequence
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
-from embedsmith.data import RecordSet
-from embedsmith.data.token_cache import (
-    TokenizerFacts,
-    refuse_other_tokenizer,
-)
-from embedsmith.data.token_records import TokenRecords
+from embedsmith.data.record import Text
+from embedsmith.data.source import RecordSet
+from embedsmith.data.token_manifest import TokenizerFacts
 from embedsmith.models import Embedder
 from embedsmith.models.tokenize import added_tokens
 
 PROBE = "Which ids does 1 text have?"
-_OF_MODEL = ("max_length", "pooling")
-"""Options of the command line that belong to the model."""
 
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
@@ -40,19 +35,19 @@ def probes(model: Embedder, task: str, document_role: Role) -> dict[str, list[in
     }
 
 
-def check_tokens(records: RecordSet, model: Embedder, *, in_pairs: bool, needs_text: Sequence[str] = ()) -> None:
+def check_tokens(records: RecordSet[Text], model: Embedder, *, in_pairs: bool, needs_text: Sequence[str] = ()) -> None:
     """Whether a model may train on a token cache. Nothing to check for records of texts.
 
     Errors: `DataError` for another tokenizer (both hashes named), other prompts, longer texts than the model takes, or
     documents tokenized in another role than the loss reads them in; `RecipeError` for options that need texts.
     """
-    if not isinstance(records.records, TokenRecords):
+    if records.tokens is None:
         return
-    tokens, facts = records.records.tokenizer, records.records.facts_of_set
-    refuse_other_tokenizer(tokens, tokenizer_facts(model, "this one"), records.name)
-    if tokens.max_length > model.max_length:
+    tokenizer, facts = records.tokens
+    tokenizer.refuse_other(tokenizer_facts(model, "this one"), records.name)
+    if tokenizer.max_length > model.max_length:
         raise DataError(
-            f"its texts have up to {tokens.max_length} tokens, the model takes {model.max_length}",
+            f"its texts have up to {tokenizer.max_length} tokens, the model takes {model.max_length}",
             where=records.name,
             fix=f"tokenize again with --max-length {model.max_length}",
         )
