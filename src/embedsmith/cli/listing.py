@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 from rich.table import Table
@@ -66,7 +67,8 @@ def _meanings(entry: Entry[Any]) -> list[str]:
         return []
     shown = entry.thing.__doc__ or ""
     cls: Any = entry.thing
-    inherited = {name: text for name, text in descriptions(cls).items() if name not in shown}
+    described = lambda name: re.search(rf"\b{name}`?(?:, `?\w+`?)*:\s", shown)
+    inherited = {name: text for name, text in descriptions(cls).items() if not described(name)}
     return ["", *(f"{name}: {text}" for name, text in inherited.items())] if inherited else []
 
 
