@@ -67,8 +67,8 @@ def _meanings(entry: Entry[Any]) -> list[str]:
         return []
     shown = entry.thing.__doc__ or ""
     cls: Any = entry.thing
-    described = lambda name: re.search(rf"\b{name}`?(?:, `?\w+`?)*:\s", shown)
-    inherited = {name: text for name, text in descriptions(cls).items() if not described(name)}
+    entry_of = r"\b{}`?(?:, `?\w+`?)*:\s"
+    inherited = {n: text for n, text in descriptions(cls).items() if not re.search(entry_of.format(n), shown)}
     return ["", *(f"{name}: {text}" for name, text in inherited.items())] if inherited else []
 
 
