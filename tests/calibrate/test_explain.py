@@ -9,7 +9,7 @@ import torch
 
 from embedsmith.calibrate.explain import explain, map_of, sign_counts, sign_mass
 from embedsmith.calibrate.explain_report import explain_recipe
-from embedsmith.calibrate.landscape import along_length, barriers, gradient_cosines, losses_at
+from embedsmith.calibrate.landscape import along_length, barriers, gradient_cosines
 from embedsmith.calibrate.probe import Probe
 from embedsmith.calibrate.task_batches import TaskBatches
 from embedsmith.core.errors import RecipeError
@@ -94,7 +94,7 @@ def test_losses_along_the_length_are_those_of_its_multiples(tmp_path):
     live = family(tmp_path, parents=2)
     merge_GM = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     rows = along_length(batches(live), merge_GM, (0.0, 0.7))
-    assert list(rows[1].values()) == pytest.approx([0.7, *losses_at(batches(live), 0.7 * merge_GM)])
+    assert list(rows[1].values()) == pytest.approx([0.7, *batches(live).losses_at(0.7 * merge_GM)])
     assert rows[0] != rows[1]
 
 

@@ -11,10 +11,10 @@ from embedsmith.core.errors import CheckpointError
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.method import Job
-from embedsmith.merge.parents import float_names
 from embedsmith.models import load
 from tests.calibrate.test_self_positioning import SOURCES
 from tests.merge.family import family, job, merged, probe, retrieval_records, sts_records
+from tests.merge.memory import float_names
 
 METHODS = {
     "fisher": {"expectation": "empirical"},

@@ -11,8 +11,8 @@ from embedsmith.data import Record, RecordSet
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.gram import groups
 from embedsmith.merge.method import Combine, Job
-from embedsmith.merge.parents import float_names
 from embedsmith.models import load
+from tests.merge.memory import float_names
 from tests.tinybert import WORDS, tiny_bert
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Job
-from embedsmith.merge.parents import Held, Parent, float_names
+from embedsmith.merge.parents import Held, Parent
 
 SHAPES = {"backbone.layer.0.weight": (40, 30), "backbone.layer.0.bias": (40,), "backbone.layer.1.weight": (7, 11)}
 
@@ -60,3 +60,9 @@ def deltas(base: Mapping[str, Tensor], moved: Sequence[Mapping[str, Tensor]]) ->
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.double().flatten() for value in tensors.values()])
+
+
+def float_names(models: Sequence[Parent]) -> tuple[str, ...]:
+    """Names of float tensors that every model has, in the first one's order (its file order)."""
+    common = set.intersection(*(set(model.tensors) for model in models))
+    return tuple(n for n in models[0].tensors if n in common and models[0].tensors[n].dtype.is_floating_point)

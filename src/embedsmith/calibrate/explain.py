@@ -5,6 +5,7 @@ From the Gram matrix of the task vectors and one more pass over the weights; not
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Facts:
             row[f"energy/{name}"] = square / max(float(whole[i]), 1e-300)
             row[f"frozen/{name}"] = 1 - int(moved_M[i]) / max(size, 1)
             row[f"missing/{name}"] = self.missing(members)[i]
-        for i, j in pairs(len(self.names)):
+        for i, j in itertools.combinations(range(len(self.names)), 2):
             label = f"{self.names[i]}|{self.names[j]}"
             row[f"angle/{label}"] = angle(gram_MM, i, j)
             row |= {f"{key_}/{label}": value for key_, value in self.conflict(members, i, j).items()}
@@ -177,15 +178,11 @@ def sign_mass(delta_ME: Tensor) -> Tensor:
     """[M, M, 2]: sum of min(|a|, |b|), and of those elements whose signs differ."""
     count = len(delta_ME)
     found = torch.zeros(count, count, 2, dtype=torch.float64)
-    for i, j in pairs(count):
+    for i, j in itertools.combinations(range(count), 2):
         least_E = torch.minimum(delta_ME[i].abs(), delta_ME[j].abs())
         both = torch.stack([least_E.sum(), least_E[delta_ME[i] * delta_ME[j] < 0].sum()])
         found[i, j] = found[j, i] = both
     return found
-
-
-def pairs(count: int) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(count) for j in range(i + 1, count)]
 
 
 def cosines(gram_MM: Tensor) -> Tensor:

@@ -200,8 +200,12 @@ class Fisher(ProbedMethod):
 
     def merge(self, deltas: Sequence[Weights], fishers: Sequence[Weights], weights: Sequence[float]) -> FisherMerge:
         """V_m = sum_i a_i F_i V_i / sum_i a_i F_i, element by element, F normalised, shrunk and floored."""
-        scales = [1 / max(_length(fisher), 1e-38) if self.normalise else 1.0 for fisher in fishers]
-        noise = [NOISE * scale * _mean(fisher) for fisher, scale in zip(fishers, scales, strict=True)]
+        scales, noise = [], []
+        for fisher in fishers:
+            length = math.sqrt(sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in fisher.values()))
+            total = sum(float(tensor.sum(dtype=torch.float64)) for tensor in fisher.values())
+            scales.append(1 / max(length, 1e-38) if self.normalise else 1.0)
+            noise.append(NOISE * scales[-1] * (total / max(sum(tensor.numel() for tensor in fisher.values()), 1)))
         merged: dict[str, Tensor] = {}
         raised = [0] * len(deltas)
         elements, entropy = 0, 0.0
@@ -254,12 +258,3 @@ def _dense(live: LiveMerge, tokens: TokenBatch) -> Tensor:
     dense = live.encode(tokens, ("dense",))["dense"]
     assert isinstance(dense, Dense)
     return in_fp32(dense.vector_ND)
-
-
-def _mean(fisher: Weights) -> float:
-    total = sum(float(tensor.sum(dtype=torch.float64)) for tensor in fisher.values())
-    return total / max(sum(tensor.numel() for tensor in fisher.values()), 1)
-
-
-def _length(fisher: Weights) -> float:
-    return math.sqrt(sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in fisher.values()))

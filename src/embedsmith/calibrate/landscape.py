@@ -38,19 +38,12 @@ class Landscape:
         return Landscape(along_length(batches, own_GM, LENGTHS), barriers(batches, own_GM), gradients, batches.tasks)
 
 
-def losses_at(batches: TaskBatches, coefficient_GM: Tensor) -> list[float]:
-    """Mean loss of every task at theta_0 + sum_i c_i V_i."""
-    batches.live.place(coefficient_GM)
-    count = len(batches.supplies)
-    return [count * sum(batches.loss(part) for part in parts) for parts in batches.held_out_parts()]
-
-
 def along_length(batches: TaskBatches, coefficient_GM: Tensor, lengths: Sequence[float]) -> list[dict[str, Any]]:
     """Losses at lambda times the merge."""
     rows = []
     with progress_bar("losses along the length", len(lengths)) as bar:
         for length in lengths:
-            losses = losses_at(batches, length * coefficient_GM)
+            losses = batches.losses_at(length * coefficient_GM)
             rows.append({"length": length, **dict(zip(batches.tasks, losses, strict=True))})
             bar.advance()
     return rows
@@ -64,7 +57,7 @@ def barriers(batches: TaskBatches, coefficient_GM: Tensor, points: int = 7) -> l
     for place, name in enumerate(live.names):
         start_GM = torch.eye(live.parents, dtype=torch.float64)[place].expand_as(coefficient_GM)
         shares = torch.linspace(0, 1, points, dtype=torch.float64)
-        losses_PT = torch.tensor([losses_at(batches, (1 - s) * start_GM + s * coefficient_GM) for s in shares])
+        losses_PT = torch.tensor([batches.losses_at((1 - s) * start_GM + s * coefficient_GM) for s in shares])
         line_PT = (1 - shares[:, None]) * losses_PT[0] + shares[:, None] * losses_PT[-1]
         rise = (losses_PT - line_PT).amax(0).tolist()
         rows += [{"parent": name, "task": task, "barrier": r} for task, r in zip(batches.tasks, rise, strict=True)]

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -217,18 +218,23 @@ class Study:
     settings: Search
     trials: list[Trial] = field(default_factory=list)
 
+    @cached_property
+    def gram_GMM(self) -> Tensor:
+        return self.live.gram()
+
     def coefficients(self, point: Point) -> Tensor:
         """coefficient_GM of a point in the search's family, length included."""
         weight_M = torch.tensor(point.weights, dtype=torch.float64)
-        return point.length * torch.stack([self._direction(gram_MM, weight_M) for gram_MM in self.live.gram()])
-
-    def _direction(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-        if self.settings.family == "karcher":
-            return karcher(gram_MM, weight_M)
-        if self.settings.family == "average":
-            return normalised(weight_M)
         accumulate: Literal["sum", "mean"] = "mean" if self.settings.family == "paper" else "sum"
-        return sequential_slerp(gram_MM, weight_M, accumulate, on_antipodal="linear")
+        rows = []
+        for gram_MM in self.gram_GMM:
+            if self.settings.family == "karcher":
+                rows.append(karcher(gram_MM, weight_M))
+            elif self.settings.family == "average":
+                rows.append(normalised(weight_M))
+            else:
+                rows.append(sequential_slerp(gram_MM, weight_M, accumulate, on_antipodal="linear"))
+        return point.length * torch.stack(rows)
 
     def try_out(self, point: Point, coefficient_GM: Tensor | None = None) -> Trial:
         """Place the merge in the live model and score it."""

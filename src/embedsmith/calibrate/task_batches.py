@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.core.batch import Progress
@@ -96,6 +96,12 @@ class TaskBatches:
         """The weighted loss of a part at the live model's weights, without gradient."""
         tokens, part = drawn
         return float(evaluate_parts(self.live.encode, tokens, [part], self.memory, self.extras, Progress()))
+
+    def losses_at(self, coefficient_GM: Tensor) -> list[float]:
+        """Mean loss of every task on its held-out examples at theta_0 + sum_i c_i V_i."""
+        self.live.place(coefficient_GM)
+        count = len(self.supplies)
+        return [count * sum(self.loss(part) for part in parts) for parts in self.held_out_parts()]
 
     def backward(self, drawn: Sequence[Drawn]) -> float:
         """The weighted loss of several parts together, with its gradient left in the live model's parameters."""

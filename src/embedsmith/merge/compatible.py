@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,24 +40,24 @@ class Sheet:
 
     @staticmethod
     def of(model: Parent) -> Sheet:
+        """With every default of config.json filled in: folders of other versions leave other keys out.
+
+        Errors: `ModelError` for a configuration that cannot be read.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = dict(AutoConfig.from_pretrained(model.config_folder).to_dict())
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot read the configuration: {error}", where=model.config_folder) from error
         facts = read_folder(model.folder)
         general = model.folder / "config_sentence_transformers.json"
         similarity = read_json(general).get("similarity_fn_name") if general.exists() else None
-        return Sheet(model, facts, normalised_config(model.config_folder), similarity or "cosine")
+        return Sheet(model, facts, config, similarity or "cosine")
 
     @property
     def is_embedder(self) -> bool:
         return self.facts.pooling is not None
-
-
-def normalised_config(folder: Path) -> dict[str, Any]:
-    """config.json with every default filled in: folders of other versions leave other keys out."""
-    from transformers import AutoConfig
-
-    try:
-        return dict(AutoConfig.from_pretrained(folder).to_dict())
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration: {error}", where=folder) from error
 
 
 def check_same_kind(sheets: Sequence[Sheet]) -> list[str]:

@@ -106,7 +106,7 @@ class Architecture:
                 left_out.append(key)
             elif name not in tensors:
                 tensors[name] = weights
-            elif not _same_start(tensors[name], weights):
+            elif not _start_alike(tensors[name], weights):
                 raise CheckpointError(
                     f"{name.removeprefix('backbone.')} is stored twice with different values, but config.json ties"
                     " the two",
@@ -125,7 +125,7 @@ class Architecture:
         return tensors, left_out
 
 
-def _same_start(first: Weights, second: Weights) -> bool:
+def _start_alike(first: Weights, second: Weights) -> bool:
     """Whether two tensors have one shape and agree in their first four million elements."""
     total = min(1 << 22, torch.Size(first.shape).numel())
     return first.shape == second.shape and torch.equal(first.read(0, total), second.read(0, total))

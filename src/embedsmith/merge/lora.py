@@ -124,7 +124,9 @@ def with_adapter(base: Parent, folder: Path, name: str) -> Parent:
         by_module[match["module"]][match["kind"].rpartition(".")[2]] = tensor
     tensors = dict(base.tensors)
     for module, parts in by_module.items():
-        places = _places_of(module)
+        # adapters are trained on the encoder, or on a model that holds it
+        words = module.split(".")
+        places = ["backbone." + ".".join(words[skip:]) for skip in range(len(words))]
         # a part no vector depends on, which the base was saved without (adapters on every `dense` reach the pooler)
         if any(f"{place}.weight" in base.unused and f"{place}.weight" not in base.tensors for place in places):
             continue
@@ -141,12 +143,6 @@ def with_adapter(base: Parent, folder: Path, name: str) -> Parent:
 
 _MERGE_FIRST = "merge the adapter into its base with peft (merge_and_unload), then give that folder"
 _ITS_OWN_BASE = "give the model the adapter was trained on as its base"
-
-
-def _places_of(module: str) -> list[str]:
-    """Names the module may have in the encoder: adapters are trained on it, or on a model that holds it."""
-    parts = module.split(".")
-    return ["backbone." + ".".join(parts[skip:]) for skip in range(len(parts))]
 
 
 @dataclass(frozen=True)

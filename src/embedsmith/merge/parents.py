@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -197,9 +197,3 @@ def file_hash(path: Path) -> str:
 def _file_hash(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def float_names(models: Sequence[Parent]) -> tuple[str, ...]:
-    """Names of float tensors that every model has, in the first one's order (its file order)."""
-    common = set.intersection(*(set(model.tensors) for model in models))
-    return tuple(n for n in models[0].tensors if n in common and models[0].tensors[n].dtype.is_floating_point)

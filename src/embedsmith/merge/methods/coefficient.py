@@ -57,9 +57,9 @@ class Average(CoefficientMethod):
     """The weighted mean of the parents (a model soup); with scale = 1 it needs no base.
 
     c_i = scale * a_i / sum a. Equal weights: the uniform soup.
-    scale: length of the step from the base towards the mean.
-    restore_norm: stretched to the mean norm of the task vectors, which a mean of nearly orthogonal ones falls short of
-    by 1/sqrt(M).
+    `scale`: length of the step from the base towards the mean.
+    `restore_norm`: stretched to the mean norm of the task vectors, which a mean of nearly orthogonal ones falls short
+    of by 1/sqrt(M).
     """
 
     base: ClassVar[Base] = "optional"
@@ -88,7 +88,7 @@ class Average(CoefficientMethod):
 class TaskArithmetic(CoefficientMethod):
     """The sum of the task vectors, not normalised: c_i = scale * a_i. A negative weight takes a task away.
 
-    scale: by default 1/M, a start for embedders; 0.3 is usual for image models.
+    `scale`: by default 1/M, a start for embedders; 0.3 is usual for image models.
     """
 
     reads_gram: ClassVar[bool] = False
@@ -110,12 +110,12 @@ class Slerp(CoefficientMethod):
 
     Of task vectors, never of raw weights: fine-tuned siblings are so nearly parallel that it would be an average.
 
-    scale: lambda, the length of the result against that of the interpolation.
-    accumulate: `sum` gives equal weights equal influence, `mean` is the paper's recursion.
-    order: of the parents: as `given`, longest first (`norm`), `nearest` first, the `average` over orders, or a `tree`.
-    norm: length of each step: of the interpolation (`raw`), or the geometric or linear mean of both lengths.
-    length: the result's |V| as a number, times scale, whatever the interpolation gave.
-    on_antipodal: opposite vectors are an `error`, interpolated along the line (`linear`), or lose the shorter
+    `scale`: lambda, the length of the result against that of the interpolation.
+    `accumulate`: `sum` gives equal weights equal influence, `mean` is the paper's recursion.
+    `order`: of the parents: as `given`, longest first (`norm`), `nearest` first, the `average` over orders, a `tree`.
+    `norm`: length of each step: of the interpolation (`raw`), or the geometric or linear mean of both lengths.
+    `length`: the result's |V| as a number, times scale, whatever the interpolation gave.
+    `on_antipodal`: opposite vectors are an `error`, interpolated along the line (`linear`), or lose the shorter
     (`drop_smaller`).
 
     merge.json says how far, in degrees, results in different orders lie apart (`order_spread`).
@@ -151,7 +151,7 @@ class Slerp(CoefficientMethod):
 class Karcher(CoefficientMethod):
     """The weighted mean of the task vectors' directions on the sphere, times their mean norm; free of any order.
 
-    scale: factor of the result. norm: the mean norm is `linear` or `geometric`.
+    `scale`: factor of the result. `norm`: the mean norm is `linear` or `geometric`.
     """
 
     scale: Finite = 1.0
@@ -171,7 +171,7 @@ class Karcher(CoefficientMethod):
 class NormalisedMean(CoefficientMethod):
     """The direction of the mean of unit task vectors, times their mean norm: what mergekit calls multislerp.
 
-    scale: factor of the result. norm: the mean norm is `linear` or `geometric`.
+    `scale`: factor of the result. `norm`: the mean norm is `linear` or `geometric`.
     """
 
     scale: Finite = 1.0

@@ -159,16 +159,16 @@ def with_l1(job: Job, thin: Thin, by_rows: bool = False) -> Thin:
 class Ties(Method):
     """Trim small entries, elect a sign for every element, average the entries that agree with it.
 
-    density: the fraction of the largest |V_i| that is kept, of the whole group: `granularity: model` trims over the
+    `density`: the fraction of the largest |V_i| that is kept, of the whole group: `granularity: model` trims over the
     whole model (the paper), `tensor` each tensor for itself (mergekit).
-    threshold: keep |V_i| >= threshold instead.
-    scale: factor of the merged task vector.
-    election: `mass` elects the sign of the weighted sum, `count` that of the weighted number of signs.
-    aggregate: of the entries that agree, their weighted `mean`, their `sum`, or the largest (`max`).
-    rescale: `norm` stretches the result to the mean norm of the task vectors, `trimmed_norm` to that of the trimmed
+    `threshold`: keep |V_i| >= threshold instead.
+    `scale`: factor of the merged task vector.
+    `election`: `mass` elects the sign of the weighted sum, `count` that of the weighted number of signs.
+    `aggregate`: of the entries that agree, their weighted `mean`, their `sum`, or the largest (`max`).
+    `rescale`: `norm` stretches the result to the mean norm of the task vectors, `trimmed_norm` to that of the trimmed
     ones; the paper 2410.15035 prints an average without saying of which, so both are reconstructed. `l1` gives every
     trimmed vector its tensor's former L1 norm back first (mergekit).
-    prenorm: task vectors take part with equal norms.
+    `prenorm`: task vectors take part with equal norms.
 
     Entries of 0 neither vote nor count; where votes cancel, the majority sign of the group decides.
     """
@@ -212,9 +212,9 @@ def _to_equal_norms(job: Job) -> dict[str, Tensor]:
 class Dropping(Method):
     """What the methods that drop entries share.
 
-    density: the share of the entries that is kept; embedders carry everything in small differences, so start at 0.5 or
-    more. scale: factor of the merged task vector. then: the weighted mean of what is left (`linear`), or TIES' election
-    of signs (`ties`).
+    `density`: the share of the entries that is kept; embedders carry everything in small differences, so start at 0.5
+    or more. `scale`: factor of the merged task vector. `then`: the weighted mean of what is left (`linear`), or TIES'
+    election of signs (`ties`).
     """
 
     density: Density = 0.5
@@ -237,7 +237,7 @@ class Dropping(Method):
 class Dare(Dropping):
     """Drop entries at random and enlarge the rest.
 
-    rescale: `inverse` divides by the density (the paper; the mean is kept), `l1` restores the tensor's L1 norm
+    `rescale`: `inverse` divides by the density (the paper; the mean is kept), `l1` restores the tensor's L1 norm
     (mergekit), `none`.
 
     The draw belongs to seed, tensor, element and parent, whatever the block size or order.
@@ -270,8 +270,8 @@ def drawn(job: Job, block: Block) -> Tensor:
 class Della(Dropping):
     """Drop entries at random, larger ones less often: the chance to be kept grows with the rank of |V| in its row.
 
-    epsilon: chances go from density - epsilon for the smallest to density + epsilon for the largest. rescale: `inverse`
-    divides each entry by its own chance (the paper), `l1` restores the tensor's L1 norm (mergekit), `none`.
+    `epsilon`: chances go from density - epsilon for the smallest to density + epsilon for the largest. `rescale`:
+    `inverse` divides each entry by its own chance (the paper), `l1` restores the tensor's L1 norm (mergekit), `none`.
 
     A row of one element has the chance `density`; a vector is one row.
     """
@@ -315,7 +315,7 @@ class Della(Dropping):
 class Breadcrumbs(Dropping):
     """Drop the largest entries (outliers) and the smallest (noise) of every task vector.
 
-    gamma: the fraction of the largest that is dropped, of the group; `density` is kept below them.
+    `gamma`: the fraction of the largest that is dropped, of the group; `density` is kept below them.
 
     Counts decide, so a small gamma on a small tensor drops nothing instead of everything.
     """
@@ -351,8 +351,8 @@ class Breadcrumbs(Dropping):
 class Sce(Method):
     """Select the elements on which the parents disagree most, weigh by mean square, erase minority signs.
 
-    density: the fraction of elements with the largest variance over the parents that is kept, of the group (the paper
-    and mergekit: `granularity: tensor`). scale: factor of the merged task vector.
+    `density`: the fraction of elements with the largest variance over the parents that is kept, of the group (the
+    paper and mergekit: `granularity: tensor`). `scale`: factor of the merged task vector.
 
     The weight of a parent is a_i mean(V'_i^2) over the group, uniform only where nothing moved at all: no absolute
     epsilon.

@@ -61,12 +61,6 @@ def norm_of(gram_MM: Tensor, coef_M: Tensor) -> Tensor:
     return (coef_M @ gram_MM @ coef_M).clamp_min(0).sqrt()
 
 
-def cosine_of(gram_MM: Tensor, left_M: Tensor, right_M: Tensor) -> Tensor:
-    """Cosine of sum_i l_i V_i and sum_i r_i V_i; 0 where one of them is the zero vector."""
-    product = norm_of(gram_MM, left_M) * norm_of(gram_MM, right_M)
-    return (left_M @ gram_MM @ right_M / product).clamp(-1, 1) if product > 0 else product
-
-
 def slerp(
     gram_MM: Tensor,
     left_M: Tensor,
@@ -89,9 +83,17 @@ def slerp(
     length_l, length_r = norm_of(gram_MM, left_M), norm_of(gram_MM, right_M)
     if not (length_l > 0 and length_r > 0):
         return (1 - t) * left_M + t * right_M
-    cos = cosine_of(gram_MM, left_M, right_M)
+    cos = (left_M @ gram_MM @ right_M / (length_l * length_r)).clamp(-1, 1)
+    if cos < _ANTIPODAL and on_antipodal == "error":
+        raise RecipeError(
+            "two task vectors point in opposite directions, so there is no shortest arc between them",
+            expected="a cosine above -0.9999",
+            fix="leave one parent out, or set on_antipodal to linear or drop_smaller",
+        )
     if cos < _ANTIPODAL:
-        return _antipodal(left_M, right_M, t, bool(length_l >= length_r), on_antipodal)
+        log.warning("task vectors in opposite directions: on_antipodal=%s decides", on_antipodal)
+        longer_M = left_M if length_l >= length_r else right_M
+        return longer_M if on_antipodal == "drop_smaller" else (1 - t) * left_M + t * right_M
     mixed_M = _share(1 - t, cos) * left_M + _share(t, cos) * right_M
     if norm == "raw":
         return mixed_M
@@ -106,19 +108,6 @@ def _share(t: Tensor, cos: Tensor) -> Tensor:
         return t * (1 + (1 - t * t) * (1 - cos) / 3)
     alpha = 2 * torch.atan2((1 - cos).sqrt(), (1 + cos).sqrt())
     return torch.sin(t * alpha) / torch.sin(alpha)
-
-
-def _antipodal(left_M: Tensor, right_M: Tensor, t: Tensor, left_longer: bool, policy: Antipodal) -> Tensor:
-    if policy == "error":
-        raise RecipeError(
-            "two task vectors point in opposite directions, so there is no shortest arc between them",
-            expected="a cosine above -0.9999",
-            fix="leave one parent out, or set on_antipodal to linear or drop_smaller",
-        )
-    log.warning("task vectors in opposite directions: on_antipodal=%s decides", policy)
-    if policy == "drop_smaller":
-        return left_M if left_longer else right_M
-    return (1 - t) * left_M + t * right_M
 
 
 def sequential_slerp(

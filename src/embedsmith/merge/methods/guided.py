@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
+from embedsmith.core.settings import Finite, Positive
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.gram import block_of
-from embedsmith.merge.method import Base, Combine, Job
+from embedsmith.merge.method import Combine, Job, Method
 from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.stream import Block, RowSums
 
 _FLOOR = 1e-3
+Vectors = Callable[[Block], Tensor]
+"""A block to task vectors [K, E]."""
 
 
 @merge_methods.register(
@@ -27,7 +29,7 @@ _FLOOR = 1e-3
     source="CoDiEmb (2508.11442), reconstructed",
 )
 @dataclass(frozen=True)
-class DeltaGuided:
+class DeltaGuided(Method):
     """Fusion guided by how far each parameter moved from its pre-trained value, in two levels. Reconstructed.
 
     Of the paper only this is known: weights come from each parameter's deviation from its pre-trained value, at layer
@@ -37,46 +39,54 @@ class DeltaGuided:
         w_i(x) proportional to a_i f(s_i) ((|V_i(x)| + e) / (mean_j |V_j(x)| + e))^element,   sum_i w_i(x) = 1
         theta_m(x) = theta_0(x) + scale * sum_i w_i(x) V_i(x)
 
-    with f(s) = (s/S)^layer, or exp(s / (temperature S)) with `weighting: softmax`. layer = element = 0 is the soup, 1
-    and 0 the layer level, 0 and 1 the parameter level, 1 and 1 hierarchical; a negative exponent trusts what moved
-    least. unit: what a layer is, `tensor`, `block`, or `row` of a matrix (a vector is one row). Checkpoints that name a
-    trajectory are merged with each other first, then the results with the deviations measured anew. A merged norm
+    with f(s) = (s/S)^layer, or exp(s / (temperature S)). layer = element = 0 is the soup, 1 and 0 the layer level, 0
+    and 1 the parameter level, 1 and 1 hierarchical; a negative exponent trusts what moved least. Checkpoints that name
+    a trajectory are merged with each other first, then the results with the deviations measured anew. A merged norm
     above the soup's comes with element > 0.
+
+    `layer`: exponent of the layer's deviation. `element`: exponent of the parameter's own. `power`: of the mean that
+    is a layer's deviation. `weighting`: f by `power` or `softmax`. `temperature`: of the softmax.
+    `unit`: what a layer is, `tensor`, `block`, or `row` of a matrix (a vector is one row).
+    `scale`: factor of the merged task vector.
     """
 
-    base: ClassVar[Base] = "needed"
-
-    layer: float = 1.0
-    element: float = 1.0
+    layer: Finite = 1.0
+    element: Finite = 1.0
     power: Literal[1, 2] = 2
     weighting: Literal["power", "softmax"] = "power"
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     unit: Literal["tensor", "block", "row"] = "tensor"
-    scale: float = 1.0
+    scale: Finite = 1.0
 
     @property
-    def by_rows(self) -> bool:
+    def by_rows(self) -> bool:  # type: ignore[override]
         return self.unit == "row"
 
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise RecipeError(f"temperature is {self.temperature}", expected="a number above 0")
-
     def prepare(self, job: Job) -> Combine:
-        runs = trajectories(job)
-        first = [_Level(self, job.weight_M[places], self._moved(job, _rows(places))) for places in runs]
+        runs: dict[Any, list[int]] = {}  # places of the parents by trajectory; a parent without one stands alone
+        for place, parent in enumerate(job.parents):
+            runs.setdefault(place if parent.trajectory is None else parent.trajectory, []).append(place)
 
-        def merged_runs(block: Block) -> Tensor:
-            return torch.stack([level(_rows(places)(block), block) for level, places in zip(first, runs, strict=True)])
+        def of_run(places: list[int]) -> Vectors:
+            return lambda block: block.delta_ME[places]
 
-        weight_T = torch.stack([job.weight_M[places].mean() for places in runs])
-        second = _Level(self, weight_T, self._moved(job, merged_runs))
-        last, rows = (first[0], _rows(runs[0])) if len(runs) == 1 else (second, merged_runs)
+        within = [
+            _Level(self, of_run(places), job.weight_M[places], self._moved(job, of_run(places)))
+            for places in runs.values()
+        ]
+        last = within[0]
+        if len(within) > 1:
+
+            def merged_runs(block: Block) -> Tensor:
+                return torch.stack([level(block) for level in within])
+
+            weight_T = torch.stack([job.weight_M[places].mean() for places in runs.values()])
+            last = _Level(self, merged_runs, weight_T, self._moved(job, merged_runs))
         job.report["effective_parents"] = {} if self.by_rows else last.effective()
 
         def combine(block: Block) -> Tensor:
             assert block.base_E is not None
-            return last(rows(block), block).mul_(self.scale).add_(block.base_E.double())
+            return last(block).mul_(self.scale).add_(block.base_E.double())
 
         return combine
 
@@ -102,24 +112,18 @@ class DeltaGuided:
         return name if self.unit == "tensor" else block_of(name)
 
 
-Vectors = Callable[[Block], Tensor]
-"""A block to task vectors [K, E]."""
-
-
-def _rows(places: Sequence[int]) -> Vectors:
-    return lambda block: block.delta_ME[list(places)]
-
-
 @dataclass(frozen=True)
 class _Level:
-    """One level of the fusion. weight_K: a; moved: s [K] by tensor name."""
+    """One level of the fusion. `vectors`: what is merged; `weight_K`: a; `moved`: s [K] by tensor name."""
 
     how: DeltaGuided
+    vectors: Vectors
     weight_K: Tensor
     moved: Mapping[str, Tensor]
 
-    def __call__(self, vector_KE: Tensor, block: Block) -> Tensor:
+    def __call__(self, block: Block) -> Tensor:
         """sum_i w_i V_i [E]."""
+        vector_KE = self.vectors(block)
         if len(vector_KE) == 1:
             return vector_KE[0]
         width = len(vector_KE[0]) if not self.how.by_rows else block.shape[-1] if block.shape else 1
@@ -155,11 +159,3 @@ class _Level:
             share_K = self.share(self.moved[name][:, None])[:, 0]
             found[name] = float(torch.exp(-torch.xlogy(share_K, share_K).sum()))
         return found
-
-
-def trajectories(job: Job) -> list[list[int]]:
-    """Places of the parents by trajectory; a parent without one stands alone."""
-    found: dict[Any, list[int]] = {}
-    for place, parent in enumerate(job.parents):
-        found.setdefault(parent.trajectory if parent.trajectory is not None else place, []).append(place)
-    return list(found.values())

@@ -19,29 +19,25 @@ _BINS = 1 << (31 - _LOW)
 _IN_MEMORY = 1 << 20
 
 
-def magnitudes(block: Block) -> Tensor:
-    """|V_i| [M, E], in float32."""
-    return block.delta_ME.abs_().float()
-
-
 def kept_count(density: float, total: int) -> int:
     """How many of `total` are kept: the whole part of the fraction, as elsewhere, but never none by rounding."""
     return min(total, max(1, int(density * total + 1e-9))) if density > 0 else 0
 
 
 def thresholds(
-    job: Job, ranks_of: Callable[[int], Sequence[int]], keys: Callable[[Block], Tensor] = magnitudes
+    job: Job, ranks_of: Callable[[int], Sequence[int]], keys: Callable[[Block], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Tensor name to the values [M, R] at the ranks that `ranks_of` gives for the size of the tensor's group.
 
-    `keys`: a block to what is ranked, rows [M, E] of values that are not negative.
+    `keys`: a block to what is ranked, rows [M, E] of values that are not negative; by default |V_i| in float32.
     """
     found: dict[str, Tensor] = {}
     for names in job.groups.values():
         total = sum(job.size(name) for name in names)
 
         def passes(names: tuple[str, ...] = names) -> Iterable[Tensor]:
-            return (keys(block) for block in job.blocks(names))
+            blocks = job.blocks(names)
+            return (block.delta_ME.abs_().float() if keys is None else keys(block) for block in blocks)
 
         found |= dict.fromkeys(names, nth_largest(passes, ranks_of(total), total))
     return found
