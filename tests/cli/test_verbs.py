@@ -139,7 +139,7 @@ def test_geometry_of_one_and_of_two_models(folder, tmp_path):
     assert 0 < plain["both"]["cka"] < 1
     assert "How alike" in page.read_text()
     assert "sentence/anisotropy" in invoke("geometry", "m-8", "-t", "twelve", "--data", folder, "--texts", 10).output
-    with pytest.raises(EvaluationError, match="cannot read the texts"):
+    with pytest.raises(DataError, match=r"missing\.txt: no such file"):
         invoke("geometry", "m-8", "-t", tmp_path / "missing.txt")
 
 

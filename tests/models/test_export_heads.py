@@ -79,6 +79,15 @@ def test_sparse_heads_without_modules_there_come_through_embedsmith(tmp_path, ki
     np.testing.assert_allclose(scores(again, "sparse"), scores(model, "sparse"), atol=1e-6)
 
 
+def test_a_sparse_head_beside_a_pooling_of_its_own_comes_back(tmp_path):
+    """The dense part alone needs embedsmith's module there; the head's own takes its place and keeps what it names."""
+    model = load(str(lm.folder(tmp_path / "lm")), pooling="attention", heads=("sparse",), device="cpu")
+    export_head(model, tmp_path / "sparse", "sparse")
+    peer = SparseEncoder(str(tmp_path / "sparse"), device="cpu", trust_remote_code=True)
+    np.testing.assert_allclose(peer_scores(peer), scores(model, "sparse"), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(load(str(tmp_path / "sparse"), device="cpu").encode(QUERIES), model.encode(QUERIES))
+
+
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "llama"])
 def test_multivectors(tmp_path, kind):
     model = model_of(tmp_path, kind)

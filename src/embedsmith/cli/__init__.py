@@ -1,5 +1,61 @@
-"""The command line: a file a group of verbs, and what only the command line needs. The top floor of the house."""
+"""The command line: every verb of the shelf as a command.
 
-from embedsmith.cli.app import app, main
+The tree's own verbs are light: each imports its room inside the function, so that `--help` costs no torch. A verb of a
+user's package is looked for when it is called, so that installed packages do not slow down the others.
+"""
 
-__all__ = ["app", "main"]
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from embedsmith.core.errors import EmbedsmithError
+from embedsmith.core.settings import did_you_mean
+from embedsmith.core.shelf import Entry, verbs
+
+
+class Verbs(TyperGroup):
+    """The verbs of the tree, and of users' packages where the tree has none of that name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            if name not in verbs.names():
+                ctx.fail(f"No such command {name!r}{did_you_mean(name, verbs.names())}.")
+            self.add_command(command(verbs.entry(name)), name)
+        return super().resolve_command(ctx, args)
+
+
+def command(entry: Entry[Any]) -> Any:
+    """A function on the shelf as a command by itself."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command(entry.name)(entry.thing)
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(
+    name="embedsmith",
+    cls=Verbs,
+    help="Make a text-embedding model from start to finish.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes around the help would double what it costs to show it
+)
+for _entry in verbs.entries(plugins=False):
+    app.command(_entry.name)(_entry.thing)
+
+
+def main() -> None:
+    """Run the command line; an error a user can cause is one message and exit code 1, an interrupt exits with 130."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("embedsmith").setLevel(logging.INFO)
+    try:
+        app()
+    except EmbedsmithError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)

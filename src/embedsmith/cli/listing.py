@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 from rich.table import Table
@@ -66,7 +67,8 @@ def _meanings(entry: Entry[Any]) -> list[str]:
         return []
     shown = entry.thing.__doc__ or ""
     cls: Any = entry.thing
-    inherited = {name: text for name, text in descriptions(cls).items() if name not in shown}
+    entry_of = r"\b{}`?(?:, `?\w+`?)*:\s"
+    inherited = {n: text for n, text in descriptions(cls).items() if not re.search(entry_of.format(n), shown)}
     return ["", *(f"{name}: {text}" for name, text in inherited.items())] if inherited else []
 
 

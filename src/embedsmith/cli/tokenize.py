@@ -17,7 +17,7 @@ from embedsmith.core.settings import section
 from embedsmith.data.read import read_source
 from embedsmith.data.source import RecordSet, Source
 from embedsmith.data.token_cache import TokenJob
-from embedsmith.data.token_manifest import MANIFEST, DatasetFacts, Layout, Manifest
+from embedsmith.data.token_manifest import MANIFEST, CacheLayout, DatasetFacts, Manifest
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
 from embedsmith.models.tokenize import prompt_for
@@ -42,7 +42,7 @@ class TokenizeJob:
     model: ModelConfig
     data: tuple[Source, ...]
     out: str
-    layout: Layout = "corpus"
+    layout: CacheLayout = "corpus"
     keep_text: bool = False
 
     def of(self, records: RecordSet, model: Embedder) -> TokenJob:
@@ -139,10 +139,15 @@ def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int |
         if "query_input_ids" not in pq.read_schema(path).names:
             continue
         dataset = path.stem.removesuffix("_query")
-        layout: Layout = "inline" if dataset == path.stem else "corpus"
+        layout: CacheLayout = "inline" if dataset == path.stem else "corpus"
         rows = pq.read_metadata(path).num_rows
         datasets[dataset] = DatasetFacts(dataset, task, layout, rows, 0, {}, role, "name")
-        _check_ids(path, len(model.tokenizer), name)
+        # A first look: ids beyond the vocabulary cannot come from this tokenizer.
+        ids: Any = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"])).column(0)
+        highest, words = max(ids.flatten().to_pylist(), default=0), len(model.tokenizer)
+        if highest >= words:
+            what = f"an id is {highest}, but {name} has {words} tokens"
+            raise DataError(what, where=path, fix="name its own tokenizer")
     if not datasets:
         raise DataError(
             "no file with a column query_input_ids", where=folder, expected="NAME.parquet or NAME_query.parquet"
@@ -150,11 +155,3 @@ def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int |
     manifest = Manifest(replace(facts, max_length=max_length or facts.max_length), datasets)
     manifest.save(folder)
     return manifest
-
-
-def _check_ids(path: Path, words: int, name: str) -> None:
-    """A first look: ids beyond the vocabulary cannot come from this tokenizer."""
-    ids: Any = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"])).column(0)
-    highest = max(ids.flatten().to_pylist(), default=0)
-    if highest >= words:
-        raise DataError(f"an id is {highest}, but {name} has {words} tokens", where=path, fix="name its own tokenizer")

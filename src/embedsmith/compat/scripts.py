@@ -36,10 +36,10 @@ def t2retrieval_command(load: Load, arguments: Sequence[str] | None = None) -> R
     parser.add_argument("--model", required=True, choices=sorted(PRESETS), help="which way of loading")
     parser.add_argument("--model_id", help="another folder or hub id, loaded the same way")
     _shared_flags(parser)
-    said = parser.parse_args(arguments)
-    name, options = PRESETS[said.model]
-    model_id = said.model_id or name
-    return _run(load, said, ["T2Retrieval"], model_id, dict(options))
+    flags = parser.parse_args(arguments)
+    name, options = PRESETS[flags.model]
+    model_id = flags.model_id or name
+    return _run(load, flags, ["T2Retrieval"], model_id, dict(options))
 
 
 def extractor_command(load: Load, arguments: Sequence[str] | None = None) -> Results:
@@ -50,9 +50,9 @@ def extractor_command(load: Load, arguments: Sequence[str] | None = None) -> Res
     parser.add_argument("--tasks", nargs="+", default=["T2Retrieval"], help="names of mteb, or paths of local files")
     parser.add_argument("--task_langs", nargs="*", default=[], help="only these languages, such as cmn eng")
     _shared_flags(parser)
-    said = parser.parse_args(arguments)
-    names = [name for text in said.tasks for name in text.split(",") if name]
-    return _run(load, said, names, said.ckpt_dir, {} if said.config is None else _from_config(said.config))
+    flags = parser.parse_args(arguments)
+    names = [name for text in flags.tasks for name in text.split(",") if name]
+    return _run(load, flags, names, flags.ckpt_dir, {} if flags.config is None else _from_config(flags.config))
 
 
 def _shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,16 +65,16 @@ def _shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_folder", type=Path, default=Path("mteb_results"))
 
 
-def _run(load: Load, said: argparse.Namespace, names: list[str], model: str, options: dict[str, Any]) -> Results:
-    if said.corpus_limit is not None and said.limits is None:
+def _run(load: Load, flags: argparse.Namespace, names: list[str], model: str, options: dict[str, Any]) -> Results:
+    if flags.corpus_limit is not None and flags.limits is None:
         raise EvaluationError("--corpus_limit without --limits", fix="say how many queries to sample")
-    if said.query_instruction is not None:
-        options["prompts"] = {"query": said.query_instruction.replace("\\n", "\n")}
-    if said.device is not None:
-        options["device"] = f"cuda:{said.device}" if said.device.isdecimal() else said.device
-    limits = None if said.limits is None else SampleLimits(said.limits, said.corpus_limit, said.seed)
-    tasks = find_mteb_tasks(names, languages=getattr(said, "task_langs", ()))
-    return mteb_evaluate(load(model, **options), tasks, said.output_folder, name=model, limits=limits)
+    if flags.query_instruction is not None:
+        options["prompts"] = {"query": flags.query_instruction.replace("\\n", "\n")}
+    if flags.device is not None:
+        options["device"] = f"cuda:{flags.device}" if flags.device.isdecimal() else flags.device
+    limits = None if flags.limits is None else SampleLimits(flags.limits, flags.corpus_limit, flags.seed)
+    tasks = find_mteb_tasks(names, languages=getattr(flags, "task_langs", ()))
+    return mteb_evaluate(load(model, **options), tasks, flags.output_folder, name=model, limits=limits)
 
 
 def _from_config(path: Path) -> dict[str, Any]:

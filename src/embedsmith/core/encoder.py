@@ -72,7 +72,12 @@ def fingerprint(encoder: Encoder) -> str:
 
 def hash_of_model(model: torch.nn.Module, *settings: str) -> str:
     """A hash of a module's weights, and of whatever else its output depends on."""
-    hasher = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    return hash_with_weights(repr(settings), model)
+
+
+def hash_with_weights(text: str, model: torch.nn.Module) -> str:
+    """A hash of a text and of a module's weights by name."""
+    hasher = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -26,7 +26,6 @@ from embedsmith.core.errors import EmbedsmithError, RecipeError
 from embedsmith.core.settings import descriptions, did_you_mean, section, to_plain
 
 T = TypeVar("T")
-GROUP = "embedsmith"
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def load_plugins() -> None:
     """
     from importlib.metadata import entry_points
 
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group="embedsmith"):
         try:
             point.load()
         except EmbedsmithError:
@@ -234,18 +233,4 @@ curation_steps: Shelf[Any] = Shelf("curation step", "embedsmith.curate")
 generators: Shelf[Any] = Shelf("generator", "embedsmith.curate.generators")
 verbs: Shelf[Any] = Shelf("verb", "embedsmith.cli.verbs")
 
-SHELVES = (
-    losses,
-    poolings,
-    heads,
-    merge_methods,
-    file_kinds,
-    layouts,
-    task_kinds,
-    metrics,
-    searchers,
-    teachers,
-    curation_steps,
-    generators,
-    verbs,
-)
+SHELVES = tuple(shelf for shelf in list(globals().values()) if isinstance(shelf, Shelf))

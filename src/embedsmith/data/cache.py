@@ -24,7 +24,7 @@ from embedsmith.core.progress import log
 from embedsmith.data.source import RecordSet, Skipped, Source, source_name
 from embedsmith.data.store import RecordStore, StoreWriter
 
-VERSION = 1
+STORE_VERSION = 1
 """Of the files in an entry. Another version is another key: old entries are left alone."""
 
 MEMORY_BYTES = 32 * 2**20
@@ -91,7 +91,7 @@ def stored(
     if before is not None and unchanged and (kept / before.key / "set.json").exists():
         return _open(kept / before.key)
     content = [version] if version is not None else [_content(name) for name in files]
-    now = replace(now, key=_hash([VERSION, content, _options(source, tokens)]))
+    now = replace(now, key=_hash([STORE_VERSION, content, _options(source, tokens)]))
     if before is not None and before.key != now.key:
         log.warning("%s", before.change(now))
     entry = kept / now.key

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from embedsmith.data.read import read_source
 from embedsmith.data.record import Record, TokenIds, text_id
-from embedsmith.data.source import RecordSet, Skipped, Source, negatives_per_query
+from embedsmith.data.source import Skipped, Source, negatives_per_query
 
 PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -63,6 +63,9 @@ def inspect_source(source: Source, samples: int = 3) -> Inspection:
     """Read a source and describe it. Samples are spread over the file. Errors: those of `read_source`."""
     found = read_source(source)
     records = found.records
+    counts = {f.name: sum(getattr(r, f.name) not in (None, (), "") for r in records) for f in fields(Record)}
+    scores = Counter(min(int(score * 10), 9) for r in records for score in r.positive_scores or () if score is not None)
+    labels = Counter(record.label for record in records if record.label is not None)
     places = np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)
     return Inspection(
         path=source.path,
@@ -71,108 +74,77 @@ def inspect_source(source: Source, samples: int = 3) -> Inspection:
         task=found.task,
         records=len(records),
         skipped=found.skipped,
-        fields=_fields(records),
+        fields={name: count for name, count in counts.items() if count and name not in ("task", "source")},
         lengths=_lengths(records),
         duplicates=_duplicates(records),
         scores=found.scores,
-        score_counts=_score_counts(records),
-        labels=_labels(found),
+        score_counts={f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": scores[tenth] for tenth in sorted(scores)},
+        labels={found.labels[label] if found.labels else str(label): labels[label] for label in sorted(labels)},
         negatives_drawn=negatives_per_query(source, records),
         fingerprint=found.fingerprint,
         samples=tuple(records[int(place)] for place in places),
     )
 
 
-def _fields(records: Sequence[Record[Any]]) -> dict[str, int]:
-    counts = {f.name: sum(getattr(r, f.name) not in (None, (), "") for r in records) for f in fields(Record)}
-    return {name: count for name, count in counts.items() if count and name not in ("task", "source")}
-
-
 def _lengths(records: Sequence[Record[Any]]) -> dict[str, Lengths]:
-    roles = {
+    roles: dict[str, list[str | TokenIds]] = {
         "query": [record.query for record in records],
         "positives": [text for record in records for text in record.positives],
         "negatives": [text for record in records for text in record.negatives],
     }
-    return {
-        role: Lengths(len(texts), tuple(int(value) for value in np.percentile(_sizes(texts), PERCENTILES)))
-        for role, texts in roles.items()
-        if texts
-    }
-
-
-def _sizes(texts: Sequence[str | TokenIds]) -> list[int]:
-    """Characters of texts; tokens of those of a token cache."""
-    return [len(text if isinstance(text, str) else text.ids) for text in texts]
+    lengths: dict[str, Lengths] = {}
+    for role, texts in roles.items():
+        if texts:
+            sizes = [len(text if isinstance(text, str) else text.ids) for text in texts]
+            lengths[role] = Lengths(len(texts), tuple(int(value) for value in np.percentile(sizes, PERCENTILES)))
+    return lengths
 
 
 def _duplicates(records: Sequence[Record[Any]]) -> Duplicates:
+    def repeats(values: Iterable[object]) -> int:
+        counts = Counter(values)
+        return counts.total() - len(counts)
+
     query_ids = [text_id(record.query) for record in records]
     positive_ids = [tuple(text_id(text) for text in record.positives) for record in records]
     negative_ids = [tuple(text_id(text) for text in record.negatives) for record in records]
     rows = zip(query_ids, positive_ids, negative_ids, (record.positive_scores for record in records))
     return Duplicates(
-        rows=_repeats(rows),
-        queries=_repeats(query_ids),
-        positives=_repeats(id_ for ids in positive_ids for id_ in ids),
+        rows=repeats(rows),
+        queries=repeats(query_ids),
+        positives=repeats(id_ for ids in positive_ids for id_ in ids),
         negatives_that_are_positives=sum(len(set(p) & set(n)) for p, n in zip(positive_ids, negative_ids)),
     )
 
 
-def _repeats(values: Iterable[object]) -> int:
-    counts = Counter(values)
-    return counts.total() - len(counts)
-
-
-def _score_counts(records: Sequence[Record[Any]]) -> dict[str, int]:
-    """Positives by tenths of their score in [0, 1]."""
-    tenths = Counter(
-        min(int(score * 10), 9) for record in records for score in record.positive_scores or () if score is not None
-    )
-    return {f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": tenths[tenth] for tenth in sorted(tenths)}
-
-
-def _labels(found: RecordSet[Any]) -> dict[str, int]:
-    counts = Counter(record.label for record in found.records if record.label is not None)
-    return {found.labels[label] if found.labels else str(label): counts[label] for label in sorted(counts)}
-
-
-def render(found: Inspection) -> RenderableType:
+def inspection_tables(found: Inspection) -> RenderableType:
     """The same for a terminal."""
-    parts: list[RenderableType] = [_facts(found), _length_table(found)]
+    facts = Table("what", "found", title=found.path, title_justify="left")
+    facts.add_row("format", found.format)
+    facts.add_row("task", found.task)
+    facts.add_row("records", f"{found.records:,}")
+    for skipped in found.skipped:
+        lines = ", ".join(map(str, skipped.lines)) + (", ..." if skipped.count > len(skipped.lines) else "")
+        facts.add_row("skipped", Text(f"{skipped.count:,}: {skipped.kind} (lines {lines})"))
+    facts.add_row("fields", ", ".join(f"{name} {count:,}" for name, count in found.fields.items()))
+    facts.add_row("scores", found.scores)
+    repeated = found.duplicates
+    facts.add_row("repeated", f"rows {repeated.rows:,}, queries {repeated.queries:,}, positives {repeated.positives:,}")
+    if repeated.negatives_that_are_positives:
+        facts.add_row("negatives that are positives", f"{repeated.negatives_that_are_positives:,} (never drawn)")
+    facts.add_row("negatives drawn for a query", str(found.negatives_drawn))
+    facts.add_row("fingerprint", found.fingerprint)
+    unit = "tokens" if found.format == "tokens" else "characters"
+    sizes = Table(unit, "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
+    for role, lengths in found.lengths.items():
+        sizes.add_row(role, f"{lengths.texts:,}", *(f"{value:,}" for value in lengths.percentiles))
+    parts: list[RenderableType] = [facts, sizes]
     if found.score_counts:
         parts.append(_bars("score, of 1", found.score_counts))
     if found.labels:
         most = dict(Counter(found.labels).most_common(10))
         parts.append(_bars(f"label (10 of {len(found.labels)})" if len(found.labels) > 10 else "label", most))
     return Group(*parts, *(_sample(record) for record in found.samples))
-
-
-def _facts(found: Inspection) -> Table:
-    table = Table("what", "found", title=found.path, title_justify="left")
-    table.add_row("format", found.format)
-    table.add_row("task", found.task)
-    table.add_row("records", f"{found.records:,}")
-    for skipped in found.skipped:
-        lines = ", ".join(map(str, skipped.lines)) + (", ..." if skipped.count > len(skipped.lines) else "")
-        table.add_row("skipped", Text(f"{skipped.count:,}: {skipped.kind} (lines {lines})"))
-    table.add_row("fields", ", ".join(f"{name} {count:,}" for name, count in found.fields.items()))
-    table.add_row("scores", found.scores)
-    repeated = found.duplicates
-    table.add_row("repeated", f"rows {repeated.rows:,}, queries {repeated.queries:,}, positives {repeated.positives:,}")
-    if repeated.negatives_that_are_positives:
-        table.add_row("negatives that are positives", f"{repeated.negatives_that_are_positives:,} (never drawn)")
-    table.add_row("negatives drawn for a query", str(found.negatives_drawn))
-    table.add_row("fingerprint", found.fingerprint)
-    return table
-
-
-def _length_table(found: Inspection) -> Table:
-    unit = "tokens" if found.format == "tokens" else "characters"
-    table = Table(unit, "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
-    for role, lengths in found.lengths.items():
-        table.add_row(role, f"{lengths.texts:,}", *(f"{value:,}" for value in lengths.percentiles))
-    return table
 
 
 def _bars(title: str, counts: dict[str, int]) -> Table:

@@ -14,7 +14,7 @@ from embedsmith.data.formats.columns import Reading
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.record import Record, RowError, Text, validate
-from embedsmith.data.source import Change, RecordSet, Shelf, Skipped, Source, open_source, reading_of, source_name
+from embedsmith.data.source import Change, RecordSet, RecordSink, Skipped, Source, open_source, reading_of, source_name
 from embedsmith.data.store import Fingerprint
 from embedsmith.data.stream import stream_source
 from embedsmith.data.token_records import is_token_cache, read_tokens
@@ -39,7 +39,7 @@ def read_source(source: Source) -> RecordSet[Text]:
         rows = open_source(source)
         files, version, size = {}, rows.version, rows.size
     if (rows is not None and version is None) or not belongs_on_disk(source, size):
-        return _Pass(source, rows or open_source(source), MemoryShelf()).read()
+        return _Pass(source, rows or open_source(source), MemorySink()).read()
     found = stored(source, files, version, lambda writer: _Pass(source, rows or open_source(source), writer).read())
     for skipped in found.skipped:  # named in every run, not only in the one that converted the source
         lines = ", ".join(map(str, skipped.lines))
@@ -47,7 +47,7 @@ def read_source(source: Source) -> RecordSet[Text]:
     return found
 
 
-class MemoryShelf:
+class MemorySink:
     """Records in a list."""
 
     def __init__(self) -> None:
@@ -74,11 +74,11 @@ class MemoryShelf:
 
 @dataclass
 class _Pass:
-    """One pass over the rows of one source, onto a shelf."""
+    """One pass over the rows of one source, into a sink."""
 
     source: Source
     rows: Rows
-    shelf: Shelf
+    sink: RecordSink
     faults: dict[str, tuple[RowError, list[int]]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     extent: Extent = field(default_factory=Extent)
@@ -90,11 +90,11 @@ class _Pass:
         if declared is not None and not declared[0] < declared[1]:
             raise RecipeError(f"score_range {list(declared)} is not [lowest, highest]", where=self.rows.path)
         self._read_rows(declared)
-        if not len(self.shelf) and not self.faults:
+        if not len(self.sink) and not self.faults:
             raise DataError("no records in it", where=self.rows.path, fix="check that it is the right file")
         known, how = self._range(declared)
         labels = tuple(sorted(self.reading.labels)) if self.reading else ()
-        records, hash_ = self.shelf.settle(self._change(known, labels))
+        records, hash_ = self.sink.settle(self._change(known, labels))
         self._report(len(records))
         assert self.reading is not None
         assert self.task is not None
@@ -113,7 +113,7 @@ class _Pass:
     def _read_rows(self, declared: Range | None) -> None:
         """Past `limit` rows are read only where the score range is still to be inferred: it is the whole file's."""
         for line, row in self.rows.rows:
-            full = self.source.limit is not None and len(self.shelf) >= self.source.limit
+            full = self.source.limit is not None and len(self.sink) >= self.source.limit
             if full and (declared is not None or self.extent.empty):
                 return
             try:
@@ -126,7 +126,7 @@ class _Pass:
                 continue
             self.extent.add(record, line)
             if not full:
-                self.shelf.add(record, line)
+                self.sink.add(record, line)
 
     def _record(self, row: dict[str, object] | RowError, line: int) -> Record:
         if isinstance(row, RowError):

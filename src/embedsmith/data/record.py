@@ -156,21 +156,16 @@ def _faults(record: Record) -> Iterator[RowError]:
     yield from text_faults("negative", record.negatives)
     if record.instruction is not None and not isinstance(record.instruction, str):
         yield _not_text("instruction", record.instruction)
-    yield from _shape_faults(record)
-    yield from _score_faults("positive_scores", record.positive_scores, len(record.positives))
-    yield from _score_faults("negative_scores", record.negative_scores, len(record.negatives))
-    yield from _score_faults("teacher_positive_scores", record.teacher_positive_scores, len(record.positives))
-    yield from _score_faults("teacher_negative_scores", record.teacher_negative_scores, len(record.negatives))
-
-
-def _shape_faults(record: Record) -> Iterator[RowError]:
-    """What each task cannot do without."""
     if record.task in ("retrieval", "sts") and not record.positives:
         yield RowError("no positives", fix="give the row at least one positive text, or remove it")
     if record.task == "sts" and (record.positive_scores is None or None in record.positive_scores):
         yield RowError("no score for an sts pair", fix="give every pair a score, or declare `task: retrieval`")
     if record.task in ("classification", "clustering") and record.label is None and not record.positives:
         yield RowError("neither a label nor positives", fix="give the row a label")
+    yield from _score_faults("positive_scores", record.positive_scores, len(record.positives))
+    yield from _score_faults("negative_scores", record.negative_scores, len(record.negatives))
+    yield from _score_faults("teacher_positive_scores", record.teacher_positive_scores, len(record.positives))
+    yield from _score_faults("teacher_negative_scores", record.teacher_negative_scores, len(record.negatives))
 
 
 def text_faults(role: str, texts: Iterable[object]) -> Iterator[RowError]:
@@ -214,9 +209,7 @@ def kind_of(value: object) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
 
 
-# The text of a document that has a title: one rule for training, encoding, mining, indexing and evaluation.
-
-
 def titled(title: str | None, text: str) -> str:
-    """Title and text joined by one space, as BEIR and mteb join them; the text itself where there is no title."""
+    """The text of a document that has a title, for training, encoding, mining, indexing and evaluation alike: title and
+    text joined by one space, as BEIR and mteb join them; the text itself where there is no title."""
     return f"{title} {text}".strip() if title else text

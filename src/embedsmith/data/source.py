@@ -1,4 +1,4 @@
-"""A data source of a recipe, and reading it: any file or dataset to a set of records."""
+"""A data source of a recipe: its settings, how its rows are opened and read, and the set of records it becomes."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ Change = Callable[[Record, int], Record | None]
 """What a record becomes once its whole file is known (`None`: it is left out), given its line."""
 
 
-class Shelf(Protocol):
+class RecordSink(Protocol):
     """Where the records of a source are put while it is read, and kept afterwards."""
 
     def __len__(self) -> int: ...

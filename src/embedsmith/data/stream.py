@@ -45,7 +45,6 @@ BUFFER_ROWS = 10_000
 """Rows shuffled together unless the source says or one of its blocks has more (it is in memory anyway)."""
 
 _END = 2**16
-Order = npt.NDArray[np.integer]
 
 
 def stream_source(source: Source) -> RecordSet:
@@ -77,7 +76,7 @@ def stream_source(source: Source) -> RecordSet:
 class HasOrder(Protocol):
     """Records that cannot be read in any order at the same cost, and say in which order a pass should take them."""
 
-    def order(self, chance: np.random.Generator) -> Order:
+    def order(self, chance: np.random.Generator) -> npt.NDArray[np.integer]:
         """A permutation of all rows, drawn with `chance` alone."""
         ...
 
@@ -95,7 +94,7 @@ class StreamRecords(OneByOne[str]):
     reading: Reading
     rows: int
     skipped: set[str] = field(default_factory=set)
-    _held: OrderedDict[int, Block] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    _held: OrderedDict[int, RowBlock] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -111,7 +110,7 @@ class StreamRecords(OneByOne[str]):
         """First row of each block, and the end of the last."""
         return np.concatenate([[0], np.cumsum(self.blocks.sizes)]).clip(max=self.rows).astype(np.int64)
 
-    def order(self, chance: np.random.Generator) -> Order:
+    def order(self, chance: np.random.Generator) -> npt.NDArray[np.integer]:
         """Blocks in a drawn order (unless they must come in their own), then each buffer of rows in a drawn order."""
         start_B = self.start_B
         sequence = np.arange(len(start_B) - 1)
@@ -138,7 +137,7 @@ class StreamRecords(OneByOne[str]):
                     log.warning("skipped (%d so far): %s: %s", len(self.skipped), named.where, named.what)
         raise DataError("no good row in the block", where=self.blocks.place(block, 0))
 
-    def _block(self, number: int) -> Block:
+    def _block(self, number: int) -> RowBlock:
         """A block, read now or held. A buffer touches at most its own rows and the rest of the blocks at its two ends:
         what is more is let go."""
         with self._lock:
@@ -150,7 +149,7 @@ class StreamRecords(OneByOne[str]):
             self._held.move_to_end(number)
             return self._held[number]
 
-    def _record(self, row: Row) -> Record:
+    def _record(self, row: Mapping[str, Any]) -> Record:
         """What reading a whole file does with a row, without what needs the whole file. Errors: `RowError`."""
         record, declared = self.reading.record(row), self.source.score_range
         validate(record)
@@ -170,15 +169,12 @@ class StreamRecords(OneByOne[str]):
         return max(len(self[row].negatives) for row in range(min(len(self), 100)))
 
 
-Row = Mapping[str, Any]
-
-
-class Block(Protocol):
+class RowBlock(Protocol):
     """Some rows; only those asked for become Python objects."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int, /) -> Row: ...
+    def __getitem__(self, row: int, /) -> Mapping[str, Any]: ...
 
 
 class Blocks(Protocol):
@@ -194,7 +190,7 @@ class Blocks(Protocol):
         """Stands for the content of the source."""
         ...
 
-    def read(self, block: int) -> Block: ...
+    def read(self, block: int) -> RowBlock: ...
 
     def place(self, block: int, row: int) -> str:
         """File and row, for messages."""
@@ -210,8 +206,8 @@ class _Table:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def __getitem__(self, row: int, /) -> Row:
-        found: Row = self._table.slice(row, 1).to_pylist()[0]
+    def __getitem__(self, row: int, /) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._table.slice(row, 1).to_pylist()[0]
         return found
 
 
@@ -246,7 +242,7 @@ class ParquetBlocks:
             digest.update(repr(footer.to_dict()).encode())
         return digest.hexdigest()
 
-    def read(self, block: int) -> Block:
+    def read(self, block: int) -> RowBlock:
         number, group, _ = self._group[block]
         name = self.files[number]
         with _reading(name), _opened(name) as file:
@@ -274,7 +270,7 @@ class DatasetBlocks:
     def version(self) -> str:
         return str(self.dataset._fingerprint)
 
-    def read(self, block: int) -> Block:
+    def read(self, block: int) -> RowBlock:
         start = block * BLOCK_ROWS
         return _Table(self.dataset.with_format("arrow")[start : start + BLOCK_ROWS])
 
@@ -290,7 +286,7 @@ class SequentialBlocks(DatasetBlocks):
     files: tuple[str, ...] = ()
     in_order: bool = field(default=True, init=False)
     _next: int = field(default=-1, init=False)
-    _rest: Iterator[Row] = field(default_factory=lambda: iter(()), init=False)
+    _rest: Iterator[Mapping[str, Any]] = field(default_factory=lambda: iter(()), init=False)
 
     @property
     def version(self) -> str:
@@ -300,7 +296,7 @@ class SequentialBlocks(DatasetBlocks):
             digest.update(_state_of(file))
         return digest.hexdigest()
 
-    def read(self, block: int) -> Block:
+    def read(self, block: int) -> RowBlock:
         if block != self._next:
             self._rest = iter(self.dataset.skip(block * BLOCK_ROWS))
         rows = list(islice(self._rest, self.sizes[block]))

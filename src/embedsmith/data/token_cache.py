@@ -35,7 +35,7 @@ from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.record import Record, text_id
 from embedsmith.data.source import RecordSet
 from embedsmith.data.store import RecordStore
-from embedsmith.data.token_manifest import DatasetFacts, Layout
+from embedsmith.data.token_manifest import CacheLayout, DatasetFacts
 
 SHARD_ROWS = 20_000
 """Records that are tokenized and kept together, so that a stopped job loses no more."""
@@ -66,7 +66,7 @@ class TokenJob:
     tokenize: Tokenize
     prompts: dict[str, str]
     probes: dict[str, list[int]]
-    layout: Layout = "corpus"
+    layout: CacheLayout = "corpus"
     keep_text: bool = False
     shard_rows: int = field(default_factory=lambda: SHARD_ROWS)
 

@@ -11,9 +11,8 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.core.files import atomic_file
 
-VERSION = 1
 MANIFEST = "manifest.json"
-Layout = Literal["corpus", "inline"]
+CacheLayout = Literal["corpus", "inline"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class DatasetFacts:
 
     name: str
     task: str
-    layout: Layout
+    layout: CacheLayout
     rows: int
     documents: int
     prompts: dict[str, str]
@@ -61,7 +60,7 @@ class DatasetFacts:
 class Manifest:
     tokenizer: TokenizerFacts
     datasets: dict[str, DatasetFacts] = field(default_factory=dict)
-    version: int = VERSION
+    version: int = 1
 
     def save(self, out: Path) -> None:
         with atomic_file(out / MANIFEST) as file:

@@ -34,8 +34,6 @@ from embedsmith.data.store import StoreWriter
 from embedsmith.data.token_cache import SCORES, Tokenize
 from embedsmith.data.token_manifest import MANIFEST, DatasetFacts, Manifest
 
-Columns = dict[str, Any]
-"""Arrow columns of some rows, by name."""
 _BATCH = 8192
 _KEPT_TEXT = re.compile(r"query|text|(passage|negative)(_\d+)?")
 """Columns of texts, which a cache may have beside the tokens."""
@@ -191,7 +189,7 @@ class _Conversion:
                 )
                 self.writer.add(record, line + n)
 
-    def _documents(self, batch: Columns, name: str, where: str) -> list[int | None]:
+    def _documents(self, batch: dict[str, Any], name: str, where: str) -> list[int | None]:
         """The rows of the token table that hold one slot of every record."""
         column = batch[name]
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
@@ -204,7 +202,7 @@ class _Conversion:
             raise DataError(f"{name} names the document {missing}, which is not in the corpus", where=where)
         return _spread(self._row_M[place], column)
 
-    def _lists(self, batch: Columns, name: str) -> list[int | None]:
+    def _lists(self, batch: dict[str, Any], name: str) -> list[int | None]:
         """The rows of the token table that are made of a column of token ids. The id of a text is that of the cache
         where it has one, else a hash of the tokens: equal for equal texts either way."""
         column, prefix = batch[name], name.removesuffix("_input_ids")
@@ -225,8 +223,8 @@ class _Conversion:
         return np.asarray([_hash(str(value).encode()) for value in values], np.int64)
 
 
-def _batches(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Columns]]:
-    """(line, columns) of a Parquet file, a few thousand rows at a time. Errors: `DataError`."""
+def _batches(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, columns by name) of a Parquet file, a few thousand rows at a time. Errors: `DataError`."""
     line = 1
     try:
         with pq.ParquetFile(path) as file:

@@ -102,8 +102,8 @@ class Reader:
     def as_one(self) -> Iterator[None]:
         """An error of any kind on one rank ends all of them here: none waits for a rank that is gone.
 
-        All talk between the ranks inside goes through `together`, so what a failed rank says is heard by each of the
-        others where it talks next, at the latest at the end. Errors: the rank's own; on the others
+        All exchange between the ranks inside goes through `together`, so each of the others receives the error of a
+        failed rank at its next exchange, at the latest at the end. Errors: the rank's own; on the others
         `FailedElsewhereError` with its message.
         """
         try:

@@ -96,7 +96,7 @@ class Space:
         return ((start, self.unit_ND[start : start + step] @ self.unit_ND.T) for start in range(0, len(self), step))
 
     def mean_cosine(self) -> float:
-        """Mean cosine of two different rows: |sum of unit rows|^2 tells the sum over all pairs without making them."""
+        """Mean cosine of two different rows: |sum of unit rows|^2 gives the sum over all pairs without making them."""
         of_itself = float(np.square(self.unit_ND).sum())  # a zero row has no cosine with itself either
         return float((np.square(self.unit_ND.sum(axis=0)).sum() - of_itself) / (len(self) * (len(self) - 1)))
 

@@ -22,7 +22,7 @@ ItemValues = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a task to look at: how well it went (1 is best), its texts by what they are, and its numbers."""
+    """One item of a task to show: how well it went (1 is best), its texts by what they are, and its numbers."""
 
     item_id: str
     value: float

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.errors import DataError
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import text_faults
 
@@ -40,13 +39,3 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         for fault in text_faults("text", [text]):
             raise fault.at(one.where)
         yield Document(str(one.id), text, one.metadata)
-
-
-def without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents in their order. Errors: `DataError` for an id that comes again."""
-    seen: set[str] = set()
-    for document in documents:
-        if document.id in seen:
-            raise DataError(f"the id {document.id!r} comes twice", fix="give every document an id of its own")
-        seen.add(document.id)
-        yield document

@@ -1,4 +1,4 @@
-"""What an index asks of its engine. Both engines speak Qdrant's data model, each in classes of its own."""
+"""What an index asks of its engine. Both engines have Qdrant's data model, each in classes of its own."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ class FieldSpec:
 
     kind: Kind
     width: int | None = None
+
+    @staticmethod
+    def of(representation: Representation) -> FieldSpec:
+        """Errors: `SearchError` for a kind of representation that no engine holds."""
+        if isinstance(representation, Dense):
+            return FieldSpec("dense", representation.vector_ND.shape[1])
+        if isinstance(representation, MultiVector):
+            return FieldSpec("multivector", representation.vector_NTD.shape[2])
+        if isinstance(representation, Sparse):
+            return FieldSpec("sparse")
+        raise SearchError(
+            f"an index cannot hold {type(representation).__name__}", expected="dense, sparse or multivector"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,16 +95,6 @@ class Store(Protocol):
 def point_key(document_id: str) -> str:
     """The engine's key of a document: a UUID made from its id, so that writing a document again replaces it."""
     return str(uuid.uuid5(uuid.NAMESPACE_OID, document_id))
-
-
-def field_of(representation: Representation) -> FieldSpec:
-    if isinstance(representation, Dense):
-        return FieldSpec("dense", representation.vector_ND.shape[1])
-    if isinstance(representation, MultiVector):
-        return FieldSpec("multivector", representation.vector_NTD.shape[2])
-    if isinstance(representation, Sparse):
-        return FieldSpec("sparse")
-    raise SearchError(f"an index cannot hold {type(representation).__name__}", expected="dense, sparse or multivector")
 
 
 def vectors_of(representation: Representation) -> list[Vector | None]:

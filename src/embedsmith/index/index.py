@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedsmith.core.encoder import Encoder, fingerprint
-from embedsmith.core.errors import SearchError
+from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.data.writers import batched
-from embedsmith.index.documents import Document, without_repeats
-from embedsmith.index.engine import Filter, Request, Store, StoredPoint, Vector, field_of, point_key, vectors_of
+from embedsmith.index.documents import Document
+from embedsmith.index.engine import FieldSpec, Filter, Request, Store, StoredPoint, Vector, point_key, vectors_of
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
 from embedsmith.search.hybrid import M3_WEIGHTS
 
@@ -54,17 +54,24 @@ class HybridIndex:
         """Write documents, replacing those whose id is there with another text or other metadata.
 
         Every `batch` is durable when it is written, and what is there unchanged is not encoded again: a call that was
-        stopped is continued by giving it the same documents.
+        stopped is continued by giving it the same documents. Errors: `DataError` for an id that comes again.
         """
         new = changed = unchanged = 0
+        seen: set[str] = set()
         with progress_bar("index", total, visible=show) as bar:
-            for block in batched(without_repeats(documents), batch):
+            for block in batched(documents, batch):
+                for document in block:
+                    if document.id in seen:
+                        raise DataError(
+                            f"the id {document.id!r} comes twice", fix="give every document an id of its own"
+                        )
+                    seen.add(document.id)
                 known = self.store.payloads([point_key(document.id) for document in block], ["hash"])
-                kept = {key: payload.get("hash") for key, payload in known.items()}
-                fresh = [document for document in block if kept.get(point_key(document.id)) != document.hash]
+                hashes = {key: payload.get("hash") for key, payload in known.items()}
+                fresh = [document for document in block if hashes.get(point_key(document.id)) != document.hash]
                 if fresh:
                     self.store.upsert(self._points(fresh))
-                replaced = sum(point_key(document.id) in kept for document in fresh)
+                replaced = sum(point_key(document.id) in hashes for document in fresh)
                 new, changed = new + len(fresh) - replaced, changed + replaced
                 unchanged += len(block) - len(fresh)
                 bar.advance(len(block))
@@ -184,25 +191,26 @@ def open_index(
     `heads`: those of a new index (`dense` by default), or those that the index must have. `model`: its name, for
     messages. Errors: `SearchError` where there is no index, or it was made by another model or with other heads.
     """
-    mine, kept = fingerprint(encoder), store.settings()
-    if kept is None:
+    mine, settings = fingerprint(encoder), store.settings()
+    if settings is None:
         if not create:
             raise SearchError("there is no index here", fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER")
         names = tuple(heads or ("dense",))
         reps = encoder.represent(["a"], role="document", outputs=names)
-        fields = {name: field_of(reps[name]) for name in names}
-        kept = {"format": 1, "model": model, "fingerprint": mine, "heads": list(names)}
-        store.create(fields, kept)
-    if kept["fingerprint"] != mine:
+        fields = {name: FieldSpec.of(reps[name]) for name in names}
+        settings = {"format": 1, "model": model, "fingerprint": mine, "heads": list(names)}
+        store.create(fields, settings)
+    made_by: str = settings["fingerprint"]
+    if made_by != mine:
         raise SearchError(
-            f"the index was made by another model or with other prompts: {kept['model']} ({kept['fingerprint'][:12]})",
+            f"the index was made by another model or with other prompts: {settings['model']} ({made_by[:12]})",
             expected=f"this one: {model} ({mine[:12]})",
             fix="search with the model that made the index, or index the documents again in a new place",
         )
-    if heads is not None and set(heads) != set(kept["heads"]):
+    if heads is not None and set(heads) != set(settings["heads"]):
         raise SearchError(
-            f"the index has the heads {', '.join(kept['heads'])}",
+            f"the index has the heads {', '.join(settings['heads'])}",
             expected=", ".join(heads),
             fix="leave --head out, or index the documents again in a new place",
         )
-    return HybridIndex(encoder, store, tuple(kept["heads"]))
+    return HybridIndex(encoder, store, tuple(settings["heads"]))

@@ -38,10 +38,10 @@ class ServerStore:
     def settings(self) -> dict[str, Any] | None:
         if not self._call(lambda: self._client.collection_exists(self._collection)):
             return None
-        kept = self._call(lambda: self._client.get_collection(self._collection)).config.metadata or {}
-        if "embedsmith" not in kept:
+        metadata = self._call(lambda: self._client.get_collection(self._collection)).config.metadata or {}
+        if "embedsmith" not in metadata:
             raise SearchError("this collection was not made by embedsmith", where=self._where, fix="choose a new name")
-        return dict(kept["embedsmith"])
+        return dict(metadata["embedsmith"])
 
     def create(self, fields: Mapping[str, FieldSpec], settings: Mapping[str, Any]) -> None:
         models = self._models

@@ -125,12 +125,20 @@ class Candidates:
     def of(batch: RetrievalBatch, head: str, mask_false_negatives: bool, block_size: int | None = None) -> Candidates:
         """`mask_false_negatives` excludes every known positive: those of all rows, on all ranks, with the same query
         (the same label where the batch has labels). Without it only the row's own positives are excluded."""
+
+        def own_rows_of(id_QX: Tensor) -> Tensor:
+            """Absent and repeated ids, and rows that are no query, left out. At least one slot: no shape is empty."""
+            id_QX = F.pad(id_QX, (0, 1), value=ABSENT) if id_QX.shape[1] == 0 else id_QX
+            repeated_QX = (id_QX[:, :, None] == id_QX[:, None, :]).tril(-1).any(-1)
+            counts_QX = ~repeated_QX & (batch.query_id_Q != ABSENT)[:, None]
+            return rows_of(id_QX.masked_fill(~counts_QX, ABSENT), batch.document_id_K)
+
         document = batch.document.all(head)
         key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q  # of one key: positives in common
         key_G = batch.query.all_ids(key_Q)
         row_GP = rows_of(batch.positive_id_GP, batch.document_id_K)
-        positive_row_QP = _own_slots(batch.positive_id_QP, batch)
-        negative_row_QM = _own_slots(batch.negative_id_QM, batch)
+        positive_row_QP = own_rows_of(batch.positive_id_QP)
+        negative_row_QM = own_rows_of(batch.negative_id_QM)
         if mask_false_negatives:
             excluded = Relation.between(key_Q[:, None], row_GP, key_G)
             known_QM = excluded.holds(key_Q, negative_row_QM)
@@ -178,20 +186,11 @@ class Candidates:
         counts_B = self.countable_K[block]
         if negatives != "all":
             counts_B = counts_B & self.positive_K[block]
-        mask_QB = counts_B.expand(len(self.query), size).clone()
+        mask_QB = counts_B.expand(len(self.valid_QP), size).clone()
         if negatives == "positives_and_own":
             self.own.mark(mask_QB, start, True)
         self.excluded.mark(mask_QB, start, False)
         return mask_QB
-
-
-def _own_slots(id_QX: Tensor, batch: RetrievalBatch) -> Tensor:
-    """row_QX of a query's own documents: absent and repeated ids, and rows that are no query, left out. At least one
-    slot, so that no shape is empty."""
-    id_QX = F.pad(id_QX, (0, 1), value=ABSENT) if id_QX.shape[1] == 0 else id_QX
-    repeated_QX = (id_QX[:, :, None] == id_QX[:, None, :]).tril(-1).any(-1)
-    counts_QX = ~repeated_QX & (batch.query_id_Q != ABSENT)[:, None]
-    return rows_of(id_QX.masked_fill(~counts_QX, ABSENT), batch.document_id_K)
 
 
 def in_blocks(

@@ -242,17 +242,12 @@ class Flops(Loss):
             found = side.all(self.head)
             if not isinstance(found, Sparse):
                 raise RecipeError(f"the head {self.head!r} is not sparse", where="flops", expected="a sparse head")
-            means.append(squared_means(found, counts_G))
+            kept = found.rows(counts_G)  # the squared mean weight of each word, over the rows that count
+            if kept.coordinate_NT.numel() == 0:
+                means.append(0 * kept.weight_NT.sum())
+            else:
+                means.append(kept.over(torch.unique(kept.coordinate_NT)).mean(0).square().sum())
         first, second = means
         ramp = min((batch.progress.step + 1) / self.ramp_steps, 1.0) ** 2 if self.ramp_steps else 1.0
         value = ramp * (self.query * first + self.document * second)
         return LossOutput(value[None], {"query": first.detach(), "document": second.detach()})
-
-
-def squared_means(sparse: Sparse, counts_N: Tensor) -> Tensor:
-    """sum_v (mean over the rows that count of w_nv)^2."""
-    coordinate_NT, weight_NT = sparse.coordinate_NT[counts_N], sparse.weight_NT[counts_N]
-    if coordinate_NT.numel() == 0:
-        return 0 * sparse.weight_NT.sum()
-    weight_NV = Sparse(coordinate_NT, weight_NT).over(torch.unique(coordinate_NT))
-    return weight_NV.mean(0).square().sum()

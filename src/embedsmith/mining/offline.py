@@ -29,9 +29,7 @@ from embedsmith.mining.selection import (
     corpus_texts,
     fuse,
     loose_id,
-    may_be_negative,
     order_of,
-    ranks_in_reach,
     take,
 )
 from embedsmith.search.exact import FloatArray, IndexArray
@@ -261,7 +259,8 @@ def candidates_of(
         first = np.zeros(len(loose_C), bool)
         first[np.unique(loose_C, return_index=True)[1]] = True
         kept = np.flatnonzero(kept_C & first)[:count]
-        kept = kept[ranks_in_reach(select, len(kept))]
+        stop_rank = len(kept) if select.window is None else select.skip + select.window
+        kept = kept[select.skip : stop_rank]
         index_Q.append(index_C[kept])
         if len(searchers) == 1:
             score_Q.append(found[0][0][place][: len(index_C)][kept])
@@ -280,7 +279,7 @@ def _taught(
     teacher: Scorer, ranked: Sequence[Ranked], positive_Q: Sequence[FloatArray], recipe: MineRecipe, start: int
 ) -> list[Ranked]:
     """With the teacher's scores of the candidates that the searcher's own limits let through; NaN for the others."""
-    kept_Q = [np.flatnonzero(may_be_negative(one, recipe.select)) for one in ranked]
+    kept_Q = [np.flatnonzero(one.may_be_negative(recipe.select)) for one in ranked]
     score_Q = _scores(teacher, [one.index_C[kept] for one, kept in zip(ranked, kept_Q, strict=True)], start)
     out: list[Ranked] = []
     for one, kept, scores, positives in zip(ranked, kept_Q, score_Q, positive_Q, strict=True):
@@ -293,7 +292,7 @@ def _taught(
 def _record(texts: Texts, recipe: MineRecipe, row: int, ranked: Ranked, scores: dict[int, float]) -> Record:
     """The record with its negatives in rank order. Scores are the teacher's, else the first searcher's."""
     select, record = recipe.select, texts.records[row]
-    kept = np.flatnonzero(may_be_negative(ranked, select))
+    kept = np.flatnonzero(ranked.may_be_negative(select))
     candidates = [texts.corpus[int(index)] for index in ranked.index_C[kept]]
     order = order_of(ranked.score_C[kept], select, (text_id(record.query), record.positives))
     against = [record.query, *(texts.corpus[place] for place in texts.positives_of(row))]

@@ -1,4 +1,5 @@
-"""From a query's candidates to its negatives: who may be one, and in which order they are taken."""
+"""From a query's candidates to its negatives: which texts there are and when two count as the same, who may be a
+negative, and in which order they are taken."""
 
 from __future__ import annotations
 
@@ -18,9 +19,8 @@ from embedsmith.data.formats.texts import read_texts
 from embedsmith.mining.config import Corpus, Limits, Selection
 from embedsmith.search.exact import FloatArray, IndexArray
 
-# Texts as mining compares them: looser than by id, and by how much they overlap.
-
-_GRAM = 5
+Mask = npt.NDArray[np.bool_]
+_GRAM = 5  # characters
 
 
 def loose_id(text: str) -> int:
@@ -52,9 +52,6 @@ def corpus_texts(records: Sequence[Record], more: Iterable[Corpus]) -> list[str]
     return list(texts)
 
 
-Mask = npt.NDArray[np.bool_]
-
-
 @dataclass(frozen=True)
 class Ranked:
     """One query's candidates, best first, and the scores of its weakest positive. Teacher scores may be absent."""
@@ -65,18 +62,13 @@ class Ranked:
     teacher_C: FloatArray | None = None
     teacher_positive: float = float("nan")
 
-
-def ranks_in_reach(select: Selection, count: int) -> slice:
-    """Which ranks of `count` candidates are looked at."""
-    return slice(select.skip, count if select.window is None else min(select.skip + select.window, count))
-
-
-def may_be_negative(ranked: Ranked, select: Selection) -> Mask:
-    """mask_C of the candidates within all limits. A candidate without a teacher score passes the teacher's."""
-    kept_C = within(ranked.score_C, ranked.positive, select.limits)
-    if ranked.teacher_C is not None:
-        kept_C &= within(ranked.teacher_C, ranked.teacher_positive, select.teacher_limits) | np.isnan(ranked.teacher_C)
-    return kept_C
+    def may_be_negative(self, select: Selection) -> Mask:
+        """mask_C of the candidates within all limits. One without a teacher score passes the teacher's."""
+        mask_C = within(self.score_C, self.positive, select.limits)
+        if self.teacher_C is not None:
+            taught_C = within(self.teacher_C, self.teacher_positive, select.teacher_limits)
+            mask_C &= taught_C | np.isnan(self.teacher_C)
+        return mask_C
 
 
 def within(score_C: FloatArray, positive: float, limits: Limits) -> Mask:

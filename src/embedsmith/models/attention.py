@@ -129,7 +129,7 @@ class Attention:
 
 
 def prepare_config(model_config: Any, mode: Mode) -> Any:
-    """The transformers config to build a backbone from: what has to be said before it is built.
+    """The transformers config to build a backbone from: what has to be set before it is built.
 
     Errors: `ModelError` under a transformers that would ignore it.
     """
@@ -159,7 +159,10 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
     Errors: `ModelError` naming the layers that stay causal; for an attention that takes no mask where one is needed.
     """
     if mode == "native":
-        return Attention(causal=_claims_causal(backbone) and probe(backbone, _call(backbone, Attention())).causal)
+        # Only worth measuring where modules claim it: an encoder's do not.
+        claim = getattr(backbone.config.get_text_config(), "is_causal", True)
+        claimed = claim is not False and any(getattr(one, "is_causal", False) is True for one in backbone.modules())
+        return Attention(causal=claimed and probe(backbone, _call(backbone, Attention())).causal)
     if mode == "causal":
         _set_module_flags(backbone, True)
         if not probe(backbone, _call(backbone, Attention("causal", "config"))).causal:
@@ -212,12 +215,6 @@ def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Probe], allowed: 
         )
     log.warning("bidirectional in part: layers %s stay causal", ", ".join(map(str, layers)))
     return Attention(mode, best, causal_layers=layers)
-
-
-def _claims_causal(backbone: Any) -> bool:
-    """Whether it is worth measuring: an encoder's modules do not even claim it."""
-    claim = getattr(backbone.config.get_text_config(), "is_causal", True)
-    return claim is not False and any(getattr(module, "is_causal", False) is True for module in backbone.modules())
 
 
 def _set_module_flags(backbone: nn.Module, causal: bool) -> None:

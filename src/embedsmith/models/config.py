@@ -1,4 +1,4 @@
-"""What a user may say about a model, and what is derived when nothing is said."""
+"""The settings of a model, and what is derived where one is left out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ComputeType = Literal["float32", "bfloat16", "float16"]
 PoolingName = Annotated[str, Name(poolings)]
 HeadName = Annotated[str, Name(heads)]
 UNBOUNDED = 1_000_000
-"""transformers writes 1e30 where a tokenizer knows no maximum; anything from here on means "not said"."""
+"""transformers writes 1e30 where a tokenizer knows no maximum; anything from here on counts as none."""
 MODEST_LENGTH = 512
 """Used only where neither the folder, the tokenizer nor the position table sets a bound."""
 
@@ -127,7 +127,7 @@ class ModelConfig:
 class Settings:
     """How an embedder turns texts into vectors, everything decided. What `save` writes and `load` reads back.
 
-    `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer was told to lower-case.
+    `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer makes texts lower-case.
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
     `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Role, hash_with_weights
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
@@ -114,14 +113,9 @@ class Embedder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of everything a vector depends on: weights, settings, tokenizer."""
-        hasher = hashlib.blake2b(repr(self.settings).encode(), digest_size=16)
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # left by use
-        hasher.update(json.dumps(kept, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return hasher.hexdigest()
+        return hash_with_weights(repr(self.settings) + json.dumps(kept, sort_keys=True), self)
 
     def tokenize(
         self,

@@ -32,7 +32,8 @@ def encode_block(
     advance: Callable[[int], None],
 ) -> Reps:
     """Representations of one block on the CPU: computed longest chunk first, returned in row order."""
-    chunks = chunk_rows(tokens.length_N, token_budget or derive_token_budget(device))
+    # A CPU is fastest while a chunk's states stay in its cache; a GPU wants to be filled.
+    chunks = chunk_rows(tokens.length_N, token_budget or (1024 if device.type == "cpu" else 32768))
 
     def of(rows: IntArray) -> Reps:
         with torch.inference_mode(), autocast(device, dtype):  # both are settings of the thread
@@ -45,11 +46,6 @@ def encode_block(
     order = torch.from_numpy(np.argsort(np.concatenate(chunks), kind="stable"))
     joined = concatenate(parts)  # outside inference mode: ordinary tensors, which a loss may use
     return each_head(joined, lambda rep: rep.rows(order))
-
-
-def derive_token_budget(device: torch.device) -> int:
-    """Padded tokens in a chunk. A CPU is fastest while a chunk's states stay in its cache; a GPU wants to be filled."""
-    return 1024 if device.type == "cpu" else 32768
 
 
 def derive_workers(device: torch.device, chunks: int) -> int:

@@ -203,8 +203,13 @@ def prepare_tokenizer(tokenizer: Any, backbone: Any, config: ModelConfig, facts:
     """Padding side, first and end tokens: as asked, else as the folder was saved."""
     if config.padding_side is not None:
         tokenizer.padding_side = config.padding_side
-    if facts.lower_case:
-        _lower_case(tokenizer)
+    if facts.lower_case:  # before whatever else the tokenizer normalises, as in sentence-transformers
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        steps = [normalizer] if normalizer is not None else []
+        if isinstance(normalizer, normalizers.Sequence):
+            steps = [normalizer[place] for place in range(len(normalizer))]
+        if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
     if config.cls_token is not None:
         put_first_token(tokenizer, backbone, config.cls_token)
     if derive_append_eos(config, facts):
@@ -333,13 +338,3 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _lower_case(tokenizer: Any) -> None:
-    """sentence-transformers' `do_lower_case`: lower-case before whatever else the tokenizer normalises."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    steps = [normalizer] if normalizer is not None else []
-    if isinstance(normalizer, normalizers.Sequence):
-        steps = [normalizer[place] for place in range(len(normalizer))]
-    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])

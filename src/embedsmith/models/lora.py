@@ -10,7 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,17 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
     targets = auto_targets(backbone) if config.targets == "auto" else list(config.targets)
     if not targets:
         raise ModelError(f"{type(backbone).__name__} has no linear layer that could be adapted")
-    _check_reach(backbone, targets)
+    layers = layers_of(backbone)
+    reached = 0
+    for layer in layers:
+        linear = {name.rpartition(".")[2] for name, module in layer.named_modules() if _is_linear(module)}
+        reached += not linear.isdisjoint(targets)
+    if 2 * reached < len(layers):  # names that exist in fewer than half of the layers are another family's
+        raise ModelError(
+            f"the targets {', '.join(targets)} are found in {reached} of {len(layers)} layers",
+            expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
+            fix="set lora.targets to auto",
+        )
     experts = expert_weights(backbone) if config.experts else []
     peft_config = PeftConfig(
         task_type="FEATURE_EXTRACTION",
@@ -148,22 +158,6 @@ def expert_weights(backbone: Any) -> list[str]:
 def _is_linear(module: nn.Module) -> bool:
     # GPT-2's Conv1D is a linear layer with its weight lying the other way
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _check_reach(backbone: Any, targets: Sequence[str]) -> None:
-    """Names that exist in fewer than half of the layers are another family's."""
-    layers = layers_of(backbone)
-    matched = [
-        layer
-        for layer in layers
-        if any(name.rpartition(".")[2] in targets and _is_linear(module) for name, module in layer.named_modules())
-    ]
-    if 2 * len(matched) < len(layers):
-        raise ModelError(
-            f"the targets {', '.join(targets)} are found in {len(matched)} of {len(layers)} layers",
-            expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
-            fix="set lora.targets to auto",
-        )
 
 
 def has_adapter(backbone: Any) -> bool:

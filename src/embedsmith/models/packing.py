@@ -71,8 +71,12 @@ def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
     name, implementation = type(backbone).__name__, backbone.config._attn_implementation
     if attention.mode == "softmask":
         raise ModelError("packing under attention=softmask: its mask is made of one text", fix="set packing=false")
-    window = None if implementation.startswith("flash") or attention.how == "mask4d" else _window(backbone.config)
-    if window is not None and window < max_length:
+    text = backbone.config.get_text_config()
+    names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    bounds = [getattr(text, names[kind], None) for kind in getattr(text, "layer_types", None) or names if kind in names]
+    window = min((bound for bound in bounds if bound is not None), default=max_length)
+    lifted = not implementation.startswith("flash") and attention.how != "mask4d"
+    if lifted and window < max_length:
         raise ModelError(
             f"packing: a token of {name} sees {window} tokens, and a mask for packed texts would lift that bound",
             fix=f"set packing=false, max_length={window}, or attn_implementation=flash_attention_2 on a GPU",
@@ -82,15 +86,6 @@ def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
             f"{name} cannot be packed: a text's states depend on what else is in its row",
             fix="set packing=false",
         )
-
-
-def _window(config: Any) -> int | None:
-    """How far a token of any layer sees, where that is bounded."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ("sliding_attention", "chunked_attention")
-    names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    bounds = [getattr(text, names[kind], None) for kind in kinds if kind in names]
-    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def _same_states(backbone: Any, attention: Attention) -> bool:

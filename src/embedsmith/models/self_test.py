@@ -1,6 +1,6 @@
 """What a backbone's tokens really see, measured on the model itself: the self-test of the attention switch.
 
-Flags say what a model was told; transformers ignores some of them silently in some families, and differently for
+Flags hold what a model was asked for; transformers ignores some of them silently in some families, and differently for
 padded and unpadded batches. So every layer is run again with one later token changed, and compared at an
 earlier one; and a text alone must give the same states as in a padded batch.
 """
@@ -23,7 +23,7 @@ LENGTH, SHORTER = 10, 7
 
 @dataclass(frozen=True)
 class Probe:
-    """`ahead_L`: whether each layer sees later tokens (one entry, for the whole, where layers cannot be told apart),
+    """`ahead_L`: whether each layer sees later tokens (one entry, for the whole, where layers cannot be distinguished),
     in an unpadded and in a padded batch alike; `None` entries contradict themselves. `steady`: a text alone gives the
     states it gives beside a longer one."""
 
@@ -79,7 +79,13 @@ def _ahead(backbone: Any, call: Call, id_NT: Tensor, mask_NT: Tensor) -> list[bo
     """For every layer whether its first token notices a change of the second (near: any sliding window sees it)."""
     layers = layers_of(backbone)
     seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
-    handles = [layer.register_forward_hook(_keep(seen, place), with_kwargs=True) for place, layer in enumerate(layers)]
+    handles = []
+    for place, layer in enumerate(layers):
+
+        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any, place: int = place) -> None:
+            seen[place] = (inputs, named, output)
+
+        handles.append(layer.register_forward_hook(note, with_kwargs=True))
     try:
         hidden_NTH = call(id_NT, mask_NT)
     finally:
@@ -90,13 +96,6 @@ def _ahead(backbone: Any, call: Call, id_NT: Tensor, mask_NT: Tensor) -> list[bo
         changed_NT[:, 1] = id_NT.flip(0)[:, 1]
         return [_notices(hidden_NTH, call(changed_NT, mask_NT))]
     return [_layer_sees_ahead(layer, *seen[place]) for place, layer in enumerate(layers)]
-
-
-def _keep(seen: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]], place: int) -> Callable[..., None]:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        seen[place] = (inputs, named, output)
-
-    return hook
 
 
 def _layer_sees_ahead(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> bool:
@@ -147,7 +146,7 @@ def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
 
 
 def layers_of(backbone: Any) -> list[nn.Module]:
-    """The transformer's layers in order; empty where they cannot be told."""
+    """The transformer's layers in order; empty where they cannot be found."""
     count = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

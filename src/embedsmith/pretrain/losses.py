@@ -25,7 +25,7 @@ Texts = Literal["documents", "queries", "both"]
 )
 @dataclass(frozen=True)
 class RetroMAE(Loss):
-    """Masked auto-encoding, with a model that has the head `retromae` (models/retromae.py).
+    """Masked auto-encoding, with a model that has the head `retromae` (pretrain/retromae.py).
 
         L = sum CE of masked tokens / their number + sum CE of the decoder's tokens / their number
 
@@ -58,7 +58,7 @@ class RetroMAE(Loss):
 )
 @dataclass(frozen=True)
 class MNTP(Loss):
-    """Masked next-token prediction, with a model that has the head `mntp` (models/mntp.py).
+    """Masked next-token prediction, with a model that has the head `mntp` (pretrain/mntp.py).
 
         L = sum CE of hidden tokens / their number
 

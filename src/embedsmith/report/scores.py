@@ -124,7 +124,7 @@ def similarity_section(results: Results, name: str) -> Section:
 
 
 def split_similarities(result: TaskResult) -> dict[str, np.ndarray]:
-    """Similarities of what belongs together and of what does not, where the items tell it."""
+    """Similarities of what belongs together and of what does not, where the items show it."""
     items = result.items
     if "similarity_relevant" in items:
         return {"best relevant document": items["similarity_relevant"], "best other": items["similarity_other"]}

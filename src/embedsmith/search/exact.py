@@ -140,13 +140,13 @@ def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> 
     if torch.get_num_threads() > 1 and left_QD.dtype == right_BD.dtype == torch.float32:
         torch.mm(left_QD, right_BD.T, out=torch.from_numpy(score_QB))
         return
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is told with its place
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not a number is reported with its place
         np.matmul(left_QD.numpy(), right_BD.numpy().T, out=score_QB)
 
 
 def _bounded(rep: Representation) -> bool:
     """Whether the norms of dense vectors are finite in fp32: inner products of two such blocks cannot become NaN, by
-    Cauchy-Schwarz, and need not be looked at one by one."""
+    Cauchy-Schwarz, and need not be checked one by one."""
     if not isinstance(rep, Dense) or rep.vector_ND.device.type != "cpu":
         return False
     flat = rep.vector_ND.numpy().reshape(-1)

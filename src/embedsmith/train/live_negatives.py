@@ -53,24 +53,18 @@ class LiveSource:
 
     def records(self, row_Q: IntArray, step: int) -> list[Record[Text]]:
         """The records of a batch, with the negatives of that step in place of their own."""
-        candidate_QS = self.state.draw(row_Q, step)
-        return [self._record(int(row), candidates) for row, candidates in zip(row_Q, candidate_QS, strict=True)]
-
-    def _record(self, row: int, candidate_S: IntArray) -> Record[Text]:
-        record = self.supply.records.records[row]
-        chosen = [int(candidate) for candidate in candidate_S if candidate != EMPTY]
-        taught = record.teacher_negative_scores if self.state.pool_NP is None else None
-        return replace(
-            record,
-            negatives=tuple(self._text(record, row, candidate) for candidate in chosen),
-            negative_scores=None,
-            teacher_negative_scores=None if taught is None else tuple(taught[candidate] for candidate in chosen),
-        )
-
-    def _text(self, record: Record[Text], row: int, candidate: int) -> Text:
-        if self.state.pool_NP is None:
-            return record.negatives[candidate]
-        return self.texts.corpus[int(self.state.pool_NP[row, candidate])]
+        records: list[Record[Text]] = []
+        for row, candidate_S in zip(row_Q.tolist(), self.state.draw(row_Q, step), strict=True):
+            record, pool_NP = self.supply.records.records[row], self.state.pool_NP
+            chosen = [int(candidate) for candidate in candidate_S if candidate != EMPTY]
+            if pool_NP is None:
+                negatives, taught = [record.negatives[place] for place in chosen], record.teacher_negative_scores
+            else:  # mined while training: places in the corpus, which no teacher has scored
+                negatives, taught = [self.texts.corpus[int(pool_NP[row, place])] for place in chosen], None
+            scores = None if taught is None else tuple(taught[place] for place in chosen)
+            changed = {"negatives": tuple(negatives), "negative_scores": None, "teacher_negative_scores": scores}
+            records.append(replace(record, **changed))
+        return records
 
     @cached_property
     def texts(self) -> Texts:

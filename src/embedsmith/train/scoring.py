@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import nn
@@ -73,44 +73,34 @@ class Development:
         return state, values | scores
 
     def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
-        """Main scores by the names the recipe uses for the tasks, and the geometry that is logged. Collective."""
+        """Main scores by the names the recipe uses for the tasks, also at every width and of every further head that it
+        names, and the geometry that is logged. Collective."""
         self.model.eval()
-        columns = self._at_widths(name)
+        about = {"when": name}
+        if self.config.dims:
+            columns = dict(score_widths(self.model, self.tasks, self.config.dims, about=about, group=None).columns)
+        else:
+            columns = {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
         results = columns.pop(FULL)
-        shape = {} if self.sample is None else on_first_rank(self._geometry)
-        values = {f"score/{task}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)} | shape
-        values |= self._named({width: each.main_scores() for width, each in columns.items()})
-        values |= self._of_heads(name)
+        geometry = (
+            {} if (sample := self.sample) is None else on_first_rank(partial(training_geometry, self.model, sample))
+        )
+        for head in self.config.heads:
+            encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
+            columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)
+        values = {f"score/{task}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)}
+        values |= {f"geometry/{key}": value for key, value in geometry.items()}
+        for column, each in columns.items():
+            scores = each.main_scores()
+            values |= {
+                f"score/{given}/{column}": scores[task.name] for given, task in zip(self.config.tasks, self.tasks)
+            }
         if rank() == 0 and improved(self._overall(values)):
-            self._keep(name, results)
+            self._save(name, results)
         self.model.train()
         return values
 
-    def _at_widths(self, name: str) -> dict[str, Results]:
-        """Results of the whole vectors, and at every width that the config names. Collective."""
-        about = {"when": name}
-        if not self.config.dims:
-            return {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
-        return dict(score_widths(self.model, self.tasks, self.config.dims, about=about, group=None).columns)
-
-    def _named(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Main scores by column, by the names that are logged."""
-        tasks = list(zip(self.config.tasks, (task.name for task in self.tasks), strict=True))
-        return {f"score/{task}/{column}": each[name] for column, each in scores.items() for task, name in tasks}
-
-    def _of_heads(self, name: str) -> dict[str, float]:
-        """The main scores of every further head that the config names. Collective."""
-        scores: dict[str, dict[str, float]] = {}
-        for head in self.config.heads:
-            encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
-            scores[head] = evaluate(encoder, self.tasks, head=head, group=None, about={"when": name}).main_scores()
-        return self._named(scores)
-
-    def _geometry(self) -> dict[str, float]:
-        assert self.sample is not None
-        return {f"geometry/{key}": value for key, value in training_geometry(self.model, self.sample).items()}
-
-    def _keep(self, name: str, results: Results) -> None:
+    def _save(self, name: str, results: Results) -> None:
         """What the report reads. The whole geometry is measured here: it costs a few hundred texts."""
         folder = self.output / "evaluation"
         results.save(folder / f"{name}.json", items=True)

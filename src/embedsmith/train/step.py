@@ -78,10 +78,10 @@ class Memory:
     def chunks(self, length_N: IntArray, max_rows: int | None) -> list[Chunk]:
         """Texts of such lengths in chunks of similar length, longest first, none of which keeps its graph."""
         if self.packed:
-            rows_C = packed_rows(length_N, self.chunk_tokens, max_rows)
-            return [Chunk(rows, int(length_N[rows].sum()), keep=False) for rows in rows_C]
-        rows_C = chunk_rows(length_N, self.chunk_tokens, max_rows, self.least_tokens)
-        return [Chunk(rows, len(rows) * int(length_N[rows].max(initial=1)), keep=False) for rows in rows_C]
+            cut = packed_rows(length_N, self.chunk_tokens, max_rows)
+            return [Chunk(rows, int(length_N[rows].sum()), keep=False) for rows in cut]
+        cut = chunk_rows(length_N, self.chunk_tokens, max_rows, self.least_tokens)
+        return [Chunk(rows, len(rows) * int(length_N[rows].max(initial=1)), keep=False) for rows in cut]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from embedsmith.data.token_manifest import TokenizerFacts
 from embedsmith.models import Embedder
 from embedsmith.models.tokenize import added_tokens
 
-PROBE = "Which ids does 1 text have?"
-
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
     """Hash of everything in the tokenizer that ids depend on; truncation and padding are set anew for every use."""
@@ -28,10 +26,11 @@ def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
 
 def probes(model: Embedder, task: str, document_role: Role) -> dict[str, list[int]]:
     """The ids of one text in every way a cache tokenizes: they differ if prompts, templates or end tokens do."""
+    text = ["Which ids does 1 text have?"]
     return {
-        "query": model.tokenize([PROBE], "query", task).id_S.tolist(),
-        "instructed": model.tokenize([PROBE], "query", task, ["Compare: "]).id_S.tolist(),
-        "document": model.tokenize([PROBE], document_role, task).id_S.tolist(),
+        "query": model.tokenize(text, "query", task).id_S.tolist(),
+        "instructed": model.tokenize(text, "query", task, ["Compare: "]).id_S.tolist(),
+        "document": model.tokenize(text, document_role, task).id_S.tolist(),
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
+from embedsmith.cli.verbs import show
 from embedsmith.core.shelf import verbs
 
 
@@ -15,14 +17,12 @@ def list_things(
     name: Annotated[str | None, typer.Argument(help="One of that kind: print all that is known about it.")] = None,
 ) -> None:
     """List everything that has a name in a recipe or on the command line, users' packages included; KIND lists one."""
-    from rich.console import Console
-
     from embedsmith.cli.listing import all_shelves, everything_about, one_shelf, shelf_named
 
     if kind is None:
-        Console().print(all_shelves())
+        show(all_shelves())
     elif name is None:
-        Console().print(one_shelf(shelf_named(kind)))
+        show(one_shelf(shelf_named(kind)))
     else:
         typer.echo(everything_about(shelf_named(kind), name))
 
@@ -51,16 +51,12 @@ def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Print versions, devices and disk space, what is missing and how to get it; exit 1 if it is needed."""
-    import json
-
     from embedsmith.cli.doctor import diagnose
 
     found = diagnose()
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
-        from rich.console import Console
-
-        Console().print(found.table())
+        show(found.table())
     if not found.healthy:
         raise typer.Exit(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
 
+from embedsmith.cli.verbs import show
 from embedsmith.core.shelf import verbs
 
 
@@ -18,13 +20,9 @@ def inspect_data(
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Of a recipe: time a few training steps.")] = True,
 ) -> None:
     """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch."""
-    import json
-
-    from rich.console import Console
-
     from embedsmith.core.recipe import apply_override, parse
     from embedsmith.core.settings import to_plain
-    from embedsmith.data.inspect import inspect_source, render
+    from embedsmith.data.inspect import inspect_source, inspection_tables
     from embedsmith.data.source import Source
 
     if path.endswith((".yaml", ".yml")):
@@ -36,7 +34,7 @@ def inspect_data(
         if as_json:
             typer.echo(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
         else:
-            Console().print(plan.table(), soft_wrap=True)
+            show(plan.table(), soft_wrap=True)
         return
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
@@ -45,7 +43,7 @@ def inspect_data(
     if as_json:
         typer.echo(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
     else:
-        Console().print(render(found))
+        show(inspection_tables(found))
 
 
 @verbs.register("curate")
@@ -60,16 +58,14 @@ def curate_data(
     list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their settings.")] = False,
 ) -> None:
     """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
-    from rich.console import Console
-
     from embedsmith.curate.outcome import render, table_of_steps
 
     if list_steps or source is None:
-        Console().print(table_of_steps())
+        show(table_of_steps())
         return
     from embedsmith.cli.curation import run_curate
 
-    Console().print(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
+    show(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
 
 
 @verbs.register("tokenize")

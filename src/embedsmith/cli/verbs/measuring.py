@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from embedsmith.cli.verbs import show
+from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
 Tasks = Annotated[list[str] | None, typer.Option("--tasks", "-t", help="Names or paths, one or several.")]
@@ -59,11 +63,8 @@ def evaluate_model(
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
 ) -> None:
     """Score a model: `embedsmith evaluate MODEL --tasks stsb-en cranfield path/to/mine`."""
-    from rich.console import Console
-
     from embedsmith import __version__
     from embedsmith.cli.evaluation import Scoring
-    from embedsmith.core.errors import EvaluationError
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
@@ -94,14 +95,12 @@ def evaluate_model(
             results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
         else:
             results = scoring.score(encoder, about | {"embedsmith": __version__})
-    Console().print(results.table())
+    show(results.table())
     if json_file is not None:
         results.save(json_file, items=items)
 
 
 def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
-    from embedsmith.core.errors import EvaluationError
-
     if head == "all" and (engine != "embedsmith" or mteb is not None):
         raise EvaluationError("--head all is scored by embedsmith alone", fix="leave out --engine and --mteb")
     if tune and head != "all":
@@ -113,8 +112,6 @@ def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[st
 def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[str]]:
     """The widths, and what else was named. Typer takes one value an option: of `--dims 64 128` the 128 is among the
     others, so whole numbers there that are no paths are widths too."""
-    from embedsmith.core.errors import EvaluationError
-
     if not dims:
         return [], others
     more = [name for name in others if name.isdecimal() and not Path(name).exists()]
@@ -125,8 +122,6 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
 
 
 def _check_widths(widths: list[int], head: str, mteb: Path | None = None) -> None:
-    from embedsmith.core.errors import EvaluationError
-
     if widths and (head != "dense" or mteb is not None):
         raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb")
 
@@ -143,8 +138,6 @@ def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, options: dict[str, Any]) -> Any:
-    from embedsmith.core.errors import EvaluationError
-
     if engine == "sentence-transformers" and options:
         raise EvaluationError(f"model.{next(iter(options))} with this engine", fix="leave out --engine")
     if engine == "sentence-transformers":
@@ -171,11 +164,6 @@ def compare_results(
     report: Annotated[Path | None, typer.Option(help="Write the table and charts to this HTML file.")] = None,
 ) -> None:
     """Score models side by side, with the confidence of their differences: `embedsmith compare A B -t stsb-en`."""
-    import json
-    from functools import partial
-
-    from rich.console import Console
-
     from embedsmith.cli.evaluation import Scoring, compare_models
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
@@ -186,7 +174,7 @@ def compare_results(
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
     made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
-    Console().print(made.table())
+    show(made.table())
     if json_file is not None:
         with atomic_file(json_file) as file:
             json.dump(made.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -223,10 +211,6 @@ def show_geometry(
     report: Annotated[Path | None, typer.Option(help="Write the pictures to this HTML file.")] = None,
 ) -> None:
     """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states."""
-    import json
-
-    from rich.console import Console
-
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
     from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table
@@ -239,7 +223,7 @@ def show_geometry(
     encoders = [load(name) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
     together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
-    Console().print(geometry_table(geometries, names, together))
+    show(geometry_table(geometries, names, together))
     if json_file is not None:
         with atomic_file(json_file) as file:
             both = {name: finite_or_none(value) for name, value in together.items()}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from embedsmith.cli.verbs import show
 from embedsmith.core.shelf import verbs
 
 
@@ -112,8 +113,6 @@ def run_demo(
     ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
 ) -> None:
     """Train, score and search something real, offline, in minutes."""
-    from rich.console import Console
-
     from embedsmith.cli.demo import QUESTION, demonstrate
 
-    Console().print(demonstrate(output, steps, ask or QUESTION, typer.echo).table())
+    show(demonstrate(output, steps, ask or QUESTION, typer.echo).table())

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from embedsmith.cli.verbs import show
 from embedsmith.core.shelf import verbs
 
 
@@ -85,9 +86,7 @@ def search_index(
         if as_json:
             typer.echo(answer.as_json())
         else:
-            from rich.console import Console
-
-            Console().print(answer.table())
+            show(answer.table())
 
 
 @verbs.register("convert")

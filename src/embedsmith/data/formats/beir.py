@@ -67,18 +67,13 @@ def _judgements(folder: Path, split: str | None, documents: dict[str, str]) -> t
             raise DataError(f"found: {', '.join(row)}", where=where, expected="columns query-id, corpus-id, score")
         if row["corpus-id"] not in documents:
             raise DataError(f"judges the document {row['corpus-id']!r}, which is not in the corpus", where=where)
-        grade = _grade(row["score"], where)
+        try:
+            grade = float(row["score"])
+        except ValueError:
+            grade = math.nan
+        if not math.isfinite(grade):
+            raise DataError(f"the score is {row['score']!r}", where=where, expected="a number")
         earlier = judgements.setdefault(row["query-id"], {}).setdefault(row["corpus-id"], grade)
         if earlier != grade:
             raise DataError(f"grade {grade:g}, but an earlier line gave the same pair {earlier:g}", where=where)
     return path, judgements
-
-
-def _grade(cell: str, where: str) -> float:
-    try:
-        grade = float(cell)
-    except ValueError:
-        grade = float("nan")
-    if not math.isfinite(grade):
-        raise DataError(f"the score is {cell!r}", where=where, expected="a number")
-    return grade

@@ -144,7 +144,8 @@ def _apportion(shares: Sequence[float], total: int) -> list[int]:
 
 
 def source_order(steps: Sequence[int], tasks: Sequence[str], config: PlanConfig, seed: int, epoch: int) -> Ints:
-    """The source of each step of an epoch."""
+    """The source of each step of an epoch. The order `strict` spreads tasks evenly, and within the steps of a task its
+    sources."""
     source_S = np.repeat(np.arange(len(steps), dtype=np.int32), steps)
     chance = np.random.default_rng(derive_seed(seed, "schedule", epoch))
     if config.order == "shuffle":
@@ -153,18 +154,11 @@ def source_order(steps: Sequence[int], tasks: Sequence[str], config: PlanConfig,
         drawn = chance.permutation(len(steps))
         source_S = np.repeat(drawn.astype(np.int32), np.asarray(steps)[drawn])
     else:
-        source_S = _strict(steps, tasks)
-    return source_S
-
-
-def _strict(steps: Sequence[int], tasks: Sequence[str]) -> Ints:
-    """Tasks spread evenly, and within the steps of a task its sources."""
-    names = list(dict.fromkeys(tasks))
-    members = [[source for source, task in enumerate(tasks) if task == name] for name in names]
-    task_S = _spread([sum(steps[source] for source in sources) for sources in members])
-    source_S = np.empty(len(task_S), np.int32)
-    for place, sources in enumerate(members):
-        source_S[task_S == place] = np.asarray(sources, np.int32)[_spread([steps[source] for source in sources])]
+        names = dict.fromkeys(tasks)
+        members = [[source for source, task in enumerate(tasks) if task == name] for name in names]
+        task_S = _spread([sum(steps[source] for source in sources) for sources in members])
+        for place, sources in enumerate(members):
+            source_S[task_S == place] = np.asarray(sources, np.int32)[_spread([steps[source] for source in sources])]
     return source_S
 
 

@@ -74,14 +74,17 @@ def cut(size: int, batch_size: int | None, texts: int, config: PlanConfig, facts
     group_N, longest_G = _groups(facts.length_N, edges, rows_of, least)
     while True:
         rows_G = tuple(rows_of(longest) for longest in longest_G)
-        batches_G = _batches(np.bincount(group_N, minlength=len(longest_G)), rows_G)
+        batches_G, carried = [], 0
+        for own, rows in zip(np.bincount(group_N, minlength=len(longest_G)), rows_G, strict=True):
+            count, carried = divmod(int(own) + carried, rows)
+            batches_G.append(count)
         if batches_G[-1] > 0 or len(longest_G) == 1:
             break
         longest_G = [*longest_G[:-2], longest_G[-1]]  # otherwise the longest rows would never be seen
         group_N = np.minimum(group_N, len(longest_G) - 1)
     if batches_G[-1] == 0:
         return _whole(size, rows_G[-1], config, shared)
-    return Cut(size, rows_G, batches_G, group_N.astype(np.int16) if len(rows_G) > 1 else None, shared)
+    return Cut(size, rows_G, tuple(batches_G), group_N.astype(np.int16) if len(rows_G) > 1 else None, shared)
 
 
 def _whole(size: int, batch_size: int, config: PlanConfig, shared: Shared | None) -> Cut:
@@ -144,20 +147,16 @@ def _groups(
     return group_X[place_N], longest_G or [int(longest_X.max())]
 
 
-def _batches(own_G: Ints, rows_G: tuple[int, ...]) -> tuple[int, ...]:
-    batches, carried = [], 0
-    for own, rows in zip(own_G, rows_G, strict=True):
-        count, carried = divmod(int(own) + carried, rows)
-        batches.append(count)
-    return tuple(batches)
-
-
 def make_pass(shape: Cut, seed: int, source: int, visit: int) -> Pass:
     """The batches of one pass: a function of the arguments alone."""
     chance = np.random.default_rng(derive_seed(seed, "rows", source, visit))
     rows_B = np.repeat(shape.rows_G, shape.batches_G)
     start = np.concatenate([[0], np.cumsum(rows_B)]).astype(np.int64)
-    order_N = _shuffled(shape.size, chance) if shape.order is None else shape.order(chance)
+    if shape.order is None:  # row numbers in four bytes where they fit: a permutation is kept for every source
+        order_N: Ints = np.arange(shape.size, dtype=np.int32 if shape.size < 2**31 else np.int64)
+        chance.shuffle(order_N)
+    else:
+        order_N = shape.order(chance)
     if shape.padded:
         order_N = np.resize(order_N, int(start[-1]))
     row_P, stop_X = _by_group(shape, order_N)
@@ -197,10 +196,3 @@ def _set_apart(seating: Seating, rows_B: Ints, clashing: Ints) -> tuple[Ints, In
     order_P = np.lexsort((clashing_P, seating.batch_P))
     seated_P = clashing_P & (seating.batch_P < seating.batches)
     return seating.row_P[order_P], rows_B - np.bincount(seating.batch_P[seated_P], minlength=seating.batches)
-
-
-def _shuffled(size: int, chance: np.random.Generator) -> Ints:
-    """Row numbers in four bytes where they fit: a permutation is kept for every source."""
-    order_N: Ints = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
-    chance.shuffle(order_N)
-    return order_N

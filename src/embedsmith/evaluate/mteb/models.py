@@ -40,7 +40,7 @@ def need_mteb() -> Any:
 def mteb_name(model: str | Path) -> str:
     """The name under which mteb files a model's results: hub ids stay, folders become `local/PARTS`.
 
-    Only the last parts of a path are kept; the revision tells models of one name apart.
+    Only the last parts of a path remain; the revision tells models of one name apart.
     """
     if not looks_like_a_path(model) and not Path(model).exists() and str(model).count("/") == 1:
         return str(model)
@@ -129,7 +129,7 @@ class MtebEncoder(MtebSearch):
     """A dense model as an mteb encoder too, for its tasks that want vectors."""
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> npt.NDArray[np.float32]:
-        """vector_ND of the texts of a data loader. What is not said to be a document gets the prompt for queries."""
+        """vector_ND of the texts of a data loader. Whatever is not a document gets the prompt for queries."""
         texts = [text for batch in inputs for text in batch["text"]]
         role: Role = "document" if getattr(prompt_type, "value", prompt_type) == "document" else "query"
         task = mteb_task_name(task_metadata.type)

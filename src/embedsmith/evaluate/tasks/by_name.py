@@ -24,7 +24,7 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
 
     A name is a file or folder without its ending; `stsb-en` also finds `stsb-en-SPLIT`. `split` chooses the
     judgements of a BEIR folder; another file is one split already. `KIND:NAME` says what the task is where the file
-    could be several (`pair_classification:afqmc-dev`, `clustering:banking77`); `long:NAME` tells the score by length;
+    could be several (`pair_classification:afqmc-dev`, `clustering:banking77`); `long:NAME` gives the score by length;
     `cross:QUERIES:DOCUMENTS` asks the queries of one collection of the corpus of another.
     Errors: `EvaluationError` for an unknown name, with the nearest known ones; `DataError` for a wrong file.
     """
