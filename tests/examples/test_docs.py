@@ -1,4 +1,4 @@
-"""docs/extending.md shows the files of examples/plugin word for word, so that what a reader copies is what is tested."""
+"""docs/extending.md shows the files of examples/plugin word for word, so what a reader copies is what is tested."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "plugin" / "src" / "embedsmith_example").glob("*.py"))
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.M | re.S)
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
 
 
 def without_module_docstring(path: Path) -> str:

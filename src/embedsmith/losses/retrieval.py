@@ -1,4 +1,4 @@
-"""InfoNCE: tell a query's positives from the other candidates. One implementation for every head, with several
+"""InfoNCE: separate a query's positives from the other candidates. One implementation for every head, with several
 positives, hard and in-batch negatives, Matryoshka widths, any number of ranks, and scores in blocks.
 
 Below it, published retrieval objectives as settings of InfoNCE, under the names people look for.
