@@ -64,7 +64,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Scan:
-    """What only the whole input can show: the score range of each file, and the names of the classes, sorted."""
+    """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
 
     ranges: dict[str, Range | None]
     labels: tuple[str, ...] = ()

@@ -223,7 +223,7 @@ def _worker(index: int, job: EncodeJob, shares: list[list[int]], threads: int) -
 
 
 def _collect_progress(out: Path) -> set[int]:
-    """Blocks that any process has done, moved to the first worker's file: the number of processes may change."""
+    """Blocks that are done, whoever did them, moved to the first worker's file: the number of processes may change."""
     parts = sorted(out.glob("progress-*.json"))
     done = sorted(set(chain.from_iterable(map(_read_progress, parts))))
     _write_json(out / "progress-0.json", done)
