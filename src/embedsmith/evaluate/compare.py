@@ -169,7 +169,7 @@ class Comparison:
                 raise EvaluationError(f"{name} was scored on other tasks than {self.models[0]}")
 
     def short(self) -> Comparison:
-        """The same with the ends of long paths for names, where they tell the models apart."""
+        """The same with the ends of long paths for names, where the ends differ."""
         return replace(self, models=short_names(self.models))
 
     def tasks(self) -> list[str]:
