@@ -45,7 +45,7 @@ from embedsmith.calibrate.live_model import LiveMerge, open_live
 from embedsmith.calibrate.objective import reduced_task
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
-from embedsmith.merge.plan import Plan, make_plan
+from embedsmith.merge.merge_plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.models import load
 

@@ -14,8 +14,8 @@ from embedsmith.calibrate.probe import Probe
 from embedsmith.calibrate.task_batches import TaskBatches
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import Source
+from embedsmith.merge.merge_plan import make_plan
 from embedsmith.merge.methods.coefficient import Average
-from embedsmith.merge.plan import make_plan
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from tests.merge.family import family, retrieval_records, sts_records
 

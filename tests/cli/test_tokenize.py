@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedsmith.calibrate.live import Probe
 
+from embedsmith.calibrate.probe import Probe
 from embedsmith.cli.tokenize import TokenizeJob, adopt, tokenize
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse

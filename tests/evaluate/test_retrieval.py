@@ -15,7 +15,7 @@ from embedsmith.evaluate import (
     encoding,
     evaluate,
 )
-from embedsmith.search.hybrid import Hybrid
+from embedsmith.search.hybrid import Hybrid, join
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import HashEncoder, TableEncoder, vector
 from tests.ranks import on_ranks
@@ -118,7 +118,7 @@ def relevant_mask(task, query_ids):
 
 def test_hybrid_pieces_join_in_order():
     pieces = [Hybrid((Dense(torch.full((2, 3), float(n))),), (1.0,)) for n in range(3)]
-    assert Hybrid.join(pieces).parts[0].vector_ND[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert join(pieces).parts[0].vector_ND[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def scores_on_all_ranks():

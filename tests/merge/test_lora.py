@@ -9,7 +9,7 @@ import torch
 import embedsmith
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.merge.folders import open_folder
-from embedsmith.merge.lora import with_adapter
+from embedsmith.merge.lora_parent import with_adapter
 from embedsmith.merge.parents import size_of
 from tests.merge.models import child, rewrite, tiny_base, weights
 
@@ -88,7 +88,7 @@ def test_the_gram_matrix_of_adapters_from_their_factors(base, tmp_path):
 
     from embedsmith.core.recipe import parse
     from embedsmith.merge import MergeRecipe
-    from embedsmith.merge.plan import make_plan
+    from embedsmith.merge.merge_plan import make_plan
 
     folders = [adapter(base, tmp_path / f"a{seed}", seed)[0] for seed in range(2)]
     tree = {"parents": [str(f) for f in folders], "base": str(base), "method": "slerp", "output": "x", "cache": None}

@@ -321,7 +321,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(models, tmp_path, caplog
 def test_sums_do_not_know_the_block_size(models):
     from embedsmith.core.recipe import parse
     from embedsmith.merge import MergeRecipe
-    from embedsmith.merge.plan import make_plan
+    from embedsmith.merge.merge_plan import make_plan
 
     base, parents = models
     tree = {"parents": [str(p) for p in parents], "base": str(base), "method": "slerp", "output": "x", "cache": None}

@@ -17,9 +17,9 @@ from torch import Tensor
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.gram import Gram, groups
+from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.methods.formulas import karcher, normalised, order_spread, sequential_slerp
 from embedsmith.merge.parents import size_of
-from embedsmith.merge.plan import Plan
 from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import blocks
 

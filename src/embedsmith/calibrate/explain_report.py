@@ -19,7 +19,7 @@ from embedsmith.calibrate.live_model import open_live
 from embedsmith.calibrate.probe import Probe
 from embedsmith.calibrate.task_batches import TaskBatches
 from embedsmith.core.files import atomic_file
-from embedsmith.merge.plan import make_plan
+from embedsmith.merge.merge_plan import make_plan
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.report.page import Section, chart, finite, page, table
 

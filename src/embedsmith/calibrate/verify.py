@@ -23,7 +23,7 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.data import RecordSet, text_id
 from embedsmith.evaluate.geometry import MatrixShape, Space, neighbour_overlap
-from embedsmith.merge.plan import make_plan
+from embedsmith.merge.merge_plan import make_plan
 from embedsmith.merge.recipe import Bounds, MergeRecipe
 from embedsmith.merge.run import merge
 from embedsmith.models import Embedder, load

@@ -121,7 +121,7 @@ def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -
 def _require(given: dict[str, Any], *names: str) -> None:
     for name in names:
         if name not in given:
-            raise RecipeError(f"--{name} is missing", fix=f"say --{name} ...")
+            raise RecipeError(f"--{name} is missing", fix=f"add --{name} ...")
 
 
 def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int | None = None) -> Manifest:

@@ -23,7 +23,7 @@ Scores = tuple[float | None, ...]
 _surrogate = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TokenIds:
     """What a record of a token cache holds in the place of a text: the tokens, and the id of the text they stand for.
 
@@ -33,8 +33,11 @@ class TokenIds:
     """
 
     id: int
-    ids: npt.NDArray[np.int32] = field(repr=False, compare=False)
-    body: int = field(repr=False, compare=False)
+    ids: npt.NDArray[np.int32] = field(compare=False)
+    body: int = field(compare=False)
+
+    def __repr__(self) -> str:
+        return f"TokenIds(id={self.id})"
 
 
 Text = str | TokenIds

@@ -21,7 +21,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -107,10 +107,10 @@ class TokenTable:
         start = self._end_N[row - 1] if row else 0
         return TokenIds(int(self._text_N[row]), self._id_S[start : self._end_N[row]], int(self._body_N[row]))
 
-    def looked_up(self, record: Record[Any]) -> Record[TokenIds]:
-        """A record of row numbers as one of tokens."""
-        positives, negatives = (tuple(map(self.__getitem__, rows)) for rows in (record.positives, record.negatives))
-        return replace(record, query=self[record.query], positives=positives, negatives=negatives)
+    def record(self, query: int, positives: Sequence[int], negatives: Sequence[int], *rest: Any) -> Record[TokenIds]:
+        """A record of tokens, from the fields of one that has the numbers of their rows."""
+        get = self.__getitem__
+        return Record(get(query), tuple(map(get, positives)), tuple(map(get, negatives)), *rest)
 
 
 class Fingerprint:
@@ -196,7 +196,8 @@ class StoreWriter:
         records: list[Record[Any]] = self._block
         if self._tokens is not None:
             self._tokens.flush()
-            records = list(map(TokenTable(self.folder).looked_up, records))
+            table, names = TokenTable(self.folder), self._schema.names
+            records = [table.record(*(getattr(record, name) for name in names)) for record in self._block]
         for record in records:
             self._fingerprint.add(record)
         facts = facts_of(records)
@@ -278,8 +279,7 @@ class RecordStore(OneByOne[T]):
 
     def _record(self, values: Sequence[Any]) -> Record[Any]:
         given: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
-        record: Record[Any] = Record(*given)
-        return record if self._tokens is None else self._tokens.looked_up(record)
+        return Record(*given) if self._tokens is None else self._tokens.record(*given)
 
     def most_negatives(self) -> int:
         """Of any record."""

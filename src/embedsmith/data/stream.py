@@ -85,8 +85,8 @@ class HasOrder(Protocol):
 class StreamRecords(OneByOne[str]):
     """The records of a stream by row number; rows of the same buffer are cheap to reach together.
 
-    A faulty row stops with its file and row; told to skip, the next good row of its block takes its place, it is
-    named, and `skipped` counts it. Safe to share between threads.
+    A faulty row stops with its file and row; with `on_error: skip` the next good row of its block takes its place,
+    and the faulty one is named and counted in `skipped`. Safe to share between threads.
     """
 
     blocks: Blocks

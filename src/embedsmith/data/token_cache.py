@@ -71,7 +71,8 @@ class TokenJob:
     shard_rows: int = field(default_factory=lambda: SHARD_ROWS)
 
     def write(self, advance: Callable[[int], None] = lambda rows: None) -> DatasetFacts:
-        """Tokenize the dataset; `advance` is told rows as they are done. Writing overlaps with tokenizing.
+        """Tokenize the dataset; `advance` is called with the number of rows whenever some are done.
+        Writing overlaps with tokenizing.
 
         Errors: `CheckpointError` when the disk is full (finished shards stay, the same call continues); `DataError`
         for shards of another job.

@@ -58,6 +58,8 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Manifest:
+    """What stands in the `manifest.json` of a token cache; all of its datasets are of one tokenizer."""
+
     tokenizer: TokenizerFacts
     datasets: dict[str, DatasetFacts] = field(default_factory=dict)
     version: int = 1

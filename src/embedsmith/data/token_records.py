@@ -171,22 +171,18 @@ class _Conversion:
             slots = [name for name in batch if re.fullmatch(r"(passage|negative)(_\d+)?_input_ids", name)]
             slots.sort(key=lambda name: (name[0], int((re.findall(r"\d+", name) or [0])[0])))
             rows = {name: self._documents(batch, name, f"{path}:{line}") for name in slots}
-            positives = [rows[name] for name in slots if name.startswith("passage")]
-            negatives = [rows[name] for name in slots if name.startswith("negative")]
+            documents: list[list[tuple[int, ...]]] = []
+            for role in ("passage", "negative"):
+                held = zip(*(rows[name] for name in slots if name.startswith(role)))
+                documents.append([tuple(row for row in one if row is not None) for one in held] or [()] * len(queries))
             extra = {name: batch[name].to_pylist() for name in (*SCORES, "label") if name in batch}
-            for n, query in enumerate(queries):
+            for n, (query, positives, negatives) in enumerate(zip(queries, *documents)):
                 if self.source.limit is not None and len(self.writer) >= self.source.limit:
                     return
-                held = {name: column[n] for name, column in extra.items() if column[n] is not None}
-                values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in held.items()}
-                record: Record[Any] = Record(
-                    query=query,
-                    positives=tuple(slot[n] for slot in positives if slot[n] is not None),
-                    negatives=tuple(slot[n] for slot in negatives if slot[n] is not None),
-                    task=self.facts.task,
-                    source=self.facts.name,
-                    **values,
-                )
+                values: dict[str, Any] = {"task": self.facts.task, "source": self.facts.name}
+                for name, column in extra.items():
+                    values[name] = tuple(column[n]) if isinstance(column[n], list) else column[n]
+                record: Record[Any] = Record(query, positives, negatives, **values)
                 self.writer.add(record, line + n)
 
     def _documents(self, batch: dict[str, Any], name: str, where: str) -> list[int | None]:

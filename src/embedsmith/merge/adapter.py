@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.merge.lora import CONFIG, WEIGHTS, LowRank
+from embedsmith.merge.lora_parent import CONFIG, WEIGHTS, LowRank
+from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.method import Combine, Job
 from embedsmith.merge.methods.coefficient import CoefficientMethod
-from embedsmith.merge.plan import Plan
 from embedsmith.merge.stream import blocks
 from embedsmith.models.backbone import skeleton
 

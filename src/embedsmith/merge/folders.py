@@ -22,7 +22,7 @@ import torch
 from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
 from embedsmith.core.files import write_cache
 from embedsmith.core.progress import log
-from embedsmith.merge.lora import is_adapter, read_config, with_adapter
+from embedsmith.merge.lora_parent import is_adapter, read_config, with_adapter
 from embedsmith.merge.parents import Held, Parent, Weights, read_header
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from embedsmith.models.backbone import UNUSED, locate, skeleton

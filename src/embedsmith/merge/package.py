@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
-from embedsmith.merge.plan import Plan
+from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.writer import Slot, index_of, shards
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE

@@ -22,12 +22,12 @@ from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.adapter import extract, write_adapter
+from embedsmith.merge.merge_plan import Plan, make_plan
 from embedsmith.merge.method import Combine, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.package import homes, metadata_of, write_around, write_index
 from embedsmith.merge.parents import Parent, file_hash, size_of
-from embedsmith.merge.plan import Plan, make_plan
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.merge.stream import BLOCK, Block, blocks
 from embedsmith.merge.writer import LOSSY, RoundingLoss, Slot, TensorFile, parse_size, rounded
