@@ -5,7 +5,7 @@ import torch
 
 from embedsmith.core.errors import ModelError
 from embedsmith.models import attention as attention_module
-from embedsmith.models.attention import Attention, SoftMask, full_mask, prepare_config, switch_attention
+from embedsmith.models.attention import Attention, SoftMask, prepare_config, switch_attention
 from tests.models.families import FAMILIES, NO_SDPA, tiny
 
 CASES = [
@@ -104,7 +104,7 @@ def test_an_old_transformers_is_refused(monkeypatch):
 
 def test_kernels_without_masks_are_refused():
     with pytest.raises(ModelError, match="takes no mask"):
-        full_mask(torch.ones(1, 2, dtype=torch.bool), "flash_attention_2", torch.float32)
+        Attention(how="mask4d").mask(torch.ones(1, 2, dtype=torch.bool), "flash_attention_2", torch.float32)
 
 
 FRACTIONS = (0, 0.1, 0.25, 0.5, 0.75, 1)

@@ -8,7 +8,7 @@ from transformers import AutoModel
 from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models import load
-from embedsmith.models.mcls import room_for, with_cls_blocks
+from embedsmith.models.tokenize import room_for, with_cls_blocks
 from tests.models import lm
 
 SHORT = ["the cat sat on the mat", "a dog", ""]

@@ -6,7 +6,7 @@ from transformers import BertTokenizerLegacy, PreTrainedTokenizerFast
 
 from embedsmith.core.errors import ModelError
 from embedsmith.models.config import Settings, derive_max_length
-from embedsmith.models.tokenize import TextTokenizer, prompt_for
+from embedsmith.models.tokenize import TextTokenizer
 from tests.models import tiny
 from tests.models.test_decoders import byte_tokenizer
 
@@ -27,15 +27,15 @@ PROMPTS = {"query": "query: ", "passage": "passage: ", "sts": "sts: ", "retrieva
     ],
 )
 def test_the_most_exact_prompt_wins(role, task, expected):
-    assert prompt_for(Settings("mean", 32, PROMPTS), role, task) == expected
+    assert Settings("mean", 32, PROMPTS).prompt_for(role, task) == expected
 
 
 def test_the_default_prompt_is_for_roles_without_one_and_an_unknown_role_is_an_error():
     settings = Settings("mean", 32, {"query": "", "base": "base: "}, default_prompt="base")
-    assert prompt_for(settings, "query") == ""
-    assert prompt_for(settings, "document") == "base: "
+    assert settings.prompt_for("query") == ""
+    assert settings.prompt_for("document") == "base: "
     with pytest.raises(ModelError, match="unknown role 'passage'"):
-        prompt_for(settings, "passage")
+        settings.prompt_for("passage")
 
 
 def rows(batch):

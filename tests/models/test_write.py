@@ -158,7 +158,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save_module, "model_card", full)
+    monkeypatch.setattr(save_module.Saved, "model_card", full)
     with pytest.raises(CheckpointError, match="no space left"):
         tiny.embedder(tmp_path / "other", dimension=8).save(tmp_path / "saved")
     assert {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()} == before

@@ -20,7 +20,6 @@ from embedsmith.data.token_cache import TokenJob
 from embedsmith.data.token_manifest import MANIFEST, CacheLayout, DatasetFacts, Manifest
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
-from embedsmith.models.tokenize import prompt_for
 from embedsmith.train.token_check import probes, tokenizer_facts
 
 _OF_MODEL = ("max_length", "pooling")
@@ -52,7 +51,7 @@ class TokenizeJob:
             Path(self.out),
             records,
             model.tokenize,
-            prompts={side: prompt_for(model.settings, role, records.task) for side, role in roles.items()},
+            prompts={side: model.settings.prompt_for(role, records.task) for side, role in roles.items()},
             probes=probes(model, records.task, roles["document"]),
             layout=self.layout,
             keep_text=self.keep_text,

@@ -12,8 +12,7 @@ from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
 from embedsmith.merge.parents import Parent, size_of
 from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.stream import UNIT, read_finite
-from embedsmith.models.folder import FolderFacts, read_folder, read_json
-from embedsmith.models.heads.dense import activation_path
+from embedsmith.models.folder import FolderFacts, read_json
 
 _HARMLESS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"),
@@ -50,7 +49,7 @@ class Sheet:
             config = dict(AutoConfig.from_pretrained(model.config_folder).to_dict())
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"cannot read the configuration: {error}", where=model.config_folder) from error
-        facts = read_folder(model.folder)
+        facts = FolderFacts.read(model.folder)
         general = model.folder / "config_sentence_transformers.json"
         similarity = read_json(general).get("similarity_fn_name") if general.exists() else None
         return Sheet(model, facts, config, similarity or "cosine")
@@ -116,10 +115,7 @@ def _compare_projections(first: Sheet, other: Sheet) -> None:
     if not (first.is_embedder and other.is_embedder):
         return
     one, two = (
-        [
-            (p.linear.in_features, p.linear.out_features, activation_path(p), p.use_residual)
-            for p in sheet.facts.projections
-        ]
+        [(p.linear.in_features, p.linear.out_features, p.activation, p.use_residual) for p in sheet.facts.projections]
         for sheet in (first, other)
     )
     if one != two:

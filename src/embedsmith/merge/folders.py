@@ -26,7 +26,7 @@ from embedsmith.merge.lora_parent import is_adapter, read_config, with_adapter
 from embedsmith.merge.parents import Held, Parent, Weights, read_header
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from embedsmith.models.backbone import UNUSED, locate, skeleton
-from embedsmith.models.folder import POOLER_FILE, read_embedding_config, read_folder, read_json
+from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
 
@@ -141,7 +141,7 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     `cache`: a folder in which what is known of its architecture is kept.
     Errors: `CheckpointError` for missing, damaged or quantised weights; `ModelError` for a folder that is no embedder.
     """
-    facts = read_folder(folder)
+    facts = FolderFacts.read(folder)
     refuse_quantised(facts.backbone)
     architecture = Architecture.of(facts.backbone, trust_remote_code, cache)
     files = weight_files(facts.backbone)
@@ -179,7 +179,7 @@ def module_entries(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of every module, in order; none for a plain transformers folder."""
     if not (folder / "modules.json").exists():
         return []
-    entries = read_embedding_config(folder).modules or read_json(folder / "modules.json")
+    entries = EmbeddingConfig.read(folder).modules or read_json(folder / "modules.json")
     return [(str(entry["type"]).rpartition(".")[2], folder / str(entry["path"])) for entry in entries]
 
 

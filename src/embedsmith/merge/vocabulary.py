@@ -16,7 +16,7 @@ from torch import Tensor
 from embedsmith.core.errors import CheckpointError
 from embedsmith.merge.parents import Parent, Weights
 from embedsmith.models.backbone import load_tokenizer
-from embedsmith.models.folder import read_folder
+from embedsmith.models.folder import FolderFacts
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -105,7 +105,7 @@ def match_vocabularies(
     in different ways.
     """
     models = [*parents, *([] if base is None else [base])]
-    folders = {model.id: read_folder(model.folder).backbone for model in models}
+    folders = {model.id: FolderFacts.read(model.folder).backbone for model in models}
     files = {name: folder / "tokenizer.json" for name, folder in folders.items()}
     if len({file.read_bytes() if file.exists() else name.encode() for name, file in files.items()}) == 1:
         return tuple(parents), base

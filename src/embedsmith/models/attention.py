@@ -67,16 +67,11 @@ class SoftMask:
         return bias_NTT.masked_fill(~mask_NT[:, None, :], lowest).to(dtype)[:, None]
 
 
-def full_mask(mask_NT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """mask_N1TT in which every token sees every real token: booleans for `sdpa`, an added bias for `eager`.
+def as_mask(sees_N1TT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """What query i sees of key j, in the form an implementation takes: booleans for `sdpa`, an added bias for `eager`.
 
     Errors: `ModelError` for an attention that takes no such mask.
     """
-    return as_mask(mask_NT[:, None, None, :].expand(-1, 1, mask_NT.shape[1], -1), implementation, dtype)
-
-
-def as_mask(sees_N1TT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """What query i sees of key j, in the form an implementation takes. Errors: `ModelError` as for `full_mask`."""
     check_takes_masks(implementation)
     if implementation == "sdpa":
         return sees_N1TT
@@ -122,9 +117,10 @@ class Attention:
 
     def mask(self, mask_NT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | None:
         """The mask to hand to the backbone. `None` where causal attention on the left end needs none: real tokens
-        cannot see padding at the right, and without a mask the fast kernels are free to run."""
+        cannot see padding at the right, and without a mask the fast kernels are free to run. Under `mask4d` every token
+        sees every real token: mask_N1TT, as `as_mask` gives it."""
         if self.how == "mask4d":
-            return full_mask(mask_NT, implementation, dtype)
+            return as_mask(mask_NT[:, None, None, :].expand(-1, 1, mask_NT.shape[1], -1), implementation, dtype)
         return None if self.causal and bool(mask_NT[:, 0].all()) else mask_NT.long()
 
 
@@ -179,12 +175,11 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
             _set_module_flags(backbone, False)
         attempts[how] = probe(backbone, _call(backbone, Attention(mode, how)))
         if attempts[how].bidirectional:
-            return _checked(backbone, Attention(mode, how))
-    return _checked(backbone, _partial(backbone, mode, attempts, allow_partial))
-
-
-def _checked(backbone: Any, achieved: Attention) -> Attention:
-    if achieved.mode == "softmask":
+            achieved = Attention(mode, how)
+            break
+    else:
+        achieved = _partial(backbone, mode, attempts, allow_partial)
+    if mode == "softmask":
         check_takes_masks(backbone.config._attn_implementation)
     if achieved.how == "mask4d" and getattr(backbone.config.get_text_config(), "sliding_window", None):
         log.info("bidirectional attention through a mask: the sliding window of this family no longer limits it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,9 @@ def _check_shards(folder: Path) -> None:
 
 def _check_weights(backbone: Any, report: dict[str, Any], folder: Path) -> None:
     """No vector may depend on a random weight, and no weight of a used part may be thrown away."""
-    missing = _that_matter(report["missing_keys"])
+    missing, unexpected = (
+        sorted(key for key in report[kind] if not UNUSED.search(key)) for kind in ("missing_keys", "unexpected_keys")
+    )
     if missing:
         raise ModelError(
             f"{len(missing)} weights are missing and would be random: {_some(missing)}",
@@ -208,17 +210,13 @@ def _check_weights(backbone: Any, report: dict[str, Any], folder: Path) -> None:
         backbone.pooler = None  # unused, and otherwise saved with random weights
     parts = {name for name, _ in backbone.named_children()}
     prefix = f"{backbone.base_model_prefix}."
-    own = [key for key in _that_matter(report["unexpected_keys"]) if key.removeprefix(prefix).split(".")[0] in parts]
+    own = [key for key in unexpected if key.removeprefix(prefix).split(".")[0] in parts]
     if own:
         raise ModelError(
             f"{len(own)} weights have no place in the model that config.json describes: {_some(own)}",
             where=folder,
             fix="check that config.json belongs to these weights",
         )
-
-
-def _that_matter(keys: Iterable[str]) -> list[str]:
-    return sorted(key for key in keys if not UNUSED.search(key))
 
 
 def _some(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import Count, section
 from embedsmith.core.shelf import Name, heads, poolings
@@ -17,11 +18,7 @@ from embedsmith.models.pooling import PoolerConfig
 
 ComputeType = Literal["float32", "bfloat16", "float16"]
 PoolingName = Annotated[str, Name(poolings)]
-HeadName = Annotated[str, Name(heads)]
-UNBOUNDED = 1_000_000
-"""transformers writes 1e30 where a tokenizer knows no maximum; anything from here on counts as none."""
-MODEST_LENGTH = 512
-"""Used only where neither the folder, the tokenizer nor the position table sets a bound."""
+HeadName = Annotated[str, Name(heads)]  # named here: in the class, `heads` is a field
 
 
 @section
@@ -51,7 +48,7 @@ class ModelConfig:
     `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
     `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (see `extend_positions`).
     `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
-        loading, not saved with the model (mcls.py).
+        loading, not saved with the model (tokenize.py).
     `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`); by default its own choice.
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
     `gradient_checkpointing`: computes layers again in the backward pass: less memory, about a third more time.
@@ -123,6 +120,10 @@ class ModelConfig:
         return ModelConfig(path=folder, **{name: getattr(self, name) for name in kept})
 
 
+ROLE_NAMES: Mapping[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""Names under which folders keep the prompt of a role."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How an embedder turns texts into vectors, everything decided. What `save` writes and `load` reads back.
@@ -145,6 +146,17 @@ class Settings:
     eos_id: int | None = None
     mcls: int | None = None
 
+    def prompt_for(self, role: Role, task: str | None = None) -> str:
+        """The prompt of a text: the first of `task-role`, `task`, role (for documents also `passage` and `corpus`), the
+        default prompt; else none. An empty prompt that was set on purpose counts."""
+        if role not in ROLE_NAMES:
+            raise ModelError(f"unknown role {role!r}", expected="query or document")
+        keys = [f"{task}-{name}" for name in ROLE_NAMES[role]] + [task] if task is not None else []
+        for key in (*keys, *ROLE_NAMES[role], self.default_prompt):
+            if key is not None and key in self.prompts:
+                return self.prompts[key]
+        return ""
+
     def with_prompts(self, prompts: Mapping[str, str]) -> Settings:
         """The same settings under other prompts; a default prompt that no longer exists is dropped."""
         default = self.default_prompt if self.default_prompt in prompts else None
@@ -153,7 +165,7 @@ class Settings:
 
 def derive_max_length(asked: int | None, folder: int | None, tokenizer: int | None, positions: int | None) -> int:
     """Tokens a text may have: what was asked, else what the folder says, else the tokenizer's bound, else the number
-    of positions the backbone has; never more than those positions.
+    of positions the backbone has, else 512; never more than those positions.
 
     Errors: `ModelError` when more is asked for than the backbone has positions, or less than one token fits.
     """
@@ -162,6 +174,7 @@ def derive_max_length(asked: int | None, folder: int | None, tokenizer: int | No
             f"max_length={asked} is not possible for this model",
             expected=f"from 4 to {positions}" if positions is not None else "at least 4",
         )
-    bounds = (asked, folder, tokenizer if tokenizer is not None and tokenizer < UNBOUNDED else None, positions)
-    length = next((value for value in bounds if value is not None), MODEST_LENGTH)
+    bounded = tokenizer is not None and tokenizer < 1_000_000  # transformers writes 1e30 where there is no maximum
+    bounds = (asked, folder, tokenizer if bounded else None, positions)
+    length = next((value for value in bounds if value is not None), 512)
     return length if positions is None else min(length, positions)

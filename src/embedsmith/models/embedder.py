@@ -24,11 +24,10 @@ from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, cosine, encode_block, quantize
 from embedsmith.models.heads.base import Head, known_heads
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.mcls import cls_and_words, room_for, with_cls_blocks
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
-from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens
+from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens, room_for, with_cls_blocks
 from embedsmith.models.write import Saved
 
 
@@ -163,8 +162,8 @@ class Embedder(nn.Module):
         left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
         part_NT = pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, left_out_S)
         if settings.mcls is not None:
-            cls_id = added_tokens(self.tokenizer)[0][0]
-            pool_NT, part_NT = cls_and_words(padded, part_NT, cls_id)
+            pool_NT = padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
+            part_NT = part_NT & ~(pool_NT & (pool_NT.int().cumsum(1) > 1))  # a CLS between blocks is no word
         reps: dict[str, Representation] = {}
         with torch.autocast(last_NTH.device.type, enabled=False):
             if "dense" in outputs:

@@ -27,10 +27,7 @@ from embedsmith.models.config import ComputeType
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import AnyArray, quantize, value_ranges
 from embedsmith.models.load import best_device, load
-from embedsmith.models.tokenize import prompt_for
 
-Stored = Literal["float32", "float16", "int8"]
-FORMAT = 1
 _CALIBRATION = 2048
 
 
@@ -48,7 +45,7 @@ class EncodeJob:
     task: str | None = None
     column: str | None = None
     dim: int | None = None
-    stored: Stored = "float32"
+    stored: Literal["float32", "float16", "int8"] = "float32"
     dtype: ComputeType | None = None
     block: int = 4096
     processes: int = 1
@@ -61,10 +58,10 @@ class EncodeJob:
     def identity(self, model: Embedder) -> dict[str, Any]:
         """Everything the vectors depend on."""
         return {
-            "format": FORMAT,
+            "format": 1,
             "weights": weights_hash(model),
             "settings": json.loads(json.dumps(asdict(model.settings))),
-            "prompt": prompt_for(model.settings, self.role, self.task),
+            "prompt": model.settings.prompt_for(self.role, self.task),
             "dim": self.dim or model.dimension,
             "stored": self.stored,
             "dtype": self.dtype or "float32",
@@ -94,14 +91,18 @@ class EncodeJob:
         return count
 
     def write_blocks(self, model: Embedder, blocks: Sequence[int], worker: int) -> Iterator[int]:
-        """Encode the given blocks in order; each is flushed, entered in this worker's progress file, then yielded."""
+        """Encode the given blocks (rising); each is flushed, entered in this worker's progress file, then yielded."""
         array = np.lib.format.open_memmap(self.out / "vectors.npy", mode="r+")
         ranges = np.load(self.out / "ranges.npy") if self.stored == "int8" else None
         done = _read_progress(self.out / f"progress-{worker}.json")
-        for place, texts in self.texts_of(blocks):
+        every, position = self.texts(), 0  # blocks ascend: one pass over the files
+        for place in blocks:
+            start = place * self.block
+            texts = [one.text for one in islice(every, start - position, start - position + self.block)]
+            position = start + len(texts)
             vectors: AnyArray = self.vectors(model, texts)
             vectors = quantize(vectors, "int8", ranges) if self.stored == "int8" else vectors.astype(self.stored)
-            array[place * self.block : place * self.block + len(vectors)] = vectors
+            array[start : start + len(vectors)] = vectors
             array.flush()
             done.append(place)
             _write_json(self.out / f"progress-{worker}.json", done)
@@ -110,19 +111,61 @@ class EncodeJob:
     def vectors(self, model: Embedder, texts: Sequence[str]) -> AnyArray:
         return model.encode(texts, self.role, self.task, dim=self.dim, dtype=self.dtype, show_progress=False)
 
-    def texts_of(self, blocks: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
-        """The texts of ascending blocks, in one pass over the files."""
-        every, position = self.texts(), 0
-        for place in blocks:
-            start = place * self.block
-            texts = [one.text for one in islice(every, start - position, start - position + self.block)]
-            position = start + len(texts)
-            yield place, texts
-
     def count_done(self, count: int) -> int:
         """How many of `count` texts lie in blocks that are whole on the disk."""
         done: Iterable[int] = chain.from_iterable(map(_read_progress, self.out.glob("progress-*.json")))
         return sum(min(self.block, count - place * self.block) for place in done)
+
+    def blocks_done(self) -> set[int]:
+        """Blocks that are done, whoever did them, moved to the first worker's file: the number of processes may
+        change."""
+        parts = sorted(self.out.glob("progress-*.json"))
+        done = sorted(set(chain.from_iterable(map(_read_progress, parts))))
+        _write_json(self.out / "progress-0.json", done)
+        for path in parts:
+            if path.name != "progress-0.json":
+                path.unlink()
+        return set(done)
+
+    def resume_or_start(self, model: Embedder) -> dict[str, Any]:
+        """The folder's own state when it was made by the same command; a fresh one when it holds no vectors yet."""
+        identity, out, path = self.identity(model), self.out, self.out / "meta.json"
+        if not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError("this is not an empty folder", where=out, fix="choose a new output folder")
+        try:
+            meta = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"state": "preparing"}
+        except ValueError as error:
+            raise CheckpointError(f"cannot read this file: {error}", where=path, fix="delete the folder") from error
+        if meta["state"] == "preparing":
+            meta = {"state": "preparing", **identity}
+            _write_json(path, meta)
+            return meta
+        if different := [key for key, value in identity.items() if meta.get(key) != value]:
+            raise CheckpointError(
+                f"this folder was made with another {', '.join(different)}",
+                where=out,
+                fix="give the same files and options to continue it, or choose a new output folder",
+            )
+        return meta
+
+    def write_in_processes(self, todo: Sequence[int], count: int, bar: Any) -> None:
+        """Contiguous shares of the blocks, a process each; the bar follows their progress files."""
+        shares = [share.tolist() for share in np.array_split(np.asarray(todo), min(self.processes, len(todo)))]
+        threads = max(torch.get_num_threads() // len(shares), 1)
+        context = spawn(_worker, args=(self, shares, threads), nprocs=len(shares), join=False, daemon=True)
+        seen = self.count_done(count)
+        try:
+            while not context.join(timeout=0.5):
+                done = self.count_done(count)
+                bar.advance(done - seen)
+                seen = done
+        except ProcessException as error:
+            raise ModelError(
+                f"an encoding process failed: {str(error).strip().splitlines()[-1]}",
+                where=self.out,
+                fix="run the same command again to continue; with less memory, use fewer processes",
+            ) from error
+        bar.advance(count - seen)
 
 
 def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
@@ -133,21 +176,20 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
     if job.processes < 1 or job.block < 1 or not job.files:
         raise ModelError("nothing to encode with", expected="at least one file, one process and a block of one text")
     model = load(job.model)
-    identity = job.identity(model)
-    meta = _resume_or_start(job.out, identity)
+    meta = job.resume_or_start(model)
     if meta["state"] == "complete":
         return int(meta["count"])
     if meta["state"] == "preparing":
         meta |= {"count": job.prepare(model), "state": "encoding"}
         _write_json(job.out / "meta.json", meta)
     count = int(meta["count"])
-    todo = sorted(set(range(-(-count // job.block))) - _collect_progress(job.out))
+    todo = sorted(set(range(-(-count // job.block))) - job.blocks_done())
     with progress_bar("encode", count, done=job.count_done(count), visible=show_progress) as bar:
         if job.processes == 1 or len(todo) < 2:
             for place in job.write_blocks(model, todo, worker=0):
                 bar.advance(min(job.block, count - place * job.block))
         else:
-            _in_processes(job, todo, count, bar)
+            job.write_in_processes(todo, count, bar)
     _write_json(job.out / "meta.json", meta | {"state": "complete"})
     for path in job.out.glob("progress-*.json"):
         path.unlink()
@@ -171,48 +213,6 @@ def _file_hash(path: Path) -> str:
         raise DataError(f"cannot read this file ({error.strerror})", where=path, fix="check the path") from error
 
 
-def _resume_or_start(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The folder's own state when it was made by the same command; a fresh one when it holds no vectors yet."""
-    path = out / "meta.json"
-    if not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("this is not an empty folder", where=out, fix="choose a new output folder")
-    try:
-        meta = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"state": "preparing"}
-    except ValueError as error:
-        raise CheckpointError(f"cannot read this file: {error}", where=path, fix="delete the folder") from error
-    if meta["state"] == "preparing":
-        meta = {"state": "preparing", **identity}
-        _write_json(path, meta)
-        return meta
-    if different := [key for key, value in identity.items() if meta.get(key) != value]:
-        raise CheckpointError(
-            f"this folder was made with another {', '.join(different)}",
-            where=out,
-            fix="give the same files and options to continue it, or choose a new output folder",
-        )
-    return meta
-
-
-def _in_processes(job: EncodeJob, todo: Sequence[int], count: int, bar: Any) -> None:
-    """Contiguous shares of the blocks, a process each; the bar follows their progress files."""
-    shares = [share.tolist() for share in np.array_split(np.asarray(todo), min(job.processes, len(todo)))]
-    threads = max(torch.get_num_threads() // len(shares), 1)
-    context = spawn(_worker, args=(job, shares, threads), nprocs=len(shares), join=False, daemon=True)
-    seen = job.count_done(count)
-    try:
-        while not context.join(timeout=0.5):
-            done = job.count_done(count)
-            bar.advance(done - seen)
-            seen = done
-    except ProcessException as error:
-        raise ModelError(
-            f"an encoding process failed: {str(error).strip().splitlines()[-1]}",
-            where=job.out,
-            fix="run the same command again to continue; with less memory, use fewer processes",
-        ) from error
-    bar.advance(count - seen)
-
-
 def _worker(index: int, job: EncodeJob, shares: list[list[int]], threads: int) -> None:
     torch.set_num_threads(threads)
     device = best_device()
@@ -220,17 +220,6 @@ def _worker(index: int, job: EncodeJob, shares: list[list[int]], threads: int) -
         device = f"cuda:{index % torch.cuda.device_count()}"
     for _ in job.write_blocks(load(job.model, device=device), shares[index], worker=index + 1):
         pass
-
-
-def _collect_progress(out: Path) -> set[int]:
-    """Blocks that are done, whoever did them, moved to the first worker's file: the number of processes may change."""
-    parts = sorted(out.glob("progress-*.json"))
-    done = sorted(set(chain.from_iterable(map(_read_progress, parts))))
-    _write_json(out / "progress-0.json", done)
-    for path in parts:
-        if path.name != "progress-0.json":
-            path.unlink()
-    return set(done)
 
 
 def _read_progress(path: Path) -> list[int]:

@@ -29,20 +29,20 @@ from embedsmith.core.recipe import apply_override, parse
 from embedsmith.models.backbone import locate
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import EMBEDDING_CONFIG, read_embedding_config, read_folder, read_json
-from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead, masked_model
+from embedsmith.models.folder import EMBEDDING_CONFIG, EmbeddingConfig, FolderFacts, read_json, write_json
+from embedsmith.models.heads.base import cpu_state
+from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead
 from embedsmith.models.heads.tokens import MultiVectorHead
 from embedsmith.models.load import load
-from embedsmith.models.write import Saved, cpu_state, write_embedding_config, write_json
+from embedsmith.models.write import Saved
 
 ExportedHead = Literal["dense", "sparse", "multivector", "pylate"]
 _MODULES = "sentence_transformers."
-PYLATE_MODULE = "embedsmith.models.late.WordVectors"
-SPARSE_MODULE = "embedsmith.models.sentence.EmbedsmithSparse"
 
 
-def export_head(model: Embedder, folder: str | Path, head: ExportedHead) -> None:
-    """Write one head of `model` to `folder`, which appears whole or not at all (`pylate`: multivector, for PyLate).
+def export_head(model: Embedder, folder: str | Path, head: ExportedHead) -> str:
+    """Write one head of `model` to `folder`, which appears whole or not at all (`pylate`: multivector, for PyLate);
+    returns how to open the folder.
 
     Errors: `ModelError` for a head that the model has not (none is ever made up), and for what the form cannot
     express: prompts left out of the heads, attention by a mask, an adapter apart.
@@ -64,6 +64,10 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead) -> None
             _as_multivector(saved, root)
         elif head == "pylate":
             _as_pylate(saved, root)
+        through = read_json(root / "modules.json")[0]["type"].startswith("embedsmith.")
+    kinds = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}
+    opened = "pylate.models.ColBERT" if head == "pylate" else f"sentence_transformers.{kinds[head]}"
+    return f'{folder}: {opened}("{folder}"{", trust_remote_code=True" if through else ""})'
 
 
 def _as_sparse(saved: Saved, root: Path) -> None:
@@ -71,12 +75,12 @@ def _as_sparse(saved: Saved, root: Path) -> None:
     more = saved.embedding_config()
     whole = None
     if isinstance(head, SpladeHead) and saved.settings.include_prompt and more.standard:
-        whole = masked_model(head.lm, saved.backbone)
+        whole = head.lm.masked_model(saved.backbone)
     if whole is None:
-        standard = tuple(read_embedding_config(root).modules or read_json(root / "modules.json"))
+        standard = tuple(EmbeddingConfig.read(root).modules or read_json(root / "modules.json"))
         (root / EMBEDDING_CONFIG).unlink(missing_ok=True)
-        write_embedding_config(replace(more, modules=standard), root)
-        write_json(root / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": SPARSE_MODULE}])
+        replace(more, modules=standard).write(root)
+        _write_modules(root, {"": "embedsmith.models.sentence.EmbedsmithSparse"})
         _name_model(root, "SparseEncoder", "dot")
         return
     assert isinstance(head, SpladeHead)
@@ -106,7 +110,7 @@ def _as_pylate(saved: Saved, root: Path) -> None:
     """PyLate's layout: texts as they are (no marks in front, no expansion, no punctuation left out)."""
     head = _multivector(saved)
     _clear(root)
-    _write_modules(root, {"": _MODULES + "models.Transformer", "1_Dense": PYLATE_MODULE})
+    _write_modules(root, {"": _MODULES + "models.Transformer", "1_Dense": "embedsmith.models.late.WordVectors"})
     _write_dense(head.linear, root / "1_Dense", left_out=head.marks_S.tolist())
     lengths = dict.fromkeys(("query_length", "document_length"), saved.settings.max_length)
     plain = {"query_prefix": "", "document_prefix": "", "skiplist_words": [], "do_query_expansion": False}
@@ -160,16 +164,6 @@ def _name_model(root: Path, kind: str, similarity: str, **more: Any) -> None:
     write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
 
 
-def run_export(model: str, out: Path, head: ExportedHead) -> str:
-    """What `embedsmith export` does; returns how to open the folder."""
-    export_head(load(model, device="cpu"), out, head)
-    if head == "pylate":
-        return f'{out}: pylate.models.ColBERT("{out}")'
-    through = read_json(out / "modules.json")[0]["type"].startswith("embedsmith.")
-    kind = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}[head]
-    return f'{out}: sentence_transformers.{kind}("{out}"{", trust_remote_code=True" if through else ""})'
-
-
 def convert(model: str, out: Path, changes: Sequence[str] = ()) -> str:
     """What `embedsmith convert` does: load `model` as `ModelConfig` and the changes (`key=value`) say, and save it to
     `out`; returns what was made.
@@ -184,7 +178,7 @@ def convert(model: str, out: Path, changes: Sequence[str] = ()) -> str:
         for change in changes:
             apply_override(tree, change)
         config = parse(ModelConfig, tree, where="convert")
-        if config.pooling is None and read_folder(locate(config.path, config.revision)).pooling is None:
+        if config.pooling is None and FolderFacts.read(locate(config.path, config.revision)).pooling is None:
             both_ways = config.attention in ("bidirectional", "softmask")
             tree["pooling"] = "mean" if both_ways else "last"
         embedder = load(parse(ModelConfig, tree, where="convert"), device="cpu")

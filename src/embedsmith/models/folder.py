@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.settings import section
+from embedsmith.core.settings import section, to_plain
 from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig
@@ -60,19 +60,27 @@ class EmbeddingConfig:
         plain = self.pooling is None and self.echo is None and self.pool_special_tokens and self.base is None
         return plain and self.attention.in_config
 
+    @classmethod
+    def read(cls, folder: Path) -> EmbeddingConfig:
+        """Errors: `ModelError` for a file that is not JSON, has unknown keys, or is of a newer version."""
+        path = folder / EMBEDDING_CONFIG
+        if not path.exists():
+            return cls()
+        tree = read_json(path)
+        if isinstance(tree, dict) and tree.get("version", 1) > 1:
+            raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
+        try:
+            return parse(cls, tree, where=str(path))
+        except RecipeError as error:
+            raise ModelError(f"cannot read this file: {error}", where=path) from error
 
-def read_embedding_config(folder: Path) -> EmbeddingConfig:
-    """Errors: `ModelError` for a file that is not JSON, has unknown keys, or is of a newer version."""
-    path = folder / EMBEDDING_CONFIG
-    if not path.exists():
-        return EmbeddingConfig()
-    tree = read_json(path)
-    if isinstance(tree, dict) and tree.get("version", 1) > 1:
-        raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
-    try:
-        return parse(EmbeddingConfig, tree, where=str(path))
-    except RecipeError as error:
-        raise ModelError(f"cannot read this file: {error}", where=path) from error
+    def write(self, folder: Path) -> None:
+        """No file where everything is as by default. A schedule of training is over: softmask is bidirectional."""
+        config = self
+        if self.attention.mode == "softmask":
+            config = replace(self, attention=replace(self.attention, mode="bidirectional"))
+        if config != EmbeddingConfig():
+            write_json(folder / EMBEDDING_CONFIG, to_plain(config))
 
 
 POOLING_NAMES: Mapping[str, str] = {
@@ -110,34 +118,34 @@ class FolderFacts:
     default_prompt: str | None = None
     embedding_config: EmbeddingConfig = EmbeddingConfig()
 
+    @classmethod
+    def read(cls, folder: Path) -> FolderFacts:
+        """Facts of a sentence-transformers folder (either schema), or of a plain transformers folder.
 
-def read_folder(folder: Path) -> FolderFacts:
-    """Facts of a sentence-transformers folder (either schema), or of a plain transformers folder.
-
-    Errors: `ModelError` for a file that is not JSON, a module this cannot do, a pooling that is not known.
-    """
-    more = read_embedding_config(folder)
-    if not (folder / "modules.json").exists():
-        return FolderFacts(backbone=folder, embedding_config=more)
-    modules = _modules(more.modules or read_json(folder / "modules.json"), folder)
-    backbone = modules[0][1]
-    encoder = _optional_json(backbone / "sentence_bert_config.json") or _optional_json(
-        folder / "sentence_bert_config.json"
-    )
-    general = _optional_json(folder / "config_sentence_transformers.json")
-    pooling, include_prompt = _pooling(modules[1][1] / "config.json", more.pooling)
-    return FolderFacts(
-        backbone=backbone,
-        pooling=pooling,
-        include_prompt=include_prompt,
-        max_length=encoder.get("max_seq_length"),
-        lower_case=bool(encoder.get("do_lower_case", False)),
-        normalize=modules[-1][0] == "Normalize",
-        projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
-        prompts=dict(general.get("prompts") or {}),
-        default_prompt=general.get("default_prompt_name"),
-        embedding_config=more,
-    )
+        Errors: `ModelError` for a file that is not JSON, a module this cannot do, a pooling that is not known.
+        """
+        more = EmbeddingConfig.read(folder)
+        if not (folder / "modules.json").exists():
+            return cls(backbone=folder, embedding_config=more)
+        modules = _modules(more.modules or read_json(folder / "modules.json"), folder)
+        backbone = modules[0][1]
+        encoder = _optional_json(backbone / "sentence_bert_config.json") or _optional_json(
+            folder / "sentence_bert_config.json"
+        )
+        general = _optional_json(folder / "config_sentence_transformers.json")
+        pooling, include_prompt = _pooling(modules[1][1] / "config.json", more.pooling)
+        return cls(
+            backbone=backbone,
+            pooling=pooling,
+            include_prompt=include_prompt,
+            max_length=encoder.get("max_seq_length"),
+            lower_case=bool(encoder.get("do_lower_case", False)),
+            normalize=modules[-1][0] == "Normalize",
+            projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
+            prompts=dict(general.get("prompts") or {}),
+            default_prompt=general.get("default_prompt_name"),
+            embedding_config=more,
+        )
 
 
 def _modules(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, Path]]:
@@ -232,3 +240,8 @@ def read_json(path: Path) -> Any:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -97,10 +97,7 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
     if not targets:
         raise ModelError(f"{type(backbone).__name__} has no linear layer that could be adapted")
     layers = layers_of(backbone)
-    reached = 0
-    for layer in layers:
-        linear = {name.rpartition(".")[2] for name, module in layer.named_modules() if _is_linear(module)}
-        reached += not linear.isdisjoint(targets)
+    reached = sum(not _linear_names(layer).isdisjoint(targets) for layer in layers)
     if 2 * reached < len(layers):  # names that exist in fewer than half of the layers are another family's
         raise ModelError(
             f"the targets {', '.join(targets)} are found in {reached} of {len(layers)} layers",
@@ -135,12 +132,7 @@ def _inject(backbone: Any, peft_config: Any) -> None:
 
 def auto_targets(backbone: Any) -> list[str]:
     """Names of the linear layers inside the transformer's layers, without routers; MLA's factors included."""
-    found = {
-        name.rpartition(".")[2]
-        for layer in layers_of(backbone)
-        for name, module in layer.named_modules()
-        if _is_linear(module)
-    }
+    found = {name for layer in layers_of(backbone) for name in _linear_names(layer)}
     return sorted(found - set(_NOT_ADAPTED))
 
 
@@ -155,20 +147,17 @@ def expert_weights(backbone: Any) -> list[str]:
     return sorted(found)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _linear_names(layer: nn.Module) -> set[str]:
     # GPT-2's Conv1D is a linear layer with its weight lying the other way
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    kinds = {name: isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for name, m in layer.named_modules()}
+    return {name.rpartition(".")[2] for name, linear in kinds.items() if linear}
 
 
 def has_adapter(backbone: Any) -> bool:
     return _NAME in getattr(backbone, "peft_config", {})
 
 
-def is_quantized(backbone: Any) -> bool:
-    return getattr(backbone, "hf_quantizer", None) is not None
-
-
-def fingerprint(backbone: Any) -> dict[str, Any]:
+def base_facts(backbone: Any) -> dict[str, Any]:
     """Tells one base from another: its shape, and a hash of some of its frozen numbers. Equal with and without an
     adapter in it."""
     sample = backbone.get_input_embeddings().weight.detach()[:64].float().cpu().numpy().tobytes()
@@ -197,7 +186,7 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
     """Put the adapter of `folder` into its base. Errors: `ModelError` for an adapter of another base, or damaged."""
     from peft import PeftConfig, set_peft_model_state_dict
 
-    mine = fingerprint(backbone)
+    mine = base_facts(backbone)
     if base is not None and (different := [key for key in mine if base.get(key) != mine[key]]):
         raise ModelError(
             "this adapter belongs to another base: "

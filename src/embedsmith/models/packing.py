@@ -19,7 +19,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.attention import Attention, as_mask
 from embedsmith.models.backbone import takes, takes_positions
-from embedsmith.models.self_test import SHORTER, distance, example_ids, kernel_precision, tolerance
+from embedsmith.models.self_test import SHORTER, example_ids, kernel_precision, states_agree
 
 
 def packed(padded: PaddedTokens, attention: Attention, implementation: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -108,4 +108,4 @@ def _same_states(backbone: Any, attention: Attention) -> bool:
         return False  # a family whose own code cannot take this mask or these positions
     finally:
         backbone.train(was_training)
-    return bool(distance(apart_NTH[mask_NT], together_NTH[mask_NT]) < tolerance(backbone))
+    return states_agree(backbone, apart_NTH[mask_NT], together_NTH[mask_NT])

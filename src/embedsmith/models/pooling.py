@@ -104,6 +104,12 @@ class PoolerConfig:
     latents: Count = 512
     ffn_mult: Count = 4
 
+    def head_count(self, width: int) -> int:
+        """Attention heads of a pooling. Errors: `ModelError` for a number that does not divide the width."""
+        if self.heads is not None and width % self.heads:
+            raise ModelError(f"{self.heads} heads for a width of {width}", expected="a divisor of the width")
+        return self.heads or next(count for count in (8, 4, 2, 1) if width % count == 0)
+
 
 @poolings.register("attention", formula="LN(O + relu(O Wo)), O = LN(Q + A V)", source="D2LLM, C2LLM")
 class AttentionPooling(nn.Module):
@@ -119,7 +125,7 @@ class AttentionPooling(nn.Module):
     def __init__(self, hidden_size: int, config: PoolerConfig) -> None:
         super().__init__()
         self.width = config.width or hidden_size
-        self.heads = head_count(self.width, config.heads)
+        self.heads = config.head_count(self.width)
         self.seed_D = nn.Parameter(torch.randn(self.width) * 0.02)
         self.query = nn.Linear(self.width, self.width, bias=False)
         self.key = nn.Linear(hidden_size, self.width, bias=False)
@@ -157,7 +163,7 @@ class LatentPooling(nn.Module):
     def __init__(self, hidden_size: int, config: PoolerConfig) -> None:
         super().__init__()
         self.width = hidden_size
-        self.heads = head_count(hidden_size, config.heads)
+        self.heads = config.head_count(hidden_size)
         self.latent_RH = nn.Parameter(torch.randn(config.latents, hidden_size) * 0.02)
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
@@ -183,10 +189,3 @@ class LatentPooling(nn.Module):
         state_NTH = state_NTH + self.down(value_NTF * F.gelu(gate_NTF))
         mean_NH: Tensor = mean(state_NTH, pool_NT, mask_NT)
         return mean_NH
-
-
-def head_count(width: int, asked: int | None) -> int:
-    """Attention heads of a pooling. Errors: `ModelError` for a number that does not divide the width."""
-    if asked is not None and width % asked:
-        raise ModelError(f"{asked} heads for a width of {width}", expected="a divisor of the width")
-    return asked or next(count for count in (8, 4, 2, 1) if width % count == 0)

@@ -43,10 +43,6 @@ class Probe:
         return tuple(place for place, ahead in enumerate(self.ahead_L) if ahead is not True)
 
 
-FAILED = Probe((None,), steady=False)
-"""The forward pass raised."""
-
-
 def probe(backbone: Any, call: Call) -> Probe:
     """Two short random texts through `call`, in eval mode, without gradient. About four forward passes."""
     id_NT = example_ids(backbone, next(backbone.parameters()).device)
@@ -61,9 +57,11 @@ def probe(backbone: Any, call: Call) -> Probe:
             agreed = tuple(unpadded if unpadded == padded else None for unpadded, padded in both)
             alone_TH = call(id_NT[1:, :SHORTER], whole_NT[1:, :SHORTER])[0]
             together_TH = call(id_NT, padded_NT)[1, :SHORTER]
-            return Probe(agreed, steady=bool(distance(alone_TH, together_TH) < tolerance(backbone)))
+            return Probe(agreed, steady=states_agree(backbone, alone_TH, together_TH))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
-        return FAILED  # a family whose own code cannot take this mask, e.g. modernbert-decoder under eager
+        return Probe(
+            (None,), steady=False
+        )  # a family whose own code cannot take this mask, e.g. modernbert-decoder under eager
     finally:
         backbone.train(was_training)
 
@@ -115,17 +113,17 @@ def _states(output: Any) -> Tensor:
 
 def _notices(before_NTH: Tensor, after_NTH: Tensor) -> bool:
     """The first token of any row. Causal attention gives the same bits, up to the order of sums in a mixture."""
-    return bool(distance(before_NTH[:, 0], after_NTH[:, 0]) > 1e-2 * _rounding(before_NTH.dtype))
+    return bool(_distance(before_NTH[:, 0], after_NTH[:, 0]) > 1e-2 * _rounding(before_NTH.dtype))
 
 
-def distance(left: Tensor, right: Tensor) -> Tensor:
+def states_agree(backbone: Any, left: Tensor, right: Tensor) -> bool:
+    """Whether states are equal, given the numbers the backbone computes with."""
+    return bool(_distance(left, right) < _rounding(torch.bfloat16 if is_flash(backbone) else backbone.dtype))
+
+
+def _distance(left: Tensor, right: Tensor) -> Tensor:
     """The largest difference, in units of the largest value."""
     return (left.float() - right.float()).abs().max() / left.float().abs().max().clamp_min(1e-9)
-
-
-def tolerance(backbone: Any) -> float:
-    """How far equal states may lie apart, given the numbers the backbone computes with."""
-    return _rounding(torch.bfloat16 if is_flash(backbone) else backbone.dtype)
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -139,8 +137,7 @@ def is_flash(backbone: Any) -> bool:
 def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
     """Flash kernels take numbers of 16 bits only: weights in fp32 compute in bf16 there, unless autocast is on."""
     device = backbone.device.type
-    flash = str(backbone.config._attn_implementation).startswith("flash")
-    if not flash or backbone.dtype != torch.float32 or torch.is_autocast_enabled(device):
+    if not is_flash(backbone) or backbone.dtype != torch.float32 or torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, torch.bfloat16)
 

@@ -8,6 +8,11 @@ front of a text. The templates are kept too: an instruction that comes with a si
 Special tokens (an end token for last-token pooling, a first token for cls pooling) are put into the tokenizer's own
 post-processing, so that truncation leaves room for them, nothing appends them twice, and a saved tokenizer adds them in
 every program.
+
+MCLS puts many CLS tokens into one long text, for encoders that were trained on short ones: a CLS stands before every
+block of content tokens, the text is encoded once with full attention, and the vector is the mean of the states of all
+CLS. Source: M3-Embedding (Chen et al., 2024), section 3.4; the exact sequence, `[CLS] t1..t256 [CLS] t257.. [SEP]`, is
+reconstructed. A text of one block has its ordinary CLS vector.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.processors import Sequence as Steps
@@ -86,22 +92,7 @@ def unescaped(text: str) -> str:
     return plain
 
 
-ROLE_NAMES: Mapping[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
-"""Names under which folders keep the prompt of a role."""
-
 Instruction = str | Sequence[str | None] | None
-
-
-def prompt_for(settings: Settings, role: Role, task: str | None = None) -> str:
-    """The prompt of a text: the first of `task-role`, `task`, role (for documents also `passage` and `corpus`), the
-    default prompt; else none. An empty prompt that was set on purpose counts."""
-    if role not in ROLE_NAMES:
-        raise ModelError(f"unknown role {role!r}", expected="query or document")
-    keys = [f"{task}-{name}" for name in ROLE_NAMES[role]] + [task] if task is not None else []
-    for key in (*keys, *ROLE_NAMES[role], settings.default_prompt):
-        if key is not None and key in settings.prompts:
-            return settings.prompts[key]
-    return ""
 
 
 class TextTokenizer:
@@ -135,7 +126,7 @@ class TextTokenizer:
         """Token ids of N texts, of one role or each of its own. Errors: `DataError` for broken Unicode, naming the
         text."""
         roles = [role] * len(texts) if isinstance(role, str) else role
-        prompt_of = {each: prompt_for(settings, each, task) for each in dict.fromkeys(roles)}
+        prompt_of = {each: settings.prompt_for(each, task) for each in dict.fromkeys(roles)}
         prompts = [prompt_of[each] for each in roles]
         if instruction is not None:
             prompts = _instructed(prompts, instruction, [settings.templates.get(each) for each in roles])
@@ -211,6 +202,29 @@ def _body_start(encoding: Any, prompt_length: int) -> int:
             return place
         after_prompt = place + 1 if end > 0 else after_prompt
     return after_prompt
+
+
+def room_for(max_length: int, block: int, ends: int) -> int:
+    """Tokens that a text may have before the CLS tokens between its blocks are put in, so that it then has at most
+    `max_length`: 1 + n + ends for the largest n with n + ceil(n / block) + ends <= max_length."""
+    room = max_length - ends
+    content = room - -(-room // (block + 1))
+    return 1 + content + ends
+
+
+def with_cls_blocks(tokens: TokenBatch, block: int, ends: int) -> TokenBatch:
+    """Every row `[CLS] content end` with its CLS also before each further block of content."""
+    rows: list[list[int]] = []
+    body: list[int] = []
+    for number, start in enumerate(tokens.offset_P[:-1]):
+        ids = tokens.id_S[start : tokens.offset_P[number + 1]]
+        stop = max(len(ids) - ends, 1)
+        places = np.arange(1 + block, stop, block)
+        rows.append(np.insert(ids, places, ids[0]).tolist())
+        before = int(tokens.body_N[number])
+        body.append(before + int((places < before).sum()))
+    made = TokenBatch.from_rows(rows, body, is_query=False)
+    return TokenBatch(made.id_S, made.offset_P, made.body_N, tokens.is_query_N)
 
 
 def put_end_token(tokenizer: Any, wanted: str | None) -> int:

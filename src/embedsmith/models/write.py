@@ -20,29 +20,22 @@ from torch import nn
 
 from embedsmith.core.files import atomic_folder
 from embedsmith.core.progress import transformers_silenced
-from embedsmith.core.settings import to_plain
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention
 from embedsmith.models.backbone import load_backbone, locate
 from embedsmith.models.config import ModelConfig, Settings
 from embedsmith.models.folder import (
-    EMBEDDING_CONFIG,
     POOLER_FILE,
     POOLING_NAMES,
     POOLING_SWITCHES,
     EmbeddingConfig,
     read_json,
+    write_json,
 )
-from embedsmith.models.heads.base import Head
+from embedsmith.models.heads.base import Head, cpu_state
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.lora import has_adapter, is_quantized, merged, save_adapter, transplanted
+from embedsmith.models.lora import has_adapter, merged, save_adapter, transplanted
 from embedsmith.models.pooling import PoolerConfig
-
-EMULATED = "5.1.0"
-"""The sentence-transformers version whose layout this is: the last series with the legacy schema."""
-
-MODULE = "embedsmith.models.sentence.EmbedsmithModule"
-"""What sentence-transformers loads a model through that its own modules cannot express."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +97,13 @@ class Saved:
             kinds += ["Normalize"] if settings.normalize else []
             modules = [_module(place, kind) for place, kind in enumerate(kinds)]
             more = self.embedding_config(apart)
-            if not more.standard:
-                more, modules = replace(more, modules=tuple(modules)), [{**_module(0, ""), "type": MODULE}]
+            if not more.standard:  # sentence-transformers then loads the model through a module of ours
+                more, modules = (
+                    replace(more, modules=tuple(modules)),
+                    [{**_module(0, ""), "type": "embedsmith.models.sentence.EmbedsmithModule"}],
+                )
             write_json(root / "modules.json", modules)
-            write_embedding_config(more, root)
+            more.write(root)
             self._save_settings(root)
             if self.pooler is not None:
                 save_file(cpu_state(self.pooler), root / POOLER_FILE)
@@ -117,7 +113,7 @@ class Saved:
                 (root / f"{len(kinds) - 1}_Normalize").mkdir()
             for head in self.heads.values():
                 head.save(root)
-            (root / "README.md").write_text(model_card(self), encoding="utf-8")
+            (root / "README.md").write_text(self.model_card(), encoding="utf-8")
 
     def _save_settings(self, root: Path) -> None:
         """Lengths, prompts and the pooling, as sentence-transformers reads them."""
@@ -125,7 +121,7 @@ class Saved:
         lengths = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
         write_json(root / "sentence_bert_config.json", lengths)
         versions = {
-            "sentence_transformers": EMULATED,
+            "sentence_transformers": "5.1.0",  # whose layout this is: the last series with the legacy schema
             "transformers": transformers.__version__,
             "pytorch": torch.__version__,
         }
@@ -149,7 +145,7 @@ class Saved:
         merged into that, never into 4 bits."""
         if not has_adapter(self.backbone):
             return self.backbone
-        if not is_quantized(self.backbone):
+        if getattr(self.backbone, "hf_quantizer", None) is None:
             return merged(self.backbone)
         assert self.base is not None
         folder = locate(str(self.base["path"]), self.base["revision"])
@@ -177,28 +173,35 @@ class Saved:
             path = root / "tokenizer_config.json"
             write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
+    def model_card(self) -> str:
+        """The README.md written beside a model: what it is, its prompts, and how to load it anywhere; Markdown with the
+        metadata block that model hubs read."""
+        settings = self.settings
+        normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
+        if self.projections:
+            normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
+        plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
+        standard = self.embedding_config().standard
+        package = poolings.entry(settings.pooling).package
+        foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
+        foreign = "" if package == "embedsmith" else foreign
+        return _CARD.format(
+            alone=plain if standard else _ATTENDED + foreign,
+            trust="" if standard else ", trust_remote_code=True",
+            attention=_attention(self.attention),
+            architecture=type(self.backbone).__name__,
+            pooling=settings.pooling.replace("_", " "),
+            max_length=settings.max_length,
+            dimension=self.dimension,
+            normalised=", normalised to length 1" if settings.normalize else "",
+            prompts=_prompts(settings),
+            token_heads=_token_heads(self.heads),
+        )
+
 
 def _module(place: int, kind: str) -> dict[str, Any]:
     path = "" if place == 0 else f"{place}_{kind}"
     return {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-
-
-def cpu_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a module as a safetensors file takes them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_embedding_config(config: EmbeddingConfig, folder: Path) -> None:
-    """No file where everything is as by default. A schedule of training is over: softmask is bidirectional."""
-    if config.attention.mode == "softmask":
-        config = replace(config, attention=replace(config.attention, mode="bidirectional"))
-    if config != EmbeddingConfig():
-        write_json(folder / EMBEDDING_CONFIG, to_plain(config))
 
 
 _POOLED = {
@@ -277,32 +280,6 @@ _ATTENDED = """\
 This model has parts that only embedsmith (`pip install embedsmith`) knows; sentence-transformers loads it through that
 package. See `embedding_config.json`.
 """
-
-
-def model_card(saved: Saved) -> str:
-    """The README.md written beside a model: what it is, its prompts, and how to load it anywhere; Markdown with the
-    metadata block that model hubs read."""
-    settings = saved.settings
-    normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
-    if saved.projections:
-        normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
-    plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
-    standard = saved.embedding_config().standard
-    package = poolings.entry(settings.pooling).package
-    foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
-    foreign = "" if package == "embedsmith" else foreign
-    return _CARD.format(
-        alone=plain if standard else _ATTENDED + foreign,
-        trust="" if standard else ", trust_remote_code=True",
-        attention=_attention(saved.attention),
-        architecture=type(saved.backbone).__name__,
-        pooling=settings.pooling.replace("_", " "),
-        max_length=settings.max_length,
-        dimension=saved.dimension,
-        normalised=", normalised to length 1" if settings.normalize else "",
-        prompts=_prompts(settings),
-        token_heads=_token_heads(saved.heads),
-    )
 
 
 def _attention(found: Attention) -> str:

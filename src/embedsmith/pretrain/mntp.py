@@ -25,7 +25,7 @@ from embedsmith.core.reps import Dense, in_fp32
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource, Reader
-from embedsmith.models.heads.splade import LmHead, new_lm_head, read_lm_head, save_lm_head
+from embedsmith.models.heads.splade import LmHead
 
 SHARE = 0.2
 
@@ -49,7 +49,7 @@ class MntpHead(Head):
     def build(cls, source: HeadSource) -> MntpHead:
         """The head in the folder, else that of the language model in the base."""
         file = source.folder / cls.file
-        lm = read_lm_head(file, source.backbone)[0] if file.exists() else new_lm_head(source)
+        lm = LmHead.read(file, source.backbone)[0] if file.exists() else LmHead.new(source)
         head = cls(lm, source.tokenizer)
         if source.adapted:  # as the backbone's own words are
             head.requires_grad_(False)
@@ -74,7 +74,7 @@ class MntpHead(Head):
         return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
 
     def save(self, folder: Path) -> None:
-        save_lm_head(folder / self.file, self.lm, {})
+        self.lm.save(folder / self.file, {})
 
 
 def hidden_words(padded: PaddedTokens, special_S: Tensor) -> Tensor:

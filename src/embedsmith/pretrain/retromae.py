@@ -29,7 +29,7 @@ from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource, Reader
-from embedsmith.models.heads.splade import LmHead, new_lm_head, read_lm_head, save_lm_head
+from embedsmith.models.heads.splade import LmHead
 from embedsmith.models.pooling import first_index, last_index
 
 ENCODER_SHARE, DECODER_SHARE = 0.3, 0.5
@@ -71,8 +71,8 @@ class RetroMaeHead(Head):
         if source.tokenizer.mask_token_id is None:
             raise ModelError("the tokenizer has no mask token", expected="one, for retromae")
         if not file.exists():
-            return cls(new_lm_head(source), backbone.config, source.tokenizer)
-        lm, tensors, _ = read_lm_head(file, backbone)
+            return cls(LmHead.new(source), backbone.config, source.tokenizer)
+        lm, tensors, _ = LmHead.read(file, backbone)
         head = cls(lm, backbone.config, source.tokenizer)
         try:
             head.decoder.load_state_dict({name.removeprefix("decoder."): tensor for name, tensor in tensors.items()})
@@ -134,7 +134,7 @@ class RetroMaeHead(Head):
         return see_NTU
 
     def save(self, folder: Path) -> None:
-        save_lm_head(folder / self.file, self.lm, {}, decoder=self.decoder)
+        self.lm.save(folder / self.file, {}, decoder=self.decoder)
 
 
 class DecoderLayer(nn.Module):

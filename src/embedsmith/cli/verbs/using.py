@@ -110,9 +110,10 @@ def export_one_head(
     """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
     from typing import cast
 
-    from embedsmith.models.export import ExportedHead, run_export
+    from embedsmith.models.export import ExportedHead, export_head
+    from embedsmith.models.load import load
 
-    typer.echo(run_export(model, out, cast("ExportedHead", head)))
+    typer.echo(export_head(load(model, device="cpu"), out, cast("ExportedHead", head)))
 
 
 @verbs.register("push")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.shelf import heads
@@ -48,6 +48,31 @@ class HeadSource:
     @property
     def hidden_size(self) -> int:
         return int(self.backbone.config.get_text_config().hidden_size)
+
+    def build(self, names: Collection[str] | None) -> dict[str, Head]:
+        """The heads named, or those whose files the folder has (`None`).
+
+        Errors: `RecipeError` for an unknown name; `ModelError` for a file that is damaged or of another shape.
+        """
+        known = known_heads()
+        if names is None:
+            wanted = {name for name, kind in known.items() if kind.is_in(self.folder)}
+        else:
+            wanted = {heads.entry(name).name for name in names} & known.keys()
+        if self.multivector_dim is not None and "multivector" not in wanted:
+            raise ModelError(
+                f"multivector_dim={self.multivector_dim}",
+                expected="a model with the head multivector",
+                fix="add multivector to heads",
+            )
+        # In one order, whatever the recipe's: new heads draw their weights one after the other from one seed.
+        ordered = sorted(sorted(wanted, reverse=True), key=lambda name: known[name].own_pass)
+        return {name: known[name].build(self) for name in ordered}
+
+
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module as a safetensors file takes them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 class Reader(Protocol):
@@ -90,31 +115,9 @@ class Head(nn.Module):
             raise ModelError(f"cannot read this head ({error})", where=path, fix="copy the file again") from error
 
     def save(self, folder: Path) -> None:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        (folder / self.file).write_bytes(save(state))  # bytes first: a full disk is then named
+        (folder / self.file).write_bytes(save(cpu_state(self)))  # bytes first: a full disk is then named
 
 
 def known_heads() -> dict[str, type[Head]]:
     """The heads of the shelf that a model may have or not, users' own included; the dense one is always there."""
     return {entry.name: entry.thing for entry in heads.entries() if issubclass(entry.thing, Head)}
-
-
-def build_heads(names: Collection[str] | None, source: HeadSource) -> dict[str, Head]:
-    """The heads named, or those whose files the folder has (`None`).
-
-    Errors: `RecipeError` for an unknown name; `ModelError` for a file that is damaged or of another shape.
-    """
-    known = known_heads()
-    if names is None:
-        wanted = {name for name, kind in known.items() if kind.is_in(source.folder)}
-    else:
-        wanted = {heads.entry(name).name for name in names} & known.keys()
-    if source.multivector_dim is not None and "multivector" not in wanted:
-        raise ModelError(
-            f"multivector_dim={source.multivector_dim}",
-            expected="a model with the head multivector",
-            fix="add multivector to heads",
-        )
-    # In one order, whatever the recipe's: new heads draw their weights one after the other from one seed.
-    ordered = sorted(sorted(wanted, reverse=True), key=lambda name: known[name].own_pass)
-    return {name: known[name].build(source) for name in ordered}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import Count, section
 from embedsmith.core.shelf import heads
+from embedsmith.models.heads.base import cpu_state
 
 _NAMES = (
     "CELU ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6 SELU Sigmoid SiLU"
@@ -26,8 +27,9 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = {name: getattr(nn, name) for name i
 @section
 @dataclass(frozen=True)
 class HeadConfig:
-    """A new dense head. All matrices start orthogonal, so a head without activation keeps the geometry of the backbone
-    as well as its width allows; the defaults of `mlp` are EmbeddingGemma's.
+    """A new dense head. All matrices start orthogonal (orthonormal rows or columns), so a head without activation keeps
+    the geometry of the backbone as well as its width allows; the defaults of `mlp` are EmbeddingGemma's. Without a bias
+    it also commutes with scaling.
 
     `out`: numbers in a text's vector.
     `type`: W x + b (`linear`), or W2 act(W1 x + b1) + b2 (`mlp`).
@@ -55,6 +57,7 @@ class HeadConfig:
 class Projection(nn.Module):
     """activation(W x + b), plus x (or R x, where widths differ) with `residual`. Kept in fp32 whatever the backbone is.
 
+    `activation`: `Tanh`, or a full name such as `torch.nn.modules.activation.Tanh`.
     Errors: `ModelError` for an activation that is not in `ACTIVATIONS`.
     """
 
@@ -64,8 +67,17 @@ class Projection(nn.Module):
         super().__init__()
         self.use_residual = residual
         self.linear = nn.Linear(width_in, width_out, bias=bias)
-        self.activation_function = activation_by_name(activation)  # sentence-transformers' name in the weights file
+        module, _, short = activation.rpartition(".")
+        if short not in ACTIVATIONS or (module and not module.startswith("torch.nn")):
+            raise ModelError(f"unknown activation {activation!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
+        self.activation_function = ACTIVATIONS[short]()  # sentence-transformers' name in the weights file
         self.residual = nn.Linear(width_in, width_out, bias=False) if residual and width_in != width_out else None
+
+    @property
+    def activation(self) -> str:
+        """The full name that sentence-transformers imports."""
+        kind = type(self.activation_function)
+        return f"{kind.__module__}.{kind.__qualname__}"
 
     def forward(self, vector_ND: Tensor) -> Tensor:
         out_ND: Tensor = self.activation_function(self.linear(vector_ND))
@@ -79,21 +91,12 @@ class Projection(nn.Module):
             "in_features": self.linear.in_features,
             "out_features": self.linear.out_features,
             "bias": self.linear.bias is not None,
-            "activation_function": activation_path(self),
+            "activation_function": self.activation,
         }
         config |= {"use_residual": True} if self.use_residual else {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-
-
-def orthogonal_projection(width_in: int, width_out: int) -> Projection:
-    """A linear head whose matrix has orthonormal rows (or columns), so that distances are kept as well as they can be.
-
-    Its bias is absent: the head then commutes with scaling, and step 0 keeps the geometry of the backbone.
-    """
-    return _orthogonal(Projection(width_in, width_out, bias=False))
+        save_file(cpu_state(self), folder / "model.safetensors")
 
 
 def _orthogonal(projection: Projection) -> Projection:
@@ -101,17 +104,3 @@ def _orthogonal(projection: Projection) -> Projection:
     if projection.linear.bias is not None:
         nn.init.zeros_(projection.linear.bias)
     return projection
-
-
-def activation_by_name(name: str) -> nn.Module:
-    """`Tanh`, or a full name such as `torch.nn.modules.activation.Tanh`."""
-    module, _, short = name.rpartition(".")
-    if short not in ACTIVATIONS or (module and not module.startswith("torch.nn")):
-        raise ModelError(f"unknown activation {name!r}", expected=f"one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[short]()
-
-
-def activation_path(projection: Projection) -> str:
-    """The full name that sentence-transformers imports."""
-    kind = type(projection.activation_function)
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -30,7 +30,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.reps import Sparse, in_fp32
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.heads.base import Head, HeadSource
+from embedsmith.models.heads.base import Head, HeadSource, cpu_state
 
 SPLADE_FILE = "splade_head.safetensors"
 TERMS = 256
@@ -51,6 +51,51 @@ class LmHead(nn.Module):
         self.weight_VH = None if weight_VH is None else nn.Parameter(weight_VH)
         self.bias_V = None if bias_V is None else nn.Parameter(bias_V)
         self._embeddings = (embeddings,)  # a tuple: no submodule
+
+    @classmethod
+    def new(cls, source: HeadSource) -> LmHead:
+        """The head of the language model in the base; where that has none, the input embeddings without a transform.
+
+        Errors: `ModelError` for a family whose head computes more than W f(h) + b (a cap or scale on its scores).
+        """
+        kind = _family(source.backbone.config)
+        with transformers_silenced():
+            model, report = kind.from_pretrained(
+                source.base, dtype=torch.float32, trust_remote_code=source.trust_remote_code, output_loading_info=True
+            )
+        prefix = f"{model.base_model_prefix}."
+        if [key for key in report["missing_keys"] if not key.startswith(prefix)]:
+            log.warning(
+                "%s has no language-model head: the input embeddings take its place, to be trained", source.base
+            )
+            words = source.backbone.get_input_embeddings()
+            return cls(words, None, None, torch.zeros(len(words.weight)))
+        return _split(model.eval(), source.backbone).requires_grad_(True)
+
+    @classmethod
+    def read(cls, path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], dict[str, str]]:
+        """The head in a file, the other tensors there, and what the file says of itself.
+
+        Errors: `ModelError` for a damaged file, or one of another family or size.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read this head ({error})", where=path, fix="copy the file again") from error
+        own = {name.removeprefix("lm."): tensor for name, tensor in tensors.items() if name.startswith("lm.")}
+        transform = None
+        if about.get("transform") == "family":
+            with transformers_silenced(), torch.device("meta"):
+                transform = _parts(_family(backbone.config).from_config(backbone.config))[1]
+        head = cls(backbone.get_input_embeddings(), transform, own.get("weight_VH"), own.get("bias_V"))
+        try:
+            head.load_state_dict(own, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"this head belongs to another model: {error}", where=path) from error
+        others = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm.")}
+        return head.requires_grad_(True), others, about
 
     @property
     def output_VH(self) -> Tensor:
@@ -76,59 +121,37 @@ class LmHead(nn.Module):
         parts = zip(hidden_SH.split(size), id_S.split(size), strict=True)
         return torch.cat([checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
+    def save(self, path: Path, about: Mapping[str, str], **others: nn.Module) -> None:
+        """The head under `lm` and other modules under their names, in one safetensors file. Bytes first: a full disk is
+        then named."""
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, part in {"lm": self, **others}.items()
+            for key, tensor in cpu_state(part).items()
+        }
+        path.write_bytes(save(tensors, metadata={"transform": "none" if self.transform is None else "family", **about}))
 
-def new_lm_head(source: HeadSource) -> LmHead:
-    """The head of the language model in the base; where that has none, the input embeddings without a transform.
-
-    Errors: `ModelError` for a family whose head computes more than W f(h) + b (a cap or scale on its scores).
-    """
-    kind = _family(source.backbone.config)
-    with transformers_silenced():
-        model, report = kind.from_pretrained(
-            source.base, dtype=torch.float32, trust_remote_code=source.trust_remote_code, output_loading_info=True
-        )
-    prefix = f"{model.base_model_prefix}."
-    if [key for key in report["missing_keys"] if not key.startswith(prefix)]:
-        log.warning("%s has no language-model head: the input embeddings take its place, to be trained", source.base)
-        words = source.backbone.get_input_embeddings()
-        return LmHead(words, None, None, torch.zeros(len(words.weight)))
-    return _split(model.eval(), source.backbone).requires_grad_(True)
-
-
-def save_lm_head(path: Path, lm: LmHead, about: Mapping[str, str], **others: nn.Module) -> None:
-    """The head under `lm` and other modules under their names, in one safetensors file. Bytes first: a full disk is
-    then named."""
-    tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
-        for name, part in {"lm": lm, **others}.items()
-        for key, tensor in part.state_dict().items()
-    }
-    path.write_bytes(save(tensors, metadata={"transform": "none" if lm.transform is None else "family", **about}))
-
-
-def read_lm_head(path: Path, backbone: Any) -> tuple[LmHead, dict[str, Tensor], dict[str, str]]:
-    """The head in a file, the other tensors there, and what the file says of itself.
-
-    Errors: `ModelError` for a damaged file, or one of another family or size.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot read this head ({error})", where=path, fix="copy the file again") from error
-    own = {name.removeprefix("lm."): tensor for name, tensor in tensors.items() if name.startswith("lm.")}
-    transform = None
-    if about.get("transform") == "family":
-        with transformers_silenced(), torch.device("meta"):
-            transform = _parts(_family(backbone.config).from_config(backbone.config))[1]
-    head = LmHead(backbone.get_input_embeddings(), transform, own.get("weight_VH"), own.get("bias_V"))
-    try:
-        head.load_state_dict(own, assign=True)
-    except RuntimeError as error:
-        raise ModelError(f"this head belongs to another model: {error}", where=path) from error
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm.")}
-    return head.requires_grad_(True), others, about
+    def masked_model(self, backbone: Any) -> Any | None:
+        """The whole masked-language model of this head and its backbone, on the CPU, as its family saves it; `None`
+        where the family has none, or the head is not of its form."""
+        kind = _family(backbone.config)
+        if kind is not AutoModelForMaskedLM or self.transform is None:
+            return None
+        with transformers_silenced():
+            model = kind.from_config(backbone.config, dtype=torch.float32)
+        own = {name: tensor.detach().cpu().float() for name, tensor in backbone.state_dict().items()}
+        known = model.base_model.state_dict().keys()
+        model.base_model.load_state_dict({name: tensor for name, tensor in own.items() if name in known})
+        with torch.no_grad():
+            output: Any = model.get_output_embeddings()
+            if self.bias_V is not None:
+                output.bias.copy_(self.bias_V.cpu())
+            if self.weight_VH is not None:
+                output.weight.copy_(self.weight_VH.cpu())
+        _, holder = _output(model)
+        into: Any = model.get_submodule(holder) if holder else _parts(model)[1]  # with the output layer in it
+        into.load_state_dict({name: tensor.cpu() for name, tensor in self.transform.state_dict().items()}, strict=False)
+        return model.eval()
 
 
 def _family(config: Any) -> Any:
@@ -160,29 +183,6 @@ def _output(model: Any) -> tuple[nn.Module, str]:
     output = model.get_output_embeddings()
     path = next(name for name, module in model.named_modules() if module is output)
     return output, path.rpartition(".")[0]
-
-
-def masked_model(head: LmHead, backbone: Any) -> Any | None:
-    """The whole masked-language model of a head and its backbone, on the CPU, as its family saves it; `None` where
-    the family has none, or the head is not of its form."""
-    kind = _family(backbone.config)
-    if kind is not AutoModelForMaskedLM or head.transform is None:
-        return None
-    with transformers_silenced():
-        model = kind.from_config(backbone.config, dtype=torch.float32)
-    own = {name: tensor.detach().cpu().float() for name, tensor in backbone.state_dict().items()}
-    known = model.base_model.state_dict().keys()
-    model.base_model.load_state_dict({name: tensor for name, tensor in own.items() if name in known})
-    with torch.no_grad():
-        output: Any = model.get_output_embeddings()
-        if head.bias_V is not None:
-            output.bias.copy_(head.bias_V.cpu())
-        if head.weight_VH is not None:
-            output.weight.copy_(head.weight_VH.cpu())
-    _, holder = _output(model)
-    into: Any = model.get_submodule(holder) if holder else _parts(model)[1]  # with the output layer in it
-    into.load_state_dict({name: tensor.cpu() for name, tensor in head.transform.state_dict().items()}, strict=False)
-    return model.eval()
 
 
 def _split(model: Any, backbone: Any) -> LmHead:
@@ -224,10 +224,10 @@ class SpladeHead(Head):
     def build(cls, source: HeadSource) -> SpladeHead:
         """The head in the folder, or a new one of the language model in the base."""
         if cls.is_in(source.folder):
-            lm, _, about = read_lm_head(source.folder / cls.file, source.backbone)
+            lm, _, about = LmHead.read(source.folder / cls.file, source.backbone)
             head = cls(lm, source.sparse_terms or int(about.get("terms", TERMS)))
         else:
-            head = cls(new_lm_head(source), source.sparse_terms or TERMS)
+            head = cls(LmHead.new(source), source.sparse_terms or TERMS)
         if source.adapted and head.lm.weight_VH is not None:  # as the backbone's own words are
             head.lm.weight_VH.requires_grad_(False)
         return head
@@ -239,7 +239,7 @@ class SpladeHead(Head):
         return Sparse(word_NK, torch.log1p(torch.relu(score_NK)))
 
     def save(self, folder: Path) -> None:
-        save_lm_head(folder / self.file, self.lm, {"terms": str(self.terms)})
+        self.lm.save(folder / self.file, {"terms": str(self.terms)})
 
 
 def top_words(
