@@ -106,7 +106,7 @@ class InputRecords:
             return "records"
         rows = open_source(self.input.source(self.paths[0])).rows
         row = next((row for _, row in rows if not isinstance(row, RowError)), {})
-        if any(layout.fits(row) for layout in known_layouts()):
+        if any(layout.fits(row) for own in (True, False) for layout in known_layouts(own)):
             return "records"
         if self.wants_documents and "text" in row:
             return "documents"

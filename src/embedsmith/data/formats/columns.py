@@ -164,18 +164,20 @@ OWN = ("records", "flagembedding", "f2llm", "pairs", "labels", "beir")
 """The layouts of this file, in the order in which they are tried; those of other packages come after them."""
 
 
-def known_layouts() -> list[Layout]:
-    """All layouts by the columns that give them away, in the order in which they are tried."""
+def known_layouts(own: bool) -> list[Layout]:
+    """By the columns that give them away: ours in the order in which they are tried, or those of other packages, which
+    are imported for that."""
     found: list[Layout] = []
-    for name in [*OWN, *(name for name in layouts.names() if name not in OWN)]:
+    for name in OWN if own else (name for name in layouts.names() if name not in OWN):
         made = layouts.get(name)()
         found += [replace(layout, name=name) for layout in (made if isinstance(made, tuple) else (made,))]
     return found
 
 
 def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None, where: object) -> Layout:
-    """The layout of a file whose first row has `keys`: as declared, or the first of ours that fits, or one of another
-    package. Errors: `DataError` that lists what was found, where none fits, or another package's as well.
+    """The layout of a file whose first row has `keys`: as declared, or the first of ours that fits; only where none of
+    ours does, the one of another package. Errors: `DataError` that lists what was found, where none fits, or several
+    of other packages.
     """
     if columns is not None:
         declared = Layout(columns, ())
@@ -185,15 +187,19 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
         if "query" not in declared.known.values():
             raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
         return declared
-    candidates = [layout for layout in known_layouts() if name in (None, layout.name)]
-    fitting = [layout for layout in candidates if layout.fits(keys)]
-    if not fitting:
-        raise _no_layout(candidates, list(keys), where)
-    names = dict.fromkeys(layout.name for layout in fitting if layout is fitting[0] or layout.name not in OWN)
-    if len(names) > 1:
+    tried: list[Layout] = []
+    for own in (True, False):
+        tried += [layout for layout in known_layouts(own) if name in (None, layout.name)]
+        fitting = [layout for layout in tried if layout.fits(keys)]
+        names = dict.fromkeys(layout.name for layout in fitting)
+        if fitting and (own or len(names) == 1):
+            return fitting[0]
+        if name in OWN:
+            break
+    if fitting:
         what = f"the columns fit several formats: {', '.join(names)}"
         raise DataError(what, where=where, expected="one", fix="name it, for example format: " + fitting[0].name)
-    return fitting[0]
+    raise _no_layout(tried, list(keys), where)
 
 
 def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
