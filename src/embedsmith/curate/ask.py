@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.curate.step import Ledger, Tools
+from embedsmith.curate.ledger import Ledger, Tools
 from embedsmith.data.writers import batched
 
 T = TypeVar("T")

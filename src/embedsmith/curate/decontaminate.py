@@ -17,7 +17,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.rules import UNSPACED, tokens
-from embedsmith.curate.step import EvaluationText, Ledger, Tools, sift
+from embedsmith.curate.ledger import EvaluationText, Ledger, Tools, sift
 from embedsmith.data.record import Record
 
 Hashes = npt.NDArray[np.uint64]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.step import Departure, Ledger
+from embedsmith.curate.ledger import Departure, Ledger
 
 Left = dict[str, dict[str, Any]]
 """Reason to `count` and `examples`."""

@@ -19,7 +19,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.step import Ledger, TextRule, Tools, without
+from embedsmith.curate.ledger import Ledger, TextRule, Tools, without
 from embedsmith.data.record import Record, text_id
 
 UNSPACED = (

@@ -20,8 +20,8 @@ from embedsmith.core.settings import section, to_plain
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import key_of
 from embedsmith.curate.outcome import Report, StepReport
-from embedsmith.curate.read import Input, InputRecords
-from embedsmith.curate.step import Ledger, Step, Tools, counted
+from embedsmith.curate.input_records import Input, InputRecords
+from embedsmith.curate.ledger import Ledger, Step, Tools, counted
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.writers import write_records

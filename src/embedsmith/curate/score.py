@@ -16,7 +16,7 @@ from embedsmith.core.reps import Dense
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import Cache, key_of, open_cache
-from embedsmith.curate.step import Ledger, Tools, without
+from embedsmith.curate.ledger import Ledger, Tools, without
 from embedsmith.data.record import Record
 from embedsmith.data.writers import batched
 

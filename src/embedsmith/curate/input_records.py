@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, section
-from embedsmith.curate.step import Ledger
+from embedsmith.curate.ledger import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
 from embedsmith.data.formats.beir import beir_rows, is_beir_folder
 from embedsmith.data.formats.columns import known_layouts
