@@ -62,14 +62,6 @@ class Input:
         return Source(path=path, **{name: getattr(self, name) for name in same})
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
-
-    ranges: dict[str, Range | None]
-    labels: tuple[str, ...] = ()
-
-
 @dataclass
 class InputRecords:
     """An input that is read from the start each time it is iterated. `ledger` counts the last reading."""
@@ -122,8 +114,9 @@ class InputRecords:
         return [repr(self.input), self.kind, state]
 
     @cached_property
-    def scan(self) -> Scan:
-        """One reading for the score ranges (unless declared) and the classes; faulty rows are left to the next reading.
+    def scan(self) -> tuple[dict[str, Range | None], tuple[str, ...]]:
+        """What only the whole input tells: the score range of each file, and the names of all classes, sorted. Faulty
+        rows are left to the next reading.
 
         Errors: `DataError` for scores that fit no known range.
         """
@@ -146,12 +139,12 @@ class InputRecords:
                 extent.add(record, line)
             names |= set(reading.labels) if reading else set()
             ranges[source.path] = declared or (None if extent.empty else extent.range(source.path))
-        return Scan(ranges, tuple(sorted(names)))
+        return ranges, tuple(sorted(names))
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, where the files name them."""
-        return self.scan.labels if self.kind == "records" else ()
+        return self.scan[1] if self.kind == "records" else ()
 
     def __iter__(self) -> Iterator[Record]:
         self.ledger = Ledger(self.ledger.examples)
@@ -212,7 +205,8 @@ class InputRecords:
 
     def _records(self) -> Iterator[Record]:
         """Checked records, scores in [0, 1], named classes numbered in the order of their names in all files."""
-        number = {name: place for place, name in enumerate(self.scan.labels)}
+        ranges, names = self.scan
+        number = {name: place for place, name in enumerate(names)}
         for path in self.paths:
             source = self.input.source(path)
             rows, reading = open_source(source), None
@@ -221,7 +215,7 @@ class InputRecords:
                 try:
                     record = reading.record(row)
                     validate(record)
-                    if (known := self.scan.ranges[path]) is not None:
+                    if (known := ranges[path]) is not None:
                         check_range(record, known)
                     yield rescaled(record, known)
                 except RowError as error:
