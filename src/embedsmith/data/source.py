@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Generic, Literal, Protocol, cast, runtime_checkable
+from typing import Annotated, Generic, Literal, cast
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ from embedsmith.data.formats.columns import Reading, choose_layout
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
 from embedsmith.data.formats.hub import hub_rows
 from embedsmith.data.formats.ranges import Range
-from embedsmith.data.record import Record, T, Task, Text
+from embedsmith.data.record import OneByOne, Record, T, Task, Text
 from embedsmith.data.token_manifest import DatasetFacts, TokenizerFacts
 
 Format = Annotated[str, Name(layouts)]
@@ -129,20 +129,12 @@ def tokens_refused(purpose: str, where: object) -> DataError:
     return DataError(f"{purpose} needs texts, and a token cache has only tokens", where=where, fix=fix)
 
 
-@runtime_checkable
-class KnowsNegatives(Protocol):
-    """Records that need not be read to find out how many negatives one of them has at most."""
-
-    def most_negatives(self) -> int: ...
-
-
 def negatives_per_query(source: Source, records: Sequence[Record[Text]]) -> int:
     """How many negatives a query draws: as declared, otherwise the most that a record has, at most 4 (CoDiEmb's n)."""
     if source.negatives is not None:
         return source.negatives
-    if isinstance(records, KnowsNegatives):
-        return min(records.most_negatives(), _MOST_NEGATIVES)
-    return min(max((len(record.negatives) for record in records), default=0), _MOST_NEGATIVES)
+    known = records.most_negatives() if isinstance(records, OneByOne) else None
+    return min(max((len(r.negatives) for r in records), default=0) if known is None else known, _MOST_NEGATIVES)
 
 
 def source_name(source: Source) -> str:
@@ -163,22 +155,6 @@ def open_source(source: Source) -> Rows:
     if path.is_dir() or (source.path.count("/") == 1 and not path.parent.is_dir() and not has_known_kind(path.name)):
         return hub_rows(str(path) if path.is_dir() else source.path, source.split)
     return open_rows(path)
-
-
-Change = Callable[[Record, int], Record | None]
-"""What a record becomes once its whole file is known (`None`: it is left out), given its line."""
-
-
-class RecordSink(Protocol):
-    """Where the records of a source are put while it is read, and kept afterwards."""
-
-    def __len__(self) -> int: ...
-
-    def add(self, record: Record, line: int) -> None: ...
-
-    def settle(self, change: Change | None) -> tuple[Sequence[Record], str]:
-        """All records, changed where there is a change, and their fingerprint."""
-        ...
 
 
 def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -> Reading:

@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.plan.separate import RowFacts, facts_of
+from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.record import OneByOne, Record, T, Text, TokenIds
 
 # The plain arrays that belong together, and the type of their entries.
@@ -218,7 +218,7 @@ class StoreWriter:
         columns = [pa.array([getattr(record, f.name) for record in self._block], f.type) for f in self._schema]
         self._arrow.write_batch(pa.record_batch(columns, schema=self._schema))
         if self._tokens is None:
-            records, facts = self._block, facts_of(self._block)
+            records, facts = self._block, row_facts(self._block)
         else:
             self._tokens.flush()
             records, facts = TokenTable(self.folder).known(self._block)
