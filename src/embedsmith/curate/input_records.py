@@ -15,11 +15,9 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.ledger import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
-from embedsmith.data.formats.beir import beir_rows, is_beir_folder
-from embedsmith.data.formats.columns import known_layouts
+from embedsmith.data.formats.columns import Extent, Range, check_range, known_layouts, rescaled
+from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.formats.hub import is_saved_dataset
-from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import Record, RowError, Task, validate
 from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused

@@ -10,9 +10,8 @@ from pathlib import Path
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
-from embedsmith.data.formats.columns import Reading
+from embedsmith.data.formats.columns import Extent, Range, Reading, check_range, rescaled
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.record import Record, RowError, Text, validate
 from embedsmith.data.source import RecordSet, Skipped, Source, open_source, reading_of, source_name
 from embedsmith.data.store import Fingerprint, StoreWriter

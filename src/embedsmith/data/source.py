@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Generic, Literal, cast
 
 from pydantic import Field
 
 from embedsmith.core.batch import Loss
+from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
-from embedsmith.data.formats.beir import beir_rows, is_beir_folder
-from embedsmith.data.formats.columns import Reading, choose_layout
+from embedsmith.data.formats.columns import Range, Reading, choose_layout
+from embedsmith.data.formats.datasets import beir_rows, hub_rows, is_beir_folder
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
-from embedsmith.data.formats.hub import hub_rows
-from embedsmith.data.formats.ranges import Range
 from embedsmith.data.record import OneByOne, Record, T, Task, Text
-from embedsmith.data.token_manifest import DatasetFacts, TokenizerFacts
 
 Format = Annotated[str, Name(layouts)]
 _MOST_NEGATIVES = 4
@@ -95,6 +93,50 @@ class Skipped:
     kind: str
     count: int
     lines: tuple[int, ...]
+
+
+CacheLayout = Literal["corpus", "inline"]
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What makes ids what they are: the tokenizer, by name and hash, the length at which it cuts a text, and the token
+    that it puts behind every text, if any."""
+
+    name: str
+    sha256: str
+    max_length: int
+    end_id: int | None = None
+
+    def refuse_other(self, wanted: TokenizerFacts, where: object) -> None:
+        """Errors: `DataError` naming both hashes, unless they are the same tokenizer."""
+        if self.sha256 != wanted.sha256:
+            raise DataError(
+                f"these tokens were made by the tokenizer {self.name} (sha256 {self.sha256})",
+                where=where,
+                expected=f"that of the model {wanted.name} (sha256 {wanted.sha256})",
+                fix="tokenize the texts again for this model: embedsmith tokenize",
+            )
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of a cache. `document_role`: of its documents (in sts both sides are queries); `prompts`: by role,
+    as put before texts that have no instruction of their own; `probes`: the ids of one text by role, which tell a
+    model that tokenizes in another way; `ids`: whether `doc_id` is our text id or a name; `labels`: the names of its
+    classes; `fingerprint`: that of the records it was made from."""
+
+    name: str
+    task: str
+    layout: CacheLayout
+    rows: int
+    documents: int
+    prompts: dict[str, str]
+    document_role: Role
+    ids: Literal["text", "name"] = "text"
+    labels: tuple[str, ...] = ()
+    fingerprint: str = ""
+    probes: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

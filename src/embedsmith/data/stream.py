@@ -31,10 +31,9 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.core.progress import log
-from embedsmith.data.formats.columns import Reading
+from embedsmith.data.formats.columns import Reading, check_range, rescaled, scores_of
+from embedsmith.data.formats.datasets import choose_split, is_saved_dataset, load_datasets, refused
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.formats.hub import choose_split, is_saved_dataset, load_datasets, refused
-from embedsmith.data.formats.ranges import check_range, rescaled, scores_of
 from embedsmith.data.record import OneByOne, Record, RowError, validate
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
 
