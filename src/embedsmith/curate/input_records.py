@@ -14,7 +14,7 @@ from typing import Any, Literal
 from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.ledger import Ledger
-from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
+from embedsmith.curate.structure import READERS, STRUCTURES, Kind, read_page, row_pairs
 from embedsmith.data.formats.columns import Extent, Range, check_range, known_layouts, rescaled
 from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
 from embedsmith.data.formats.files import Rows
@@ -167,7 +167,7 @@ class InputRecords:
             except DataError as error:
                 self._fault(error.what, error, path)
                 continue
-            made = list(page_pairs(page, self.input.pairs, Path(path).name))
+            made = list(page.pairs(self.input.pairs, Path(path).name))
             yield from made
             if not made:
                 self.ledger.record_left("no structure found", Record(Path(path).name))

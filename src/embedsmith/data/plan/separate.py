@@ -125,16 +125,12 @@ class Shared:
         np.cumsum(np.bincount(row_E, minlength=len(facts)), out=offset_N1[1:])
         return Shared(len(repeated) if len(row_E) else 0, row_E, text_E, offset_N1)
 
-    def entries(self, rows: Ints) -> tuple[IntArray, IntArray]:
-        """(owner, entry): every entry of some rows, and which of `rows` it belongs to."""
-        count_R = self.offset_N1[rows + 1] - self.offset_N1[rows]
-        owner = np.repeat(np.arange(len(rows)), count_R)
-        first = np.cumsum(count_R) - count_R
-        return owner, np.arange(len(owner)) - first[owner] + self.offset_N1[rows][owner]
-
     def clashes(self, rows: Ints, batch_R: Ints, seated_E: IntArray) -> npt.NDArray[np.bool_]:
         """Whether each row would find one of its texts in the batch it goes to."""
-        owner, entry = self.entries(rows)
+        count_R = self.offset_N1[rows + 1] - self.offset_N1[rows]
+        owner = np.repeat(np.arange(len(rows)), count_R)  # the place in `rows` that each entry belongs to
+        first = np.cumsum(count_R) - count_R
+        entry = np.arange(len(owner)) - first[owner] + self.offset_N1[rows][owner]
         code = batch_R[owner].astype(np.int64) * self.texts + self.text_E[entry]
         place = np.minimum(np.searchsorted(seated_E, code), len(seated_E) - 1)
         return np.bincount(owner, weights=seated_E[place] == code, minlength=len(rows)) > 0
