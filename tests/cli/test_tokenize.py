@@ -15,7 +15,7 @@ from embedsmith.curate import CurateRecipe, curate
 from embedsmith.data import Source, read_source, row_facts, text_id
 from embedsmith.data import token_cache as tokencache
 from embedsmith.data.inspect import inspect_source
-from embedsmith.data.token_manifest import Manifest
+from embedsmith.data.token_cache import Manifest
 from embedsmith.data.token_records import tokens_of
 from embedsmith.mining.config import MineRecipe
 from embedsmith.mining.offline import mine

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from embedsmith.core import shelf
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import file_kinds, layouts
+from embedsmith.curate import Input, InputRecords
 from embedsmith.data import Record, Source, read_source, write_records
 from embedsmith.data.formats.columns import OWN, Layout, known_layouts
 from embedsmith.data.formats.files import Rows, open_rows
@@ -30,7 +32,7 @@ def lines(path, *rows):
 
 def test_ours_are_all_on_the_shelf_and_tried_in_their_order():
     assert sorted(OWN) == layouts.names()
-    assert [(one.name, one.required[-1]) for one in known_layouts()] == [
+    assert [(one.name, one.required[-1]) for one in known_layouts(own=True)] == [
         ("records", "positives"),
         ("records", "label"),
         ("flagembedding", "pos"),
@@ -56,10 +58,32 @@ def test_a_layout_of_another_package(tmp_path, search_log):
             "retrieval",
             [Record("q", ("p",), source="a")],
         )
+    # Where one of ours fits, it is taken, because asking for another package's would import every package each time.
     path = lines(tmp_path / "b.jsonl", {"typed": "q", "clicked": "p", "query": "r", "passage": "s"})
-    with pytest.raises(DataError, match=r"b\.jsonl:1: the columns fit several formats: f2llm, search_log"):
-        read_source(Source(path=path))
+    assert read_source(Source(path=path)).format == "f2llm"
     assert read_source(Source(path=path, format="search_log")).records[0].query == "q"
+
+
+def test_layouts_of_two_packages_that_both_fit_are_an_error(tmp_path, search_log):
+    @layouts.register("typed_texts")
+    def typed_texts() -> Layout:
+        return Layout({"query": "typed"}, required=("typed",), task="retrieval")
+
+    path = lines(tmp_path / "a.jsonl", {"typed": "q", "clicked": "p"})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the columns fit several formats: search_log, typed_texts"):
+        read_source(Source(path=path))
+
+
+def test_a_package_that_cannot_be_imported_stops_no_file_of_ours(tmp_path, monkeypatch):
+    def broken():
+        raise RecipeError("the package broken extends embedsmith and cannot be imported")
+
+    monkeypatch.setattr(shelf, "load_plugins", broken)
+    path = lines(tmp_path / "a.jsonl", {"query": "q", "pos": ["p"]})
+    assert read_source(Source(path=path)).format == "flagembedding"
+    assert InputRecords(Input(path=path)).kind == "records"
+    with pytest.raises(RecipeError, match="the package broken"):
+        read_source(Source(path=lines(tmp_path / "b.jsonl", {"words": "w"})))
 
 
 def test_an_unknown_format_names_the_nearest(tmp_path):

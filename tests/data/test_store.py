@@ -13,7 +13,6 @@ from tests.core.test_files import tiny_disk
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.data import Record, Source, read_source, row_facts, store
 from embedsmith.data import cache as cache
-from embedsmith.data.plan.separate import facts_of
 from embedsmith.data.store import RecordStore, StoreWriter
 
 ROWS = [{"query": f"q{i}", "pos": [f"p{i}", f"r{i}"][: 1 + i % 2], "neg": ["n"] * (i % 4)} for i in range(50)]
@@ -59,7 +58,7 @@ def test_a_store_holds_what_memory_holds(tmp_path, small_blocks, rows, options):
         assert found.records[-3:] == memory.records[-3:]
         kept = ("name", "task", "fingerprint", "skipped", "format", "labels", "score_range", "scores")
         assert [getattr(found, name) for name in kept] == [getattr(memory, name) for name in kept]
-        ours, theirs = row_facts(found.records), facts_of(memory.records)
+        ours, theirs = row_facts(found.records), row_facts(memory.records)
         for name in ("query_id_N", "positive_id_P", "offset_N1", "length_N"):
             assert getattr(ours, name).tolist() == getattr(theirs, name).tolist(), name
         most = (found.records.counts.most_positives, found.records.most_negatives())

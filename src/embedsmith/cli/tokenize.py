@@ -15,9 +15,8 @@ from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
 from embedsmith.data.read import read_source
-from embedsmith.data.source import RecordSet, Source
-from embedsmith.data.token_cache import TokenJob
-from embedsmith.data.token_manifest import MANIFEST, CacheLayout, DatasetFacts, Manifest
+from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
+from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
 from embedsmith.train.token_check import probes, tokenizer_facts

@@ -20,7 +20,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
-from embedsmith.data.token_manifest import MANIFEST, Manifest
+from embedsmith.data.token_cache import MANIFEST, Manifest
 from embedsmith.train.config import Recipe
 
 POOLINGS = {"eos": "last", "mean": "mean", "weighted_mean": "weighted_mean", "cls": "cls", "max": "max"}

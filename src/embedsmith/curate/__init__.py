@@ -2,14 +2,14 @@
 
 from embedsmith.curate.decontaminate import Decontaminate
 from embedsmith.curate.dedup import ExactDuplicates, NearDuplicates
+from embedsmith.curate.from_labels import LabelsToPairs
 from embedsmith.curate.generators import Endpoint, LocalModel
-from embedsmith.curate.labels import LabelsToPairs
+from embedsmith.curate.input_records import Input, InputRecords
+from embedsmith.curate.ledger import EvaluationText, Ledger, Tools, apply
 from embedsmith.curate.outcome import Report
-from embedsmith.curate.read import Input, InputRecords
 from embedsmith.curate.rules import Boilerplate, Language, Length, Links, Symbols, Trivial
 from embedsmith.curate.run import CurateRecipe, curate
 from embedsmith.curate.score import ScoreFilter
-from embedsmith.curate.step import EvaluationText, Ledger, Tools, apply
 from embedsmith.curate.synthesize import LongDocuments, SyntheticQueries, TranslateQueries
 
 __all__ = [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.curate.step import Ledger, Tools
+from embedsmith.curate.ledger import Ledger, Tools
 from embedsmith.data.writers import batched
 
 T = TypeVar("T")
@@ -35,6 +35,26 @@ class Cache:
     def __init__(self, connection: sqlite3.Connection, path: Path | None) -> None:
         self._connection, self._path = connection, path
 
+    @staticmethod
+    @contextmanager
+    def open(folder: Path | None, name: str) -> Iterator[Cache]:
+        """The cache `name` of a folder, or one in memory.
+
+        Errors: `CheckpointError` for a full disk, a damaged file, or one that another process is writing to.
+        """
+        path = None if folder is None else folder / f"{name}.sqlite"
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _named(path):
+            connection = sqlite3.connect(path or ":memory:", timeout=10)
+        try:
+            with _named(path), connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("CREATE TABLE IF NOT EXISTS cache (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID")
+            yield Cache(connection, path)
+        finally:
+            connection.close()
+
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """The known ones of `keys`."""
         found: dict[bytes, Any] = {}
@@ -51,24 +71,6 @@ class Cache:
         rows = ((key, json.dumps(value, ensure_ascii=False)) for key, value in values.items())
         with _named(self._path), self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", rows)
-
-
-@contextmanager
-def open_cache(folder: Path | None, name: str) -> Iterator[Cache]:
-    """The cache `name` of a folder, or one in memory. Errors: `CheckpointError` for a full disk, a damaged file, or one
-    that another process is writing to."""
-    path = None if folder is None else folder / f"{name}.sqlite"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with _named(path):
-        connection = sqlite3.connect(path or ":memory:", timeout=10)
-    try:
-        with _named(path), connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("CREATE TABLE IF NOT EXISTS cache (key BLOB PRIMARY KEY, value TEXT) WITHOUT ROWID")
-        yield Cache(connection, path)
-    finally:
-        connection.close()
 
 
 @contextmanager
@@ -146,7 +148,7 @@ def ask_all(
     """Every item with the answer to its prompt, in order. Answers are kept as they come, so that a run that is killed
     asks again only for those under way."""
     spent, asked = Spending(), 0
-    with open_cache(tools.folder, "answers") as cache:
+    with Cache.open(tools.folder, "answers") as cache:
         for window in batched(prompts, generator.window):
             keys = [key_of(generator.identity(), prompt) for _, prompt in window]
             found: dict[bytes, Answer | Refusal] = {}

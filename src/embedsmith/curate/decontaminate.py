@@ -16,8 +16,8 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
+from embedsmith.curate.ledger import EvaluationText, Ledger, Tools
 from embedsmith.curate.rules import UNSPACED, tokens
-from embedsmith.curate.step import EvaluationText, Ledger, Tools, sift
 from embedsmith.data.record import Record
 
 Hashes = npt.NDArray[np.uint64]
@@ -68,7 +68,7 @@ class Decontaminate:
         if not count:
             raise DataError(f"no texts in {', '.join(self.tasks)}", fix="check the tasks and `against`")
         ledger.notes["evaluation texts"] = count
-        yield from sift(records, ledger, index.fault)
+        yield from ledger.sift(records, index.fault)
 
 
 @dataclass

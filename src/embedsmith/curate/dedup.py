@@ -12,8 +12,8 @@ from pydantic import Field
 from embedsmith.core.errors import MissingExtraError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
+from embedsmith.curate.ledger import Ledger, Tools, short
 from embedsmith.curate.rules import token_shingles
-from embedsmith.curate.step import Ledger, Tools, short
 from embedsmith.data.record import Record, text_id
 
 By = Literal["query", "positives", "record"]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.step import Departure, Ledger
+from embedsmith.curate.ledger import Departure, Ledger
 
 Left = dict[str, dict[str, Any]]
 """Reason to `count` and `examples`."""
@@ -62,28 +62,31 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-
-def render(report: Report) -> RenderableType:
-    """A table of the steps, then what left of each with examples."""
-    table = Table("step", "in", "out", "left", "texts lost", "seconds", title=report.output, title_justify="left")
-    parts: list[RenderableType] = [table]
-    for step in report.steps:
-        left, lost = (sum(entry["count"] for entry in entries.values()) for entries in (step.left, step.lost))
-        table.add_row(step.name, f"{step.taken:,}", f"{step.given:,}", f"{left:,}", f"{lost:,}", f"{step.seconds:.1f}")
-        for what, entries in (("left", step.left), ("lost", step.lost)):
-            if entries:
-                parts.append(_reasons(f"{step.name}: {what}", entries))
-        for name, value in step.notes.items():
-            if name == "histogram" and value:
-                bars = Table("cosine from", "pairs", "")
-                for edge, count in value.items():
-                    length = max(round(40 * count / max(value.values())), 1 if count else 0)
-                    bars.add_row(edge, f"{count:,}", "█" * length)
-                parts.append(bars)
-            elif value not in ({}, 0):
-                shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
-                parts.append(Text(f"{step.name}: {name}: {shown}"))
-    return Group(*parts, Text(f"{report.records:,} records in {report.output}"))
+    def table(self) -> RenderableType:
+        """A table of the steps, then what left of each with examples."""
+        table = Table("step", "in", "out", "left", "texts lost", "seconds", title=self.output, title_justify="left")
+        parts: list[RenderableType] = [table]
+        for step in self.steps:
+            left, lost = (sum(entry["count"] for entry in entries.values()) for entries in (step.left, step.lost))
+            table.add_row(
+                step.name, f"{step.taken:,}", f"{step.given:,}", f"{left:,}", f"{lost:,}", f"{step.seconds:.1f}"
+            )
+            for what, entries in (("left", step.left), ("lost", step.lost)):
+                if entries:
+                    parts.append(_reasons(f"{step.name}: {what}", entries))
+            for name, value in step.notes.items():
+                if name == "histogram" and value:
+                    bars = Table("cosine from", "pairs", "")
+                    for edge, count in value.items():
+                        length = max(round(40 * count / max(value.values())), 1 if count else 0)
+                        bars.add_row(edge, f"{count:,}", "█" * length)
+                    parts.append(bars)
+                elif value not in ({}, 0):
+                    shown = (
+                        ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+                    )
+                    parts.append(Text(f"{step.name}: {name}: {shown}"))
+        return Group(*parts, Text(f"{self.records:,} records in {self.output}"))
 
 
 def _reasons(title: str, entries: Left) -> Table:

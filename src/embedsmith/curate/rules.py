@@ -19,7 +19,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.step import Ledger, TextRule, Tools, without
+from embedsmith.curate.ledger import Ledger, TextRule, Tools
 from embedsmith.data.record import Record, text_id
 
 UNSPACED = (
@@ -93,14 +93,10 @@ def token_shingles(text: str, length: int) -> set[str]:
     return {joined[start : start + length] for start in range(max(len(joined) - length + 1, 1))} if joined else set()
 
 
-def scripts(text: str) -> Counter[str]:
-    """How many words (or characters, where words are not separated) each script contributes."""
-    return Counter(found.lastgroup or "" for found in _SCRIPT.finditer(text))
-
-
 def main_script(text: str) -> str | None:
-    """The script with most words; `han` and `kana` as one, which is `kana` where a tenth of it is."""
-    counts = scripts(text)
+    """The script with most words (or characters, where words are not separated); `han` and `kana` as one, which is
+    `kana` where a tenth of it is."""
+    counts = Counter(found.lastgroup or "" for found in _SCRIPT.finditer(text))
     if not counts:
         return None
     others = {name: count for name, count in counts.items() if name not in ("han", "kana")}
@@ -108,11 +104,6 @@ def main_script(text: str) -> str | None:
     if east and east >= max(others.values(), default=0):
         return "kana" if counts["kana"] > 0.1 * east else "han"
     return max(others, key=lambda name: others[name])
-
-
-def without_links(text: str) -> str:
-    """The text without web and mail addresses."""
-    return _LINK.sub(" ", text)
 
 
 @curation_steps.register("length", formula="query_min <= units(query) <= query_max; likewise for documents")
@@ -185,7 +176,7 @@ class Links(TextRule):
         linked = sum(len(found.group()) for found in _LINK.finditer(text))
         if not linked:
             return None
-        if units(without_links(text)) == 0:
+        if units(_LINK.sub(" ", text)) == 0:
             return "nothing but addresses"
         return "mostly addresses" if linked / len("".join(text.split())) > self.max_share else None
 
@@ -293,7 +284,7 @@ def guess_language(text: str, min_letters: int = 20, wanted: Collection[str] = (
         return Guess(script, _BY_SCRIPT[script])
     if sum(character.isalpha() for character in text) < min_letters:
         return Guess(script, None)
-    ranked = _model().rank(without_links(text[: 2 * _ENOUGH])[:_ENOUGH])
+    ranked = _model().rank(_LINK.sub(" ", text[: 2 * _ENOUGH])[:_ENOUGH])
     language, confidence = next(pair for pair in ranked if pair[0] not in _OVERRATED or pair[0] in wanted)
     return Guess(script, str(language), float(confidence))
 
@@ -361,5 +352,5 @@ class Trivial:
                 ids = [text_id(text) for text in texts]
                 reasons.append([seen.get(one, again if one in ids[:slot] else None) for slot, one in enumerate(ids)])
                 seen = dict.fromkeys(ids, again) | seen
-            if (left := without(record, reasons[0], reasons[1], ledger)) is not None:
+            if (left := ledger.without(record, reasons[0], reasons[1])) is not None:
                 yield left

@@ -19,9 +19,9 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import section, to_plain
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import key_of
+from embedsmith.curate.input_records import Input, InputRecords
+from embedsmith.curate.ledger import Ledger, Step, Tools
 from embedsmith.curate.outcome import Report, StepReport
-from embedsmith.curate.read import Input, InputRecords
-from embedsmith.curate.step import Ledger, Step, Tools, counted
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.writers import write_records
@@ -151,7 +151,7 @@ class _Run:
         started = time.monotonic()
         plain = to_plain(step)
         with progress_bar(plain["type"], total) as bar:
-            write_records(out.path, counted(step, _Watched(records, bar.advance), ledger, tools))
+            ledger.given = write_records(out.path, step(_Watched(records, bar.advance), ledger, tools))
         report = StepReport.of(plain, ledger, time.monotonic() - started)
         if records is self.input:
             self._stage(0, "read").finish(self._reading())

@@ -15,8 +15,8 @@ from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.reps import Dense
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.ask import Cache, key_of, open_cache
-from embedsmith.curate.step import Ledger, Tools, without
+from embedsmith.curate.ask import Cache, key_of
+from embedsmith.curate.ledger import Ledger, Tools
 from embedsmith.data.record import Record
 from embedsmith.data.writers import batched
 
@@ -62,7 +62,7 @@ class ScoreFilter:
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         if tools.encoder is None:
             raise ModelError("score_filter has no model", fix="pass Tools(encoder=...), which loads a model by name")
-        with open_cache(tools.folder, "scores") as cache:
+        with Cache.open(tools.folder, "scores") as cache:
             scorer = _Scorer(*tools.encoder(self.model), cache)
             threshold = self.threshold
             if threshold is None:
@@ -98,9 +98,8 @@ class ScoreFilter:
         if max(scores) < threshold:
             ledger.record_left(low, record, f"cosine {max(scores):.3f}")
             return None
-        return without(
-            record, [low if one < threshold else None for one in scores], [None] * len(record.negatives), ledger
-        )
+        below = [low if one < threshold else None for one in scores]
+        return ledger.without(record, below, [None] * len(record.negatives))
 
 
 @dataclass

@@ -142,25 +142,23 @@ class Page:
                 self.sections.append(PageSection((self.title,), 0))
             self.sections[-1].parts.append(part.strip())
 
-
-def page_pairs(page: Page, wanted: Sequence[str] | None, source: str) -> Iterator[Record]:
-    """Title and whole text; title and description; each heading (after those above it) and its section; a heading that
-    is a question and its section, or what the page marks as question and answer."""
-    whole = "\n\n".join(section.text for section in page.sections if section.text)
-    title = page.title or next((section.path[-1] for section in page.sections if section.path[-1]), "")
-
-    pairs: list[tuple[Kind, str, str]] = [("title_body", title, whole), ("title_abstract", title, page.abstract)]
-    for section in page.sections:
-        heading = section.path[-1]
-        if heading.endswith(("?", "？")):
-            pairs.append(("question_answer", heading, section.text))
-        elif heading and heading != title:
-            path = section.path if section.path[0] == title or not title else (title, *section.path)
-            pairs.append(("heading_section", ": ".join(path), section.text))
-    pairs += [("question_answer", question, answer) for question, answer in page.questions]
-    for kind, query, document in pairs:
-        if query.strip() and document.strip() and (wanted is None or kind in wanted):
-            yield Record(query.strip(), (document.strip(),), source=f"{source}/{kind}")
+    def pairs(self, wanted: Sequence[str] | None, source: str) -> Iterator[Record]:
+        """Title and whole text; title and description; each heading (after those above it) and its section; a heading
+        that is a question and its section, or what the page marks as question and answer."""
+        whole = "\n\n".join(section.text for section in self.sections if section.text)
+        title = self.title or next((section.path[-1] for section in self.sections if section.path[-1]), "")
+        pairs: list[tuple[Kind, str, str]] = [("title_body", title, whole), ("title_abstract", title, self.abstract)]
+        for section in self.sections:
+            heading = section.path[-1]
+            if heading.endswith(("?", "？")):
+                pairs.append(("question_answer", heading, section.text))
+            elif heading and heading != title:
+                path = section.path if section.path[0] == title or not title else (title, *section.path)
+                pairs.append(("heading_section", ": ".join(path), section.text))
+        pairs += [("question_answer", question, answer) for question, answer in self.questions]
+        for kind, query, document in pairs:
+            if query.strip() and document.strip() and (wanted is None or kind in wanted):
+                yield Record(query.strip(), (document.strip(),), source=f"{source}/{kind}")
 
 
 def read_markdown(text: str) -> Page:

@@ -14,8 +14,8 @@ from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count, Positive
 from embedsmith.core.shelf import curation_steps, generators
 from embedsmith.curate.ask import Answer, Refusal, ask_all, lines_of
+from embedsmith.curate.ledger import Ledger, Tools
 from embedsmith.curate.rules import SCRIPT_OF, main_script, units
-from embedsmith.curate.step import Ledger, Tools
 from embedsmith.data.record import Record, text_id
 
 LONGEST_QUERY = 100  # units; longer lines of an answer are no query

@@ -58,6 +58,37 @@ class Inspection:
     fingerprint: str
     samples: tuple[Record[Any], ...]
 
+    def tables(self) -> RenderableType:
+        """The same for a terminal."""
+        facts = Table("what", "found", title=self.path, title_justify="left")
+        facts.add_row("format", self.format)
+        facts.add_row("task", self.task)
+        facts.add_row("records", f"{self.records:,}")
+        for skipped in self.skipped:
+            lines = ", ".join(map(str, skipped.lines)) + (", ..." if skipped.count > len(skipped.lines) else "")
+            facts.add_row("skipped", Text(f"{skipped.count:,}: {skipped.kind} (lines {lines})"))
+        facts.add_row("fields", ", ".join(f"{name} {count:,}" for name, count in self.fields.items()))
+        facts.add_row("scores", self.scores)
+        repeated = self.duplicates
+        facts.add_row(
+            "repeated", f"rows {repeated.rows:,}, queries {repeated.queries:,}, positives {repeated.positives:,}"
+        )
+        if repeated.negatives_that_are_positives:
+            facts.add_row("negatives that are positives", f"{repeated.negatives_that_are_positives:,} (never drawn)")
+        facts.add_row("negatives drawn for a query", str(self.negatives_drawn))
+        facts.add_row("fingerprint", self.fingerprint)
+        unit = "tokens" if self.format == "tokens" else "characters"
+        sizes = Table(unit, "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
+        for role, lengths in self.lengths.items():
+            sizes.add_row(role, f"{lengths.texts:,}", *(f"{value:,}" for value in lengths.percentiles))
+        parts: list[RenderableType] = [facts, sizes]
+        if self.score_counts:
+            parts.append(_bars("score, of 1", self.score_counts))
+        if self.labels:
+            most = dict(Counter(self.labels).most_common(10))
+            parts.append(_bars(f"label (10 of {len(self.labels)})" if len(self.labels) > 10 else "label", most))
+        return Group(*parts, *(_sample(record) for record in self.samples))
+
 
 def inspect_source(source: Source, samples: int = 3) -> Inspection:
     """Read a source and describe it. Samples are spread over the file. Errors: those of `read_source`."""
@@ -115,36 +146,6 @@ def _duplicates(records: Sequence[Record[Any]]) -> Duplicates:
         positives=repeats(id_ for ids in positive_ids for id_ in ids),
         negatives_that_are_positives=sum(len(set(p) & set(n)) for p, n in zip(positive_ids, negative_ids)),
     )
-
-
-def inspection_tables(found: Inspection) -> RenderableType:
-    """The same for a terminal."""
-    facts = Table("what", "found", title=found.path, title_justify="left")
-    facts.add_row("format", found.format)
-    facts.add_row("task", found.task)
-    facts.add_row("records", f"{found.records:,}")
-    for skipped in found.skipped:
-        lines = ", ".join(map(str, skipped.lines)) + (", ..." if skipped.count > len(skipped.lines) else "")
-        facts.add_row("skipped", Text(f"{skipped.count:,}: {skipped.kind} (lines {lines})"))
-    facts.add_row("fields", ", ".join(f"{name} {count:,}" for name, count in found.fields.items()))
-    facts.add_row("scores", found.scores)
-    repeated = found.duplicates
-    facts.add_row("repeated", f"rows {repeated.rows:,}, queries {repeated.queries:,}, positives {repeated.positives:,}")
-    if repeated.negatives_that_are_positives:
-        facts.add_row("negatives that are positives", f"{repeated.negatives_that_are_positives:,} (never drawn)")
-    facts.add_row("negatives drawn for a query", str(found.negatives_drawn))
-    facts.add_row("fingerprint", found.fingerprint)
-    unit = "tokens" if found.format == "tokens" else "characters"
-    sizes = Table(unit, "texts", *("shortest", *(f"{p} %" for p in PERCENTILES[1:-1]), "longest"))
-    for role, lengths in found.lengths.items():
-        sizes.add_row(role, f"{lengths.texts:,}", *(f"{value:,}" for value in lengths.percentiles))
-    parts: list[RenderableType] = [facts, sizes]
-    if found.score_counts:
-        parts.append(_bars("score, of 1", found.score_counts))
-    if found.labels:
-        most = dict(Counter(found.labels).most_common(10))
-        parts.append(_bars(f"label (10 of {len(found.labels)})" if len(found.labels) > 10 else "label", most))
-    return Group(*parts, *(_sample(record) for record in found.samples))
 
 
 def _bars(title: str, counts: dict[str, int]) -> Table:

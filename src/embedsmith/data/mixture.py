@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray
@@ -76,18 +75,12 @@ def part_of(found: RecordSet[Text], part: tuple[float, float] | None) -> RecordS
     if isinstance(found.records, HasOrder):
         raise RecipeError(f"part of the stream {found.name}: it would be read whole", fix="leave streaming or part out")
     facts = row_facts(found.records)
-    rows = np.flatnonzero(in_part(facts.query_id_N, low, high))
+    share_N = facts.query_id_N / _ONE
+    rows = np.flatnonzero((share_N >= low) & ((share_N < high) | (high == 1)))
     if len(rows) == 0:
         raise DataError(f"no row falls into part {list(part)}", where=found.name, fix="widen it")
     digest = hashlib.blake2b(f"{found.fingerprint} {low} {high}".encode(), digest_size=16).hexdigest()
     return replace(found, records=Selected(found.records, rows, facts.take(rows)), fingerprint=digest)
-
-
-def in_part(id_N: IntArray, low: float, high: float) -> npt.NDArray[np.bool_]:
-    """Which text ids, as numbers in [0, 1), lie in [low, high)."""
-    share_N = id_N / _ONE
-    mine: npt.NDArray[np.bool_] = (share_N >= low) & ((share_N < high) | (high == 1))
-    return mine
 
 
 def joined(sets: Sequence[RecordSet[Text]]) -> RecordSet[Text]:

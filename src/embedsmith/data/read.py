@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
-from embedsmith.data.formats.columns import Reading
+from embedsmith.data.formats.columns import Extent, Range, Reading, check_range, rescaled
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.record import Record, RowError, Text, validate
-from embedsmith.data.source import Change, RecordSet, RecordSink, Skipped, Source, open_source, reading_of, source_name
-from embedsmith.data.store import Fingerprint
+from embedsmith.data.source import RecordSet, Skipped, Source, open_source, reading_of, source_name
+from embedsmith.data.store import Fingerprint, StoreWriter
 from embedsmith.data.stream import stream_source
 from embedsmith.data.token_records import is_token_cache, read_tokens
 
@@ -47,8 +46,12 @@ def read_source(source: Source) -> RecordSet[Text]:
     return found
 
 
+Change = Callable[[Record, int], Record | None]
+"""What a record becomes once its whole file is known (`None`: it is left out), given its line."""
+
+
 class MemorySink:
-    """Records in a list."""
+    """Records in a list, for a source that is not kept on disk: what `StoreWriter` is for the others."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []
@@ -78,7 +81,7 @@ class _Pass:
 
     source: Source
     rows: Rows
-    sink: RecordSink
+    sink: MemorySink | StoreWriter
     faults: dict[str, tuple[RowError, list[int]]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     extent: Extent = field(default_factory=Extent)

@@ -80,6 +80,10 @@ class OneByOne(Sequence[Record[T]], Generic[T]):
         """The record of a row from 0 to the last."""
         raise NotImplementedError
 
+    def most_negatives(self) -> int | None:
+        """Of any record, where that is known without reading all of them."""
+        return None
+
     @overload
     def __getitem__(self, place: int) -> Record[T]: ...
     @overload

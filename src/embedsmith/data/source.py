@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Generic, Literal, Protocol, cast, runtime_checkable
+from typing import Annotated, Generic, Literal, cast
 
 from pydantic import Field
 
 from embedsmith.core.batch import Loss
+from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
-from embedsmith.data.formats.beir import beir_rows, is_beir_folder
-from embedsmith.data.formats.columns import Reading, choose_layout
+from embedsmith.data.formats.columns import Range, Reading, choose_layout
+from embedsmith.data.formats.datasets import beir_rows, hub_rows, is_beir_folder
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
-from embedsmith.data.formats.hub import hub_rows
-from embedsmith.data.formats.ranges import Range
-from embedsmith.data.record import Record, T, Task, Text
-from embedsmith.data.token_manifest import DatasetFacts, TokenizerFacts
+from embedsmith.data.record import OneByOne, Record, T, Task, Text
 
 Format = Annotated[str, Name(layouts)]
 _MOST_NEGATIVES = 4
@@ -97,6 +95,50 @@ class Skipped:
     lines: tuple[int, ...]
 
 
+CacheLayout = Literal["corpus", "inline"]
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What makes ids what they are: the tokenizer, by name and hash, the length at which it cuts a text, and the token
+    that it puts behind every text, if any."""
+
+    name: str
+    sha256: str
+    max_length: int
+    end_id: int | None = None
+
+    def refuse_other(self, wanted: TokenizerFacts, where: object) -> None:
+        """Errors: `DataError` naming both hashes, unless they are the same tokenizer."""
+        if self.sha256 != wanted.sha256:
+            raise DataError(
+                f"these tokens were made by the tokenizer {self.name} (sha256 {self.sha256})",
+                where=where,
+                expected=f"that of the model {wanted.name} (sha256 {wanted.sha256})",
+                fix="tokenize the texts again for this model: embedsmith tokenize",
+            )
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of a cache. `document_role`: of its documents (in sts both sides are queries); `prompts`: by role,
+    as put before texts that have no instruction of their own; `probes`: the ids of one text by role, which tell a
+    model that tokenizes in another way; `ids`: whether `doc_id` is our text id or a name; `labels`: the names of its
+    classes; `fingerprint`: that of the records it was made from."""
+
+    name: str
+    task: str
+    layout: CacheLayout
+    rows: int
+    documents: int
+    prompts: dict[str, str]
+    document_role: Role
+    ids: Literal["text", "name"] = "text"
+    labels: tuple[str, ...] = ()
+    fingerprint: str = ""
+    probes: dict[str, list[int]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RecordSet(Generic[T]):
     """The records of one source. `records` may be a list or a store on disk: only its length and its entries count.
@@ -129,20 +171,12 @@ def tokens_refused(purpose: str, where: object) -> DataError:
     return DataError(f"{purpose} needs texts, and a token cache has only tokens", where=where, fix=fix)
 
 
-@runtime_checkable
-class KnowsNegatives(Protocol):
-    """Records that need not be read to find out how many negatives one of them has at most."""
-
-    def most_negatives(self) -> int: ...
-
-
 def negatives_per_query(source: Source, records: Sequence[Record[Text]]) -> int:
     """How many negatives a query draws: as declared, otherwise the most that a record has, at most 4 (CoDiEmb's n)."""
     if source.negatives is not None:
         return source.negatives
-    if isinstance(records, KnowsNegatives):
-        return min(records.most_negatives(), _MOST_NEGATIVES)
-    return min(max((len(record.negatives) for record in records), default=0), _MOST_NEGATIVES)
+    known = records.most_negatives() if isinstance(records, OneByOne) else None
+    return min(max((len(r.negatives) for r in records), default=0) if known is None else known, _MOST_NEGATIVES)
 
 
 def source_name(source: Source) -> str:
@@ -163,22 +197,6 @@ def open_source(source: Source) -> Rows:
     if path.is_dir() or (source.path.count("/") == 1 and not path.parent.is_dir() and not has_known_kind(path.name)):
         return hub_rows(str(path) if path.is_dir() else source.path, source.split)
     return open_rows(path)
-
-
-Change = Callable[[Record, int], Record | None]
-"""What a record becomes once its whole file is known (`None`: it is left out), given its line."""
-
-
-class RecordSink(Protocol):
-    """Where the records of a source are put while it is read, and kept afterwards."""
-
-    def __len__(self) -> int: ...
-
-    def add(self, record: Record, line: int) -> None: ...
-
-    def settle(self, change: Change | None) -> tuple[Sequence[Record], str]:
-        """All records, changed where there is a change, and their fingerprint."""
-        ...
 
 
 def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -> Reading:

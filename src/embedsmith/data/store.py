@@ -21,9 +21,9 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.plan.separate import RowFacts, facts_of
+from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.record import OneByOne, Record, T, Text, TokenIds
 
 # The plain arrays that belong together, and the type of their entries.
@@ -106,6 +106,30 @@ class TokenTable:
     def __getitem__(self, row: int) -> TokenIds:
         start = self._end_N[row - 1] if row else 0
         return TokenIds(int(self._text_N[row]), self._id_S[start : self._end_N[row]], int(self._body_N[row]))
+
+    def known(self, block: list[Record[Any]]) -> tuple[list[Record[Any]], RowFacts]:
+        """Records of rows of this table as records of the ids of their texts, without the tokens, and their facts: all
+        at once, because one text after the other would take longer than all else."""
+        rows = [(record.query, *record.positives, *record.negatives) for record in block]
+        count_N = np.fromiter(map(len, rows), np.int64, len(rows))
+        row_E = np.fromiter(chain.from_iterable(rows), np.int64, int(count_N.sum()))
+        id_E = self._text_N[row_E]
+        length_E = self._end_N[row_E] - np.where(row_E > 0, self._end_N[row_E - 1], 0)
+        first_N = np.cumsum(count_N) - count_N
+        positives_N = np.fromiter((len(record.positives) for record in block), np.int64, len(block))
+        place_E = np.arange(len(row_E)) - np.repeat(first_N, count_N)
+        is_positive_E = (place_E > 0) & (place_E <= np.repeat(positives_N, count_N))
+        facts = RowFacts(
+            query_id_N=id_E[first_N],
+            positive_id_P=id_E[is_positive_E],
+            offset_N1=np.concatenate([[0], np.cumsum(positives_N)]),
+            length_N=np.maximum.reduceat(length_E, first_N).astype(np.int32),
+        )
+        texts = (TokenIds(id_, self._id_S[:0], 0) for id_ in id_E.tolist())
+        held = [tuple(islice(texts, len(each))) for each in rows]
+        splits = zip(block, held, (1 + positives_N).tolist())
+        records = [replace(record, query=h[0], positives=h[1:n], negatives=h[n:]) for record, h, n in splits]
+        return records, facts
 
     def record(self, query: int, positives: Sequence[int], negatives: Sequence[int], *rest: Any) -> Record[TokenIds]:
         """A record of tokens, from the fields of one that has the numbers of their rows."""
@@ -193,14 +217,13 @@ class StoreWriter:
             return
         columns = [pa.array([getattr(record, f.name) for record in self._block], f.type) for f in self._schema]
         self._arrow.write_batch(pa.record_batch(columns, schema=self._schema))
-        records: list[Record[Any]] = self._block
-        if self._tokens is not None:
+        if self._tokens is None:
+            records, facts = self._block, row_facts(self._block)
+        else:
             self._tokens.flush()
-            table, names = TokenTable(self.folder), self._schema.names
-            records = [table.record(*(getattr(record, name) for name in names)) for record in self._block]
+            records, facts = TokenTable(self.folder).known(self._block)
         for record in records:
             self._fingerprint.add(record)
-        facts = facts_of(records)
         self._arrays.append(
             query_id_N=facts.query_id_N,
             positive_id_P=facts.positive_id_P,

@@ -31,10 +31,9 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.core.progress import log
-from embedsmith.data.formats.columns import Reading
+from embedsmith.data.formats.columns import Reading, check_range, rescaled, scores_of
+from embedsmith.data.formats.datasets import choose_split, is_saved_dataset, load_datasets, refused
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.formats.hub import choose_split, is_saved_dataset, load_datasets, refused
-from embedsmith.data.formats.ranges import check_range, rescaled, scores_of
 from embedsmith.data.record import OneByOne, Record, RowError, validate
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
 
@@ -169,36 +168,8 @@ class StreamRecords(OneByOne[str]):
         return max(len(self[row].negatives) for row in range(min(len(self), 100)))
 
 
-class RowBlock(Protocol):
-    """Some rows; only those asked for become Python objects."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Mapping[str, Any]: ...
-
-
-class Blocks(Protocol):
-    """Rows of a source in blocks. `in_order`: reading them in another order than their own is slow."""
-
-    in_order: bool
-
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-
-    @property
-    def version(self) -> str:
-        """Stands for the content of the source."""
-        ...
-
-    def read(self, block: int) -> RowBlock: ...
-
-    def place(self, block: int, row: int) -> str:
-        """File and row, for messages."""
-        ...
-
-
 class _Table:
-    """The rows of an Arrow table."""
+    """The rows of an Arrow table; only those asked for become Python objects."""
 
     def __init__(self, table: Any) -> None:
         self._table = table
@@ -209,6 +180,9 @@ class _Table:
     def __getitem__(self, row: int, /) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self._table.slice(row, 1).to_pylist()[0]
         return found
+
+
+RowBlock = _Table | list[Mapping[str, Any]]
 
 
 class ParquetBlocks:
@@ -307,6 +281,11 @@ class SequentialBlocks(DatasetBlocks):
                 f"the stream ended after {ended} rows", where=self.name, expected=f"{self.rows}", fix="set limit to it"
             )
         return rows
+
+
+Blocks = ParquetBlocks | DatasetBlocks
+"""Rows of a source in blocks of known `sizes`. `in_order`: reading them in another order than their own is slow;
+`version` stands for the content of the source; `read` gives a block, and `place` file and row, for messages."""
 
 
 def open_blocks(path: str, split: str | None, limit: int | None) -> Blocks:

@@ -19,7 +19,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,20 +29,69 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.record import Record, text_id
-from embedsmith.data.source import RecordSet
+from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, TokenizerFacts
 from embedsmith.data.store import RecordStore
-from embedsmith.data.token_manifest import CacheLayout, DatasetFacts
 
+MANIFEST = "manifest.json"
 SHARD_ROWS = 20_000
 """Records that are tokenized and kept together, so that a stopped job loses no more."""
 GROUP_ROWS = 50_000
 """Rows of a row group of the finished files."""
 _CALL = 1000
 SCORES = ("positive_scores", "negative_scores", "teacher_positive_scores", "teacher_negative_scores")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands in the `manifest.json` of a token cache; all of its datasets are of one tokenizer."""
+
+    tokenizer: TokenizerFacts
+    datasets: dict[str, DatasetFacts] = field(default_factory=dict)
+    version: int = 1
+
+    def save(self, out: Path) -> None:
+        with atomic_file(out / MANIFEST) as file:
+            json.dump(asdict(self), file, indent=2, ensure_ascii=False)
+
+    @staticmethod
+    def load(out: Path) -> Manifest:
+        """Errors: `DataError` for a manifest that is damaged or not of a token cache."""
+        try:
+            tree = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+            sets = {
+                name: DatasetFacts(**facts | {"labels": tuple(facts["labels"])})
+                for name, facts in tree["datasets"].items()
+            }
+            return Manifest(TokenizerFacts(**tree["tokenizer"]), sets, tree["version"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"not a readable manifest of a token cache ({error})",
+                where=out / MANIFEST,
+                fix="tokenize again, or for a cache of another tool: embedsmith tokenize --adopt",
+            ) from error
+
+    @staticmethod
+    def to_write(out: Path, tokenizer: TokenizerFacts) -> Manifest:
+        """The manifest of a folder to write into, or a new one.
+
+        Errors: `DataError` for a cache of another tokenizer, `CheckpointError` for one of another maximum length,
+        naming both.
+        """
+        if not (out / MANIFEST).exists():
+            return Manifest(tokenizer)
+        before = Manifest.load(out)
+        before.tokenizer.refuse_other(tokenizer, out)
+        if before.tokenizer.max_length != tokenizer.max_length:
+            raise CheckpointError(
+                f"the cache was cut at {before.tokenizer.max_length} tokens, not at {tokenizer.max_length}",
+                where=out,
+                fix="choose another folder, or the same --max-length",
+            )
+        return before
 
 
 class Tokenize(Protocol):

@@ -29,10 +29,9 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.cache import files_of, stored
 from embedsmith.data.record import Record, Text, TokenIds
-from embedsmith.data.source import RecordSet, Source
+from embedsmith.data.source import DatasetFacts, RecordSet, Source
 from embedsmith.data.store import StoreWriter
-from embedsmith.data.token_cache import SCORES, Tokenize
-from embedsmith.data.token_manifest import MANIFEST, DatasetFacts, Manifest
+from embedsmith.data.token_cache import MANIFEST, SCORES, Manifest, Tokenize
 
 _BATCH = 8192
 _KEPT_TEXT = re.compile(r"query|text|(passage|negative)(_\d+)?")

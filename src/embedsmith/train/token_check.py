@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.data.record import Text
-from embedsmith.data.source import RecordSet
-from embedsmith.data.token_manifest import TokenizerFacts
+from embedsmith.data.source import RecordSet, TokenizerFacts
 from embedsmith.models import Embedder
 from embedsmith.models.tokenize import added_tokens
 

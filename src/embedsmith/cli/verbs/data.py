@@ -22,7 +22,7 @@ def inspect_data(
     """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch."""
     from embedsmith.core.recipe import apply_override, parse
     from embedsmith.core.settings import to_plain
-    from embedsmith.data.inspect import inspect_source, inspection_tables
+    from embedsmith.data.inspect import inspect_source
     from embedsmith.data.source import Source
 
     if path.endswith((".yaml", ".yml")):
@@ -43,7 +43,7 @@ def inspect_data(
     if as_json:
         typer.echo(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
     else:
-        show(inspection_tables(found))
+        show(found.tables())
 
 
 @verbs.register("curate")
@@ -58,14 +58,14 @@ def curate_data(
     list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their settings.")] = False,
 ) -> None:
     """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
-    from embedsmith.curate.outcome import render, table_of_steps
+    from embedsmith.curate.outcome import table_of_steps
 
     if list_steps or source is None:
         show(table_of_steps())
         return
     from embedsmith.cli.curation import run_curate
 
-    show(render(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite)))
+    show(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite).table())
 
 
 @verbs.register("tokenize")

@@ -1,8 +1,9 @@
-"""Rows to records: which column holds which role. Always by name, never by order."""
+"""Rows to records: which column holds which role (always by name, never by order), and the range that scores were given
+in, declared or inferred from a whole file, which is moved to [0, 1]."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -156,7 +157,7 @@ def labelled_texts() -> Layout:
 
 @layouts.register("beir")
 def beir_folder() -> tuple[Layout, ...]:
-    """A folder of corpus, queries and judgements: known by its files (`formats/beir.py`), not by columns."""
+    """A folder of corpus, queries and judgements: known by its files (`formats/datasets.py`), not by columns."""
     return ()
 
 
@@ -164,18 +165,20 @@ OWN = ("records", "flagembedding", "f2llm", "pairs", "labels", "beir")
 """The layouts of this file, in the order in which they are tried; those of other packages come after them."""
 
 
-def known_layouts() -> list[Layout]:
-    """All layouts by the columns that give them away, in the order in which they are tried."""
+def known_layouts(own: bool) -> list[Layout]:
+    """By the columns that give them away: ours in the order in which they are tried, or those of other packages, which
+    are imported for that."""
     found: list[Layout] = []
-    for name in [*OWN, *(name for name in layouts.names() if name not in OWN)]:
+    for name in OWN if own else (name for name in layouts.names() if name not in OWN):
         made = layouts.get(name)()
         found += [replace(layout, name=name) for layout in (made if isinstance(made, tuple) else (made,))]
     return found
 
 
 def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None, where: object) -> Layout:
-    """The layout of a file whose first row has `keys`: as declared, or the first of ours that fits, or one of another
-    package. Errors: `DataError` that lists what was found, where none fits, or another package's as well.
+    """The layout of a file whose first row has `keys`: as declared, or the first of ours that fits; only where none of
+    ours does, the one of another package. Errors: `DataError` that lists what was found, where none fits, or several
+    of other packages.
     """
     if columns is not None:
         declared = Layout(columns, ())
@@ -185,15 +188,19 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
         if "query" not in declared.known.values():
             raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
         return declared
-    candidates = [layout for layout in known_layouts() if name in (None, layout.name)]
-    fitting = [layout for layout in candidates if layout.fits(keys)]
-    if not fitting:
-        raise _no_layout(candidates, list(keys), where)
-    names = dict.fromkeys(layout.name for layout in fitting if layout is fitting[0] or layout.name not in OWN)
-    if len(names) > 1:
+    tried: list[Layout] = []
+    for own in (True, False):
+        tried += [layout for layout in known_layouts(own) if name in (None, layout.name)]
+        fitting = [layout for layout in tried if layout.fits(keys)]
+        names = dict.fromkeys(layout.name for layout in fitting)
+        if fitting and (own or len(names) == 1):
+            return fitting[0]
+        if name in OWN:
+            break
+    if fitting:
         what = f"the columns fit several formats: {', '.join(names)}"
         raise DataError(what, where=where, expected="one", fix="name it, for example format: " + fitting[0].name)
-    return fitting[0]
+    raise _no_layout(tried, list(keys), where)
 
 
 def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
@@ -289,3 +296,87 @@ class Reading:
             return self.labels.setdefault(value, len(self.labels))
         kind = f"the label is {kind_of(value)}"
         raise RowError(kind, f"{kind}: {value!r}", expected="a name or a whole number")
+
+
+Range = tuple[float, float]
+
+
+@dataclass
+class Extent:
+    """The lowest and the highest score seen in a file, and where."""
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    low_line: int = 0
+    high_line: int = 0
+
+    def add(self, record: Record, line: int) -> None:
+        for score in scores_of(record):
+            if score < self.low:
+                self.low, self.low_line = score, line
+            if score > self.high:
+                self.high, self.high_line = score, line
+
+    @property
+    def empty(self) -> bool:
+        return self.low > self.high
+
+    def range(self, path: object) -> Range:
+        """The known range that all scores of a file fit: 0 to 1; -1 to 1; 1 to 5 if the lowest is exactly 1; 0 to 5.
+
+        Errors: `DataError` naming the lines of the extremes if none fits.
+        """
+        low, high = self.low, self.high
+        if low >= 0 and high <= 1:
+            return (0.0, 1.0)
+        if low >= -1 and high <= 1:
+            return (-1.0, 1.0)
+        if low == 1 and high <= 5:
+            return (1.0, 5.0)
+        if low >= 0 and high <= 5:
+            return (0.0, 5.0)
+        raise DataError(
+            f"scores from {low:g} (line {self.low_line}) to {high:g} (line {self.high_line}) fit no known range",
+            where=path,
+            expected="0 to 1, -1 to 1, 1 to 5 or 0 to 5",
+            fix="declare it: score_range: [lowest, highest]",
+        )
+
+
+def scores_of(record: Record) -> Iterator[float]:
+    """The known scores of its positives and negatives, the teacher's left out."""
+    both = (*(record.positive_scores or ()), *(record.negative_scores or ()))
+    return (score for score in both if score is not None)
+
+
+def check_range(record: Record, declared: Range) -> None:
+    """Raise `RowError` for a score outside the declared range."""
+    for score in scores_of(record):
+        if not declared[0] <= score <= declared[1]:
+            raise RowError(
+                "score outside the declared range",
+                f"score {score:g} is outside the declared range",
+                expected=f"{declared[0]:g} to {declared[1]:g}",
+                fix="correct the row, or declare another score_range",
+            )
+
+
+def rescaled(record: Record, known: Range | None) -> Record:
+    """The record with its scores moved from `known` to [0, 1]. A teacher's scores are left alone.
+
+    Errors: `RowError` for a retrieval record with a positive of the lowest score: there a positive is a target whatever
+    its score, and that one would be learnt.
+    """
+    if known is not None and known != (0.0, 1.0):
+        low, high = known
+
+        def moved(scores: Scores | None) -> Scores | None:
+            return None if scores is None else tuple(s if s is None else (s - low) / (high - low) for s in scores)
+
+        positive_scores, negative_scores = moved(record.positive_scores), moved(record.negative_scores)
+        record = replace(record, positive_scores=positive_scores, negative_scores=negative_scores)
+    if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
+        raise RowError(
+            "a positive with the lowest possible score is not a positive", fix="declare task: sts, or remove the rows"
+        )
+    return record

@@ -75,7 +75,9 @@ def sound_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tup
 
 
 def has_known_kind(name: str) -> bool:
-    return _kind(name) in file_kinds.names()
+    """Whether the name ends like a file of a known kind. Packages of users are imported only if it ends otherwise."""
+    own = (entry.name for entry in file_kinds.entries(plugins=False))
+    return _kind(name) in own or ("." in name and _kind(name) in file_kinds.names())
 
 
 def _kind(name: str) -> str:

@@ -5,7 +5,7 @@
       v
     PlannedSource         rows, batch size, weight, task, facts             plan.py
       | cut               which groups by length, how many batches of each  passes.py   Cut
-      | make_pass         a fresh permutation, cut into batches             passes.py   Pass
+      | Cut.draw          a fresh permutation, cut into batches             passes.py   Pass
       |   separate        ... in which no two rows share a text             separate.py
       | steps_of_sources  steps of each source in an epoch                  config.py   tuple[int, ...]
       | source_order      the source of each step of an epoch               config.py   source_S

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.config import PlanConfig
-from embedsmith.data.plan.separate import Ints, RowFacts, Seating, Shared, separate
+from embedsmith.data.plan.separate import Ints, RowFacts, Seating, Shared
 
 GROWTH = 1.15
 """From one edge of automatic length groups to the next: texts of a group differ in length by 15 % at most."""
@@ -25,6 +25,17 @@ BATCHES_OF_A_GROUP = 4
 RowsOfLength = Callable[[int], int]
 Order = Callable[[np.random.Generator], Ints]
 """A permutation of all rows, drawn with a generator alone: of records that do not come in any order alike."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The rows of a pass: batch b is `row_P[start[b]:start[b] + kept[b]]`, as many more up to `start[b + 1]` share a
+    text with one of those, and rows from `start[-1]` on fill no batch. `sequence`: the order in which batches come."""
+
+    row_P: Ints
+    start: IntArray
+    kept: Ints
+    sequence: Ints
 
 
 @dataclass(frozen=True)
@@ -49,16 +60,42 @@ class Cut:
     def batches(self) -> int:
         return sum(self.batches_G)
 
+    def draw(self, seed: int, source: int, visit: int) -> Pass:
+        """The batches of one pass: a function of the arguments alone."""
+        chance = np.random.default_rng(derive_seed(seed, "rows", source, visit))
+        rows_B = np.repeat(self.rows_G, self.batches_G)
+        start = np.concatenate([[0], np.cumsum(rows_B)]).astype(np.int64)
+        if self.order is None:  # row numbers in four bytes where they fit: a permutation is kept for every source
+            order_N: Ints = np.arange(self.size, dtype=np.int32 if self.size < 2**31 else np.int64)
+            chance.shuffle(order_N)
+        else:
+            order_N = self.order(chance)
+        if self.padded:
+            order_N = np.resize(order_N, int(start[-1]))
+        row_P, stop_X = self._by_group(order_N)
+        kept = rows_B
+        if self.shared is not None and self.shared.texts:
+            batch_P = np.full(len(row_P), len(rows_B), np.int32)
+            batch_P[: start[-1]] = np.repeat(np.arange(len(rows_B), dtype=np.int32), rows_B)
+            seating = Seating(row_P, batch_P, len(rows_B), stop_X)
+            row_P, kept = _set_apart(seating, rows_B, seating.separate(self.shared, chance))
+        sequence = np.arange(len(rows_B)) if self.group_N is None else chance.permutation(len(rows_B))
+        return Pass(row_P, start, kept, sequence)
 
-@dataclass(frozen=True)
-class Pass:
-    """The rows of a pass: batch b is `row_P[start[b]:start[b] + kept[b]]`, as many more up to `start[b + 1]` share a
-    text with one of those, and rows from `start[-1]` on fill no batch. `sequence`: the order in which batches come."""
-
-    row_P: Ints
-    start: IntArray
-    kept: Ints
-    sequence: Ints
+    def _by_group(self, order_N: Ints) -> tuple[Ints, IntArray]:
+        """(rows in the order of groups, where the rows of each group end). What a group has left over comes first in
+        the next, so that only one batch mixes both; the last group ends with what is left out."""
+        if self.group_N is None:
+            return order_N, np.asarray([len(order_N)])
+        pieces: list[Ints] = []
+        carried = order_N[:0]
+        in_order = self.group_N[order_N]
+        for group, (rows, batches) in enumerate(zip(self.rows_G, self.batches_G, strict=True)):
+            pool = np.concatenate([carried, order_N[in_order == group]])
+            pieces.append(pool[: rows * batches])
+            carried = pool[rows * batches :]
+        pieces[-1] = np.concatenate([pieces[-1], carried])
+        return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
 
 
 def cut(size: int, batch_size: int | None, texts: int, config: PlanConfig, facts: RowFacts | None, apart: bool) -> Cut:
@@ -145,45 +182,6 @@ def _groups(
         longest_G[-1] = int(longest_X.max())
     # Groups that joined the next carry its number, because it was given before the number was used up.
     return group_X[place_N], longest_G or [int(longest_X.max())]
-
-
-def make_pass(shape: Cut, seed: int, source: int, visit: int) -> Pass:
-    """The batches of one pass: a function of the arguments alone."""
-    chance = np.random.default_rng(derive_seed(seed, "rows", source, visit))
-    rows_B = np.repeat(shape.rows_G, shape.batches_G)
-    start = np.concatenate([[0], np.cumsum(rows_B)]).astype(np.int64)
-    if shape.order is None:  # row numbers in four bytes where they fit: a permutation is kept for every source
-        order_N: Ints = np.arange(shape.size, dtype=np.int32 if shape.size < 2**31 else np.int64)
-        chance.shuffle(order_N)
-    else:
-        order_N = shape.order(chance)
-    if shape.padded:
-        order_N = np.resize(order_N, int(start[-1]))
-    row_P, stop_X = _by_group(shape, order_N)
-    kept = rows_B
-    if shape.shared is not None and shape.shared.texts:
-        batch_P = np.full(len(row_P), len(rows_B), np.int32)
-        batch_P[: start[-1]] = np.repeat(np.arange(len(rows_B), dtype=np.int32), rows_B)
-        seating = Seating(row_P, batch_P, len(rows_B), stop_X)
-        row_P, kept = _set_apart(seating, rows_B, separate(seating, shape.shared, chance))
-    sequence = np.arange(len(rows_B)) if shape.group_N is None else chance.permutation(len(rows_B))
-    return Pass(row_P, start, kept, sequence)
-
-
-def _by_group(shape: Cut, order_N: Ints) -> tuple[Ints, IntArray]:
-    """(rows in the order of groups, where the rows of each group end). What a group has left over comes first in the
-    next, so that only one batch mixes both; the last group ends with what is left out."""
-    if shape.group_N is None:
-        return order_N, np.asarray([len(order_N)])
-    pieces: list[Ints] = []
-    carried = order_N[:0]
-    in_order = shape.group_N[order_N]
-    for group, (rows, batches) in enumerate(zip(shape.rows_G, shape.batches_G, strict=True)):
-        pool = np.concatenate([carried, order_N[in_order == group]])
-        pieces.append(pool[: rows * batches])
-        carried = pool[rows * batches :]
-    pieces[-1] = np.concatenate([pieces[-1], carried])
-    return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
 
 
 def _set_apart(seating: Seating, rows_B: Ints, clashing: Ints) -> tuple[Ints, Ints]:

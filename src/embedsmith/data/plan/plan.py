@@ -17,8 +17,8 @@ import numpy.typing as npt
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.tokens import IntArray
-from embedsmith.data.plan.config import PlanConfig, ordinals, source_order, steps_of_sources
-from embedsmith.data.plan.passes import Cut, Order, Pass, cut, make_pass
+from embedsmith.data.plan.config import PlanConfig
+from embedsmith.data.plan.passes import Cut, Order, Pass, cut
 from embedsmith.data.plan.separate import RowFacts
 
 
@@ -215,7 +215,7 @@ class BatchPlan:
         """Steps of each source in an epoch."""
         batches = [0 if self._is_dropped(place) else shape.batches for place, shape in enumerate(self.cuts)]
         weights, rows = [source.weight for source in self.sources], [source.rows for source in self.sources]
-        return steps_of_sources(batches, weights, rows, [source.task for source in self.sources], self.config)
+        return self.config.steps_of_sources(batches, weights, rows, [source.task for source in self.sources])
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -240,8 +240,12 @@ class BatchPlan:
         kept = self._schedules.get(epoch)
         if kept is None:
             tasks = [source.task for source in self.sources]
-            source_S = source_order(self.steps_of, tasks, self.config, self.seed, epoch)
-            kept = (source_S, ordinals(source_S))
+            source_S = self.config.source_order(self.steps_of, tasks, self.seed, epoch)
+            ordinal_S = np.empty_like(source_S)
+            for source in np.unique(source_S):
+                mine = source_S == source
+                ordinal_S[mine] = np.arange(int(mine.sum()), dtype=np.int32)
+            kept = (source_S, ordinal_S)
             self._schedules.clear()  # only the epoch in use is kept
             self._schedules[epoch] = kept
         return kept
@@ -250,7 +254,7 @@ class BatchPlan:
         """The pass in use is kept, one a source."""
         kept = self._passes.get(source)
         if kept is None or kept[0] != visit:
-            kept = (visit, make_pass(self.cuts[source], self.seed, source, visit))
+            kept = (visit, self.cuts[source].draw(self.seed, source, visit))
             self._passes[source] = kept
         return kept[1]
 
@@ -286,7 +290,7 @@ class BatchPlan:
         seen_N, why_N = np.zeros(size, bool), np.zeros(size, np.int8)
         drawn, batches = 0, self.cuts[source].batches
         for visit in range(epoch * steps // batches, ((epoch + 1) * steps - 1) // batches + 1):
-            made = make_pass(self.cuts[source], self.seed, source, visit)
+            made = self.cuts[source].draw(self.seed, source, visit)
             why_N[made.row_P] = _NOT_REACHED
             why_N[made.row_P[made.start[-1] :]] = _NO_BATCH
             first, last = max(epoch * steps - visit * batches, 0), min((epoch + 1) * steps - visit * batches, batches)

@@ -4,7 +4,7 @@ others until no two rows of a batch share a text."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -66,11 +66,6 @@ def row_facts(records: Sequence[Record[Text]]) -> RowFacts:
     """The facts of all rows: those that the records bring, otherwise from one pass over the texts."""
     if isinstance(records, HasFacts):
         return records.facts()
-    return facts_of(records)
-
-
-def facts_of(records: Iterable[Record[Text]]) -> RowFacts:
-    """The facts of rows, read once in their order."""
     query_ids, positive_ids, ends, lengths = array("q"), array("q"), array("q", [0]), array("i")
     for record in records:
         query_ids.append(text_id(record.query))
@@ -130,12 +125,15 @@ class Shared:
         np.cumsum(np.bincount(row_E, minlength=len(facts)), out=offset_N1[1:])
         return Shared(len(repeated) if len(row_E) else 0, row_E, text_E, offset_N1)
 
-    def entries(self, rows: Ints) -> tuple[IntArray, IntArray]:
-        """(owner, entry): every entry of some rows, and which of `rows` it belongs to."""
+    def clashes(self, rows: Ints, batch_R: Ints, seated_E: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each row would find one of its texts in the batch it goes to."""
         count_R = self.offset_N1[rows + 1] - self.offset_N1[rows]
-        owner = np.repeat(np.arange(len(rows)), count_R)
+        owner = np.repeat(np.arange(len(rows)), count_R)  # the place in `rows` that each entry belongs to
         first = np.cumsum(count_R) - count_R
-        return owner, np.arange(len(owner)) - first[owner] + self.offset_N1[rows][owner]
+        entry = np.arange(len(owner)) - first[owner] + self.offset_N1[rows][owner]
+        code = batch_R[owner].astype(np.int64) * self.texts + self.text_E[entry]
+        place = np.minimum(np.searchsorted(seated_E, code), len(seated_E) - 1)
+        return np.bincount(owner, weights=seated_E[place] == code, minlength=len(rows)) > 0
 
 
 @dataclass
@@ -149,31 +147,49 @@ class Seating:
     batches: int
     stop_X: IntArray
 
+    def separate(self, shared: Shared, chance: np.random.Generator) -> Ints:
+        """Move rows until no batch holds a text twice; returns the rows that still clash with one that stays.
 
-def separate(seating: Seating, shared: Shared, chance: np.random.Generator) -> Ints:
-    """Move rows of `seating` until no batch holds a text twice; returns the rows that still clash with one that stays.
+        Every round, each row that shares a text with an earlier one of its batch proposes to change places with a
+        random row of its section; the change is made if both are free of clashes at their new places. A text of more
+        rows than there are batches cannot be seated: then some rows are returned.
+        """
+        if shared.texts == 0:
+            return np.zeros(0, np.int64)
+        position_N = np.empty(len(self.row_P), np.int32)
+        position_N[self.row_P] = np.arange(len(self.row_P), dtype=np.int32)
+        by_chance_E = chance.permutation(len(shared.row_E))  # which of two clashing rows may stay
+        row_E, text_E = shared.row_E[by_chance_E], shared.text_E[by_chance_E]
+        fewest, since = len(row_E) + 1, 0
+        clashing: Ints = np.zeros(0, np.int64)
+        for _ in range(ROUNDS):
+            code_E = self.batch_P[position_N[row_E]].astype(np.int64) * shared.texts + text_E
+            clashing, seated_E = _clashing(code_E, row_E, self.batches * shared.texts)
+            since = 0 if len(clashing) < fewest else since + 1
+            fewest = min(fewest, len(clashing))
+            if len(clashing) == 0 or since == (PATIENCE if len(clashing) > 100 else PATIENCE_FOR_FEW):
+                break
+            self._change_places(position_N, clashing, shared, seated_E, chance)
+        return clashing
 
-    Every round, each row that shares a text with an earlier one of its batch proposes to change places with a random
-    row of its section; the change is made if both are free of clashes at their new places. A text of more rows than
-    there are batches cannot be seated: then some rows are returned.
-    """
-    if shared.texts == 0:
-        return np.zeros(0, np.int64)
-    position_N = np.empty(len(seating.row_P), np.int32)
-    position_N[seating.row_P] = np.arange(len(seating.row_P), dtype=np.int32)
-    by_chance_E = chance.permutation(len(shared.row_E))  # which of two clashing rows may stay
-    row_E, text_E = shared.row_E[by_chance_E], shared.text_E[by_chance_E]
-    fewest, since = len(row_E) + 1, 0
-    clashing: Ints = np.zeros(0, np.int64)
-    for _ in range(ROUNDS):
-        code_E = seating.batch_P[position_N[row_E]].astype(np.int64) * shared.texts + text_E
-        clashing, seated_E = _clashing(code_E, row_E, seating.batches * shared.texts)
-        since = 0 if len(clashing) < fewest else since + 1
-        fewest = min(fewest, len(clashing))
-        if len(clashing) == 0 or since == (PATIENCE if len(clashing) > 100 else PATIENCE_FOR_FEW):
-            break
-        _change_places(seating, position_N, clashing, shared, seated_E, chance)
-    return clashing
+    def _change_places(
+        self, position_N: Ints, rows: Ints, shared: Shared, seated_E: IntArray, chance: np.random.Generator
+    ) -> None:
+        here = position_N[rows].astype(np.int64)
+        section = np.searchsorted(self.stop_X, here, side="right")
+        start = np.concatenate([[0], self.stop_X])[section]
+        there = start + (chance.random(len(rows)) * (self.stop_X[section] - start)).astype(np.int64)
+        _, first = np.unique(there, return_index=True)
+        free = np.zeros(len(rows), bool)
+        free[first] = True
+        free &= ~np.isin(there, here) & (self.batch_P[there] != self.batch_P[here])
+        rows, here, there = rows[free], here[free], there[free]
+        others = self.row_P[there]
+        fits = ~shared.clashes(rows, self.batch_P[there], seated_E)
+        fits &= ~shared.clashes(others, self.batch_P[here], seated_E)
+        rows, others, here, there = rows[fits], others[fits], here[fits], there[fits]
+        self.row_P[here], self.row_P[there] = others, rows
+        position_N[others], position_N[rows] = here, there
 
 
 def _clashing(code_E: IntArray, row_E: Ints, limit: int) -> tuple[Ints, IntArray]:
@@ -183,31 +199,3 @@ def _clashing(code_E: IntArray, row_E: Ints, limit: int) -> tuple[Ints, IntArray
     seated = int(np.searchsorted(sorted_E, limit))
     again = sorted_E[1:seated] == sorted_E[: max(seated - 1, 0)]
     return np.unique(row_E[order_E[1:seated][again]]), sorted_E[:seated]
-
-
-def _change_places(
-    seating: Seating, position_N: Ints, rows: Ints, shared: Shared, seated_E: IntArray, chance: np.random.Generator
-) -> None:
-    here = position_N[rows].astype(np.int64)
-    section = np.searchsorted(seating.stop_X, here, side="right")
-    start = np.concatenate([[0], seating.stop_X])[section]
-    there = start + (chance.random(len(rows)) * (seating.stop_X[section] - start)).astype(np.int64)
-    _, first = np.unique(there, return_index=True)
-    free = np.zeros(len(rows), bool)
-    free[first] = True
-    free &= ~np.isin(there, here) & (seating.batch_P[there] != seating.batch_P[here])
-    rows, here, there = rows[free], here[free], there[free]
-    others = seating.row_P[there]
-    fits = ~_clashes(rows, seating.batch_P[there], shared, seated_E)
-    fits &= ~_clashes(others, seating.batch_P[here], shared, seated_E)
-    rows, others, here, there = rows[fits], others[fits], here[fits], there[fits]
-    seating.row_P[here], seating.row_P[there] = others, rows
-    position_N[others], position_N[rows] = here, there
-
-
-def _clashes(rows: Ints, batch_R: Ints, shared: Shared, seated_E: IntArray) -> npt.NDArray[np.bool_]:
-    """Whether each row would find one of its texts in the batch it goes to."""
-    owner, entry = shared.entries(rows)
-    code = batch_R[owner].astype(np.int64) * shared.texts + shared.text_E[entry]
-    place = np.minimum(np.searchsorted(seated_E, code), len(seated_E) - 1)
-    return np.bincount(owner, weights=seated_E[place] == code, minlength=len(rows)) > 0

@@ -13,7 +13,7 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.step import Ledger, Tools
+from embedsmith.curate.ledger import Ledger, Tools
 from embedsmith.data.record import Record, text_id
 
 

@@ -13,13 +13,11 @@ from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.settings import Count, Finite, section
-from embedsmith.curate.step import Ledger
-from embedsmith.curate.structure import READERS, STRUCTURES, Kind, page_pairs, read_page, row_pairs
-from embedsmith.data.formats.beir import beir_rows, is_beir_folder
-from embedsmith.data.formats.columns import known_layouts
+from embedsmith.curate.ledger import Ledger
+from embedsmith.curate.structure import READERS, STRUCTURES, Kind, read_page, row_pairs
+from embedsmith.data.formats.columns import Extent, Range, check_range, known_layouts, rescaled
+from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.formats.hub import is_saved_dataset
-from embedsmith.data.formats.ranges import Extent, Range, check_range, rescaled
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import Record, RowError, Task, validate
 from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused
@@ -62,14 +60,6 @@ class Input:
         return Source(path=path, **{name: getattr(self, name) for name in same})
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What only the whole input tells: the score range of each file, and the names of the classes, sorted."""
-
-    ranges: dict[str, Range | None]
-    labels: tuple[str, ...] = ()
-
-
 @dataclass
 class InputRecords:
     """An input that is read from the start each time it is iterated. `ledger` counts the last reading."""
@@ -106,7 +96,7 @@ class InputRecords:
             return "records"
         rows = open_source(self.input.source(self.paths[0])).rows
         row = next((row for _, row in rows if not isinstance(row, RowError)), {})
-        if any(layout.fits(row) for layout in known_layouts()):
+        if any(layout.fits(row) for own in (True, False) for layout in known_layouts(own)):
             return "records"
         if self.wants_documents and "text" in row:
             return "documents"
@@ -122,8 +112,9 @@ class InputRecords:
         return [repr(self.input), self.kind, state]
 
     @cached_property
-    def scan(self) -> Scan:
-        """One reading for the score ranges (unless declared) and the classes; faulty rows are left to the next reading.
+    def scan(self) -> tuple[dict[str, Range | None], tuple[str, ...]]:
+        """What only the whole input tells: the score range of each file, and the names of all classes, sorted. Faulty
+        rows are left to the next reading.
 
         Errors: `DataError` for scores that fit no known range.
         """
@@ -146,12 +137,12 @@ class InputRecords:
                 extent.add(record, line)
             names |= set(reading.labels) if reading else set()
             ranges[source.path] = declared or (None if extent.empty else extent.range(source.path))
-        return Scan(ranges, tuple(sorted(names)))
+        return ranges, tuple(sorted(names))
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, where the files name them."""
-        return self.scan.labels if self.kind == "records" else ()
+        return self.scan[1] if self.kind == "records" else ()
 
     def __iter__(self) -> Iterator[Record]:
         self.ledger = Ledger(self.ledger.examples)
@@ -176,7 +167,7 @@ class InputRecords:
             except DataError as error:
                 self._fault(error.what, error, path)
                 continue
-            made = list(page_pairs(page, self.input.pairs, Path(path).name))
+            made = list(page.pairs(self.input.pairs, Path(path).name))
             yield from made
             if not made:
                 self.ledger.record_left("no structure found", Record(Path(path).name))
@@ -212,7 +203,8 @@ class InputRecords:
 
     def _records(self) -> Iterator[Record]:
         """Checked records, scores in [0, 1], named classes numbered in the order of their names in all files."""
-        number = {name: place for place, name in enumerate(self.scan.labels)}
+        ranges, names = self.scan
+        number = {name: place for place, name in enumerate(names)}
         for path in self.paths:
             source = self.input.source(path)
             rows, reading = open_source(source), None
@@ -221,7 +213,7 @@ class InputRecords:
                 try:
                     record = reading.record(row)
                     validate(record)
-                    if (known := self.scan.ranges[path]) is not None:
+                    if (known := ranges[path]) is not None:
                         check_range(record, known)
                     yield rescaled(record, known)
                 except RowError as error:

@@ -85,6 +85,42 @@ class Ledger:
 
         self.lost.setdefault(reason, Departure()).add(example, why, self.examples)
 
+    def sift(self, records: Iterable[Record], fault: Fault) -> Iterator[Record]:
+        """Records without the texts that have a fault: a faulty query takes its record along, a positive or negative
+        only itself; a record whose positives are all gone leaves."""
+        for record in records:
+            self.taken += 1
+            if record.query and (reason := fault(record.query, "query")):
+                self.record_left(f"query: {reason}", record)
+                continue
+            positives = [fault(text, "document") for text in record.positives]
+            negatives = [fault(text, "document") for text in record.negatives]
+            if (left := self.without(record, positives, negatives)) is not None:
+                yield left
+
+    def without(
+        self, record: Record, positives: Sequence[str | None], negatives: Sequence[str | None]
+    ) -> Record | None:
+        """The record without the texts for which a reason is given, nor their scores; `None`, which is counted here,
+        if no positive is left of some."""
+        if not any(positives) and not any(negatives):
+            return record
+        if record.positives and all(positives):
+            self.record_left(f"positive: {positives[0]}", record)
+            return None
+        changes: dict[str, Any] = {}
+        for role, reasons in (("positive", positives), ("negative", negatives)):
+            texts = getattr(record, f"{role}s")
+            places = [place for place, reason in enumerate(reasons) if not reason]
+            for text, reason in zip(texts, reasons, strict=True):
+                if reason:
+                    self.text_lost(f"{role}: {reason}", record, text)
+            changes[f"{role}s"] = tuple(texts[place] for place in places)
+            for name in (f"{role}_scores", f"teacher_{role}_scores"):
+                scores = getattr(record, name)
+                changes[name] = None if scores is None else tuple(scores[place] for place in places) or None
+        return replace(record, **changes)
+
 
 class Step(Protocol):
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
@@ -101,58 +137,15 @@ class TextRule:
         raise NotImplementedError
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        return sift(records, ledger, self.fault)
+        return ledger.sift(records, self.fault)
 
 
 def apply(step: Step, records: Iterable[Record], tools: Tools | None = None) -> tuple[list[Record], Ledger]:
     """Run one step over records in memory."""
     ledger = Ledger()
-    return list(counted(step, list(records), ledger, tools or Tools())), ledger
-
-
-def counted(step: Step, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-    """The step's records, counted in its ledger."""
-    for record in step(records, ledger, tools):
-        ledger.given += 1
-        yield record
-
-
-def sift(records: Iterable[Record], ledger: Ledger, fault: Fault) -> Iterator[Record]:
-    """Records without the texts that have a fault: a faulty query takes its record along, a positive or negative only
-    itself; a record whose positives are all gone leaves."""
-    for record in records:
-        ledger.taken += 1
-        if record.query and (reason := fault(record.query, "query")):
-            ledger.record_left(f"query: {reason}", record)
-            continue
-        positives = [fault(text, "document") for text in record.positives]
-        negatives = [fault(text, "document") for text in record.negatives]
-        if (left := without(record, positives, negatives, ledger)) is not None:
-            yield left
-
-
-def without(
-    record: Record, positives: Sequence[str | None], negatives: Sequence[str | None], ledger: Ledger
-) -> Record | None:
-    """The record without the texts for which a reason is given, nor their scores; `None`, and that is written into the
-    ledger, if no positive is left of some."""
-    if not any(positives) and not any(negatives):
-        return record
-    if record.positives and all(positives):
-        ledger.record_left(f"positive: {positives[0]}", record)
-        return None
-    changes: dict[str, Any] = {}
-    for role, reasons in (("positive", positives), ("negative", negatives)):
-        texts = getattr(record, f"{role}s")
-        places = [place for place, reason in enumerate(reasons) if not reason]
-        for text, reason in zip(texts, reasons, strict=True):
-            if reason:
-                ledger.text_lost(f"{role}: {reason}", record, text)
-        changes[f"{role}s"] = tuple(texts[place] for place in places)
-        for name in (f"{role}_scores", f"teacher_{role}_scores"):
-            scores = getattr(record, name)
-            changes[name] = None if scores is None else tuple(scores[place] for place in places) or None
-    return replace(record, **changes)
+    kept = list(step(list(records), ledger, tools or Tools()))
+    ledger.given = len(kept)
+    return kept, ledger
 
 
 def short(text: str, length: int = 200) -> str:
