@@ -21,7 +21,7 @@ from embedsmith.data.token_manifest import MANIFEST, CacheLayout, DatasetFacts, 
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
 from embedsmith.models.tokenize import prompt_for
-from embedsmith.train.token_check import probes, tokenizer_facts
+from embedsmith.train.build import probes, tokenizer_facts
 
 _OF_MODEL = ("max_length", "pooling")
 """Options of the command line that belong to the model."""
