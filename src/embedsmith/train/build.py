@@ -41,7 +41,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     Errors: `RecipeError` under a launch whose engine would wait for a model that it is never given.
     """
-    _check_launch()
+    # Engines that want to own the model and its backward pass. Left alone they would do nothing without a word, and
+    # every rank would hold everything.
+    engines = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
+    for flag, engine in engines.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise RecipeError(
+                f"this process was launched for {engine} of accelerate, which a step with replayed chunks cannot drive",
+                where="accelerate launch",
+                fix="launch with recipes/accelerate/fsdp2.yaml and train.shard=true, which spreads weights, gradients "
+                "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
+            )
     join_ranks()
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     precision = recipe.train.precision
@@ -56,20 +66,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.train.log_with) or None,
         project_dir=recipe.output,
     )
-
-
-def _check_launch() -> None:
-    """Engines of accelerate that want to own the model and its backward pass. Left alone they would do nothing without
-    a word, and every rank would hold everything."""
-    engines = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
-    for flag, engine in engines.items():
-        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
-            raise RecipeError(
-                f"this process was launched for {engine} of accelerate, which a step with replayed chunks cannot drive",
-                where="accelerate launch",
-                fix="launch with recipes/accelerate/fsdp2.yaml and train.shard=true, which spreads weights, gradients "
-                "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
-            )
 
 
 def derive_memory(config: TrainConfig, device: torch.device) -> Memory:

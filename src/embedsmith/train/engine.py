@@ -123,8 +123,25 @@ def check_shard(recipe: Recipe) -> None:
             raise MissingExtraError("deepspeed", "deepspeed")
         if not dist.is_initialized():
             raise RecipeError("train.shard=zero2 needs several processes", fix="start the run with accelerate launch")
-    elif recipe.train.shard:
-        _check_fsdp(recipe)
+        return
+    if not recipe.train.shard:
+        return
+    if recipe.evaluate.tasks:
+        raise RecipeError(
+            "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
+            fix="remove evaluate.tasks and score the checkpoints afterwards; validation sources work",
+        )
+    if recipe.train.mining is not None:
+        raise RecipeError(
+            "train.mining under train.shard: ranks would encode different numbers of texts with a sharded model",
+            fix="remove train.mining and mine beforehand (embedsmith mine), or train without train.shard",
+        )
+    words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
+        recipe.model.sparse == "splade"
+    )
+    _refuse_heads(words)
+    if not dist.is_initialized():
+        raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
 
 def make_engine(model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> Engine:
@@ -198,25 +215,6 @@ class Fsdp2(WholeCopies):
             return self.model
         self.copy.load_state_dict(state)
         return self.copy
-
-
-def _check_fsdp(recipe: Recipe) -> None:
-    if recipe.evaluate.tasks:
-        raise RecipeError(
-            "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
-            fix="remove evaluate.tasks and score the checkpoints afterwards; validation sources work",
-        )
-    if recipe.train.mining is not None:
-        raise RecipeError(
-            "train.mining under train.shard: ranks would encode different numbers of texts with a sharded model",
-            fix="remove train.mining and mine beforehand (embedsmith mine), or train without train.shard",
-        )
-    words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
-        recipe.model.sparse == "splade"
-    )
-    _refuse_heads(words)
-    if not dist.is_initialized():
-        raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
 
 def _refuse_heads(words: list[str]) -> None:

@@ -217,22 +217,17 @@ def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:
         return list(supplies)
     left = list(supplies)
     while True:
-        small = sorted((one for one in left if _is_small(one, config)), key=lambda one: one.rows)
-        pair = next(((one, mate) for one in small if (mate := _mate(one, left)) is not None), None)
-        if pair is None:
+        for one in sorted((each for each in left if _is_small(each, config)), key=lambda each: each.rows):
+            alike = [other for other in left if other is not one and one.like(other)]
+            alike = [other for other in alike if (other.batch_size, other.weight) == (one.batch_size, one.weight)]
+            if alike:
+                break
+        else:
             return left
-        together = Supply.of_all([one for one in left if one is pair[0] or one is pair[1]])
-        log.info("sources %s are put together: a batch has more rows than %s", together.records.name, pair[0].rows)
-        left = [together if one is pair[1] else one for one in left if one is not pair[0]]
-
-
-def _mate(one: Supply, supplies: Sequence[Supply]) -> Supply | None:
-    alike = [
-        other
-        for other in supplies
-        if other is not one and one.like(other) and (one.batch_size, one.weight) == (other.batch_size, other.weight)
-    ]
-    return min(alike, key=lambda other: other.rows, default=None)
+        mate = min(alike, key=lambda other: other.rows)
+        together = Supply.of_all([each for each in left if each is one or each is mate])
+        log.info("sources %s are put together: a batch has more rows than %s", together.records.name, one.rows)
+        left = [together if each is mate else each for each in left if each is not one]
 
 
 def _is_small(supply: Supply, config: PlanConfig) -> bool:

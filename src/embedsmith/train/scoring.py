@@ -58,9 +58,13 @@ class Development:
         that are kept are the last ones, or with `only_best` those of the best checkpoint."""
         best = state.best_score
         better: Callable[[float], bool] = lambda score: best is None or score > best
+        losses: dict[str, list[float]] = {}
         self.model.eval()
-        values = self._validation_losses()
+        draws = [] if self.validation is None else map(self.validation.draw, range(self.validation.steps_per_epoch))
+        for tokens, parts in draws:
+            losses.setdefault(parts[0].source, []).append(float(mean_over_ranks(self.loss(tokens, parts))))
         self.model.train()
+        values = {f"validation_loss/{source}": sum(each) / len(each) for source, each in losses.items()}
         if not self.config.tasks:
             return state, values
         scores = self._scores("after", better if self.only_best else lambda score: True)
@@ -115,12 +119,3 @@ class Development:
         """What chooses the best checkpoint: the main score of `metric`, or the mean over tasks."""
         values = [scores[f"score/{task}"] for task in self.config.tasks]
         return scores[f"score/{self.config.metric}"] if self.config.metric else sum(values) / len(values)
-
-    def _validation_losses(self) -> dict[str, float]:
-        if self.validation is None:
-            return {}
-        values: dict[str, list[float]] = {}
-        for step in range(self.validation.steps_per_epoch):
-            tokens, parts = self.validation.draw(step)
-            values.setdefault(parts[0].source, []).append(float(mean_over_ranks(self.loss(tokens, parts))))
-        return {f"validation_loss/{source}": sum(each) / len(each) for source, each in values.items()}
