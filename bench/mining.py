@@ -226,7 +226,6 @@ def summarise(arguments: argparse.Namespace) -> None:
 
 def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int = 30) -> None:
     """The share of a step's time that the per-loss rule takes: drawing, scoring its negatives, deciding."""
-    from embedsmith.core.batch import Progress
     from embedsmith.core.recipe import parse
     from embedsmith.mining.live_state import LiveState
     from embedsmith.train import Recipe
@@ -246,7 +245,7 @@ def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int 
         started = time.perf_counter()
         update(run, run.feed.draw(step))
         assert run.mining is not None
-        run.mining.after_step(step, run.encode, run.memory, {}, Progress(step, steps))
+        run.mining.after_step(step, run.loss)
         run.state = module.replace(run.state, step=step + 1)
         shares.append(sum(spent) / (time.perf_counter() - started))
     table = read_json(arguments.results, {})

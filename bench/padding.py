@@ -27,11 +27,11 @@ import numpy as np
 from bench.common import RESULTS, WORK, data_path, environment, minilm, write_json
 from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import IntArray
-from embedsmith.train import Recipe, step
+from embedsmith.train import Recipe
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.feed import Draw
 from embedsmith.train.loop import Run, build, update
-from embedsmith.train.step import Chunk, Memory, Part, plan_chunks
+from embedsmith.train.step import Chunk, Memory, Part
 
 BATCH = 64
 PLANS: dict[str, dict[str, Any]] = {
@@ -62,10 +62,10 @@ def make_run(path: Path, plan: dict[str, Any], max_length: int) -> Run:
     return build(recipe, make_accelerator(recipe))
 
 
-def by_side(part: Part) -> Callable[[IntArray, Memory], list[Chunk]]:
+def by_side(part: Part) -> Callable[[Memory, IntArray], list[Chunk]]:
     """Chunks of plain training: each side of the batch whole."""
 
-    def cut(length_N: IntArray, memory: Memory) -> list[Chunk]:
+    def cut(memory: Memory, length_N: IntArray) -> list[Chunk]:
         sides = np.split(np.arange(len(length_N)), [part.ids.sizes[0]])
         return [Chunk(rows, len(rows) * int(length_N[rows].max()), keep=True) for rows in sides]
 
@@ -75,15 +75,15 @@ def by_side(part: Part) -> Callable[[IntArray, Memory], list[Chunk]]:
 def chunks_of(name: str, run: Run, draw: Draw) -> tuple[int, int]:
     """(real, padded) tokens of a step."""
     tokens, [part] = draw
-    cut = by_side(part) if name == "shuffled" else plan_chunks
-    return int(tokens.length_N.sum()), sum(chunk.tokens for chunk in cut(tokens.length_N, run.memory))
+    cut = by_side(part) if name == "shuffled" else Memory.plan
+    return int(tokens.length_N.sum()), sum(chunk.tokens for chunk in cut(run.memory, tokens.length_N))
 
 
 def tokens_per_second(name: str, run: Run, numbers: list[int]) -> float:
     batches = [run.feed.draw(number) for number in numbers]
     tokens, started = 0, time.perf_counter()
     for draw in batches:
-        with mock.patch.object(step, "plan_chunks", by_side(draw[1][0]) if name == "shuffled" else plan_chunks):
+        with mock.patch.object(Memory, "plan", by_side(draw[1][0]) if name == "shuffled" else Memory.plan):
             output, _, _ = update(run, draw)
         tokens += output.tokens
     return tokens / (time.perf_counter() - started)

@@ -19,7 +19,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import packed_rows
 from embedsmith.models import load
 from embedsmith.train import Recipe, TrainConfig, loop, train
-from embedsmith.train.parallel import Fsdp2, check_shard
+from embedsmith.train.engine import Fsdp2, check_shard
 from tests.models import lm
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer

@@ -15,6 +15,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, train
 from embedsmith.train import loop as loop_module
 from embedsmith.train.build import make_accelerator
+from embedsmith.train.checkpoint import Checkpoints
 from embedsmith.train.live_negatives import LiveMining
 from embedsmith.train.loop import build
 from tests.ranks import on_ranks
@@ -111,7 +112,7 @@ def test_the_negatives_in_use_are_those_of_the_state(live):
             texts = [records[row].query, records[row].negatives[candidate]]
             if texts[1] in records[row].positives:
                 assert score_QS[place, slot].isnan()
-    run.mining.after_step(0, run.encode, run.memory, {}, None)
+    run.mining.after_step(0, run.loss)
     assert source.state.first_step_N[rows].tolist() == [0] * len(rows)
 
 
@@ -161,7 +162,7 @@ def test_negatives_without_scores_are_not_mined_for_a_loss_of_scores(live, tmp_p
 
 def test_a_damaged_state_is_named(live, tmp_path, monkeypatch):
     broken = changed(live, tmp_path / "run")
-    monkeypatch.setattr(loop_module, "finish", lambda *_: (_ for _ in ()).throw(TrainingError("a power cut")))
+    monkeypatch.setattr(Checkpoints, "finish", lambda *_: (_ for _ in ()).throw(TrainingError("a power cut")))
     with pytest.raises(TrainingError):
         train(parse(Recipe, broken))
     last = max((tmp_path / "run" / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))

@@ -12,7 +12,7 @@ from embedsmith.core.reps import Sparse
 from embedsmith.losses import Flops, InfoNCE, Sum
 from embedsmith.models import load
 from embedsmith.train import Recipe, loop, train
-from embedsmith.train.journal import DeadHeads
+from embedsmith.train.journal import Meter
 from embedsmith.train.step import Memory, run_step, sparse_activity
 from tests.models import lm
 from tests.tinybert import WORDS
@@ -97,10 +97,10 @@ def test_the_activity_of_a_sparse_head():
 
 
 def test_a_dead_sparse_head_is_told_once(m3, caplog):
-    watcher = DeadHeads()
+    watcher = Meter()
     with caplog.at_level(logging.WARNING, "embedsmith"):
         for value in (0.4, 0.9, 1.0):
-            watcher.watch({"sparse_empty/pairs": value, "loss/pairs": 1.0})
+            watcher.warn_of_empty_vectors({"sparse_empty/pairs": value, "loss/pairs": 1.0})
     assert caplog.text.count("pairs: 90% of the texts have an empty sparse vector") == 1
     assert "100%" not in caplog.text
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.train.config import TrainConfig
-from embedsmith.train.optim import adamw, learning_rate, set_learning_rate
+from embedsmith.train.engine import adamw, learning_rate, set_learning_rate
 
 NOTHING = nn.ModuleDict()
 

@@ -9,7 +9,7 @@ from embedsmith.core.collectives import average_gradients, rank, world_size
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.reps import Dense
 from embedsmith.losses import CoSENT, InfoNCE, M3SelfDistillation, Matryoshka
-from embedsmith.train.step import Memory, plan_chunks, run_step
+from embedsmith.train.step import Memory, run_step
 from tests.ranks import on_ranks
 from tests.train.tiny import WHOLE, TinyHeads, assert_same, gradients, pair_part, retrieval_part, together, tokens
 
@@ -95,7 +95,7 @@ def test_replay_leaves_the_random_state_as_the_plain_pass_does():
 
 def test_chunks_are_of_similar_length_and_only_the_overflow_is_replayed():
     length_N = tokens(40, 5).length_N
-    chunks = plan_chunks(length_N, Memory(20, 60))
+    chunks = Memory(20, 60).plan(length_N)
     assert sorted(row for chunk in chunks for row in chunk.rows) == list(range(40))
     sizes = [len(c.rows) * length_N[c.rows].max() for c in chunks]
     assert max(sizes) <= 20

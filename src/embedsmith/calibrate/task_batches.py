@@ -16,7 +16,7 @@ from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import RecordSet, Source
 from embedsmith.train.build import build_extras, derive_memory, make_supply
 from embedsmith.train.config import TrainConfig
-from embedsmith.train.feed import Supply, make_part
+from embedsmith.train.feed import Supply
 from embedsmith.train.step import Memory, Part, evaluate_parts, run_step
 
 Drawn = tuple[TokenBatch, Part]
@@ -89,7 +89,7 @@ class TaskBatches:
         return parts
 
     def _part(self, task: int, rows: Sequence[int], visit: int, shares: int = 1) -> Drawn:
-        tokens, part = make_part(self.live.model, self.supplies[task], rows, self.seed, visit)
+        tokens, part = self.supplies[task].draw(self.live.model, rows, self.seed, visit)
         return tokens, replace(part, weight=1 / (len(self.supplies) * shares))
 
     def loss(self, drawn: Drawn) -> float:

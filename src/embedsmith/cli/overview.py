@@ -23,7 +23,6 @@ from embedsmith.train.build import make_accelerator
 from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Lane
 from embedsmith.train.loop import Run, build, update
-from embedsmith.train.step import plan_chunks
 
 SAMPLED_STEPS = 8
 TIMED_STEPS = 2
@@ -97,7 +96,7 @@ def overview(recipe: Recipe, *, timed: bool = True) -> Overview:
             f"; time from {TIMED_STEPS} training steps of a source after a warm-up, on {run.accelerator.device} with "
         )
         how += f"{world_size()} process(es), without evaluations and checkpoints"
-    return Overview(sources, run.feed.steps_per_epoch, run.length.steps, seconds, notes, how)
+    return Overview(sources, run.feed.steps_per_epoch, run.steps, seconds, notes, how)
 
 
 def _sources(run: Run, lane: Lane) -> list[SourceOverview]:
@@ -120,7 +119,7 @@ def _spread(steps: Sequence[int] | np.ndarray[tuple[int, ...], np.dtype[np.int64
 def _tokens(run: Run, drawn: TokenBatch) -> tuple[int, int]:
     """(real, padded) tokens of one draw on this rank."""
     length_N = drawn.length_N
-    chunks = plan_chunks(length_N, run.memory)
+    chunks = run.memory.plan(length_N)
     return int(length_N.sum()), sum(len(chunk.rows) * int(length_N[chunk.rows].max()) for chunk in chunks)
 
 

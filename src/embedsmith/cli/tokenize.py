@@ -19,7 +19,7 @@ from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
 from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
-from embedsmith.train.token_check import probes, tokenizer_facts
+from embedsmith.train.build import probes, tokenizer_facts
 
 _OF_MODEL = ("max_length", "pooling")
 """Options of the command line that belong to the model."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -18,25 +19,21 @@ from torch import nn
 from embedsmith.core.batch import Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
 from embedsmith.core.device import cpu_multiplies_bf16
+from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import losses
 from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, part_of, read_source
 from embedsmith.data.record import Text
+from embedsmith.data.source import TokenizerFacts
 from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, load
+from embedsmith.models.tokenize import added_tokens
 from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
-from embedsmith.train.token_check import check_tokens
 
 DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
-
-
-@dataclass(frozen=True)
-class RunLength:
-    steps: int
-    checkpoint_every: int
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -44,24 +41,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     Errors: `RecipeError` under a launch whose engine would wait for a model that it is never given.
     """
-    _check_launch()
-    join_ranks()
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    precision = recipe.train.precision
-    if precision == "auto":
-        precision = "bf16" if bf16_is_fast() else "fp32"
-    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=list(recipe.train.log_with) or None,
-        project_dir=recipe.output,
-    )
-
-
-def _check_launch() -> None:
-    """Engines of accelerate that want to own the model and its backward pass. Left alone they would do nothing without
-    a word, and every rank would hold everything."""
+    # Engines that want to own the model and its backward pass. Left alone they would do nothing without a word, and
+    # every rank would hold everything.
     engines = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM"}
     for flag, engine in engines.items():
         if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
@@ -71,13 +52,20 @@ def _check_launch() -> None:
                 fix="launch with recipes/accelerate/fsdp2.yaml and train.shard=true, which spreads weights, gradients "
                 "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
             )
-
-
-def bf16_is_fast() -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(cpu_multiplies_bf16())
+    join_ranks()
+    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    precision = recipe.train.precision
+    if precision == "auto":
+        on_gpu = torch.cuda.is_available()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_multiplies_bf16()
+        precision = "bf16" if fast else "fp32"
+    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(recipe.train.log_with) or None,
+        project_dir=recipe.output,
+    )
 
 
 def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
@@ -158,7 +146,10 @@ def _mixed_lanes(supplies: Sequence[Supply], config: TrainConfig, planner: Plann
 def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, model: Embedder) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
     records = part_of(whole, source.part)
-    loss = choose_loss(source, records.task)
+    if source.loss is None and records.task not in DEFAULT_LOSSES:
+        what = f"the task {records.task!r} has no default loss"
+        raise RecipeError(f"{source.path}: {what}", fix="set `loss` for this source")
+    loss: Loss = source.loss or losses.build(DEFAULT_LOSSES[records.task])
     loss.check(model.dimension)
     if missing := sorted(loss.heads() - set(model.outputs)):
         raise RecipeError(
@@ -188,14 +179,57 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     return supply
 
 
-def choose_loss(source: Source, task: str) -> Loss:
-    """The source's loss, or its task's default."""
-    if source.loss is not None:
-        return source.loss
-    if task not in DEFAULT_LOSSES:
-        raise RecipeError(f"{source.path}: the task {task!r} has no default loss", fix="set `loss` for this source")
-    loss: Loss = losses.build(DEFAULT_LOSSES[task])
-    return loss
+def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
+    """Hash of everything in the tokenizer that ids depend on; truncation and padding are set anew for every use."""
+    tree = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in tree.items() if key not in ("truncation", "padding")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    ends = added_tokens(model.tokenizer)[1]
+    return TokenizerFacts(name, digest, model.max_length, ends[-1] if ends else None)
+
+
+def probes(model: Embedder, task: str, document_role: Role) -> dict[str, list[int]]:
+    """The ids of one text in every way a cache tokenizes: they differ if prompts, templates or end tokens do."""
+    text = ["Which ids does 1 text have?"]
+    return {
+        "query": model.tokenize(text, "query", task).id_S.tolist(),
+        "instructed": model.tokenize(text, "query", task, ["Compare: "]).id_S.tolist(),
+        "document": model.tokenize(text, document_role, task).id_S.tolist(),
+    }
+
+
+def check_tokens(records: RecordSet[Text], model: Embedder, *, in_pairs: bool, needs_text: Sequence[str] = ()) -> None:
+    """Whether a model may train on a token cache. Nothing to check for records of texts.
+
+    Errors: `DataError` for another tokenizer (both hashes named), other prompts, longer texts than the model takes, or
+    documents tokenized in another role than the loss reads them in; `RecipeError` for options that need texts.
+    """
+    if records.tokens is None:
+        return
+    tokenizer, facts = records.tokens
+    tokenizer.refuse_other(tokenizer_facts(model, "this one"), records.name)
+    if tokenizer.max_length > model.max_length:
+        raise DataError(
+            f"its texts have up to {tokenizer.max_length} tokens, the model takes {model.max_length}",
+            where=records.name,
+            fix=f"tokenize again with --max-length {model.max_length}",
+        )
+    role: Role = "query" if in_pairs else "document"
+    if facts.probes and facts.document_role != role:
+        raise DataError(
+            f"its documents were tokenized as {facts.document_role}, the loss reads them as {role}",
+            where=records.name,
+            fix="use a loss of the task it was tokenized for, or train on the texts",
+        )
+    if facts.probes and facts.probes != (now := probes(model, records.task, facts.document_role)):
+        changed = ", ".join(name for name in facts.probes if facts.probes[name] != now.get(name))
+        raise DataError(
+            f"it was tokenized with other prompts than the model's ({changed}); its own: {facts.prompts}",
+            where=records.name,
+            fix="tokenize again, or set model.prompts to its own",
+        )
+    if needs_text:
+        raise RecipeError(f"{needs_text[0]} needs texts, and this source has only tokens", where=records.name)
 
 
 def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet[Text]]) -> list[RecordSet[Text]]:
@@ -233,9 +267,3 @@ def build_extras(objectives: Sequence[Loss], model: Embedder) -> nn.ModuleDict:
         for name, module in loss.extras(model.dimension).items():
             modules.setdefault(name, module)
     return nn.ModuleDict(modules)
-
-
-def run_length(config: TrainConfig, steps_per_epoch: int) -> RunLength:
-    steps = config.steps or math.ceil((config.epochs or 1) * steps_per_epoch)
-    tenth = max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000)
-    return RunLength(steps, config.checkpoint_every or tenth)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embedsmith.core.collectives import objects_of_all_ranks, rank
@@ -42,10 +42,36 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one output folder."""
+    """The checkpoints of one output folder, and the folder's beginning and end."""
 
     def __init__(self, output: Path, keep: int) -> None:
         self.output, self.folder, self.keep = output, output / "checkpoints", keep
+
+    def open(self, recipe: Any, overwrite: bool) -> int | None:
+        """Look at the output folder before anything is built; returns the step to resume from, or None to start.
+
+        Errors: `CheckpointError` if the folder holds a finished run, a run of another recipe, or something else
+        entirely.
+        """
+        output = self.output
+        if overwrite and rank() == 0 and output.exists():
+            _refuse_foreign(output)
+            shutil.rmtree(output)
+        if (output / FINISHED).exists():
+            fix = "choose another output, or pass --overwrite"
+            raise CheckpointError("this run is finished", where=output, fix=fix)
+        if _is_empty(output):
+            return None
+        _refuse_foreign(output)
+        _refuse_other_recipe(output, recipe)
+        for half_written in self.folder.glob(".step-*"):
+            shutil.rmtree(half_written)
+        return max(self.steps(), default=None)
+
+    def claim(self, recipe: Any) -> None:
+        """Write the resolved recipe into the folder, once everything is built: a recipe that failed claims nothing."""
+        if rank() == 0:
+            save_recipe(recipe, self.output / "recipe.yaml")
 
     def save(
         self,
@@ -55,14 +81,21 @@ class Checkpoints:
         state: RunState,
         mining: dict[str, Any] | None = None,
     ) -> None:
-        """Write `step-N`, then drop older ones (never the best). Collective: every rank's random state goes in."""
-        random_states = objects_of_all_ranks(random_state())
-        optimizer_whole = optimizer_state(optimizer)
+        """Write `step-N`, then drop older ones (never the best). Collective: every rank's random state goes in, and the
+        optimizer's state with full tensors, for any number of ranks."""
+        random_states, of_optimizer = objects_of_all_ranks(random_state()), optimizer.state_dict()
+        state_of = {
+            key: {n: whole(value) for n, value in entry.items()} for key, entry in of_optimizer["state"].items()
+        }
         if rank() != 0:
             return
         with atomic_folder(self.path(state.step)) as folder:
             model.save(folder / "model", merge=False)
-            training = {"optimizer": optimizer_whole, "extras": extras.state_dict(), "random": random_states}
+            training = {
+                "optimizer": of_optimizer | {"state": state_of},
+                "extras": extras.state_dict(),
+                "random": random_states,
+            }
             with (folder / "training.pt").open("wb") as file:
                 torch.save(training, file)
             if mining is not None:
@@ -79,7 +112,12 @@ class Checkpoints:
         try:
             training: dict[str, Any] = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
             state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-            load_optimizer_state(optimizer, training["optimizer"])
+            optimizer.load_state_dict(training["optimizer"])
+            for parameter, entry in optimizer.state.items():
+                if isinstance(parameter, DTensor):  # its moments were saved whole, and go into shards as it is
+                    for name, value in entry.items():
+                        if value.shape == parameter.shape and not isinstance(value, DTensor):
+                            entry[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             extras.load_state_dict(training["extras"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
@@ -116,54 +154,19 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
+    def finish(self, model: Embedder, summary: dict[str, Any]) -> Path:
+        """Write the result and mark the run as over."""
+        folder = self.output / "model"
+        if rank() == 0:
+            model.save(folder)
+            with atomic_file(self.output / FINISHED) as file:
+                json.dump(summary, file, indent=2, ensure_ascii=False)
+        return folder
+
 
 def whole(tensor: Any) -> Any:
     """The full tensor of a shard, on the CPU; anything else as it is. Collective for a shard."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with full tensors, wherever the parameters lie: what a checkpoint holds, for any number
-    of ranks. Collective where parameters are sharded."""
-    state = optimizer.state_dict()
-    full = {key: {name: whole(value) for name, value in entry.items()} for key, entry in state["state"].items()}
-    return {**state, "state": full}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `optimizer_state`, on any number of ranks."""
-    optimizer.load_state_dict(state)
-    for parameter, entry in optimizer.state.items():
-        if isinstance(parameter, DTensor):
-            for name, value in entry.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and not isinstance(value, DTensor):
-                    entry[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
-def open_output(output: Path, recipe: Any, overwrite: bool) -> int | None:
-    """Look at the output folder before anything is built; returns the step to resume from, or None to start.
-
-    Errors: `CheckpointError` if the folder holds a finished run, a run of another recipe, or something else entirely.
-    """
-    if overwrite and rank() == 0 and output.exists():
-        _refuse_foreign(output)
-        shutil.rmtree(output)
-    if (output / FINISHED).exists():
-        raise CheckpointError("this run is finished", where=output, fix="choose another output, or pass --overwrite")
-    if _is_empty(output):
-        return None
-    _refuse_foreign(output)
-    _refuse_other_recipe(output, recipe)
-    for half_written in (output / "checkpoints").glob(".step-*"):
-        shutil.rmtree(half_written)
-    steps = Checkpoints(output, keep=1).steps()
-    return steps[-1] if steps else None
-
-
-def claim_output(output: Path, recipe: Any) -> None:
-    """Write the resolved recipe into the folder, once everything is built: a recipe that failed claims nothing."""
-    if rank() == 0:
-        save_recipe(recipe, output / "recipe.yaml")
 
 
 def _is_empty(output: Path) -> bool:
@@ -196,13 +199,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix.rstrip("."): tree}
     return {name: leaf for key, value in items for name, leaf in _flat(value, f"{prefix}{key}.").items()}
-
-
-def finish(output: Path, model: Embedder, summary: dict[str, Any]) -> Path:
-    """Write the result and mark the run as over."""
-    folder = output / "model"
-    if rank() == 0:
-        model.save(folder)
-        with atomic_file(output / FINISHED) as file:
-            json.dump(summary, file, indent=2, ensure_ascii=False)
-    return folder

@@ -112,6 +112,56 @@ class Supply:
         mine, theirs = ((one.records.task, one.loss, one.positives, one.shuffle, one.teacher) for one in (self, other))
         return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
 
+    @staticmethod
+    def of_all(supplies: Sequence[Supply]) -> Supply:
+        """Sources of one kind as one."""
+        records, negatives = joined([one.records for one in supplies]), max(one.negatives for one in supplies)
+        return replace(supplies[0], records=records, negatives=negatives)
+
+    def draw(
+        self,
+        model: Embedder,
+        rows: IntArray | Sequence[int],
+        seed: int,
+        visit: int = 0,
+        step: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> tuple[TokenBatch, Part]:
+        """Draw and tokenize the texts of some rows, for the kind of batch the loss reads. Both sides of a pair are
+        queries: neither is a document to be found.
+
+        A row's draw depends on (`seed`, `visit`, row) alone: not on the rank, nor on the other rows. `step`: the live
+        negatives in use at it are taken. `share`: see `retrieval_texts`.
+        """
+        if self.live is None:
+            records = [self.records.records[int(row)] for row in rows]
+        else:
+            records = self.live.records(np.asarray(rows), step)
+        seeds = [derive_seed(seed, visit, int(row)) for row in rows]
+        task, own = self.records.task, [record.instruction for record in records]
+        first: Sequence[Text]
+        second: Sequence[Text]
+        ids: RetrievalIds | PairIds
+        if self.in_pairs:
+            first, second, ids = pair_texts(records, seeds=seeds)
+            second_role: Role = "query"
+            instructions = [*own, *own]
+        else:
+            counts = {"positives": self.positives, "negatives": self.negatives}
+            first, second, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=self.shuffle)
+            second_role = "document"
+            instructions = [*own, *[None] * len(second)]
+        first_role: Role = "query"
+        roles = [first_role] * len(first) + [second_role] * len(second)
+        tokens = tokens_of(model.tokenize, [*first, *second], roles, task, instructions)
+        teacher = None
+        if self.teacher is not None:
+            left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no teacher
+            represent = partial(self.teacher.represent, task=task)
+            teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
+        watch = self.live.watch(records) if self.live else None
+        return tokens, Part(self.records.name, task, ids, self.loss, teacher=teacher, watch=watch)
+
 
 def plan_of(
     supplies: Sequence[Supply],
@@ -160,16 +210,6 @@ def _is_apart(supply: Supply, config: PlanConfig) -> bool:
     return False
 
 
-def put_together(supplies: Sequence[Supply]) -> Supply:
-    """Sources of one kind as one."""
-    records = joined([supply.records for supply in supplies])
-    return replace(
-        supplies[0],
-        records=records,
-        negatives=max(supply.negatives for supply in supplies),
-    )
-
-
 def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:
     """Small sources put together with the other small ones of their kind, or where there is none, with the smallest
     of the others. One without its like stays as it is: its batches shrink."""
@@ -177,22 +217,17 @@ def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:
         return list(supplies)
     left = list(supplies)
     while True:
-        small = sorted((one for one in left if _is_small(one, config)), key=lambda one: one.rows)
-        pair = next(((one, mate) for one in small if (mate := _mate(one, left)) is not None), None)
-        if pair is None:
+        for one in sorted((each for each in left if _is_small(each, config)), key=lambda each: each.rows):
+            alike = [other for other in left if other is not one and one.like(other)]
+            alike = [other for other in alike if (other.batch_size, other.weight) == (one.batch_size, one.weight)]
+            if alike:
+                break
+        else:
             return left
-        together = put_together([one for one in left if one is pair[0] or one is pair[1]])
-        log.info("sources %s are put together: a batch has more rows than %s", together.records.name, pair[0].rows)
-        left = [together if one is pair[1] else one for one in left if one is not pair[0]]
-
-
-def _mate(one: Supply, supplies: Sequence[Supply]) -> Supply | None:
-    alike = [
-        other
-        for other in supplies
-        if other is not one and one.like(other) and (one.batch_size, one.weight) == (other.batch_size, other.weight)
-    ]
-    return min(alike, key=lambda other: other.rows, default=None)
+        mate = min(alike, key=lambda other: other.rows)
+        together = Supply.of_all([each for each in left if each is one or each is mate])
+        log.info("sources %s are put together: a batch has more rows than %s", together.records.name, one.rows)
+        left = [together if each is mate else each for each in left if each is not one]
 
 
 def _is_small(supply: Supply, config: PlanConfig) -> bool:
@@ -233,7 +268,7 @@ def mixed_supplies(supplies: Sequence[Supply], batch_size: int, world: int) -> l
     shares = [max(round(slots * count / sum(counts)), 1) for count in counts]
     shares[int(np.argmax(shares))] += slots - sum(shares)
     return [
-        replace(put_together(kind) if len(kind) > 1 else kind[0], batch_size=share * world)
+        replace(Supply.of_all(kind) if len(kind) > 1 else kind[0], batch_size=share * world)
         for kind, share in zip(kinds, shares, strict=True)
     ]
 
@@ -266,7 +301,7 @@ class Lane:
         planned = self.plan.at(step)
         rows = planned.rows if self.spread else planned.rows_of(self.rank, self.world)
         share = (self.rank, self.world) if self.spread else (0, 1)
-        tokens, part = make_part(model, self.supplies[planned.source], rows, seed, planned.visit, step, share)
+        tokens, part = self.supplies[planned.source].draw(model, rows, seed, planned.visit, step, share)
         return tokens, replace(part, weight=self.weight, group=self.group)
 
 
@@ -304,48 +339,3 @@ class Feed:
                 while len(waiting) <= ahead and step + len(waiting) < stop:
                     waiting.append(worker.submit(self.draw, step + len(waiting)))
                 yield waiting.popleft().result()
-
-
-def make_part(
-    model: Embedder,
-    supply: Supply,
-    rows: IntArray | Sequence[int],
-    seed: int,
-    visit: int = 0,
-    step: int = 0,
-    share: tuple[int, int] = (0, 1),
-) -> tuple[TokenBatch, Part]:
-    """Draw and tokenize the texts of some rows, for the kind of batch the loss reads. Both sides of a pair are queries:
-    neither is a document to be found.
-
-    A row's draw depends on (`seed`, `visit`, row) alone: not on the rank, nor on the other rows. `step`: the live
-    negatives in use at it are taken. `share`: see `retrieval_texts`.
-    """
-    if supply.live is None:
-        records = [supply.records.records[int(row)] for row in rows]
-    else:
-        records = supply.live.records(np.asarray(rows), step)
-    seeds = [derive_seed(seed, visit, int(row)) for row in rows]
-    task, own = supply.records.task, [record.instruction for record in records]
-    first: Sequence[Text]
-    second: Sequence[Text]
-    ids: RetrievalIds | PairIds
-    if supply.in_pairs:
-        first, second, ids = pair_texts(records, seeds=seeds)
-        second_role: Role = "query"
-        instructions = [*own, *own]
-    else:
-        counts = {"positives": supply.positives, "negatives": supply.negatives}
-        first, second, ids = retrieval_texts(records, **counts, seeds=seeds, share=share, shuffle=supply.shuffle)
-        second_role = "document"
-        instructions = [*own, *[None] * len(second)]
-    first_role: Role = "query"
-    roles = [first_role] * len(first) + [second_role] * len(second)
-    tokens = tokens_of(model.tokenize, [*first, *second], roles, task, instructions)
-    teacher = None
-    if supply.teacher is not None:
-        left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no teacher
-        represent = partial(supply.teacher.represent, task=task)
-        teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
-    watch = supply.live.watch(records) if supply.live else None
-    return tokens, Part(supply.records.name, task, ids, supply.loss, teacher=teacher, watch=watch)

@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,12 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from embedsmith.core.collectives import (
-    objects_of_all_ranks,
-    on_first_rank,
-    rank,
-    world_size,
-)
+from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import Bar, log
@@ -94,7 +88,7 @@ class Meter:
     """Sums the numbers of steps, and reports their means since the last report."""
 
     def __init__(self) -> None:
-        self._dead = DeadHeads()
+        self._warned: set[str] = set()
         self._reset()
 
     def _reset(self) -> None:
@@ -125,28 +119,17 @@ class Meter:
             "tokens_per_second": speed,
             "padding_share": 1 - self._tokens / max(self._padded, 1),
         }
-        self._dead.watch(averages)
+        self.warn_of_empty_vectors(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
         bar.note(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
         self._reset()
         return report
 
-
-MOSTLY_EMPTY = 0.5
-"""From this share of empty sparse vectors on a warning is given."""
-
-
-class DeadHeads:
-    """Warns once for each head and source of which most vectors are empty."""
-
-    def __init__(self) -> None:
-        self._warned: set[str] = set()
-
-    def watch(self, report: Mapping[str, float]) -> None:
-        """`report`: the numbers of one log line, named `HEAD_empty/SOURCE`."""
+    def warn_of_empty_vectors(self, report: Mapping[str, float]) -> None:
+        """Once for each head and source of which most vectors are empty; `report` names them `HEAD_empty/SOURCE`."""
         for name, value in report.items():
             key, _, source = name.partition("/")
-            if key.endswith("_empty") and value > MOSTLY_EMPTY and name not in self._warned:
+            if key.endswith("_empty") and value > 0.5 and name not in self._warned:
                 self._warned.add(name)
                 log.warning(
                     "%s: %.0f%% of the texts have an empty %s vector; a smaller learning rate, a larger weight of this "
@@ -158,14 +141,6 @@ class DeadHeads:
 
 
 NAME = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Start:
-    """A start of the run, at `step`, on so many ranks."""
-
-    step: int
-    ranks: int
 
 
 class SeenRows:
@@ -197,12 +172,32 @@ class SeenRows:
 
 class RunManifest:
     """The manifest of a run under way. The plan is a function of the step number, so what was seen is not recorded but
-    computed: `save` plans the batches of the steps since the last call once more, without reading a text."""
+    computed: `save` plans the batches of the steps since the last call once more, without reading a text.
 
-    def __init__(self, output: Path, feed: Feed, starts: list[Start]) -> None:
+    `starts`: the step and the number of ranks of each start of the run.
+    """
+
+    def __init__(self, output: Path, feed: Feed, starts: list[tuple[int, int]]) -> None:
         self.output, self.feed, self.starts = output, feed, starts
         self._step = 0
         self._seen = [[SeenRows(supply.rows) for supply in lane.supplies] for lane in feed.lanes]
+
+    @staticmethod
+    def open(output: Path, feed: Feed, step: int) -> RunManifest:
+        """Write what will be read, before the first step or after a resume, and what was seen before. Collective.
+
+        Errors: `DataError` on a resume when a source holds other records than before: its steps would not be the same.
+        """
+        starts: list[tuple[int, int]] = []
+        path = output / NAME
+        if step:
+            now = _of_all_ranks(_sources(feed))
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            on_first_rank(lambda: _refuse_changed(output, before.get("sources", {}), now))
+            starts = [(start["step"], start["ranks"]) for start in before.get("starts", ()) if start["step"] < step]
+        manifest = RunManifest(output, feed, [*starts, (step, world_size())])
+        manifest.save(step)
+        return manifest
 
     def save(self, step: int, *, finished: bool = False) -> None:
         """Write what steps 0 to `step` - 1 saw of each source. Collective: ranks may hold different sources (Conan's
@@ -217,44 +212,22 @@ class RunManifest:
         self._step = max(self._step, step)
         sources = _of_all_ranks(sources)
         if rank() == 0:
-            run = {"starts": to_plain(self.starts), "steps": step, "finished": finished, "sources": sources}
+            starts = [{"step": start, "ranks": ranks} for start, ranks in self.starts]
+            run = {"starts": starts, "steps": step, "finished": finished, "sources": sources}
             with atomic_file(self.output / NAME) as file:
                 json.dump(run, file, indent=2, ensure_ascii=False)
 
     def _ranks_of_steps(self, wanted: range, lane: Lane) -> Iterator[tuple[int, int]]:
         """Some steps with the number of ranks that shared their rows: all of them, or the part of them this lane has
         now."""
-        ends = [start.step for start in self.starts[1:]] + [wanted.stop]
-        for start, end in zip(self.starts, ends, strict=True):
-            ranks = start.ranks if start.ranks != world_size() else lane.plan.world
-            for step in range(max(start.step, wanted.start), min(end, wanted.stop)):
-                yield step, ranks
+        ends = [start for start, _ in self.starts[1:]] + [wanted.stop]
+        for (start, ranks), end in zip(self.starts, ends, strict=True):
+            sharing = ranks if ranks != world_size() else lane.plan.world
+            for step in range(max(start, wanted.start), min(end, wanted.stop)):
+                yield step, sharing
 
 
-def open_manifest(output: Path, feed: Feed, step: int) -> RunManifest:
-    """Write what will be read, before the first step or after a resume, and what was seen before. Collective.
-
-    Errors: `DataError` on a resume when a source holds other records than before: its steps would not be the same.
-    """
-    earlier: list[Start] = []
-    if step:
-        now = _of_all_ranks(_sources(feed))
-        on_first_rank(lambda: _refuse_changed(output, now))
-        starts = [Start(**start) for start in _read(output).get("starts", ())]
-        earlier = [start for start in starts if start.step < step]
-    manifest = RunManifest(output, feed, [*earlier, Start(step, world_size())])
-    manifest.save(step)
-    return manifest
-
-
-def _read(output: Path) -> dict[str, Any]:
-    path = output / NAME
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
-
-
-def _refuse_changed(output: Path, now: dict[str, dict[str, Any]]) -> None:
-    before = _read(output).get("sources", {})
+def _refuse_changed(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [name for name, entry in now.items() if name in before and before[name]["content"] != entry["content"]]
     if changed:
         rows = "; ".join(f"{name}: {before[name]['rows']:,} rows before, {now[name]['rows']:,} now" for name in changed)

@@ -15,15 +15,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, Batch, Loss, Progress, RetrievalBatch
+from embedsmith.core.batch import ABSENT, Batch, Loss, RetrievalBatch
 from embedsmith.core.collectives import gather_rows, objects_of_all_ranks
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError, TrainingError
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
-from embedsmith.core.tokens import IntArray
+from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import Record, text_id
 from embedsmith.data.record import Text
 from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
@@ -35,8 +35,8 @@ from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
 from embedsmith.mining.selection import corpus_texts
 from embedsmith.models import Embedder
-from embedsmith.train.feed import AHEAD, Feed, Lane, Supply, make_part
-from embedsmith.train.step import Encode, Memory, evaluate_parts
+from embedsmith.train.feed import AHEAD, Feed, Lane, Supply
+from embedsmith.train.step import Part
 
 _NEWEST = 2**62
 
@@ -129,16 +129,15 @@ class LiveMining:
             if step == 0 and live.state.pool_NP is None and not live.state.size_N.any():
                 self._remine(lane, live)
 
-    def after_step(
-        self, step: int, encode: Encode, memory: Memory, extras: Mapping[str, nn.Module], progress: Progress
-    ) -> None:
-        """Take in the scores of step `step`, and do what is due. A collective of the lane's ranks."""
+    def after_step(self, step: int, loss: Callable[[TokenBatch, Sequence[Part]], Tensor]) -> None:
+        """Take in the scores of step `step`, and do what is due: `loss` encodes rows whose scores have aged.
+        A collective of the lane's ranks."""
         for lane, live in self.sources:
             planned = lane.plan.at(step)
             if lane.supplies[planned.source].live is live:
                 self._observe(lane, live, step, planned.rows, step)
             if live.state.due(step):
-                self._rescore(lane, live, step, encode, memory, extras, progress)
+                self._rescore(lane, live, step, loss)
                 live.state.check(step)
             if live.state.wants_new_pools(step):
                 self._remine(lane, live)
@@ -150,14 +149,7 @@ class LiveMining:
         live.state.observe(step, row_Q, live.state.draw(row_Q, drawn), score[:, :-1], score[:, -1])
 
     def _rescore(
-        self,
-        lane: Lane,
-        live: LiveSource,
-        step: int,
-        encode: Encode,
-        memory: Memory,
-        extras: Mapping[str, nn.Module],
-        progress: Progress,
+        self, lane: Lane, live: LiveSource, step: int, loss: Callable[[TokenBatch, Sequence[Part]], Tensor]
     ) -> None:
         """One more batch without gradient: rows seen once, scored again by the model as it is now."""
         limit = live.more.rescored
@@ -170,8 +162,8 @@ class LiveMining:
         mine = rows if lane.spread else np.split(rows, world)[lane.rank]
         share = (lane.rank, lane.world) if lane.spread else (0, 1)
         supply = replace(live.supply, live=live)
-        tokens, part = make_part(self.feed.model, supply, mine, self.feed.seed, step=_NEWEST, share=share)
-        evaluate_parts(encode, tokens, [replace(part, group=lane.group)], memory, extras, progress)
+        tokens, part = supply.draw(self.feed.model, mine, self.feed.seed, step=_NEWEST, share=share)
+        loss(tokens, [replace(part, group=lane.group)])
         self._observe(lane, live, step, rows, _NEWEST)
 
     def _remine(self, lane: Lane, live: LiveSource) -> None:

@@ -3,16 +3,17 @@ in a while mine negatives, log, evaluate, save a checkpoint, stop."""
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import max_over_ranks, on_first_rank, rank, world_size
@@ -23,28 +24,20 @@ from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.models import Embedder, load
 from embedsmith.report.page import save_environment
 from embedsmith.report.run_folder import report_run
-from embedsmith.train.build import (
-    RunLength,
-    build_extras,
-    build_feed,
-    derive_memory,
-    make_accelerator,
-    run_length,
-)
-from embedsmith.train.checkpoint import Checkpoints, RunState, claim_output, finish, open_output
+from embedsmith.train.build import build_extras, build_feed, derive_memory, make_accelerator
+from embedsmith.train.checkpoint import Checkpoints, RunState
 from embedsmith.train.config import Recipe
+from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
-from embedsmith.train.journal import Journal, Meter, RunManifest, open_manifest
+from embedsmith.train.journal import Journal, Meter, RunManifest
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
-from embedsmith.train.optim import set_learning_rate
-from embedsmith.train.parallel import Engine, check_shard, make_engine
 from embedsmith.train.scoring import Development
-from embedsmith.train.step import Memory, StepOutput, run_step
+from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 
 
 @dataclass
 class Run:
-    """Everything a step touches."""
+    """Everything a step touches. `steps`: of the whole run."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -53,7 +46,7 @@ class Run:
     engine: Engine
     feed: Feed
     memory: Memory
-    length: RunLength
+    steps: int
     state: RunState
     mining: LiveMining | None
 
@@ -63,6 +56,17 @@ class Run:
         with self.accelerator.autocast():
             reps: Reps = self.model(padded, heads)
         return reps
+
+    def loss(self, tokens: TokenBatch, parts: Sequence[Part]) -> Tensor:
+        """The loss of some parts by the model as it is, without gradient."""
+        progress = Progress(self.state.step, self.steps)
+        return evaluate_parts(self.encode, tokens, parts, self.memory, dict(self.extras.items()), progress)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many evaluations brought no better score that the run ends early."""
+        patience = self.recipe.evaluate.patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
 
 
 def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
@@ -74,25 +78,23 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     """
     accelerator = make_accelerator(recipe)
     output = Path(recipe.output)
-    resume = on_first_rank(lambda: open_output(output, recipe, overwrite))
     checkpoints = Checkpoints(output, recipe.train.keep_checkpoints)
+    resume = on_first_rank(lambda: checkpoints.open(recipe, overwrite))
     run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
     if resume is not None:
         run.state = checkpoints.load(resume, run.extras, run.engine.optimizer)
         if run.mining is not None:
             run.mining.load_state_dict(checkpoints.load_mining(resume))
         log.info("continuing %s at step %d", output, resume)
-    claim_output(output, recipe)
+    checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
-    manifest = open_manifest(output, run.feed, run.state.step)
+    manifest = RunManifest.open(output, run.feed, run.state.step)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
-    extras, best = dict(run.extras.items()), recipe.train.final == "best"
-    development = Development(
-        recipe.evaluate, run.model, run.encode, run.memory, extras, validation, output, only_best=best
-    )
+    best = recipe.train.final == "best"
+    development = Development(recipe.evaluate, run.model, run.loss, validation, output, only_best=best)
     try:
-        with stop_signals() as stop:
+        with Stop() as stop:
             if before := development.before(run.state):
                 journal.write(0, before)
             run_steps(run, checkpoints, manifest, journal, development, stop)
@@ -102,7 +104,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     final_step = run.state.best_step if best else None
     model = run.engine.whole_model() if final_step is None else load(str(checkpoints.model_folder(final_step)))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
-    folder = finish(output, model, summary)
+    folder = checkpoints.finish(model, summary)
     on_first_rank(lambda: report_run(output, folder))
     return folder
 
@@ -117,7 +119,7 @@ def rehearse(recipe: Recipe) -> str:
         lines += [f"source {line}" for line in lane.plan.summary()]
         lines += [f"loss of {supply.records.name}: {supply.loss}" for supply in lane.supplies]
     lines.append(
-        f"steps: {run.length.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
+        f"steps: {run.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
         f"{run.accelerator.device}, {run.accelerator.mixed_precision}"
     )
     lines.append(f"memory: {run.memory}")
@@ -141,8 +143,8 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(config.seed, rank()))
     memory = replace(derive_memory(config, accelerator.device), packed=recipe.model.packing, agreed=engine.agreed)
-    length = run_length(config, feed.steps_per_epoch)
-    return Run(recipe, accelerator, model, extras, engine, feed, memory, length, RunState(), LiveMining.of(feed))
+    steps = config.steps or math.ceil((config.epochs or 1) * feed.steps_per_epoch)
+    return Run(recipe, accelerator, model, extras, engine, feed, memory, steps, RunState(), LiveMining.of(feed))
 
 
 def run_steps(
@@ -154,8 +156,9 @@ def run_steps(
     stop: Stop,
 ) -> None:
     """All steps from the run's state on, with what is due after each of them."""
-    config, evaluate, steps = run.recipe.train, run.recipe.evaluate, run.length.steps
-    if patience_is_over(run):  # stopped between its last checkpoint and its end
+    config, evaluate, steps = run.recipe.train, run.recipe.evaluate, run.steps
+    tenth = max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000)
+    if run.out_of_patience:  # stopped between its last checkpoint and its end
         return
     if run.mining is not None:
         run.mining.begin(run.state.step)
@@ -167,8 +170,7 @@ def run_steps(
             bar.advance()
 
             if run.mining is not None:  # mine: how hard were the negatives of this step, and which ones come next?
-                now, extras = Progress(run.state.step, steps), dict(run.extras.items())
-                run.mining.after_step(run.state.step, run.encode, run.memory, extras, now)
+                run.mining.after_step(run.state.step, run.loss)
 
             run.state = replace(run.state, step=run.state.step + 1)
             step, last = run.state.step, run.state.step == steps
@@ -180,11 +182,11 @@ def run_steps(
             evaluated = last or (evaluate.every is not None and step % evaluate.every == 0)
             evaluated = evaluated and bool(evaluate.tasks or evaluate.validation)
             if evaluated:
-                run.state, scores = development.run(run.state, steps)
+                run.state, scores = development.run(run.state)
                 journal.write(step, scores)
 
             stopping = bool(max_over_ranks(int(stop.asked), run.accelerator.device))  # whether any rank was asked to
-            if stopping or evaluated or last or step % run.length.checkpoint_every == 0:
+            if stopping or evaluated or last or step % (config.checkpoint_every or tenth) == 0:
                 negatives = None if run.mining is None else run.mining.state_dict()
                 model, optimizer = run.engine.whole_model(), run.engine.optimizer
                 checkpoints.save(model, run.extras, optimizer, run.state, negatives)
@@ -193,20 +195,14 @@ def run_steps(
             if stopping:
                 log.warning("stopped after step %d; the same command continues", step)
                 raise KeyboardInterrupt
-            if evaluated and patience_is_over(run):
+            if evaluated and run.out_of_patience:
                 log.info("stopping early: no better score in %d evaluations", run.state.evaluations_without_gain)
                 return
 
 
-def patience_is_over(run: Run) -> bool:
-    """Whether so many evaluations brought no better score that the run ends early."""
-    patience = run.recipe.evaluate.patience
-    return patience is not None and run.state.evaluations_without_gain >= patience
-
-
 def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:
     """One optimizer step; returns its output, learning rate and gradient norm (before clipping)."""
-    step, steps, optimizer = run.state.step, run.length.steps, run.engine.optimizer
+    step, steps, optimizer = run.state.step, run.steps, run.engine.optimizer
     rate = set_learning_rate(optimizer, run.recipe.train, step, steps)
     optimizer.zero_grad(set_to_none=True)
     run.model.progress = step / steps
@@ -221,6 +217,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -228,18 +225,12 @@ class Stop:
         self.asked = True
         log.warning("stopping after this step and saving; press Ctrl-C again to stop at once")
 
+    def __enter__(self) -> Stop:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # not in the main thread: the caller keeps its own handling
+                self._previous[name] = signal.signal(name, self)
+        return self
 
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    stop = Stop()
-    previous = {}
-    for name in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[name] = signal.signal(name, stop)
-        except ValueError:  # not in the main thread: the caller keeps its own handling
-            break
-    try:
-        yield stop
-    finally:
-        for name, handler in previous.items():
+    def __exit__(self, *error: object) -> None:
+        for name, handler in self._previous.items():
             signal.signal(name, handler)

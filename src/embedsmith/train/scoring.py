@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
 
-from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import mean_over_ranks, on_first_rank, rank
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
+from embedsmith.core.tokens import TokenBatch
 from embedsmith.evaluate import Results, Task, evaluate, load_task
 from embedsmith.evaluate.model_geometry import Geometry, Sample, training_geometry
 from embedsmith.evaluate.variants import FULL, score_widths
@@ -23,18 +23,17 @@ from embedsmith.search.hybrid import HybridEncoder
 from embedsmith.train.checkpoint import RunState
 from embedsmith.train.config import EvaluateConfig
 from embedsmith.train.feed import Feed
-from embedsmith.train.step import Encode, Memory, evaluate_parts
+from embedsmith.train.step import Part
 
 
 @dataclass(frozen=True)
 class Development:
-    """What `EvaluateConfig` asks for, ready to run at any step. Results with their items go to `output/evaluation/`."""
+    """What `EvaluateConfig` asks for, ready to run at any step. Results with their items go to `output/evaluation/`.
+    `loss`: of some parts, by the model as it is."""
 
     config: EvaluateConfig
     model: Embedder
-    encode: Encode
-    memory: Memory
-    extras: Mapping[str, nn.Module]
+    loss: Callable[[TokenBatch, Sequence[Part]], Tensor]
     validation: Feed | None
     output: Path
     only_best: bool = False
@@ -54,14 +53,18 @@ class Development:
             return {}
         return self._scores("before", improved=lambda score: True)
 
-    def run(self, state: RunState, steps: int) -> tuple[RunState, dict[str, float]]:
+    def run(self, state: RunState) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
         that are kept are the last ones, or with `only_best` those of the best checkpoint."""
         best = state.best_score
         better: Callable[[float], bool] = lambda score: best is None or score > best
+        losses: dict[str, list[float]] = {}
         self.model.eval()
-        values = self._validation_losses(Progress(state.step, steps))
+        draws = [] if self.validation is None else map(self.validation.draw, range(self.validation.steps_per_epoch))
+        for tokens, parts in draws:
+            losses.setdefault(parts[0].source, []).append(float(mean_over_ranks(self.loss(tokens, parts))))
         self.model.train()
+        values = {f"validation_loss/{source}": sum(each) / len(each) for source, each in losses.items()}
         if not self.config.tasks:
             return state, values
         scores = self._scores("after", better if self.only_best else lambda score: True)
@@ -116,13 +119,3 @@ class Development:
         """What chooses the best checkpoint: the main score of `metric`, or the mean over tasks."""
         values = [scores[f"score/{task}"] for task in self.config.tasks]
         return scores[f"score/{self.config.metric}"] if self.config.metric else sum(values) / len(values)
-
-    def _validation_losses(self, progress: Progress) -> dict[str, float]:
-        if self.validation is None:
-            return {}
-        values: dict[str, list[float]] = {}
-        for step in range(self.validation.steps_per_epoch):
-            tokens, parts = self.validation.draw(step)
-            value = mean_over_ranks(evaluate_parts(self.encode, tokens, parts, self.memory, self.extras, progress))
-            values.setdefault(parts[0].source, []).append(float(value))
-        return {f"validation_loss/{source}": sum(each) / len(each) for source, each in values.items()}

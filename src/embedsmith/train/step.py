@@ -83,6 +83,18 @@ class Memory:
         cut = chunk_rows(length_N, self.chunk_tokens, max_rows, self.least_tokens)
         return [Chunk(rows, len(rows) * int(length_N[rows].max(initial=1)), keep=False) for rows in cut]
 
+    def plan(self, length_N: IntArray) -> list[Chunk]:
+        """The chunks of a step: those that keep their graph come last, as many as the budget allows."""
+        chunks = self.chunks(length_N, self.max_rows)
+        tokens_left = float("inf") if self.kept_tokens is None else max(self.kept_tokens, chunks[-1].tokens)
+        rows_left = float("inf") if self.max_rows is None else self.max_rows
+        planned: list[Chunk] = []
+        for chunk in reversed(chunks):
+            tokens_left, rows_left = tokens_left - chunk.tokens, rows_left - len(chunk.rows)
+            planned.append(replace(chunk, keep=tokens_left >= 0 and rows_left >= 0))
+        planned.reverse()
+        return planned if self.agreed is None else self.agreed(planned, length_N)
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -93,19 +105,6 @@ class StepOutput:
     tokens: int
     padded_tokens: int
     replayed_chunks: int
-
-
-def plan_chunks(length_N: IntArray, memory: Memory) -> list[Chunk]:
-    """Chunks of similar length, longest first; those that keep their graph come last, as many as the budget allows."""
-    chunks = memory.chunks(length_N, memory.max_rows)
-    tokens_left = float("inf") if memory.kept_tokens is None else max(memory.kept_tokens, chunks[-1].tokens)
-    rows_left = float("inf") if memory.max_rows is None else memory.max_rows
-    planned: list[Chunk] = []
-    for chunk in reversed(chunks):
-        tokens_left, rows_left = tokens_left - chunk.tokens, rows_left - len(chunk.rows)
-        planned.append(replace(chunk, keep=tokens_left >= 0 and rows_left >= 0))
-    planned.reverse()
-    return planned if memory.agreed is None else memory.agreed(planned, length_N)
 
 
 def run_step(
@@ -123,7 +122,7 @@ def run_step(
     is touched.
     """
     heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
-    chunks = plan_chunks(tokens.length_N, memory)
+    chunks = memory.plan(tokens.length_N)
     states: list[TorchRandom] = []
     pieces: list[Reps] = []
     for chunk in chunks:

@@ -1,4 +1,8 @@
-"""How a run is spread over ranks: whole copies, FSDP2 or DeepSpeed's ZeRO-2, behind one protocol (`Engine`).
+"""What updates the weights: AdamW, its learning rate, and how a run is spread over ranks. Whole copies, FSDP2 and
+DeepSpeed's ZeRO-2 stand behind one protocol (`Engine`).
+
+The rate is a pure function of the step: there is no scheduler to prepare, to step once too often on several ranks, or
+to checkpoint.
 
 Whole copies: every rank has all weights; gradients are averaged after the last backward pass.
 
@@ -19,10 +23,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +44,55 @@ from embedsmith.models import Embedder
 from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
 from embedsmith.train.config import Recipe, TrainConfig
-from embedsmith.train.optim import adamw
 from embedsmith.train.step import Chunk
+
+
+def adamw(model: nn.Module, extras: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW for all parameters that are trained. Vectors (norms, biases, a temperature) are not decayed; a name that
+    matches a pattern of `group_learning_rates` gets that rate, the first match wins. Parameters of the losses' extras
+    are named `extras.NAME`."""
+    named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    unmatched = set(config.group_learning_rates)
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        rate = config.learning_rate
+        for pattern, own_rate in config.group_learning_rates.items():
+            if re.search(pattern, name):
+                rate = own_rate
+                unmatched.discard(pattern)
+                break
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
+    if unmatched:
+        raise RecipeError(
+            f"train.group_learning_rates: no parameter matches {sorted(unmatched)}", fix="correct the pattern"
+        )
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay, _), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(settings, betas=config.betas, fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, peak: float) -> float:
+    """Rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then decay to `min_learning_rate`."""
+    warm = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    if step < warm:
+        return peak * (step + 1) / warm
+    done = (step - warm) / max(steps - warm, 1)
+    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config.schedule]
+    floor = min(config.min_learning_rate, peak)
+    return floor + (peak - floor) * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> float:
+    """Set every group's rate for this step; returns the main one."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, steps, group["peak_lr"])
+    return learning_rate(config, step, steps, config.learning_rate)
+
 
 Agreement = Callable[[list[Chunk], IntArray], list[Chunk]]
 
@@ -71,8 +123,25 @@ def check_shard(recipe: Recipe) -> None:
             raise MissingExtraError("deepspeed", "deepspeed")
         if not dist.is_initialized():
             raise RecipeError("train.shard=zero2 needs several processes", fix="start the run with accelerate launch")
-    elif recipe.train.shard:
-        _check_fsdp(recipe)
+        return
+    if not recipe.train.shard:
+        return
+    if recipe.evaluate.tasks:
+        raise RecipeError(
+            "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
+            fix="remove evaluate.tasks and score the checkpoints afterwards; validation sources work",
+        )
+    if recipe.train.mining is not None:
+        raise RecipeError(
+            "train.mining under train.shard: ranks would encode different numbers of texts with a sharded model",
+            fix="remove train.mining and mine beforehand (embedsmith mine), or train without train.shard",
+        )
+    words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
+        recipe.model.sparse == "splade"
+    )
+    _refuse_heads(words)
+    if not dist.is_initialized():
+        raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
 
 def make_engine(model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> Engine:
@@ -116,13 +185,29 @@ class Fsdp2(WholeCopies):
             fully_shard(layer, mesh=mesh)
         fully_shard(model.backbone, mesh=mesh)
         super().__init__(model, extras, config)
-        self.agreed = partial(same_chunks, device=self.device)
+        self.agreed = self.same_chunks
 
     def step(self) -> float:
         average_gradients(p for p in self.parameters if not isinstance(p, DTensor))  # FSDP2 averages its own
-        norm = float(clip(self.parameters, self.limit))
+        groups: tuple[list[Tensor], list[Tensor]] = ([], [])  # one norm cannot be taken of shards and whole tensors
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                groups[not isinstance(parameter, DTensor)].append(parameter.grad)
+        norms = [nn.utils.get_total_norm(group) for group in groups if group]
+        full: list[Tensor] = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(full))
+        for gradient in (*groups[0], *groups[1]):
+            gradient.mul_((self.limit / (total + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
-        return norm
+        return float(total)
+
+    def same_chunks(self, chunks: list[Chunk], length_N: IntArray) -> list[Chunk]:
+        """The same number of chunks on every rank, all kept or all replayed; idle ones encode one text for nothing."""
+        count = max_over_ranks(len(chunks), self.device)
+        keep = not max_over_ranks(int(not all(chunk.keep for chunk in chunks)), self.device)
+        row = chunks[-1].rows[:1]
+        idle = Chunk(row, int(length_N[row].max(initial=1)), keep, idle=True)
+        return [*(replace(chunk, keep=keep) for chunk in chunks), *[idle] * (count - len(chunks))]
 
     def whole_model(self) -> Embedder:
         state = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
@@ -132,54 +217,12 @@ class Fsdp2(WholeCopies):
         return self.copy
 
 
-def _check_fsdp(recipe: Recipe) -> None:
-    if recipe.evaluate.tasks:
-        raise RecipeError(
-            "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
-            fix="remove evaluate.tasks and score the checkpoints afterwards; validation sources work",
-        )
-    if recipe.train.mining is not None:
-        raise RecipeError(
-            "train.mining under train.shard: ranks would encode different numbers of texts with a sharded model",
-            fix="remove train.mining and mine beforehand (embedsmith mine), or train without train.shard",
-        )
-    words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
-        recipe.model.sparse == "splade"
-    )
-    _refuse_heads(words)
-    if not dist.is_initialized():
-        raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
-
-
 def _refuse_heads(words: list[str]) -> None:
     if words:
         raise RecipeError(
             f"the head {words[0]} under train.shard: it reads the word table of the backbone, which no rank has whole",
             fix="train this stage without train.shard, or leave the head out (model.heads)",
         )
-
-
-def same_chunks(chunks: list[Chunk], length_N: IntArray, device: torch.device) -> list[Chunk]:
-    """The same number of chunks on every rank, all kept or all replayed; idle ones encode one text for nothing."""
-    count = max_over_ranks(len(chunks), device)
-    keep = not max_over_ranks(int(not all(chunk.keep for chunk in chunks)), device)
-    row = chunks[-1].rows[:1]
-    idle = Chunk(row, int(length_N[row].max(initial=1)), keep, idle=True)
-    return [*(replace(chunk, keep=keep) for chunk in chunks), *[idle] * (count - len(chunks))]
-
-
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """The norm of all gradients together, which are scaled down to `limit` where it is larger."""
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    groups = [[p for p in trained if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
-    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups if group]
-    full: list[Tensor] = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(full))
-    for group in groups:
-        for parameter in group:
-            assert parameter.grad is not None
-            parameter.grad.mul_((limit / (total + 1e-6)).clamp(max=1.0))
-    return total
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
