@@ -228,7 +228,7 @@ def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int 
     """The share of a step's time that the per-loss rule takes: drawing, scoring its negatives, deciding."""
     from embedsmith.core.batch import Progress
     from embedsmith.core.recipe import parse
-    from embedsmith.mining.live_state import LiveState
+    from embedsmith.mining.live import LiveState
     from embedsmith.train import Recipe
     from embedsmith.train import live_negatives as module
     from embedsmith.train.build import make_accelerator

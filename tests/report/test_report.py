@@ -16,8 +16,8 @@ from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.recipe import ParentSpec
 from embedsmith.models import load
 from embedsmith.report import comparison_page, folder_page, geometry_page, write_report
+from embedsmith.report.comparison import words_about
 from embedsmith.report.page import Section, chart, page
-from embedsmith.report.scores import words_about
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import ConstantEncoder
 from tests.tinybert import tiny_bert
