@@ -168,6 +168,11 @@ class Comparison:
             if [each.task for each in results] != [each.task for each in self.results[0]]:
                 raise EvaluationError(f"{name} was scored on other tasks than {self.models[0]}")
 
+    @staticmethod
+    def of(models: Sequence[tuple[str, Results]]) -> Comparison:
+        """Names and results, the one to measure against first."""
+        return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))
+
     def short(self) -> Comparison:
         """The same with the ends of long paths for names, where they tell the models apart."""
         return replace(self, models=short_names(self.models))
@@ -210,8 +215,3 @@ class Comparison:
         if len(self.tasks()) > 1:
             table.add_row("mean", "", *(percent(mean) for mean in self.means()))
         return table
-
-
-def compare(models: Sequence[tuple[str, Results]]) -> Comparison:
-    """Names and results, the one to measure against first."""
-    return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))

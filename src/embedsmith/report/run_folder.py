@@ -16,7 +16,7 @@ from typing import Any
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.evaluate.compare import Comparison, compare
+from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
 from embedsmith.report.comparison import (
     example_section,
@@ -132,12 +132,12 @@ class Folder:
             return None
         shared = set.intersection(*({result.task for result in each} for each in self.results.values()))
         if not shared:
-            return compare([next(iter(self.results.items()))])
+            return Comparison.of([next(iter(self.results.items()))])
         ordered = {
             name: sorted((result for result in each if result.task in shared), key=lambda result: result.task)
             for name, each in self.results.items()
         }
-        return compare([(name, Results(tuple(each), self.results[name].about)) for name, each in ordered.items()])
+        return Comparison.of([(name, Results(tuple(each), self.results[name].about)) for name, each in ordered.items()])
 
     @property
     def last_step(self) -> int:

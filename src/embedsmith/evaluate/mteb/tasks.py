@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import EvaluationError, MissingExtraError
 from embedsmith.core.settings import did_you_mean
-from embedsmith.evaluate.mteb.models import need_mteb
 from embedsmith.evaluate.run import digest, task_content
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
@@ -17,6 +16,15 @@ from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
 from embedsmith.evaluate.tasks.ranking import RerankingTask, RetrievalTask
 
 _BLANK = ("date", "domains", "task_subtypes", "license", "annotations_creators", "dialect", "sample_creation")
+
+
+def need_mteb() -> Any:
+    """The package. Errors: `MissingExtraError` where it is not installed."""
+    try:
+        import mteb
+    except ImportError as error:
+        raise MissingExtraError("mteb", "eval") from error
+    return mteb
 
 
 @dataclass(frozen=True)
