@@ -141,10 +141,9 @@ def _means_of_five(values: list[float], ids: Any) -> list[list[float]]:
 
 
 def test_limits_are_for_retrieval_and_positive() -> None:
-    from embedsmith.evaluate.mteb.tasks import limited
 
     with pytest.raises(EvaluationError, match="limits are for retrieval"):
-        limited(as_mteb_task(small_tasks()["sts"]), SampleLimits(3))
+        SampleLimits(3).apply_to(as_mteb_task(small_tasks()["sts"]))
     with pytest.raises(EvaluationError, match="1 or more"):
         SampleLimits(0)
 

@@ -143,7 +143,7 @@ class HybridIndex:
         with progress_bar("search", len(queries), visible=show) as bar:
             for block in batched(queries, _QUERIES):
                 reps = self.encoder.represent(block, role="query", outputs=heads)
-                asked = _rows_of(reps, len(block))
+                asked = vectors_of(reps, len(block))
                 union = self._candidates(asked, max(candidates, k), filter or {}, ef)
                 scored = self._exact(asked, union, reps)
                 found += self._hits(scored, [fusion(scores) for scores in scored], k)
@@ -152,7 +152,7 @@ class HybridIndex:
 
     def _points(self, documents: Sequence[Document]) -> list[StoredPoint]:
         reps = self.encoder.represent([document.text for document in documents], role="document", outputs=self.heads)
-        rows = zip(documents, _rows_of(reps, len(documents)), strict=True)
+        rows = zip(documents, vectors_of(reps, len(documents)), strict=True)
         return [
             StoredPoint(point_key(document.id), vectors, asdict(document) | {"hash": document.hash})
             for document, vectors in rows
@@ -204,15 +204,6 @@ class HybridIndex:
                     hits.append(Hit(one["id"], scores[key], known, one["text"], one["metadata"]))
             found.append(hits)
         return found
-
-
-def _rows_of(reps: Reps, count: int) -> list[dict[str, Vector]]:
-    """The vectors of every text by head; a head that has none for a text is left out."""
-    columns = {head: vectors_of(rep) for head, rep in reps.items()}
-    return [
-        {head: vector for head, column in columns.items() if (vector := column[row]) is not None}
-        for row in range(count)
-    ]
 
 
 def open_index(

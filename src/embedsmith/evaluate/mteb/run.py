@@ -23,7 +23,7 @@ from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.reps import Dense, Representation
 from embedsmith.data.record import titled
 from embedsmith.evaluate.encoding import Reader, looks_like_a_path
-from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task, limited, need_mteb
+from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task, need_mteb
 from embedsmith.evaluate.result import Results, TaskResult
 from embedsmith.evaluate.run import digest
 from embedsmith.evaluate.tasks.kinds import data_folder, known_tasks, load_task
@@ -56,7 +56,7 @@ def mteb_evaluate(
 
     experiment = None if limits is None else limits.as_dict()
     model = mteb_model(encoder, name, revision=revision, head=head, experiment=experiment, progress=progress)
-    chosen = [task if limits is None else limited(task, limits) for task in tasks]
+    chosen = [task if limits is None else limits.apply_to(task) for task in tasks]
     cache = mteb.ResultCache(cache_path=Path(output))
     found: list[TaskResult] = []
     logging.getLogger("mteb").setLevel(logging.ERROR)

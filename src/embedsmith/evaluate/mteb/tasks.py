@@ -68,6 +68,37 @@ class SampleLimits:
             corpus = corpus.select([row for row, key in enumerate(ids) if key in needed])
         return {**data, "queries": queries, "corpus": corpus, "relevant_docs": {key: judged[key] for key in chosen}}
 
+    def apply_to(self, task: Any) -> Any:
+        """The mteb task with its queries sampled when it loads, and the sample noted in its scores. Changes `task`.
+
+        mteb has no such option; a `limits` handed to it is ignored, and the score is of all queries.
+        Errors: `EvaluationError` for a task that is no retrieval.
+        """
+        from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+        if not isinstance(task, AbsTaskRetrieval):
+            raise EvaluationError("limits are for retrieval tasks", where=task.metadata.name)
+        whole = task.load_data
+        sizes: dict[tuple[str, str], dict[str, int]] = {}
+
+        def load_data(**options: Any) -> None:
+            if task.data_loaded:
+                return
+            whole(**options)
+            task.convert_v1_dataset_format_to_v2(num_proc=None)
+            for subset, splits in task.dataset.items():
+                for split, data in splits.items():
+                    splits[split] = self.draw(data, task.metadata.name)
+                    sizes[subset, split] = {part: len(splits[split][part]) for part in ("queries", "corpus")}
+
+        def sizes_of(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, Any]:
+            size = sizes[hf_subset, hf_split]
+            counts = {"queries_scored": size["queries"], "documents_searched": size["corpus"]}
+            return {**self.as_dict(), **counts, "comparable": self.documents is None}
+
+        task.load_data, task.task_specific_scores = load_data, sizes_of
+        return task
+
 
 def hub_task(name: str, languages: Sequence[str] = ()) -> Any:
     """A task of mteb by name; its data is fetched when it runs. Errors: `EvaluationError` for an unknown name."""
@@ -199,35 +230,3 @@ def _columns(split: str, **columns: list[Any]) -> Any:
         return DatasetDict({split: Dataset.from_dict(columns)})
 
     return dataset
-
-
-def limited(task: Any, limits: SampleLimits) -> Any:
-    """The mteb task with its queries sampled when it loads, and the sample noted in its scores. Changes `task`.
-
-    mteb has no such option; a `limits` handed to it is ignored, and the score is of all queries.
-    Errors: `EvaluationError` for a task that is no retrieval.
-    """
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
-
-    if not isinstance(task, AbsTaskRetrieval):
-        raise EvaluationError("limits are for retrieval tasks", where=task.metadata.name)
-    whole = task.load_data
-    sizes: dict[tuple[str, str], dict[str, int]] = {}
-
-    def load_data(**options: Any) -> None:
-        if task.data_loaded:
-            return
-        whole(**options)
-        task.convert_v1_dataset_format_to_v2(num_proc=None)
-        for subset, splits in task.dataset.items():
-            for split, data in splits.items():
-                splits[split] = limits.draw(data, task.metadata.name)
-                sizes[subset, split] = {part: len(splits[split][part]) for part in ("queries", "corpus")}
-
-    def sizes_of(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, Any]:
-        size = sizes[hf_subset, hf_split]
-        counts = {"queries_scored": size["queries"], "documents_searched": size["corpus"]}
-        return {**limits.as_dict(), **counts, "comparable": limits.documents is None}
-
-    task.load_data, task.task_specific_scores = load_data, sizes_of
-    return task
