@@ -82,7 +82,10 @@ class CachedEncoder:
 
     @staticmethod
     def write(path: Path, rep: Representation) -> None:
-        """Keep one representation. Errors: `SearchError` for values that are not finite; `CheckpointError` (full disk)."""
+        """Keep one representation.
+
+        Errors: `SearchError` for values that are not finite; `CheckpointError` (full disk).
+        """
         if type(rep).__name__ not in _KINDS:
             raise SearchError(f"a {type(rep).__name__} cannot be kept", expected=", ".join(_KINDS))
         if not all(bool(tensor.isfinite().all()) for tensor in rep.floating()):
