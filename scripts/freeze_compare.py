@@ -122,7 +122,11 @@ def file_facts(path: Path, removed: Removed, paths: Mapping[str, str]) -> Facts:
     elif path.suffix in (".json", ".jsonl", ".yaml"):
         facts = text_facts(without_run(content.decode(), paths), path.suffix)
         return {key: fact for key, fact in facts.items() if not MEASURED.search(key) and not removed.key(key)}
-    elif path.suffix in (".md", ".txt", ".csv", ".py"):
+    elif path.suffix == ".md":
+        return {
+            key: fact for key, fact in page_facts(without_run(content.decode(), paths)).items() if not removed.key(key)
+        }
+    elif path.suffix in (".txt", ".csv", ".py"):
         return {f"line {n}": line for n, line in enumerate(without_run(content.decode(), paths).splitlines(), 1)}
     return facts | {"its bytes": hashlib.sha256(content).hexdigest()}
 
@@ -149,6 +153,17 @@ def text_facts(text: str, ending: str) -> Facts:
         return dict(leaves(yaml.safe_load(text) if ending == ".yaml" else json.loads(text)))
     rows = [dict(leaves(json.loads(line))) for line in text.splitlines()]
     return {f"line {n}.{key}": value for n, row in enumerate(rows, 1) for key, value in row.items()}
+
+
+def page_facts(page: str) -> Facts:
+    """The lines of a page, and in the place of its YAML blocks their keys."""
+    facts: Facts = {}
+    for number, part in enumerate(re.split(r"^```(?=yaml$)|^```$", page, flags=re.MULTILINE)):
+        if part.startswith("yaml\n"):
+            facts |= text_facts(part.removeprefix("yaml\n"), ".yaml")
+        else:
+            facts |= {f"part {number} line {n}": line for n, line in enumerate(part.splitlines(), 1)}
+    return facts
 
 
 def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, str]]:

@@ -50,10 +50,11 @@ class Fisher(ProbedMethod):
     labels, (grad <e, f(x)>)^2 with e ~ N(0, I), `draws` of them a text.
     `expectation`: of `isolated`: `empirical` takes d = d+; `sampled` draws d from p(d|q), which keeps its signal where
     the model is already right; `exact` sums over all d, weighted by p.
-    `temperature`: t of the parents' own training; F scales with 1/t^2. `batch_size`: queries of a `batch_square`.
+    `temperature`: the temperature t of the parents' own training; F scales with 1/t^2. `batch_size`: queries of a
+    `batch_square`.
     `draws`: random directions a text under `embedding`. `floor`: the least F, relative to its tensor's mean; an
-    absolute one would be above all of F. `shrink`: s in (1 - s) F + s mean(F). `normalise`: every parent's F has length
-    1 as a whole, so that none drowns the others. `seed`: of candidates, draws and directions.
+    absolute one would be above all of F. `shrink`: the share s in (1 - s) F + s mean(F). `normalise`: every parent's F
+    has length 1 as a whole, so that none drowns the others. `seed`: of candidates, draws and directions.
     """
 
     definition: Literal["isolated", "batch_square", "embedding"] = "isolated"

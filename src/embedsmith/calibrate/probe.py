@@ -1,4 +1,4 @@
-"""The texts that calibrated merges look at: small samples of training sources, drawn once, with frozen candidates."""
+"""The texts that calibrated merges read: small samples of training sources, drawn once, with frozen candidates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALIKE = 0.8
 class Probe:
     """Which texts, and how many.
 
-    `sources`: where they come from: for methods that look at every parent on its own task, one a parent in the
+    `sources`: where they come from. For methods that read every parent on its own task: one a parent in the
     parents' order, or a single one for all. `examples`: at most so many of each source. `negatives`: K, candidates of
     a query beside its own document: its own negatives first, then other records' documents. `seed`: of the sample.
     """

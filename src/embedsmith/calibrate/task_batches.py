@@ -25,7 +25,7 @@ Drawn = tuple[TokenBatch, Part]
 
 @dataclass(frozen=True)
 class TaskBatches:
-    """Batches of every task: the same for the same step, whoever asks, so that starts and modes are compared on the
+    """Batches of every task: the same step always gives the same batch, so that starts and modes are compared on the
     same texts. `train` and `held_out` are row numbers of each supply."""
 
     live: LiveMerge

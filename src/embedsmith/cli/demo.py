@@ -122,7 +122,7 @@ def demonstrate(
     """Prepare the texts, score the encoder, fine-tune it on both tasks, score it again, answer `question`.
 
     Everything is written under `output`: the texts, the run, the model and report.json. A run already there is
-    replaced. `say` is told what happens. Errors: `MissingExtraError` when the packages are missing.
+    replaced. `say` is called with a line about each stage. Errors: `MissingExtraError` when the packages are missing.
     """
     encoder = encoder_folder()
     questions, papers = read_faq(), read_papers()

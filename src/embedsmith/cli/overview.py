@@ -78,7 +78,7 @@ class Overview:
 
 
 def overview(recipe: Recipe, *, timed: bool = True) -> Overview:
-    """Build the run as for training, look at its first epoch, throw it away. Errors: those of `train`."""
+    """Build the run as for training, describe its first epoch, and throw it away. Errors: those of `train`."""
     run = build(recipe, make_accelerator(recipe))
     sources = tuple(source for lane in run.feed.lanes for source in _sources(run, lane))
     seconds = None

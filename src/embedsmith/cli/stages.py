@@ -140,7 +140,7 @@ def _merge(tree: dict[str, Any], where: str) -> Path:
 @section
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
-    """What `embedsmith evaluate` is told on the command line.
+    """The arguments that `embedsmith evaluate` has on the command line.
 
     `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
     `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder.

@@ -1,4 +1,4 @@
-"""Progress bars and log lines: on the first rank only, and quiet when nobody is watching."""
+"""Progress bars and log lines: on the first rank only, and no bars where there is no terminal."""
 
 from __future__ import annotations
 

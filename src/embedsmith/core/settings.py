@@ -99,22 +99,20 @@ def _is_limited(hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return True
     if typing.get_origin(hint) is Annotated:
-        return _is_plain(parts[0]) and any(
-            isinstance(extra, Range) or hasattr(extra, "metadata") for extra in parts[1:]
-        )
-    return _is_plain(hint) and any(_is_limited(part) for part in parts)
+        return is_plain(parts[0]) and any(isinstance(extra, Range) or hasattr(extra, "metadata") for extra in parts[1:])
+    return is_plain(hint) and any(_is_limited(part) for part in parts)
 
 
-def _is_plain(hint: Any) -> bool:
+def is_plain(hint: Any) -> bool:
     """Whether a hint is made of numbers, words and sequences of them: no section and no component, which check
     themselves."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return True
     if origin is Annotated:
-        return _is_plain(typing.get_args(hint)[0])
+        return is_plain(typing.get_args(hint)[0])
     if origin in (typing.Union, types.UnionType, tuple, list, dict, Mapping):
-        return all(part is Ellipsis or _is_plain(part) for part in typing.get_args(hint))
+        return all(part is Ellipsis or is_plain(part) for part in typing.get_args(hint))
     return hint in (int, float, str, bool, type(None))
 
 

@@ -18,12 +18,13 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from embedsmith.core.errors import EmbedsmithError, RecipeError
-from embedsmith.core.settings import descriptions, did_you_mean, section, to_plain
+from embedsmith.core.settings import descriptions, did_you_mean, is_plain, section, to_plain
 
 T = TypeVar("T")
 
@@ -175,12 +176,16 @@ class Name:
 
 
 def _properties(entry: Entry[Any]) -> dict[str, Any]:
-    """Names, defaults and meanings of a component's fields. Shallow, because wrappers hold components of their own
-    kind."""
+    """What a component's fields hold, their defaults and meanings. Shallow, because wrappers hold components of their
+    own kind."""
+    from pydantic import TypeAdapter
+
     properties: dict[str, Any] = {"type": {"const": entry.name}}
     meanings = descriptions(entry.thing)
+    hints = typing.get_type_hints(entry.thing, include_extras=True)
     for f in dataclasses.fields(entry.thing):
-        properties[f.name] = {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}
+        properties[f.name] = TypeAdapter(hints[f.name]).json_schema() if is_plain(hints[f.name]) else {}
+        properties[f.name] |= {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}
         properties[f.name] |= {"description": meanings[f.name]} if f.name in meanings else {}
     return {"properties": properties, "additionalProperties": False}
 

@@ -89,7 +89,7 @@ def _named(path: Path | None) -> Iterator[None]:
 @dataclass(frozen=True)
 class Answer:
     """What a model wrote and what it took: requests sent, tokens read and written (counted by the endpoint, or
-    estimated from characters), and its cost. `usable` is what `Accept` said."""
+    estimated from characters), and its cost. `usable` is the verdict of `Accept`."""
 
     text: str
     usable: bool = True
@@ -135,8 +135,8 @@ class Generator(Protocol):
     def answers(
         self, prompts: Sequence[str], accept: Accept, spent: Spending
     ) -> Iterator[tuple[int, Answer | Refusal]]:
-        """(place, answer) of every prompt, in the order in which they come. `spent` is what was used before; whoever
-        asks adds to it."""
+        """(place, answer) of every prompt, in the order in which they come. `spent` is what was used before; the
+        caller adds to it."""
         ...
 
 

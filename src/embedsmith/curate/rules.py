@@ -1,6 +1,6 @@
 """Rules that look at one text at a time, and the measures they use, which treat languages alike whether they put
-spaces between words or not. A language is told by its script where that decides, by a small model (py3langid) where it
-does not. Thresholds are ours; the kinds of rules are those every web corpus uses.
+spaces between words or not. A language is recognised by its script where that decides, by a small model (py3langid)
+where it does not. Thresholds are ours; the kinds of rules are those every web corpus uses.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Boilerplate(TextRule):
 
 @dataclass(frozen=True)
 class Guess:
-    """A text's main script (`none` without letters), its language if that can be told, and how sure that is."""
+    """A text's main script (`none` without letters), its language if it can be recognised, and how sure that is."""
 
     script: str
     language: str | None
@@ -313,7 +313,7 @@ class Language(TextRule):
     """Keep texts in the named languages.
 
     A text whose script has one language is judged by that, however short. Others are judged by the model; what it
-    cannot tell stays where one of the kept languages uses its script, and leaves where none does. A text without
+    cannot decide stays where one of the kept languages uses its script, and leaves where none does. A text without
     letters has no language and stays.
 
     `keep`: the languages (ISO 639-1 codes).

@@ -88,8 +88,8 @@ class Ledger:
 
 class Step(Protocol):
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        """The records that stay, or those made of them. A step that must look twice says so and reads `records` twice:
-        whoever runs steps hands them something that can be read again."""
+        """The records that stay, or those made of them. A step that needs two passes says so and reads `records`
+        twice: it is given something that can be read again."""
         ...
 
 

@@ -148,7 +148,7 @@ class _Pass:
             lines.append(line)
 
     def _report(self, kept: int) -> None:
-        """Stop with one message for all faults; or, told to skip, log the same and go on."""
+        """Stop with one message for all faults; or, where faulty rows are to be skipped, log the same and go on."""
         if not self.faults:
             return
         parts: list[str] = []

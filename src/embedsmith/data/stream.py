@@ -48,9 +48,9 @@ _END = 2**16
 
 
 def stream_source(source: Source) -> RecordSet:
-    """A source to be streamed. Its first block tells layout, task and the most negatives of a row.
+    """A source to be streamed. Its first block decides layout, task and the most negatives of a row.
 
-    Scores need a declared range and classes need numbers: what would take a look at every row is not inferred. The
+    Scores need a declared range and classes need numbers: what would need every row to be read is not inferred. The
     fingerprint is that of the files (footers of Parquet files), not of every record.
     Errors: `DataError` as in `open_blocks`, or for an empty stream.
     """
@@ -365,7 +365,7 @@ def _opened(name: str) -> IO[bytes]:
 
 
 def _state_of(name: str) -> bytes:
-    """What tells a file from a later version of it, without reading it whole."""
+    """What distinguishes a file from a later version of it, without reading it whole."""
     with _reading(name):
         if "://" in name:
             import fsspec

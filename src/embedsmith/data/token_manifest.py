@@ -39,9 +39,9 @@ class TokenizerFacts:
 @dataclass(frozen=True)
 class DatasetFacts:
     """One dataset of a cache. `document_role`: of its documents (in sts both sides are queries); `prompts`: by role,
-    as put before texts that have no instruction of their own; `probes`: the ids of one text by role, which tell a
-    model that tokenizes in another way; `ids`: whether `doc_id` is our text id or a name; `labels`: the names of its
-    classes; `fingerprint`: that of the records it was made from."""
+    as put before texts that have no instruction of their own; `probes`: the ids of one text by role, by which a
+    model that tokenizes in another way is recognised; `ids`: whether `doc_id` is our text id or a name; `labels`: the
+    names of its classes; `fingerprint`: that of the records it was made from."""
 
     name: str
     task: str

@@ -172,7 +172,7 @@ class Comparison:
         return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))
 
     def short(self) -> Comparison:
-        """The same with the ends of long paths for names, where they tell the models apart."""
+        """The same with the ends of long paths for names, where the ends differ."""
         return replace(self, models=short_names(self.models))
 
     def tasks(self) -> list[str]:

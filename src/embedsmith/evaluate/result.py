@@ -201,7 +201,7 @@ def _beside(result: TaskResult) -> list[str]:
 
 
 def short_names(names: Sequence[str], longest: int = 40) -> tuple[str, ...]:
-    """Names of models for a table or a legend: long paths by their ends, where these tell the models apart."""
+    """Names of models for a table or a legend: long paths by their ends, where the ends differ."""
     short = tuple(name if len(name) <= longest else "…/" + "/".join(Path(name).parts[-2:]) for name in names)
     return short if len(set(short)) == len(short) else tuple(names)
 

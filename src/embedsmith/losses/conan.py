@@ -38,7 +38,7 @@ class CrossBatchBalance(Loss):
     The loss of the step is this plus beta times CoSENT on a part of similarity pairs; `balance_weights` gives the
     weights of the two parts.
 
-    temperature: t, not published; 0.02 is reconstructed.
+    temperature: the temperature t, not published; 0.02 is reconstructed.
 
     Batches: retrieval. A query without negatives: 0, connected. Source: 2408.15710, section 3.3.
     """

@@ -67,8 +67,8 @@ class ScoreKL(Loss):
     over the documents the teacher scored, for queries with at least two. FlagEmbedding's `kl_div` is this with
     t_T = 1, up to a constant, plus InfoNCE: a `sum` of both.
 
-    temperature: t, of the student's scores.
-    teacher_temperature: t_T, by which the teacher's scores are divided.
+    temperature: the temperature t of the student's scores.
+    teacher_temperature: the temperature t_T, by which the teacher's scores are divided.
 
     Batches: retrieval with teacher scores. No query with two scores: 0, connected.
     """

@@ -213,8 +213,8 @@ class Flops(Loss):
     with the ramp r = min((step + 1) / ramp_steps, 1)^2. Put it beside a contrastive loss in a `sum`. A repeated word
     counts with its largest weight; a text that several ranks hold counts once.
 
-    query: l_q, the weight of queries (of pairs: the left side), usually 1e-3 to 1e-2.
-    document: l_d, the weight of documents (of pairs: the right side).
+    query: the weight l_q of queries (of pairs: the left side), usually 1e-3 to 1e-2.
+    document: the weight l_d of documents (of pairs: the right side).
     ramp_steps: optimizer steps over which the weights grow to their full size; 0 is without a ramp.
     head: the sparse head that is kept short.
 

@@ -1,4 +1,4 @@
-"""InfoNCE: tell a query's positives from the other candidates. One implementation for every head, with several
+"""InfoNCE: separate a query's positives from the other candidates. One implementation for every head, with several
 positives, hard and in-batch negatives, Matryoshka widths, any number of ranks, and scores in blocks.
 
 Below it, published retrieval objectives as settings of InfoNCE, under the names people look for.
@@ -51,7 +51,7 @@ class InfoNCE(Loss):
     and the mean over the queries that have a positive. A query's own positives are never among its negatives, and a
     text that occurs several times among the candidates counts once.
 
-    temperature: t, above 0; the starting value when it is learned.
+    temperature: the temperature t, above 0; the starting value when it is learned.
     multi_positive: several positives of a query stand `outside` the logarithm, each of which has to win, or `inside`,
         where one is enough.
     negatives: `all` candidates of the batch; other queries' positives and a query's own hard negatives
@@ -318,7 +318,7 @@ class Qwen3(Loss):
     with m = 0 where that similarity is above s(q_i,p_i) + margin, or the documents are the same. The same as `infonce`
     with `negatives: positives_and_own`, `include_qq`, `include_dd` and `margin`.
 
-    temperature: t; the published one is not known, and 0.01 is the default of public fine-tuning code.
+    temperature: the temperature t; the published one is not known, and 0.01 is the default of public fine-tuning code.
     margin: by how much a score may be above that of the positive before it is taken for a false negative.
     hardness_weight: as in `infonce`, on the query's own hard negatives.
 

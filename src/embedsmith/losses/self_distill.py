@@ -36,9 +36,9 @@ class M3SelfDistillation(Loss):
 
     Every head's candidates come from all ranks (the published code gathers the dense head only).
 
-    temperature: t, of student and teacher.
-    weights: w_h, each head's weight in the ensemble; any heads of the model.
-    lambdas: l_h, each head's weight in the loss; the same heads as in `weights`.
+    temperature: the temperature t of student and teacher.
+    weights: each head's weight w_h in the ensemble; any heads of the model.
+    lambdas: each head's weight l_h in the loss; the same heads as in `weights`.
     start_step: the optimizer step from which on the ensemble teaches; from the first by default.
     ramp_steps: optimizer steps over which the teaching grows to its full share; at once by default.
 

@@ -50,7 +50,7 @@ class CoSENT(Loss):
     with the batch and are not comparable across batch sizes. The sum runs over sorted labels with a running
     logsumexp, so N pairs cost N log N time and N memory, never an N x N matrix.
 
-    temperature: t; 0.05 is the usual scale of 20.
+    temperature: the temperature t; 0.05 is the usual scale of 20.
 
     Batches: pairs. No pair in order (one pair, all labels equal): 0, connected. Errors: `RecipeError` for a
     temperature of 0 or less. Source: J. Su's post of 2022; Conan-embedding, whose text mislabels the indices.
@@ -98,7 +98,7 @@ class AnglE(Loss):
     The paper adds it to CoSENT and an in-batch contrastive term, with weights 1 each: in a recipe a `sum` of `cosent`,
     `angle` and `mid_nce` with head dense. Alone it does not constrain the sign of the cosine.
 
-    temperature: t; 0.05 is the usual scale of 20.
+    temperature: the temperature t; 0.05 is the usual scale of 20.
     head: the dense head that is read, of even width.
 
     Batches: pairs. No pair in order: 0, connected. Errors: `RecipeError` for an odd width (Matryoshka widths too).
@@ -191,7 +191,7 @@ class RankKL(Loss):
         g_i = (N - 1 - r_i) / (N - 1),   r_i the average rank of y_i from the top (ties share it), from 0
         L = sum_i P_i (log P_i - log Q_i),   P = softmax(g / t),   Q = softmax(s / t)   over the N pairs
 
-    temperature: t, of labels and scores. At 0.05 only about the top 8 of 32 pairs carry weight.
+    temperature: the temperature t of labels and scores. At 0.05 only about the top 8 of 32 pairs carry weight.
     reduction: `sum` is the divergence; `reference` divides it by N, as the published code does by accident
         (torch's `batchmean` on one row), so that its weight of 5 at N = 32 is 0.156 of the divergence.
 

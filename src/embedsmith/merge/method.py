@@ -26,7 +26,7 @@ Base = Literal["needed", "optional"]
 
 @dataclass(frozen=True)
 class Job:
-    """What a method may look at. `names`: the float tensors it has to make; `weight_M`: the parents' weights a_i,
+    """What a method may read. `names`: the float tensors it has to make; `weight_M`: the parents' weights a_i,
     float64, as the recipe says (not normalised); `groups`: names that share one set of coefficients. `report`: what a
     method wants written into merge.json (`coefficients`, densities, costs)."""
 

@@ -28,11 +28,11 @@ class Limits:
     """Which scores s a negative may have; p is the score of the query's weakest positive. `None` limits nothing,
     and a score that equals a limit up to rounding is within it.
 
-    max_score: s is at most this (none by default).
-    min_score: s is at least this (none by default).
-    absolute_margin: s is at most p - margin (none by default).
-    relative_margin: s is at most p - margin |p| (none by default), so 0.05 keeps what is below 95 % of a positive
-        score, and the limit stays below a negative one.
+    max_score: the score s is at most this (none by default).
+    min_score: the score s is at least this (none by default).
+    absolute_margin: the score s is at most p - margin (none by default).
+    relative_margin: the score s is at most p - margin |p| (none by default), so 0.05 keeps what is below 95 % of a
+        positive score, and the limit stays below a negative one.
     """
 
     max_score: Finite | None = None

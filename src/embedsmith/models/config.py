@@ -36,7 +36,7 @@ class ModelConfig:
     `pooler`: the shape of a pooling with weights, such as the last two.
     `max_length`: tokens a text may have, special tokens included (see `derive_max_length`).
     `prompts`: text put before every text, by `task-role`, task or role; replaces the folder's.
-    `template`: makes the prompts: a published one (`qwen3`, `e5`, ...), or one's own text by role (see tokenize.py).
+    `template`: makes the prompts: a published one (`qwen3`, `e5`, ...), or texts of your own by role (see tokenize.py).
     `instructions`: what the template asks for, by task; `default` is for texts without a task.
     `include_prompt`: whether prompt tokens take part in the pooling; false leaves the instruction out.
     `normalize`: whether vectors get length 1; a plain transformers folder is normalised.

@@ -1,8 +1,9 @@
 """Reading what a folder says about itself: sentence-transformers' files, legacy and 5.4+ schema, or none of them, and
 `embedding_config.json` for what those files have no place for.
 
-The latter is written only when it holds something. Who does not read it still gets the right vectors from the standard
-files where those can express the model; where they cannot, `modules.json` names the module in `sentence.py` instead.
+The latter is written only when it holds something. A program that does not read it still gets the right vectors from
+the standard files where those can express the model; where they cannot, `modules.json` names the module in
+`sentence.py` instead.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ SYMMETRIC = ("sts", "clustering", "classification")
 
 
 def template_named(name: str | Mapping[str, str]) -> dict[str, str]:
-    """A published template by name, or one's own by role. Errors: `ModelError` naming the nearest known."""
+    """A published template by name, or your own by role. Errors: `ModelError` naming the nearest known."""
     if isinstance(name, Mapping):
         if unknown := sorted(name.keys() - {"query", "document"}):
             raise ModelError(f"a template for the role {unknown[0]!r}", expected="query, document")

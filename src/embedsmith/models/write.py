@@ -2,7 +2,7 @@
 
 sentence-transformers 2 to 6, transformers' AutoModel, text-embeddings-inference, vLLM and infinity all read it; the
 schema that sentence-transformers 5.4+ writes is refused or misread by the servers.
-Heads lie beside the backbone as in BGE-M3; who does not know them sees the dense model.
+Heads lie beside the backbone as in BGE-M3; a program that does not know them sees the dense model.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ is predicted from the state one place before it, where a decoder is used to pred
     number_N2 = (sum over hidden tokens i of -log softmax(W h_{i-1})_{id_i}, number of hidden tokens)
 
 so that the loss `mntp` is exact over chunks and ranks. W is the language model's own output layer. Tokenizers without a
-mask token lend "_". The head is a stage's: whoever loads the folder without naming it leaves it out.
+mask token lend "_". The head serves one stage: loading the folder without naming it leaves it out.
 
 Source: LLM2Vec (BehnamGhader et al., 2024), section 2.1; a fifth is its code's share for most families (Mistral: 80 %,
 always the mask token).

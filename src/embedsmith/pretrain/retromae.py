@@ -8,7 +8,7 @@ of one layer, which must say the whole text from it:
     loss of a text = MLM cross-entropy + decoder cross-entropy over every token but the first and the last
 
 The output holds the sums of both cross-entropies and the numbers of tokens, so that the loss `retromae` is exact over
-chunks and ranks. The decoder is kept in checkpoints, and dropped by whoever loads the folder without naming the head.
+chunks and ranks. The decoder is kept in checkpoints; loading the folder without naming the head drops it.
 
 Sources: RetroMAE (Xiao et al., 2022) with enhanced decoding, as in FlagEmbedding's code, by which M3-Embedding was
 pre-trained; ratios are that code's defaults (M3's own are not published). Word pieces that begin with ## follow the

@@ -103,7 +103,7 @@ _PACKAGES = ("embedsmith", "torch", "transformers", "accelerate", "numpy", "sent
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for the report and for whoever repeats the run."""
+    """Versions and machine, for the report and for repeating the run."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The verbs that tell of embedsmith itself: list, losses, schema and doctor."""
+"""The verbs about embedsmith itself: list, losses, schema and doctor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Files to rows: one function a kind of file, on the shelf `file_kinds` under its extension. A row is its place in the
 file and a mapping of column to value, as JSON would give it.
 
-A row that cannot be read is handed on as a `RowError`, so that the reader can count such rows, name them and skip
-them if it was told to. A file that cannot be read any further (missing, truncated) is a `DataError` at once.
+A row that cannot be read is handed on as a `RowError`, so that the reader can count such rows, name them, and skip
+them if the recipe says so. A file that cannot be read any further (missing, truncated) is a `DataError` at once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Row = tuple[int, "dict[str, Any] | RowError"]
 @dataclass(frozen=True)
 class Rows:
     """`rows` yields (line, columns) or (line, error); `cells` is true where every value is text (CSV). A reader that
-    knows the format or the score range itself says so. `version` stands for the content of a dataset that has no file
-    here, of about `size` bytes."""
+    knows the format or the score range itself sets it here. `version` stands for the content of a dataset that has
+    no file here, of about `size` bytes."""
 
     path: Path | str
     rows: Iterable[Row]

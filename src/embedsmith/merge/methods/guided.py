@@ -45,7 +45,7 @@ class DeltaGuided(Method):
     above the soup's comes with element > 0.
 
     `layer`: exponent of the layer's deviation. `element`: exponent of the parameter's own. `power`: of the mean that
-    is a layer's deviation. `weighting`: f by `power` or `softmax`. `temperature`: of the softmax.
+    is a layer's deviation. `weighting`: the function f, by `power` or `softmax`. `temperature`: of the softmax.
     `unit`: what a layer is, `tensor`, `block`, or `row` of a matrix (a vector is one row).
     `scale`: factor of the merged task vector.
     """
