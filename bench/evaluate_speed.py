@@ -111,7 +111,7 @@ def sentence_transformers(task: RetrievalTask, given: Given, defaults: bool = Fa
 def mteb(task: RetrievalTask, given: Given) -> Callable[[], float]:
     import mteb as library
 
-    from embedsmith.evaluate.mteb.models import make_meta
+    from embedsmith.evaluate.mteb.run import make_meta
     from embedsmith.evaluate.mteb.tasks import as_mteb_task
 
     class Model:

@@ -227,7 +227,7 @@ def summarise(arguments: argparse.Namespace) -> None:
 def overhead(arguments: argparse.Namespace, start: Path, pool: Path, steps: int = 30) -> None:
     """The share of a step's time that the per-loss rule takes: drawing, scoring its negatives, deciding."""
     from embedsmith.core.recipe import parse
-    from embedsmith.mining.live_state import LiveState
+    from embedsmith.mining.live import LiveState
     from embedsmith.train import Recipe
     from embedsmith.train import live_negatives as module
     from embedsmith.train.build import make_accelerator

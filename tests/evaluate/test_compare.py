@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 
 from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.evaluate import HybridEncoder, Results, TaskResult, evaluate
-from embedsmith.evaluate.compare import compare, confidence, difference, resampled, spearman_rows
+from embedsmith.evaluate.compare import Comparison, confidence, difference, resampled, spearman_rows
 from embedsmith.search.cached import CachedEncoder
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import HashEncoder
@@ -74,7 +74,7 @@ def test_results_of_other_items_or_tasks_are_not_paired():
     with pytest.raises(EvaluationError, match="not the same task"):
         difference(queries([1.0]), other)
     with pytest.raises(EvaluationError, match="other tasks"):
-        compare([("a", Results((queries([1.0]),))), ("b", Results((other,)))])
+        Comparison.of([("a", Results((queries([1.0]),))), ("b", Results((other,)))])
 
 
 def test_results_without_items_are_compared_without_confidence():
@@ -86,7 +86,7 @@ def test_results_without_items_are_compared_without_confidence():
 
 
 def test_a_comparison_is_a_table_and_plain_json():
-    made = compare([("narrow", results(2)), ("wide", results(32))])
+    made = Comparison.of([("narrow", results(2)), ("wide", results(32))])
     plain = json.loads(json.dumps(made.as_dict(), allow_nan=False))
     assert plain["baseline"] == "narrow"
     assert len(plain["differences"]["wide"]) == len(small_tasks())
@@ -168,8 +168,8 @@ def test_the_fingerprint_of_a_hybrid_tells_its_weights():
 def test_long_paths_are_shown_by_their_ends():
     result = evaluate(NamedEncoder(), [small_tasks()["sts"]])
     folder = "/a/folder/far/down/in/a/very/deep/tree/of/runs"
-    made = compare([(f"{folder}/one/model", result), ("org/name", result)])
+    made = Comparison.of([(f"{folder}/one/model", result), ("org/name", result)])
     assert made.short().models == ("…/one/model", "org/name")
     assert list(made.as_dict()["scores"]) == [f"{folder}/one/model", "org/name"]
-    alike = compare([(f"{folder}/one/model", result), (f"{folder}/two/one/model", result)])
+    alike = Comparison.of([(f"{folder}/one/model", result), (f"{folder}/two/one/model", result)])
     assert alike.short().models == alike.models

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedsmith.core.errors import EvaluationError, MissingExtraError, ModelError
-from embedsmith.evaluate.encoders import SentenceTransformersEncoder, looks_like_a_path
+from embedsmith.evaluate.encoding import SentenceTransformersEncoder, looks_like_a_path
 
 
 class FakeModel:

@@ -66,13 +66,13 @@ def test_the_sanity_values_of_a_gaussian_and_of_an_anisotropic_matrix():
 
 def test_means_over_texts_skip_texts_of_one_token():
     texts = [some(4, 6, 1), some(1, 6, 2), some(7, 6, 3), np.ones((3, 6))]
-    found, parts = g.token_shapes(texts), [g.MatrixShape.of(texts[i]) for i in (0, 2, 3)]
+    found, parts = g.MatrixShape.means(texts), [g.MatrixShape.of(texts[i]) for i in (0, 2, 3)]
     assert found["texts"] == 3
     assert found["deficient_share"] == pytest.approx(1 / 3)
     for name in ("similarity", "rank", "entropy", "condition"):
         assert found[name] == pytest.approx(sum(getattr(p, name) for p in parts) / 3)
     with pytest.raises(EvaluationError, match="no text has two tokens"):
-        g.token_shapes([some(1, 6)])
+        g.MatrixShape.means([some(1, 6)])
 
 
 def test_uniformity_and_alignment(monkeypatch):

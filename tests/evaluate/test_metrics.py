@@ -11,7 +11,7 @@ from rich.console import Console
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import metrics
 from embedsmith.evaluate import evaluate
-from embedsmith.evaluate.metrics import Floats, Graded, cosines, metric, pair_scores
+from embedsmith.evaluate.metrics import Floats, Graded, metric, pair_scores, paired_cosines
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import HashEncoder
 
@@ -46,7 +46,7 @@ def test_cosines_equal_a_loop_and_a_zero_vector_is_far_from_all() -> None:
     random = np.random.default_rng(2)
     left, right = random.random((6, 3)).astype(np.float32), random.random((6, 3)).astype(np.float32)
     left[2] = 0.0
-    for row, cosine in enumerate(cosines(left, right)):
+    for row, cosine in enumerate(paired_cosines(left, right)):
         a, b = left[row].astype(float), right[row].astype(float)
         expected = 0.0 if row == 2 else (a @ b) / math.sqrt((a @ a) * (b @ b))
         assert cosine == pytest.approx(expected, abs=1e-12)
@@ -54,7 +54,7 @@ def test_cosines_equal_a_loop_and_a_zero_vector_is_far_from_all() -> None:
 
 def test_pairs_of_equal_vectors_are_tied() -> None:
     vectors = np.random.default_rng(3).standard_normal((200, 7)).astype(np.float32)
-    assert set(cosines(vectors, vectors.copy())) == {1.0}
+    assert set(paired_cosines(vectors, vectors.copy())) == {1.0}
 
 
 @pytest.fixture

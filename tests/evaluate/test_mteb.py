@@ -12,8 +12,14 @@ pytest.importorskip("mteb", reason="needs mteb: pip install 'embedsmith[eval]'")
 
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.evaluate import HybridEncoder, RetrievalTask, STSTask, evaluate
-from embedsmith.evaluate.mteb.models import document_text, mteb_name, mteb_task_name, query_text
-from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
+from embedsmith.evaluate.mteb.run import (
+    document_text,
+    find_mteb_tasks,
+    mteb_evaluate,
+    mteb_name,
+    mteb_task_name,
+    query_text,
+)
 from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.test_retrieval import ManyHeads
@@ -135,10 +141,9 @@ def _means_of_five(values: list[float], ids: Any) -> list[list[float]]:
 
 
 def test_limits_are_for_retrieval_and_positive() -> None:
-    from embedsmith.evaluate.mteb.tasks import limited
 
     with pytest.raises(EvaluationError, match="limits are for retrieval"):
-        limited(as_mteb_task(small_tasks()["sts"]), SampleLimits(3))
+        SampleLimits(3).apply_to(as_mteb_task(small_tasks()["sts"]))
     with pytest.raises(EvaluationError, match="1 or more"):
         SampleLimits(0)
 

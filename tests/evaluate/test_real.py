@@ -36,7 +36,7 @@ def encoder(request: pytest.FixtureRequest, folder: str) -> Encoder:
         from embedsmith.models import load
 
         return load(folder, max_length=256)
-    from embedsmith.evaluate.encoders import SentenceTransformersEncoder
+    from embedsmith.evaluate.encoding import SentenceTransformersEncoder
 
     return SentenceTransformersEncoder.load(folder, max_length=256)
 

@@ -16,10 +16,10 @@ from embedsmith.core.errors import DataError, SearchError
 from embedsmith.index import (
     Document,
     EdgeStore,
+    HitExplanation,
     ReciprocalRank,
     ServerStore,
     WeightedSum,
-    explain,
     open_index,
     read_documents,
 )
@@ -241,14 +241,14 @@ def test_explanations_add_up():
     encoder = Words()
     query, document = "the cat saw a moon moon", "moon over the cat house"
     reps = [encoder.represent([t], role=r, outputs=HEADS) for t, r in ((query, "query"), (document, "document"))]
-    found = explain(*reps, query.split(), document.split())
+    found = HitExplanation.of(*reps, query.split(), document.split())
     for head in ("sparse", "multivector"):
         assert sum(match.score for match in found.matches[head]) == pytest.approx(found.scores[head], abs=1e-5)
     assert {match.query_token for match in found.matches["sparse"]} == {"cat", "moon"}
     assert {(m.query_token, m.document_token) for m in found.matches["multivector"]} >= {("cat", "cat"), ("the", "the")}
     assert "dense" not in found.matches
     with pytest.raises(SearchError, match="5 tokens for 6 places"):
-        explain(*reps, query.split()[1:], document.split())
+        HitExplanation.of(*reps, query.split()[1:], document.split())
 
 
 def test_documents_of_files(tmp_path):

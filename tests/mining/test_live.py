@@ -7,7 +7,7 @@ import torch
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.recipe import parse
 from embedsmith.mining import LiveNegatives
-from embedsmith.mining.live_state import EMPTY, LiveState
+from embedsmith.mining.live import EMPTY, LiveState
 from embedsmith.mining.selection import conan_window
 
 

@@ -11,8 +11,8 @@ from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.reps import Dense
 from embedsmith.mining import Bm25Search, Limits
 from embedsmith.mining import searchers as module
-from embedsmith.mining.searchers import Bm25, EmbeddingSearcher, TextReps, tokenize, top_of_pieces
-from embedsmith.mining.selection import loose_id, overlap, shingles, within
+from embedsmith.mining.searchers import Bm25, EmbeddingSearcher, TextReps, top_of_pieces
+from embedsmith.mining.selection import loose_id, overlap, shingles
 from embedsmith.search import exact_top_k
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
@@ -31,7 +31,7 @@ TEXTS = [f"{a} {b} {a}" for a in ("cat", "dog", "tree") for b in ("red", "blue",
     ],
 )
 def test_tokens(tokens, text, expected):
-    assert tokenize(text, tokens) == expected
+    assert Bm25Search(tokens=tokens).words(text) == expected
 
 
 def test_bm25_finds_chinese_text_and_scores_nothing_for_unknown_words():
@@ -116,14 +116,14 @@ def test_an_approximate_index_finds_nearly_the_same(tmp_path, factory):
 
 def test_limits():
     score_C = np.array([0.96, 0.95, 0.9, 0.2], np.float32)
-    keep = lambda **limits: within(score_C, 1.0, Limits(**limits)).tolist()
+    keep = lambda **limits: Limits(**limits).allow(score_C, 1.0).tolist()
     assert keep() == [True] * 4
     assert keep(relative_margin=0.05) == [False, True, True, True]
     assert keep(absolute_margin=0.1) == [False, False, True, True]
     assert keep(max_score=0.5, min_score=0.3) == [False] * 4
     assert keep(max_score=0.95 - 1e-7) == [False, True, True, True]  # equal up to rounding is not above
     assert keep(min_score=0.2 + 1e-8) == [True] * 4
-    below = within(np.array([-0.5, -0.6], np.float32), -0.5, Limits(relative_margin=0.1))
+    below = Limits(relative_margin=0.1).allow(np.array([-0.5, -0.6], np.float32), -0.5)
     assert below.tolist() == [False, True]  # the limit is below a negative positive score, not above it
 
 

@@ -9,15 +9,15 @@ import pytest
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import TaskResult, evaluate
-from embedsmith.evaluate.compare import compare
+from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.model_geometry import Geometry, Sample
 from embedsmith.merge import MergeRecipe, merge
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.recipe import ParentSpec
 from embedsmith.models import load
 from embedsmith.report import comparison_page, folder_page, geometry_page, write_report
+from embedsmith.report.comparison import words_about
 from embedsmith.report.page import Section, chart, page
-from embedsmith.report.scores import words_about
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import ConstantEncoder
 from tests.tinybert import tiny_bert
@@ -121,10 +121,10 @@ def test_the_report_of_a_run_has_everything_and_loads_nothing(run):
 
 
 def test_what_training_changed_is_said_with_its_confidence():
-    made = compare([("before", results(NamedEncoder(3))), ("after", results(NamedEncoder(3)))])
+    made = Comparison.of([("before", results(NamedEncoder(3))), ("after", results(NamedEncoder(3)))])
     assert all("stayed" in sentence and "chance" in sentence for sentence in words_about(made, named=False))
     better = TaskResult("t", "sts", "m", {"m": 0.9})
-    words = words_about(compare([("a", _one(TaskResult("t", "sts", "m", {"m": 0.5}))), ("b", _one(better))]))
+    words = words_about(Comparison.of([("a", _one(TaskResult("t", "sts", "m", {"m": 0.5}))), ("b", _one(better))]))
     assert words == [
         "<b>t</b>: rose from 50.00 to 90.00 (+40.00) with b; how sure this is cannot be told without the single items."
     ]
@@ -176,7 +176,7 @@ def test_texts_cannot_break_out_of_the_page(tmp_path):
 
 
 def test_scores_that_do_not_exist_are_told():
-    made = compare([("before", results(ConstantEncoder())), ("after", results(NamedEncoder()))])
+    made = Comparison.of([("before", results(ConstantEncoder())), ("after", results(NamedEncoder()))])
     text = comparison_page(made)
     assert "undefined" in text
     assert "does not exist" in text
@@ -227,6 +227,6 @@ def _text(kind, run):
     if kind in ("run", "merge"):
         return folder_page(run)
     if kind == "comparison":
-        return comparison_page(compare([("a", results(NamedEncoder(3))), ("b", results(NamedEncoder(32)))]))
+        return comparison_page(Comparison.of([("a", results(NamedEncoder(3))), ("b", results(NamedEncoder(32)))]))
     seen = Geometry.of(NamedEncoder(), Sample.of(small_tasks()["search"], 40)).as_dict()
     return geometry_page([seen, seen], ["a", "b"], {"cka": 1.0})

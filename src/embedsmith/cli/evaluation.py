@@ -10,13 +10,12 @@ from typing import Any
 
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EvaluationError
-from embedsmith.evaluate.compare import Comparison, compare
+from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate
-from embedsmith.evaluate.tasks.by_name import load_task
-from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.kinds import Task, load_task
 from embedsmith.evaluate.variants import FULL, HeadScores, score_heads, score_widths
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
@@ -94,4 +93,4 @@ def compare_models(models: Sequence[str], scoring: Scoring, load: Load, widths: 
             scored += [(name if width == FULL else f"{name} at {width}", each) for width, each in columns.items()]
         else:
             scored.append((name, scoring.score(load(name), {"model": name})))
-    return compare(scored)
+    return Comparison.of(scored)

@@ -2,8 +2,7 @@
 
 from embedsmith.evaluate.result import Example, Results, TaskResult
 from embedsmith.evaluate.run import evaluate
-from embedsmith.evaluate.tasks.by_name import data_folder, known_tasks, load_task, split_names
-from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.kinds import Task, data_folder, known_tasks, load_task, split_names
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
 from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
 from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask, across_languages

@@ -107,7 +107,7 @@ def confidence(result: TaskResult, *, samples: int = SAMPLES, level: float = 0.9
     """The main score with its bootstrap percentile interval over items (queries, pairs, texts)."""
     if not result.items:
         return Interval(result.main_score, float("nan"), float("nan"))
-    value_B = resampled(result, _choices(_count(result), samples, seed))
+    value_B = resampled(result, _choices(result, samples, seed))
     return _interval(result.main_score, value_B, level)
 
 
@@ -126,7 +126,7 @@ def difference(
         return Difference(new.task, new.metric, Interval(gap, float("nan"), float("nan")), float("nan"), 0)
     if list(new.item_ids) != list(old.item_ids):
         raise EvaluationError("the two results are of different items", where=new.task, fix="score both models again")
-    choice_BN = _choices(_count(new), samples, seed)
+    choice_BN = _choices(new, samples, seed)
     gap_B = resampled(new, choice_BN) - resampled(old, choice_BN)
     gap_B = gap_B[np.isfinite(gap_B)]
     p_value = float("nan") if len(gap_B) == 0 else 1.0
@@ -144,11 +144,9 @@ def _interval(value: float, value_B: Floats, level: float) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _count(result: TaskResult) -> int:
-    return len(result.items[statistic_of(result)[0][0]])
-
-
-def _choices(count: int, samples: int, seed: int) -> npt.NDArray[np.int64]:
+def _choices(result: TaskResult, samples: int, seed: int) -> npt.NDArray[np.int64]:
+    """Items of every resample, [B, N]."""
+    count = len(result.items[statistic_of(result)[0][0]])
     return np.random.default_rng(seed).integers(0, count, (samples, count))
 
 
@@ -167,6 +165,11 @@ class Comparison:
         for name, results in zip(self.models, self.results):
             if [each.task for each in results] != [each.task for each in self.results[0]]:
                 raise EvaluationError(f"{name} was scored on other tasks than {self.models[0]}")
+
+    @staticmethod
+    def of(models: Sequence[tuple[str, Results]]) -> Comparison:
+        """Names and results, the one to measure against first."""
+        return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))
 
     def short(self) -> Comparison:
         """The same with the ends of long paths for names, where the ends differ."""
@@ -210,8 +213,3 @@ class Comparison:
         if len(self.tasks()) > 1:
             table.add_row("mean", "", *(percent(mean) for mean in self.means()))
         return table
-
-
-def compare(models: Sequence[tuple[str, Results]]) -> Comparison:
-    """Names and results, the one to measure against first."""
-    return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))

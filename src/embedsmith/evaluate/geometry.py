@@ -51,19 +51,19 @@ class MatrixShape:
         entropy, condition = float(-(share * np.log(share)).sum()), float(sigma[0] / counting[-1])
         return MatrixShape(matrix.mean_cosine(), rank, rank / least, entropy, condition, rank < least)
 
+    @staticmethod
+    def means(tokens: Sequence[npt.NDArray[np.floating]]) -> dict[str, float]:
+        """Means of `MatrixShape` over texts, given each text's token states [L, D]. Texts of one token are skipped.
 
-def token_shapes(tokens: Sequence[npt.NDArray[np.floating]]) -> dict[str, float]:
-    """Means of `MatrixShape` over texts, given each text's token states [L, D]. Texts of one token are skipped.
-
-    `condition` is the mean over texts of the condition number within the rank; `deficient_share` is how many texts
-    have an infinite one.
-    """
-    shapes = [MatrixShape.of(text) for text in tokens if len(text) > 1]
-    if not shapes:
-        raise EvaluationError("no text has two tokens", fix="give longer texts")
-    names = ("similarity", "rank", "relative_rank", "entropy", "condition")
-    means = {name: float(np.mean([getattr(shape, name) for shape in shapes])) for name in names}
-    return {**means, "deficient_share": float(np.mean([shape.deficient for shape in shapes])), "texts": len(shapes)}
+        `condition` is the mean over texts of the condition number within the rank; `deficient_share` is how many texts
+        have an infinite one.
+        """
+        shapes = [MatrixShape.of(text) for text in tokens if len(text) > 1]
+        if not shapes:
+            raise EvaluationError("no text has two tokens", fix="give longer texts")
+        names = ("similarity", "rank", "relative_rank", "entropy", "condition")
+        means = {name: float(np.mean([getattr(shape, name) for shape in shapes])) for name in names}
+        return {**means, "deficient_share": float(np.mean([shape.deficient for shape in shapes])), "texts": len(shapes)}
 
 
 class Space:

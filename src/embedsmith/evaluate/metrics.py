@@ -253,7 +253,7 @@ def _share(part_Q: npt.NDArray[np.generic], whole_Q: npt.NDArray[np.generic]) ->
 # Pairs.
 
 
-def cosines(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np.floating]) -> Floats:
+def paired_cosines(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np.floating]) -> Floats:
     """Row by row, in float64, as 1 - |a - b|^2 / 2 of the unit vectors: exactly 1 for equal vectors, so that pairs of
     equal texts stay tied. A zero vector has cosine 0 with everything."""
     left, right = (side.astype(np.float64) for side in (left_ND, right_ND))

@@ -17,7 +17,7 @@ from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.geometry import Space, token_shapes
+from embedsmith.evaluate.geometry import MatrixShape, Space
 from embedsmith.evaluate.result import finite_or_none, short_names
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
@@ -144,7 +144,7 @@ def token_space(encoder: Encoder, texts: Sequence[str]) -> dict[str, float]:
     if not isinstance(states, MultiVector):
         return {}
     rows = zip(states.vector_NTD, states.mask_NT, strict=True)
-    return token_shapes([vector_TD[mask_T].double().numpy() for vector_TD, mask_T in rows])
+    return MatrixShape.means([vector_TD[mask_T].double().numpy() for vector_TD, mask_T in rows])
 
 
 def agreement(encoder: Encoder, other: Encoder, sample: Sample) -> dict[str, float]:

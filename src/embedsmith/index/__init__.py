@@ -1,19 +1,18 @@
 """The hybrid index: dense, sparse and multi-vector fields in one engine, in a folder or on a server."""
 
-from embedsmith.index.documents import Document, read_documents
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
-from embedsmith.index.hits import Explanation, Fusion, Match, ReciprocalRank, WeightedSum, explain
-from embedsmith.index.index import Hit, HybridIndex, Written, open_index
+from embedsmith.index.hits import Fusion, HitExplanation, Match, ReciprocalRank, WeightedSum
+from embedsmith.index.index import Document, Hit, HybridIndex, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
 
 __all__ = [
     "Document",
     "EdgeStore",
-    "Explanation",
     "Filter",
     "Fusion",
     "Hit",
+    "HitExplanation",
     "HybridIndex",
     "Match",
     "ReciprocalRank",
@@ -21,7 +20,6 @@ __all__ = [
     "Store",
     "WeightedSum",
     "Written",
-    "explain",
     "open_index",
     "read_documents",
 ]

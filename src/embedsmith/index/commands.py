@@ -14,11 +14,10 @@ from rich.text import Text
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import SearchError
-from embedsmith.index.documents import read_documents
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
-from embedsmith.index.hits import Explanation, Fusion, ReciprocalRank, WeightedSum, explain
-from embedsmith.index.index import Hit, Written, open_index
+from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
+from embedsmith.index.index import Hit, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
 from embedsmith.models import Embedder, load
 
@@ -65,29 +64,12 @@ def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | N
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to search for, and how."""
-
-    queries: Sequence[str]
-    k: int = 10
-    weights: Mapping[str, float] | None = None
-    rrf: bool = False
-    candidates: int = 100
-    filter: Filter | None = None
-
-    def fusion(self, heads: Sequence[str]) -> Fusion | None:
-        if self.rrf:
-            return ReciprocalRank(self.weights or dict.fromkeys(heads, 1.0))
-        return None if self.weights is None else WeightedSum(self.weights)
-
-
-@dataclass(frozen=True)
-class Answer:
+class FoundHits:
     """The hits of one query, and how each came about where that was asked for."""
 
     query: str
     hits: Sequence[Hit]
-    explanations: Sequence[Explanation]
+    explanations: Sequence[HitExplanation]
 
     def as_json(self) -> str:
         """One line."""
@@ -112,7 +94,7 @@ class Answer:
         return table
 
 
-def _matches(found: Explanation) -> str:
+def _matches(found: HitExplanation) -> str:
     lines = []
     for head, matches in found.matches.items():
         pairs = []
@@ -124,9 +106,24 @@ def _matches(found: Explanation) -> str:
     return "\n".join(lines)
 
 
-def run_search(place: Place, model: str | None, asked: Asked, explained: bool) -> list[Answer]:
-    """The hits of every query. The model is the one that made the index, unless another place of it is given."""
-    if not asked.queries:
+def run_search(
+    place: Place,
+    queries: Sequence[str],
+    k: int = 10,
+    *,
+    model: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    rrf: bool = False,
+    candidates: int = 100,
+    filter: Filter | None = None,
+    explained: bool = False,
+) -> list[FoundHits]:
+    """The best `k` documents of every query (see `HybridIndex.search`).
+
+    `model`: a new place of the model that made the index. `weights`: of the heads (`None`: M3's). `rrf`: fuse ranks
+    instead of scores. `explained`: say which tokens matched. Errors: `SearchError` for no query and no index.
+    """
+    if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
     store = place.open()
     try:
@@ -139,28 +136,25 @@ def run_search(place: Place, model: str | None, asked: Asked, explained: bool) -
             )
         encoder = load(model or settings["model"])
         index = open_index(encoder, store, model=model or "")
-        hits = index.search(
-            asked.queries,
-            asked.k,
-            fusion=asked.fusion(index.heads),
-            candidates=asked.candidates,
-            filter=asked.filter,
-        )
+        fusion: Fusion | None = None if weights is None else WeightedSum(weights)
+        if rrf:
+            fusion = ReciprocalRank(weights or dict.fromkeys(index.heads, 1.0))
+        hits = index.search(queries, k, fusion=fusion, candidates=candidates, filter=filter)
         reasons = [
             [_explain(encoder, index.heads, query, hit) for hit in found] if explained else []
-            for query, found in zip(asked.queries, hits, strict=True)
+            for query, found in zip(queries, hits, strict=True)
         ]
-        return [Answer(*answer) for answer in zip(asked.queries, hits, reasons, strict=True)]
+        return [FoundHits(*found) for found in zip(queries, hits, reasons, strict=True)]
     finally:
         store.close()
 
 
-def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> Explanation:
+def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> HitExplanation:
     texts: tuple[tuple[str, Role], ...] = ((query, "query"), (hit.text, "document"))
     left, right = (model.represent([text], role=role, outputs=heads) for text, role in texts)
     ids = (model.tokenize([text], role=role).id_S.tolist() for text, role in texts)
     mine, theirs = (model.tokenizer.convert_ids_to_tokens(each) for each in ids)
-    return explain(left, right, mine, theirs)
+    return HitExplanation.of(left, right, mine, theirs)
 
 
 def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from embedsmith.core.errors import SearchError
-from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
+from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, Sparse
 
 Kind = Literal["dense", "sparse", "multivector"]
 Vector = list[float] | list[list[float]] | tuple[list[int], list[float]]
@@ -97,16 +97,24 @@ def point_key(document_id: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, document_id))
 
 
-def vectors_of(representation: Representation) -> list[Vector | None]:
-    """One vector a row, `None` where a row has nothing to be found by (no sparse weight, no token)."""
-    if isinstance(representation, Dense):
-        rows: list[Vector | None] = list(representation.vector_ND.float().tolist())
-        return rows
-    if isinstance(representation, MultiVector):
-        pairs = zip(representation.vector_NTD.float(), representation.mask_NT, strict=True)
-        return [vector_TD[mask_T].tolist() or None for vector_TD, mask_T in pairs]
-    assert isinstance(representation, Sparse)
-    return [(list(best), list(best.values())) if best else None for best in lexical_weights(representation)]
+def vectors_of(reps: Reps, count: int) -> list[dict[str, Vector]]:
+    """The vectors of every text by head; a head that has nothing to find a text by (no sparse weight, no token) is left
+    out."""
+    found: list[dict[str, Vector]] = [{} for _ in range(count)]
+    for head, rep in reps.items():
+        rows: Iterable[Vector | None]
+        if isinstance(rep, Dense):
+            rows = rep.vector_ND.float().tolist()
+        elif isinstance(rep, MultiVector):
+            pairs = zip(rep.vector_NTD.float(), rep.mask_NT, strict=True)
+            rows = (vector_TD[mask_T].tolist() or None for vector_TD, mask_T in pairs)
+        else:
+            assert isinstance(rep, Sparse)
+            rows = ((list(best), list(best.values())) if best else None for best in lexical_weights(rep))
+        for of_text, vector in zip(found, rows, strict=True):
+            if vector is not None:
+                of_text[head] = vector
+    return found
 
 
 def lexical_weights(representation: Sparse) -> list[dict[int, float]]:

@@ -77,37 +77,37 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class HitExplanation:
     """The score of every head, and the matches behind it, best first; none for `dense`, which has no parts."""
 
     scores: Mapping[str, float]
     matches: Mapping[str, Sequence[Match]]
 
+    @staticmethod
+    def of(query: Reps, document: Reps, query_tokens: Sequence[str], document_tokens: Sequence[str]) -> HitExplanation:
+        """The scores of one query with one document, taken apart.
 
-def explain(query: Reps, document: Reps, query_tokens: Sequence[str], document_tokens: Sequence[str]) -> Explanation:
-    """The scores of one query with one document, taken apart.
-
-    `query` and `document` have one row each, without padding; the tokens are those of their token axis.
-    Errors: `SearchError` where the numbers of tokens do not match.
-    """
-    scores: dict[str, float] = {}
-    matches: dict[str, list[Match]] = {}
-    for head in query:
-        left, right = query[head], document[head]
-        for rep, tokens in ((left, query_tokens), (right, document_tokens)):
-            if rep.token_count not in (0, len(tokens)):
-                raise SearchError(f"{len(tokens)} tokens for {rep.token_count} places of the head {head!r}")
-        scores[head] = float(left.paired(right)[0, 0])
-        if isinstance(left, Sparse) and isinstance(right, Sparse):
-            (mine,), (theirs,) = lexical_weights(left), lexical_weights(right)
-            names = dict(zip(left.coordinate_NT[0].tolist(), query_tokens))
-            shared = [coordinate for coordinate in mine if coordinate in theirs]
-            matches[head] = [Match(names[each], names[each], mine[each] * theirs[each]) for each in shared]
-        elif isinstance(left, MultiVector) and isinstance(right, MultiVector):
-            matches[head] = _token_matches(left, right, query_tokens, document_tokens)
-        if head in matches:
-            matches[head].sort(key=lambda match: -match.score)
-    return Explanation(scores, matches)
+        `query` and `document` have one row each, without padding; the tokens are those of their token axis.
+        Errors: `SearchError` where the numbers of tokens do not match.
+        """
+        scores: dict[str, float] = {}
+        matches: dict[str, list[Match]] = {}
+        for head in query:
+            left, right = query[head], document[head]
+            for rep, tokens in ((left, query_tokens), (right, document_tokens)):
+                if rep.token_count not in (0, len(tokens)):
+                    raise SearchError(f"{len(tokens)} tokens for {rep.token_count} places of the head {head!r}")
+            scores[head] = float(left.paired(right)[0, 0])
+            if isinstance(left, Sparse) and isinstance(right, Sparse):
+                (mine,), (theirs,) = lexical_weights(left), lexical_weights(right)
+                names = dict(zip(left.coordinate_NT[0].tolist(), query_tokens))
+                shared = [coordinate for coordinate in mine if coordinate in theirs]
+                matches[head] = [Match(names[each], names[each], mine[each] * theirs[each]) for each in shared]
+            elif isinstance(left, MultiVector) and isinstance(right, MultiVector):
+                matches[head] = _token_matches(left, right, query_tokens, document_tokens)
+            if head in matches:
+                matches[head].sort(key=lambda match: -match.score)
+        return HitExplanation(scores, matches)
 
 
 def _token_matches(

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Reps
+from embedsmith.data.formats.texts import read_texts
+from embedsmith.data.record import text_faults
 from embedsmith.data.writers import batched
-from embedsmith.index.documents import Document
 from embedsmith.index.engine import FieldSpec, Filter, Request, Store, StoredPoint, Vector, point_key, vectors_of
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
 from embedsmith.search.hybrid import M3_WEIGHTS
 
 _QUERIES = 64
 """Queries in one call of the engine."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with an id, and metadata to filter by."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """Changes with the text and the metadata."""
+        content = json.dumps([self.text, self.metadata], ensure_ascii=False, sort_keys=True)
+        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def read_documents(path: str | Path) -> Iterator[Document]:
+    """The documents of a BEIR folder's corpus or of a file of any kind that the data room reads, one after another.
+
+    `_id` or `id` names a document, `text` is its text with `title`, where there is one, in front; all other fields are
+    metadata. Errors: `DataError` naming file and line for a row that is not like that, or whose id came before.
+    """
+    for one in read_texts(path, ids="unique", metadata=True):
+        text = one.text.strip()
+        for fault in text_faults("text", [text]):
+            raise fault.at(one.where)
+        yield Document(str(one.id), text, one.metadata)
 
 
 @dataclass(frozen=True)
@@ -111,7 +143,7 @@ class HybridIndex:
         with progress_bar("search", len(queries), visible=show) as bar:
             for block in batched(queries, _QUERIES):
                 reps = self.encoder.represent(block, role="query", outputs=heads)
-                asked = _rows_of(reps, len(block))
+                asked = vectors_of(reps, len(block))
                 union = self._candidates(asked, max(candidates, k), filter or {}, ef)
                 scored = self._exact(asked, union, reps)
                 found += self._hits(scored, [fusion(scores) for scores in scored], k)
@@ -120,7 +152,7 @@ class HybridIndex:
 
     def _points(self, documents: Sequence[Document]) -> list[StoredPoint]:
         reps = self.encoder.represent([document.text for document in documents], role="document", outputs=self.heads)
-        rows = zip(documents, _rows_of(reps, len(documents)), strict=True)
+        rows = zip(documents, vectors_of(reps, len(documents)), strict=True)
         return [
             StoredPoint(point_key(document.id), vectors, asdict(document) | {"hash": document.hash})
             for document, vectors in rows
@@ -172,15 +204,6 @@ class HybridIndex:
                     hits.append(Hit(one["id"], scores[key], known, one["text"], one["metadata"]))
             found.append(hits)
         return found
-
-
-def _rows_of(reps: Reps, count: int) -> list[dict[str, Vector]]:
-    """The vectors of every text by head; a head that has none for a text is left out."""
-    columns = {head: vectors_of(rep) for head, rep in reps.items()}
-    return [
-        {head: vector for head, column in columns.items() if (vector := column[row]) is not None}
-        for row in range(count)
-    ]
 
 
 def open_index(

@@ -1,8 +1,7 @@
 """Hard negatives: mined offline, and refreshed while a model trains. A model is only an `Encoder` here."""
 
 from embedsmith.mining.config import Corpus, Limits, LiveNegatives, MineRecipe, Selection
-from embedsmith.mining.offline import mine
-from embedsmith.mining.report import MineReport
+from embedsmith.mining.offline import MineReport, mine
 from embedsmith.mining.searchers import Bm25Search, CrossEncoder, EmbeddingSearch
 
 __all__ = [

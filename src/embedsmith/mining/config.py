@@ -6,15 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from embedsmith.core import shelf
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.reps import exceeds
 from embedsmith.core.settings import Count, Finite, Positive, Word, section
 from embedsmith.data import Source
 from embedsmith.mining.searchers import SearcherSettings, TeacherSettings
+from embedsmith.search.exact import FloatArray
 
 Whole = Annotated[int, Field(ge=0)]
+Mask = npt.NDArray[np.bool_]
 
 
 @section
@@ -34,6 +39,21 @@ class Limits:
     min_score: Finite | None = None
     absolute_margin: Finite | None = None
     relative_margin: Finite | None = None
+
+    def allow(self, score_C: FloatArray, positive: float) -> Mask:
+        """mask_C of the scores within the limits, where `positive` is the score of the query's weakest positive; a
+        score that equals a limit up to rounding is allowed."""
+        highest = [limit for limit in (self.max_score,) if limit is not None]
+        if self.absolute_margin is not None and np.isfinite(positive):
+            highest.append(positive - self.absolute_margin)
+        if self.relative_margin is not None and np.isfinite(positive):
+            highest.append(positive - self.relative_margin * abs(positive))
+        kept_C: Mask = ~np.isnan(score_C)
+        if self.min_score is not None:
+            kept_C &= ~exceeds(self.min_score, score_C)
+        for limit in highest:
+            kept_C &= ~exceeds(score_C, limit)
+        return kept_C
 
 
 @section

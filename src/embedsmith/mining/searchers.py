@@ -288,20 +288,6 @@ _UNSPACED = (
 _RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
 
 
-def tokenize(text: str, tokens: Tokens = "mixed") -> list[str]:
-    """Words in lower case. `mixed`: a run of a script without spaces gives its characters and their pairs;
-    `characters`: every run does; `words`: none does."""
-    found: list[str] = []
-    for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
-        run = match[0]
-        if tokens == "words" or (tokens == "mixed" and not re.match(f"[{_UNSPACED}]", run)):
-            found.append(run)
-        else:
-            found.extend(run)
-            found.extend(run[place : place + 2] for place in range(len(run) - 1))
-    return found
-
-
 @searchers.register("bm25", source="the library bm25s")
 @dataclass(frozen=True, kw_only=True)
 class Bm25Search:
@@ -316,6 +302,19 @@ class Bm25Search:
     tokens: Tokens = "mixed"
     k1: Positive = 1.5
     b: Share = 0.75
+
+    def words(self, text: str) -> list[str]:
+        """The words of a text, in lower case. `mixed`: a run of a script without spaces gives its characters and their
+        pairs; `characters`: every run does; `words`: none does."""
+        found: list[str] = []
+        for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
+            run = match[0]
+            if self.tokens == "words" or (self.tokens == "mixed" and not re.match(f"[{_UNSPACED}]", run)):
+                found.append(run)
+            else:
+                found.extend(run)
+                found.extend(run[place : place + 2] for place in range(len(run) - 1))
+        return found
 
     def open(self, texts: SearchTexts) -> Searcher:
         return Bm25(self, texts.queries, texts.corpus)
@@ -334,7 +333,7 @@ class Bm25(Searcher):
         except ImportError as error:
             raise MissingExtraError("bm25s", "search") from error
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
-        rows = [tokenize(text, self.settings.tokens) for text in self.corpus]
+        rows = [self.settings.words(text) for text in self.corpus]
         if not any(rows):
             raise DataError("no text of the corpus has a word in it", expected="tokens that fit its script")
         self._index: Any = bm25s.BM25(k1=self.settings.k1, b=self.settings.b)
@@ -361,7 +360,7 @@ class Bm25(Searcher):
 
     def scores(self, query: str) -> FloatArray:
         """score_K of every document; zeros for a query without a known word."""
-        known = [token for token in tokenize(query, self.settings.tokens) if token in self._index.vocab_dict]
+        known = [token for token in self.settings.words(query) if token in self._index.vocab_dict]
         if not known:
             return np.zeros(len(self.corpus), np.float32)
         return np.asarray(self._index.get_scores(known), np.float32)

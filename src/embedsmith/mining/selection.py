@@ -10,17 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from embedsmith.core.reps import exceeds
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data import Record
 from embedsmith.data.formats.texts import read_texts
-from embedsmith.mining.config import Corpus, Limits, Selection
+from embedsmith.mining.config import Corpus, Mask, Selection
 from embedsmith.search.exact import FloatArray, IndexArray
 
-Mask = npt.NDArray[np.bool_]
 _GRAM = 5  # characters
+SUSPECT = 0.95
+"""A negative that scores more than this share of its query's weakest positive is counted as probably false."""
 
 
 def loose_id(text: str) -> int:
@@ -64,26 +63,11 @@ class Ranked:
 
     def may_be_negative(self, select: Selection) -> Mask:
         """mask_C of the candidates within all limits. One without a teacher score passes the teacher's."""
-        mask_C = within(self.score_C, self.positive, select.limits)
+        mask_C = select.limits.allow(self.score_C, self.positive)
         if self.teacher_C is not None:
-            taught_C = within(self.teacher_C, self.teacher_positive, select.teacher_limits)
+            taught_C = select.teacher_limits.allow(self.teacher_C, self.teacher_positive)
             mask_C &= taught_C | np.isnan(self.teacher_C)
         return mask_C
-
-
-def within(score_C: FloatArray, positive: float, limits: Limits) -> Mask:
-    """mask_C of the scores that `Limits` allows; a score that equals a limit up to rounding is allowed."""
-    highest = [limit for limit in (limits.max_score,) if limit is not None]
-    if limits.absolute_margin is not None and np.isfinite(positive):
-        highest.append(positive - limits.absolute_margin)
-    if limits.relative_margin is not None and np.isfinite(positive):
-        highest.append(positive - limits.relative_margin * abs(positive))
-    kept_C: Mask = ~np.isnan(score_C)
-    if limits.min_score is not None:
-        kept_C &= ~exceeds(limits.min_score, score_C)
-    for limit in highest:
-        kept_C &= ~exceeds(score_C, limit)
-    return kept_C
 
 
 def order_of(score_C: FloatArray, select: Selection, key: object) -> list[int]:

@@ -99,10 +99,6 @@ def charts(figures: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(shown)}</div>' if shown else ""
 
 
-def code(text: str) -> str:
-    return f"<pre><code>{html.escape(text)}</code></pre>"
-
-
 _PACKAGES = ("embedsmith", "torch", "transformers", "accelerate", "numpy", "sentence-transformers", "mteb")
 
 

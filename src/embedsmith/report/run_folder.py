@@ -10,22 +10,29 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.evaluate.compare import Comparison, compare
+from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
-from embedsmith.report.comparison import geometry_section
-from embedsmith.report.curves import curve_section, hardness_section, throughput_section
+from embedsmith.report.comparison import (
+    example_section,
+    geometry_section,
+    score_section,
+    similarity_section,
+    words_about,
+)
 from embedsmith.report.model_card import TrainingFacts
-from embedsmith.report.page import Section, code, environment_section, page, table
-from embedsmith.report.scores import example_section, score_section, similarity_section, words_about
+from embedsmith.report.page import Section, chart, charts, environment_section, finite, page, table
 
 Line = Mapping[str, float]
 _SHOWN = ("models", "coefficients", "notes")
+_PRE = "<pre><code>{}</code></pre>"
+_HARDNESS = "negatives_"
+_OWN = ("score/", "validation_loss/", "geometry/", "loss/", _HARDNESS)
 
 
 def report_run(output: Path, model: Path) -> None:
@@ -56,15 +63,14 @@ def folder_page(folder: str | Path) -> str:
     """HTML of the folder's report. Errors: see `write_report`."""
     found = Folder.read(Path(folder))
     made = found.comparison()
-    sections = curve_section(found.lines)
-    sections += [hardness_section(found.lines), throughput_section(found.lines)]
+    sections = [*found.training_sections(), found.negatives_section(), found.throughput_section()]
     if found.geometries:
         sections.append(geometry_section(list(found.geometries.values()), list(found.geometries)))
     if made is not None:
         last, name = made.results[-1], f"the model {made.models[-1]} training"
         sections = [score_section(made), *sections, similarity_section(last, name), example_section(last)]
-    recipe = Section("recipe", "Recipe", code(found.recipe) if found.recipe else "")
-    sections += [found.data_section(), merge_section(found.merge), recipe, environment_section(found.environment)]
+    recipe = Section("recipe", "Recipe", _PRE.format(html.escape(found.recipe)) if found.recipe else "")
+    sections += [found.data_section(), found.merge_section(), recipe, environment_section(found.environment)]
     kind = "Merge" if found.merge is not None else "Training run"
     return page(f"{kind}: {found.path.resolve().name}", found.lead(), found.summary(made), sections)
 
@@ -126,12 +132,12 @@ class Folder:
             return None
         shared = set.intersection(*({result.task for result in each} for each in self.results.values()))
         if not shared:
-            return compare([next(iter(self.results.items()))])
+            return Comparison.of([next(iter(self.results.items()))])
         ordered = {
             name: sorted((result for result in each if result.task in shared), key=lambda result: result.task)
             for name, each in self.results.items()
         }
-        return compare([(name, Results(tuple(each), self.results[name].about)) for name, each in ordered.items()])
+        return Comparison.of([(name, Results(tuple(each), self.results[name].about)) for name, each in ordered.items()])
 
     @property
     def last_step(self) -> int:
@@ -148,7 +154,12 @@ class Folder:
     def summary(self, made: Comparison | None) -> list[str]:
         """What happened, in sentences of HTML."""
         words = words_about(made, named=False) if made and len(made.models) > 1 else []
-        words += merge_words(self.merge)
+        parents = [model for model in _models(self.merge) if model.get("distance", "-") != "-"]
+        if parents:
+            names = ", ".join(f"<b>{_text(m['id'])}</b> ({_text(m['distance'])} from the base)" for m in parents)
+            words.append(f"Made of {names}.")
+        notes = (self.merge or {}).get("notes")
+        words += [_text(note) for note in (notes if isinstance(notes, list) else ())]
         if self.merge is None and self.finished is None:
             words.insert(0, f"<b>This run did not finish.</b> What it wrote up to step {self.last_step} is shown.")
         for key in sorted({key for line in self.lines for key in line if key.startswith("loss/")}):
@@ -173,6 +184,80 @@ class Folder:
             steps = "" if "steps" not in seen else f"{seen['steps']:,}"
             rows.append([html.escape(name), html.escape(str(facts.get("task", ""))), *counts, steps])
         return Section("data", "Data", table(("source", "task", "rows", "rows seen", "steps"), rows, numbers_from=2))
+
+    def training_sections(self) -> list[Section]:
+        """Training losses by source, then their parts (heads among them) source by source, scores and geometry."""
+        keys = [key for key in dict.fromkeys(key for line in self.lines for key in line) if key != "step"]
+        below = {start: [key for key in keys if key.startswith(start)] for start in _OWN}
+        curves = [
+            self._curves(below["loss/"], "Training loss by source", "loss"),
+            self._curves(below["validation_loss/"], "Validation loss by source", "loss"),
+        ]
+        parts = [key for key in keys if "/" in key and not key.startswith(_OWN)]
+        for source in dict.fromkeys(key.rsplit("/", 1)[1] for key in parts):
+            mine = [key for key in parts if key.rsplit("/", 1)[1] == source]
+            curves.append(self._curves(mine, f"Parts of the loss on {source}", "value", strip=f"/{source}"))
+        curves.append(self._curves(below["score/"], "Scores while training", "score"))
+        curves.append(self._curves(["learning_rate"], "Learning rate", ""))
+        curves.append(self._curves(["gradient_norm"], "Gradient norm before clipping", ""))
+        space = []
+        for key in below["geometry/"]:  # geometry/token/svd_entropy becomes `tokens: svd entropy`
+            kind, _, name = key.split("/", 1)[1].rpartition("/")
+            of = {"sentence": "texts: ", "token": "tokens: "}.get(kind, f"{kind}: " if kind else "")
+            space.append(self._curves([key], of + name.replace("_", " "), ""))
+        training = Section("training", "Training", charts(curves))
+        return [training, Section("space", "Geometry while training", charts(space))]
+
+    def negatives_section(self) -> Section:
+        """How hard the negatives were, how many were replaced and how many may be false, by source, and what mining
+        anew took, where the run reported it."""
+        keys = [key for key in dict.fromkeys(key for line in self.lines for key in line) if key.startswith(_HARDNESS)]
+        curves = []
+        for measure in dict.fromkeys(key.split("/", 1)[0] for key in keys):
+            mine = [key for key in keys if key.startswith(f"{measure}/")]
+            curves.append(self._curves(mine, measure.removeprefix(_HARDNESS).replace("_", " "), ""))
+        curves.append(self._curves(["remine_seconds"], "Seconds spent on mining anew, so far", "s", least=0.0))
+        return Section("negatives", "Negatives", charts(curves))
+
+    def throughput_section(self) -> Section:
+        """Tokens a second and the share of padding."""
+        speed = self._curves(["tokens_per_second"], "Tokens a second, all ranks", "")
+        padding = self._curves(["padding_share"], "Share of padding", "", least=0.0)
+        return Section("throughput", "Padding and speed", charts([speed, padding]))
+
+    def _curves(self, keys: Sequence[str], title: str, y: str, *, strip: str = "", least: float | None = None) -> str:
+        """One line a key over steps; empty without any value."""
+        traces = []
+        last = [PurePath(key.split("/", 1)[-1]).name for key in keys]
+        for key, short in zip(keys, last, strict=True):
+            points = [(line["step"], line[key]) for line in self.lines if key in line]
+            if points:
+                steps, values = zip(*points)
+                whole = key.split("/", 1)[-1]  # a column of a task, such as stsb-en/64: two tasks may have it
+                name = key.removesuffix(strip) if strip else short if last.count(short) == 1 else whole
+                mode = "lines+markers" if len(points) < 40 else "lines"
+                trace = {"type": "scatter", "mode": mode, "name": name, "x": list(steps), "y": finite(values)}
+                traces.append({**trace, "showlegend": len(keys) > 1 or bool(strip)})
+        axis: dict[str, Any] = {} if least is None else {"yaxis": {"rangemode": "tozero"}}
+        return chart(traces, title=title, x="step", y=y, height=300, **axis) if traces else ""
+
+    def merge_section(self) -> Section:
+        """Tables of the models and of their coefficients, single values, and the rest as it stands in the file."""
+        merge = self.merge
+        if not merge:
+            return Section("merge", "Merge", "")
+        models, coefficients = _models(merge), merge.get("coefficients")
+        of_models = [[_text(model.get(key, "")) for key in ("id", "weight", "distance", "path")] for model in models]
+        body = table(("model", "weight", "moved", "folder"), of_models, 1, 3)
+        rows, names = _coefficients(coefficients, models)
+        body += f"<h3>Coefficients</h3>{table(('part', *names), rows)}" if rows else ""
+        shown = _SHOWN if rows else [key for key in _SHOWN if key != "coefficients"]
+        left = {key: value for key, value in merge.items() if value and key not in shown}
+        plain = [[_text(key), _text(value)] for key, value in left.items() if not isinstance(value, dict | list)]
+        deep = {key: value for key, value in left.items() if isinstance(value, dict | list)}
+        body += "<h3>Settings</h3>" + table(("what", "value"), plain, numbers_from=9)
+        body += _PRE.format(html.escape(json.dumps(deep, indent=2, ensure_ascii=False))) if deep else ""
+        return Section("merge", "Merge", body)
 
 
 def _lines(path: Path, problems: list[str]) -> list[Line]:
@@ -203,35 +288,6 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{path.name} could not be read")
         return None
     return found if isinstance(found, dict) else None
-
-
-def merge_words(merge: Mapping[str, Any] | None) -> list[str]:
-    """Which models went in, and what the merge noted, in sentences of HTML."""
-    models = _models(merge)
-    parents = [model for model in models if model.get("distance", "-") != "-"]
-    words = []
-    if parents:
-        names = ", ".join(f"<b>{_text(m['id'])}</b> ({_text(m['distance'])} from the base)" for m in parents)
-        words.append(f"Made of {names}.")
-    notes = (merge or {}).get("notes")
-    return words + [_text(note) for note in (notes if isinstance(notes, list) else ())]
-
-
-def merge_section(merge: Mapping[str, Any] | None) -> Section:
-    """Tables of the models and of their coefficients, single values, and the rest as it stands in the file."""
-    if not merge:
-        return Section("merge", "Merge", "")
-    models, coefficients = _models(merge), merge.get("coefficients")
-    of_models = [[_text(model.get(key, "")) for key in ("id", "weight", "distance", "path")] for model in models]
-    body = table(("model", "weight", "moved", "folder"), of_models, 1, 3)
-    rows, names = _coefficients(coefficients, models)
-    body += f"<h3>Coefficients</h3>{table(('part', *names), rows)}" if rows else ""
-    left = {key: value for key, value in merge.items() if value and not (key in _SHOWN and (rows or key != _SHOWN[1]))}
-    plain = [[_text(key), _text(value)] for key, value in left.items() if not isinstance(value, dict | list)]
-    deep = {key: value for key, value in left.items() if isinstance(value, dict | list)}
-    body += "<h3>Settings</h3>" + table(("what", "value"), plain, numbers_from=9)
-    body += code(json.dumps(deep, indent=2, ensure_ascii=False)) if deep else ""
-    return Section("merge", "Merge", body)
 
 
 def _models(merge: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

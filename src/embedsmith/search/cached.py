@@ -54,12 +54,12 @@ class CachedEncoder:
         instruction: Sequence[str | None] | None = None,
     ) -> Reps:
         paths = {name: self.path(texts, role, task, name, instruction) for name in outputs}
-        found = {name: rep for name, path in paths.items() if (rep := read(path)) is not None}
+        found = {name: rep for name, path in paths.items() if (rep := self.read(path)) is not None}
         missing = [name for name in outputs if name not in found]
         if missing:
             made = represent(self.encoder, texts, role=role, task=task, outputs=missing, instruction=instruction)
             for name in missing:
-                write(paths[name], made[name])
+                self.write(paths[name], made[name])
             found |= made
         return {name: found[name] for name in outputs}
 
@@ -80,41 +80,43 @@ class CachedEncoder:
     def fingerprint(self) -> str:
         return self.key
 
+    @staticmethod
+    def write(path: Path, rep: Representation) -> None:
+        """Keep one representation.
 
-def write(path: Path, rep: Representation) -> None:
-    """Keep one representation. Errors: `SearchError` for values that are not finite; `CheckpointError` (full disk)."""
-    if type(rep).__name__ not in _KINDS:
-        raise SearchError(f"a {type(rep).__name__} cannot be kept", expected=", ".join(_KINDS))
-    if not all(bool(tensor.isfinite().all()) for tensor in rep.floating()):
-        raise SearchError("the model gave values that are not finite", fix="check the weights: did its run diverge?")
-    used_NT = _used(rep)
-    tensors: dict[str, Tensor] = {} if used_NT is None else {"length_N": used_NT.sum(1)}
-    for f in fields(rep):
-        value: Tensor = getattr(rep, f.name)
-        tensors[f.name] = (value if used_NT is None else value[used_NT]).contiguous()
-    with atomic_file(path, "wb") as file:
-        file.write(save(tensors, metadata={"kind": type(rep).__name__}))
+        Errors: `SearchError` for values that are not finite; `CheckpointError` (full disk).
+        """
+        if type(rep).__name__ not in _KINDS:
+            raise SearchError(f"a {type(rep).__name__} cannot be kept", expected=", ".join(_KINDS))
+        if not all(bool(tensor.isfinite().all()) for tensor in rep.floating()):
+            raise SearchError(
+                "the model gave values that are not finite", fix="check the weights: did its run diverge?"
+            )
+        used_NT: Tensor | None = None  # the tokens that say something; None for a representation without tokens
+        if isinstance(rep, MultiVector):
+            used_NT = rep.mask_NT
+        elif isinstance(rep, Sparse):
+            used_NT = rep.weight_NT != 0
+        tensors: dict[str, Tensor] = {} if used_NT is None else {"length_N": used_NT.sum(1)}
+        for f in fields(rep):
+            value: Tensor = getattr(rep, f.name)
+            tensors[f.name] = (value if used_NT is None else value[used_NT]).contiguous()
+        with atomic_file(path, "wb") as file:
+            file.write(save(tensors, metadata={"kind": type(rep).__name__}))
 
-
-def read(path: Path) -> Representation | None:
-    """What is kept there; `None` where there is nothing, or a file that is not whole."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            kind = _KINDS[file.metadata()["kind"]]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        return _unpacked(kind, tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        log.warning("%s: cannot be read (%s); the texts are encoded again", path, error)
-        return None
-
-
-def _used(rep: Representation) -> Tensor | None:
-    """mask_NT of the tokens that say something; `None` for a representation without tokens."""
-    if isinstance(rep, MultiVector):
-        return rep.mask_NT
-    return rep.weight_NT != 0 if isinstance(rep, Sparse) else None
+    @staticmethod
+    def read(path: Path) -> Representation | None:
+        """What is kept there; `None` where there is nothing, or a file that is not whole."""
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                kind = _KINDS[file.metadata()["kind"]]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            return _unpacked(kind, tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            log.warning("%s: cannot be read (%s); the texts are encoded again", path, error)
+            return None
 
 
 def _unpacked(kind: type[Representation], tensors: dict[str, Tensor]) -> Representation:

@@ -274,7 +274,7 @@ def mixed_supplies(supplies: Sequence[Supply], batch_size: int, world: int) -> l
 
 
 AHEAD = 2
-"""Batches drawn while an earlier one trains; also how many steps a replaced negative waits (`mining/live_state.py`)."""
+"""Batches drawn while an earlier one trains; also how many steps a replaced negative waits (`mining/live.py`)."""
 
 Draw = tuple[TokenBatch, list[Part]]
 """The texts of a step, side after side, and the parts that they belong to."""

@@ -1,6 +1,6 @@
 """Live negatives in a training run: scores of the step's negatives to the state machine, its choices to the feed.
 
-The state itself is in `mining/live_state.py`. Every rank holds the same one: after a step the scores of all rows, a few
+The state itself is in `mining/live.py`. Every rank holds the same one: after a step the scores of all rows, a few
 numbers each, are gathered, and each rank takes the same decisions.
 """
 
@@ -29,8 +29,7 @@ from embedsmith.data.record import Text
 from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
 from embedsmith.losses.candidates import Candidates
 from embedsmith.mining import LiveNegatives
-from embedsmith.mining.live_pools import mine_pools
-from embedsmith.mining.live_state import EMPTY, LiveState
+from embedsmith.mining.live import EMPTY, LiveState, mine_pools
 from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
 from embedsmith.mining.selection import corpus_texts

@@ -141,7 +141,7 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
     if engine == "sentence-transformers" and options:
         raise EvaluationError(f"model.{next(iter(options))} with this engine", fix="leave out --engine")
     if engine == "sentence-transformers":
-        from embedsmith.evaluate.encoders import SentenceTransformersEncoder
+        from embedsmith.evaluate.encoding import SentenceTransformersEncoder
 
         return SentenceTransformersEncoder.load(model, max_length=max_length, batch_size=batch_size)
     if engine == "embedsmith":

@@ -81,12 +81,14 @@ def search_index(
     place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
     texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]
     where = indexing.parse_pairs(filters or [], "the filter")
-    asked = indexing.Asked(texts, k, indexing.parse_weights(weights or []), rrf, candidates, where)
-    for answer in indexing.run_search(place, model, asked, explain):
+    given = indexing.parse_weights(weights or [])
+    for found in indexing.run_search(
+        place, texts, k, model=model, weights=given, rrf=rrf, candidates=candidates, filter=where, explained=explain
+    ):
         if as_json:
-            typer.echo(answer.as_json())
+            typer.echo(found.as_json())
         else:
-            show(answer.table())
+            show(found.table())
 
 
 @verbs.register("convert")

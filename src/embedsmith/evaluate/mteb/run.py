@@ -1,19 +1,36 @@
-"""Run a model under mteb 2: results in mteb's JSON, in the layout of the public leaderboard."""
+"""Our models under mteb 2: dense ones as its encoders, all heads through its search protocol. Results are mteb's JSON,
+in the layout of the public leaderboard.
+
+mteb is imported where it is used. Its classes are structural protocols, so nothing here inherits from it.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.encoder import Encoder
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embedsmith.core.encoder import Encoder, Role, fingerprint
 from embedsmith.core.errors import DataError, EvaluationError
-from embedsmith.evaluate.mteb.models import mteb_model, mteb_task_name, need_mteb
-from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task, limited
+from embedsmith.core.reps import Dense, Representation
+from embedsmith.data.record import titled
+from embedsmith.evaluate.encoding import Reader, looks_like_a_path
+from embedsmith.evaluate.mteb.tasks import SampleLimits, as_mteb_task, hub_task, need_mteb
 from embedsmith.evaluate.result import Results, TaskResult
-from embedsmith.evaluate.tasks.by_name import data_folder, known_tasks, load_task
+from embedsmith.evaluate.run import digest
+from embedsmith.evaluate.tasks.kinds import data_folder, known_tasks, load_task
+from embedsmith.search import TopK
+
+_TYPES = {"dense": "dense", "sparse": "sparse", "multivector": "late-interaction", "hybrid": "hybrid"}
+_INNER = ("model", "checkpoints")  # folder names that say nothing about which model it is
 
 
 def mteb_evaluate(
@@ -39,7 +56,7 @@ def mteb_evaluate(
 
     experiment = None if limits is None else limits.as_dict()
     model = mteb_model(encoder, name, revision=revision, head=head, experiment=experiment, progress=progress)
-    chosen = [task if limits is None else limited(task, limits) for task in tasks]
+    chosen = [task if limits is None else limits.apply_to(task) for task in tasks]
     cache = mteb.ResultCache(cache_path=Path(output))
     found: list[TaskResult] = []
     logging.getLogger("mteb").setLevel(logging.ERROR)
@@ -102,3 +119,153 @@ def from_mteb(result: Any, metadata: Any) -> TaskResult:
     notes += ["the score does not exist: the model gives all texts the same"] if math.isnan(scores[metric]) else []
     kind, seconds = mteb_task_name(metadata.type), float(result.evaluation_time or 0.0)
     return TaskResult(result.task_name, kind, metric, scores, counts, notes=tuple(notes), seconds=seconds)
+
+
+def mteb_name(model: str | Path) -> str:
+    """The name under which mteb files a model's results: hub ids stay, folders become `local/PARTS`.
+
+    Only the last parts of a path remain; the revision tells models of one name apart.
+    """
+    if not looks_like_a_path(model) and not Path(model).exists() and str(model).count("/") == 1:
+        return str(model)
+    parts = [part for part in Path(model).parts if part not in _INNER and part not in ("/", ".", "..")]
+    return f"local/{re.sub(r'[^A-Za-z0-9.-]+', '-', '-'.join(parts[-3:])).strip('-') or 'model'}"
+
+
+def mteb_task_name(kind: str) -> str:
+    """mteb's name of a kind of task as ours: `PairClassification` is `pair_classification`, `STS` is `sts`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+
+
+def make_meta(name: str, revision: str, head: str, experiment: Mapping[str, Any] | None) -> Any:
+    """What mteb wants to know of a model. `experiment` becomes the name of the folder with the results."""
+    need_mteb()
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    named = {**({} if head == "dense" else {"head": head}), **(experiment or {})}
+    similarity = ScoringFunction.MAX_SIM if head == "multivector" else ScoringFunction.DOT_PRODUCT
+    facts = {"name": name, "revision": revision, "model_type": [_TYPES.get(head, "dense")], "framework": ["PyTorch"]}
+    more = {"similarity_fn_name": similarity, "experiment_kwargs": named or None}
+    return ModelMeta.create_empty(overwrites={**facts, **more})
+
+
+@dataclass
+class MtebSearch:
+    """Any head as an mteb search model: the corpus is kept as texts by `index`, then encoded and scored in pieces by
+    `search`, exactly, with ties ordered by id as trec_eval does."""
+
+    encoder: Encoder
+    mteb_model_meta: Any
+    head: str = "dense"
+    progress: bool | None = None
+    _corpus: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        """Keep the documents. Keyword arguments are mteb's and not needed."""
+        self._corpus = {str(row["id"]): document_text(row) for row in corpus}
+
+    def search(
+        self,
+        queries: Any,
+        *,
+        task_metadata: Any,
+        top_k: int,
+        top_ranked: Mapping[str, Sequence[str]] | None = None,
+        **_: Any,
+    ) -> dict[str, dict[str, float]]:
+        """Document ids and scores of the best documents of every query; of its candidates only with `top_ranked`."""
+        asked = {str(row["id"]): query_text(row) for row in queries}
+        task = mteb_task_name(task_metadata.type)
+        reps = self._reader.all(list(asked.values()), role="query", task=task, label=f"{task_metadata.name} queries")
+        if top_ranked is not None:
+            return self._reranked(list(asked), reps, top_ranked, top_k, task)
+        ids = sorted(self._corpus, reverse=True)
+        best = TopK(reps, top_k)
+        texts, label = [self._corpus[key] for key in ids], f"{task_metadata.name} corpus"
+        for piece in self._reader.pieces(texts, role="document", task=task, label=label):
+            best.add_in_blocks(piece)
+        rows = zip(asked, *(part.tolist() for part in best.result()), strict=True)
+        return {query: {ids[i]: score for i, score in zip(index_k, score_k)} for query, score_k, index_k in rows}
+
+    def _reranked(
+        self, query_ids: list[str], reps: Representation, top_ranked: Mapping[str, Sequence[str]], top_k: int, task: str
+    ) -> dict[str, dict[str, float]]:
+        wanted = sorted({document for query in query_ids for document in top_ranked.get(query, ())})
+        texts = [self._corpus[document] for document in wanted]
+        documents = self._reader.all(texts, role="document", task=task, label="candidates")
+        place = {document: row for row, document in enumerate(wanted)}
+        run: dict[str, dict[str, float]] = {}
+        for number, query in enumerate(query_ids):
+            ids = list(top_ranked.get(query, ()))
+            mine = documents.rows(torch.tensor([place[document] for document in ids], dtype=torch.int64))
+            score_K = reps.rows(slice(number, number + 1)).scores(mine)[0, 0].tolist() if ids else []
+            best = sorted(zip(score_K, ids, strict=True), reverse=True)[:top_k]
+            run[query] = {document: score for score, document in best}
+        return run
+
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.encoder, self.head, self.progress)
+
+
+@dataclass
+class MtebEncoder(MtebSearch):
+    """A dense model as an mteb encoder too, for its tasks that want vectors."""
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> npt.NDArray[np.float32]:
+        """vector_ND of the texts of a data loader. Whatever is not a document gets the prompt for queries."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        role: Role = "document" if getattr(prompt_type, "value", prompt_type) == "document" else "query"
+        task = mteb_task_name(task_metadata.type)
+        rep = self._reader.all(texts, role=role, task=task, label=task_metadata.name)
+        if not isinstance(rep, Dense):
+            raise EvaluationError(f"the head {self.head!r} has no vectors", where=task_metadata.name)
+        vector_ND: npt.NDArray[np.float32] = rep.vector_ND.float().numpy()
+        return vector_ND
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Inner products of every row with every row: vectors are normalised where the model normalises."""
+        left, right = (torch.atleast_2d(torch.as_tensor(side)).float() for side in (embeddings1, embeddings2))
+        product: torch.Tensor = left @ right.T
+        return product
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Inner products row by row."""
+        left, right = (torch.as_tensor(side).float() for side in (embeddings1, embeddings2))
+        product: torch.Tensor = (left * right).sum(-1)
+        return product
+
+
+def mteb_model(
+    encoder: Encoder,
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    head: str = "dense",
+    experiment: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> MtebSearch:
+    """`encoder` as mteb takes models, with a name and a revision of its own.
+
+    mteb's cache knows a model by these two only, and gives every local model the same ones; so the revision is the
+    encoder's fingerprint unless another one is given.
+    Errors: `ModelError` for an encoder without a fingerprint and no revision.
+    """
+    meta = make_meta(mteb_name(name), revision or digest(fingerprint(encoder)), head, experiment)
+    return (MtebEncoder if head == "dense" else MtebSearch)(encoder, meta, head, progress)
+
+
+def document_text(row: Mapping[str, Any]) -> str:
+    """Title and text, joined by one space, as mteb joins them."""
+    return titled(row.get("title"), str(row["text"])).strip()
+
+
+def query_text(row: Mapping[str, Any]) -> str:
+    """The query, with the instruction of this query behind it where the task gives one, as mteb joins them.
+
+    Errors: `EvaluationError` for a conversation.
+    """
+    text, instruction = row["text"], row.get("instruction")
+    if not isinstance(text, str):
+        raise EvaluationError("the queries are conversations, which are not supported")
+    return text if instruction is None else f"{text} {instruction}"

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import EvaluationError, MissingExtraError
 from embedsmith.core.settings import did_you_mean
-from embedsmith.evaluate.mteb.models import need_mteb
 from embedsmith.evaluate.run import digest, task_content
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
@@ -17,6 +16,15 @@ from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
 from embedsmith.evaluate.tasks.ranking import RerankingTask, RetrievalTask
 
 _BLANK = ("date", "domains", "task_subtypes", "license", "annotations_creators", "dialect", "sample_creation")
+
+
+def need_mteb() -> Any:
+    """The package. Errors: `MissingExtraError` where it is not installed."""
+    try:
+        import mteb
+    except ImportError as error:
+        raise MissingExtraError("mteb", "eval") from error
+    return mteb
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,37 @@ class SampleLimits:
             needed |= set(chance.sample(others, min(self.documents, len(others))))
             corpus = corpus.select([row for row, key in enumerate(ids) if key in needed])
         return {**data, "queries": queries, "corpus": corpus, "relevant_docs": {key: judged[key] for key in chosen}}
+
+    def apply_to(self, task: Any) -> Any:
+        """The mteb task with its queries sampled when it loads, and the sample noted in its scores. Changes `task`.
+
+        mteb has no such option; a `limits` handed to it is ignored, and the score is of all queries.
+        Errors: `EvaluationError` for a task that is no retrieval.
+        """
+        from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+        if not isinstance(task, AbsTaskRetrieval):
+            raise EvaluationError("limits are for retrieval tasks", where=task.metadata.name)
+        whole = task.load_data
+        sizes: dict[tuple[str, str], dict[str, int]] = {}
+
+        def load_data(**options: Any) -> None:
+            if task.data_loaded:
+                return
+            whole(**options)
+            task.convert_v1_dataset_format_to_v2(num_proc=None)
+            for subset, splits in task.dataset.items():
+                for split, data in splits.items():
+                    splits[split] = self.draw(data, task.metadata.name)
+                    sizes[subset, split] = {part: len(splits[split][part]) for part in ("queries", "corpus")}
+
+        def sizes_of(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, Any]:
+            size = sizes[hf_subset, hf_split]
+            counts = {"queries_scored": size["queries"], "documents_searched": size["corpus"]}
+            return {**self.as_dict(), **counts, "comparable": self.documents is None}
+
+        task.load_data, task.task_specific_scores = load_data, sizes_of
+        return task
 
 
 def hub_task(name: str, languages: Sequence[str] = ()) -> Any:
@@ -191,35 +230,3 @@ def _columns(split: str, **columns: list[Any]) -> Any:
         return DatasetDict({split: Dataset.from_dict(columns)})
 
     return dataset
-
-
-def limited(task: Any, limits: SampleLimits) -> Any:
-    """The mteb task with its queries sampled when it loads, and the sample noted in its scores. Changes `task`.
-
-    mteb has no such option; a `limits` handed to it is ignored, and the score is of all queries.
-    Errors: `EvaluationError` for a task that is no retrieval.
-    """
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
-
-    if not isinstance(task, AbsTaskRetrieval):
-        raise EvaluationError("limits are for retrieval tasks", where=task.metadata.name)
-    whole = task.load_data
-    sizes: dict[tuple[str, str], dict[str, int]] = {}
-
-    def load_data(**options: Any) -> None:
-        if task.data_loaded:
-            return
-        whole(**options)
-        task.convert_v1_dataset_format_to_v2(num_proc=None)
-        for subset, splits in task.dataset.items():
-            for split, data in splits.items():
-                splits[split] = limits.draw(data, task.metadata.name)
-                sizes[subset, split] = {part: len(splits[split][part]) for part in ("queries", "corpus")}
-
-    def sizes_of(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, Any]:
-        size = sizes[hf_subset, hf_split]
-        counts = {"queries_scored": size["queries"], "documents_searched": size["corpus"]}
-        return {**limits.as_dict(), **counts, "comparable": limits.documents is None}
-
-    task.load_data, task.task_specific_scores = load_data, sizes_of
-    return task

@@ -16,7 +16,7 @@ from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import text_in
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Floats, cosines, pair_scores
+from embedsmith.evaluate.metrics import Floats, pair_scores, paired_cosines
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns, is_number, refuse_empty
 
@@ -74,7 +74,7 @@ class STSTask(TaskKind):
         left, right = reader.sides(self.text1, self.text2, task=self.kind, label=self.name)
         similarity_N, cosine_N = left.paired(right)[0].double().numpy(), None
         if isinstance(left, Dense) and isinstance(right, Dense):
-            cosine_N = cosines(left.vector_ND.double().numpy(), right.vector_ND.double().numpy())
+            cosine_N = paired_cosines(left.vector_ND.double().numpy(), right.vector_ND.double().numpy())
         label_N = np.asarray(self.score, dtype=np.float64)
         scores = pair_scores("scored pairs", similarity_N, label_N)
         metric, items = "spearman", {"similarity": similarity_N, "score": label_N}
@@ -158,7 +158,7 @@ class PairClassificationTask(TaskKind):
         scores = pair_scores("labelled pairs", similarity_N, label_N)
         metric, items = "ap", {"similarity": similarity_N, "label": label_N * 1.0}
         if isinstance(left, Dense) and isinstance(right, Dense):
-            cosine_N = cosines(left.vector_ND.numpy(), right.vector_ND.numpy())
+            cosine_N = paired_cosines(left.vector_ND.numpy(), right.vector_ND.numpy())
             metric, items["cosine"] = "cosine_ap", cosine_N
             scores |= pair_scores("labelled pairs", cosine_N, label_N, "cosine_")
         notes = ("the model gives every pair the same score",) if float(np.ptp(similarity_N)) == 0.0 else ()

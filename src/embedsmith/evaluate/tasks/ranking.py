@@ -27,8 +27,8 @@ from embedsmith.evaluate.tasks.kinds import (
     has_columns,
     is_beir,
     is_number,
-    name_of,
     refuse_empty,
+    task_name_of,
 )
 from embedsmith.search import TopK
 from embedsmith.search.exact import top_of_block
@@ -322,7 +322,7 @@ class CrossLingual(TaskKind):
         if not colon:
             raise EvaluationError(f"'cross:{name}' names one collection", expected="cross:QUERIES:DOCUMENTS")
         queries, documents = (
-            RetrievalTask.read(path, name_of(path), split) for path in (find(each) for each in (first, second))
+            RetrievalTask.read(path, task_name_of(path), split) for path in (find(each) for each in (first, second))
         )
         return across_languages(queries, documents)
 
@@ -345,7 +345,7 @@ class LongDocumentTask(TaskKind):
     @classmethod
     def load(cls, name: str, find: Callable[[str], Path], split: str) -> LongDocumentTask:
         path = find(name)
-        return LongDocumentTask(RetrievalTask.read(path, name_of(path), split))
+        return LongDocumentTask(RetrievalTask.read(path, task_name_of(path), split))
 
     @property
     def name(self) -> str:
