@@ -301,7 +301,7 @@ def _model() -> Any:
 @curation_steps.register("language", formula="language(text) in keep")
 @dataclass(frozen=True)
 class Language(TextRule):
-    """Keep texts in the named languages.
+    """Keep texts in the named languages (ISO 639-1 codes).
 
     A text whose script has one language is judged by that, however short. Others are judged by the model; what it
     cannot decide stays where one of the kept languages uses its script, and leaves where none does. A text without
