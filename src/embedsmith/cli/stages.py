@@ -222,7 +222,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
         tree = resolved(stage, results)
         content = json.dumps([key, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
         key = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
-        done = _known(recipe).get(stage.name)
+        done = _journal(recipe).get(stage.name)
         if done is not None and done.key == key and Path(done.result).exists():
             log.info("stage %s: finished before, %s", stage.name, done.result)
         else:
@@ -230,7 +230,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
             started = time.monotonic()
             made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
             done = Finished(key, str(made), round(time.monotonic() - started, 1))
-            _note(recipe, stage.name, done)
+            _enter(recipe, stage.name, done)
         results[stage.name] = done.result
     return {stage.name: Path(results[stage.name]) for stage in recipe.stages}
 
@@ -272,7 +272,7 @@ def _filled(value: Any, results: dict[str, str], where: str) -> Any:
     return _REFERENCE.sub(made, value) if isinstance(value, str) else value
 
 
-def _known(recipe: PipelineRecipe) -> dict[str, Finished]:
+def _journal(recipe: PipelineRecipe) -> dict[str, Finished]:
     path = Path(recipe.output) / JOURNAL
     if not path.exists():
         return {}
@@ -287,11 +287,11 @@ def _known(recipe: PipelineRecipe) -> dict[str, Finished]:
         ) from error
 
 
-def _note(recipe: PipelineRecipe, name: str, done: Finished) -> None:
+def _enter(recipe: PipelineRecipe, name: str, done: Finished) -> None:
     """Enter a finished stage. On several ranks after all of them are through."""
 
     def write() -> None:
-        entries = {known: asdict(entry) for known, entry in _known(recipe).items()} | {name: asdict(done)}
+        entries = {known: asdict(entry) for known, entry in _journal(recipe).items()} | {name: asdict(done)}
         with atomic_file(Path(recipe.output) / JOURNAL) as file:
             json.dump(entries, file, indent=1)
 

@@ -115,10 +115,10 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     if not dims:
         return [], others
     more = [name for name in others if name.isdecimal() and not Path(name).exists()]
-    said = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
-    if wrong := [part for part in said if not part.isdecimal() or int(part) < 1]:
+    parts = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
+    if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
-    return [int(part) for part in said], [name for name in others if name not in more]
+    return [int(part) for part in parts], [name for name in others if name not in more]
 
 
 def _check_widths(widths: list[int], head: str, mteb: Path | None = None) -> None:
@@ -131,10 +131,10 @@ def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
     from embedsmith.core.recipe import apply_override
 
     tree: dict[str, Any] = {"model": {}}
-    said = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
-    for override in said:
+    options = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
+    for override in options:
         apply_override(tree, override)
-    return tree["model"], [name for name in others if name not in said]
+    return tree["model"], [name for name in others if name not in options]
 
 
 def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, options: dict[str, Any]) -> Any:

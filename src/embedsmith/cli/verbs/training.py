@@ -26,9 +26,9 @@ def train_model(
     from embedsmith.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])
-    said = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
+    outcome = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
     if rank() == 0:
-        typer.echo(said)
+        typer.echo(outcome)
 
 
 @verbs.register("mine")
