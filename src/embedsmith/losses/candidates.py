@@ -135,7 +135,7 @@ class Candidates:
 
         document = batch.document.all(head)
         key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q  # of one key: positives in common
-        key_G = batch.query.all_ids(key_Q)
+        key_G = batch.query_id_G if batch.label_Q is None else batch.query.all_ids(key_Q)  # the ids are gathered once
         row_GP = rows_of(batch.positive_id_GP, batch.document_id_K)
         positive_row_QP = own_rows_of(batch.positive_id_QP)
         negative_row_QM = own_rows_of(batch.negative_id_QM)
