@@ -7,6 +7,7 @@ import math
 import random
 import re
 import unicodedata
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, get_args, overload
@@ -76,9 +77,9 @@ class Record(Generic[T]):
 class OneByOne(Sequence[Record[T]], Generic[T]):
     """Records that are made when they are asked for, each by the number of its row."""
 
+    @abstractmethod
     def row(self, place: int) -> Record[T]:
         """The record of a row from 0 to the last."""
-        raise NotImplementedError
 
     def most_negatives(self) -> int | None:
         """Of any record, where that is known without reading all of them."""
