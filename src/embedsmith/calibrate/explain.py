@@ -3,8 +3,6 @@
 From the Gram matrix of the task vectors and one more pass over the weights; nothing is written but the report.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The explanation of a merge in files: explain.json, groups.csv, and explain.html to look at."""
 
-from __future__ import annotations
-
 import csv
 import html
 import json

@@ -5,8 +5,6 @@ its own: one for the whole model, or one a block. Names are those of the model's
 parameter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """LM-Cocktail: weights from how well each parent already does a few examples, w = softmax(-L_i / T)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated

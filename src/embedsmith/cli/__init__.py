@@ -4,8 +4,6 @@ The tree's own verbs are light: each imports its room inside the function, so th
 user's package is looked for when it is called, so that installed packages do not slow down the others.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """The verb `curate`: what its arguments mean, and the models and evaluation sets that its steps ask for."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ CC BY 4.0), and arXiv papers tagged by one person (the files inside `cherche`, M
 held out, so nothing measured here was trained on. Sharing tags is a stand-in for similarity, not a human score of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import itertools

@@ -1,8 +1,6 @@
 """How the evaluation verbs score models: the work behind `evaluate`, `compare` and stages. Costs torch, so that the
 verbs import it inside their functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,6 @@
 """What `embedsmith list` and `embedsmith losses` print: every named thing of every shelf, what it does, its settings,
 where it comes from, and which package brought it."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -4,8 +4,6 @@ Steps and rows are exact, from the plan. Tokens and padding are those of some st
 into chunks as in training, times the steps. The time is that of some real training steps of every source.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

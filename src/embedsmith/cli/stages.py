@@ -4,8 +4,6 @@ A stage is a function from the plain tree of a verb's recipe to what it made; it
 on all ranks at once. What is finished is in a journal; the same command goes on behind it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

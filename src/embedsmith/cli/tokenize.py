@@ -1,7 +1,5 @@
 """The verb `tokenize`: sources to token caches, and caches of other tools made known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

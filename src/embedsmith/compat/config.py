@@ -6,8 +6,6 @@ the query; the run has one folder, `output_dir/experiment_id`. `train_batch_size
 multiplied by the processes of the launch here.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields

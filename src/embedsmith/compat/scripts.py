@@ -1,7 +1,5 @@
 """The two evaluation scripts of the decoder reference, with their flags."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence

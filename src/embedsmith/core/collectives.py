@@ -4,8 +4,6 @@ No function in this file is differentiated by autograd: a collective inside a ba
 rank's loss does not need it. Gradients of gathered values are settled explicitly (see `core/batch.py`).
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import time

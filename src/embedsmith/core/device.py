@@ -1,7 +1,5 @@
 """What this machine has: processor cores and their arithmetic."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """How search, mining and evaluation know a model: a cached matrix, a server or another library's model fits too."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The error tree. A message says where, what came, what was expected, and what to do about it."""
 
-from __future__ import annotations
-
 
 class EmbedsmithError(Exception):
     """Base of every error a user can cause or meet. The CLI prints it without a traceback and exits with 1."""

@@ -1,7 +1,5 @@
 """Writing files so that a reader never sees half of one: temporary name, fsync, rename."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

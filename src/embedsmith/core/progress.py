@@ -1,7 +1,5 @@
 """Progress bars and log lines: on the first rank only, and no bars where there is no terminal."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Recipes: YAML in, a tree of dataclasses out. The dataclasses are the only schema; an override is `a.b=c`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import types

@@ -4,8 +4,6 @@ checked whether a recipe or a Python caller gave it; what it means stands in the
 Imported by the shelf and so by `--help`: pydantic is loaded where something is checked.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -12,8 +12,6 @@ A package of your own names the modules that do so in its pyproject.toml, and ne
     my_package = "my_package.losses"
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Training texts that an evaluation set holds too: found by equality and by shared runs of tokens."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Duplicates: the same text, and nearly the same text (MinHash with locality-sensitive hashing, by rensa)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

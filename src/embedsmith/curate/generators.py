@@ -1,8 +1,6 @@
 """The language models that can be asked: any server that speaks OpenAI's chat completions (hosted, or vLLM, llama.cpp,
 Ollama and others on your machines), and a model that runs here, through transformers."""
 
-from __future__ import annotations
-
 import os
 import random
 import threading

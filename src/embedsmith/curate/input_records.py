@@ -1,7 +1,5 @@
 """The input of a curation, whatever it is, as records that can be read again and again, one by one."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace

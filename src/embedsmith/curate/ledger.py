@@ -4,8 +4,6 @@ A step is a frozen dataclass whose fields are its settings. Called with records 
 can, and writes into its ledger everything it took away.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

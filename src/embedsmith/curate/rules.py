@@ -3,8 +3,6 @@ spaces between words or not. A language is recognised by its script where that d
 where it does not. Thresholds are ours; the kinds of rules are those every web corpus uses.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

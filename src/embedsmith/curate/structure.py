@@ -3,8 +3,6 @@
 Rows of JSONL, CSV or Parquet by the names of their columns; Markdown by markdown-it-py; HTML by selectolax.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, permutations

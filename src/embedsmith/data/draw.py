@@ -1,7 +1,5 @@
 """Records to the texts and ids of one batch. Pure functions: the same records and seeds give the same batch."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

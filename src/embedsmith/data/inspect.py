@@ -1,7 +1,5 @@
 """What a data file was understood to be, in numbers and samples: `embedsmith inspect`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """Records of one source or several as one sequence, without copying: a share of the rows, or sources put together."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """`read_source`: any source of a recipe to its records, in memory or on disk as its size asks."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

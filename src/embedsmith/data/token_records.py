@@ -9,8 +9,6 @@ Parquet cannot be read at single rows.
     NAME.parquet         ->  both at once (inline layout)
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Records to our JSONL, or to the Parquet of F2LLM."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterable, Iterator

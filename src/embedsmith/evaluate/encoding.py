@@ -1,8 +1,6 @@
 """Texts to representations for evaluation: in pieces of bounded size, shared among ranks, with a progress bar, checked
 for NaN; and other libraries' models as an `Encoder`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The verbs `index` and `search`: where an index lies, which model made it, and how hits are shown."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """An index in a folder, in this process: Qdrant Edge, with a write-ahead log. One process at a time."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shutil

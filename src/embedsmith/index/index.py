@@ -1,7 +1,5 @@
 """A hybrid index: every document under every head of one model, found by all of them together."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

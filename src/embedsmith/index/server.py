@@ -1,7 +1,5 @@
 """The same index on a Qdrant server or cluster, by URL: many readers and writers at once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar

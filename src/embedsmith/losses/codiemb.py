@@ -1,7 +1,5 @@
 """CoDiEmb's objective for similarity data: four terms over one batch of labelled pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Conan-embedding's supervised stage: contrast and similarity balanced in one optimizer step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

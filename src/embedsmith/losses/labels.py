@@ -1,7 +1,5 @@
 """Losses over classes: contrast by label, and a softmax head on the embedding."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated

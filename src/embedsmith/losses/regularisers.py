@@ -5,8 +5,6 @@ share a positive (or a class), and documents of one query (or class), so spread 
 without labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal

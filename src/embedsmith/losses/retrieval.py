@@ -4,8 +4,6 @@ positives, hard and in-batch negatives, Matryoshka widths, any number of ranks, 
 Below it, published retrieval objectives as settings of InfoNCE, under the names people look for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

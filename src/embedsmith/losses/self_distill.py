@@ -1,7 +1,5 @@
 """M3-Embedding's joint objective: three heads, their weighted ensemble, and the ensemble as teacher of each head."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated
 

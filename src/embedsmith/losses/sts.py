@@ -4,8 +4,6 @@ With `cross_device` (the default) a loss sees the pairs of all ranks and has the
 computed on each rank's own pairs, as in CoDiEmb, and then depends on how the batch is spread.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

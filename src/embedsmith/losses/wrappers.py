@@ -1,7 +1,5 @@
 """Losses that hold losses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """Checkpoints to a checkpoint. The room is also the verb: `embedsmith.merge(parents=..., base=..., method=...)`."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any

@@ -7,8 +7,6 @@ by QR of both factors and a singular value decomposition of the small core. What
 methods) is cut from the dense V_m, matrix by matrix. Averaging A and B apart would be wrong.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ coefficient space). K is measured once for a set of models, kept under the hash 
 modules, blocks or the whole model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

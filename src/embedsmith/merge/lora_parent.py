@@ -3,8 +3,6 @@
 Averaging A and B apart would be wrong: mean(B) mean(A) is not mean(B A).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

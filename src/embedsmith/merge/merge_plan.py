@@ -1,7 +1,5 @@
 """The plan of a merge: which tensor is made how, decided before a weight is read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a merging method is: a frozen dataclass that looks at the job once and says how to make each block."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping

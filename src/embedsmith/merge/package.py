@@ -1,8 +1,6 @@
 """What stands around the weights, so that the result is a whole embedder: configuration, modules, prompts, tokenizer,
 card. Copied from one model (`like`), with what the merge decided written over it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The recipe of a merge. These dataclasses are the only schema; what can be computed defaults to None."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

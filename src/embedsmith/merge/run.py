@@ -1,8 +1,6 @@
 """A merge from recipe to folder: plan, prepare, stream, package, rename. One that was cut off starts anew; what it left
 lies under a hidden name and is removed."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor

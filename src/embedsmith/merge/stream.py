@@ -1,7 +1,5 @@
 """All models, block by block: the one loop every pass over the weights goes through."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

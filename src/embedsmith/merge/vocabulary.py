@@ -1,7 +1,5 @@
 """Token tables of models whose vocabularies differ: rows matched by token, tokens a model lacks filled in."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence

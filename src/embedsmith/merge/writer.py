@@ -3,8 +3,6 @@
 A file is safetensors: 8 bytes of header length, the header (JSON, padded to 8 bytes), the tensors without gaps.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The recipe of `embedsmith mine`, and of live negatives in a training recipe. These dataclasses are the schema."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal

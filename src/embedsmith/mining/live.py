@@ -6,8 +6,6 @@ Conan-embedding's dynamic hard-negative mining (2408.15710, section 3.2; 2509.12
 "reconstructed" in `LiveNegatives` and docs/mining.md.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import threading

@@ -1,8 +1,6 @@
 """From a query's candidates to its negatives: which texts there are and when two count as the same, who may be a
 negative, and in which order they are taken."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import unicodedata

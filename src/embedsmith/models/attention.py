@@ -8,8 +8,6 @@ a 4-D mask through untouched: `sdpa` takes booleans (True: sees) or an added bia
 of a sliding window nor of a chunk survive such a mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The transformer and its tokenizer from a folder or the hub, with nothing random and nothing guessed."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Sequence

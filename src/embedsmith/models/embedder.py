@@ -1,7 +1,5 @@
 """The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

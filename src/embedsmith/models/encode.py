@@ -1,8 +1,6 @@
 """Encoding without gradient: chunks of similar length, several at once on a CPU; and what is done to finished vectors
 (quantising, comparing). `Embedder.represent` and `Embedder.encode` are made of this."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext

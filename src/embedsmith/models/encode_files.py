@@ -4,8 +4,6 @@ The folder holds `vectors.npy` (row i is text i), `ids.txt` (line i is its id), 
 `ranges.npy`, and while work goes on `progress-*.json`: the blocks that are whole on the disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence

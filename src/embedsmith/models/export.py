@@ -8,8 +8,6 @@ sentence-transformers has no module, is loaded through embedsmith (`trust_remote
 PyLate's `ColBERT`, loaded through embedsmith, since PyLate's own modules cannot leave the CLS of a query out.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence

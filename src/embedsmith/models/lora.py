@@ -4,8 +4,6 @@ Adapters are injected into the backbone in place, so it keeps its class and the 
 checkpoint holds the adapter alone (peft's files, which transformers reads too); a finished model is merged.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import importlib.util

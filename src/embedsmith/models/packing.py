@@ -6,8 +6,6 @@ to flex attention as a block mask, to sdpa and eager as a block-diagonal mask [1
 time. What mixes tokens elsewhere (recurrence, convolution) would leak: a self-test on the model itself refuses it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -12,8 +12,6 @@ of its result in `width`. Those here start close to the mean, so that training d
 are kept in fp32; every pooling is computed in fp32, even under autocast.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ padded and unpadded batches. So every layer is run again with one later token ch
 earlier one; and a text alone must give the same states as in a padded batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ base.
 model's folder.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 

@@ -15,8 +15,6 @@ CLS. Source: M3-Embedding (Chen et al., 2024), section 3.4; the exact sequence, 
 reconstructed. A text of one block has its ordinary CLS vector.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

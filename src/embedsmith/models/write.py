@@ -5,8 +5,6 @@ schema that sentence-transformers 5.4+ writes is refused or misread by the serve
 Heads lie beside the backbone as in BGE-M3; a program that does not know them sees the dense model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,8 +1,6 @@
 """Losses of pre-training, masked auto-encoding and next-token prediction: the model computes cross-entropies, these
 average them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,8 +1,6 @@
 """Reports of a comparison of models and of their geometry: scores with confidence, histograms of similarities, single
 items with their texts, and the shape of each model's space."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Mapping, Sequence

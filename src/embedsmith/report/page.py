@@ -1,7 +1,5 @@
 """The page around a report: headings, tables, texts and places for charts; styles and scripts are inside the file."""
 
-from __future__ import annotations
-
 import html
 import json
 import platform

@@ -1,7 +1,5 @@
 """The best k documents of every query, by scoring them all: exact, repeatable, in bounded memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

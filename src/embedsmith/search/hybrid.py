@@ -1,7 +1,5 @@
 """Several heads scored together: the weighted sum of their similarities, as M3-Embedding's hybrid retrieval."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a recipe leaves open, derived: device and precision, memory, losses, batch sizes, the length of the run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence

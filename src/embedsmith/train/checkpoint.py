@@ -6,8 +6,6 @@ runs/a/metrics.jsonl
 runs/a/model/                   the result, written last; `finished.json` beside it says the run is over
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

@@ -1,7 +1,5 @@
 """The recipe of a training run. These dataclasses are the only schema; what can be computed defaults to None."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -18,8 +18,6 @@ backward passes of a step lie in one `backward` block, at whose end the gradient
 Until then they are whole: what ZeRO-2 saves in the middle of a backward pass is not saved here (FSDP2 does save it).
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import logging

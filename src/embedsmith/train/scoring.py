@@ -1,7 +1,5 @@
 """Scores while training: tasks through the evaluator, and the loss of validation sources."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

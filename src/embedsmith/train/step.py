@@ -7,8 +7,6 @@ same random state (GradCache, Gao et al. 2021). So plain, accumulated and cached
 the same gradient (proof: tests/train/test_step.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

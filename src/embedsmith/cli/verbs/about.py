@@ -1,7 +1,5 @@
 """The verbs about embedsmith itself: list, losses, schema and doctor."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated
 

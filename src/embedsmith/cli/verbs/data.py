@@ -1,7 +1,5 @@
 """The verbs of data: inspect, curate and tokenize."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

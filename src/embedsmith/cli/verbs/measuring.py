@@ -1,7 +1,5 @@
 """The verbs that measure models: evaluate, compare, geometry and report."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

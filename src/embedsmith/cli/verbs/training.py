@@ -1,7 +1,5 @@
 """The verbs that make models: train, mine, merge, run and demo."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The verbs that use a model: encode, index and search, and those that take it elsewhere: convert, export and push."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

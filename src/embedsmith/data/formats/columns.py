@@ -1,8 +1,6 @@
 """Rows to records: which column holds which role (always by name, never by order), and the range that scores were given
 in, declared or inferred from a whole file, which is moved to [0, 1]."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,8 +1,6 @@
 """Datasets of several files as rows of records: BEIR folders (corpus, queries, qrels), and datasets of Hugging Face,
 from the hub or from a folder, which need the extra `hub`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

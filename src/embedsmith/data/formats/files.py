@@ -5,8 +5,6 @@ A row that cannot be read is handed on as a `RowError`, so that the reader can c
 them if the recipe says so. A file that cannot be read any further (missing, truncated) is a `DataError` at once.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip

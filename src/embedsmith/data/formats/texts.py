@@ -1,8 +1,6 @@
 """Texts with ids, titles and more, from a file of any kind or from a BEIR folder: read here for encoding, mining,
 indexing, evaluation and curation alike."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,8 +1,6 @@
 """How a recipe asks for its batches (the section `train.plan`), and what its schedule makes of it: how many steps of an
 epoch each source gets, and in which order they come."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

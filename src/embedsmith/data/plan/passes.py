@@ -4,8 +4,6 @@ How many batches a pass has, and of how many rows, depends on the source and the
 in its pass is arithmetic. Which rows meet is drawn anew for every pass. Nothing here depends on the number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

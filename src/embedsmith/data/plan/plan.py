@@ -5,8 +5,6 @@ batching (rows of one length group, a token budget), with every row accounted fo
 the next step.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property

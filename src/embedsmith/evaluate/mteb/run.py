@@ -4,8 +4,6 @@ in the layout of the public leaderboard.
 mteb is imported where it is used. Its classes are structural protocols, so nothing here inherits from it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

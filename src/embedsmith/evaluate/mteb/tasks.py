@@ -1,7 +1,5 @@
 """Tasks for mteb: ours as its own, offline; its own by name, where a hub is reachable; and samples of them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

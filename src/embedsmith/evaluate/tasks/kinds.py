@@ -6,8 +6,6 @@ A new kind is one more frozen dataclass on the shelf `task_kinds`, in this folde
 its path or name and asks the formats of all kinds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Coefficient methods as recipe values: each is a formula of `formulas.py` with its settings."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -4,8 +4,6 @@ The merge is theta_0 + sum_i c_i V_i. K [M, M], K_ij = <V_i, V_j>, and the weigh
 differentiable in a (and in K where it reads K). No epsilon is absolute: fine-tuning moves weights by 1e-5 to 1e-3.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """CoDiEmb's delta-guided hierarchical fusion. RECONSTRUCTED: the paper's formula could not be read; see below."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A magnitude is ranked by the bit pattern of its float32 value, which grows with 
 of 31 bits, the second the lower 12 inside the bins that matter; ties at the threshold are all kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
