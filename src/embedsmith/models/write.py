@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from embedsmith.core.errors import ModelError
 from embedsmith.core.files import atomic_folder
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.shelf import poolings
@@ -34,6 +35,15 @@ from embedsmith.models.heads.base import Head, cpu_state
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.lora import has_adapter, merged, save_adapter, transplanted
 from embedsmith.models.pooling import PoolerConfig
+
+
+def refuse_not_finite(module: nn.Module | None) -> None:
+    """Errors: `ModelError` for weights among which are NaN or infinite ones."""
+    named = [] if module is None else list(module.named_parameters())
+    bad = [name for name, weight in named if weight.is_floating_point() and not bool(weight.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"the weights are not finite ({bad[0]}{more}), and were not written")
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,11 @@ class Saved:
 
         An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart.
         Errors: `CheckpointError` when the disk is full or the place cannot be written; `ModelError` when merging an
-        adapter would change the vectors.
+        adapter would change the vectors, and for weights that are not finite.
         """
         settings = self.settings
+        for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
+            refuse_not_finite(part)
         with atomic_folder(folder) as root, transformers_silenced():
             apart = has_adapter(self.backbone) and not merge
             if apart:
