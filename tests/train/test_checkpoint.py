@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -88,7 +89,7 @@ def test_every_damage_is_named_before_anything_is_built(again, name, damage):
     with pytest.raises(CheckpointError) as found:
         checkpoints.open(parse(Recipe, again), overwrite=False)
     assert f"step-4/{name}: the checkpoint cannot be read" in str(found.value)
-    subprocess.run(re.search(r"to fix: (rm -r .*);", str(found.value))[1], shell=True, check=True)
+    subprocess.run(shlex.split(re.search(r"to fix: (rm -r .*);", str(found.value))[1]), check=True)
     assert "goes on from step 2" in str(found.value)
     assert checkpoints.open(parse(Recipe, again), overwrite=False) == 2
 
@@ -117,7 +118,7 @@ def test_an_empty_file_is_one_error_of_the_command(again, tmp_path, capsys, monk
         assert code.value.code == 1
         assert "Aborted" not in message
         assert begins in message
-        subprocess.run(re.search(r"to fix: (rm -r .*);", message)[1], shell=True, check=True)
+        subprocess.run(shlex.split(re.search(r"to fix: (rm -r .*);", message)[1]), check=True)
     with pytest.raises(SystemExit) as code:
         main()
     assert code.value.code == 0

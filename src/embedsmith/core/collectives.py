@@ -69,8 +69,7 @@ def lost_ranks() -> Iterator[None]:
         if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise TrainingError(
                 f"rank {rank()} lost another process of this run",
-                fix="see what that process said, or whether it was killed; the same command goes on from the last whole "
-                "checkpoint",
+                fix="see what that process said, or whether it was killed; the same command goes on",
             ) from error
         raise
 

@@ -37,7 +37,6 @@ from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 
-
 _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path|cache)")
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
 
