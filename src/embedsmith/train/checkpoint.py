@@ -32,6 +32,7 @@ from embedsmith.core.recipe import parse, read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import Finite, Range, to_plain
 from embedsmith.models import Embedder
+from embedsmith.models.lora import UnmergedError
 from embedsmith.models.write import refuse_not_finite
 
 FINISHED = "finished.json"
@@ -214,12 +215,21 @@ class Checkpoints:
         folder = self.output / "model"
 
         def write() -> None:
-            model.save(folder)
+            try:
+                model.save(folder)
+            except UnmergedError as error:
+                log.warning("%s; %s holds the adapter alone, beside its base %s", error.what, folder, base_of(model))
+                model.save(folder, merge=False)
             with atomic_file(self.output / FINISHED) as file:
                 json.dump(summary, file, indent=2, ensure_ascii=False)
 
         on_first_rank(write)
         return folder
+
+
+def base_of(model: Embedder) -> str:
+    """Where the base of a model's adapter lies."""
+    return str((model.base or {}).get("path", ""))
 
 
 def whole(tensor: Any) -> Any:

@@ -25,10 +25,11 @@ from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.models import Embedder, load
+from embedsmith.models.lora import has_adapter
 from embedsmith.report.page import save_environment
 from embedsmith.report.run_folder import report_run
 from embedsmith.train.build import build_extras, build_feed, derive_memory, make_accelerator
-from embedsmith.train.checkpoint import Checkpoints, RunState, flat
+from embedsmith.train.checkpoint import Checkpoints, RunState, base_of, flat
 from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
@@ -97,6 +98,13 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
+    if has_adapter(run.model.backbone):
+        log.info(
+            "%s/model will hold whole weights with the adapter in them; should their precision change the vectors, the "
+            "adapter alone, to be loaded with its base %s",
+            output,
+            base_of(run.model),
+        )
     manifest = RunManifest.open(output, run.feed, run.state.step)
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
