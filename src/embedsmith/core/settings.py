@@ -86,11 +86,11 @@ def _check(cls: type, name: str, value: Any, limits: Any) -> None:
 def _limits(cls: type) -> dict[str, Any]:
     """A check (a `TypeAdapter`) for every field whose annotation limits its values; types alone are left to the type
     checker."""
-    from pydantic import ConfigDict, TypeAdapter
+    from pydantic import TypeAdapter
 
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls) if f.init and _is_limited(hints[f.name])]
-    return {name: TypeAdapter(hints[name], config=ConfigDict(**_CONFIG)) for name in names}
+    return {name: TypeAdapter(hints[name], config=_CONFIG) for name in names}
 
 
 def _is_limited(hint: Any) -> bool:
