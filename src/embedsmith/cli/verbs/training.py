@@ -24,7 +24,7 @@ def train_model(
     from embedsmith.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])
-    outcome = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
+    outcome = rehearse(loaded, overwrite=overwrite) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
     if rank() == 0:
         typer.echo(outcome)
 
