@@ -66,7 +66,7 @@ def merge_models(
 
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
-        typer.echo(plan_in_words(loaded))
+        typer.echo(plan_in_words(loaded, overwrite=overwrite))
     elif explain is not None:
         from embedsmith.calibrate.explain_report import write_explanation
 
