@@ -158,11 +158,11 @@ def test_a_finished_run_is_left_as_it_is_unless_told(tree, tmp_path, caplog):
 
 
 def test_a_kill_while_a_checkpoint_is_pruned_leaves_no_half_of_it(tree, tmp_path, monkeypatch):
-    def killed(path, **_):
+    def killed(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("embedsmith.core.outputs.shutil.rmtree", killed)
+        patch.setattr("embedsmith.core.outputs._remove", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tree, train=tree["train"] | {"keep_checkpoints": 1})
     folder = tmp_path / "run" / "checkpoints"
