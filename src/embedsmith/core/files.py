@@ -80,6 +80,21 @@ def move_into_place(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def allocate(file: IO[bytes], size: int) -> None:
+    """Make a file `size` bytes long and take that room on the disk now; what is not written yet reads as zeros. Where
+    the file system cannot take room ahead, the file is only made that long.
+
+    Errors: `OSError` (`ENOSPC`, `EDQUOT`, `EFBIG`) where there is not so much.
+    """
+    file.flush()
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    os.truncate(file.fileno(), size)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Errors: `CheckpointError` in place of what the system says of a full disk or a place that cannot be written."""

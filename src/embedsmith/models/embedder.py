@@ -1,6 +1,5 @@
 """The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,14 @@ from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
-from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens, room_for, with_cls_blocks
+from embedsmith.models.tokenize import (
+    Instruction,
+    TextTokenizer,
+    added_tokens,
+    room_for,
+    tokenizer_json,
+    with_cls_blocks,
+)
 from embedsmith.models.write import Saved
 
 
@@ -110,9 +116,7 @@ class Embedder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of everything a vector depends on: weights, settings, tokenizer."""
-        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        kept = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # left by use
-        return hash_with_weights(repr(self.settings) + json.dumps(kept, sort_keys=True), self)
+        return hash_with_weights(repr(self.settings) + tokenizer_json(self.tokenizer), self)
 
     def tokenize(
         self,

@@ -1,7 +1,6 @@
 """What a recipe leaves open, derived: device and precision, memory, losses, batch sizes, the length of the run."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from embedsmith.data.record import Text
 from embedsmith.data.source import TokenizerFacts
 from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, load
-from embedsmith.models.tokenize import added_tokens
+from embedsmith.models.tokenize import added_tokens, tokenizer_json
 from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
@@ -178,10 +177,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
 
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
-    """Hash of everything in the tokenizer that ids depend on; truncation and padding are set anew for every use."""
-    tree = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in tree.items() if key not in ("truncation", "padding")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(tokenizer_json(model.tokenizer).encode()).hexdigest()
     ends = added_tokens(model.tokenizer)[1]
     return TokenizerFacts(name, digest, model.max_length, ends[-1] if ends else None)
 
