@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,9 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from embedsmith.core.errors import CheckpointError
+
+TEMPORARY = ".tmp"
+"""How the hidden name of what is not whole yet ends."""
 
 
 @contextmanager
@@ -24,16 +26,16 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            apply_umask(temporary)
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -45,39 +47,6 @@ def write_cache(path: Path, content: bytes) -> None:
             file.write(content)
     except CheckpointError as error:
         logging.getLogger("embedsmith").warning("not kept for the next time: %s", error)
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the name `path` when the block ends without an error.
-
-    A folder already at `path` is replaced, and is still there if anything fails before that.
-    Errors: `CheckpointError` when the disk is full or the folder cannot be written.
-    """
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            temporary.chmod(0o777 & ~_umask())
-            yield temporary
-            move_into_place(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def move_into_place(new: Path, path: Path) -> None:
-    """Make a filled folder durable and give it the name `path`, in place of a folder that is there."""
-    for file in new.rglob("*"):
-        _sync_folder(file) if file.is_dir() else _sync_file(file)
-    _sync_folder(new)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():  # a rename cannot replace a folder that holds files, so the old one steps aside first
-        path.rename(old)
-    new.rename(path)
-    _sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def allocate(file: IO[bytes], size: int) -> None:
@@ -127,12 +96,12 @@ def _means_full_disk(error: BaseException | None) -> bool:
     return "os error 28" in str(error) or _means_full_disk(error.__context__)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,7 +109,8 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def apply_umask(path: Path) -> None:
+    """The mode that a new file or folder of this name would have: temporary ones are for their owner alone."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~current)

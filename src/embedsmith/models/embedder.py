@@ -289,7 +289,7 @@ class Embedder(nn.Module):
         return cosine(left, right)
 
     def save(self, folder: str | Path, *, merge: bool = True) -> None:
-        """Write the legacy sentence-transformers layout (see `write.py`); replaces `folder` as a whole.
+        """Write the legacy sentence-transformers layout (see `write.py`); a saved model in `folder` is replaced.
 
         An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart,
         exactly and small, in a folder that needs its base.

@@ -20,13 +20,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embedsmith.core.collectives import objects_of_all_ranks, rank
 from embedsmith.core.errors import CheckpointError
-from embedsmith.core.files import atomic_file, atomic_folder
+from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import Kind, atomic_folder
 from embedsmith.core.recipe import read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import to_plain
 from embedsmith.models import Embedder
 
 FINISHED = "finished.json"
+CHECKPOINT = Kind(
+    "checkpoint", ("model/**", "training.pt", "state.json", "mining.pt"), ("state.json", "evaluations_without_gain")
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Checkpoints:
         }
         if rank() != 0:
             return
-        with atomic_folder(self.path(state.step)) as folder:
+        with atomic_folder(self.path(state.step), CHECKPOINT) as folder:
             model.save(folder / "model", merge=False)
             training = {
                 "optimizer": of_optimizer | {"state": state_of},

@@ -94,11 +94,12 @@ def convert_model(
     model: Annotated[str, typer.Argument(help="A folder or hub id of a model, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
 ) -> None:
     """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
     from embedsmith.models.export import convert as run
 
-    typer.echo(run(model, out, changes or []))
+    typer.echo(run(model, out, changes or [], overwrite=overwrite))
 
 
 @verbs.register("export")
@@ -106,14 +107,19 @@ def export_one_head(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
 ) -> None:
     """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
     from typing import cast
 
+    from embedsmith.core.outputs import claimed
     from embedsmith.models.export import ExportedHead, export_head
     from embedsmith.models.load import load
+    from embedsmith.models.write import saved_model
 
-    typer.echo(export_head(load(model, device="cpu"), out, cast("ExportedHead", head)))
+    with claimed(out, "export"):
+        saved_model().refuse_foreign(out)
+        typer.echo(export_head(load(model, device="cpu"), out, cast("ExportedHead", head), overwrite=overwrite))
 
 
 @verbs.register("push")
