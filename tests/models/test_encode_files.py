@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedsmith.cli import app
-from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
+from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError, ModelError, RecipeError
 from embedsmith.models import encode_files as module
 from embedsmith.models import load
 from embedsmith.models.encode_files import EncodeJob, encode_files
@@ -265,6 +265,42 @@ def test_a_file_that_shrinks_meanwhile_leaves_no_zeros(tmp_path, model, text_fil
         encode_files(job(model, text_file, out=tmp_path / "out"))
 
 
+def test_two_at_once(tmp_path, model, text_file):
+    """The second is refused before it reads anything."""
+    program = (
+        f"from embedsmith.core.outputs import claimed\nwith claimed({str(tmp_path / 'out')!r}, 'encode'): input(1)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as holder:
+        assert holder.stdout.read(1) == b"1"
+        with pytest.raises(CheckpointError, match=f"encode, process {holder.pid} on"):
+            encode_files(job("no model", Path("no file"), out=tmp_path / "out"))
+        holder.communicate(b"\n")
+    assert encode_files(job(model, text_file, out=tmp_path / "out")) == 50
+
+
+def test_several_ranks_are_refused(tmp_path, model, text_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EmbedsmithError, match=r"on 2 ranks .*\n.*--processes"):
+        encode_files(job(model, text_file, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_a_folder_is_that_folder(tmp_path, model, text_file):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large disk")
+    assert encode_files(job(model, text_file, out=tmp_path / "out")) == 50
+
+
+def test_what_a_kill_left_in_the_folder_is_removed(whole, again, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.meta.json.abcd1234.tmp").write_text("{")
+    assert again(tmp_path / "out") == 50
+    (tmp_path / "out/.ids.txt.abcd1234.tmp").write_text("1")
+    assert again(tmp_path / "out") == 50
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(whole / "out"))
+
+
 def full(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -296,7 +332,7 @@ def test_a_file_system_that_cannot_take_room_ahead(tmp_path, model, text_file, m
     )
 
 
-@pytest.mark.parametrize("room", [4, 12, 20])
+@pytest.mark.parametrize("room", [4, 12, 32])
 def test_a_disk_that_fills_up_ends_in_an_error_and_the_work_goes_on(tmp_path, whole, small_disk, room, monkeypatch):
     """`room` pages of 4 KB are left. The file is not allocated ahead, so that the disk is full in the middle too."""
     monkeypatch.delattr(os, "posix_fallocate")
@@ -304,7 +340,7 @@ def test_a_disk_that_fills_up_ends_in_an_error_and_the_work_goes_on(tmp_path, wh
     texts.write_text("\n".join(TEXTS * 20))
     one = EncodeJob(str(whole / "model"), (texts,), small_disk / "out", block=256)
     (small_disk / "filler").write_bytes(bytes(SMALL - room * 4096))
-    with pytest.raises(CheckpointError, match="no space left") if room < 20 else nullcontext():
+    with pytest.raises(CheckpointError, match="no space left") if room < 32 else nullcontext():
         encode_files(one)
     (small_disk / "filler").unlink()
     assert encode_files(one) == 1000

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch.multiprocessing.spawn import ProcessException, spawn
 
+from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
+from embedsmith.core.outputs import claimed, files_of, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Count, section
 from embedsmith.data.formats.texts import FileText, read_texts
@@ -251,11 +253,12 @@ class EncodeJob:
     def resume_or_start(self, model: Embedder) -> dict[str, Any]:
         """The folder's own state when it was made by the same command; a fresh one when it holds no vectors yet."""
         identity, out, path = self.identity(model), self.out, self.out / "meta.json"
-        if not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not path.exists() and ((out.exists() and not out.is_dir()) or files_of(out)):
             raise CheckpointError("this is not an empty folder", where=out, fix="choose a new output folder")
         meta = _read_json(path) if path.exists() else {"format": 1, "state": "preparing"}
         if not isinstance(meta, dict) or meta.get("format") != 1 or meta.get("state") not in _STATES:
             raise _damaged("not what encode writes", path)
+        sweep(out)
         if meta["state"] == "preparing":
             meta = {"state": "preparing", **identity}
             _write_json(path, meta)
@@ -300,6 +303,12 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
     """
     if not job.files:
         raise DataError("nothing to encode", expected="at least one file")
+    refuse_launcher("encode", "start it once, with --processes N")
+    with claimed(job.out, "encode"):
+        return _encode(job, show_progress)
+
+
+def _encode(job: EncodeJob, show_progress: bool | None) -> int:
     model = load(job.model)
     meta = job.resume_or_start(model)
     if meta["state"] == "preparing":
