@@ -36,7 +36,7 @@ from embedsmith.mining.selection import (
 )
 from embedsmith.search.exact import FloatArray, IndexArray
 
-VERSION = 2
+VERSION = 3
 OpenModel = Callable[[str], Encoder]
 
 

@@ -8,10 +8,9 @@ What a recipe names, such as `{type: bm25, k1: 1.2}`, is a frozen dataclass of s
 from __future__ import annotations
 
 import logging
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +31,7 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.settings import Count, Positive, Share, Word
 from embedsmith.core.shelf import searchers, teachers
+from embedsmith.core.words import folded, letters, runs
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
@@ -281,12 +281,6 @@ class EmbeddingSearcher(Searcher):
 
 Tokens = Literal["mixed", "characters", "words"]
 
-# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
-
 
 @searchers.register("bm25", source="the library bm25s")
 @dataclass(frozen=True, kw_only=True)
@@ -307,13 +301,12 @@ class Bm25Search:
         """The words of a text, in lower case. `mixed`: a run of a script without spaces gives its characters and their
         pairs; `characters`: every run does; `words`: none does."""
         found: list[str] = []
-        for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
-            run = match[0]
-            if self.tokens == "words" or (self.tokens == "mixed" and not re.match(f"[{_UNSPACED}]", run)):
+        for run, unspaced in runs(folded(text)):
+            if self.tokens == "words" or (self.tokens == "mixed" and not unspaced):
                 found.append(run)
             else:
-                found.extend(run)
-                found.extend(run[place : place + 2] for place in range(len(run) - 1))
+                single = letters(run)
+                found += single + [left + right for left, right in pairwise(single)]
         return found
 
     def open(self, texts: SearchTexts) -> Searcher:
@@ -340,15 +333,15 @@ class Bm25(Searcher):
         self._index.index(rows, show_progress=False)
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
-        """score_Qk and index_Qk, ties to the lower index."""
+        """score_Qk and index_Qk, ties to the lower index. A document that shares no word with the query is none."""
         queries, k = self.queries[start:stop], min(k, len(self.corpus))
-        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
         for row, query in enumerate(queries):
             score_K = self.scores(query)
             floor = np.partition(score_K, len(score_K) - k)[len(score_K) - k]
-            reached = np.flatnonzero(score_K >= floor)
+            reached = np.flatnonzero((score_K >= floor) & (score_K > 0))
             order = reached[np.argsort(-score_K[reached], kind="stable")][:k]
-            score_Qk[row], index_Qk[row] = score_K[order], order
+            score_Qk[row, : len(order)], index_Qk[row, : len(order)] = score_K[order], order
         return score_Qk, index_Qk
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
