@@ -251,6 +251,17 @@ def test_a_finished_merge_is_not_replaced_unasked(models, tmp_path):
     assert torch.equal(next(iter(weights(tmp_path / "out").values())), next(iter(weights(parents[0]).values())))
 
 
+def test_a_merge_of_weights_that_changed_is_no_finished_merge(models, tmp_path):
+    base, parents = models
+    copy = Path(shutil.copytree(parents[0], tmp_path / "copy"))
+    merged((base, [copy]), tmp_path / "out", method="average")
+    shutil.copyfile(parents[1] / "model.safetensors", copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)other weights.*--overwrite"):
+        merged((base, [copy]), tmp_path / "out", method="average")
+    made = merged((base, [copy]), tmp_path / "out", method="average", overwrite=True)
+    assert torch.equal(next(iter(weights(made.path).values())), next(iter(weights(parents[1]).values())))
+
+
 def test_an_output_that_is_a_file(models, tmp_path):
     (tmp_path / "out").write_text("kept")
     with pytest.raises(CheckpointError, match="this is a file"):

@@ -5,6 +5,7 @@ user's package is looked for when it is called, so that installed packages do no
 """
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -25,6 +26,10 @@ class Verbs(TyperGroup):
             if name not in verbs.names():
                 ctx.fail(f"No such command {name!r}{did_you_mean(name, verbs.names())}.")
             self.add_command(command(verbs.entry(name)), name)
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1" and name in _OF_ONE:
+            fix = f"run it without a launcher, which is for {', '.join(_OF_SEVERAL)}"
+            raise EmbedsmithError(f"{name} works in one process, and a launcher started {count} of them", fix=fix)
         return super().resolve_command(ctx, args)
 
 
@@ -44,8 +49,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes around the help would double what it costs to show it
 )
+_OF_SEVERAL = ("train", "mine", "run")
+"""Verbs that share their work among the ranks of a launcher."""
+_OF_ONE = set()
 for _entry in verbs.entries(plugins=False):
     app.command(_entry.name)(_entry.thing)
+    _OF_ONE |= {_entry.name} - set(_OF_SEVERAL)
 
 
 def main() -> None:

@@ -159,14 +159,16 @@ class Kind:
     """How a folder that a verb wrote is told from any other.
 
     `name`: in words. `entries`: patterns of its files' paths, a folder at a time; `NAME/**` is all in a folder.
-    `mark`: one of its files, which it always has, and a text that stands in it.
+    `mark`: one of its files, which it always has, and a text that stands in it; `None` where it may be half made.
     """
 
     name: str
     entries: tuple[str, ...]
-    mark: tuple[str, str]
+    mark: tuple[str, str] | None = None
 
     def marked(self, folder: Path) -> bool:
+        if self.mark is None:
+            return True
         file, text = folder / self.mark[0], self.mark[1].encode()
         return file.is_file() and text in file.read_bytes()
 
@@ -199,6 +201,39 @@ def refuse_no_folder(path: Path) -> None:
         raise CheckpointError(what, where=path, expected="a folder, or nothing", fix=_ELSEWHERE)
     if path.exists() and not path.is_dir():
         raise CheckpointError("this is a file", where=path, expected="a folder, or nothing", fix=_ELSEWHERE)
+
+
+def refuse_foreign_file(path: Path, ours: str | bool) -> None:
+    """Errors: `CheckpointError` for a link, a folder or a device, and for a file that is not ours. `ours`: whether it
+    is, or a text that stands in the first million characters of each file that would be written there."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        what = f"this is a link (to {os.readlink(path)})" if path.is_symlink() else "this is no file"
+        raise CheckpointError(what, where=path, expected="a file to write to", fix=_ELSEWHERE)
+    if not path.exists() or not path.stat().st_size:
+        return
+    if isinstance(ours, str):
+        with path.open("rb") as file:
+            ours = ours.encode() in file.read(1_000_000)
+    if not ours:
+        raise CheckpointError("the file is there already and was not made by this verb", where=path, fix=_ELSEWHERE)
+
+
+def refuse_foreign_records(output: Path, report: Path, key: str, work: Path, under_way: bool, overwrite: bool) -> None:
+    """For a file of records with a report beside it that has the keys `output_bytes` and `key`, and the work folder of
+    a run that may be `under_way`. Errors: `CheckpointError` for files that the verb did not write, or that were changed
+    since, but for `overwrite`."""
+    try:
+        known = json.loads(report.read_text(encoding="utf-8"))
+        known = known if {"output_bytes", key} <= known.keys() else None
+    except (OSError, ValueError, AttributeError):
+        known = None
+    refuse_foreign_file(report, known is not None)
+    refuse_foreign_file(output, known is not None or (work.name == f"{output.name}.work" and work.is_dir()))
+    if known is None or under_way or overwrite or not output.exists():
+        return
+    if known["output_bytes"] != output.stat().st_size:
+        fix = "move it away, or replace it with --overwrite"
+        raise CheckpointError("the file was changed since it was written", where=output, fix=fix)
 
 
 def files_of(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.core.outputs import Kind, atomic_folder, claimed, files_of
+from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, files_of
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, read_tree, save_recipe
 from embedsmith.core.settings import to_plain
@@ -131,8 +131,15 @@ def _finished(recipe: MergeRecipe) -> dict[str, Any] | None:
     return found
 
 
-def plan_in_words(recipe: MergeRecipe) -> str:
-    """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing."""
+def plan_in_words(recipe: MergeRecipe, *, overwrite: bool = False) -> str:
+    """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing.
+
+    Errors: those of `merge` before it writes.
+    """
+    check_claim(recipe.output, "merge")
+    _kind(recipe).refuse_foreign(Path(recipe.output))
+    if not overwrite:
+        _finished(recipe)
     plan = make_plan(recipe)
     dtype_of = dtypes(plan)
     elements = {name: size_of(plan.holder(name).tensors[name]) for name in plan.names}

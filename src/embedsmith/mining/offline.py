@@ -9,8 +9,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, ran
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import claimed, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.settings import to_plain
@@ -43,9 +45,26 @@ OpenModel = Callable[[str], Encoder]
 def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) -> MineReport:
     """Mine as the recipe says, or go on where a stopped run of the same recipe was. A collective of all ranks.
 
-    `open_model` gives the encoder of a path or id. Errors: `DataError` for data that cannot be mined from, or that
+    `open_model` gives the encoder of a path or id. Errors: `CheckpointError` for an output that is not ours or that
+    another process writes to; `DataError` for data that cannot be mined from, or that
     differ between ranks; what reading, encoding and searching raise.
     """
+    with ExitStack() as claim:
+        for place in (recipe.output, recipe.folder):
+            on_first_rank(partial(lambda path: claim.enter_context(claimed(path, "mine")), place))
+        on_first_rank(lambda: _check_output(recipe, overwrite))
+        return _mine(recipe, open_model, overwrite)
+
+
+def _check_output(recipe: MineRecipe, overwrite: bool) -> None:
+    under_way = any(recipe.folder.glob("parts-*"))
+    refuse_foreign_records(
+        Path(recipe.output), recipe.report_path, "corpus", recipe.folder, under_way, overwrite=overwrite
+    )
+    sweep(recipe.folder)
+
+
+def _mine(recipe: MineRecipe, open_model: OpenModel, overwrite: bool) -> MineReport:
     started = time.monotonic()
     texts = Texts.read(recipe)
     sides = texts.searched(cache(open_model), recipe.vector_folder)
@@ -60,7 +79,7 @@ def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) 
         return done
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
-        on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
+        on_first_rank(lambda: discard(parts))
     work = _Work(recipe, texts, searchers, teacher, parts)
     starts = range(0, len(texts.records), recipe.part)
     mine_share = lambda: work.all_parts(starts[rank() :: world_size()])
@@ -207,7 +226,7 @@ class _Work:
         report = total.report(key, self.recipe.output, len(self.texts.corpus), time.monotonic() - started)
         with atomic_file(self.recipe.report_path) as file:
             json.dump(asdict(report), file, indent=1)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        discard(self.parts)
         if report.empty:
             log.warning("%d records have no negative", report.empty)
         return report

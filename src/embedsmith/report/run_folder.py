@@ -15,6 +15,7 @@ from typing import Any
 
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
@@ -26,7 +27,7 @@ from embedsmith.report.comparison import (
     words_about,
 )
 from embedsmith.report.model_card import TrainingFacts
-from embedsmith.report.page import Section, chart, charts, environment_section, finite, page, table
+from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
 
 Line = Mapping[str, float]
 _SHOWN = ("models", "coefficients", "notes")
@@ -50,9 +51,11 @@ def report_run(output: Path, model: Path) -> None:
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write `report.html` into the folder (or to `output`); returns its path.
 
-    Errors: `EvaluationError` for a folder with nothing to report; `MissingExtraError` without plotly.
+    Errors: `EvaluationError` for a folder with nothing to report; `CheckpointError` for a file that is no page of ours;
+    `MissingExtraError` without plotly.
     """
     path = Path(folder) / "report.html" if output is None else Path(output)
+    refuse_foreign_file(path, PAGE_MARK)
     text = folder_page(folder)
     with atomic_file(path) as file:
         file.write(text)

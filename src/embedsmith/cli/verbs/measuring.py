@@ -1,6 +1,8 @@
 """The verbs that measure models: evaluate, compare, geometry and report."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +40,26 @@ Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results:
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
 
+@contextmanager
+def _claimed(verb: str, keep: Path | None, *files: tuple[Path | None, str]) -> Iterator[None]:
+    """What a verb writes, before anything is scored: `files` with a text that stands in each, and a folder to keep."""
+    from embedsmith.core.outputs import claimed, refuse_foreign_file, sweep
+
+    with ExitStack() as claims:
+        for path, text in files:
+            if path is not None:
+                claims.enter_context(claimed(path, verb))
+                refuse_foreign_file(path, text)
+        if keep is not None:
+            claims.enter_context(claimed(keep, verb))
+            sweep(keep / "vectors")
+            sweep(keep / "results")
+        yield
+
+
 @verbs.register("evaluate")
 def evaluate_model(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
@@ -66,6 +86,7 @@ def evaluate_model(
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
+    ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
     weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])
     widths, more = _widths(dims, more)
@@ -151,6 +172,7 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
 
 @verbs.register("compare")
 def compare_results(
+    ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or results (.json); the baseline first.")],
     tasks: Tasks = None,
     data: Data = None,
@@ -166,7 +188,9 @@ def compare_results(
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
     from embedsmith.models import load
+    from embedsmith.report.page import PAGE_MARK
 
+    ctx.with_resource(_claimed("compare", keep, (json_file, '"differences": {'), (report, PAGE_MARK)))
     options, models = _model_options(models)
     widths, models = _widths(dims, models)
     _check_widths(widths, head)
@@ -200,6 +224,7 @@ def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], l
 
 @verbs.register("geometry")
 def show_geometry(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     task: Annotated[str, typer.Option("--task", "-t", help="Task whose texts are looked at, or a .txt file.")],
     against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
@@ -214,7 +239,9 @@ def show_geometry(
     from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table
     from embedsmith.evaluate.result import finite_or_none
     from embedsmith.models import load
+    from embedsmith.report.page import PAGE_MARK
 
+    ctx.with_resource(_claimed("geometry", None, (json_file, '"geometry": {'), (report, PAGE_MARK)))
     path = Path(task)
     sample = Sample.read(path, texts) if path.suffix == ".txt" else Sample.of(load_task(task, data_dir=data), texts)
     names = [model] if against is None else [model, against]

@@ -24,7 +24,7 @@ def train_model(
     from embedsmith.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])
-    outcome = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
+    outcome = rehearse(loaded, overwrite=overwrite) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
     if rank() == 0:
         typer.echo(outcome)
 
@@ -66,7 +66,7 @@ def merge_models(
 
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
-        typer.echo(plan_in_words(loaded))
+        typer.echo(plan_in_words(loaded, overwrite=overwrite))
     elif explain is not None:
         from embedsmith.calibrate.explain_report import write_explanation
 
