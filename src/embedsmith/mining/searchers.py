@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent
+from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent, tokenizer_json
 from embedsmith.core.errors import (
     DataError,
     EmbedsmithError,
@@ -29,9 +29,10 @@ from embedsmith.core.errors import (
 )
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
-from embedsmith.core.settings import Count, Positive, Share, Word
+from embedsmith.core.settings import Count, Positive, Share, Weights, Word
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.core.words import folded, letters, runs
+from embedsmith.data.record import text_id
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
@@ -201,7 +202,7 @@ class EmbeddingSearch:
 
     model: Word
     head: Word = "dense"
-    weights: dict[str, float] | None = None
+    weights: Weights | None = None
     index: Word = "exact"
     effort: Count = 128
     task: str | None = None
@@ -244,14 +245,17 @@ class EmbeddingSearcher(Searcher):
         if self.settings is None or self.settings.index == "exact":
             return
         factory, effort = self.settings.index, self.settings.effort
-        path = folder / f"{factory.replace(',', '-')}.faiss"
+        what = f"{sorted(self.fingerprints.values())} {self.documents.task} {self.documents.head}"
+        path = folder / f"{factory.replace(',', '-')}-{text_id(what):016x}.faiss"
 
         def build() -> None:
-            if not path.exists():
+            try:
+                ApproximateIndex.load(path, effort, len(self.documents))
+            except SearchError:  # absent, or not whole
                 ApproximateIndex.build(self.documents.pieces(), factory, effort).save(path)
 
         on_first_rank(build)
-        self.index = ApproximateIndex.load(path, effort)
+        self.index = ApproximateIndex.load(path, effort, len(self.documents))
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         query = self.queries.rows(np.arange(start, stop))
@@ -426,8 +430,10 @@ class CrossEncoderScorer(Scorer):
     corpus: Sequence[str]
 
     def models(self) -> dict[str, str]:
-        """A hash of the weights, the modules and what is done to their output."""
-        return {"teacher": hash_of_model(self.library, repr(self.library), repr(self.library.activation_fn))}
+        """A hash of the weights, the modules, the tokenizer and what is done to their output."""
+        words, length = tokenizer_json(self.library.tokenizer), self.library.max_length
+        settings = (repr(self.library), repr(self.library.activation_fn), words, str(length))
+        return {"teacher": hash_of_model(self.library, *settings)}
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
         pairs = [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.words import folded, runs
 from embedsmith.data import Record
@@ -44,8 +45,10 @@ def corpus_texts(records: Sequence[Record], more: Iterable[Corpus]) -> list[str]
     own = (text for record in records for text in (*record.positives, *record.negatives))
     texts = dict.fromkeys(own)
     for corpus in more:
-        read = (one.text.strip() for one in read_texts(corpus.path, column=corpus.column))
-        texts.update(dict.fromkeys(text for text in read if text))
+        read = dict.fromkeys(one.text.strip() for one in read_texts(corpus.path, column=corpus.column))
+        if not any(read):
+            raise DataError("no text in this corpus", where=corpus.path, fix="name another file, or leave it out")
+        texts.update((text, None) for text in read if text)
     return list(texts)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core.encoder import Role, hash_with_weights
+from embedsmith.core.encoder import Role, hash_with_weights, tokenizer_json
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
@@ -24,14 +24,7 @@ from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
-from embedsmith.models.tokenize import (
-    Instruction,
-    TextTokenizer,
-    added_tokens,
-    room_for,
-    tokenizer_json,
-    with_cls_blocks,
-)
+from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens, room_for, with_cls_blocks
 from embedsmith.models.write import Saved
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from embedsmith.core.collectives import refuse_launcher
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
 from embedsmith.core.outputs import claimed, files_of, sweep
@@ -33,7 +33,6 @@ from embedsmith.models.config import ComputeType
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.models.load import best_device, load
-from embedsmith.models.tokenize import tokenizer_json
 
 _CALIBRATION = 2048
 _STATES = ("preparing", "encoding", "complete")

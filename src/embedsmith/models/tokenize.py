@@ -93,12 +93,6 @@ def unescaped(text: str) -> str:
 Instruction = str | Sequence[str | None] | None
 
 
-def tokenizer_json(tokenizer: Any) -> str:
-    """Everything in a tokenizer that ids depend on; truncation and padding are set anew for every use."""
-    words = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({key: words[key] for key in words if key not in ("truncation", "padding")}, sort_keys=True)
-
-
 class TextTokenizer:
     """A fast tokenizer with the settings of one model. Every list of texts is one call into its native code.
 

@@ -16,7 +16,7 @@ from torch import nn
 from embedsmith.core.batch import Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
 from embedsmith.core.device import cpu_multiplies_bf16
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import losses
@@ -25,7 +25,7 @@ from embedsmith.data.record import Text
 from embedsmith.data.source import TokenizerFacts
 from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, load
-from embedsmith.models.tokenize import added_tokens, tokenizer_json
+from embedsmith.models.tokenize import added_tokens
 from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
