@@ -7,10 +7,11 @@ import random
 
 import pytest
 
+from tests.disks import read_only, small_disk
 from tests.merge.fixtures import folders
 from tests.tinybert import WORDS, tiny_bert
 
-__all__ = ["folders"]
+__all__ = ["folders", "read_only", "small_disk"]
 
 
 @pytest.fixture(scope="session")

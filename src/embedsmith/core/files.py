@@ -49,6 +49,24 @@ def write_cache(path: Path, content: bytes) -> None:
         logging.getLogger("embedsmith").warning("not kept for the next time: %s", error)
 
 
+def allocate(file: IO[bytes], size: int) -> None:
+    """Make a file `size` bytes long and take that room on the disk now; what is not written yet reads as zeros. Where
+    the file system cannot take room ahead, the file is only made that long, if there is so much.
+
+    Errors: `OSError` (`ENOSPC`, `EDQUOT`, `EFBIG`) where there is not so much.
+    """
+    file.flush()
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        disk = os.fstatvfs(file.fileno())
+        if disk.f_bavail * disk.f_frsize < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    os.truncate(file.fileno(), size)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Errors: `CheckpointError` in place of what the system says of a full disk or a place that cannot be written."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import SearchError
+from embedsmith.core.errors import DataError, SearchError
+from embedsmith.core.outputs import claimed
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
@@ -34,13 +37,13 @@ class Place:
     collection: str = "embedsmith"
     api_key: str | None = None
 
-    def open(self) -> Store:
+    def open(self, *, read_only: bool = False) -> Store:
         if (self.folder is None) == (self.url is None):
             raise SearchError("where is the index?", expected="either a folder or --url of a Qdrant server")
         if self.url is not None:
             return ServerStore(self.url, self.collection, api_key=self.api_key)
         assert self.folder is not None
-        return EdgeStore(self.folder)
+        return EdgeStore(self.folder, read_only=read_only)
 
 
 def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
@@ -48,7 +51,15 @@ def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | N
 
     The documents are read twice: what is wrong with them is an error before anything is encoded.
     """
+    refuse_launcher("index", "start it once, without the launcher")
+    with nullcontext() if place.folder is None else claimed(place.folder, "index"):
+        return _index(model, documents, place, heads, batch)
+
+
+def _index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
     total = sum(1 for _ in read_documents(documents))
+    if total == 0:
+        raise DataError("no document in this file", where=documents, expected="at least one row with an id and a text")
     encoder = load(model)
     store = place.open()
     try:
@@ -123,7 +134,7 @@ def run_search(
     """
     if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
-    store = place.open()
+    store = place.open(read_only=True)
     try:
         settings = store.settings()
         if settings is None:

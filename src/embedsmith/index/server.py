@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from embedsmith.core.errors import MissingExtraError, SearchError
 from embedsmith.core.progress import log
-from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
+from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
 
 T = TypeVar("T")
 _WAITS = (0.5, 2.0, 8.0)
@@ -39,7 +39,7 @@ class ServerStore:
         metadata = self._call(lambda: self._client.get_collection(self._collection)).config.metadata or {}
         if "embedsmith" not in metadata:
             raise SearchError("this collection was not made by embedsmith", where=self._where, fix="choose a new name")
-        return dict(metadata["embedsmith"])
+        return checked_settings(metadata["embedsmith"], self._where)
 
     def create(self, fields: Mapping[str, FieldSpec], settings: Mapping[str, Any]) -> None:
         models = self._models
@@ -149,15 +149,9 @@ def _in_calls(points: Sequence[StoredPoint]) -> Iterator[list[StoredPoint]]:
     some: list[StoredPoint] = []
     held = 0
     for point in points:
-        count = sum(
-            2 * len(vector[0])
-            if isinstance(vector, tuple)
-            else sum(len(one) if isinstance(one, list) else 1 for one in vector)
-            for vector in point.vectors.values()
-        )
-        if some and held + count > _NUMBERS:
+        if some and held + point.numbers > _NUMBERS:
             yield some
             some, held = [], 0
-        some, held = [*some, point], held + count
+        some, held = [*some, point], held + point.numbers
     if some:
         yield some

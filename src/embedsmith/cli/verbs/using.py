@@ -73,11 +73,15 @@ def search_index(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
     """Search an index by all heads together, with the score of each."""
+    from embedsmith.core.errors import DataError
     from embedsmith.index import commands as indexing
     from embedsmith.index import read_documents
 
     place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
-    texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]
+    from_file = [document.text for document in read_documents(file)] if file else []
+    if file and not from_file:
+        raise DataError("no query in this file", where=file)
+    texts = [*(queries or []), *from_file]
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
     for found in indexing.run_search(
