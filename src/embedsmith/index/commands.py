@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import SearchError
+from embedsmith.core.errors import RecipeError, SearchError
+from embedsmith.core.recipe import parse_value
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
@@ -163,8 +163,8 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
         if not key or not equals:
             raise SearchError(f"{what} {text!r}", expected="key=value")
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[key] = parse_value(value, what)
+        except RecipeError as error:
             raise SearchError(f"{what} {text!r} is not YAML", expected="such as lang=en or year={gte: 2000}") from error
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import local_path
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import titled
 
@@ -39,7 +40,7 @@ def read_texts(
     wanted, or in `column`, alone. `ids`: rows may lack one, each has one, or each has one of its own.
     Errors: `DataError` naming file and line for a row that is not like that.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     path = file_in(path, f"{part}.jsonl") if path.is_dir() else path
     name = column or "text"
     first: dict[str, str] = {}
