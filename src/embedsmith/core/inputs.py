@@ -2,8 +2,10 @@
 that names the file and what to do."""
 
 import codecs
+import functools
 import json
 import stat
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,15 +110,23 @@ def read_typed(path: str | Path, schema: type[T], error: Fault = DataError, *, f
 
 def typed(schema: type[T], tree: Any, where: object, error: Fault = DataError, *, fix: str | None = None) -> T:
     """Plain values as a dataclass (or another type). Errors: `error` naming the key."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(schema).validate_python(tree)
+        checked: T = _adapter(typing.cast(Any, schema)).validate_python(tree)
+        return checked
     except ValidationError as problem:
         first = problem.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         got = f" (got {str(first['input'])[:60]!r})" if first["type"] != "missing" else ""
         raise error(f"{key}: {first['msg']}{got}", where=where, fix=fix or "correct the file") from problem
+
+
+@functools.cache
+def _adapter(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def kind_of(value: object) -> str:

@@ -220,8 +220,11 @@ class ParquetBlocks:
     def version(self) -> str:
         """A hash of the footers: rows, sizes, offsets and statistics of every column of every row group."""
         digest = hashlib.blake2b(digest_size=16)
-        for footer in self._footers:
-            digest.update(repr(footer.to_dict()).encode())
+        for name, footer in zip(self.files, self._footers, strict=True):
+            try:
+                digest.update(repr(footer.to_dict()).encode())
+            except (ValueError, OverflowError):  # statistics of values that Python has no object for
+                digest.update(_state_of(name))
         return digest.hexdigest()
 
     def read(self, block: int) -> RowBlock:

@@ -1,6 +1,7 @@
 """The verbs `index` and `search`: where an index lies, which model made it, and how hits are shown."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | N
     try:
         fresh = store.settings() is None
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
-        place_of_model = str(Path(model).resolve()) if Path(model).exists() else model
+        place_of_model = os.path.realpath(model) if os.path.exists(model) else model
         index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
         return index.add(read_documents(documents), batch=batch, total=total), len(index)
     finally:

@@ -5,16 +5,27 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from embedsmith.core.errors import MissingExtraError, SearchError
 from embedsmith.core.files import atomic_file, disk_errors
+from embedsmith.core.inputs import read_json, typed
 from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
 
 SETTINGS = "embedsmith_index.json"
 _SHARD = "shard"
 _LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the file of settings says at least."""
+
+    model: str
+    fingerprint: str
+    heads: list[str]
 
 
 class EdgeStore:
@@ -41,10 +52,9 @@ class EdgeStore:
         path = self._folder / SETTINGS
         if not path.exists():
             return None
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SearchError(f"not JSON ({error})", where=path, fix="make the index again") from error
+        fix = "delete the folder and make the index again: embedsmith index"
+        found = read_json(path, SearchError, fix=fix)
+        typed(_Settings, found, path, SearchError, fix=fix)
         return found
 
     def create(self, fields: Mapping[str, FieldSpec], settings: Mapping[str, Any]) -> None:

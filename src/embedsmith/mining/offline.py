@@ -19,6 +19,7 @@ from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, ran
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_typed
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.settings import to_plain
@@ -195,7 +196,7 @@ class _Work:
                 where=self.parts,
                 fix="set work to a folder that all machines share",
             )
-        counts = [Counts(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))) for path in paths]
+        counts = [read_typed(path.with_suffix(".json"), Counts, fix=f"delete {self.parts}") for path in paths]
         total = Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
         if total.negatives == 0:
             raise DataError(
@@ -344,9 +345,9 @@ class MineReport:
     def of_earlier_run(path: Path, output: str, key: str) -> MineReport | None:
         """The report of an earlier run of the same, if its output is as it was left."""
         try:
-            known = MineReport(**json.loads(path.read_text(encoding="utf-8")))
+            known = read_typed(path, MineReport)
             return known if (known.key, known.output_bytes) == (key, Path(output).stat().st_size) else None
-        except (OSError, ValueError, TypeError):
+        except (OSError, DataError):
             return None
 
     def lines(self) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from embedsmith.core.errors import EmbedsmithError, EvaluationError
+from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
@@ -271,7 +272,7 @@ def _lines(path: Path, problems: list[str]) -> list[Line]:
             line = json.loads(text)
             lines.append({key: float(value) for key, value in line.items() if isinstance(value, int | float)})
             lines[-1]["step"]
-        except (ValueError, AttributeError, KeyError):
+        except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
             broken += 1
             lines = [line for line in lines if "step" in line]
     if broken:
@@ -283,11 +284,10 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return read_json(path)
+    except DataError:
         problems.append(f"{path.name} could not be read")
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _models(merge: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -107,7 +107,7 @@ class Layout:
         positives = found.get("positives", [])
         if not positives:
             return "classification" if "label" in found else "retrieval"
-        single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
+        single = len(positives) == 1 and (not isinstance(positives[0], list) or len(positives[0]) == 1)
         return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"
 
 
