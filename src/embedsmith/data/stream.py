@@ -284,7 +284,8 @@ class SequentialBlocks(DatasetBlocks):
     def read(self, block: int) -> RowBlock:
         if block != self._next:
             self._rest = iter(self.dataset.skip(block * BLOCK_ROWS))
-        rows = list(islice(self._rest, self.sizes[block]))
+        with refused(self.name):
+            rows = list(islice(self._rest, self.sizes[block]))
         self._next = block + 1
         if len(rows) < self.sizes[block]:
             ended = block * BLOCK_ROWS + len(rows)
@@ -321,7 +322,9 @@ def open_blocks(path: str, split: str | None, limit: int | None) -> Blocks:
     if files:
         return ParquetBlocks(tuple(files))
     if is_saved_dataset(here):
-        dataset = choose_split(load_datasets().load_from_disk(str(here)), split, path)
+        with refused(path):
+            found = load_datasets().load_from_disk(str(here))
+        dataset = choose_split(found, split, path)
         return DatasetBlocks(path, dataset, len(dataset))
     return _hub_blocks(str(here) if here.is_dir() else path.removeprefix("hf://"), split, limit)
 

@@ -8,12 +8,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.data.formats.files import Row, Rows, sound_rows
 from embedsmith.data.formats.texts import file_in, read_texts
 
 Judgements = dict[str, dict[str, float]]
-_WHAT_IT_RAISES = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_WHAT_IT_RAISES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    yaml.YAMLError,
+)
 """By the package `datasets`, for files that it cannot read."""
 
 

@@ -290,6 +290,7 @@ def readable_parquet(name: Path | str, line: Callable[[], int] | None = None) ->
 def parquet_schema(path: Path) -> pa.Schema:
     """The columns of a Parquet file. Errors: `DataError` for one that cannot be read."""
     if not local_path(path).is_file():
-        raise DataError("this is not a file", where=path, fix="remove it, or rename it if it is a folder")
+        what = "this is a folder, not a file" if path.is_dir() else "no such file"
+        raise DataError(what, where=path, fix="check that its folder is whole")
     with readable_parquet(path):
         return pq.read_schema(path)
