@@ -1,6 +1,7 @@
 """The verbs that measure models: evaluate, compare, geometry and report."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -133,7 +134,7 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     others, so whole numbers there that are no paths are widths too."""
     if not dims:
         return [], others
-    more = [name for name in others if name.isdecimal() and not Path(name).exists()]
+    more = [name for name in others if name.isdecimal() and not os.path.exists(name)]
     parts = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
     if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
@@ -150,7 +151,7 @@ def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
     from embedsmith.core.recipe import apply_override
 
     tree: dict[str, Any] = {"model": {}}
-    options = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
+    options = [name for name in others if name.startswith("model.") and "=" in name and not os.path.exists(name)]
     for override in options:
         apply_override(tree, override)
     return tree["model"], [name for name in others if name not in options]

@@ -12,7 +12,7 @@ from embedsmith.core.shelf import verbs
 
 @verbs.register("encode")
 def encode_texts(
-    files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
+    files: Annotated[list[str], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
     out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
     role: Annotated[str, typer.Option(help="query or document: which prompt is put before the texts.")] = "document",
@@ -25,11 +25,19 @@ def encode_texts(
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
 ) -> None:
     """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
+    from embedsmith.core.inputs import local_path
     from embedsmith.core.recipe import parse
     from embedsmith.models.encode_files import EncodeJob, encode_files
 
     options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
-    tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
+    tree = {
+        "model": model,
+        "files": [local_path(file) for file in files],
+        "out": out,
+        "block": block,
+        "processes": processes,
+        **options,
+    }
     count = encode_files(parse(EncodeJob, tree, where="encode"))
     typer.echo(f"{count} vectors in {out}")
 
