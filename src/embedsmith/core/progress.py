@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from embedsmith.core.collectives import rank
+from embedsmith.core.terminal import Terminal
 
 log = logging.getLogger("embedsmith")
 log.addFilter(lambda record: rank() == 0)
@@ -35,18 +36,16 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
 
     Only the outermost bar is shown: the terminal has room for one that moves (rich refuses a second).
     """
-    from rich.console import Console
-
     shown = (sys.stderr.isatty() if visible is None else visible) and not _on_screen
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(
-        *columns, console=Console(stderr=True), disable=not shown or rank() != 0, transient=False
+        *columns, console=Terminal(stderr=True), disable=not shown or rank() != 0, transient=False
     ) as progress:
         mine = [label] if shown else []
         _on_screen.extend(mine)

@@ -1,12 +1,11 @@
 """The verbs that use a model: encode, index and search, and those that take it elsewhere: convert, export and push."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -31,7 +30,7 @@ def encode_texts(
     options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
     tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
     count = encode_files(parse(EncodeJob, tree, where="encode"))
-    typer.echo(f"{count} vectors in {out}")
+    say(f"{count} vectors in {out}")
 
 
 @verbs.register("index")
@@ -48,11 +47,12 @@ def index_documents(
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
 ) -> None:
     """Index documents under every head of a model; the same command continues after a stop, and updates."""
+    from embedsmith.core.keys import key_from
     from embedsmith.index.commands import Place, run_index
 
-    place = Place(to, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    place = Place(to, url, collection, key_from(api_key_env))
     written, size = run_index(model, documents, place, heads, batch)
-    typer.echo(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
+    say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
 @verbs.register("search")
@@ -73,10 +73,11 @@ def search_index(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
     """Search an index by all heads together, with the score of each."""
+    from embedsmith.core.keys import key_from
     from embedsmith.index import commands as indexing
     from embedsmith.index import read_documents
 
-    place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    place = indexing.Place(index, url, collection, key_from(api_key_env))
     texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
@@ -84,7 +85,7 @@ def search_index(
         place, texts, k, model=model, weights=given, rrf=rrf, candidates=candidates, filter=where, explained=explain
     ):
         if as_json:
-            typer.echo(found.as_json())
+            say(found.as_json())
         else:
             show(found.table())
 
@@ -98,7 +99,7 @@ def convert_model(
     """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
     from embedsmith.models.export import convert as run
 
-    typer.echo(run(model, out, changes or []))
+    say(run(model, out, changes or []))
 
 
 @verbs.register("export")
@@ -113,7 +114,7 @@ def export_one_head(
     from embedsmith.models.export import ExportedHead, export_head
     from embedsmith.models.load import load
 
-    typer.echo(export_head(load(model, device="cpu"), out, cast("ExportedHead", head)))
+    say(export_head(load(model, device="cpu"), out, cast("ExportedHead", head)))
 
 
 @verbs.register("push")
@@ -125,4 +126,4 @@ def push_model(
     """Upload a saved model with its card to the hub you are logged in to."""
     from embedsmith.report.model_card import push as upload
 
-    typer.echo(f"pushed: {upload(folder, repository, private=not public)}")
+    say(f"pushed: {upload(folder, repository, private=not public)}")
