@@ -4,6 +4,8 @@ Imported by the errors, and so by `--help`: nothing heavy.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _HIDDEN = "***"
 _SHORTEST_SECRET = 6
@@ -34,6 +36,18 @@ def remember_secret(value: str) -> str:
     if len(value) >= _SHORTEST_SECRET:
         _secrets.add(value)
     return value
+
+
+_SECRET_NAME = re.compile(r"(?:^|[_-])(?:api)?(?:key|token|secret|passw(?:or)?d|auth(?:orization)?)$", re.IGNORECASE)
+
+
+def remember_secrets_in(tree: Mapping[str, Any]) -> None:
+    """Remember the texts whose names say that they are secrets: `api_key`, `Authorization`."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            remember_secrets_in(value)
+        elif isinstance(value, str) and _SECRET_NAME.search(str(name)):
+            remember_secret(value)
 
 
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Place:
     folder: Path | None = None
     url: str | None = None
     collection: str = "embedsmith"
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     def open(self) -> Store:
         if (self.folder is None) == (self.url is None):

@@ -47,10 +47,10 @@ def index_documents(
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
 ) -> None:
     """Index documents under every head of a model; the same command continues after a stop, and updates."""
-    from embedsmith.core.keys import key_from
+    from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index.commands import Place, run_index
 
-    place = Place(to, url, collection, key_from(api_key_env))
+    place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
     written, size = run_index(model, documents, place, heads, batch)
     say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
@@ -73,11 +73,11 @@ def search_index(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
     """Search an index by all heads together, with the score of each."""
-    from embedsmith.core.keys import key_from
+    from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index import commands as indexing
     from embedsmith.index import read_documents
 
-    place = indexing.Place(index, url, collection, key_from(api_key_env))
+    place = indexing.Place(index, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
     texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
