@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from embedsmith.core.markdown import block, code, without_folders, words
+from embedsmith.core.markdown import block, code, row, without_folders, words
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
 from embedsmith.merge.merge_plan import Plan
@@ -120,10 +120,11 @@ def card(plan: Plan, report: Mapping[str, Any]) -> str:
         f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}\n" for name, text in plan.prompts.items()
     )
     rows = [
-        f"| {words(entry['id'])} | {code(entry['path'].replace('|', '-'))} | {entry['weight']:g} | {entry['distance']} | `{entry['sha256'][:16]}` |"
-        for entry in report["models"]
+        row(words(one["id"]), code(one["path"]), f"{one['weight']:g}", one["distance"], f"`{one['sha256'][:16]}`")
+        for one in report["models"]
     ]
     notes = "".join(f"- {words(note)}\n" for note in report["notes"])
+    recipe = yaml.safe_dump(without_folders(to_plain(plan.recipe)), sort_keys=False, allow_unicode=True)
     return _CARD.format(
         architecture=code((plan.like.config.get("architectures") or ["encoder"])[0]),
         pooled=pooled,
@@ -132,9 +133,7 @@ def card(plan: Plan, report: Mapping[str, Any]) -> str:
         version=report["embedsmith"],
         models="\n".join(rows),
         notes=notes,
-        recipe=block(
-            yaml.safe_dump(without_folders(to_plain(plan.recipe)), sort_keys=False, allow_unicode=True), "yaml"
-        ),
+        recipe=block(recipe, "yaml"),
     )
 
 

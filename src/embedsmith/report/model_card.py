@@ -14,7 +14,7 @@ import yaml
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.markdown import block, without_folders, words
+from embedsmith.core.markdown import block, row, without_folders, words
 from embedsmith.core.text_out import remember_secret
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.models.folder import read_json
@@ -103,7 +103,7 @@ class TrainingFacts:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(map(words, cells)) + " |" for cells in (head, *rows)]
+    lines = [row(*map(words, cells)) for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 

@@ -1,6 +1,7 @@
 """The verbs of the command line, a file a group. Rooms are imported inside the functions, so that `--help` costs no
 torch; what they print passes through `show` and `say`."""
 
+import sys
 from typing import Any
 
 from embedsmith.core.text_out import printable
@@ -15,4 +16,5 @@ def show(what: Any, **options: Any) -> None:
 
 def say(text: object) -> None:
     """Print a line."""
-    print(printable(text), flush=True)
+    sys.stdout.write(f"{printable(text)}\n")
+    sys.stdout.flush()
