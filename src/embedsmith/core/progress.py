@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from embedsmith.core.collectives import rank
 from embedsmith.core.terminal import Terminal
+from embedsmith.core.text_out import printable
 
 log = logging.getLogger("embedsmith")
 log.addFilter(lambda record: rank() == 0)
@@ -21,13 +22,13 @@ class Bar:
 
     def __init__(self, progress: Progress, label: str, total: int | None, done: int) -> None:
         self._progress = progress
-        self._task = progress.add_task(label, total=total, completed=done, note="")
+        self._task = progress.add_task(printable(label), total=total, completed=done, note="")
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)
+        self._progress.update(self._task, note=printable(text))
 
 
 @contextmanager
