@@ -32,25 +32,6 @@ NAME = "a\x1b[31m\u202eb[/x] [red]|`"
 COMMANDS = set("\x1b\x07\x9b\r\u202e\u2066")
 
 
-@pytest.fixture
-def typed(capsys, monkeypatch):
-    """What a command prints and its exit code, as from a shell."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["embedsmith", *map(str, arguments)])
-        root = logging.getLogger()
-        kept, root.handlers = root.handlers, []
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            root.handlers = kept
-        shown = capsys.readouterr()
-        return shown.out, shown.err, ended.value.code
-
-    return run
-
-
 def lines(path: Path, rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
