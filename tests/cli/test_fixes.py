@@ -40,7 +40,8 @@ def fixes() -> list[tuple[str, str]]:
     """Every text that a call gets as `fix`, itself or by a name of its file; with its place."""
     found = set()
     for path in ROOT.rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        text = path.read_text(encoding="utf-8")
+        nodes = list(ast.walk(ast.parse(text))) if "fix=" in text else []
         given = [
             word.value for call in nodes if isinstance(call, ast.Call) for word in call.keywords if word.arg == "fix"
         ]

@@ -1,8 +1,8 @@
 """What leaves the program: hostile names and texts are shown as text, and keys of servers are nowhere."""
 
-import ast
 import json
 import logging
+import re
 import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -124,9 +124,7 @@ def test_nothing_is_printed_past_the_one_place():
     allowed = {"core/terminal.py": "Console", "cli/__init__.py": "secho"}
     root = Path(embedsmith.__file__).parent
     for path in root.rglob("*.py"):
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
-        names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
-        printing = names & {"echo", "secho", "Console", "from_markup"}
+        printing = set(re.findall(r"\b(echo|secho|Console|from_markup)\((?!Console\))", path.read_text("utf-8")))
         assert printing <= {allowed.get(path.relative_to(root).as_posix())}, path
 
 
