@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Place:
     folder: Path | None = None
     url: str | None = None
     collection: str = "embedsmith"
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     def open(self, *, read_only: bool = False) -> Store:
         if (self.folder is None) == (self.url is None):

@@ -177,7 +177,7 @@ def convert(model: str, out: Path, changes: Sequence[str] = (), *, overwrite: bo
         path = str(_from_gguf(Path(model), Path(scratch))) if model.endswith(".gguf") else model
         tree: dict[str, Any] = {"path": path}
         for change in changes:
-            apply_override(tree, change)
+            apply_override(tree, change.removeprefix("model."))  # as a recipe and the messages call it
         config = parse(ModelConfig, tree, where="convert")
         if config.pooling is None and FolderFacts.read(locate(config.path, config.revision)).pooling is None:
             both_ways = config.attention in ("bidirectional", "softmask")

@@ -100,7 +100,7 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
         raise ModelError(
             f"the targets {', '.join(targets)} are found in {reached} of {len(layers)} layers",
             expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
-            fix="set lora.targets to auto",
+            fix="set model.lora.targets=auto",
         )
     experts = expert_weights(backbone) if config.experts else []
     peft_config = PeftConfig(
@@ -191,7 +191,7 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
             + ", ".join(f"{k} {base.get(k)}, not {mine[k]}" for k in different),
             where=folder,
             expected=f"the base it was trained on ({base.get('path')})",
-            fix="put that model back, or say where it is with base=...",
+            fix="put that model back, or say where it is with model.base=FOLDER",
         )
     try:
         state = load_file(folder / _WEIGHTS)
@@ -235,7 +235,7 @@ def merged(backbone: Any) -> Any:
         raise ModelError(
             f"merging the adapter changes the states: cosine {cosine:.6f}",
             expected=f"above {SAME}",
-            fix="train with dtype=float32, or keep the adapter apart: save(folder, merge=False)",
+            fix="train with model.dtype=float32, or keep the adapter apart: save(folder, merge=False)",
         )
     log.info("adapter merged; lowest cosine of a token's state to the unmerged model: %.7f", cosine)
     return whole

@@ -176,7 +176,7 @@ class Folder:
         if self.finished and self.finished.get("best_step"):
             score = self.finished.get("best_score")
             mean = "" if score is None else f" with a mean score of {100 * score:.2f}"
-            words.append(f"The best checkpoint is that of step {self.finished['best_step']}{mean}.")
+            words.append(f"The best checkpoint is that of step {_text(self.finished['best_step'])}{mean}.")
         if made is None and self.merge is None:
             advice = "set <code>evaluate.tasks</code> in the recipe to see what training changed"
             words.append(f"No task was scored: {advice}.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -115,9 +115,9 @@ def evaluate_model(
             results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
         else:
             results = scoring.score(encoder, about | {"embedsmith": __version__})
-    show(results.table())
     if json_file is not None:
         results.save(json_file, items=items)
+    show(results.table())
 
 
 def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
@@ -197,7 +197,6 @@ def compare_results(
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
     made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
-    show(made.table())
     if json_file is not None:
         with atomic_file(json_file) as file:
             json.dump(made.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -207,7 +206,9 @@ def compare_results(
         text = comparison_page(made)
         with atomic_file(report) as file:
             file.write(text)
-        typer.echo(f"report: {report}")
+    show(made.table())
+    if report is not None:
+        say(f"report: {report}")
 
 
 def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
@@ -249,7 +250,6 @@ def show_geometry(
     encoders = [load(name) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
     together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
-    show(geometry_table(geometries, names, together))
     if json_file is not None:
         with atomic_file(json_file) as file:
             both = {name: finite_or_none(value) for name, value in together.items()}
@@ -261,7 +261,9 @@ def show_geometry(
         text = geometry_page([each.as_dict() for each in geometries], names, together)
         with atomic_file(report) as file:
             file.write(text)
-        typer.echo(f"report: {report}")
+    show(geometry_table(geometries, names, together))
+    if report is not None:
+        say(f"report: {report}")
 
 
 @verbs.register("report")
@@ -272,4 +274,4 @@ def write_page(
     """Write a folder's report: one HTML file that opens without a network."""
     from embedsmith.report import write_report
 
-    typer.echo(f"report: {write_report(folder, output)}")
+    say(f"report: {write_report(folder, output)}")

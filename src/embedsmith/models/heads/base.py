@@ -63,7 +63,7 @@ class HeadSource:
             raise ModelError(
                 f"multivector_dim={self.multivector_dim}",
                 expected="a model with the head multivector",
-                fix="add multivector to heads",
+                fix="add multivector to model.heads",
             )
         # In one order, whatever the recipe's: new heads draw their weights one after the other from one seed.
         ordered = sorted(sorted(wanted, reverse=True), key=lambda name: known[name].own_pass)
