@@ -20,12 +20,19 @@ from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import takes, takes_positions
 from embedsmith.models.config import ComputeType, Settings
 from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, cosine, encode_block, quantize
-from embedsmith.models.heads.base import Head, known_heads
+from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
-from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens, room_for, with_cls_blocks
+from embedsmith.models.tokenize import (
+    Instruction,
+    TextTokenizer,
+    added_tokens,
+    check_vocabulary,
+    room_for,
+    with_cls_blocks,
+)
 from embedsmith.models.write import Saved
 
 
@@ -60,6 +67,7 @@ class Embedder(nn.Module):
         self.settings = settings
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
+        self.text.rows = check_vocabulary(tokenizer, backbone)
         self.pad_id = self.text.pad_id
         self.padding_left = tokenizer.padding_side == "left"
         self.attention, self.softmask = attention, softmask
@@ -147,9 +155,7 @@ class Embedder(nn.Module):
             raise ModelError(
                 f"this model has no output {unknown[0]!r}",
                 expected=f"one of {', '.join(self.outputs)}",
-                fix=f"to train a new one, load the model with {unknown[0]} in heads"
-                if unknown[0] in known_heads()
-                else None,
+                fix=f"train one: {TRAIN_HEAD.format(unknown[0])}" if unknown[0] in known_heads() else None,
             )
         heads: dict[str, Any] = {name: head for name, head in self.token_heads.items() if name in outputs}
         own = {name: head(self, padded) for name, head in heads.items() if head.own_pass}
