@@ -16,6 +16,7 @@ from embedsmith.models.heads.dense import HeadConfig
 from embedsmith.models.lora import LoraConfig
 from embedsmith.models.pooling import PoolerConfig
 
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 ComputeType = Literal["float32", "bfloat16", "float16"]
 PoolingName = Annotated[str, Name(poolings)]
 HeadName = Annotated[str, Name(heads)]  # named here: in the class, `heads` is a field
@@ -131,6 +132,8 @@ class Settings:
     `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer makes texts lower-case.
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
     `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
+    `similarity`: how two vectors are compared. `truncate_dim`: the leading numbers that `encode` keeps by default. Both
+    are as a sentence-transformers folder says; no representation depends on them, so `repr` leaves them out.
     """
 
     pooling: str
@@ -145,6 +148,8 @@ class Settings:
     pool_special_tokens: bool = True
     eos_id: int | None = None
     mcls: int | None = None
+    similarity: Similarity = field(default="cosine", repr=False)
+    truncate_dim: int | None = field(default=None, repr=False)
 
     def prompt_for(self, role: Role, task: str | None = None) -> str:
         """The prompt of a text: the first of `task-role`, `task`, role (for documents also `passage` and `corpus`), the

@@ -55,12 +55,14 @@ class EncodeJob:
 
     def identity(self, model: Embedder) -> dict[str, Any]:
         """Everything the vectors depend on."""
+        settings = json.loads(json.dumps(asdict(model.settings)))
+        del settings["similarity"], settings["truncate_dim"]  # the latter is in `dim`
         return {
             "format": 1,
             "weights": weights_hash(model),
-            "settings": json.loads(json.dumps(asdict(model.settings))),
+            "settings": settings,
             "prompt": model.settings.prompt_for(self.role, self.task),
-            "dim": self.dim or model.dimension,
+            "dim": self.dim or model.encoded_dimension,
             "stored": self.stored,
             "dtype": self.dtype or "float32",
             "column": self.column,
@@ -84,7 +86,7 @@ class EncodeJob:
             with atomic_file(self.out / "ranges.npy", "wb") as file:
                 np.save(file, value_ranges(self.vectors(model, texts)))
         np.lib.format.open_memmap(
-            self.out / "vectors.npy", mode="w+", dtype=self.stored, shape=(count, self.dim or model.dimension)
+            self.out / "vectors.npy", mode="w+", dtype=self.stored, shape=(count, self.dim or model.encoded_dimension)
         ).flush()
         return count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from embedsmith.models.backbone import (
     positions_of,
     skeleton,
 )
-from embedsmith.models.config import ModelConfig, Settings, derive_max_length
+from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.heads.base import HeadSource
@@ -245,6 +245,8 @@ class ModelSource:
             pool_special_tokens=special,
             eos_id=added_tokens(tokenizer)[1][-1] if self.append_eos else saved.eos_id,
             mcls=config.mcls,
+            similarity=_similarity(facts.similarity),
+            truncate_dim=facts.truncate_dim,
         )
         settings = self.prompted(settings)
         for name, text in settings.prompts.items():  # behind a longer prompt all texts would be one vector
@@ -358,6 +360,12 @@ class ModelSource:
                 "cls_token": config.cls_token,
             }
             add_adapter(model.backbone, config.lora)
+
+
+def _similarity(named: str | None) -> Similarity:
+    """What a folder names, where that compares two vectors: a sparse or multi-vector model (maxsim) has a cosine for
+    its dense vectors."""
+    return next((known for known in get_args(Similarity) if known == named), "cosine")
 
 
 def best_device() -> str:
