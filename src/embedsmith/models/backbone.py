@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 from embedsmith.core.device import check_fits
 from embedsmith.core.errors import EmbedsmithError, ModelError
 from embedsmith.core.progress import transformers_silenced
+from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.folder import read_json, read_typed
@@ -63,6 +64,20 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
+@dataclass(frozen=True)
+class _TokenizerFile:
+    """tokenizer_config.json and its like, where tokens stand by themselves or with how they are found."""
+
+    model_max_length: Annotated[float, Range(ge=4)] | None = None
+    unk_token: Word | Mapping[str, Any] | None = None
+    pad_token: Word | Mapping[str, Any] | None = None
+    cls_token: Word | Mapping[str, Any] | None = None
+    sep_token: Word | Mapping[str, Any] | None = None
+    bos_token: Word | Mapping[str, Any] | None = None
+    eos_token: Word | Mapping[str, Any] | None = None
+    mask_token: Word | Mapping[str, Any] | None = None
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """Errors: `ModelError` when the folder has no tokenizer (transformers would make up one of five tokens)."""
     if not has_tokenizer(folder):
@@ -74,7 +89,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         )
     for path in (folder / name for name in _SETTING_FILES):
         if path.exists():
-            read_json(path)
+            read_typed(_TokenizerFile, path)
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     with foreign_errors("cannot load the tokenizer", files[0]), transformers_silenced():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -204,18 +219,24 @@ _CLASSIFIER = re.compile(
     r"For(Sequence|Token|Image|Audio\w*|Video)Classification$|ForQuestionAnswering$|ForMultipleChoice$"
 )
 _COUNTS = re.compile(r"(^|_)(layers?|experts?|blocks?|stages?|depth)$|^(n|num)_.*(layer|expert|block|stage)s?(_|$)")
+_SIZES = re.compile(r"(size|heads?|dim|d_model|d_ff|embd|embeddings)$")
 _MOST = 10_000
 
 
 def _check_counts(tree: Mapping[str, Any], path: Path) -> None:
-    """A model is built part by part, without memory too: a number of parts must be one that can be counted to."""
+    """A model is built part by part, without memory too: a number of parts must be one that can be counted to. And no
+    number is NaN, and no size negative."""
     for key, value in tree.items():
         if isinstance(value, dict):
             _check_counts(value, path)
-        elif isinstance(value, int | float) and _COUNTS.search(key) and not value <= _MOST:
-            raise ModelError(
-                f"{key} is {value}", where=path, expected=f"at most {_MOST:,}", fix="restore this file: it is damaged"
-            )
+        elif isinstance(value, int | float) and not _plausible(key, value):
+            raise ModelError(f"{key} is {value}", where=path, fix="restore this file: it is damaged")
+
+
+def _plausible(key: str, value: float) -> bool:
+    if _COUNTS.search(key):
+        return 0 <= value <= _MOST
+    return not math.isnan(value) and (value >= 0 or not _SIZES.search(key))
 
 
 def _check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:

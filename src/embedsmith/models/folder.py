@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.settings import Count, Width, section, to_plain
+from embedsmith.core.settings import Count, Range, Width, section, to_plain
 from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig
@@ -69,7 +69,7 @@ class EmbeddingConfig:
             return cls()
         tree = read_json(path)
         version = tree.get("version", 1)
-        if isinstance(version, int) and version > 1:
+        if version != 1:
             raise ModelError(f"version {version}", where=path, expected="1", fix="install a newer embedsmith")
         try:
             return parse(cls, tree, where=str(path))
@@ -120,7 +120,7 @@ class _Module:
 class _EncoderFile:
     """sentence_bert_config.json."""
 
-    max_seq_length: Count | None = None
+    max_seq_length: Annotated[int, Range(ge=4)] | None = None
     do_lower_case: bool | None = None
 
 
@@ -130,7 +130,7 @@ class _GeneralFile:
 
     prompts: Mapping[str, str] | None = None
     default_prompt_name: str | None = None
-    similarity_fn_name: str | None = None
+    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim"] | None = None
     truncate_dim: Count | None = None
 
 
@@ -204,6 +204,12 @@ class FolderFacts:
         encoder = next((read_typed(_EncoderFile, path) for path in places if path.exists()), _EncoderFile())
         path = folder / "config_sentence_transformers.json"
         general = read_typed(_GeneralFile, path) if path.exists() else _GeneralFile()
+        if general.default_prompt_name is not None and general.default_prompt_name not in (general.prompts or {}):
+            raise ModelError(
+                f"default_prompt_name is {general.default_prompt_name!r}, and there is no such prompt",
+                where=path,
+                expected=f"null, or one of {', '.join(general.prompts or {}) or '(none)'}",
+            )
         pooling, include_prompt = _pooling(modules[1][1] / "config.json", more.pooling)
         return cls(
             backbone=backbone,
@@ -253,8 +259,9 @@ def _modules(more: EmbeddingConfig, folder: Path) -> list[tuple[str, Path]]:
 
 def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
     """The modules of a sentence-transformers folder, in order, wherever they are listed."""
+    standard = read_typed(tuple[_Module, ...], folder / "modules.json")
     if not more.modules:
-        return read_typed(tuple[_Module, ...], folder / "modules.json")
+        return standard
     try:
         return parse(tuple[_Module, ...], more.modules)
     except RecipeError as error:
@@ -283,7 +290,10 @@ def _pooling(path: Path, named: str | None) -> tuple[str, bool]:
 def _projection(path: Path) -> Projection:
     config = read_typed(_DenseFile, path / "config.json")
     widths = config.in_features, config.out_features
-    projection = Projection(*widths, config.bias, config.activation_function, config.use_residual)
+    try:
+        projection = Projection(*widths, config.bias, config.activation_function, config.use_residual)
+    except ModelError as error:
+        raise ModelError(error.what, where=path / "config.json", expected=error.expected) from error
     weights = path / "model.safetensors"
     if not weights.exists():
         raise ModelError(

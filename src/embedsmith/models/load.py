@@ -28,7 +28,7 @@ from embedsmith.models.backbone import (
 )
 from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import POOLER_FILE, AdapterFile, FolderFacts, read_typed
+from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
 from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
@@ -171,7 +171,14 @@ class ModelSource:
         if self.append_eos:
             put_end_token(tokenizer, config.eos_token)
         elif facts.embedding_config.eos_id is not None:
-            put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(facts.embedding_config.eos_id))
+            number = facts.embedding_config.eos_id
+            if not 0 <= number < len(tokenizer):
+                raise ModelError(
+                    f"eos_id is {number}, and the tokenizer has {len(tokenizer)} tokens",
+                    where=facts.backbone / EMBEDDING_CONFIG,
+                    fix="copy the folder again, as a whole",
+                )
+            put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(number))
 
     @property
     def append_eos(self) -> bool:
@@ -248,6 +255,8 @@ class ModelSource:
             similarity=_similarity(facts.similarity),
             truncate_dim=facts.truncate_dim,
         )
+        if settings.echo is not None and settings.echo.count("{text}") != 2:
+            raise ModelError(f"echo is {settings.echo!r}", where=config.path, expected="a text with {text} in it twice")
         settings = self.prompted(settings)
         for name, text in settings.prompts.items():  # behind a longer prompt all texts would be one vector
             count = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else 0
