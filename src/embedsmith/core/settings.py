@@ -41,6 +41,8 @@ Positive = Annotated[float, Range(gt=0)]
 NotNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
 Count = Annotated[int, Range(gt=0)]
+Width = Annotated[int, Range(gt=0, le=2**17)]
+"""How many numbers a vector has: more than 131,072 is a slip, and would not fit any memory."""
 Word = Annotated[str, Range(min_length=1)]
 Weights = Annotated[Mapping[str, NotNegative], Range(min_length=1)]
 

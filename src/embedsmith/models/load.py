@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -26,22 +26,38 @@ from embedsmith.models.backbone import (
     positions_of,
     skeleton,
 )
-from embedsmith.models.config import ModelConfig, Settings, derive_max_length
+from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import POOLER_FILE, FolderFacts, read_json
+from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
 from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
 from embedsmith.models.packing import check_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
-from embedsmith.models.tokenize import added_tokens, compiled, put_end_token, put_first_token, template_named, unescaped
+from embedsmith.models.tokenize import (
+    TextTokenizer,
+    added_tokens,
+    compiled,
+    put_end_token,
+    put_first_token,
+    template_named,
+    unescaped,
+)
 
 
-def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None, **overrides: Any) -> Embedder:
+def load(
+    path: str | ModelConfig,
+    /,
+    *,
+    device: str | torch.device | None = None,
+    new_heads: bool = False,
+    **overrides: Any,
+) -> Embedder:
     """An embedder in eval mode from a transformers folder, a sentence-transformers folder or a hub id.
 
     `overrides` are the fields of `ModelConfig`. `device=None` is the current GPU where there is one, else the CPU.
+    `new_heads`: heads that are asked for and not in the folder are made, random, for you to train them.
     Errors: `ModelError` naming the file and the fix; `RecipeError` for an unknown override.
     """
     if isinstance(path, ModelConfig):
@@ -66,7 +82,7 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
         backbone.to(target)
     attention = switch_attention(backbone, mode, config.partial_attention or bool(saved.causal_layers))
     settings = source.settings(tokenizer, positions_of(backbone), attention)
-    embedder = source.assemble(backbone, tokenizer, settings, attention)
+    embedder = source.assemble(backbone, tokenizer, settings, attention, new_heads)
     source.adapt(embedder)
     embedder.to(target).eval()
     if config.packing:
@@ -127,7 +143,7 @@ class ModelSource:
         if not adapter:
             return cls(config, facts, facts.backbone)
         found = facts.embedding_config.base or {}
-        path = config.base or found.get("path") or read_json(folder / ADAPTER).get("base_model_name_or_path")
+        path = config.base or found.get("path") or read_typed(AdapterFile, folder / ADAPTER).base_model_name_or_path
         if not path:
             raise ModelError(
                 "this adapter does not say what it belongs to", where=folder, fix="say it with model.base=FOLDER"
@@ -139,9 +155,9 @@ class ModelSource:
         return cls(changed, facts, locate(str(path), found.get("revision")), folder)
 
     def tokenizer(self) -> Any:
-        """The folder's, else that of the base."""
+        """The folder's, else that of the base. Errors: `ModelError` for one that has no fast form."""
         folder = self.facts.backbone if has_tokenizer(self.facts.backbone) else self.base
-        return load_tokenizer(folder, self.config.trust_remote_code)
+        return TextTokenizer(load_tokenizer(folder, self.config.trust_remote_code), str(folder)).tokenizer
 
     def prepare_tokenizer(self, tokenizer: Any, backbone: Any) -> None:
         """Padding side, first and end tokens: as asked, else as the folder was saved."""
@@ -160,7 +176,14 @@ class ModelSource:
         if self.append_eos:
             put_end_token(tokenizer, config.eos_token)
         elif facts.embedding_config.eos_id is not None:
-            put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(facts.embedding_config.eos_id))
+            number = facts.embedding_config.eos_id
+            if not 0 <= number < len(tokenizer):
+                raise ModelError(
+                    f"eos_id is {number}, and the tokenizer has {len(tokenizer)} tokens",
+                    where=facts.backbone / EMBEDDING_CONFIG,
+                    fix="copy the folder again, as a whole",
+                )
+            put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(number))
 
     @property
     def append_eos(self) -> bool:
@@ -234,7 +257,11 @@ class ModelSource:
             pool_special_tokens=special,
             eos_id=added_tokens(tokenizer)[1][-1] if self.append_eos else saved.eos_id,
             mcls=config.mcls,
+            similarity=_similarity(facts.similarity),
+            truncate_dim=facts.truncate_dim,
         )
+        if settings.echo is not None and settings.echo.count("{text}") != 2:
+            raise ModelError(f"echo is {settings.echo!r}", where=config.path, expected="a text with {text} in it twice")
         settings = self.prompted(settings)
         for name, text in settings.prompts.items():  # behind a longer prompt all texts would be one vector
             count = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else 0
@@ -296,8 +323,10 @@ class ModelSource:
                 raise ModelError(f"cannot read the weights of the pooling: {error}", where=path) from error
         return pooler, shape
 
-    def assemble(self, backbone: Any, tokenizer: Any, settings: Settings, attention: Attention) -> Embedder:
-        """The embedder with the folder's heads, and new ones where they are asked for."""
+    def assemble(
+        self, backbone: Any, tokenizer: Any, settings: Settings, attention: Attention, new_heads: bool
+    ) -> Embedder:
+        """The embedder with the folder's heads, and new ones where they are asked for to be trained (`new_heads`)."""
         config = self.config
         hidden_size = backbone.config.get_text_config().hidden_size
         pooler, shape = self.pooler(settings.pooling, hidden_size)
@@ -312,6 +341,7 @@ class ModelSource:
             sparse=config.sparse,
             sparse_terms=config.sparse_terms,
             multivector_dim=config.multivector_dim,
+            new_heads=new_heads,
         )
         return Embedder(
             backbone,
@@ -344,6 +374,12 @@ class ModelSource:
                 "cls_token": config.cls_token,
             }
             add_adapter(model.backbone, config.lora)
+
+
+def _similarity(named: str | None) -> Similarity:
+    """What a folder names, where that compares two vectors: a sparse or multi-vector model (maxsim) has a cosine for
+    its dense vectors."""
+    return next((known for known in get_args(Similarity) if known == named), "cosine")
 
 
 def best_device() -> str:

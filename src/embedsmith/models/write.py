@@ -150,12 +150,13 @@ class Saved:
             "transformers": transformers.__version__,
             "pytorch": torch.__version__,
         }
-        general = {
+        general: dict[str, Any] = {
             "__version__": versions,
             "prompts": dict(settings.prompts),
             "default_prompt_name": settings.default_prompt,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": settings.similarity,
         }
+        general |= {} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}
         write_json(root / "config_sentence_transformers.json", general)
         theirs = next((name for name, ours in POOLING_NAMES.items() if ours == settings.pooling), None)
         pooling = {
