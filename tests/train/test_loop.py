@@ -142,11 +142,34 @@ def test_a_second_ctrl_c_stops_at_once(tree, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_finished_run_is_not_overwritten_unless_told(tree):
-    run(tree)
-    with pytest.raises(CheckpointError, match=r"(?s)finished.*--overwrite"):
+def test_a_finished_run_is_left_as_it_is_unless_told(tree, tmp_path, caplog):
+    model = run(tree)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with caplog.at_level("INFO", "embedsmith"):
+        assert run(tree) == model
+    assert "finished before" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(CheckpointError, match=r"train.seed: 0 -> 1"):
+        run(tree, train=tree["train"] | {"seed": 1})
+    (model / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"(?s)its model is gone.*--overwrite"):
         run(tree)
     train(parse(Recipe, tree), overwrite=True)
+
+
+def test_a_kill_while_a_checkpoint_is_pruned_leaves_no_half_of_it(tree, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embedsmith.core.outputs._remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tree, train=tree["train"] | {"keep_checkpoints": 1})
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.glob("step-*")] == ["step-4"]
+    assert len(list(folder.glob(".step-2.*.tmp"))) == 1
+    run(tree, train=tree["train"] | {"keep_checkpoints": 1})
+    assert [path.name for path in folder.iterdir()] == ["step-12"]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tree, monkeypatch):

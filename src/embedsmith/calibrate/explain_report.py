@@ -17,9 +17,10 @@ from embedsmith.calibrate.live_model import open_live
 from embedsmith.calibrate.probe import Probe
 from embedsmith.calibrate.task_batches import TaskBatches
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import claimed, refuse_foreign_file
 from embedsmith.merge.merge_plan import make_plan
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.report.page import Section, chart, finite, page, table
+from embedsmith.report.page import PAGE_MARK, Section, chart, finite, page, table
 
 BATCH = 32
 """Examples of each task in one batch."""
@@ -129,7 +130,11 @@ def explain_recipe(recipe: MergeRecipe, probe: Probe | None = None) -> Explanati
 def write_explanation(recipe: MergeRecipe, folder: Path, files: Sequence[str]) -> Path:
     """Write the explanation of a merge, not the merge; returns the page. `files`: texts for the losses, by default
     those that the recipe's own method reads."""
-    return explain_recipe(recipe, Probe.of_recipe(recipe, files)).save(folder)
+    with claimed(folder, "merge --explain"):
+        marks = {"explain.json": '"effective_tasks":', "groups.csv": "granularity,", "explain.html": PAGE_MARK}
+        for name, text in marks.items():
+            refuse_foreign_file(folder / name, text)
+        return explain_recipe(recipe, Probe.of_recipe(recipe, files)).save(folder)
 
 
 def _angles(facts: Facts) -> Section:

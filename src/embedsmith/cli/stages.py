@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,10 @@ from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
+from embedsmith.core.outputs import claimed, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
-from embedsmith.core.settings import did_you_mean, section, to_plain
+from embedsmith.core.settings import did_you_mean, section
 
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -119,11 +121,7 @@ def _curate(tree: dict[str, Any], where: str) -> Path:
 def _train(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.train import Recipe, train
 
-    recipe = parse(Recipe, tree, where)
-    output = Path(recipe.output)
-    if (output / "finished.json").exists() and read_tree(output / "recipe.yaml") == to_plain(recipe):
-        return output / "model"
-    return train(recipe)
+    return train(parse(Recipe, tree, where))
 
 
 @stage_of("merge")
@@ -165,6 +163,7 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
     stage = parse(EvaluateStage, tree, where)
 
     def score() -> None:
+        refuse_foreign_file(Path(stage.output), '"tasks": [')
         tasks = [load_task(name, data_dir=stage.data, split=stage.split) for name in stage.tasks]
         evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
 
@@ -216,6 +215,12 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     """
     check_stages(recipe)
     join_ranks()
+    with ExitStack() as claim:
+        on_first_rank(lambda: claim.enter_context(claimed(recipe.output, "run")))
+        return _run(recipe)
+
+
+def _run(recipe: PipelineRecipe) -> dict[str, Path]:
     results: dict[str, str] = {"output": recipe.output}
     key = ""
     for stage in recipe.stages:

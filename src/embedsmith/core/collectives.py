@@ -51,6 +51,12 @@ def join_ranks() -> None:
     atexit.register(_leave)
 
 
+def refuse_launcher(verb: str, fix: str) -> None:
+    """Errors: `EmbedsmithError` where a launcher started several ranks of a verb that knows of none."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise EmbedsmithError(f"{verb} was started by a launcher, on {count} ranks that would do the same", fix=fix)
+
+
 def _leave() -> None:
     """Leave the ranks, with a moment for gloo's threads: one that lets go of its last tensor while the interpreter is
     taken down now and then ends the process with SIGABRT, its work done."""

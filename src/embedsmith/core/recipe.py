@@ -149,7 +149,7 @@ def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as error:
         lines = [line for detail in error.errors() for line in _explain(detail, schema, ())]
-        raise RecipeError("\n  ".join(lines), where=where) from error
+        raise RecipeError("\n  ".join(lines), where=where) from None  # whose words repeat the input
 
 
 def _explain(detail: Any, schema: Any, prefix: tuple[Any, ...]) -> list[str]:

@@ -79,12 +79,12 @@ def _named(path: Path | None) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, ValueError, RecursionError) as error:
-        full = "full" in str(error)
+        kind = getattr(error, "sqlite_errorname", "")  # SQLite says no more of a quota or a limit than of a full disk
         raise CheckpointError(
             f"cannot use the cache ({error})",
             where=path,
-            fix="free some space, then run the same command again"
-            if full
+            fix="free some space (or raise the quota, or ulimit -f), then run the same command again"
+            if kind == "SQLITE_FULL" or kind.startswith("SQLITE_IOERR")
             else "make sure no other curation writes to this folder; a damaged file can be deleted, it costs only time",
         ) from error
 

@@ -19,8 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from embedsmith.core.errors import DataError
-from embedsmith.core.files import atomic_file, atomic_folder
+from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, read_typed
+from embedsmith.core.outputs import atomic_folder
 from embedsmith.core.progress import log
 from embedsmith.data.source import RecordSet, Skipped, Source, source_name
 from embedsmith.data.store import RecordStore, StoreWriter

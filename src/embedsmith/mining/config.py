@@ -94,7 +94,7 @@ class Selection:
         if self.window is not None and self.window < self.negatives and self.strategy != "stepped":
             raise RecipeError(
                 f"a window of {self.window} ranks cannot give {self.negatives} negatives",
-                fix="make window larger, or negatives smaller",
+                fix="make select.window larger, or select.negatives smaller",
             )
 
 

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
+from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
@@ -30,7 +31,7 @@ from embedsmith.report.comparison import (
     words_about,
 )
 from embedsmith.report.model_card import TrainingFacts
-from embedsmith.report.page import Section, chart, charts, environment_section, finite, page, table
+from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
 
 Line = Mapping[str, float]
 _SHOWN = ("models", "coefficients", "notes")
@@ -54,9 +55,11 @@ def report_run(output: Path, model: Path) -> None:
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write `report.html` into the folder (or to `output`); returns its path.
 
-    Errors: `EvaluationError` for a folder with nothing to report; `MissingExtraError` without plotly.
+    Errors: `EvaluationError` for a folder with nothing to report; `CheckpointError` for a file that is no page of ours;
+    `MissingExtraError` without plotly.
     """
     path = Path(folder) / "report.html" if output is None else Path(output)
+    refuse_foreign_file(path, PAGE_MARK)
     text = folder_page(folder)
     with atomic_file(path) as file:
         file.write(text)
@@ -173,7 +176,7 @@ class Folder:
         if self.finished and self.finished.get("best_step"):
             score = self.finished.get("best_score")
             mean = "" if score is None else f" with a mean score of {100 * score:.2f}"
-            words.append(f"The best checkpoint is that of step {self.finished['best_step']}{mean}.")
+            words.append(f"The best checkpoint is that of step {_text(self.finished['best_step'])}{mean}.")
         if made is None and self.merge is None:
             advice = "set <code>evaluate.tasks</code> in the recipe to see what training changed"
             words.append(f"No task was scored: {advice}.")

@@ -1,7 +1,6 @@
 """What a recipe leaves open, derived: device and precision, memory, losses, batch sizes, the length of the run."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import nn
 from embedsmith.core.batch import Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
 from embedsmith.core.device import cpu_multiplies_bf16
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import losses
@@ -179,10 +178,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
 
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
-    """Hash of everything in the tokenizer that ids depend on; truncation and padding are set anew for every use."""
-    tree = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in tree.items() if key not in ("truncation", "padding")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(tokenizer_json(model.tokenizer).encode()).hexdigest()
     ends = added_tokens(model.tokenizer)[1]
     return TokenizerFacts(name, digest, model.max_length, ends[-1] if ends else None)
 

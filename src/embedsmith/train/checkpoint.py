@@ -7,9 +7,9 @@ runs/a/model/                   the result, written last; `finished.json` beside
 """
 
 import json
+import os
 import pickle
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from embedsmith.core.collectives import objects_of_all_ranks, rank
 from embedsmith.core.errors import CheckpointError
-from embedsmith.core.files import atomic_file, atomic_folder
+from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import Kind, atomic_folder, discard, refuse_no_folder, sweep
 from embedsmith.core.recipe import read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import to_plain
 from embedsmith.models import Embedder
 
 FINISHED = "finished.json"
+CHECKPOINT = Kind(
+    "checkpoint", ("model/**", "training.pt", "mining.pt", "*.json"), ("state.json", "evaluations_without_gain")
+)
+_FILES = ("recipe.yaml", "manifest.json", "environment.json", "metrics.jsonl", "report.html", FINISHED)
+_FOLDERS = ("checkpoints/**", "evaluation/*.json", "model/**", "embedsmith/**")  # the last is TensorBoard's
+RUN = Kind("run", (*_FILES, *_FOLDERS), ("recipe.yaml", "train:"))
 
 
 @dataclass(frozen=True)
@@ -48,23 +55,37 @@ class Checkpoints:
     def open(self, recipe: Any, overwrite: bool) -> int | None:
         """Look at the output folder before anything is built; returns the step to resume from, or None to start.
 
-        Errors: `CheckpointError` if the folder holds a finished run, a run of another recipe, or something else
-        entirely.
+        Errors: those of `check`.
         """
-        output = self.output
-        if overwrite and rank() == 0 and output.exists():
-            _refuse_foreign(output)
-            shutil.rmtree(output)
-        if (output / FINISHED).exists():
-            fix = "choose another output, or pass --overwrite"
-            raise CheckpointError("this run is finished", where=output, fix=fix)
-        if _is_empty(output):
+        self.check(recipe, overwrite)
+        if overwrite:
+            discard(self.output)
+        if _is_empty(self.output):
             return None
-        _refuse_foreign(output)
-        _refuse_other_recipe(output, recipe)
-        for half_written in self.folder.glob(".step-*"):
-            shutil.rmtree(half_written)
+        sweep(self.output)
         return max(self.steps(), default=None)
+
+    def check(self, recipe: Any, overwrite: bool = False) -> None:
+        """Errors: `CheckpointError` if the folder holds a run of another recipe, or something else entirely."""
+        if overwrite:
+            RUN.refuse_foreign(self.output)
+            return
+        refuse_no_folder(Path(os.path.realpath(self.output)))
+        if not _is_empty(self.output):
+            if not RUN.marked(self.output):
+                what = "the folder is not empty and holds no run"
+                raise CheckpointError(what, where=self.output, fix="choose another output")
+            _refuse_other_recipe(self.output, recipe)
+
+    def finished(self, recipe: Any) -> bool:
+        """Whether this very run is over. Errors: those of `check`; `CheckpointError` where its model has gone."""
+        if not (self.output / FINISHED).exists():
+            return False
+        self.check(recipe)
+        if not (self.output / "model" / "config.json").exists():
+            what, fix = "this run is finished, but its model is gone", "train it again with --overwrite"
+            raise CheckpointError(what, where=self.output / "model", fix=fix)
+        return True
 
     def claim(self, recipe: Any) -> None:
         """Write the resolved recipe into the folder, once everything is built: a recipe that failed claims nothing."""
@@ -87,7 +108,7 @@ class Checkpoints:
         }
         if rank() != 0:
             return
-        with atomic_folder(self.path(state.step)) as folder:
+        with atomic_folder(self.path(state.step), CHECKPOINT) as folder:
             model.save(folder / "model", merge=False)
             training = {
                 "optimizer": of_optimizer | {"state": state_of},
@@ -102,7 +123,7 @@ class Checkpoints:
             (folder / "state.json").write_text(json.dumps(to_plain(state)), encoding="utf-8")
         for step in self.steps()[: -self.keep]:
             if step != state.best_step:
-                shutil.rmtree(self.path(step))
+                discard(self.path(step))
 
     def load(self, step: int, extras: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
         """Restore everything but the model, which is built from `model_folder(step)`."""
@@ -170,11 +191,6 @@ def whole(tensor: Any) -> Any:
 def _is_empty(output: Path) -> bool:
     """Nothing there, or no more than the temporary files of a run that was killed at its very start."""
     return not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
-
-
-def _refuse_foreign(output: Path) -> None:
-    if not _is_empty(output) and not (output / "recipe.yaml").exists():
-        raise CheckpointError("the folder is not empty and holds no run", where=output, fix="choose another output")
 
 
 def _refuse_other_recipe(output: Path, recipe: Any) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from embedsmith.core.batch import Progress
 from embedsmith.core.collectives import max_over_ranks, on_first_rank, rank, world_size
+from embedsmith.core.outputs import check_claim, claimed
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
@@ -31,7 +32,7 @@ from embedsmith.train.engine import Engine, check_shard, make_engine, set_learni
 from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.journal import Journal, Meter, RunManifest
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
-from embedsmith.train.scoring import Development
+from embedsmith.train.scoring import Development, load_tasks
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 
 
@@ -70,16 +71,29 @@ class Run:
 
 
 def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
-    """Train as the recipe says, or continue where a stopped run of the same recipe was; returns the model's folder.
+    """Train as the recipe says, or continue where a stopped run of the same recipe was; returns the model's folder. A
+    run that is finished is left as it is.
 
     Errors: `RecipeError`, `DataError`, `ModelError` before the first step; `CheckpointError` for an output folder
-    that is finished or not ours, or a full disk; `TrainingError` when a value is not finite. In every case the
-    last checkpoint stays whole.
+    that is not ours or that another process writes to, or a full disk; `TrainingError` when a value is not finite. In
+    every case the last checkpoint stays whole.
     """
     accelerator = make_accelerator(recipe)
+    with ExitStack() as claim:
+        on_first_rank(lambda: claim.enter_context(claimed(recipe.output, "train")))
+        return _train(recipe, accelerator, overwrite)
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     output = Path(recipe.output)
     checkpoints = Checkpoints(output, recipe.train.keep_checkpoints)
+    if not overwrite and on_first_rank(lambda: checkpoints.finished(recipe)):
+        log.info("%s: finished before; --overwrite trains it again", output)
+        if not (output / "report.html").exists():
+            on_first_rank(lambda: report_run(output, output / "model"))
+        return output / "model"
     resume = on_first_rank(lambda: checkpoints.open(recipe, overwrite))
+    tasks = load_tasks(recipe.evaluate)
     run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
     if resume is not None:
         run.state = checkpoints.load(resume, run.extras, run.engine.optimizer)
@@ -92,7 +106,7 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
     best = recipe.train.final == "best"
-    development = Development(recipe.evaluate, run.model, run.loss, validation, output, only_best=best)
+    development = Development(recipe.evaluate, tasks, run.model, run.loss, validation, output, only_best=best)
     try:
         with Stop() as stop:
             if before := development.before(run.state):
@@ -109,9 +123,17 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     return folder
 
 
-def rehearse(recipe: Recipe) -> str:
-    """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done."""
-    run = build(recipe, make_accelerator(recipe))
+def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
+    """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done.
+
+    Errors: those of `train` before its first step, also for tasks that cannot be read and an output that it would not
+    write to.
+    """
+    accelerator = make_accelerator(recipe)
+    on_first_rank(lambda: check_claim(recipe.output, "train"))
+    on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
+    load_tasks(recipe.evaluate)
+    run = build(recipe, accelerator)
     output, rate, norm = update(run, run.feed.draw(0))
     count = sum(parameter.numel() for module in (run.model, run.extras) for parameter in module.parameters())
     lines = [f"model: {recipe.model.path}, {count:,} parameters"]
@@ -134,7 +156,8 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     """Model, data, plan and optimizer. On resume the model comes from a checkpoint instead of its origin."""
     config = recipe.train
     seed_everything(config.seed)
-    model = load(recipe.model if model_folder is None else recipe.model.continued(str(model_folder)))
+    origin = recipe.model if model_folder is None else recipe.model.continued(str(model_folder))
+    model = load(origin, new_heads=model_folder is None)
     model.to(accelerator.device).train()
     check_shard(recipe)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)
