@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
-from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
@@ -44,6 +44,7 @@ VERSION = 3
 OpenModel = Callable[[str], Encoder]
 
 
+@lost_ranks()
 def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) -> MineReport:
     """Mine as the recipe says, or go on where a stopped run of the same recipe was. A collective of all ranks.
 

@@ -14,6 +14,7 @@ from tokenizers import normalizers
 from torch import nn
 
 from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention, switch_attention
@@ -31,7 +32,15 @@ from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
-from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
+from embedsmith.models.lora import (
+    ADAPTER,
+    UnmergedError,
+    add_adapter,
+    base_facts,
+    check_installed,
+    load_adapter,
+    merged,
+)
 from embedsmith.models.packing import check_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
@@ -361,9 +370,12 @@ class ModelSource:
         if self.adapter is not None:
             load_adapter(model.backbone, self.adapter, saved)
             if config.lora is None:
-                model.backbone = merged(model.backbone)
-            else:
-                model.base = saved and {**saved, "path": str(self.base.resolve())}
+                try:
+                    model.backbone = merged(model.backbone)
+                    return
+                except UnmergedError as error:
+                    log.warning("%s: %s; it stays beside the weights", self.adapter, error.what)
+            model.base = saved and {**saved, "path": str(self.base.resolve())}
         elif config.lora is not None:
             layers = config.layers
             model.base = {

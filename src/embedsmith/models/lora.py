@@ -37,6 +37,10 @@ _NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "lm_head"}
 _OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+class UnmergedError(ModelError):
+    """Weights with their adapter merged would not give the same vectors: 16 bits are too few for what it adds."""
+
+
 @section
 @dataclass(frozen=True)
 class LoraConfig:
@@ -230,7 +234,7 @@ def transplanted(backbone: Any, plain: Any) -> Any:
 def merged(backbone: Any) -> Any:
     """A copy of the backbone with its adapter added to the weights, in the same class and without traces of peft.
 
-    Errors: `ModelError` when the copy does not give the same states (cosine not above 0.9999): nothing wrong is saved.
+    Errors: `UnmergedError` when the copy does not give the same states (cosine not above 0.9999).
     """
     was_training = backbone.training
     backbone.eval()
@@ -241,7 +245,7 @@ def merged(backbone: Any) -> Any:
     backbone.train(was_training)
     cosine = float(F.cosine_similarity(before, after, dim=-1).min())
     if not cosine > SAME:
-        raise ModelError(
+        raise UnmergedError(
             f"merging the adapter changes the states: cosine {cosine:.6f}",
             expected=f"above {SAME}",
             fix="train with model.dtype=float32, or keep the adapter apart: save(folder, merge=False)",
@@ -258,9 +262,13 @@ def _merge_layers(whole: Any) -> Any:
         if any(name.startswith(f"{other}.") for other in adapted):
             continue
         layer: Any = outermost
+        inner = outermost.get_base_layer()
+        stored = next(inner.parameters()).dtype
+        inner.float()  # so that weights of 16 bits are rounded once, with the adapter in them
         while isinstance(layer, BaseTunerLayer):  # the weights of experts have a wrapper each, one in the other
             layer.merge(safe_merge=True)
             layer = layer.base_layer
+        inner.to(stored)
         parent, _, leaf = name.rpartition(".")
         setattr(whole.get_submodule(parent), leaf, layer)
     del whole.peft_config

@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from embedsmith.core.errors import ModelError
 from embedsmith.core.markdown import code, row
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
@@ -55,6 +56,15 @@ def saved_model() -> Kind:
     heads = {head.file for head in known_heads().values()}
     more = ("README.md", "config.json", "generation_config.json", "*.model", *heads)
     return Kind("saved model", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith"))
+
+
+def refuse_not_finite(module: nn.Module | None) -> None:
+    """Errors: `ModelError` for weights among which are NaN or infinite ones."""
+    named = [] if module is None else list(module.named_parameters())
+    bad = [name for name, weight in named if weight.is_floating_point() and not bool(weight.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"the weights are not finite ({bad[0]}{more}), and were not written")
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class Saved:
         An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart.
         Without `overwrite` a model that is there may only be equal to this one.
         Errors: `CheckpointError` for a folder with other files, when the disk is full or the place cannot be written;
-        `ModelError` when merging an adapter would change the vectors.
+        `ModelError` when merging an adapter would change the vectors, and for weights that are not finite.
         """
         with claimed(folder, "model.save"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
             self.write(root, merge)
@@ -111,6 +121,8 @@ class Saved:
     def write(self, root: Path, merge: bool = True) -> None:
         """All files of `save`, into an empty folder."""
         settings = self.settings
+        for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
+            refuse_not_finite(part)
         with transformers_silenced():
             apart = has_adapter(self.backbone) and not merge
             if apart:

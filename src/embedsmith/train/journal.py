@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ class Journal:
     ) -> None:
         self._accelerator = accelerator
         self._file: IO[str] | None = None
+        self._left_out: set[str] = set()
         if rank() != 0:
             return
         self._path = output / "metrics.jsonl"
@@ -49,6 +51,10 @@ class Journal:
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
+        if strange := {name for name, value in values.items() if not math.isfinite(value)} - self._left_out:
+            self._left_out |= strange
+            log.warning("step %d: not finite and so left out of metrics.jsonl: %s", step, ", ".join(sorted(strange)))
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         with disk_errors(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
