@@ -270,7 +270,7 @@ def expand(spec: ParentSpec) -> list[ParentSpec]:
     def natural(path: str) -> list[tuple[int, int | str]]:
         return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
 
-    matches = sorted(filter(os.path.isdir, glob.glob(str(Path(spec.path).expanduser()))), key=natural)
+    matches = sorted(filter(os.path.isdir, glob.glob(os.path.expanduser(spec.path))), key=natural)
     if not matches:
         raise RecipeError(f"no folder matches the pattern {spec.path!r}", fix="check the path")
     chosen = matches[-spec.last :] if spec.last is not None else matches
