@@ -21,7 +21,7 @@ DOCUMENTS = [
 def model(tmp_path):
     folder = tiny_bert(tmp_path / "bert")
     heads = ("dense", "sparse", "multivector")
-    load(folder, pooling="mean", heads=heads, multivector_dim=8).save(tmp_path / "model")
+    load(folder, pooling="mean", heads=heads, new_heads=True, multivector_dim=8).save(tmp_path / "model")
     return str(tmp_path / "model")
 
 

@@ -151,7 +151,9 @@ def test_what_shards_cannot_do_is_refused(tree, key, changes, message):
 @pytest.mark.parametrize(("heads", "sparse", "said"), [("retromae", None, "retromae"), ("sparse", "splade", "splade")])
 def test_a_head_that_lies_in_the_folder_is_refused_too(tmp_path, heads, sparse, said):
     folder = lm.folder(tmp_path / "lm")
-    load(str(folder), pooling="cls", heads=(heads,), sparse=sparse, device="cpu").save(tmp_path / "saved")
+    load(str(folder), pooling="cls", heads=(heads,), new_heads=True, sparse=sparse, device="cpu").save(
+        tmp_path / "saved"
+    )
     with pytest.raises(RecipeError, match=f"the head {said} under train.shard"):
         Fsdp2(load(str(tmp_path / "saved"), device="cpu"), nn.ModuleDict(), TrainConfig())
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.text_out import without_secrets
 
 C = TypeVar("C", bound=type)
 
@@ -40,6 +41,8 @@ Positive = Annotated[float, Range(gt=0)]
 NotNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
 Count = Annotated[int, Range(gt=0)]
+Width = Annotated[int, Range(gt=0, le=2**17)]
+"""How many numbers a vector has: more than 131,072 is a slip, and would not fit any memory."""
 Word = Annotated[str, Range(min_length=1)]
 Weights = Annotated[Mapping[str, NotNegative], Range(min_length=1)]
 
@@ -76,7 +79,7 @@ def _check(cls: type, name: str, value: Any, limits: Any) -> None:
         limits.validate_python(value)
     except ValidationError as error:
         expected = " or ".join(dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in error.errors()))
-        raise RecipeError(f"{name} is {value!r}", where=name_of(cls), expected=expected) from error
+        raise RecipeError(f"{name} is {value!r}", where=name_of(cls), expected=expected) from None
 
 
 @functools.cache
@@ -146,7 +149,7 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def to_plain(value: Any) -> Any:
-    """A setting as YAML can hold it: the inverse of parsing."""
+    """A setting as YAML can hold it: the inverse of parsing, but for secrets, which are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = getattr(type(value), "registered_name", None)
         head = {} if name is None else {"type": name}
@@ -155,7 +158,7 @@ def to_plain(value: Any) -> Any:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value if value is None or isinstance(value, bool | int | float) else without_secrets(str(value))
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

@@ -1,20 +1,21 @@
 """The verbs `index` and `search`: where an index lies, which model made it, and how hits are shown."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import DataError, SearchError
+from embedsmith.core.errors import DataError, RecipeError, SearchError
 from embedsmith.core.outputs import claimed
+from embedsmith.core.recipe import parse_value
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
@@ -35,7 +36,7 @@ class Place:
     folder: Path | None = None
     url: str | None = None
     collection: str = "embedsmith"
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     def open(self, *, read_only: bool = False) -> Store:
         if (self.folder is None) == (self.url is None):
@@ -65,7 +66,7 @@ def _index(model: str, documents: str, place: Place, heads: Sequence[str] | None
     try:
         fresh = store.settings() is None
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
-        place_of_model = str(Path(model).resolve()) if Path(model).exists() else model
+        place_of_model = os.path.realpath(model) if os.path.exists(model) else model
         index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
         return index.add(read_documents(documents), batch=batch, total=total), len(index)
     finally:
@@ -174,8 +175,8 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
         if not key or not equals:
             raise SearchError(f"{what} {text!r}", expected="key=value")
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[key] = parse_value(value, what)
+        except RecipeError as error:
             raise SearchError(f"{what} {text!r} is not YAML", expected="such as lang=en or year={gte: 2000}") from error
     return found
 

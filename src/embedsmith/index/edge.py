@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from embedsmith.core.errors import CheckpointError, MissingExtraError, SearchError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
+from embedsmith.core.inputs import read_json
 from embedsmith.core.outputs import files_of, holder, sign
 from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
 
@@ -133,13 +134,8 @@ class EdgeStore:
         path = self._folder / SETTINGS
         if not path.exists():
             return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise SearchError(
-                f"not JSON ({error})", where=path, fix=f"delete {self._folder}, then index again"
-            ) from error
-        return checked_settings(found, path)
+        fix = f"delete {self._folder}, then index again"
+        return checked_settings(read_json(path, SearchError, fix=fix), path)
 
     def create(self, fields: Mapping[str, FieldSpec], settings: Mapping[str, Any]) -> None:
         """The settings are written last: a folder without them is no index, and is begun again."""

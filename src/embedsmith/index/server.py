@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from embedsmith.core.errors import MissingExtraError, SearchError
+from embedsmith.core.keys import checked_address
 from embedsmith.core.progress import log
+from embedsmith.core.text_out import remember_secret, without_secrets
 from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
 
 T = TypeVar("T")
@@ -27,7 +29,10 @@ class ServerStore:
         except ImportError as error:
             raise MissingExtraError("qdrant-client", "search") from error
         self._models: Any = models
-        if url.startswith(("http://", "https://")):
+        if api_key is not None:
+            remember_secret(api_key)
+        if "://" in url:
+            checked_address(url, "url")
             self._client = QdrantClient(url=url, api_key=api_key, check_compatibility=False)
         else:
             self._client = QdrantClient(url) if url == ":memory:" else QdrantClient(path=url)
@@ -136,11 +141,12 @@ class ServerStore:
                         f"the server cannot be reached ({error}), after {number + 1} tries",
                         where=self._where,
                         fix="start it, then give the same command again: what was written is kept",
-                    ) from error
-                log.warning("%s: %s; trying again in %g s", self._where, error, wait)
+                    ) from None
+                log.warning("%s: %s; trying again in %g s", self._where, without_secrets(str(error)), wait)
                 time.sleep(wait)
             except (ApiException, ValueError) as error:
-                raise SearchError(f"the server says: {error}", where=self._where) from error
+                # its words may hold the key
+                raise SearchError(f"the server says: {error}", where=self._where) from None
         raise AssertionError("the last try returns or raises")
 
 

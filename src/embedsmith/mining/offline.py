@@ -21,6 +21,7 @@ from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, ran
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import claimed, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
@@ -373,9 +374,9 @@ class MineReport:
     def of_earlier_run(path: Path, output: str, key: str) -> MineReport | None:
         """The report of an earlier run of the same, if its output is as it was left."""
         try:
-            known = TypeAdapter(MineReport).validate_json(path.read_bytes(), strict=True)
+            known = read_typed(path, MineReport)
             return known if (known.key, known.output_bytes) == (key, Path(output).stat().st_size) else None
-        except (OSError, ValueError):
+        except (OSError, DataError):
             return None
 
     def lines(self) -> str:

@@ -125,13 +125,15 @@ class EncodeJob:
 
     def identity(self, model: Embedder) -> dict[str, Any]:
         """Everything the vectors depend on."""
+        settings = json.loads(json.dumps(asdict(model.settings)))
+        del settings["similarity"], settings["truncate_dim"]  # the latter is in `dim`
         return {
             "format": 1,
             "weights": weights_hash(model),
             "tokenizer": hashlib.sha256(tokenizer_json(model.tokenizer).encode()).hexdigest(),
-            "settings": json.loads(json.dumps(asdict(model.settings))),
+            "settings": settings,
             "prompt": model.settings.prompt_for(self.role, self.task),
-            "dim": self.dim or model.dimension,
+            "dim": self.dim or model.encoded_dimension,
             "stored": self.stored,
             "dtype": self.dtype or "float32",
             "column": self.column,
@@ -158,7 +160,7 @@ class EncodeJob:
         return count
 
     def array(self, model: Embedder, count: int) -> _Array:
-        return _Array(self.out / "vectors.npy", self.stored, count, self.dim or model.dimension)
+        return _Array(self.out / "vectors.npy", self.stored, count, self.dim or model.encoded_dimension)
 
     def check(self, model: Embedder, count: int) -> None:
         """Errors: `CheckpointError` unless the files are those of so many texts."""
@@ -173,7 +175,7 @@ class EncodeJob:
         """Of every coordinate, for int8. Errors: `CheckpointError` for a file that holds anything else."""
         if self.stored != "int8":
             return None
-        array = _Array(self.out / "ranges.npy", "float32", 2, self.dim or model.dimension)
+        array = _Array(self.out / "ranges.npy", "float32", 2, self.dim or model.encoded_dimension)
         array.check()
         ranges = array.read(0, 2)
         if not np.isfinite(ranges).all():

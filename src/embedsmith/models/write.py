@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from embedsmith.core.markdown import code, row
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.shelf import poolings
@@ -149,12 +150,13 @@ class Saved:
             "transformers": transformers.__version__,
             "pytorch": torch.__version__,
         }
-        general = {
+        general: dict[str, Any] = {
             "__version__": versions,
             "prompts": dict(settings.prompts),
             "default_prompt_name": settings.default_prompt,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": settings.similarity,
         }
+        general |= {} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}
         write_json(root / "config_sentence_transformers.json", general)
         theirs = next((name for name, ours in POOLING_NAMES.items() if ours == settings.pooling), None)
         pooling = {
@@ -330,7 +332,8 @@ def _token_heads(heads: Mapping[str, Head]) -> str:
 def _prompts(settings: Settings) -> str:
     if not any(settings.prompts.values()):
         return "None: texts go in as they are."
-    rows = [f"| `{name}` | `{json.dumps(text, ensure_ascii=False)}` |" for name, text in settings.prompts.items()]
-    default = f"\n\nDefault: `{settings.default_prompt}`." if settings.default_prompt else ""
+    shown = ((code(name), code(json.dumps(text, ensure_ascii=False))) for name, text in settings.prompts.items())
+    rows = [row(*cells) for cells in shown]
+    default = f"\n\nDefault: {code(settings.default_prompt)}." if settings.default_prompt else ""
     left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
     return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out

@@ -102,7 +102,7 @@ class TrainConfig:
         if self.balance is not None and (self.plan.batches == "mixed" or self.plan.schedule != "proportional"):
             raise RecipeError(
                 "train.balance has both tasks in every step: a schedule or mixed batches mean nothing beside it",
-                fix="remove train.balance, or plan.batches and plan.schedule",
+                fix="remove train.balance, or train.plan.batches and train.plan.schedule",
             )
 
     @property

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.errors import DataError
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import atomic_file, disk_errors
 from embedsmith.core.progress import Bar, log
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray
@@ -39,9 +39,9 @@ class Journal:
         self._file: IO[str] | None = None
         if rank() != 0:
             return
-        path = output / "metrics.jsonl"
-        cut_back(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = output / "metrics.jsonl"
+        cut_back(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
         if log_with:
             purge = {"tensorboard": {"purge_step": start}} if "tensorboard" in log_with else {}
             accelerator.init_trackers("embedsmith", config=_scalars(to_plain(recipe)), init_kwargs=purge)
@@ -49,9 +49,10 @@ class Journal:
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        self._accelerator.log(values, step=step)
+        with disk_errors(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            self._accelerator.log(values, step=step)
 
     def close(self) -> None:
         if self._file is not None:

@@ -156,7 +156,8 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     """Model, data, plan and optimizer. On resume the model comes from a checkpoint instead of its origin."""
     config = recipe.train
     seed_everything(config.seed)
-    model = load(recipe.model if model_folder is None else recipe.model.continued(str(model_folder)))
+    origin = recipe.model if model_folder is None else recipe.model.continued(str(model_folder))
+    model = load(origin, new_heads=model_folder is None)
     model.to(accelerator.device).train()
     check_shard(recipe)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)
