@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from embedsmith.calibrate.objective import Objective, Scorer, reduced_task
 from embedsmith.calibrate.probe import Probe
-from embedsmith.calibrate.search import Point, Search, Study, evolution, grid
+from embedsmith.calibrate.search import GreedySoup, Point, Search, Study, evolution, grid
 from embedsmith.calibrate.self_positioning import Descent
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.shelf import merge_methods
@@ -218,3 +218,14 @@ def test_wrong_settings_are_errors(dev):
         Objective(tasks=tuple(dev), weights={"nobody": 1.0}).scorer()
     with pytest.raises(RecipeError, match="lengths"):
         Search(goal=Objective(tasks=("x",)), lengths=())
+
+
+def test_greedy_soup_keeps_what_helps():
+    gains = [0.5, 0.9, 0.1, 0.8]
+
+    def evaluate(coef):
+        return 0.95 if coef[3] > 0 and not coef[0] and not coef[2] else 0.4
+
+    coef, history = GreedySoup(goal=Objective(tasks=("none",))).chosen(gains, evaluate)
+    assert coef.tolist() == [0, 0.5, 0, 0.5]
+    assert history == [0.9, 0.95, 0.4, 0.4]

@@ -27,7 +27,7 @@ from embedsmith.core.settings import Count, Finite, NotNegative, Positive
 from embedsmith.core.shelf import merge_methods
 from embedsmith.evaluate import Results, evaluate
 from embedsmith.merge.method import Base, Combine, Job, Method, combine_coefficients
-from embedsmith.merge.methods.formulas import greedy_soup, karcher, normalised, sequential_slerp
+from embedsmith.merge.methods.formulas import karcher, normalised, sequential_slerp
 
 
 @merge_methods.register(
@@ -294,6 +294,23 @@ class GreedySoup(Method):
             return scorer.value(scorer.results(live))
 
         alone = [value(row) for row in torch.eye(live.parents, dtype=torch.float64)]
-        coefficient_M, history = greedy_soup(alone, value, self.least_gain)
+        coefficient_M, history = self.chosen(alone, value)
         job.report["greedy_soup"] = {"parents": live.by_parent(alone), "in_turn": history}
         return combine_coefficients(live.coefficients_by_name(coefficient_M[None], job))
+
+    def chosen(self, score_M: Sequence[float], evaluate: Callable[[Tensor], float]) -> tuple[Tensor, list[float]]:
+        """Coefficients, and the score after every trial. `evaluate`: coefficients [M] to a held-out score, higher is
+        better."""
+
+        def mean_of(places: Sequence[int]) -> Tensor:
+            coef_M = torch.zeros(len(score_M), dtype=torch.float64)
+            coef_M[list(places)] = 1 / len(places)
+            return coef_M
+
+        first, *others = sorted(range(len(score_M)), key=lambda place: -score_M[place])
+        kept, best, history = [first], score_M[first], [score_M[first]]
+        for place in others:
+            history.append(evaluate(mean_of([*kept, place])))
+            if history[-1] >= best + self.least_gain:
+                kept, best = [*kept, place], history[-1]
+        return mean_of(kept), history
