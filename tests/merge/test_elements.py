@@ -9,7 +9,7 @@ import torch
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.methods.thresholds import kept_count, nth_largest
 from embedsmith.merge.stream import DRAW_UNIT as UNIT
-from embedsmith.merge.stream import ExactSum, RowSums, uniform
+from embedsmith.merge.stream import ExactSum, RowSums, drawn
 from tests.merge.memory import deltas, flat, job_of, random_family, run
 
 BASE, MOVED = random_family()
@@ -226,10 +226,10 @@ def test_the_order_of_the_tensors_changes_nothing(method):
 
 
 def test_drawn_numbers_belong_to_their_element():
-    whole = uniform(1, "x", 0, 3 * UNIT)
-    assert torch.equal(uniform(1, "x", UNIT - 5, UNIT + 7), whole[UNIT - 5 : UNIT + 7])
-    assert not torch.equal(uniform(2, "x", 0, 10), whole[:10])
-    assert not torch.equal(uniform(1, "y", 0, 10), whole[:10])
+    whole = drawn(1, "x", 0, 3 * UNIT)
+    assert torch.equal(drawn(1, "x", UNIT - 5, UNIT + 7), whole[UNIT - 5 : UNIT + 7])
+    assert not torch.equal(drawn(2, "x", 0, 10), whole[:10])
+    assert not torch.equal(drawn(1, "y", 0, 10), whole[:10])
     assert 0.49 < float(whole.mean()) < 0.51
 
 

@@ -17,7 +17,6 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.merge.gram import Gram, groups
 from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.methods.formulas import karcher, normalised, order_spread, sequential_slerp
-from embedsmith.merge.parents import size_of
 from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import blocks
 
@@ -150,7 +149,7 @@ def _second_pass(plan: Plan, gram: Gram) -> Pass:
                 _add(found.with_merge, block.name, delta_ME @ merged_E)
                 found.merge_square[block.name] = found.merge_square.get(block.name, 0.0) + float(merged_E @ merged_E)
                 full = gram.full_by_name[block.name]
-                rms_M = (full.diagonal()[:-1].clamp_min(0) / size_of(plan.base.tensors[block.name])).sqrt()
+                rms_M = (full.diagonal()[:-1].clamp_min(0) / plan.base.size(block.name)).sqrt()
                 _add(found.signs, block.name, sign_counts(delta_ME, rms_M))
                 _add(found.mass, block.name, sign_mass(delta_ME))
                 bar.advance(block.stop - block.start)

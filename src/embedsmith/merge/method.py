@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.merge.gram import Gram, groups, measure
-from embedsmith.merge.parents import Parent, size_of
+from embedsmith.merge.gram import Gram, groups
+from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
-from embedsmith.merge.stream import BLOCK, Block, blocks
+from embedsmith.merge.stream import BLOCK, Block, blocks, drawn
 
 Combine = Callable[[Block], Tensor]
 """A block of all models to the merged weights [E] of that block, in float64 (or float32)."""
@@ -52,16 +52,21 @@ class Job:
     def gram(self) -> Gram:
         """Inner products of the task vectors of every tensor: one pass over the weights, or the cache."""
         assert self.base is not None, "checked by `Method.base`"
-        return measure(self.parents, self.base, self.names, cache=self.cache, block=self.block)
+        return Gram.measured(self.parents, self.base, self.names, self.cache, self.block)
 
     def size(self, name: str) -> int:
         """Elements of a tensor."""
-        return size_of(self.parents[0].tensors[name])
+        return self.parents[0].size(name)
 
     def blocks(self, names: tuple[str, ...] | None = None, by_rows: bool = False) -> Iterator[Block]:
         """A pass over the weights."""
         chosen = self.names if names is None else names
         return blocks(self.parents, self.base, chosen, size=self.block, by_rows=by_rows)
+
+    def drawn(self, block: Block) -> Tensor:
+        """Numbers in [0, 1) [M, E], each parent its own, keyed by the parent's place."""
+        own = (f"{place} {block.name}" for place in range(len(self.parents)))
+        return torch.stack([drawn(self.seed, name, block.start, block.stop) for name in own])
 
 
 class Method(Protocol):

@@ -3,18 +3,18 @@ card. Copied from one model (`like`), with what the merge decided written over i
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import safe_open
 
 from embedsmith.core.settings import to_plain
-from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
+from embedsmith.merge.folders import INDEX, WEIGHTS, module_folders
 from embedsmith.merge.merge_plan import Plan
-from embedsmith.merge.writer import Slot, index_of, shards
+from embedsmith.merge.writer import Slot
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES
@@ -25,36 +25,37 @@ _OTHERS = ("README.md", REPORT, "adapter_config.json")
 """Files that speak of the model they were copied from."""
 
 
-def homes(plan: Plan, dtype_of: Mapping[str, torch.dtype], shard_bytes: int | None) -> dict[Path, dict[str, Slot]]:
-    """Where every tensor goes: file (relative to the result) to canonical name to its place in that file."""
+def homes(plan: Plan) -> dict[Path, dict[str, Slot]]:
+    """Where every tensor goes: file (relative to the result) to canonical name to its place in that file. Files of the
+    encoder hold at most the recipe's `shard_size` of tensors each; a larger tensor gets a file of its own."""
     root = plan.like.model.folder
-    backbone = backbone_place(plan)
-    found: dict[Path, dict[str, Slot]] = {}
+    found: dict[Path, dict[str, Slot]] = defaultdict(dict)
     inside: dict[str, Slot] = {}
-    dense = dense_folders(root)
+    dense = module_folders(root, "Dense")
     for name in plan.names:
-        shape = plan.holder(name).tensors[name].shape
-        part, _, rest = name.partition(".")
-        if part == "backbone":
-            inside[name] = Slot(rest, shape, dtype_of[name])
-        elif part == "projections":
-            place, _, key = rest.partition(".")
-            file = dense[int(place)].relative_to(root) / WEIGHTS
-            found.setdefault(file, {})[name] = Slot(key, shape, dtype_of[name])
+        part, _, key = name.partition(".")
+        home = inside
+        if part == "projections":
+            place, _, key = key.partition(".")
+            home = found[dense[int(place)].relative_to(root) / WEIGHTS]
         elif part == "pooler":
-            found.setdefault(Path(POOLER_FILE), {})[name] = Slot(rest, shape, dtype_of[name])
-        elif rest.startswith("sparse.lm."):
-            found.setdefault(backbone / SPLADE_FILE, {})[name] = Slot(
-                rest.removeprefix("sparse."), shape, dtype_of[name]
-            )
-        else:
-            head, _, key = rest.partition(".linear.")
-            found.setdefault(backbone / FILES[head], {})[name] = Slot(key, shape, dtype_of[name])
-    ordered = sorted(inside.items(), key=lambda item: -item[1].dtype.itemsize)  # stable: keeps every tensor aligned
-    parts = shards(ordered, shard_bytes)
-    names = [f"model-{place:05d}-of-{len(parts):05d}.safetensors" for place in range(1, len(parts) + 1)]
-    names = names if len(parts) > 1 else [WEIGHTS]
-    return {backbone / name: part for name, part in zip(names, parts, strict=True)} | found
+            home = found[Path(POOLER_FILE)]
+        elif key.startswith("sparse.lm."):
+            key = key.removeprefix("sparse.")
+            home = found[plan.like.backbone / SPLADE_FILE]
+        elif part == "token_heads":
+            head, _, key = key.partition(".linear.")
+            home = found[plan.like.backbone / FILES[head]]
+        home[name] = Slot(key, plan.holder(name).tensors[name].shape, plan.dtypes[name])
+    most, shards = plan.recipe.shard_bytes, [dict[str, Slot]()]
+    for name, slot in sorted(inside.items(), key=lambda item: -item[1].dtype.itemsize):  # keeps every tensor aligned
+        filled = sum(other.bytes for other in shards[-1].values())
+        if most is not None and shards[-1] and filled + slot.bytes > most:
+            shards.append({})
+        shards[-1][name] = slot
+    names = [f"model-{place:05d}-of-{len(shards):05d}.safetensors" for place in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [WEIGHTS]
+    return {plan.like.backbone / name: part for name, part in zip(names, shards, strict=True)} | found
 
 
 def metadata_of(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, str]:
@@ -66,20 +67,15 @@ def metadata_of(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, 
         return {**opened.metadata()}
 
 
-def backbone_place(plan: Plan) -> Path:
-    """The encoder's folder, relative to the result."""
-    return plan.like.facts.backbone.resolve().relative_to(plan.like.model.folder.resolve())
-
-
-def write_around(plan: Plan, folder: Path, report: Mapping[str, Any]) -> None:
-    """Everything but the weights, into the folder that holds them."""
+def write_around(plan: Plan, folder: Path, files: Mapping[Path, Mapping[str, Slot]], report: Mapping[str, Any]) -> None:
+    """Everything but the weights, into the folder that holds them in `files`."""
     source = plan.like.model.folder
     _copy(source, folder)
-    for _, path in module_entries(source):
+    for path in module_folders(source):
         (folder / path.relative_to(source)).mkdir(parents=True, exist_ok=True)
         if path != source and path.exists():  # git and wheels lose the empty folder of Normalize
             _copy(path, folder / path.relative_to(source))
-    backbone = folder / backbone_place(plan)
+    backbone = folder / plan.like.backbone
     shutil.copyfile(plan.like.model.config_folder / "config.json", backbone / "config.json")
     _edit(folder / EMBEDDING_CONFIG, {"base": None}, only_if_there=True)
     shortened = {} if plan.positions is None else {"max_position_embeddings": plan.positions}
@@ -90,7 +86,12 @@ def write_around(plan: Plan, folder: Path, report: Mapping[str, Any]) -> None:
         _edit(backbone / "tokenizer_config.json", {"model_max_length": plan.max_length}, only_if_there=True)
     general = {"prompts": dict(plan.prompts), "default_prompt_name": plan.default_prompt}
     _edit(folder / "config_sentence_transformers.json", general, only_if_there=not plan.prompts)
-    (folder / "README.md").write_text(card(plan, report), encoding="utf-8")
+    shards = {path.name: slots.values() for path, slots in files.items() if path.name.startswith("model-")}
+    if shards:
+        total = sum(slot.bytes for slots in shards.values() for slot in slots)
+        weight_map = {slot.name: file for file, slots in shards.items() for slot in slots}
+        _edit(backbone / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / "README.md").write_text(_card(plan, report), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -111,7 +112,7 @@ def _edit(path: Path, changes: Mapping[str, Any], only_if_there: bool = False) -
     path.write_text(json.dumps(found | dict(changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def card(plan: Plan, report: Mapping[str, Any]) -> str:
+def _card(plan: Plan, report: Mapping[str, Any]) -> str:
     """The model card: how to use the result, and how it was made."""
     pooling = plan.like.facts.pooling
     pooled = f"with {pooling.replace('_', ' ')} pooling" if pooling else "that does not say how to pool"
@@ -173,12 +174,3 @@ By `{method}` with embedsmith {version}; all figures are in `merge.json`.
 ```yaml
 {recipe}```
 """
-
-
-def write_index(folder: Path, files: Mapping[Path, Mapping[str, Slot]]) -> None:
-    """The index of a backbone in several files."""
-    parts = {path: slots for path, slots in files.items() if path.name.startswith("model-")}
-    if parts:
-        place = next(iter(parts)).parent
-        text = index_of({path.name: slots.values() for path, slots in parts.items()})
-        (folder / place / INDEX).write_text(text, encoding="utf-8")

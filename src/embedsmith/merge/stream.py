@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedsmith.core.errors import CheckpointError
 from embedsmith.core.seeds import derive_seed
-from embedsmith.merge.parents import Parent, size_of
+from embedsmith.merge.parents import Parent
 
 UNIT = 8192
 """Elements summed at once, counted from the tensor's start. Blocks are multiples of it, so sums do not know them."""
@@ -60,47 +59,27 @@ def blocks(
     one row).
     Errors: `CheckpointError` naming tensor and model where a weight is NaN or infinite.
     """
-    models = [*parents, *([] if base is None else [base])]
-    ranges = [piece for name in names for piece in pieces(name, models[0], size, by_rows)]
-    if not ranges:
+    cuts: list[tuple[str, int, int]] = []
+    for name in names:
+        shape, total = parents[0].tensors[name].shape, parents[0].size(name)
+        width = max(shape[-1] if shape else 1, 1)
+        step = max(1, size // width) * width if by_rows else min(-(-size // UNIT) * UNIT, MOST)
+        cuts += [(name, start, min(start + step, total)) for start in range(0, total, step)]
+
+    def read(name: str, start: int, stop: int) -> Block:
+        base_E = None if base is None else base.read(name, start, stop)
+        parents_E = tuple(parent.read(name, start, stop) for parent in parents)
+        return Block(name, parents[0].tensors[name].shape, start, stop, base_E, parents_E)
+
+    if not cuts:
         return
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(_read, parents, base, *ranges[0])
-        for following in [*ranges[1:], None]:
+        waiting = pool.submit(read, *cuts[0])
+        for following in [*cuts[1:], None]:
             block = waiting.result()
             if following is not None:
-                waiting = pool.submit(_read, parents, base, *following)
+                waiting = pool.submit(read, *following)
             yield block
-
-
-def pieces(name: str, model: Parent, size: int, by_rows: bool) -> list[tuple[str, int, int]]:
-    """How a tensor is cut: (name, start, stop)."""
-    weights = model.tensors[name]
-    total = size_of(weights)
-    step = min(-(-size // UNIT) * UNIT, MOST)
-    if by_rows:
-        width = weights.shape[-1] if weights.shape else 1
-        step = max(1, size // max(width, 1)) * max(width, 1)
-    return [(name, start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def _read(parents: Sequence[Parent], base: Parent | None, name: str, start: int, stop: int) -> Block:
-    shape = parents[0].tensors[name].shape
-    base_E = None if base is None else read_finite(base, name, start, stop)
-    return Block(name, shape, start, stop, base_E, tuple(read_finite(parent, name, start, stop) for parent in parents))
-
-
-def read_finite(model: Parent, name: str, start: int, stop: int) -> Tensor:
-    """`Parent.read`. Errors: `CheckpointError` naming tensor and element where a weight is NaN or infinite."""
-    values_E = model.read(name, start, stop)
-    if not torch.isfinite(values_E.sum()) and not torch.isfinite(values_E).all():
-        place = start + int((~torch.isfinite(values_E)).nonzero()[0])
-        raise CheckpointError(
-            f"the weight {name} holds NaN or infinity (element {place})",
-            where=model.id,
-            fix="leave this parent out; its training diverged or its file is damaged",
-        )
-    return values_E
 
 
 # Sums over weights that do not depend on how they are cut: units of fixed size, added without rounding.
@@ -139,11 +118,15 @@ class RowSums:
 
     def add(self, key: str, values_KE: Tensor, unit: int = UNIT) -> None:
         """Add a block that starts at a whole unit of its tensor (UNIT elements, or a row)."""
-        sums = self._found[key]
-        sums += [ExactSum() for _ in range(len(values_KE) - len(sums))]
-        for row, parts in zip(sums, unit_sums(values_KE, unit).tolist(), strict=True):
+        values = values_KE.double().contiguous().numpy()
+        missing = -values.shape[1] % unit  # the last unit may be short
+        values = np.pad(values, ((0, 0), (0, missing))) if missing else values
+        # numpy adds every unit in one way, however many there are
+        for row, parts in enumerate(values.reshape(len(values), -1, unit).sum(-1).tolist()):
+            if row == len(self._found[key]):
+                self._found[key].append(ExactSum())
             for part in parts:
-                row.add(part)
+                self._found[key][row].add(part)
 
     def __getitem__(self, key: str) -> list[float]:
         return [row.value for row in self._found[key]]
@@ -152,39 +135,19 @@ class RowSums:
         return iter(self._found)
 
 
-def unit_sums(values_KE: Tensor, unit: int = UNIT) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """[K, units] in float64; the last unit may be short. numpy adds every unit in one way, however many there are."""
-    array = values_KE.double().contiguous().numpy()
-    missing = -array.shape[1] % unit
-    if missing:
-        array = np.pad(array, ((0, 0), (0, missing)))
-    sums: np.ndarray[tuple[int, int], np.dtype[np.float64]] = array.reshape(len(array), -1, unit).sum(-1)
-    return sums
-
-
 # Random numbers that belong to an element: keyed by seed, tensor and place, so that no block size or order matters.
 
 DRAW_UNIT = 1 << 14
 """Elements drawn at once, counted from the tensor's start."""
 
 
-def uniform(seed: int, name: str, start: int, stop: int) -> Tensor:
-    """Numbers in [0, 1) for elements [start, stop) of the tensor `name`, float32."""
-    return _drawn(seed, name, start, stop, real=True)
-
-
-def bits(seed: int, name: str, start: int, stop: int) -> Tensor:
-    """32 random bits an element, as int64."""
-    return _drawn(seed, name, start, stop, real=False)
-
-
-def _drawn(seed: int, name: str, start: int, stop: int, real: bool) -> Tensor:
+def drawn(seed: int, name: str, start: int, stop: int, bits: bool = False) -> Tensor:
+    """Numbers in [0, 1) for elements [start, stop) of the tensor `name`, float32; or 32 random `bits` each, int64."""
     key = derive_seed(seed, name)
     first = start // DRAW_UNIT
-    units = range(first, -(-stop // DRAW_UNIT))
     parts = []
-    for unit in units:
+    for unit in range(first, -(-stop // DRAW_UNIT)):
         source = np.random.Generator(np.random.Philox(key=key, counter=[0, unit, 0, 0]))
-        drawn = source.random(DRAW_UNIT, np.float32) if real else source.integers(0, 1 << 32, DRAW_UNIT, np.int64)
-        parts.append(torch.from_numpy(drawn))
-    return torch.cat(parts)[start - first * DRAW_UNIT : stop - first * DRAW_UNIT] if parts else torch.empty(0)
+        values = source.integers(0, 1 << 32, DRAW_UNIT, np.int64) if bits else source.random(DRAW_UNIT, np.float32)
+        parts.append(torch.from_numpy(values))
+    return torch.cat(parts)[start - first * DRAW_UNIT : stop - first * DRAW_UNIT]

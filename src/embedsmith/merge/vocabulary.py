@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.merge.parents import Parent, Weights
+from embedsmith.merge.parents import Parent, View, Weights
 from embedsmith.models.backbone import load_tokenizer
 from embedsmith.models.folder import FolderFacts
 
@@ -33,20 +33,15 @@ _MISSING = -1
 
 
 @dataclass(frozen=True)
-class Reordered:
-    """Rows of `table` in a new order; a row numbered -1 comes from `instead` (zeros without it)."""
+class Reordered(View):
+    """Rows of a table in a new order; a row numbered -1 comes from `instead` (zeros without it)."""
 
-    table: Weights
     row_V: NDArray[np.int64]
     instead: Weights | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.row_V), self.table.shape[1])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.table.dtype
+        return (len(self.row_V), self.whole.shape[1])
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows that lie side by side in the table, and rows that are all missing, are read together."""
@@ -60,11 +55,11 @@ class Reordered:
         for run in np.split(np.arange(first, last), np.flatnonzero(~goes_on) + 1):
             begin, count, own = int(run[0]), len(run), int(self.row_V[run[0]])
             if own != _MISSING:
-                found.append(self.table.read(own * width, (own + count) * width).float())
+                found.append(self.whole.read(own * width, (own + count) * width))
             elif self.instead is None:
                 found.append(torch.zeros(count * width))
             else:
-                found.append(self.instead.read(begin * width, (begin + count) * width).float())
+                found.append(self.instead.read(begin * width, (begin + count) * width))
         return torch.cat(found)[start - first * width : stop - first * width]
 
 

@@ -62,11 +62,11 @@ def merge_models(
     share_one_heap()
     from embedsmith.core.recipe import load_recipe
     from embedsmith.merge import MergeRecipe, merge
-    from embedsmith.merge.run import plan_in_words
+    from embedsmith.merge.merge_plan import make_plan
 
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
-        typer.echo(plan_in_words(loaded))
+        typer.echo(make_plan(loaded).in_words())
     elif explain is not None:
         from embedsmith.calibrate.explain_report import write_explanation
 
