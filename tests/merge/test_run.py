@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import folders, gram, run, stream
+from embedsmith.merge import folders, method, run, stream
 from embedsmith.merge.folders import Architecture
 from embedsmith.models import load
 from embedsmith.models.backbone import skeleton
@@ -269,8 +269,8 @@ def test_a_check_can_refuse_the_result(models, tmp_path):
 
 def test_statistics_are_measured_once(models, tmp_path, monkeypatch):
     passes = []
-    measure = gram.Gram.by_a_pass
-    monkeypatch.setattr(gram.Gram, "by_a_pass", lambda *a: (passes.append(1), measure(*a))[1])
+    measure = method.Gram.by_a_pass
+    monkeypatch.setattr(method.Gram, "by_a_pass", lambda *a: (passes.append(1), measure(*a))[1])
     cache = tmp_path / "cache"
     one = merged(models, tmp_path / "a", cache=str(cache), method="karcher")
     merged(models, tmp_path / "b", cache=str(cache), method="model_stock")
@@ -344,7 +344,7 @@ def test_sixteen_bits_and_what_they_cost(models, tmp_path):
 
 
 def test_stochastic_rounding_is_right_on_average_and_repeatable():
-    from embedsmith.merge.writer import Rounding
+    from embedsmith.merge.package import Rounding
 
     values = torch.full((20000,), 1 + 1 / 512, dtype=torch.float64)  # a quarter of the way between two bfloat16
     block = stream.Block("x", (20000,), 0, 20000, None, ())

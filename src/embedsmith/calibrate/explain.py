@@ -14,8 +14,8 @@ from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.merge.gram import Gram, groups
 from embedsmith.merge.merge_plan import Plan
+from embedsmith.merge.method import Gram, groups
 from embedsmith.merge.methods.formulas import karcher, normalised, order_spread, sequential_slerp
 from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import blocks

@@ -16,8 +16,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.merge.gram import groups
-from embedsmith.merge.method import Combine, Job
+from embedsmith.merge.method import Combine, Job, groups
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import Block

@@ -7,7 +7,6 @@ by QR of both factors and a singular value decomposition of the small core. What
 methods) is cut from the dense V_m, matrix by matrix. Averaging A and B apart would be wrong.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from embedsmith.merge.method import Combine, Job
 from embedsmith.merge.methods.coefficient import CoefficientMethod
 from embedsmith.merge.parents import Parent, Weights
 from embedsmith.models.backbone import skeleton
+from embedsmith.models.folder import write_json
 
 _DENSE_SVD = 2048
 """The shorter side up to which all singular values are computed; above, the leading ones by a randomised range."""
@@ -171,7 +171,7 @@ class MergedAdapter:
         }
         folder.mkdir(parents=True)
         save_file(state, folder / WEIGHTS, {"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, config)
 
 
 def _module(name: str) -> str:

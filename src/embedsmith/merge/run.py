@@ -23,11 +23,10 @@ from embedsmith.merge.merge_plan import Plan, make_plan
 from embedsmith.merge.method import Combine, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised
-from embedsmith.merge.package import homes, metadata_of, write_around
+from embedsmith.merge.package import LOSSY, Rounding, Slot, TensorFile, homes, metadata_of, write_around
 from embedsmith.merge.parents import Parent, file_hash
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.merge.stream import BLOCK, Block, blocks
-from embedsmith.merge.writer import LOSSY, Rounding, Slot, TensorFile
 
 _SPARE = 1 << 24
 """Bytes that must be left on the disk beside the weights: for everything else in the folder."""

@@ -20,7 +20,6 @@ from embedsmith.core.settings import Finite, NotNegative
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method
 from embedsmith.merge.methods.formulas import normalised, norms
-from embedsmith.merge.methods.thresholds import kept_count, thresholds
 from embedsmith.merge.stream import UNIT, Block, RowSums
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -128,6 +127,11 @@ class Fusion:
         return lambda block: self.thin(block) * factor[block.name]
 
 
+def kept_count(density: float, total: int) -> int:
+    """How many of `total` are kept: the whole part of the fraction, as elsewhere, but never none by rounding."""
+    return min(total, max(1, int(density * total + 1e-9))) if density > 0 else 0
+
+
 @merge_methods.register(
     "ties",
     formula="trim V_i; elect sign of sum_i w_i V'_i; mean of the V'_i that agree",
@@ -163,7 +167,7 @@ class Ties(Method):
         if self.threshold is not None:
             least = dict.fromkeys(job.names, torch.full((len(job.parents), 1), self.threshold))
         else:
-            least = thresholds(job, lambda total: [kept_count(self.density, total)])
+            least = job.thresholds(lambda total: [kept_count(self.density, total)])
         factor: dict[str, Tensor] = {}
         for names in job.groups.values() if self.prenorm else ():  # mean norm / norm: signs elected among equals
             length_M = norms(job.gram.of(names))
@@ -293,7 +297,7 @@ class Breadcrumbs(Dropping):
             top = int(self.gamma * total)
             return [top, min(total, top + kept_count(self.density, total))]
 
-        bounds = thresholds(job, ranks)
+        bounds = job.thresholds(ranks)
 
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME
@@ -325,7 +329,7 @@ class Sce(Method):
 
     def prepare(self, job: Job) -> Combine:
         whole = self.density == 1
-        least = {} if whole else thresholds(job, lambda total: [kept_count(self.density, total)], _variance)
+        least = {} if whole else job.thresholds(lambda total: [kept_count(self.density, total)], _variance)
 
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME

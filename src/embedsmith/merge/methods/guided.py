@@ -11,8 +11,7 @@ from torch import Tensor
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Finite, Positive
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge.gram import block_of
-from embedsmith.merge.method import Combine, Job, Method
+from embedsmith.merge.method import Combine, Job, Method, block_of
 from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.stream import Block, RowSums
 
