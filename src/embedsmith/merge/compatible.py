@@ -1,16 +1,20 @@
 """Can these models be one model? Errors, choices and notes, from configurations and headers alone."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
-from embedsmith.merge.parents import Parent
+from embedsmith.merge.parents import MISSING, MeanOfOwners, Parent, Reordered, Weights
 from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.stream import UNIT
+from embedsmith.models.backbone import load_tokenizer
 from embedsmith.models.folder import FolderFacts, read_json
 
 _HARMLESS = {
@@ -25,6 +29,19 @@ _OWN_CHECK = {"backbone", "embedding_config", "projections", "prompts", "default
 _ATTENTION = {"is_causal", "is_decoder", "bidirectional", "use_bidirectional_attention", "attention"}
 """A base that is no embedder may attend in another way: its weights are the ancestor all the same."""
 _UNRELATED = 0.5
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Überraschung! 12,5 % teurer als im März 2024?",
+    "how do i reset my password",
+    "SELECT name FROM users WHERE id = 42;",
+    "检索增强生成",
+    "def f(x): return x ** 2",
+    " leading and trailing ",
+    "naïve café — “quotes”",
+    "e = mc^2",
+    "a",
+)
+"""Texts that two tokenizers must cut alike: the vocabulary alone does not say whether an end token is added."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +90,16 @@ class Sheets:
     packaging: Packaging
     notes: list[str]
 
+    @property
+    def every(self) -> list[Sheet]:
+        return [*self.parents, *([] if self.base is None else [self.base])]
+
     def check_same_kind(self) -> None:
         """Architecture, modules and numbers agree.
 
         Errors: `CheckpointError` naming the two models and what differs.
         """
-        first, *others = [*self.parents, *([] if self.base is None else [self.base])]
+        first, *others = self.every
         for other in others:
             both = first.is_embedder and other.is_embedder
             for what, one, two, fix in (*self._configs(first, other), *(_facts(first, other) if both else ())):
@@ -109,7 +130,7 @@ class Sheets:
 
     def like(self) -> Sheet:
         """Whose configuration, modules and tokenizer the result gets; never decided by the order of a list."""
-        known = {sheet.model.id: sheet for sheet in [*self.parents, *([self.base] if self.base else [])]}
+        known = {sheet.model.id: sheet for sheet in self.every}
         chosen = self.packaging.like
         if chosen is not None:
             if chosen not in known:
@@ -149,6 +170,44 @@ class Sheets:
             self.notes.append(f"max_length is the smallest of {lengths}")
         return min(lengths.values(), default=None)
 
+    def same_tokens(self, like: Parent) -> tuple[tuple[Parent, ...], Parent | None]:
+        """Parents and base, with token tables whose rows mean the same tokens.
+
+        Errors: `CheckpointError` for differing vocabularies that the recipe does not align, and for tokenizers that
+        cut a text in different ways.
+        """
+        parents, base = [sheet.model for sheet in self.parents], None if self.base is None else self.base.model
+        folders = {sheet.model.id: sheet.facts.backbone for sheet in self.every}
+        files = {name: folder / "tokenizer.json" for name, folder in folders.items()}
+        if len({file.read_bytes() if file.exists() else name.encode() for name, file in files.items()}) == 1:
+            return tuple(parents), base
+        tokenizers = {name: load_tokenizer(folder, trust_remote_code=False) for name, folder in folders.items()}
+        vocabularies: dict[str, Mapping[str, int]] = {name: found.get_vocab() for name, found in tokenizers.items()}
+        target = vocabularies[like.id]
+        for (name, other), text in itertools.product(tokenizers.items(), PROBES):
+            mine, theirs = (one.convert_ids_to_tokens(one(text)["input_ids"]) for one in (tokenizers[like.id], other))
+            if mine != theirs and set(vocabularies[name]) == set(target):
+                raise CheckpointError(
+                    f"the tokenizers of {like.id} and {name} cut {text!r} differently: {mine[:8]} and {theirs[:8]}",
+                    where="merge",
+                    fix="merge models with one tokenizer; look at the special tokens it adds and its lower-casing",
+                )
+        others = [name for name, vocabulary in vocabularies.items() if vocabulary != target]
+        if not others:
+            return tuple(parents), base
+        if self.packaging.vocabulary == "same":
+            other = vocabularies[others[0]]
+            lacking, extra = len(target.keys() - other.keys()), len(other.keys() - target.keys())
+            moved = sum(other[token] != place for token, place in target.items() if token in other)
+            raise CheckpointError(
+                f"the vocabularies of {like.id} and {others[0]} differ: {lacking} tokens only in the first, {extra}"
+                f" only in the second, {moved} with another id",
+                where="merge",
+                fix="packaging.vocabulary=align matches the rows token by token",
+            )
+        self.notes.append(f"rows of the token table of {', '.join(others)} were matched to those of {like.id} by token")
+        return _aligned(parents, base, like, vocabularies)
+
 
 def _facts(first: Sheet, other: Sheet) -> Iterator[tuple[str, object, object, str]]:
     """What two embedders must agree on beside config.json: Dense layers (a base may have none: the parents' heads then
@@ -169,6 +228,33 @@ def _facts(first: Sheet, other: Sheet) -> Iterator[tuple[str, object, object, st
     if not first.facts.normalize:
         fix = "dot products and cosines rank differently here: use parents with the same similarity"
         yield "similarity_fn_name", first.similarity, other.similarity, fix
+
+
+def _aligned(
+    parents: Sequence[Parent], base: Parent | None, like: Parent, vocabularies: Mapping[str, Mapping[str, int]]
+) -> tuple[tuple[Parent, ...], Parent | None]:
+    """Models with their token tables in the order of `like`. Padding rows, which no token has, become zero."""
+    (name,) = like.token_tables
+    rows = like.tensors[name].shape[0]
+
+    def reordered(model: Parent) -> Reordered:
+        table, own = model.tensors[name], vocabularies[model.id]
+        row_V = np.full(rows, MISSING, np.int64)
+        for token, place in vocabularies[like.id].items():
+            if token in own and own[token] < table.shape[0] and place < rows:
+                row_V[place] = own[token]
+        return Reordered(table, row_V)
+
+    def with_table(model: Parent, table: Reordered) -> Parent:
+        order = hashlib.sha256(table.row_V.tobytes()).hexdigest()
+        remark = f"{model.remark} rows of {name} in the order {order}"
+        return replace(model, tensors={**model.tensors, name: table}, remark=remark)
+
+    mean = MeanOfOwners(tuple(reordered(parent) for parent in parents))
+    of_base = None if base is None else replace(reordered(base), instead=mean)
+    ancestor: Weights = mean if of_base is None else of_base
+    found = tuple(with_table(one, replace(reordered(one), instead=ancestor)) for one in parents)
+    return found, None if base is None or of_base is None else with_table(base, of_base)
 
 
 def check_tensors(models: Sequence[Parent], merged: Sequence[str], copied: Sequence[str]) -> None:

@@ -60,13 +60,12 @@ class Architecture:
         file = cache / f"architecture-{key}.json"
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            sets = {part: frozenset(kept[part]) for part in ("names", "buffers", "token_tables")}
-            return cls(**sets, canonical=kept["canonical"], prefix=kept["prefix"])
-        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: built again
+            fields: dict[str, Any] = {k: frozenset(v) if isinstance(v, list) else v for k, v in kept.items()}
+            return cls(**fields)
+        except (OSError, ValueError, AttributeError, TypeError):  # not there yet, or damaged: built again
             found = cls.built(folder, trust_remote_code)
-        lists = {part: sorted(getattr(found, part)) for part in ("names", "buffers", "token_tables")}
-        content = {**lists, "canonical": dict(found.canonical), "prefix": found.prefix}
-        write_cache(file, json.dumps(content).encode())
+        plain = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in vars(found).items()}
+        write_cache(file, json.dumps(plain).encode())
         return found
 
     @classmethod

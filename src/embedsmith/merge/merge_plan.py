@@ -14,9 +14,8 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge.compatible import Sheet, Sheets, check_descent, check_tensors
 from embedsmith.merge.folders import open_models
 from embedsmith.merge.method import Job, Method
-from embedsmith.merge.parents import Parent
+from embedsmith.merge.parents import Parent, Reordered
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.vocabulary import Reordered, match_vocabularies
 
 _POSITIONS = re.compile(r"(^|\.)(position_embeddings|wpe|embed_positions)\.weight$")
 
@@ -86,15 +85,8 @@ class Plan:
         return next(parent for parent in self.parents if name in parent.tensors)
 
     def job(self, names: tuple[str, ...]) -> Job:
-        return Job(
-            self.parents,
-            self.base,
-            names,
-            self.weight_M,
-            self.recipe.granularity,
-            seed=self.recipe.seed,
-            cache=self.recipe.cache_folder,
-        )
+        own, seed, cache = self.recipe.granularity, self.recipe.seed, self.recipe.cache_folder
+        return Job(self.parents, self.base, names, self.weight_M, own, seed, cache)
 
 
 def make_plan(recipe: MergeRecipe) -> Plan:
@@ -110,8 +102,7 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     like = sheets.like()
     prompts, default_prompt = sheets.prompts()
     max_length = sheets.max_length()
-    parents, base = match_vocabularies(opened, base, like.model, recipe.packaging.vocabulary, notes)
-    parents, base, positions = _same_positions(parents, base, notes)
+    parents, base, positions = _same_positions(*sheets.same_tokens(like.model), notes)
     merged, averaged, copied = _sort_tensors(parents, base, recipe, notes)
     check_tensors([*parents, *([] if base is None else [base])], [*merged, *averaged], copied)
     return Plan(

@@ -79,7 +79,11 @@ class Gram:
             digest.update(name.encode() + b"\0")
         file = cache / f"{digest.hexdigest()[:32]}.npz"
         try:
-            return cls._load(file)
+            with np.load(file, allow_pickle=False) as kept:
+                places = {str(kept[f"name{place}"]): place for place in range(len(kept.files) // 4)}
+                full = {name: torch.from_numpy(kept[f"full{place}"]) for name, place in places.items()}
+                sizes = {name: int(kept[f"size{place}"]) for name, place in places.items()}
+                return cls(full, sizes, {n: torch.from_numpy(kept[f"nonzero{place}"]) for n, place in places.items()})
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or damaged: measured again
             found = cls.by_a_pass(parents, base, names, block)
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -92,15 +96,6 @@ class Gram:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its flags too
         write_cache(file, buffer.getvalue())
         return found
-
-    @classmethod
-    def _load(cls, file: Path) -> Self:
-        with np.load(file, allow_pickle=False) as arrays:
-            names = [str(arrays[f"name{place}"]) for place in range(len(arrays.files) // 4)]
-            full = {name: torch.from_numpy(arrays[f"full{place}"]) for place, name in enumerate(names)}
-            sizes = {name: int(arrays[f"size{place}"]) for place, name in enumerate(names)}
-            nonzero = {name: torch.from_numpy(arrays[f"nonzero{place}"]) for place, name in enumerate(names)}
-        return cls(full, sizes, nonzero)
 
     @classmethod
     def by_a_pass(cls, parents: Sequence[Parent], base: Parent, names: Sequence[str], block: int) -> Self:

@@ -14,7 +14,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
@@ -34,6 +36,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """safetensors' names of number types."""
+MISSING = -1
+"""The number of a row that a reordered table lacks."""
 
 
 class Weights(Protocol):
@@ -114,6 +118,61 @@ class View:
     @property
     def dtype(self) -> torch.dtype:
         return self.whole.dtype
+
+
+@dataclass(frozen=True)
+class Reordered(View):
+    """Rows of a table in a new order; a row numbered -1 comes from `instead` (zeros without it)."""
+
+    row_V: NDArray[np.int64]
+    instead: Weights | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.row_V), self.whole.shape[1])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows that lie side by side in the table, and rows that are all missing, are read together."""
+        width = self.shape[1]
+        first, last = start // width, -(-stop // width)
+        row = self.row_V[first:last]
+        goes_on = np.where(row[1:] == MISSING, row[:-1] == MISSING, (row[1:] == row[:-1] + 1) & (row[:-1] != MISSING))
+        found = []
+        for run in np.split(np.arange(first, last), np.flatnonzero(~goes_on) + 1):
+            begin, count, own = int(run[0]), len(run), int(self.row_V[run[0]])
+            if own != MISSING:
+                found.append(self.whole.read(own * width, (own + count) * width))
+            elif self.instead is None:
+                found.append(torch.zeros(count * width))
+            else:
+                found.append(self.instead.read(begin * width, (begin + count) * width))
+        return torch.cat(found)[start - first * width : stop - first * width]
+
+
+@dataclass(frozen=True)
+class MeanOfOwners:
+    """Row by row the mean over the tables that have it: the ancestor of a token the base does not know."""
+
+    tables: tuple[Reordered, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tables[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def read(self, start: int, stop: int) -> Tensor:
+        width = self.shape[1]
+        row_E = torch.arange(start, stop) // width
+        total_E = torch.zeros(stop - start, dtype=torch.float64)
+        owners_E = torch.zeros(stop - start, dtype=torch.float64)
+        for table in self.tables:
+            has_E = torch.from_numpy(table.row_V != MISSING)[row_E]
+            total_E += torch.where(has_E, table.read(start, stop).double(), 0.0)
+            owners_E += has_E
+        return (total_E / owners_E.clamp_min(1)).float()
 
 
 def read_header(path: Path) -> dict[str, Stored]:

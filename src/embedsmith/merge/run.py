@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.adapter import MergedAdapter
 from embedsmith.merge.merge_plan import Plan, make_plan
-from embedsmith.merge.method import Combine, combine_coefficients
+from embedsmith.merge.method import Combine, Job, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.package import LOSSY, Rounding, Slot, TensorFile, homes, metadata_of, write_around
-from embedsmith.merge.parents import Parent, file_hash
+from embedsmith.merge.parents import file_hash
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.stream import BLOCK, Block, blocks
+from embedsmith.merge.stream import BLOCK, Block
 
 _SPARE = 1 << 24
 """Bytes that must be left on the disk beside the weights: for everything else in the folder."""
 
+Part = tuple[Job, Combine, bool]
+"""Tensors made in one way: the job that names them, how, and whether by whole rows."""
 Check = Callable[[Path], None]
 """Looks at a finished folder before it gets its name; an error it raises keeps the folder from appearing."""
 
@@ -129,11 +131,10 @@ def _write_model(plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Sl
                 opened.enter_context(file)
                 places |= {name: (file, slot.name) for name, slot in slots.items()}
         with progress_bar("merging", sum(plan.holder(n).size(n) for n in places if n not in plan.copied)) as bar:
-            for part in parts:
-                for block, exact_E in part.made(places):
-                    file, key = places[block.name]
-                    file.write(key, block.start, rounding(exact_E, plan.dtypes[block.name], block))
-                    bar.advance(len(exact_E))
+            for block, exact_E in _made(parts, places):
+                file, key = places[block.name]
+                file.write(key, block.start, rounding(exact_E, plan.dtypes[block.name], block))
+                bar.advance(len(exact_E))
         for name in plan.copied:
             (file, key), holder = places[name], plan.holder(name)
             for start in range(0, holder.size(name), BLOCK):
@@ -142,49 +143,38 @@ def _write_model(plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Sl
     for path, slots in files.items():
         if path.suffix == ".pt":  # token heads: small, and kept as torch.save files, so written whole
             state = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in slots.values()}
-            for part in parts:
-                for block, exact_E in part.made(slots):
-                    made_E = Rounding()(exact_E, plan.dtypes[block.name], block)
-                    state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
+            for block, exact_E in _made(parts, slots):
+                made_E = Rounding()(exact_E, plan.dtypes[block.name], block)
+                state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
             with (partial / path).open("wb") as head:
                 torch.save(state, head)
     return _report(plan, facts, rounding)
 
 
-@dataclass(frozen=True)
-class MergedPart:
-    """Tensors made in one way."""
-
-    parents: tuple[Parent, ...]
-    base: Parent | None
-    names: tuple[str, ...]
-    combine: Combine
-    by_rows: bool = False
-
-    def made(self, wanted: Iterable[str]) -> Iterator[tuple[Block, Tensor]]:
-        """Blocks of the wanted tensors with their merged weights, not rounded yet."""
-        names = tuple(name for name in self.names if name in wanted)
-        for block in blocks(self.parents, self.base, names, size=BLOCK, by_rows=self.by_rows):
-            yield block, self.combine(block)
-
-
-def _prepare(plan: Plan, facts: dict[str, Any]) -> list[MergedPart]:
+def _prepare(plan: Plan, facts: dict[str, Any]) -> list[Part]:
     """Every method prepared, and the means of what has no ancestor. Each method's report goes into `facts`."""
-    found: list[MergedPart] = []
+    found: list[Part] = []
     for method, names in plan.by_method:
         job = plan.job(names)
         combine = method.prepare(job)
         # nobody looks at the base of a plain mean but the rounding report: one model less to read
         unread = isinstance(method, Average) and method.is_mean and all(plan.dtypes[n].itemsize > 2 for n in names)
-        found.append(MergedPart(plan.parents, None if unread else plan.base, names, combine, method.by_rows))
+        found.append((replace(job, base=None) if unread else job, combine, method.by_rows))
         for key, value in job.report.items():
             facts.setdefault(key, {}).update(value)
     for holders in dict.fromkeys(plan.averaged.values()):
         names = tuple(name for name, having in plan.averaged.items() if having == holders)
         weight_M = normalised(plan.weight_M[list(holders)])
-        mean = combine_coefficients(dict.fromkeys(names, weight_M))
-        found.append(MergedPart(tuple(plan.parents[place] for place in holders), None, names, mean))
+        job = Job(tuple(plan.parents[place] for place in holders), None, names, weight_M)
+        found.append((job, combine_coefficients(dict.fromkeys(names, weight_M)), False))
     return found
+
+
+def _made(parts: Iterable[Part], wanted: Iterable[str]) -> Iterator[tuple[Block, Tensor]]:
+    """Blocks of the wanted tensors with their merged weights, not rounded yet."""
+    for job, combine, by_rows in parts:
+        for block in job.blocks(tuple(name for name in job.names if name in wanted), by_rows):
+            yield block, combine(block)
 
 
 def _check_space(files: Mapping[Path, Mapping[str, Slot]], partial: Path) -> None:

@@ -46,12 +46,7 @@ class Block:
 
 
 def blocks(
-    parents: Sequence[Parent],
-    base: Parent | None,
-    names: Sequence[str],
-    *,
-    size: int = BLOCK,
-    by_rows: bool = False,
+    parents: Sequence[Parent], base: Parent | None, names: Sequence[str], *, size: int = BLOCK, by_rows: bool = False
 ) -> Iterator[Block]:
     """Blocks of the tensors `names`, in that order; the next block is read while one is used.
 
