@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from embedsmith.calibrate.live_model import LiveMerge, combine_deltas, open_live
+from embedsmith.calibrate.live_model import LiveMerge, combine_deltas
 from embedsmith.calibrate.probe import ROLES, ProbedMethod, texts_of
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
@@ -48,9 +48,9 @@ class RegMean(ProbedMethod):
     tolerance: NotNegative = 0.01
 
     def prepare(self, job: Job) -> Combine:
-        live = open_live(job.parents, job.base)
+        live = LiveMerge.of(job.parents, job.base)
         delta = self.merge(live, self.probe.of_parents(live.parents), job.weight_M.tolist())
-        job.report["regmean"] = {"texts": live.cost.texts}
+        job.report["regmean"] = {"texts": live.texts}
         return combine_deltas(delta, job.weight_M)
 
     def merge(self, live: LiveMerge, sets: Sequence[RecordSet], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -79,12 +79,12 @@ class RegMean(ProbedMethod):
         previous: dict[str, Tensor] = {}
         done, check = 0, 64
         chunks = token_chunks(live, records)
-        hooked = collecting(linear_modules(live.model), grams, lambda: weight[0])
+        hooked = grams.collecting(linear_modules(live.model), lambda: weight[0])
         with hooked, torch.no_grad(), progress_bar("regmean", len(chunks)) as bar:
             for padded in chunks:
                 weight[:] = [self.token_weights(padded)]
                 live.model(padded, ("dense",))
-                live.cost.forward += len(padded.id_NT)
+                live.texts += len(padded.id_NT)
                 done += len(padded.id_NT)
                 bar.advance()
                 if self.tolerance > 0 and done >= check:
@@ -166,35 +166,34 @@ class InputGrams:
         self.by_input[owner] = gram_HH if known is None else known + gram_HH
         self.mass[owner] = self.mass.get(owner, 0.0) + float(weight_S.sum(dtype=torch.float64))
 
+    @contextmanager
+    def collecting(self, modules: Mapping[str, nn.Linear], weight_of: Callable[[], Tensor]) -> Iterator[None]:
+        """Within the block every forward pass is added. `weight_of()` gives weight_NT of the pass under way: 0 for
+        padding, which is no input of the task."""
+        seen: dict[int, tuple[Tensor, str]] = {}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def add_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                x = inputs[0]
+                if name in self.shared:
+                    seen.clear()
+                else:  # held until then, so that no other tensor takes its id
+                    self.shared[name] = seen.setdefault(id(x), (x, name))[1]
+                if self.shared[name] == name:
+                    self.add(name, x.detach(), weight_of())
+
+            return add_input
+
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def normalised(self) -> dict[str, Tensor]:
         """Copies of trace 1, to see how much more texts change them."""
         return {name: gram / gram.trace().clamp_min(1e-38) for name, gram in self.by_input.items()}
-
-
-@contextmanager
-def collecting(modules: Mapping[str, nn.Linear], grams: InputGrams, weight_of: Callable[[], Tensor]) -> Iterator[None]:
-    """Within the block every forward pass adds to `grams`. `weight_of()` gives weight_NT of the pass under way: 0 for
-    padding, which is no input of the task."""
-    seen: dict[int, tuple[Tensor, str]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            if name in grams.shared:
-                seen.clear()
-            else:  # held until then, so that no other tensor takes its id
-                grams.shared[name] = seen.setdefault(id(x), (x, name))[1]
-            if grams.shared[name] == name:
-                grams.add(name, x.detach(), weight_of())
-
-        return add_input
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def linear_modules(model: Embedder) -> dict[str, nn.Linear]:

@@ -18,9 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from embedsmith.calibrate.live_model import LiveMerge, open_live
-from embedsmith.calibrate.probe import ProbedMethod
-from embedsmith.calibrate.task_batches import Drawn, TaskBatches
+from embedsmith.calibrate.live_model import LiveMerge
+from embedsmith.calibrate.probe import Drawn, ProbedMethod, TaskBatches
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.settings import Count, NotNegative, Positive, section
 from embedsmith.core.shelf import merge_methods
@@ -82,7 +81,7 @@ class SelfPositioning(ProbedMethod, Descent):
 
     def prepare(self, job: Job) -> Combine:
         granularity = "block" if self.per_block and job.granularity == "model" else job.granularity
-        live = open_live(job.parents, job.base, granularity=granularity)
+        live = LiveMerge.of(job.parents, job.base, granularity=granularity)
         found = Positioning(live, self.batches(live, self.probe.sources, self.probe.read()), self).descend()
         weights = live.by_parent(found.weights)
         job.report["self_positioning"] = {
@@ -90,7 +89,7 @@ class SelfPositioning(ProbedMethod, Descent):
             "length": found.length,
             "held_out": found.objective,
             "gap": found.gap,
-            "texts": live.cost.texts,
+            "texts": live.texts,
             "trajectory": found.trajectory,
         }
         log.info(
@@ -98,7 +97,7 @@ class SelfPositioning(ProbedMethod, Descent):
             ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items()),
             found.length,
             found.objective,
-            live.cost.texts,
+            live.texts,
         )
         if found.at_bound:
             log.warning("self_positioning: the length ended at its bound: raise mu, or take a probe closer to the use")
@@ -209,10 +208,7 @@ class Positioning:
         groups = len(self.live.group_names)
         if name == "uniform":
             return Position.start(self.live.parents, groups)
-        losses = []
-        for parent in range(self.live.parents):
-            self.live.place_parent(parent)
-            losses.append(self._held_out_loss())
+        losses = self.batches.parent_losses()
         return Position.start(self.live.parents, groups, losses.index(min(losses)))
 
     def _descend_from(self, position: Position, advance: Callable[[], None]) -> Positioned:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from embedsmith.calibrate.live_model import LiveMerge, open_live
+from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.probe import ROLES, Probe, texts_of
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, RecipeError
@@ -276,7 +276,7 @@ def _leading_coordinates(
 def verify_recipe(recipe: MergeRecipe, probe: Probe, folder: str | Path | None = None) -> Verification:
     """The merge that a recipe has written (or another folder) against the recipe's parents."""
     plan = make_plan(recipe)
-    live = open_live(plan.parents, plan.base)
+    live = LiveMerge.of(plan.parents, plan.base)
     return verify(recipe.output if folder is None else folder, live, probe.of_parents(live.parents), recipe.verify)
 
 

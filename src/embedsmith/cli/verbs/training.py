@@ -68,9 +68,10 @@ def merge_models(
     if dry_run:
         typer.echo(make_plan(loaded).in_words())
     elif explain is not None:
-        from embedsmith.calibrate.explain_report import write_explanation
+        from embedsmith.calibrate.explain import Explanation
+        from embedsmith.calibrate.probe import Probe
 
-        typer.echo(f"report: {write_explanation(loaded, explain, probe or [])}")
+        typer.echo(f"report: {Explanation.of(loaded, Probe.of_recipe(loaded, probe or [])).save(explain)}")
     elif verify or strict:
         from embedsmith.calibrate.verify import merge_verified
 
