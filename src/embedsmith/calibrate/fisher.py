@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.files import write_cache
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Dense, in_fp32
-from embedsmith.core.settings import Count, NotNegative, Positive, Share
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, Share
 from embedsmith.core.shelf import merge_methods
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import RecordSet
@@ -58,7 +57,7 @@ class Fisher(ProbedMethod):
     definition: Literal["isolated", "batch_square", "embedding"] = "isolated"
     expectation: Literal["empirical", "sampled", "exact"] = "sampled"
     temperature: Positive = 0.05
-    batch_size: Annotated[int, Field(ge=2)] = 16
+    batch_size: Annotated[int, Range(ge=2)] = 16
     draws: Count = 1
     floor: NotNegative = 1e-3
     shrink: Share = 0.1

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from embedsmith.calibrate.live_model import LiveMerge
@@ -24,7 +23,7 @@ from embedsmith.calibrate.self_positioning import Descent, Positioning
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.settings import Count, Finite, NotNegative, Positive
+from embedsmith.core.settings import Count, Finite, NotNegative, Positive, Range
 from embedsmith.core.shelf import merge_methods
 from embedsmith.evaluate import Results, evaluate
 from embedsmith.merge.method import Base, Combine, Job, Method, combine_coefficients
@@ -55,7 +54,7 @@ class Search(Method):
     searcher: Literal["grid", "cma", "self_positioning"] = "grid"
     family: Literal["slerp", "paper", "karcher", "average"] = "slerp"
     steps: Count = 4
-    lengths: Annotated[tuple[NotNegative, ...], Field(min_length=1)] = (0.6, 0.8, 1.0, 1.2)
+    lengths: Annotated[tuple[NotNegative, ...], Range(min_length=1)] = (0.6, 0.8, 1.0, 1.2)
     sigma: Positive = 0.3
     evaluations: Count = 100
     least_gain: Finite = 0.001
@@ -313,7 +312,7 @@ class LMCocktail(ProbedMethod):
     """
 
     temperature: Positive = 5.0
-    batch_size: Annotated[int, Field(ge=2)] = 16
+    batch_size: Annotated[int, Range(ge=2)] = 16
 
     def prepare(self, job: Job) -> Combine:
         live = LiveMerge.of(job.parents, job.base)

@@ -15,13 +15,12 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.probe import Drawn, ProbedMethod, TaskBatches
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.settings import Count, NotNegative, Positive, section
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, section
 from embedsmith.core.shelf import merge_methods
 from embedsmith.data import RecordSet, Source
 from embedsmith.merge.method import Base, Combine, Job, combine_coefficients
@@ -57,10 +56,10 @@ class Descent:
     length_learning_rate: Positive = 1e-2
     longest: Positive = 3.0
     block_penalty: NotNegative = 0.1
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    held_out: Annotated[float, Range(gt=0, lt=1)] = 0.2
     check_every: Count = 25
     patience: Count = 3
-    starts: Annotated[tuple[Literal["uniform", "best_parent"], ...], Field(min_length=1)] = ("uniform",)
+    starts: Annotated[tuple[Literal["uniform", "best_parent"], ...], Range(min_length=1)] = ("uniform",)
     seed: int = 0
 
     def batches(self, live: LiveMerge, sources: Sequence[Source], sets: Sequence[RecordSet]) -> TaskBatches:

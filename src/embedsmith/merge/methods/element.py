@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.settings import Finite, NotNegative
+from embedsmith.core.settings import Finite, NotNegative, Range
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method
 from embedsmith.merge.methods.formulas import normalised, norms
 from embedsmith.merge.stream import UNIT, Block, RowSums
 
-Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Density = Annotated[float, Range(gt=0, le=1)]
 Thin = Callable[[Block], Tensor]
 """A block to task vectors [M, E], float64, with some entries set to 0."""
 
@@ -286,7 +285,7 @@ class Breadcrumbs(Dropping):
     Counts decide, so a small gamma on a small tensor drops nothing instead of everything.
     """
 
-    gamma: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.01
+    gamma: Annotated[float, Range(ge=0, lt=1)] = 0.01
 
     def __post_init__(self) -> None:
         if self.gamma + self.density > 1:
