@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -87,7 +88,8 @@ class Architecture:
 
     def sort(self, found: Mapping[str, Weights], folder: Path) -> tuple[dict[str, Weights], list[str]]:
         """Tensors of files under their canonical names, and the names of those that the encoder does not have (other
-        heads). Two stored copies of a tensor that the architecture ties must agree, or one of them would be lost.
+        heads). Two stored copies of a tensor that the architecture ties must agree in shape and in their first four
+        million elements, or one of them would be lost.
 
         Errors: `CheckpointError` for copies that differ, and for missing weights.
         """
@@ -100,7 +102,9 @@ class Architecture:
                 left_out.append(key)
             elif name not in tensors:
                 tensors[name] = weights
-            elif not _start_alike(tensors[name], weights):
+            elif tensors[name].shape != weights.shape or not torch.equal(
+                *(one.read(0, min(1 << 22, math.prod(one.shape))) for one in (tensors[name], weights))
+            ):
                 raise CheckpointError(
                     f"{name.removeprefix('backbone.')} is stored twice with different values, but config.json ties"
                     " the two",
@@ -117,12 +121,6 @@ class Architecture:
                 fix="use a folder that was saved with this architecture, as a whole",
             )
         return tensors, left_out
-
-
-def _start_alike(first: Weights, second: Weights) -> bool:
-    """Whether two tensors have one shape and agree in their first four million elements."""
-    total = min(1 << 22, torch.Size(first.shape).numel())
-    return first.shape == second.shape and torch.equal(first.read(0, total), second.read(0, total))
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -83,8 +83,13 @@ def merge(
         with disk_errors(output):
             partial = output.with_name(f".{output.name}.merging")
             shutil.rmtree(partial, ignore_errors=True)
-            files = homes(plan) if chosen.adapter is None else {}
-            report = _write_model(plan, partial, files) if chosen.adapter is None else _write_adapter(plan, partial)
+            if chosen.adapter is None:
+                files = homes(plan)
+                report = _write_model(plan, partial, files)
+            else:
+                files, found = {}, MergedAdapter.of(plan, chosen.adapter.rank)
+                found.write(partial)
+                report = _report(plan, found.report(), Rounding())
             report["models"] = _about_models(plan, hashes)
             write_around(plan, partial, files, report)
             save_recipe(chosen, partial / "recipe.yaml")
@@ -218,11 +223,3 @@ def _report(plan: Plan, facts: Mapping[str, Any], rounding: Rounding) -> dict[st
         "rounding": rounding.report(),
         "notes": list(plan.notes),
     }
-
-
-def _write_adapter(plan: Plan, partial: Path) -> dict[str, Any]:
-    """The merge as an adapter: a few megabytes. Returns the report so far."""
-    assert plan.recipe.adapter is not None
-    found = MergedAdapter.of(plan, plan.recipe.adapter.rank)
-    found.write(partial)
-    return _report(plan, found.report(), Rounding())
