@@ -17,7 +17,7 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count, section
 from embedsmith.core.tokens import TokenBatch
-from embedsmith.data import Record, RecordSet, Source, read_source, text_id
+from embedsmith.data import RecordSet, Source, read_source, text_id
 from embedsmith.merge.method import Base, Method
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.train.build import build_extras, derive_memory, make_supply
@@ -113,7 +113,12 @@ def frozen_candidates(records: RecordSet, negatives: int, seed: int) -> list[Can
     pool with fewer than K others gives shorter lists.
     Errors: `RecipeError` for records without any query and document.
     """
-    usable = [record for record in records.records if record.positives and _is_answer(record)]
+    usable = []
+    for record in records.records:
+        score = record.positive_scores[0] if record.positive_scores else None
+        # a record's first document answers its query; of scored pairs only where those are alike
+        if record.positives and (record.task != "sts" or (score is not None and score >= ALIKE)):
+            usable.append(record)
     pool = list({text_id(record.positives[0]): record.positives[0] for record in usable}.items())
     if len(pool) < 2:
         raise RecipeError(
@@ -135,12 +140,6 @@ def frozen_candidates(records: RecordSet, negatives: int, seed: int) -> list[Can
                 chosen.append(text)
         lists.append(Candidates(record.query, (record.positives[0], *chosen), record.instruction))
     return lists
-
-
-def _is_answer(record: Record) -> bool:
-    """Whether a record's first document answers its query: of scored pairs only those that are alike."""
-    score = record.positive_scores[0] if record.positive_scores else None
-    return record.task != "sts" or (score is not None and score >= ALIKE)
 
 
 Drawn = tuple[TokenBatch, Part]

@@ -112,7 +112,7 @@ class Search(Method):
         count = study.live.parents
         start = Point((1 / count,) * count, min(max(1.0, low), high))
         if self.probe is not None and self.searcher != "grid":
-            batches = self.position.batches(study.live, self.probe.sources, self.probe.read())
+            batches = self.position.batches(study.live, self.probe)
             end = Positioning(study.live, batches, self.position).descend()
             start = Point(end.weights, end.length)
             study.try_out(start, end.coefficient_GM)
