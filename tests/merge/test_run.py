@@ -182,10 +182,10 @@ def test_a_killed_merge_starts_anew(models, tmp_path, settings):
     """What an earlier run left, of this merge or another, is removed and has no say."""
     killed_after(18, models, tmp_path / "out", method="average")
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.merging").exists()
+    assert list(tmp_path.glob(".out.*.tmp"))
     again = merged(models, tmp_path / "out", **settings)
     straight = merged(models, tmp_path / "straight", **settings)
-    assert not (tmp_path / ".out.merging").exists()
+    assert not list(tmp_path.glob(".out*"))
     for name, tensor in weights(straight.path).items():
         assert torch.equal(weights(again.path)[name], tensor), name
     for file in ("sparse_linear.pt", "colbert_linear.pt"):
@@ -239,12 +239,27 @@ def test_a_disk_that_fills_up_meanwhile(models, tmp_path, monkeypatch):
 
 
 def test_a_finished_merge_is_not_replaced_unasked(models, tmp_path):
-    merged(models, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="not empty"):
-        merged(models, tmp_path / "out")
+    before = merged(models, tmp_path / "out")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = merged(models, tmp_path / "out")
+    assert again == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
+    with pytest.raises(CheckpointError, match="another recipe"):
+        merged(models, tmp_path / "out", method="dare")
     _, parents = models
     embedsmith.merge(parents=[str(parents[0])], method="average", output=str(tmp_path / "out"), overwrite=True)
     assert torch.equal(next(iter(weights(tmp_path / "out").values())), next(iter(weights(parents[0]).values())))
+
+
+def test_a_merge_of_weights_that_changed_is_no_finished_merge(models, tmp_path):
+    base, parents = models
+    copy = Path(shutil.copytree(parents[0], tmp_path / "copy"))
+    merged((base, [copy]), tmp_path / "out", method="average")
+    shutil.copyfile(parents[1] / "model.safetensors", copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)other weights.*--overwrite"):
+        merged((base, [copy]), tmp_path / "out", method="average")
+    made = merged((base, [copy]), tmp_path / "out", method="average", overwrite=True)
+    assert torch.equal(next(iter(weights(made.path).values())), next(iter(weights(parents[1]).values())))
 
 
 def test_an_output_that_is_a_file(models, tmp_path):

@@ -21,12 +21,13 @@ from embedsmith.calibrate.live_model import LiveMerge, cosines
 from embedsmith.calibrate.probe import Probe, TaskBatches
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import claimed, refuse_foreign_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.merge_plan import Plan, make_plan
 from embedsmith.merge.method import Gram, groups
 from embedsmith.merge.methods.formulas import karcher, normalised, order_spread, sequential_slerp
 from embedsmith.merge.recipe import Granularity, MergeRecipe
-from embedsmith.report.page import Section, chart, finite, page, table
+from embedsmith.report.page import PAGE_MARK, Section, chart, finite, page, table
 
 THRESHOLDS = (0.0, 0.5, 1.0)
 """An element takes part in a sign conflict where both vectors are above so many times their own rms."""
@@ -313,6 +314,16 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_clean(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_explanation(recipe: MergeRecipe, folder: Path, files: Sequence[str]) -> Path:
+    """Write the explanation of a merge, not the merge; returns the page. `files`: texts for the losses, by default
+    those that the recipe's own method reads."""
+    with claimed(folder, "merge --explain"):
+        marks = {"explain.json": '"effective_tasks":', "groups.csv": "granularity,", "explain.html": PAGE_MARK}
+        for name, text in marks.items():
+            refuse_foreign_file(folder / name, text)
+        return Explanation.of(recipe, Probe.of_recipe(recipe, files)).save(folder)
 
 
 def _angles(facts: Facts) -> Section:

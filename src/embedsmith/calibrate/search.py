@@ -22,6 +22,7 @@ from embedsmith.calibrate.probe import Probe, ProbedMethod, TaskBatches
 from embedsmith.calibrate.self_positioning import Descent, Positioning
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.settings import Count, Finite, NotNegative, Positive, Range
 from embedsmith.core.shelf import merge_methods
@@ -66,7 +67,7 @@ class Search(Method):
 
     def __post_init__(self) -> None:
         if self.searcher == "self_positioning" and self.probe is None:
-            raise RecipeError("searcher self_positioning needs texts to descend on", fix="set probe")
+            raise RecipeError("searcher self_positioning needs texts to descend on", fix="set method.probe")
 
     def prepare(self, job: Job) -> Combine:
         live = LiveMerge.of(job.parents, job.base, granularity=job.granularity)
@@ -83,6 +84,9 @@ class Search(Method):
         Errors: `EvaluationError` and `DataError` for tasks that cannot be read, `MissingExtraError` without the package
         `cma` where it is needed.
         """
+        if self.report is not None:
+            refuse_foreign_file(Path(self.report), '"stopped": "')
+            refuse_foreign_file(Path(self.report).with_suffix(".csv"), "value,length,")
         scorer = self.goal.scorer()
         parents = {}
         for place, name in enumerate(live.names):

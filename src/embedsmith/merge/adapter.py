@@ -169,7 +169,6 @@ class MergedAdapter:
             "alpha_pattern": ranks,
             "target_modules": sorted(ranks),
         }
-        folder.mkdir(parents=True)
         save_file(state, folder / WEIGHTS, {"format": "pt"})
         write_json(folder / CONFIG, config)
 

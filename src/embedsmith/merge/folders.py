@@ -21,8 +21,8 @@ from embedsmith.core.progress import log
 from embedsmith.merge.lora_parent import CONFIG, AdapterFolder
 from embedsmith.merge.parents import Held, Parent, Weights, read_header
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
-from embedsmith.models.backbone import UNUSED, locate, skeleton
-from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, read_json
+from embedsmith.models.backbone import UNUSED, locate, shard_names, skeleton
+from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, listed_modules, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
 
@@ -137,8 +137,9 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     config = facts.backbone / "config.json"
     quantised = read_json(config).get("quantization_config") if config.exists() else None
     if quantised:  # its numbers are codes, not weights
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ModelError(
-            f"the weights are quantised ({quantised.get('quant_method', 'unknown method')})",
+            f"the weights are quantised ({method or 'unknown method'})",
             where=config,
             expected="float weights",
             fix="merge the unquantised model and quantise the result",
@@ -174,30 +175,23 @@ def module_folders(folder: Path, kind: str | None = None) -> list[Path]:
     """The folder of every module, in order, or of those of one kind; none for a plain transformers folder."""
     if not (folder / "modules.json").exists():
         return []
-    entries = EmbeddingConfig.read(folder).modules or read_json(folder / "modules.json")
-    return [folder / str(e["path"]) for e in entries if kind in (None, str(e["type"]).rpartition(".")[2])]
+    entries = listed_modules(EmbeddingConfig.read(folder), folder)
+    return [folder / entry.path for entry in entries if kind in (None, entry.type.rpartition(".")[2])]
 
 
 def _stored(folder: Path) -> tuple[list[Path], dict[str, Weights]]:
     """The files of the encoder's weights and their tensors: safetensors by its header, a torch.save file mapped from
     disk and never unpickled freely.
 
-    Errors: `CheckpointError` naming the missing file or shard, or the damaged file.
+    Errors: `ModelError` for a damaged index and missing shards; `CheckpointError` for a folder without weights, or a
+    damaged file.
     """
     files: list[Path] = []
     for single, index in ((WEIGHTS, INDEX), (_PICKLED, _PICKLED_INDEX)):
         if not files and (folder / single).exists():
             files = [folder / single]
         elif not files and (folder / index).exists():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            missing = [name for name in names if not (folder / name).exists()]
-            if missing:
-                raise CheckpointError(
-                    f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
-                    where=folder,
-                    fix="copy or download the folder again, as a whole",
-                )
-            files = [folder / name for name in names]
+            files = [folder / name for name in shard_names(folder / index)]
     if not files:
         raise CheckpointError("no weights in this folder", where=folder, expected=f"{WEIGHTS} or {_PICKLED}")
     found: dict[str, Weights] = {}
@@ -266,7 +260,7 @@ def _open(spec: ParentSpec, name: str, base: Parent | None, opener: Opener) -> P
 
 def _base_of(adapter: AdapterFolder, base: Parent | None, opener: Opener) -> Parent:
     """The model an adapter lies on: where its configuration says, else the merge's base."""
-    named = adapter.config.get("base_model_name_or_path")
+    named = adapter.config.base_model_name_or_path
     try:
         folder = locate(str(named)) if named else None
     except ModelError:

@@ -4,20 +4,20 @@ Averaging A and B apart would be wrong: mean(B) mean(A) is not mean(B A).
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.merge.parents import Held, Parent, View, Weights, read_header
+from embedsmith.models.folder import AdapterFile, read_typed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = re.compile(
@@ -79,18 +79,15 @@ class AdapterFolder:
     """A folder with a LoRA adapter, and what its adapter_config.json says."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: AdapterFile
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Errors: `ModelError` for an unreadable file or another kind of adapter."""
-        try:
-            config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read this file: {error}", where=folder / CONFIG) from error
-        if config.get("peft_type") != "LORA":
+        config = read_typed(AdapterFile, folder / CONFIG)
+        if config.peft_type != "LORA":
             raise ModelError(
-                f"an adapter of the kind {config.get('peft_type')}", where=folder / CONFIG, expected="a LoRA adapter"
+                f"an adapter of the kind {config.peft_type}", where=folder / CONFIG, expected="a LoRA adapter"
             )
         return cls(folder, config)
 
@@ -131,8 +128,8 @@ class AdapterFolder:
         magnitude = parts.get("lora_magnitude_vector")
         if "lora_A" in parts:
             a, b = parts["lora_A"], parts["lora_B"]
-            left, right = (a.T, b.T) if self.config.get("fan_in_fan_out") else (b, a)
-            if self.config.get("fan_in_fan_out") and magnitude is not None:
+            left, right = (a.T, b.T) if self.config.fan_in_fan_out else (b, a)
+            if self.config.fan_in_fan_out and magnitude is not None:
                 raise ModelError(f"DoRA on the transposed layer {module}", where=self.folder, fix=_MERGE_FIRST)
             tensors[key] = self._low_rank(tensors[key], module, left, right, len(a), magnitude)
         if "lora_embedding_A" in parts:
@@ -141,7 +138,7 @@ class AdapterFolder:
             left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
             tensors[key] = self._low_rank(tensors[key], module, left, right, left.shape[1])
         if "trainable_tokens_delta" in parts:
-            ids = self.config.get("trainable_token_indices") or ()
+            ids = self.config.trainable_token_indices or ()
             if isinstance(ids, Mapping):
                 ids = next((own for end, own in ids.items() if module.endswith(end)), ())
             tensors[key] = NewRows(tensors[key], tuple(int(place) for place in ids), parts["trainable_tokens_delta"])
@@ -152,11 +149,7 @@ class AdapterFolder:
     def _low_rank(
         self, whole: Weights, module: str, left: Tensor, right: Tensor, rank: int, magnitude: Tensor | None = None
     ) -> LowRank:
-        """With the module's scale, alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, on the left. Keys of
-        `alpha_pattern` are regular expressions on the end of the module's name.
-
-        Errors: `ModelError` where the factors do not fit the base's weight.
-        """
+        """With the module's scale on the left. Errors: `ModelError` where the factors do not fit the base's weight."""
         came = (left.shape[0], right.shape[1])
         if left.dim() != 2 or tuple(whole.shape) != came:
             raise ModelError(
@@ -164,9 +157,22 @@ class AdapterFolder:
                 where=self.folder,
                 fix=_ITS_OWN_BASE,
             )
-        patterns = (self.config.get("alpha_pattern") or {}).items()
-        own = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha = float(next(own, self.config.get("lora_alpha") or 8))
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         magnitude = None if magnitude is None else magnitude.double()
-        return LowRank(whole, (left.double() * scale).contiguous(), right.double().contiguous(), magnitude)
+        return LowRank(
+            whole, (left.double() * self._scale(module, rank)).contiguous(), right.double().contiguous(), magnitude
+        )
+
+    def _scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. A key of `alpha_pattern` is a regular expression on
+        the end of the module's name."""
+        alpha = self.config.lora_alpha or 8.0
+        for pattern, value in (self.config.alpha_pattern or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    alpha = value
+                    break
+            except re.error as error:
+                raise ModelError(
+                    f"alpha_pattern: {pattern!r} is no regular expression ({error})", where=self.folder / CONFIG
+                ) from error
+        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)

@@ -194,11 +194,11 @@ def read_header(path: Path) -> dict[str, Stored]:
             if dtype not in DTYPES:
                 raise ValueError(f"numbers of type {dtype} cannot be merged")
             found[name] = Stored(tuple(map(int, entry["shape"])), DTYPES[dtype], path, 8 + length + begin)
-            if end - begin != found[name].bytes:
+            if begin < 0 or min(found[name].shape, default=0) < 0 or end - begin != found[name].bytes:
                 raise ValueError("a tensor's bytes do not fit its shape")
     except FileNotFoundError as error:
         raise CheckpointError("this file of weights is missing", where=path, fix="copy the folder again") from error
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"not a readable safetensors file ({error})", where=path) from error
     end = max((item.offset + item.bytes for item in found.values()), default=0)
     if end > path.stat().st_size:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,21 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.core.files import disk_errors, move_into_place
+from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, files_of
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.recipe import load_recipe, parse, save_recipe
+from embedsmith.core.recipe import load_recipe, parse, read_tree, save_recipe
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.adapter import MergedAdapter
 from embedsmith.merge.merge_plan import Plan, make_plan
 from embedsmith.merge.method import Combine, Job, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised
-from embedsmith.merge.package import LOSSY, Rounding, Slot, TensorFile, homes, metadata_of, write_around
+from embedsmith.merge.package import LOSSY, REPORT, Rounding, Slot, TensorFile, homes, metadata_of, write_around
 from embedsmith.merge.parents import file_hash
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.merge.stream import BLOCK, Block
+from embedsmith.models.folder import read_json
+from embedsmith.models.write import saved_model
 
 _SPARE = 1 << 24
 """Bytes that must be left on the disk beside the weights: for everything else in the folder."""
@@ -68,21 +71,26 @@ def merge(
     elif settings:
         raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
     chosen = recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
+    with claimed(chosen.output, "merge"):
+        return _merge(chosen, overwrite, check)
+
+
+def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
     output = Path(chosen.output)
-    if output.exists() and not output.is_dir():
-        raise CheckpointError("this is a file", where=output, expected="a new folder", fix="choose another output")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise CheckpointError(
-            "the folder is not empty",
-            where=output,
-            fix="choose another output, delete the folder, or overwrite (--overwrite)",
-        )
+    kind = _kind(chosen)
+    kind.refuse_foreign(output)
+    done = None if overwrite else _finished(chosen)
     with _hashing(chosen) as hashing:
         plan = make_plan(chosen)
         hashes = {model.id: hashing.submit(getattr, model, "content_hash") for model in plan.models}
-        with disk_errors(output):
-            partial = output.with_name(f".{output.name}.merging")
-            shutil.rmtree(partial, ignore_errors=True)
+        if done is not None and done["models"] == _about_models(plan, hashes):
+            log.info("%s: merged before, from the same models", output)
+            if check is not None:
+                check(output)
+            return Merged(output, done)
+        if done is not None:
+            raise CheckpointError("it was merged from other weights of these models", where=output, fix=_REPLACE)
+        with atomic_folder(output, kind) as partial:
             if chosen.adapter is None:
                 files = homes(plan)
                 report = _write_model(plan, partial, files)
@@ -95,7 +103,6 @@ def merge(
             save_recipe(chosen, partial / "recipe.yaml")
             if check is not None:
                 check(partial)
-            move_into_place(partial, output)
     for note in report["notes"]:
         log.info("%s", note)
     loss = report["rounding"]["total"]
@@ -106,6 +113,40 @@ def merge(
             100 * loss,
         )
     return Merged(output, report)
+
+
+_REPLACE = "choose another output, or replace it with --overwrite"
+
+
+def _kind(recipe: MergeRecipe) -> Kind:
+    """How a merge is known: a saved model with its report, and what else was copied from one of these models."""
+    specs = [*recipe.specs, *([] if recipe.base_spec is None else [recipe.base_spec])]
+    copied = {escape(name) for spec in specs for name in files_of(Path(spec.path).expanduser())}
+    own = (REPORT, "recipe.yaml", "verify.json", "report.html")
+    return Kind("merge", (*saved_model().entries, *own, *copied), (REPORT, '"method"'))
+
+
+def _finished(recipe: MergeRecipe) -> dict[str, Any] | None:
+    """The report of the same merge, where it stands there. Errors: `CheckpointError` for another merge."""
+    output = Path(recipe.output)
+    if not files_of(output):
+        return None
+    if read_tree(output / "recipe.yaml") != to_plain(recipe):
+        raise CheckpointError("the folder is not empty: it holds a merge of another recipe", where=output, fix=_REPLACE)
+    found: dict[str, Any] = read_json(output / REPORT)
+    return found
+
+
+def plan_in_words(recipe: MergeRecipe, *, overwrite: bool = False) -> str:
+    """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing.
+
+    Errors: those of `merge` before it writes.
+    """
+    check_claim(recipe.output, "merge")
+    _kind(recipe).refuse_foreign(Path(recipe.output))
+    if not overwrite:
+        _finished(recipe)
+    return make_plan(recipe).in_words()
 
 
 @contextmanager

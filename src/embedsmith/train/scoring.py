@@ -24,21 +24,23 @@ from embedsmith.train.feed import Feed
 from embedsmith.train.step import Part
 
 
+def load_tasks(config: EvaluateConfig) -> list[Task]:
+    """The tasks a run is scored on, so that what is wrong with them is told before its first step."""
+    return [load_task(name, data_dir=config.data) for name in config.tasks]
+
+
 @dataclass(frozen=True)
 class Development:
     """What `EvaluateConfig` asks for, ready to run at any step. Results with their items go to `output/evaluation/`.
     `loss`: of some parts, by the model as it is."""
 
     config: EvaluateConfig
+    tasks: Sequence[Task]
     model: Embedder
     loss: Callable[[TokenBatch, Sequence[Part]], Tensor]
     validation: Feed | None
     output: Path
     only_best: bool = False
-
-    @cached_property
-    def tasks(self) -> list[Task]:
-        return [load_task(name, data_dir=self.config.data) for name in self.config.tasks]
 
     @cached_property
     def sample(self) -> Sample | None:
