@@ -101,9 +101,13 @@ class _Array:
 @section
 @dataclass(frozen=True)
 class EncodeJob:
-    """What to encode and how. `stored`: the type of the numbers on disk; `block`: texts between two saves of the state.
+    """What to encode and how.
 
-    `dtype`: computes under autocast. `processes`: each takes contiguous blocks and its share of the CPU threads.
+    `model`: path or id of the encoder. `files`: what holds the texts. `out`: the folder of vectors.
+    `role`, `task`: which prompt stands before the texts. `column`: the column of the texts in tables.
+    `dim`: keep so many first numbers of every vector. `stored`: the type of the numbers on disk.
+    `dtype`: computes under autocast. `block`: texts between two saves of the state.
+    `processes`: each takes contiguous blocks and its share of the CPU threads.
     """
 
     model: str
