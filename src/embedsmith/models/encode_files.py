@@ -103,11 +103,17 @@ class _Array:
 class EncodeJob:
     """What to encode and how.
 
-    `model`: path or id of the encoder. `files`: what holds the texts. `out`: the folder of vectors.
-    `role`, `task`: which prompt stands before the texts. `column`: the column of the texts in tables.
-    `dim`: keep so many first numbers of every vector. `stored`: the type of the numbers on disk.
-    `dtype`: computes under autocast. `block`: texts between two saves of the state.
-    `processes`: each takes contiguous blocks and its share of the CPU threads.
+    - `model`: its folder or hub id.
+    - `files`: those of the texts, in their order.
+    - `out`: the folder of the vectors.
+    - `role`: whose prompt is put before the texts.
+    - `task`: use the prompt of this task.
+    - `column`: the column or key that holds the texts.
+    - `dim`: leading coordinates that are kept.
+    - `stored`: the type of the numbers on disk.
+    - `dtype`: computes under autocast.
+    - `block`: texts between two saves of the state.
+    - `processes`: each takes contiguous blocks and its share of the CPU threads.
     """
 
     model: str
