@@ -68,7 +68,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EBUSY)
 
 
 def _means_full_disk(error: BaseException | None) -> bool:

@@ -133,7 +133,8 @@ def sweep(folder: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a folder at once: it first gets a temporary name, so that a kill leaves no half of it."""
     if path.exists():
-        path.rename(hidden := _hidden(path, TEMPORARY))
+        with disk_errors(path):
+            path.rename(hidden := _hidden(path, TEMPORARY))
         _remove(hidden)
 
 

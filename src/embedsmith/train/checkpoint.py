@@ -26,6 +26,7 @@ from embedsmith.core.recipe import read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import to_plain
 from embedsmith.models import Embedder
+from embedsmith.models.write import saved_model
 
 FINISHED = "finished.json"
 CHECKPOINT = Kind(
@@ -76,6 +77,7 @@ class Checkpoints:
                 what = "the folder is not empty and holds no run"
                 raise CheckpointError(what, where=self.output, fix="choose another output")
             _refuse_other_recipe(self.output, recipe)
+            saved_model().refuse_foreign(self.output / "model")  # now, and not after hours of training
 
     def finished(self, recipe: Any) -> bool:
         """Whether this very run is over. Errors: those of `check`; `CheckpointError` where its model has gone."""
