@@ -100,7 +100,7 @@ def main() -> None:
     documents = list({document.text: document for document in chosen}.values())
     queries = [row["text"] for row in islice(rows(data_path("retrieval/debian-dev/queries.jsonl")), arguments.queries)]
     torch.manual_seed(0)
-    model = load(minilm(), heads=HEADS, multivector_dim=64, max_length=128)
+    model = load(minilm(), heads=HEADS, new_heads=True, multivector_dim=64, max_length=128)
     encoder = Prepared(model, [document.text for document in documents], queries)
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:

@@ -68,7 +68,8 @@ def ours(folder: Path, prompts: dict[str, str]) -> list[list[float]]:
     from embedsmith.models.export import export_head
 
     torch.manual_seed(0)
-    model = load(minilm(), heads=("multivector",), multivector_dim=32, prompts=prompts or None, device="cpu")
+    options = {"multivector_dim": 32, "prompts": prompts or None, "device": "cpu"}
+    model = load(minilm(), heads=("multivector",), new_heads=True, **options)
     export_head(model, folder, "pylate")
     query, document = (
         model.represent(texts, role=role, outputs=("multivector",))["multivector"]

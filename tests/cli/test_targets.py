@@ -190,7 +190,7 @@ def test_a_dry_run_looks_at_the_output_and_writes_nothing(commands, tmp_path, ve
     refused(call(verb, commands[verb](out), "--dry-run"), str(out))
     with (tmp_path / "out" / ".free.embedsmith.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        refused(call(verb, commands[verb](out.with_name("free")), "--dry-run"), "another process is writing here")
+        refused(call(verb, commands[verb](out.with_name("free")), "--dry-run"), "in use by another process")
     refused(call(verb, commands[verb](out / "thesis.tex" / "below"), "--dry-run"), "cannot write here")
 
 

@@ -1,7 +1,9 @@
 """Writes are whole or absent, whatever stops them."""
 
+import os
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +97,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file" / "below", tmp_path / "folder"):
         with pytest.raises(CheckpointError, match="cannot write here"), atomic_file(path):
             pass
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename finds the content, not only the name."""
+    done = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (done.append(os.readlink(f"/proc/self/fd/{descriptor}")), sync(descriptor))
+    )
+    for name in ("rename", "replace"):
+        move = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda self, to, move=move: (done.append(f"{self} -> {to}"), move(self, to))[1])
+    with atomic_file(tmp_path / "a.txt") as file:
+        file.write("hello")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "b").write_text("b")
+    moves = [place for place, line in enumerate(done) if " -> " in line]
+    file_move, folder_move = moves[0], moves[-1]
+    assert done[file_move - 1] == done[file_move].split(" -> ")[0]
+    assert done[file_move + 1] == str(tmp_path)
+    made = done[folder_move].split(" -> ")[0]
+    assert {made, f"{made}/deep", f"{made}/deep/b"} <= set(done[file_move:folder_move])
+    assert str(tmp_path) in done[folder_move:]

@@ -17,13 +17,13 @@ STEP = 0.02
 def tiny_base(folder: Path, **settings: object) -> Path:
     """A tiny embedder as a sentence-transformers folder."""
     bert = tiny_bert(folder.with_name(folder.name + "-bert"))
-    load(str(bert), **{"pooling": "mean", **settings}).save(folder)
+    load(str(bert), new_heads=True, **{"pooling": "mean", **settings}).save(folder)
     return folder
 
 
 def child(base: Path, folder: Path, seed: int, step: float = STEP, **settings: object) -> Path:
     """A fine-tuned copy: every weight moved by a little noise, heads included."""
-    model = load(str(base), **settings)
+    model = load(str(base), new_heads=True, **settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

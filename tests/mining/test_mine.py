@@ -250,6 +250,24 @@ def test_half_written_vectors_are_made_again(tree, tmp_path, caplog):
     assert "encoded again" in caplog.text
 
 
+def test_bm25_gives_only_documents_that_share_a_word_and_counts_what_is_short(tree, tmp_path):
+    pairs = [{"query": "zzz yyy", "pos": ["xxx"]}, {"query": "quick", "pos": ["quick god"]}]
+    texts = [*(f"text {n}" for n in range(5)), "quick fox"]
+    for name, rows_ in (("pairs", pairs), ("corpus", [{"text": text} for text in texts])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
+    tree |= {"corpus": [{"path": str(tmp_path / "corpus.jsonl")}], "searchers": [{"type": "bm25"}]}
+    report = run(tree, select={"negatives": 3})
+    assert (report.short, report.empty, report.negatives) == (2, 1, 1)
+    records = read_source(Source(path=tree["output"])).records
+    assert [record.negatives for record in records] == [(), ("quick fox",)]
+    both = [{"type": "embedding", "model": "words"}, {"type": "bm25"}]
+    (tmp_path / "corpus.jsonl").write_text('{"text": "other"}\n{"text": "quick fox"}\n')
+    found = mined(
+        tree, searchers=both, select={"negatives": 9, "near_duplicate": None}, output=tree["output"] + "2.jsonl"
+    )
+    assert sorted(found[0].negatives) == ["other", "quick fox", "quick god"]  # from the embedding
+
+
 def test_gzipped_output(tree, tmp_path):
     tree["output"] = str(tmp_path / "mined.jsonl.gz")
     run(tree)

@@ -39,7 +39,7 @@ def test_bm25_finds_chinese_text_and_scores_nothing_for_unknown_words():
     index = Bm25(Bm25Search(), ["怎么训练检索模型", "zzz"], corpus)
     index.prepare(Path())
     score_Qk, index_Qk = index.top(0, 2, 2)
-    assert index_Qk.tolist() == [[1, 3], [0, 1]]
+    assert index_Qk.tolist() == [[1, 3], [-1, -1]]
     assert score_Qk[0, 0] > score_Qk[0, 1] > 0
     assert score_Qk[1].tolist() == [0, 0]
     with pytest.raises(DataError, match="no text of the corpus has a word"):

@@ -60,6 +60,10 @@ FAMILIES: dict[str, dict[str, Any]] = {name: _HEADS for name in DENSE.split()} |
     "deepseek_v3": _MIXTURE | _LATENT | {"q_lora_rank": 8, "head_dim": 4},
     "qwen3_next": _HEADS | _MIXTURE | _RECURRENT,
 }
+OTHER_MIXTURES: dict[str, dict[str, Any]] = dict.fromkeys(
+    ["glm4_moe", "ernie4_5_moe", "qwen2_moe", "mixtral", "hunyuan_v1_moe"], _HEADS | _MIXTURE
+)
+MIXTURES = ("deepseek_v2", "deepseek_v3", "qwen3_moe", "llama4_text", "qwen3_next", *OTHER_MIXTURES)
 NO_SDPA = ("gemma2",)
 """Families whose soft-capped scores transformers computes under eager only."""
 
@@ -67,5 +71,7 @@ NO_SDPA = ("gemma2",)
 def tiny(family: str, implementation: str = "sdpa", mode: str = "native", **changes: Any) -> Any:
     """The backbone of a family, built for an attention mode and not yet switched to it."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**_SHAPE, **FAMILIES[family], "initializer_range": 0.3, **changes})
+    config = CONFIG_MAPPING[family](
+        **{**_SHAPE, **(FAMILIES | OTHER_MIXTURES)[family], "initializer_range": 0.3, **changes}
+    )
     return AutoModel.from_config(prepare_config(config, mode), attn_implementation=implementation).eval()

@@ -25,7 +25,7 @@ def model_of(path, kind="bert", **options):
     torch.manual_seed(1)
     pooling = "last" if "llama" in kind else "cls"
     options = {"heads": ("sparse", "multivector"), "multivector_dim": 6, "prompts": PROMPTS, **options}
-    return load(str(lm.folder(path / "lm", kind)), pooling=pooling, device="cpu", **options)
+    return load(str(lm.folder(path / "lm", kind)), pooling=pooling, device="cpu", new_heads=True, **options)
 
 
 def scores(model, head):
@@ -81,7 +81,7 @@ def test_sparse_heads_without_modules_there_come_through_embedsmith(tmp_path, ki
 
 def test_a_sparse_head_beside_a_pooling_of_its_own_comes_back(tmp_path):
     """The dense part alone needs embedsmith's module there; the head's own takes its place and keeps what it names."""
-    model = load(str(lm.folder(tmp_path / "lm")), pooling="attention", heads=("sparse",), device="cpu")
+    model = load(str(lm.folder(tmp_path / "lm")), pooling="attention", heads=("sparse",), new_heads=True, device="cpu")
     export_head(model, tmp_path / "sparse", "sparse")
     peer = SparseEncoder(str(tmp_path / "sparse"), device="cpu", trust_remote_code=True)
     np.testing.assert_allclose(peer_scores(peer), scores(model, "sparse"), atol=1e-4, rtol=1e-4)

@@ -51,10 +51,17 @@ def test_impossible_positions(tmp_path, kind, positions, says):
 
 
 def test_8192_positions_and_a_document_of_100000_tokens(tmp_path):
-    model = load(str(lm.folder(tmp_path)), pooling="cls", positions=8192, heads=("sparse", "multivector"), device="cpu")
+    model = load(
+        str(lm.folder(tmp_path)),
+        pooling="cls",
+        positions=8192,
+        heads=("sparse", "multivector"),
+        new_heads=True,
+        device="cpu",
+    )
     tokens = model.tokenize(["cat " * 100_000])
     assert tokens.length_N.tolist() == [8192]
-    short = load(str(tmp_path), pooling="cls", max_length=32, heads=("sparse",), device="cpu")
+    short = load(str(tmp_path), pooling="cls", max_length=32, heads=("sparse",), new_heads=True, device="cpu")
     reps = short.represent(["cat " * 100_000, ""], role="document", outputs=("dense", "sparse"))
     assert reps["sparse"].weight_NT.shape[1] == 32
 
@@ -81,9 +88,9 @@ def test_a_cls_before_every_block():
 def test_mcls_against_the_backbone(tmp_path):
     """The mean of the states of all CLS in one pass; a text of one block is as it was."""
     folder = str(lm.folder(tmp_path))
-    plain = load(folder, pooling="cls", heads=("multivector", "sparse"), device="cpu")
+    plain = load(folder, pooling="cls", heads=("multivector", "sparse"), new_heads=True, device="cpu")
     torch.manual_seed(0)
-    model = load(folder, pooling="cls", mcls=8, heads=("multivector", "sparse"), device="cpu")
+    model = load(folder, pooling="cls", mcls=8, heads=("multivector", "sparse"), new_heads=True, device="cpu")
     model.load_state_dict(plain.state_dict())
     np.testing.assert_allclose(model.encode(SHORT), plain.encode(SHORT), atol=1e-6)
     ids = torch.from_numpy(model.tokenize([LONG]).id_S)

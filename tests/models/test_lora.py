@@ -13,7 +13,7 @@ from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.models import load
 from embedsmith.models import lora as adapters
 from embedsmith.models.lora import LoraConfig, add_adapter, auto_targets, expert_weights, merged
-from tests.models.families import tiny
+from tests.models.families import MIXTURES, tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer, embed
 
 
@@ -83,6 +83,28 @@ def test_a_merge_that_changes_vectors_is_refused(base, monkeypatch):
     monkeypatch.setattr(adapters, "_merge_layers", lambda whole: tiny("qwen3", vocab_size=280))
     with pytest.raises(ModelError, match="merging the adapter changes the states"):
         merged(model.backbone)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_weights_of_16_bits_are_rounded_once(base, kind):
+    """Each merged weight is the one of the same adapter in the same weights at full precision, rounded."""
+    model = embed(base, pooling="mean", dtype="bfloat16", lora={"r": 4, "kind": kind})
+    disturb(model)
+    exact = adapters._merge_layers(copy.deepcopy(model.backbone).float())
+    for name, weight in adapters._merge_layers(copy.deepcopy(model.backbone)).named_parameters():
+        assert weight.dtype == torch.bfloat16, name
+        assert torch.equal(weight, exact.get_parameter(name).bfloat16()), name
+
+
+def test_an_adapter_that_cannot_be_merged_stays_beside_its_base_and_gives_the_same_vectors(base, tmp_path, monkeypatch):
+    model = embed(base, pooling="mean", dtype="bfloat16", lora={"r": 4})
+    disturb(model)
+    model.save(tmp_path / "apart", merge=False)
+    monkeypatch.setattr(adapters, "SAME", 1.1)
+    again = embed(tmp_path / "apart", dtype="bfloat16")
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+    again.save(tmp_path / "again", merge=False)
+    np.testing.assert_array_equal(embed(tmp_path / "again", dtype="bfloat16").encode(TEXTS), model.encode(TEXTS))
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
@@ -163,3 +185,31 @@ def test_a_pruned_base_with_a_new_token_is_rebuilt_under_its_adapter(base, tmp_p
     disturb(model)
     model.save(tmp_path / "apart", merge=False)
     np.testing.assert_array_equal(embed(tmp_path / "apart", lora={"r": 4}).encode(TEXTS), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_adapters_of_a_mixture_lie_on_the_layers_named(tmp_path, family, experts):
+    """Every linear layer but routers, dense and shared ones included; the experts' weights only where they are asked
+    for. Counted, and the same after saving and loading."""
+    backbone = tiny(family)
+    linear = {name for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)}
+    routers = {name for name in linear if not {"gate", "router", "shared_expert_gate"}.isdisjoint(name.split("."))}
+    held = {
+        name.rpartition(".")[0] for name, one in backbone.named_parameters() if one.dim() == 3 and "experts" in name
+    }
+    assert held, family
+    add_adapter(backbone, LoraConfig(r=2, dropout=0.0 if experts else 0.05, experts=experts))
+
+    def adapted(model):
+        names = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+        return {name.replace(".base_layer", "") for name in names}
+
+    assert adapted(backbone) == (linear - routers) | (held if experts else set())
+    adapters.save_adapter(backbone, tmp_path, "")
+    again = tiny(family)
+    adapters.load_adapter(again, tmp_path, None)
+    assert adapted(again) == adapted(backbone)
+    state, other = backbone.state_dict(), again.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name]) for name in state if ".lora_" in name)

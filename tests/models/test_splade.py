@@ -149,7 +149,7 @@ def test_impossible_settings(tmp_path):
     with pytest.raises(RecipeError, match="sparse_terms"):
         load(folder, pooling="mean", heads=("sparse",), sparse="splade", sparse_terms=0)
     with pytest.raises(ModelError, match="sparse_terms belongs to sparse=splade"):
-        load(folder, pooling="mean", heads=("sparse",), sparse_terms=5)
+        load(folder, pooling="mean", heads=("sparse",), new_heads=True, sparse_terms=5)
     model = load(folder, pooling="mean", heads=("sparse",), sparse="splade", device="cpu")
     model.save(tmp_path / "saved")
     whole = (tmp_path / "saved" / SPLADE_FILE).read_bytes()
@@ -173,7 +173,7 @@ def test_a_family_that_bends_its_scores_is_refused(tmp_path):
 def test_texts_without_words_have_finite_scores_under_every_head(tmp_path, sparse):
     """Empty after special tokens, unknown to the tokenizer, far too long."""
     heads = ("sparse", "multivector")
-    model = load(str(lm.folder(tmp_path)), pooling="cls", heads=heads, sparse=sparse, device="cpu")
+    model = load(str(lm.folder(tmp_path)), pooling="cls", heads=heads, new_heads=True, sparse=sparse, device="cpu")
     strange = ["", "   ", "日本 語", "cat " * 10_000]
     queries, documents = (
         model.represent(strange, role=role, outputs=("dense", *heads)) for role in ("query", "document")

@@ -79,5 +79,5 @@ def folder(path: Path, kind: str = "bert", **tokenizer_options: Any) -> Path:
 
 
 def embedder(path: Path, kind: str = "bert", **overrides: Any) -> Embedder:
-    options = {"pooling": "mean", "device": "cpu", **overrides}
+    options = {"pooling": "mean", "device": "cpu", "new_heads": True, **overrides}
     return load(str(folder(path, kind)), **options)

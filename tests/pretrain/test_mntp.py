@@ -21,7 +21,14 @@ TEXTS = ["the cat sat on the mat", "a dog", "the big old tree by the new red mat
 def decoder(path, **options):
     return load(
         str(lm.folder(path, "llama")),
-        **{"pooling": "mean", "attention": "bidirectional", "heads": ("mntp",), "device": "cpu", **options},
+        **{
+            "pooling": "mean",
+            "attention": "bidirectional",
+            "heads": ("mntp",),
+            "device": "cpu",
+            "new_heads": True,
+            **options,
+        },
     )
 
 
@@ -101,7 +108,7 @@ def test_words_for_a_mask(tmp_path):
     tiny("qwen3", vocab_size=280).save_pretrained(tmp_path)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    head = load(str(tmp_path), pooling="mean", heads=("mntp",), device="cpu").token_heads["mntp"]
+    head = load(str(tmp_path), pooling="mean", heads=("mntp",), new_heads=True, device="cpu").token_heads["mntp"]
     assert tokenizer.convert_ids_to_tokens(head.mask_id) == "_"
     monkey = byte_tokenizer()
     monkey.get_vocab = dict  # type: ignore[method-assign]

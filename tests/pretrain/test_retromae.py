@@ -20,7 +20,7 @@ TEXTS = ["the cat sat on the mat zz", "a dog", "the big old tree by the new red 
 @pytest.fixture
 def model(tmp_path):
     torch.manual_seed(2)
-    return load(str(lm.folder(tmp_path / "lm")), pooling="cls", heads=("retromae",), device="cpu")
+    return load(str(lm.folder(tmp_path / "lm")), pooling="cls", heads=("retromae",), new_heads=True, device="cpu")
 
 
 def every_third(word_NT, group_NT, share):
@@ -121,7 +121,7 @@ def test_replayed_chunks_draw_the_same_masks(tmp_path):
     for kept in (None, 1):
         torch.manual_seed(0)
         folder = lm.folder(tmp_path / f"lm{kept}")
-        model = load(str(folder), pooling="cls", heads=("retromae",), device="cpu").train()
+        model = load(str(folder), pooling="cls", heads=("retromae",), new_heads=True, device="cpu").train()
 
         def encode(tokens, heads, rows, model=model):
             return model(tokens.pad(model.pad_id, rows=rows), heads)
@@ -147,4 +147,4 @@ def test_saved_with_its_decoder_and_left_out_by_name(tmp_path, model):
 
 def test_families_without_positions_are_refused(tmp_path):
     with pytest.raises(ModelError, match="retromae of LlamaModel"):
-        load(str(lm.folder(tmp_path, "llama")), pooling="last", heads=("retromae",))
+        load(str(lm.folder(tmp_path, "llama")), pooling="last", heads=("retromae",), new_heads=True)

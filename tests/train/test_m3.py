@@ -106,7 +106,7 @@ def test_a_dead_sparse_head_is_told_once(m3, caplog):
 
 
 def test_a_dead_head_in_a_run_is_told(m3, bert, tmp_path, caplog):
-    model = load(str(bert), pooling="mean", heads=("sparse",), device="cpu")
+    model = load(str(bert), pooling="mean", heads=("sparse",), new_heads=True, device="cpu")
     model.token_heads["sparse"].linear.bias.data.fill_(-100.0)
     model.save(tmp_path / "dead")
     m3["model"] = {"path": str(tmp_path / "dead")}

@@ -114,7 +114,7 @@ def frozen_candidates(records: RecordSet, negatives: int, seed: int) -> list[Can
         raise RecipeError(
             f"{records.name} has {len(pool)} documents that answer a query",
             expected="at least 2: retrieval records, or scored pairs of which some are alike",
-            fix="use a definition that needs no labels: definition=embedding",
+            fix="use a definition that needs no labels: method.definition=embedding",
         )
     lists = []
     for place, record in enumerate(usable):

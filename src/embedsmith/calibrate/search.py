@@ -64,7 +64,7 @@ class Search(Method):
 
     def __post_init__(self) -> None:
         if self.searcher == "self_positioning" and self.probe is None:
-            raise RecipeError("searcher self_positioning needs texts to descend on", fix="set probe")
+            raise RecipeError("searcher self_positioning needs texts to descend on", fix="set method.probe")
 
     def prepare(self, job: Job) -> Combine:
         live = open_live(job.parents, job.base, granularity=job.granularity)

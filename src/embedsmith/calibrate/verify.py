@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from embedsmith.calibrate.live_model import LiveMerge, open_live
@@ -21,6 +20,7 @@ from embedsmith.calibrate.probe import ROLES, Probe, texts_of
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.terminal import show
 from embedsmith.data import RecordSet, text_id
 from embedsmith.evaluate.geometry import MatrixShape, Space, neighbour_overlap
 from embedsmith.merge.merge_plan import make_plan
@@ -292,7 +292,7 @@ def merge_verified(recipe: MergeRecipe, files: Sequence[str], strict: bool, over
     def check(folder: Path) -> None:
         found = verify_recipe(recipe, probe, folder)
         found.save(folder / "verify.json")
-        Console().print(found.table())
+        show(found.table())
         if strict:
             found.require(recipe.output)
 

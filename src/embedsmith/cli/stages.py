@@ -4,6 +4,7 @@ A stage is a function from the plain tree of a verb's recipe to what it made; it
 on all ranks at once. What is finished is in a journal; the same command goes on behind it.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import claimed, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
@@ -248,7 +250,7 @@ def check_stages(recipe: PipelineRecipe) -> None:
 
 def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
     """The tree of the stage's verb, with changes made and references filled in."""
-    tree = read_tree(stage.recipe) if isinstance(stage.recipe, str) else json.loads(json.dumps(stage.recipe))
+    tree = read_tree(stage.recipe) if isinstance(stage.recipe, str) else copy.deepcopy(stage.recipe)
     for change in stage.set:
         apply_override(tree, change)
     tree.setdefault("output", f"${{output}}/{stage.name}{VERBS[stage.verb].suffix}")
@@ -279,15 +281,9 @@ def _journal(recipe: PipelineRecipe) -> dict[str, Finished]:
     path = Path(recipe.output) / JOURNAL
     if not path.exists():
         return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Finished(**entry) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the journal of stages cannot be read ({error})",
-            where=path,
-            fix="delete it; verbs find what they finished by themselves",
-        ) from error
+    fix = "delete this journal of stages; verbs find what they finished by themselves"
+    entries = read_json(path, CheckpointError, fix=fix)
+    return typed(dict[str, Finished], entries, path, CheckpointError, fix=fix)
 
 
 def _enter(recipe: PipelineRecipe, name: str, done: Finished) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedsmith.core.encoder import Role
@@ -13,9 +14,10 @@ from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, swee
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
+from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
-from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob
+from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob, refuse_other_folder
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
 from embedsmith.train.build import probes, tokenizer_facts
@@ -78,6 +80,7 @@ def _tokenize(job: TokenizeJob, out: Path) -> Manifest:
     names: set[str] = set()
     for source in job.data:
         records = read_source(source).texts_only("tokenizing", source.path)
+        refuse_other_folder(records.name, source.path)
         if records.name in names:
             raise RecipeError(f"two sources are named {records.name!r}", fix="name one of them: name: ...")
         names.add(records.name)
@@ -153,15 +156,19 @@ def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int |
     role: Role = "query" if task == "sts" else "document"
     datasets = {}
     for path in sorted(folder.glob("*.parquet")):
-        if "query_input_ids" not in pq.read_schema(path).names:
+        if "query_input_ids" not in parquet_schema(path).names:
             continue
         dataset = path.stem.removesuffix("_query")
         layout: CacheLayout = "inline" if dataset == path.stem else "corpus"
-        rows = pq.read_metadata(path).num_rows
+        with readable_parquet(path):
+            rows = pq.read_metadata(path).num_rows
+            first = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"]), None)
         datasets[dataset] = DatasetFacts(dataset, task, layout, rows, 0, {}, role, "name")
         # A first look: ids beyond the vocabulary cannot come from this tokenizer.
-        ids: Any = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"])).column(0)
-        highest, words = max(ids.flatten().to_pylist(), default=0), len(model.tokenizer)
+        ids: Any = pa.array([], pa.list_(pa.int32())) if first is None else first.column(0)
+        if not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):
+            raise DataError(f"query_input_ids are {ids.type}", where=path, expected="lists of token ids")
+        highest, words = max(filter(None, ids.flatten().to_pylist()), default=0), len(model.tokenizer)
         if highest >= words:
             what = f"an id is {highest}, but {name} has {words} tokens"
             raise DataError(what, where=path, fix="name its own tokenizer")

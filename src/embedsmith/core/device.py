@@ -1,7 +1,33 @@
-"""What this machine has: processor cores and their arithmetic."""
+"""What this machine has: memory, processor cores and their arithmetic."""
 
 import os
 import sys
+from pathlib import Path
+
+from embedsmith.core.errors import ModelError
+
+
+def memory() -> int | None:
+    """Bytes of memory this process may use, which in a container are fewer than the machine has; `None`: unknown."""
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    try:
+        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no limit, or no such file
+        return whole
+
+
+def check_fits(size: int, what: str, where: object = None) -> None:
+    """Before anything is allocated. Errors: `ModelError` for more bytes than there is memory."""
+    limit = memory()
+    if limit is not None and size > limit:
+        raise ModelError(
+            f"{what} would take {size / 1e9:,.0f} GB, and this machine has {limit / 1e9:,.0f} GB of memory",
+            where=where,
+            fix="check the sizes that were asked for; where they are meant, use a machine with more memory",
+        )
 
 
 def cores() -> int:

@@ -49,10 +49,8 @@ def claimed(output: str | Path, verb: str) -> Iterator[None]:
         descriptor = _locked(file, output)
     _held.add(path)
     try:
-        holder = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}
         with disk_errors(Path(output)):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            sign(descriptor, verb)
             _recover(path)
         yield
     finally:
@@ -93,7 +91,7 @@ def _locked(file: Path, output: str | Path) -> int:
             told = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
             raise CheckpointError(
-                f"{_words(told)} is writing here",
+                f"in use by {holder(told)}",
                 where=output,
                 fix="wait until it ends, or choose another output",
             ) from error
@@ -105,10 +103,17 @@ def _locked(file: Path, output: str | Path) -> int:
         os.close(descriptor)  # its holder has just ended and removed it
 
 
-def _words(told: str) -> str:
+def sign(descriptor: int, verb: str) -> None:
+    """Write into a lock's file who holds it."""
+    mine = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+
+
+def holder(told: str) -> str:
+    """In words, who signed a lock's file."""
     try:
-        holder = json.loads(told)
-        return "{verb}, process {pid} on {host} since {since},".format(**holder)
+        return "{verb}, process {pid} on {host} since {since}".format(**json.loads(told))
     except (ValueError, KeyError, TypeError):
         return "another process"
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import claimed, discard, files_of, refuse_foreign_records, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import section, to_plain
@@ -113,10 +114,9 @@ def _check_output(recipe: CurateRecipe, overwrite: bool) -> None:
 def _finished(recipe: CurateRecipe, key: str) -> Report | None:
     """The report of an earlier run of the same recipe over the same input, if its output is still as it was left."""
     try:
-        known = json.loads(recipe.report_path.read_text(encoding="utf-8"))
-        same = known["key"] == key and known["output_bytes"] == Path(recipe.output).stat().st_size
-        return Report(**{**known, "steps": [StepReport(**step) for step in known["steps"]]}) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_typed(recipe.report_path, Report)
+        return known if (known.key, known.output_bytes) == (key, Path(recipe.output).stat().st_size) else None
+    except (DataError, OSError):
         return None
 
 
@@ -194,8 +194,8 @@ class StepOutput:
 
     def report(self) -> StepReport | None:
         try:
-            return StepReport(**json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return read_typed(self.path.with_suffix(".json"), StepReport)
+        except DataError:
             return None
 
     def finish(self, report: StepReport) -> None:

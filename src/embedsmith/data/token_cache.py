@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, read_typed
 from embedsmith.core.outputs import discard
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.record import Record, text_id
@@ -62,18 +63,18 @@ class Manifest:
     def load(out: Path) -> Manifest:
         """Errors: `DataError` for a manifest that is damaged or not of a token cache."""
         try:
-            tree = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-            sets = {
-                name: DatasetFacts(**facts | {"labels": tuple(facts["labels"])})
-                for name, facts in tree["datasets"].items()
-            }
-            return Manifest(TokenizerFacts(**tree["tokenizer"]), sets, tree["version"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            found = read_typed(out / MANIFEST, Manifest)
+        except DataError as error:
             raise DataError(
-                f"not a readable manifest of a token cache ({error})",
+                f"not a readable manifest of a token cache ({error.what})",
                 where=out / MANIFEST,
                 fix="tokenize again, or for a cache of another tool: embedsmith tokenize --adopt",
             ) from error
+        for name, facts in found.datasets.items():
+            if facts.name != name:
+                raise DataError(f"the dataset {name!r} calls itself {facts.name!r}", where=out / MANIFEST)
+            refuse_other_folder(name, out / MANIFEST)
+        return found
 
     @staticmethod
     def to_write(out: Path, tokenizer: TokenizerFacts) -> Manifest:
@@ -93,6 +94,17 @@ class Manifest:
                 fix="choose another folder, or the same --max-length",
             )
         return before
+
+
+def refuse_other_folder(name: str, where: object) -> None:
+    """Errors: `DataError` for a dataset whose name would place its files elsewhere than in the cache."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > 200:
+        raise DataError(
+            f"the dataset's name {name[:60]!r} cannot be that of a file in the cache",
+            where=where,
+            expected="a name without / and without a dot in front, of at most 200 bytes",
+            fix="name the source: name: ...",
+        )
 
 
 class Tokenize(Protocol):
@@ -182,7 +194,8 @@ class TokenJob:
         names = ("layout", "keep_text", "shard_rows", "prompts", "probes")
         identity = {name: getattr(self, name) for name in names} | {"fingerprint": self.records.fingerprint}
         path = self.parts / "job.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != identity:
+        fix = f"delete the folder {self.parts}, and run the same command again"
+        if path.exists() and read_json(path, fix=fix) != identity:
             raise DataError(
                 "shards of other texts or options are here, from a run that was stopped",
                 where=self.parts,

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
+from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge.parents import Parent, size_of
 from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.stream import UNIT, read_finite
-from embedsmith.models.folder import FolderFacts, read_json
+from embedsmith.models.backbone import read_architecture
+from embedsmith.models.folder import FolderFacts
 
 _HARMLESS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"),
@@ -22,7 +23,9 @@ _HARMLESS = {
     *("max_position_embeddings", "vocab_size", "use_return_dict", "tie_word_embeddings", "prefix"),
 }
 """Keys of config.json that change no vector; and lengths, vocabulary and ties, which have checks of their own."""
-_OWN_CHECK = {"backbone", "embedding_config", "projections", "prompts", "default_prompt", "max_length"}
+_OWN_CHECK = {"backbone", "embedding_config", "projections", "prompts", "default_prompt", "max_length"} | {
+    *("similarity", "truncate_dim"),  # the latter changes no weight: the result has that of `like`
+}
 _ATTENTION = {"is_causal", "is_decoder", "bidirectional", "use_bidirectional_attention", "attention"}
 """A base that is no embedder may attend in another way: its weights are the ancestor all the same."""
 _UNRELATED = 0.5
@@ -43,16 +46,9 @@ class Sheet:
 
         Errors: `ModelError` for a configuration that cannot be read.
         """
-        from transformers import AutoConfig
-
-        try:
-            config = dict(AutoConfig.from_pretrained(model.config_folder).to_dict())
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot read the configuration: {error}", where=model.config_folder) from error
+        config = dict(read_architecture(model.config_folder)[1].to_dict())
         facts = FolderFacts.read(model.folder)
-        general = model.folder / "config_sentence_transformers.json"
-        similarity = read_json(general).get("similarity_fn_name") if general.exists() else None
-        return Sheet(model, facts, config, similarity or "cosine")
+        return Sheet(model, facts, config, facts.similarity or "cosine")
 
     @property
     def is_embedder(self) -> bool:

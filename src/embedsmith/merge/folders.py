@@ -25,8 +25,8 @@ from embedsmith.core.progress import log
 from embedsmith.merge.lora_parent import is_adapter, read_config, with_adapter
 from embedsmith.merge.parents import Held, Parent, Weights, read_header
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
-from embedsmith.models.backbone import UNUSED, locate, skeleton
-from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, read_json
+from embedsmith.models.backbone import UNUSED, locate, shard_names, skeleton
+from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, listed_modules, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
 
@@ -179,8 +179,8 @@ def module_entries(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of every module, in order; none for a plain transformers folder."""
     if not (folder / "modules.json").exists():
         return []
-    entries = EmbeddingConfig.read(folder).modules or read_json(folder / "modules.json")
-    return [(str(entry["type"]).rpartition(".")[2], folder / str(entry["path"])) for entry in entries]
+    entries = listed_modules(EmbeddingConfig.read(folder), folder)
+    return [(entry.type.rpartition(".")[2], folder / entry.path) for entry in entries]
 
 
 def dense_folders(folder: Path) -> list[Path]:
@@ -189,20 +189,15 @@ def dense_folders(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of the encoder's weights. Errors: `CheckpointError` naming the missing file or shard."""
+    """The files of the encoder's weights.
+
+    Errors: `ModelError` for a damaged index and missing shards, `CheckpointError` for a folder without weights.
+    """
     for single, index in ((WEIGHTS, INDEX), (_PICKLED, _PICKLED_INDEX)):
         if (folder / single).exists():
             return [folder / single]
         if (folder / index).exists():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            missing = [name for name in names if not (folder / name).exists()]
-            if missing:
-                raise CheckpointError(
-                    f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
-                    where=folder,
-                    fix="copy or download the folder again, as a whole",
-                )
-            return [folder / name for name in names]
+            return [folder / name for name in shard_names(folder / index)]
     raise CheckpointError("no weights in this folder", where=folder, expected=f"{WEIGHTS} or {_PICKLED}")
 
 
@@ -226,8 +221,9 @@ def refuse_quantised(folder: Path) -> None:
     config = folder / "config.json"
     found = read_json(config).get("quantization_config") if config.exists() else None
     if found:
+        method = found.get("quant_method") if isinstance(found, dict) else None
         raise ModelError(
-            f"the weights are quantised ({found.get('quant_method', 'unknown method')})",
+            f"the weights are quantised ({method or 'unknown method'})",
             where=config,
             expected="float weights",
             fix="merge the unquantised model and quantise the result",
@@ -331,7 +327,7 @@ def _open(spec: ParentSpec, name: str, base: Parent | None, opener: Opener) -> P
 
 def _base_of(adapter: Path, base: Parent | None, opener: Opener) -> Parent:
     """The model an adapter lies on: where its configuration says, else the merge's base."""
-    named = read_config(adapter).get("base_model_name_or_path")
+    named = read_config(adapter).base_model_name_or_path
     try:
         folder = locate(str(named)) if named else None
     except ModelError:

@@ -4,20 +4,19 @@ Averaging A and B apart would be wrong: mean(B) mean(A) is not mean(B A).
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.merge.parents import Held, Parent, Weights, read_header, size_of
+from embedsmith.models.folder import AdapterFile, read_typed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = re.compile(
@@ -92,16 +91,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Errors: `ModelError` for an unreadable file, another kind of adapter, or a base that was quantised."""
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read this file: {error}", where=folder / CONFIG) from error
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"an adapter of the kind {config.get('peft_type')}", where=folder / CONFIG, expected="a LoRA adapter"
-        )
+def read_config(folder: Path) -> AdapterFile:
+    """Errors: `ModelError` for an unreadable file, or another kind of adapter."""
+    config = read_typed(AdapterFile, folder / CONFIG)
+    if config.peft_type != "LORA":
+        raise ModelError(f"an adapter of the kind {config.peft_type}", where=folder / CONFIG, expected="a LoRA adapter")
     return config
 
 
@@ -147,21 +141,24 @@ _ITS_OWN_BASE = "give the model the adapter was trained on as its base"
 class ModuleAdapter:
     """adapter_config.json as it applies to one module."""
 
-    config: Mapping[str, Any]
+    config: AdapterFile
     module: str
     folder: Path
 
-    def pattern(self, key: str, default: float) -> float:
-        """`alpha_pattern` and `rank_pattern`: a regular expression on the end of the module's name."""
-        for pattern, value in (self.config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", self.module):
-                return float(value)
-        return default
-
     def scale(self, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
-        alpha = self.pattern("alpha_pattern", float(self.config.get("lora_alpha") or 8))
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. A key of `alpha_pattern` is a regular expression on
+        the end of the module's name."""
+        alpha = self.config.lora_alpha or 8.0
+        for pattern, value in (self.config.alpha_pattern or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", self.module):
+                    alpha = value
+                    break
+            except re.error as error:
+                raise ModelError(
+                    f"alpha_pattern: {pattern!r} is no regular expression ({error})", where=self.folder / CONFIG
+                ) from error
+        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def add(self, tensors: dict[str, Weights], name: str, parts: Mapping[str, Tensor]) -> None:
         """Put the module's adapter weights over the base's, which are called `name`. Errors: `ModelError`."""
@@ -170,7 +167,7 @@ class ModuleAdapter:
         if "lora_A" in parts:
             a, b = parts["lora_A"], parts["lora_B"]
             scale = self.scale(a.shape[0])
-            if not self.config.get("fan_in_fan_out"):
+            if not self.config.fan_in_fan_out:
                 dora = None if magnitude is None else magnitude.double()
                 tensors[key] = self.low_rank(tensors[key], b.double() * scale, a.double(), dora)
             elif magnitude is None:
@@ -183,7 +180,7 @@ class ModuleAdapter:
             left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
             tensors[key] = self.low_rank(tensors[key], left.double() * self.scale(left.shape[1]), right.double())
         if "trainable_tokens_delta" in parts:
-            ids = self.config.get("trainable_token_indices") or ()
+            ids = self.config.trainable_token_indices or ()
             if isinstance(ids, Mapping):
                 ids = next((own for end, own in ids.items() if self.module.endswith(end)), ())
             tensors[key] = NewRows(tensors[key], tuple(int(place) for place in ids), parts["trainable_tokens_delta"])

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from embedsmith.core.markdown import block, code, row, without_folders, words
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, dense_folders, module_entries
 from embedsmith.merge.merge_plan import Plan
@@ -115,21 +116,24 @@ def card(plan: Plan, report: Mapping[str, Any]) -> str:
     """The model card: how to use the result, and how it was made."""
     pooling = plan.like.facts.pooling
     pooled = f"with {pooling.replace('_', ' ')} pooling" if pooling else "that does not say how to pool"
-    prompts = "".join(f"- `{name}`: `{json.dumps(text, ensure_ascii=False)}`\n" for name, text in plan.prompts.items())
+    prompts = "".join(
+        f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}\n" for name, text in plan.prompts.items()
+    )
     rows = [
-        f"| {entry['id']} | `{entry['path']}` | {entry['weight']:g} | {entry['distance']} | `{entry['sha256'][:16]}` |"
-        for entry in report["models"]
+        row(words(one["id"]), code(one["path"]), f"{one['weight']:g}", one["distance"], f"`{one['sha256'][:16]}`")
+        for one in report["models"]
     ]
-    notes = "".join(f"- {note}\n" for note in report["notes"])
+    notes = "".join(f"- {words(note)}\n" for note in report["notes"])
+    recipe = yaml.safe_dump(without_folders(to_plain(plan.recipe)), sort_keys=False, allow_unicode=True)
     return _CARD.format(
-        architecture=(plan.like.config.get("architectures") or ["encoder"])[0],
+        architecture=code((plan.like.config.get("architectures") or ["encoder"])[0]),
         pooled=pooled,
         prompts=prompts or "None: texts go in as they are.\n",
         method=report["method"],
         version=report["embedsmith"],
         models="\n".join(rows),
         notes=notes,
-        recipe=yaml.safe_dump(to_plain(plan.recipe), sort_keys=False, allow_unicode=True),
+        recipe=block(recipe, "yaml"),
     )
 
 
@@ -147,7 +151,7 @@ tags:
 
 # Merged text embedding model
 
-A `{architecture}` {pooled}, merged from several models with embedsmith.
+A {architecture} {pooled}, merged from several models with embedsmith.
 
 ## Prompts
 
@@ -170,8 +174,7 @@ By `{method}` with embedsmith {version}; all figures are in `merge.json`.
 {models}
 
 {notes}
-```yaml
-{recipe}```
+{recipe}
 """
 
 

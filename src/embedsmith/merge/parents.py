@@ -69,7 +69,7 @@ class Stored:
             raise ValueError(f"numbers of type {kind} cannot be merged")
         shape = tuple(int(size) for size in entry["shape"])  # type: ignore[attr-defined]
         begin, end = (int(place) for place in entry["data_offsets"])  # type: ignore[attr-defined]
-        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+        if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
             raise ValueError("a tensor's bytes do not fit its shape")
         return Stored(shape, DTYPES[kind], path, data + begin)
 
@@ -131,7 +131,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         found = {name: Stored.of_header(path, 8 + length, entry) for name, entry in entries.items()}
     except FileNotFoundError as error:
         raise CheckpointError("this file of weights is missing", where=path, fix="copy the folder again") from error
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"not a readable safetensors file ({error})", where=path) from error
     end = max((item.offset + size_of(item) * item.dtype.itemsize for item in found.values()), default=0)
     if end > path.stat().st_size:

@@ -1,21 +1,26 @@
 """The transformer and its tokenizer from a folder or the hub, with nothing random and nothing guessed."""
 
 import inspect
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-from embedsmith.core.errors import ModelError
+from embedsmith.core.device import check_fits
+from embedsmith.core.errors import EmbedsmithError, ModelError
 from embedsmith.core.progress import transformers_silenced
+from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
-from embedsmith.models.folder import read_json
+from embedsmith.models.folder import read_json, read_typed
 from embedsmith.models.heads.base import known_heads
 from embedsmith.models.lora import four_bit_loading, keep_trainable
 from embedsmith.models.self_test import layers_of
@@ -25,6 +30,7 @@ _HUB_FILES = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors"),
     "1_Pooling/*.safetensors",
 )
+_SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.inv_freq$)")
 """Weights no vector depends on: absent or extra, they change nothing."""
@@ -58,6 +64,20 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
+@dataclass(frozen=True)
+class _TokenizerFile:
+    """tokenizer_config.json and its like, where tokens stand by themselves or with how they are found."""
+
+    model_max_length: Annotated[float, Range(ge=4)] | None = None
+    unk_token: Word | Mapping[str, Any] | None = None
+    pad_token: Word | Mapping[str, Any] | None = None
+    cls_token: Word | Mapping[str, Any] | None = None
+    sep_token: Word | Mapping[str, Any] | None = None
+    bos_token: Word | Mapping[str, Any] | None = None
+    eos_token: Word | Mapping[str, Any] | None = None
+    mask_token: Word | Mapping[str, Any] | None = None
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """Errors: `ModelError` when the folder has no tokenizer (transformers would make up one of five tokens)."""
     if not has_tokenizer(folder):
@@ -67,51 +87,64 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="save the tokenizer of the base model into the folder",
         )
-    with transformers_silenced():
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"cannot load the tokenizer: {error}", where=folder) from error
+    for path in (folder / name for name in _SETTING_FILES):
+        if path.exists():
+            read_typed(_TokenizerFile, path)
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    with foreign_errors("cannot load the tokenizer", files[0]), transformers_silenced():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.is_fast:  # lengths are ours to say: a file may pad and cut every text to one length
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
+
+
+@contextmanager
+def foreign_errors(what: str, where: Path) -> Iterator[None]:
+    """Around what transformers, tokenizers or a folder's own code make of files: they raise anything, and the native
+    code of tokenizers a panic that is no `Exception`. Errors: `ModelError` in place of all that."""
+    try:
+        yield
+    except EmbedsmithError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said if len(said) <= 500 else f"{said[:500]}…"
+        raise ModelError(f"{what}: {said}", where=where, fix="copy or download the folder again, as a whole") from error
 
 
 def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four_bit: bool = False) -> nn.Module:
     """The encoder in eval mode, every weight from the folder, built for an attention `mode` (which `switch_attention`
     then proves). `four_bit`: quantised, for QLoRA.
 
-    Errors: `ModelError` for a missing or damaged file, an unknown architecture, weights that do not fit, or an
-    attention kernel that this machine has not.
+    Errors: `ModelError` for a missing or damaged file, an unknown architecture or one that is no encoder of texts,
+    sizes beyond this machine, weights that do not fit, or an attention kernel that this machine has not.
     """
-    _check_shards(folder)
+    kind, model_config = read_architecture(folder, config.trust_remote_code)
+    check_weight_files(folder)
     if (config.attn_implementation or "").startswith("flash") and not torch.cuda.is_available():  # no silent fallback
         raise ModelError(
             f"the attention {config.attn_implementation!r} needs a GPU, and there is none",
             fix="leave attn_implementation out, or say sdpa",
         )
     more = {"quantization_config": four_bit_loading(torch.bfloat16)} if four_bit else {}
-    with transformers_silenced():
-        try:
-            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-            model_config = prepare_config(model_config, mode)
-            kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel
-            backbone, report = kind.from_pretrained(
-                folder,
-                config=model_config,
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **more,
-            )
-        except SafetensorError as error:
-            raise ModelError(
-                f"a weights file is damaged ({error})",
-                where=folder,
-                expected="whole *.safetensors files",
-                fix="copy or download the folder again",
-            ) from error
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise ModelError(f"cannot load the model: {error}", where=folder) from error
+    dtype = getattr(torch, config.dtype)
+    if not four_bit:
+        _check_memory(kind, model_config, config.trust_remote_code, dtype, folder)
+    with foreign_errors("cannot load the model", folder), transformers_silenced():
+        backbone, report = kind.from_pretrained(
+            folder,
+            config=prepare_config(model_config, mode),
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **more,
+        )
     _check_weights(backbone, report, folder)
+    _check_reads_texts(backbone, folder)
     if four_bit:
         keep_trainable(backbone)
     keep_layers(backbone, config.layers)
@@ -149,21 +182,82 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
 
     Errors: `ModelError` for a missing config.json or an unknown architecture.
     """
-    _check_shards(folder)
-    with transformers_silenced(), torch.device("meta"):
-        try:
-            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            kind = AutoModelForTextEncoding if _has_decoder(model_config) else AutoModel
-            model: nn.Module = kind.from_config(model_config, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise ModelError(f"cannot read the architecture: {error}", where=folder) from error
+    kind, model_config = read_architecture(folder, trust_remote_code)
+    with foreign_errors("cannot read the architecture", folder), transformers_silenced(), torch.device("meta"):
+        model: nn.Module = kind.from_config(model_config, trust_remote_code=trust_remote_code)
     return model
 
 
-def _has_decoder(model_config: Any) -> bool:
-    """An encoder-decoder, or the encoder saved of one (which then says it is not): only its encoder is wanted."""
-    saved_as = model_config.architectures or []
-    return bool(model_config.is_encoder_decoder) or any(name.endswith("EncoderModel") for name in saved_as)
+def read_architecture(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The class of transformers that builds the encoder, and its config.
+
+    Errors: `ModelError` for a config.json that is missing, damaged or absurd, an unknown architecture, and one that
+    gives something else than states of tokens.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(
+            "this folder holds no model", where=folder, expected="a config.json", fix="give the folder of a saved model"
+        )
+    _check_counts(read_json(path), path)
+    with foreign_errors("cannot load the model", path), transformers_silenced():
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        saved_as = [str(name) for name in model_config.architectures or []]
+        # An encoder-decoder, or the encoder saved of one (which then says it is not): only its encoder is wanted.
+        has_decoder = bool(model_config.is_encoder_decoder) or any(name.endswith("EncoderModel") for name in saved_as)
+    if classifier := next((name for name in saved_as if _CLASSIFIER.search(name)), None):
+        raise ModelError(
+            f"a {classifier} is no embedder: it gives scores or labels (a cross-encoder, for example), no vectors",
+            where=path,
+            fix="name it as a teacher where scores are wanted; to train an embedder from its encoder, remove "
+            "`architectures` from a copy of this file",
+        )
+    return AutoModelForTextEncoding if has_decoder else AutoModel, model_config
+
+
+_CLASSIFIER = re.compile(
+    r"For(Sequence|Token|Image|Audio\w*|Video)Classification$|ForQuestionAnswering$|ForMultipleChoice$"
+)
+_COUNTS = re.compile(r"(^|_)(layers?|experts?|blocks?|stages?|depth)$|^(n|num)_.*(layer|expert|block|stage)s?(_|$)")
+_SIZES = re.compile(r"(size|heads?|dim|d_model|d_ff|embd|embeddings)$")
+_MOST = 10_000
+
+
+def _check_counts(tree: Mapping[str, Any], path: Path) -> None:
+    """A model is built part by part, without memory too: a number of parts must be one that can be counted to. And no
+    number is NaN, and no size negative."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif isinstance(value, int | float) and not _plausible(key, value):
+            raise ModelError(f"{key} is {value}", where=path, fix="restore this file: it is damaged")
+
+
+def _plausible(key: str, value: float) -> bool:
+    if _COUNTS.search(key):
+        return 0 <= value <= _MOST
+    return not math.isnan(value) and (value >= 0 or not _SIZES.search(key))
+
+
+def _check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:
+    """The size of the weights that a config describes, which are many times those of the files where it is damaged."""
+    numbers = 0  # what else is wrong with the config is said when the model is loaded
+    with suppress(ModelError), foreign_errors("", folder), transformers_silenced(), torch.device("meta"):
+        frame = kind.from_config(model_config, trust_remote_code=trust_remote_code)
+        numbers = sum(math.prod(one.shape) for one in [*frame.parameters(), *frame.buffers()])
+    check_fits(numbers * dtype.itemsize, "the model that this file describes", folder / "config.json")
+
+
+def _check_reads_texts(backbone: Any, folder: Path) -> None:
+    """Errors: `ModelError` for models of pictures or sound, and for pairs of towers such as CLIP: their forward pass
+    wants both sides and gives no states of tokens."""
+    if hasattr(backbone, "get_text_features") or not takes(backbone, "input_ids"):
+        raise ModelError(
+            f"{type(backbone).__name__} is no encoder of texts",
+            where=folder / "config.json",
+            expected="a model that turns token ids into states, such as BERT or Qwen3",
+            fix="use a text model; sentence-transformers loads models of pictures and texts",
+        )
 
 
 def positions_of(backbone: nn.Module) -> int | None:
@@ -175,22 +269,58 @@ def positions_of(backbone: nn.Module) -> int | None:
     return count if isinstance(count, int) and count > 0 else None
 
 
-def _check_shards(folder: Path) -> None:
-    """Before loading: every shard that the index names is there."""
-    if not (folder / "config.json").exists():
+@dataclass(frozen=True)
+class _ShardIndex:
+    """model.safetensors.index.json."""
+
+    weight_map: Mapping[str, str]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of weights names, beside itself.
+
+    Errors: `ModelError` for a damaged index, one that names a place elsewhere, and missing files.
+    """
+    names = sorted(set(read_typed(_ShardIndex, index).weight_map.values()))
+    if away := [name for name in names if Path(name).name != name or "\\" in name]:
         raise ModelError(
-            "this folder holds no model", where=folder, expected="a config.json", fix="give the folder of a saved model"
+            f"the file {away[0]!r} does not lie beside this index", where=index, expected="names of files in the folder"
         )
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if missing := [name for name in shards if not (folder / name).exists()]:
+    if missing := [name for name in names if not (index.parent / name).exists()]:
         raise ModelError(
-            f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}",
-            where=folder,
+            f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
+            where=index.parent,
             fix="copy or download the folder again, as a whole",
         )
+    return names
+
+
+def check_weight_files(folder: Path) -> None:
+    """Before loading: every safetensors file is whole, every shard is there, and no tensor is in two of them.
+
+    Errors: `ModelError` naming the file. Pickled weights are left to torch.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.exists() and not index.exists():
+        return
+    seen: dict[str, str] = {}
+    for name in [single.name] if single.exists() else shard_names(index):
+        path = folder / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ModelError(
+                f"a weights file is damaged ({error})",
+                where=path,
+                expected="whole *.safetensors files",
+                fix="copy or download the folder again",
+            ) from error
+        if twice := [key for key in keys if key in seen]:
+            raise ModelError(
+                f"{twice[0]} is in this file and in {seen[twice[0]]}", where=path, fix="save the model again"
+            )
+        seen |= dict.fromkeys(keys, name)
 
 
 def _check_weights(backbone: Any, report: dict[str, Any], folder: Path) -> None:
@@ -246,6 +376,7 @@ def extend_positions(backbone: Any, positions: int) -> None:
     if positions == old:
         return
     assert holder is not None
+    check_fits((positions + offset) * table.embedding_dim * table.weight.element_size(), f"positions={positions}")
     longer = nn.Embedding(positions + offset, table.embedding_dim, table.padding_idx)
     rows = table.weight.detach()
     again = rows[offset:].repeat(-(-positions // old), 1)[:positions]

@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import Count, section
+from embedsmith.core.settings import Count, Width, section
 from embedsmith.core.shelf import Name, heads, poolings
 from embedsmith.models.attention import Mode, SoftMask
 from embedsmith.models.heads.dense import HeadConfig
 from embedsmith.models.lora import LoraConfig
 from embedsmith.models.pooling import PoolerConfig
 
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 ComputeType = Literal["float32", "bfloat16", "float16"]
 PoolingName = Annotated[str, Name(poolings)]
 HeadName = Annotated[str, Name(heads)]  # named here: in the class, `heads` is a field
@@ -79,9 +80,9 @@ class ModelConfig:
     max_length: int | None = None
     prompts: Mapping[str, str] | None = None
     normalize: bool | None = None
-    dimension: Count | None = None
+    dimension: Width | None = None
     heads: tuple[HeadName, ...] | None = None
-    multivector_dim: Count | None = None
+    multivector_dim: Width | None = None
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: Count | None = None
     positions: Count | None = None
@@ -131,6 +132,8 @@ class Settings:
     `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer makes texts lower-case.
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
     `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
+    `similarity`: how two vectors are compared. `truncate_dim`: the leading numbers that `encode` keeps by default. Both
+    are as a sentence-transformers folder says; no representation depends on them, so `repr` leaves them out.
     """
 
     pooling: str
@@ -145,6 +148,8 @@ class Settings:
     pool_special_tokens: bool = True
     eos_id: int | None = None
     mcls: int | None = None
+    similarity: Similarity = field(default="cosine", repr=False)
+    truncate_dim: int | None = field(default=None, repr=False)
 
     def prompt_for(self, role: Role, task: str | None = None) -> str:
         """The prompt of a text: the first of `task-role`, `task`, role (for documents also `passage` and `corpus`), the
@@ -169,12 +174,11 @@ def derive_max_length(asked: int | None, folder: int | None, tokenizer: int | No
 
     Errors: `ModelError` when more is asked for than the backbone has positions, or less than one token fits.
     """
-    if asked is not None and (asked < 4 or (positions is not None and asked > positions)):
-        raise ModelError(
-            f"max_length={asked} is not possible for this model",
-            expected=f"from 4 to {positions}" if positions is not None else "at least 4",
-        )
-    bounded = tokenizer is not None and tokenizer < 1_000_000  # transformers writes 1e30 where there is no maximum
-    bounds = (asked, folder, tokenizer if bounded else None, positions)
+    most = 10_000_000 if positions is None else positions
+    if asked is not None and not 4 <= asked <= most:
+        raise ModelError(f"max_length={asked} is not possible for this model", expected=f"from 4 to {most}")
+    # transformers writes 1e30 where there is no maximum
+    said = (bound if bound is not None and bound < 1_000_000 else None for bound in (folder, tokenizer))
+    bounds = (asked, *said, positions)
     length = next((value for value in bounds if value is not None), 512)
     return length if positions is None else min(length, positions)

@@ -1,6 +1,5 @@
 """The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core.encoder import Role, hash_with_weights
+from embedsmith.core.encoder import Role, hash_with_weights, tokenizer_json
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
@@ -19,13 +18,20 @@ from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import takes, takes_positions
 from embedsmith.models.config import ComputeType, Settings
-from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, cosine, encode_block, quantize
-from embedsmith.models.heads.base import Head, known_heads
+from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, compare, encode_block, quantize
+from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
-from embedsmith.models.tokenize import Instruction, TextTokenizer, added_tokens, room_for, with_cls_blocks
+from embedsmith.models.tokenize import (
+    Instruction,
+    TextTokenizer,
+    added_tokens,
+    check_vocabulary,
+    room_for,
+    with_cls_blocks,
+)
 from embedsmith.models.write import Saved
 
 
@@ -60,6 +66,7 @@ class Embedder(nn.Module):
         self.settings = settings
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
+        self.text.rows = check_vocabulary(tokenizer, backbone)
         self.pad_id = self.text.pad_id
         self.padding_left = tokenizer.padding_side == "left"
         self.attention, self.softmask = attention, softmask
@@ -82,6 +89,11 @@ class Embedder(nn.Module):
     def dimension(self) -> int:
         """D of the dense head."""
         return self.parts.dimension
+
+    @property
+    def encoded_dimension(self) -> int:
+        """How many leading numbers of them `encode` gives where nothing else is asked for."""
+        return min(self.settings.truncate_dim or self.dimension, self.dimension)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -110,9 +122,7 @@ class Embedder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of everything a vector depends on: weights, settings, tokenizer."""
-        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        kept = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # left by use
-        return hash_with_weights(repr(self.settings) + json.dumps(kept, sort_keys=True), self)
+        return hash_with_weights(repr(self.settings) + tokenizer_json(self.tokenizer), self)
 
     def tokenize(
         self,
@@ -147,9 +157,7 @@ class Embedder(nn.Module):
             raise ModelError(
                 f"this model has no output {unknown[0]!r}",
                 expected=f"one of {', '.join(self.outputs)}",
-                fix=f"to train a new one, load the model with {unknown[0]} in heads"
-                if unknown[0] in known_heads()
-                else None,
+                fix=f"train one: {TRAIN_HEAD.format(unknown[0])}" if unknown[0] in known_heads() else None,
             )
         heads: dict[str, Any] = {name: head for name, head in self.token_heads.items() if name in outputs}
         own = {name: head(self, padded) for name, head in heads.items() if head.own_pass}
@@ -260,7 +268,8 @@ class Embedder(nn.Module):
     ) -> AnyArray:
         """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
 
-        `dim` keeps the leading coordinates and normalises again. `precision`: see `quantize`; `ranges` [2, D] holds
+        `dim` keeps the leading coordinates and normalises again; by default what the folder says (`truncate_dim` of
+        sentence-transformers), else all of them. `precision`: see `quantize`; `ranges` [2, D] holds
         the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
         """
         reps = self.represent(
@@ -273,16 +282,19 @@ class Embedder(nn.Module):
             show_progress=show_progress,
         )
         vector_ND = in_fp32(reps["dense"].tensors()[0])
-        if dim is not None:
-            if not 1 <= dim <= vector_ND.shape[1]:
-                raise ModelError(f"dim={dim}", expected=f"from 1 to {vector_ND.shape[1]}, the model's dimension")
-            vector_ND = F.normalize(vector_ND[:, :dim], dim=-1)
+        if dim is not None and not 1 <= dim <= vector_ND.shape[1]:
+            raise ModelError(f"dim={dim}", expected=f"from 1 to {vector_ND.shape[1]}, the model's dimension")
+        width = dim or self.encoded_dimension
+        if width < vector_ND.shape[1] or dim is not None:
+            vector_ND = vector_ND[:, :width]
+            vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
         made = quantize(vector_ND.numpy(), precision, ranges)
         return made[0] if isinstance(texts, str) else made
 
     def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
-        """Cosine of every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row."""
-        return cosine(left, right)
+        """Every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row. Cosine, or what
+        the folder names: the dot product, or a negative distance (`euclidean`, `manhattan`)."""
+        return compare(left, right, self.settings.similarity)
 
     def save(self, folder: str | Path, *, merge: bool = True) -> None:
         """Write the legacy sentence-transformers layout (see `write.py`); a saved model in `folder` is replaced.

@@ -15,7 +15,7 @@ from torch import Tensor
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Reps, concatenate, each_head
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
-from embedsmith.models.config import ComputeType
+from embedsmith.models.config import ComputeType, Similarity
 
 BLOCK = 8192
 """Texts tokenised and sorted together: enough for chunks of near-equal length, little enough memory to stream."""
@@ -109,7 +109,14 @@ def quantize(vector_ND: FloatArray, precision: Precision, ranges: FloatArray | N
     return level_ND.astype(np.uint8) if precision == "uint8" else (level_ND - 128).astype(np.int8)
 
 
-def cosine(left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
-    """Cosine of every row with every row, [N, M] in fp32; a single vector is one row."""
-    left_ND, right_MD = (F.normalize(torch.atleast_2d(torch.as_tensor(side)).float(), dim=-1) for side in (left, right))
-    return np.asarray((left_ND @ right_MD.T).numpy(), np.float32)
+def compare(left: AnyArray | Tensor, right: AnyArray | Tensor, similarity: Similarity = "cosine") -> FloatArray:
+    """Every row with every row, [N, M] in fp32, larger is closer; a single vector is one row. As in
+    sentence-transformers, distances are negative."""
+    left_ND, right_MD = (torch.atleast_2d(torch.as_tensor(side)).float() for side in (left, right))
+    if similarity in ("euclidean", "manhattan"):
+        made_NM = -torch.cdist(left_ND, right_MD, p=2.0 if similarity == "euclidean" else 1.0)
+    elif similarity == "dot":
+        made_NM = left_ND @ right_MD.T
+    else:
+        made_NM = F.normalize(left_ND, dim=-1) @ F.normalize(right_MD, dim=-1).T
+    return np.asarray(made_NM.numpy(), np.float32)

@@ -27,8 +27,8 @@ from embedsmith.core.recipe import apply_override, parse
 from embedsmith.models.backbone import locate
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import EMBEDDING_CONFIG, EmbeddingConfig, FolderFacts, read_json, write_json
-from embedsmith.models.heads.base import cpu_state
+from embedsmith.models.folder import EMBEDDING_CONFIG, EmbeddingConfig, FolderFacts, read_json, read_typed, write_json
+from embedsmith.models.heads.base import TRAIN_HEAD, cpu_state
 from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead
 from embedsmith.models.heads.tokens import MultiVectorHead
 from embedsmith.models.load import load
@@ -53,7 +53,7 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, over
         raise ModelError(
             f"this model has no head {name!r}",
             expected=f"one of {', '.join(there)}",
-            fix="train one: load the model with it in heads",
+            fix=f"train one: {TRAIN_HEAD.format(name)}",
         )
     with claimed(folder, "export"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
         replace(saved, heads={name: saved.heads[name]} if head == "sparse" else {}).write(root)
@@ -63,7 +63,7 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, over
             _as_multivector(saved, root)
         elif head == "pylate":
             _as_pylate(saved, root)
-        through = read_json(root / "modules.json")[0]["type"].startswith("embedsmith.")
+        through = _modules(root)[0]["type"].startswith("embedsmith.")
     kinds = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}
     opened = "pylate.models.ColBERT" if head == "pylate" else f"sentence_transformers.{kinds[head]}"
     return f'{folder}: {opened}("{folder}"{", trust_remote_code=True" if through else ""})'
@@ -76,7 +76,7 @@ def _as_sparse(saved: Saved, root: Path) -> None:
     if isinstance(head, SpladeHead) and saved.settings.include_prompt and more.standard:
         whole = head.lm.masked_model(saved.backbone)
     if whole is None:
-        standard = tuple(EmbeddingConfig.read(root).modules or read_json(root / "modules.json"))
+        standard = EmbeddingConfig.read(root).modules or _modules(root)
         (root / EMBEDDING_CONFIG).unlink(missing_ok=True)
         replace(more, modules=standard).write(root)
         _write_modules(root, {"": "embedsmith.models.sentence.EmbedsmithSparse"})
@@ -145,6 +145,10 @@ def _clear(root: Path) -> None:
             path.rmdir()
 
 
+def _modules(root: Path) -> tuple[dict[str, Any], ...]:
+    return read_typed(tuple[dict[str, Any], ...], root / "modules.json")
+
+
 def _write_modules(root: Path, types: Mapping[str, str]) -> None:
     """`types`: the class of each module by its folder, in their order."""
     entries = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(types.items())]
@@ -177,7 +181,7 @@ def convert(model: str, out: Path, changes: Sequence[str] = (), *, overwrite: bo
         path = str(_from_gguf(Path(model), Path(scratch))) if model.endswith(".gguf") else model
         tree: dict[str, Any] = {"path": path}
         for change in changes:
-            apply_override(tree, change)
+            apply_override(tree, change.removeprefix("model."))  # as a recipe and the messages call it
         config = parse(ModelConfig, tree, where="convert")
         if config.pooling is None and FolderFacts.read(locate(config.path, config.revision)).pooling is None:
             both_ways = config.attention in ("bidirectional", "softmask")

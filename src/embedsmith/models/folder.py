@@ -12,14 +12,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.settings import section, to_plain
+from embedsmith.core.settings import Count, Range, Width, section, to_plain
 from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig
@@ -67,8 +68,9 @@ class EmbeddingConfig:
         if not path.exists():
             return cls()
         tree = read_json(path)
-        if isinstance(tree, dict) and tree.get("version", 1) > 1:
-            raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
+        version = tree.get("version", 1)
+        if version != 1:
+            raise ModelError(f"version {version}", where=path, expected="1", fix="install a newer embedsmith")
         try:
             return parse(cls, tree, where=str(path))
         except RecipeError as error:
@@ -103,6 +105,73 @@ POOLING_SWITCHES: Mapping[str, str] = {
 _KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
+# What the files of sentence-transformers say, as far as it is read here.
+
+
+@dataclass(frozen=True)
+class _Module:
+    """An entry of modules.json."""
+
+    type: str
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class _EncoderFile:
+    """sentence_bert_config.json."""
+
+    max_seq_length: Annotated[int, Range(ge=4)] | None = None
+    do_lower_case: bool | None = None
+
+
+@dataclass(frozen=True)
+class _GeneralFile:
+    """config_sentence_transformers.json."""
+
+    prompts: Mapping[str, str] | None = None
+    default_prompt_name: str | None = None
+    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim"] | None = None
+    truncate_dim: Count | None = None
+
+
+@dataclass(frozen=True)
+class _PoolingFile:
+    """The config.json of a Pooling: the newer schema's mode, or the legacy schema's switches."""
+
+    include_prompt: bool = True
+    pooling_mode: str | Sequence[str] | None = None
+    pooling_mode_cls_token: bool = False
+    pooling_mode_mean_tokens: bool = False
+    pooling_mode_max_tokens: bool = False
+    pooling_mode_mean_sqrt_len_tokens: bool = False
+    pooling_mode_weightedmean_tokens: bool = False
+    pooling_mode_lasttoken: bool = False
+
+
+@dataclass(frozen=True)
+class _DenseFile:
+    """The config.json of a Dense."""
+
+    in_features: Width
+    out_features: Width
+    bias: bool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+    use_residual: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """peft's adapter_config.json, for adapters of the kind LoRA."""
+
+    peft_type: str = "unknown"
+    base_model_name_or_path: str | None = None
+    lora_alpha: float | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
+
+
 @dataclass(frozen=True)
 class FolderFacts:
     """What a folder says; `None` where it says nothing."""
@@ -116,6 +185,8 @@ class FolderFacts:
     projections: tuple[Projection, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+    similarity: str | None = None
+    truncate_dim: int | None = None
     embedding_config: EmbeddingConfig = EmbeddingConfig()
 
     @classmethod
@@ -127,45 +198,52 @@ class FolderFacts:
         more = EmbeddingConfig.read(folder)
         if not (folder / "modules.json").exists():
             return cls(backbone=folder, embedding_config=more)
-        modules = _modules(more.modules or read_json(folder / "modules.json"), folder)
+        modules = _modules(more, folder)
         backbone = modules[0][1]
-        encoder = _optional_json(backbone / "sentence_bert_config.json") or _optional_json(
-            folder / "sentence_bert_config.json"
-        )
-        general = _optional_json(folder / "config_sentence_transformers.json")
+        places = [place / "sentence_bert_config.json" for place in (backbone, folder)]
+        encoder = next((read_typed(_EncoderFile, path) for path in places if path.exists()), _EncoderFile())
+        path = folder / "config_sentence_transformers.json"
+        general = read_typed(_GeneralFile, path) if path.exists() else _GeneralFile()
+        if general.default_prompt_name is not None and general.default_prompt_name not in (general.prompts or {}):
+            raise ModelError(
+                f"default_prompt_name is {general.default_prompt_name!r}, and there is no such prompt",
+                where=path,
+                expected=f"null, or one of {', '.join(general.prompts or {}) or '(none)'}",
+            )
         pooling, include_prompt = _pooling(modules[1][1] / "config.json", more.pooling)
         return cls(
             backbone=backbone,
             pooling=pooling,
             include_prompt=include_prompt,
-            max_length=encoder.get("max_seq_length"),
-            lower_case=bool(encoder.get("do_lower_case", False)),
+            max_length=encoder.max_seq_length,
+            lower_case=bool(encoder.do_lower_case),
             normalize=modules[-1][0] == "Normalize",
             projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
-            prompts=dict(general.get("prompts") or {}),
-            default_prompt=general.get("default_prompt_name"),
+            prompts=dict(general.prompts or {}),
+            default_prompt=general.default_prompt_name,
+            similarity=general.similarity_fn_name,
+            truncate_dim=general.truncate_dim,
             embedding_config=more,
         )
 
 
-def _modules(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[str, Path]]:
+def _modules(more: EmbeddingConfig, folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of every module. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other
     packages' modules are not ours to guess at, whatever their last name."""
     where = folder / "modules.json"
     modules: list[tuple[str, Path]] = []
-    for entry in entries:
-        name = str(entry.get("type", ""))
-        kind = name.rpartition(".")[2]
+    for entry in listed_modules(more, folder):
+        name, kind = entry.type, entry.type.rpartition(".")[2]
         if not name.startswith("sentence_transformers.") or kind not in _KINDS:
             raise ModelError(
                 f"the module {name!r} is not supported",
                 where=where,
                 expected=f"sentence-transformers modules of the kinds {', '.join(_KINDS)}",
             )
-        path = (folder / str(entry.get("path", ""))).resolve()
+        path = (folder / entry.path).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise ModelError(
-                f"the module path {entry.get('path')!r} leaves the folder", where=where, expected="a relative path"
+                f"the module path {entry.path!r} leaves the folder", where=where, expected="a relative path"
             )
         modules.append((kind, path))
     kinds = [kind for kind, _ in modules]
@@ -179,14 +257,25 @@ def _modules(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[s
     return modules
 
 
+def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
+    """The modules of a sentence-transformers folder, in order, wherever they are listed."""
+    standard = read_typed(tuple[_Module, ...], folder / "modules.json")
+    if not more.modules:
+        return standard
+    try:
+        return parse(tuple[_Module, ...], more.modules)
+    except RecipeError as error:
+        raise ModelError(f"modules: {error.what}", where=folder / EMBEDDING_CONFIG) from error
+
+
 def _pooling(path: Path, named: str | None) -> tuple[str, bool]:
     """Mode (one that sentence-transformers lacks is `named` elsewhere) and whether prompt tokens take part."""
-    config = read_json(path)
+    config = read_typed(_PoolingFile, path)
     if named is not None:
-        return named, bool(config.get("include_prompt", True))
-    modes = config.get("pooling_mode")
+        return named, config.include_prompt
+    modes = config.pooling_mode
     if modes is None:
-        modes = [mode for switch, mode in POOLING_SWITCHES.items() if config.get(switch)]
+        modes = [mode for switch, mode in POOLING_SWITCHES.items() if getattr(config, switch)]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in POOLING_NAMES:
         raise ModelError(
@@ -195,24 +284,16 @@ def _pooling(path: Path, named: str | None) -> tuple[str, bool]:
             expected=f"exactly one of {', '.join(POOLING_NAMES)}",
             fix="use a model that pools in one of these ways",
         )
-    return POOLING_NAMES[modes[0]], bool(config.get("include_prompt", True))
+    return POOLING_NAMES[modes[0]], config.include_prompt
 
 
 def _projection(path: Path) -> Projection:
-    config = read_json(path / "config.json")
-    if not {"in_features", "out_features"} <= config.keys():
-        raise ModelError(
-            "a Dense module without its widths",
-            where=path / "config.json",
-            expected="in_features and out_features",
-        )
-    projection = Projection(
-        int(config["in_features"]),
-        int(config["out_features"]),
-        bias=bool(config.get("bias", True)),
-        activation=str(config.get("activation_function", "torch.nn.modules.activation.Tanh")),
-        residual=bool(config.get("use_residual", False)),
-    )
+    config = read_typed(_DenseFile, path / "config.json")
+    widths = config.in_features, config.out_features
+    try:
+        projection = Projection(*widths, config.bias, config.activation_function, config.use_residual)
+    except ModelError as error:
+        raise ModelError(error.what, where=path / "config.json", expected=error.expected) from error
     weights = path / "model.safetensors"
     if not weights.exists():
         raise ModelError(
@@ -223,23 +304,48 @@ def _projection(path: Path) -> Projection:
         )
     try:
         projection.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ModelError(f"cannot read the weights of a Dense module: {error}", where=weights) from error
     return projection
 
 
-def read_json(path: Path) -> Any:
-    """Errors: `ModelError` naming the file when it is missing or not JSON."""
+S = TypeVar("S")
+_LARGEST = 2**28
+
+
+def read_typed(schema: type[S], path: Path) -> S:
+    """A JSON file of a model folder as a dataclass (or another type) says it has to be; other keys are left alone.
+
+    Errors: `ModelError` naming the file and the key for one that is missing, no plain file, absurdly large, not UTF-8,
+    not JSON, nested without end, or of other types.
+    """
+    whole = "copy the folder again, as a whole"
+    if not path.is_file():
+        what = "this is not a file" if path.exists() else "this file is missing"
+        raise ModelError(what, where=path, fix=whole)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError("this file is missing", where=path, fix="copy the folder again, as a whole") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read this file: {error}", where=path) from error
+        if path.stat().st_size > _LARGEST:
+            raise ModelError(f"a JSON file of {path.stat().st_size:,} bytes", where=path, fix=whole)
+        return TypeAdapter(schema).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise ModelError(f"cannot read this file: {error.strerror}", where=path) from error
+    except ValidationError as error:
+        raise ModelError("\n  ".join(map(_problem, error.errors())), where=path, fix=whole) from error
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.exists() else {}
+def _problem(detail: Any) -> str:
+    message = str(detail["msg"]).removeprefix("Invalid JSON: ")
+    if detail["type"] == "json_invalid":
+        return f"cannot read this file: it is not JSON ({message})"
+    came = repr(detail["input"])
+    came = came if len(came) <= 60 else f"{came[:59]}…"
+    place = ".".join(map(str, detail["loc"])) or "the whole file"
+    return f"{place}: this key is required" if detail["type"] == "missing" else f"{place}: {message} (got {came})"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object of keys that are not ours. Errors: as `read_typed`."""
+    return read_typed(dict[str, Any], path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from tokenizers import normalizers
 from torch import nn
 
 from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention, switch_attention
@@ -26,22 +27,46 @@ from embedsmith.models.backbone import (
     positions_of,
     skeleton,
 )
-from embedsmith.models.config import ModelConfig, Settings, derive_max_length
+from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import POOLER_FILE, FolderFacts, read_json
+from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
-from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
+from embedsmith.models.lora import (
+    ADAPTER,
+    UnmergedError,
+    add_adapter,
+    base_facts,
+    check_installed,
+    load_adapter,
+    merged,
+)
 from embedsmith.models.packing import check_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
-from embedsmith.models.tokenize import added_tokens, compiled, put_end_token, put_first_token, template_named, unescaped
+from embedsmith.models.tokenize import (
+    TextTokenizer,
+    added_tokens,
+    compiled,
+    put_end_token,
+    put_first_token,
+    template_named,
+    unescaped,
+)
 
 
-def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None, **overrides: Any) -> Embedder:
+def load(
+    path: str | ModelConfig,
+    /,
+    *,
+    device: str | torch.device | None = None,
+    new_heads: bool = False,
+    **overrides: Any,
+) -> Embedder:
     """An embedder in eval mode from a transformers folder, a sentence-transformers folder or a hub id.
 
     `overrides` are the fields of `ModelConfig`. `device=None` is the current GPU where there is one, else the CPU.
+    `new_heads`: heads that are asked for and not in the folder are made, random, for you to train them.
     Errors: `ModelError` naming the file and the fix; `RecipeError` for an unknown override.
     """
     if isinstance(path, ModelConfig):
@@ -55,7 +80,10 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
     backbone: Any = load_backbone(source.base, config, mode, config.lora is not None and config.lora.four_bit)
     if config.positions is not None:
         if source.adapter or config.lora is not None:
-            raise ModelError("positions of a model with an adapter", fix="extend the base first: embedsmith convert")
+            raise ModelError(
+                "positions of a model with an adapter",
+                fix="extend the base first: embedsmith convert BASE NEW_FOLDER model.positions=COUNT",
+            )
         extend_positions(backbone, config.positions)
     source.prepare_tokenizer(tokenizer, backbone)
     target = torch.device(best_device() if device is None else device)
@@ -63,7 +91,7 @@ def load(path: str | ModelConfig, /, *, device: str | torch.device | None = None
         backbone.to(target)
     attention = switch_attention(backbone, mode, config.partial_attention or bool(saved.causal_layers))
     settings = source.settings(tokenizer, positions_of(backbone), attention)
-    embedder = source.assemble(backbone, tokenizer, settings, attention)
+    embedder = source.assemble(backbone, tokenizer, settings, attention, new_heads)
     source.adapt(embedder)
     embedder.to(target).eval()
     if config.packing:
@@ -89,7 +117,7 @@ def without_weights(config: ModelConfig) -> Embedder:
             raise ModelError(
                 "this folder does not say how to pool, and last-token pooling puts an end token behind every text",
                 where=config.path,
-                fix="say it, for example pooling=last or pooling=mean",
+                fix="say it, for example --pooling mean, or model.pooling=mean in a recipe",
             )
         config = dataclasses.replace(config, pooling="mean")  # of no matter to tokens
         source = dataclasses.replace(source, config=config)
@@ -124,9 +152,11 @@ class ModelSource:
         if not adapter:
             return cls(config, facts, facts.backbone)
         found = facts.embedding_config.base or {}
-        path = config.base or found.get("path") or read_json(folder / ADAPTER).get("base_model_name_or_path")
+        path = config.base or found.get("path") or read_typed(AdapterFile, folder / ADAPTER).base_model_name_or_path
         if not path:
-            raise ModelError("this adapter does not say what it belongs to", where=folder, fix="say it with base=...")
+            raise ModelError(
+                "this adapter does not say what it belongs to", where=folder, fix="say it with model.base=FOLDER"
+            )
         layers, first = found.get("layers"), found.get("cls_token")
         changed = dataclasses.replace(
             config, layers=None if layers is None else tuple(layers), cls_token=first or config.cls_token
@@ -134,9 +164,9 @@ class ModelSource:
         return cls(changed, facts, locate(str(path), found.get("revision")), folder)
 
     def tokenizer(self) -> Any:
-        """The folder's, else that of the base."""
+        """The folder's, else that of the base. Errors: `ModelError` for one that has no fast form."""
         folder = self.facts.backbone if has_tokenizer(self.facts.backbone) else self.base
-        return load_tokenizer(folder, self.config.trust_remote_code)
+        return TextTokenizer(load_tokenizer(folder, self.config.trust_remote_code), str(folder)).tokenizer
 
     def prepare_tokenizer(self, tokenizer: Any, backbone: Any) -> None:
         """Padding side, first and end tokens: as asked, else as the folder was saved."""
@@ -155,7 +185,14 @@ class ModelSource:
         if self.append_eos:
             put_end_token(tokenizer, config.eos_token)
         elif facts.embedding_config.eos_id is not None:
-            put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(facts.embedding_config.eos_id))
+            number = facts.embedding_config.eos_id
+            if not 0 <= number < len(tokenizer):
+                raise ModelError(
+                    f"eos_id is {number}, and the tokenizer has {len(tokenizer)} tokens",
+                    where=facts.backbone / EMBEDDING_CONFIG,
+                    fix="copy the folder again, as a whole",
+                )
+            put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(number))
 
     @property
     def append_eos(self) -> bool:
@@ -174,8 +211,8 @@ class ModelSource:
                 "this folder does not say how to pool",
                 where=config.path,
                 expected=f"pooling, one of {', '.join(poolings.names())}",
-                fix="say it, for example pooling=mean: it must be the one the model was trained with; where there is "
-                "no place to say it, make an embedder of the folder first: embedsmith convert",
+                fix="say the one it was trained with, for example model.pooling=mean; where a verb takes no such key, "
+                "make an embedder of the folder first: embedsmith convert MODEL NEW_FOLDER model.pooling=mean",
             )
         try:
             poolings.entry(pooling)
@@ -192,14 +229,14 @@ class ModelSource:
             raise ModelError(
                 "cls pooling of causal attention: the first token sees nothing but itself",
                 where=config.path,
-                fix="use pooling=last or mean, or attention=bidirectional",
+                fix="use model.pooling=last or mean, or model.attention=bidirectional",
             )
         one_cls = pooling == "cls" and len(added_tokens(tokenizer)[0]) == 1
         if config.mcls is not None and (config.mcls < 1 or not one_cls):
             raise ModelError(
                 f"mcls={config.mcls} with {pooling} pooling",
                 expected="1 or more, for an encoder with cls pooling whose tokenizer puts one CLS before a text",
-                fix="leave mcls out",
+                fix="leave model.mcls out",
             )
         return pooling
 
@@ -229,14 +266,18 @@ class ModelSource:
             pool_special_tokens=special,
             eos_id=added_tokens(tokenizer)[1][-1] if self.append_eos else saved.eos_id,
             mcls=config.mcls,
+            similarity=_similarity(facts.similarity),
+            truncate_dim=facts.truncate_dim,
         )
+        if settings.echo is not None and settings.echo.count("{text}") != 2:
+            raise ModelError(f"echo is {settings.echo!r}", where=config.path, expected="a text with {text} in it twice")
         settings = self.prompted(settings)
         for name, text in settings.prompts.items():  # behind a longer prompt all texts would be one vector
             count = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else 0
             if count + sum(map(len, added_tokens(tokenizer))) >= settings.max_length:
                 raise ModelError(
                     f"the prompt {name!r} takes {count} tokens of {settings.max_length}: no text would fit behind it",
-                    fix="shorten the prompt or raise max_length",
+                    fix="shorten the prompt or raise model.max_length",
                 )
         return settings
 
@@ -252,7 +293,7 @@ class ModelSource:
             return settings
         templates = settings.templates if config.template is None else template_named(config.template)
         if not templates:
-            raise ModelError("instructions without a template", fix="set template, for example qwen3")
+            raise ModelError("instructions without a template", fix="set model.template=qwen3 or another")
         made = compiled(templates, config.instructions or {})
         return dataclasses.replace(settings.with_prompts(made), templates=dict(templates))
 
@@ -291,8 +332,10 @@ class ModelSource:
                 raise ModelError(f"cannot read the weights of the pooling: {error}", where=path) from error
         return pooler, shape
 
-    def assemble(self, backbone: Any, tokenizer: Any, settings: Settings, attention: Attention) -> Embedder:
-        """The embedder with the folder's heads, and new ones where they are asked for."""
+    def assemble(
+        self, backbone: Any, tokenizer: Any, settings: Settings, attention: Attention, new_heads: bool
+    ) -> Embedder:
+        """The embedder with the folder's heads, and new ones where they are asked for to be trained (`new_heads`)."""
         config = self.config
         hidden_size = backbone.config.get_text_config().hidden_size
         pooler, shape = self.pooler(settings.pooling, hidden_size)
@@ -307,6 +350,7 @@ class ModelSource:
             sparse=config.sparse,
             sparse_terms=config.sparse_terms,
             multivector_dim=config.multivector_dim,
+            new_heads=new_heads,
         )
         return Embedder(
             backbone,
@@ -326,9 +370,12 @@ class ModelSource:
         if self.adapter is not None:
             load_adapter(model.backbone, self.adapter, saved)
             if config.lora is None:
-                model.backbone = merged(model.backbone)
-            else:
-                model.base = saved and {**saved, "path": str(self.base.resolve())}
+                try:
+                    model.backbone = merged(model.backbone)
+                    return
+                except UnmergedError as error:
+                    log.warning("%s: %s; it stays beside the weights", self.adapter, error.what)
+            model.base = saved and {**saved, "path": str(self.base.resolve())}
         elif config.lora is not None:
             layers = config.layers
             model.base = {
@@ -339,6 +386,12 @@ class ModelSource:
                 "cls_token": config.cls_token,
             }
             add_adapter(model.backbone, config.lora)
+
+
+def _similarity(named: str | None) -> Similarity:
+    """What a folder names, where that compares two vectors: a sparse or multi-vector model (maxsim) has a cosine for
+    its dense vectors."""
+    return next((known for known in get_args(Similarity) if known == named), "cosine")
 
 
 def best_device() -> str:

@@ -7,11 +7,14 @@ checkpoint holds the adapter alone (peft's files, which transformers reads too);
 import copy
 import hashlib
 import importlib.util
+import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from torch import nn
 
 from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.progress import log, transformers_silenced
-from embedsmith.core.settings import Count, Positive, Share, section
+from embedsmith.core.settings import Positive, Share, Width, section
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
 ADAPTER = "adapter_config.json"
@@ -29,8 +32,13 @@ SAME = 0.9999
 _WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
 _PREFIX = "base_model.model."
-_NOT_ADAPTED = ("gate", "router", "shared_expert_gate", "lm_head")
-"""Routers decide, they do not represent: adapting them unsettles a mixture of experts."""
+_NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "lm_head"}
+"""Routers decide, they do not represent: adapting them, or layers in them, unsettles a mixture of experts."""
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+class UnmergedError(ModelError):
+    """Weights with their adapter merged would not give the same vectors: 16 bits are too few for what it adds."""
 
 
 @section
@@ -48,7 +56,7 @@ class LoraConfig:
     `four_bit`: the frozen backbone in 4 bits (QLoRA).
     """
 
-    r: Count = 16
+    r: Width = 16
     alpha: Positive = 32
     dropout: Share = 0.05
     targets: Literal["auto"] | tuple[str, ...] = "auto"
@@ -95,12 +103,12 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
     if not targets:
         raise ModelError(f"{type(backbone).__name__} has no linear layer that could be adapted")
     layers = layers_of(backbone)
-    reached = sum(not _linear_names(layer).isdisjoint(targets) for layer in layers)
+    reached = sum(any(path.rpartition(".")[2] in targets for path in _linear_paths(layer)) for layer in layers)
     if 2 * reached < len(layers):  # names that exist in fewer than half of the layers are another family's
         raise ModelError(
             f"the targets {', '.join(targets)} are found in {reached} of {len(layers)} layers",
             expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
-            fix="set lora.targets to auto",
+            fix="set model.lora.targets=auto",
         )
     experts = expert_weights(backbone) if config.experts else []
     peft_config = PeftConfig(
@@ -117,11 +125,16 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
     _inject(backbone, peft_config)
 
 
-def _inject(backbone: Any, peft_config: Any) -> None:
+def _inject(backbone: Any, peft_config: Any, as_named: bool = True) -> None:
+    """`as_named`: on the layers with these names. peft takes `gate_proj` and its like in a mixture for those of single
+    experts, as transformers 4 had them, and would adapt the weights of all experts in place of the dense and shared
+    layers that have these names today."""
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.utils import transformers_weight_conversion as conversion
 
-    with warnings.catch_warnings(), transformers_silenced():
+    kept = mock.patch.object(conversion, "convert_peft_config_for_transformers") if as_named else nullcontext()
+    with warnings.catch_warnings(), transformers_silenced(), kept:
         warnings.simplefilter("ignore")  # about GPT-2's transposed layers, which peft then sets right by itself
         inject_adapter_in_model(peft_config, backbone)
         cast_adapter_dtype(backbone, _NAME)  # in bf16, as the frozen weights may be, it would barely move
@@ -129,9 +142,10 @@ def _inject(backbone: Any, peft_config: Any) -> None:
 
 
 def auto_targets(backbone: Any) -> list[str]:
-    """Names of the linear layers inside the transformer's layers, without routers; MLA's factors included."""
-    found = {name for layer in layers_of(backbone) for name in _linear_names(layer)}
-    return sorted(found - set(_NOT_ADAPTED))
+    """Names of the linear layers inside the transformer's layers, without routers; MLA's factors included, as are the
+    dense and shared layers of a mixture."""
+    paths = [path.split(".") for layer in layers_of(backbone) for path in _linear_paths(layer)]
+    return sorted({path[-1] for path in paths if _NOT_ADAPTED.isdisjoint(path)})
 
 
 def expert_weights(backbone: Any) -> list[str]:
@@ -145,10 +159,9 @@ def expert_weights(backbone: Any) -> list[str]:
     return sorted(found)
 
 
-def _linear_names(layer: nn.Module) -> set[str]:
+def _linear_paths(layer: nn.Module) -> list[str]:
     # GPT-2's Conv1D is a linear layer with its weight lying the other way
-    kinds = {name: isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for name, m in layer.named_modules()}
-    return {name.rpartition(".")[2] for name, linear in kinds.items() if linear}
+    return [name for name, m in layer.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
 def has_adapter(backbone: Any) -> bool:
@@ -191,16 +204,16 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
             + ", ".join(f"{k} {base.get(k)}, not {mine[k]}" for k in different),
             where=folder,
             expected=f"the base it was trained on ({base.get('path')})",
-            fix="put that model back, or say where it is with base=...",
+            fix="put that model back, or say where it is with model.base=FOLDER",
         )
     try:
         state = load_file(folder / _WEIGHTS)
         peft_config = PeftConfig.from_pretrained(str(folder))
         peft_config.inference_mode = False
-        _inject(backbone, peft_config)
+        _inject(backbone, peft_config, as_named=not any(map(_OF_ONE_EXPERT.search, state)))
         plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
         report = set_peft_model_state_dict(backbone, plain, adapter_name=_NAME)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"cannot load the adapter: {error}", where=folder) from error
     if report.unexpected_keys:
         raise ModelError(
@@ -221,7 +234,7 @@ def transplanted(backbone: Any, plain: Any) -> Any:
 def merged(backbone: Any) -> Any:
     """A copy of the backbone with its adapter added to the weights, in the same class and without traces of peft.
 
-    Errors: `ModelError` when the copy does not give the same states (cosine not above 0.9999): nothing wrong is saved.
+    Errors: `UnmergedError` when the copy does not give the same states (cosine not above 0.9999).
     """
     was_training = backbone.training
     backbone.eval()
@@ -232,10 +245,10 @@ def merged(backbone: Any) -> Any:
     backbone.train(was_training)
     cosine = float(F.cosine_similarity(before, after, dim=-1).min())
     if not cosine > SAME:
-        raise ModelError(
+        raise UnmergedError(
             f"merging the adapter changes the states: cosine {cosine:.6f}",
             expected=f"above {SAME}",
-            fix="train with dtype=float32, or keep the adapter apart: save(folder, merge=False)",
+            fix="train with model.dtype=float32, or keep the adapter apart: save(folder, merge=False)",
         )
     log.info("adapter merged; lowest cosine of a token's state to the unmerged model: %.7f", cosine)
     return whole
@@ -249,9 +262,13 @@ def _merge_layers(whole: Any) -> Any:
         if any(name.startswith(f"{other}.") for other in adapted):
             continue
         layer: Any = outermost
+        inner = outermost.get_base_layer()
+        stored = next(inner.parameters()).dtype
+        inner.float()  # so that weights of 16 bits are rounded once, with the adapter in them
         while isinstance(layer, BaseTunerLayer):  # the weights of experts have a wrapper each, one in the other
             layer.merge(safe_merge=True)
             layer = layer.base_layer
+        inner.to(stored)
         parent, _, leaf = name.rpartition(".")
         setattr(whole.get_submodule(parent), leaf, layer)
     del whole.peft_config

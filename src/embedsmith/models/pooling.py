@@ -14,13 +14,14 @@ are kept in fp32; every pooling is computed in fp32, even under autocast.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import Count, section
+from embedsmith.core.settings import Count, Range, Width, section
 from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import PaddedTokens
 
@@ -98,9 +99,9 @@ class PoolerConfig:
     """
 
     heads: Count | None = None
-    width: Count | None = None
-    latents: Count = 512
-    ffn_mult: Count = 4
+    width: Width | None = None
+    latents: Width = 512
+    ffn_mult: Annotated[int, Range(gt=0, le=64)] = 4
 
     def head_count(self, width: int) -> int:
         """Attention heads of a pooling. Errors: `ModelError` for a number that does not divide the width."""

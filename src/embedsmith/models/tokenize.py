@@ -96,8 +96,11 @@ Instruction = str | Sequence[str | None] | None
 class TextTokenizer:
     """A fast tokenizer with the settings of one model. Every list of texts is one call into its native code.
 
+    `rows`: of the embedding table, where some of the tokenizer's ids lie beyond it.
     Errors: `ModelError` for a tokenizer without a fast (Rust) form: character offsets come only from there.
     """
+
+    rows: int | None = None
 
     def __init__(self, tokenizer: Any, name: str = "tokenizer") -> None:
         if not tokenizer.is_fast:
@@ -146,7 +149,12 @@ class TextTokenizer:
         if with_prompts:
             starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
         rows = (encoding.ids or [self._filler_id] for encoding in encodings)
-        return TokenBatch.from_rows(rows, starts, [each == "query" for each in roles])
+        tokens = TokenBatch.from_rows(rows, starts, [each == "query" for each in roles])
+        if self.rows is not None and (beyond := np.flatnonzero(tokens.id_S >= self.rows)).size:
+            number = int(np.searchsorted(tokens.offset_P, beyond[0], side="right")) - 1
+            token = self.tokenizer.convert_ids_to_tokens(int(tokens.id_S[beyond[0]]))
+            raise DataError(f"text {number} has the mark {token!r}, for which the model has no embedding")
+        return tokens
 
     def _twice(
         self, prompts: Sequence[str], texts: Sequence[str], settings: Settings
@@ -241,7 +249,7 @@ def put_end_token(tokenizer: Any, wanted: str | None) -> int:
             "the tokenizer has no end token" if token is None else f"the tokenizer does not know {token!r}",
             where=getattr(tokenizer, "name_or_path", None) or "tokenizer",
             expected="a token to put behind every text, whose state is then the vector",
-            fix="name one that the vocabulary has with eos_token=..., or use pooling=mean",
+            fix="name one that the vocabulary has with model.eos_token=..., or use model.pooling=mean",
         )
     if tail[-1:] != [number]:
         _surround(tokenizer, front, [*tail, int(number)])
@@ -262,6 +270,27 @@ def put_first_token(tokenizer: Any, backbone: Any, token: str) -> None:
     front, tail = added_tokens(tokenizer)
     if front[:1] != [number]:
         _surround(tokenizer, [number, *front], tail)
+
+
+def check_vocabulary(tokenizer: Any, backbone: Any) -> int | None:
+    """The rows of the embedding table, where some token ids lie beyond it, all of them special tokens that no text gets
+    by itself (as in EmbeddingGemma, whose tokenizer knows a mark for pictures); else `None`.
+
+    Errors: `ModelError` where words of a text, or tokens around every text, have none.
+    """
+    rows = len(backbone.get_input_embeddings().weight)
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    always = [number for ids in added_tokens(tokenizer) for number in ids] + [tokenizer.pad_token_id]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if wrong := sorted(beyond.keys() - special | beyond.keys() & set(always)):
+        raise ModelError(
+            f"the tokenizer has {max(beyond) + 1:,} tokens and the embedding table {rows:,} rows: {beyond[wrong[0]]!r} "
+            f"and {len(wrong) - 1} more have no row",
+            where=getattr(tokenizer, "name_or_path", None) or "tokenizer",
+            fix="put back the tokenizer that belongs to these weights; or give the table more rows with transformers "
+            f"(model.resize_token_embeddings({max(beyond) + 1})), save both, and train",
+        )
+    return rows if beyond else None
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

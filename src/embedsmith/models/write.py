@@ -16,6 +16,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from embedsmith.core.errors import ModelError
+from embedsmith.core.markdown import code, row
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.shelf import poolings
@@ -56,6 +58,15 @@ def saved_model() -> Kind:
     return Kind(
         "model saved by embedsmith", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith")
     )
+
+
+def refuse_not_finite(module: nn.Module | None) -> None:
+    """Errors: `ModelError` for weights among which are NaN or infinite ones."""
+    named = [] if module is None else list(module.named_parameters())
+    bad = [name for name, weight in named if weight.is_floating_point() and not bool(weight.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"the weights are not finite ({bad[0]}{more}), and were not written")
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ class Saved:
         An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart.
         Without `overwrite` a model that is there may only be equal to this one.
         Errors: `CheckpointError` for a folder with other files, when the disk is full or the place cannot be written;
-        `ModelError` when merging an adapter would change the vectors.
+        `ModelError` when merging an adapter would change the vectors, and for weights that are not finite.
         """
         with claimed(folder, "model.save"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
             self.write(root, merge)
@@ -112,6 +123,8 @@ class Saved:
     def write(self, root: Path, merge: bool = True) -> None:
         """All files of `save`, into an empty folder."""
         settings = self.settings
+        for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
+            refuse_not_finite(part)
         with transformers_silenced():
             apart = has_adapter(self.backbone) and not merge
             if apart:
@@ -151,12 +164,13 @@ class Saved:
             "transformers": transformers.__version__,
             "pytorch": torch.__version__,
         }
-        general = {
+        general: dict[str, Any] = {
             "__version__": versions,
             "prompts": dict(settings.prompts),
             "default_prompt_name": settings.default_prompt,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": settings.similarity,
         }
+        general |= {} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}
         write_json(root / "config_sentence_transformers.json", general)
         theirs = next((name for name, ours in POOLING_NAMES.items() if ours == settings.pooling), None)
         pooling = {
@@ -332,7 +346,8 @@ def _token_heads(heads: Mapping[str, Head]) -> str:
 def _prompts(settings: Settings) -> str:
     if not any(settings.prompts.values()):
         return "None: texts go in as they are."
-    rows = [f"| `{name}` | `{json.dumps(text, ensure_ascii=False)}` |" for name, text in settings.prompts.items()]
-    default = f"\n\nDefault: `{settings.default_prompt}`." if settings.default_prompt else ""
+    shown = ((code(name), code(json.dumps(text, ensure_ascii=False))) for name, text in settings.prompts.items())
+    rows = [row(*cells) for cells in shown]
+    default = f"\n\nDefault: {code(settings.default_prompt)}." if settings.default_prompt else ""
     left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
     return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.errors import DataError
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import atomic_file, disk_errors
 from embedsmith.core.progress import Bar, log
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray
@@ -37,11 +38,12 @@ class Journal:
     ) -> None:
         self._accelerator = accelerator
         self._file: IO[str] | None = None
+        self._left_out: set[str] = set()
         if rank() != 0:
             return
-        path = output / "metrics.jsonl"
-        cut_back(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = output / "metrics.jsonl"
+        cut_back(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
         if log_with:
             purge = {"tensorboard": {"purge_step": start}} if "tensorboard" in log_with else {}
             accelerator.init_trackers("embedsmith", config=_scalars(to_plain(recipe)), init_kwargs=purge)
@@ -49,9 +51,14 @@ class Journal:
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        self._accelerator.log(values, step=step)
+        if strange := {name for name, value in values.items() if not math.isfinite(value)} - self._left_out:
+            self._left_out |= strange
+            log.warning("step %d: not finite and so left out of metrics.jsonl: %s", step, ", ".join(sorted(strange)))
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        with disk_errors(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            self._accelerator.log(values, step=step)
 
     def close(self) -> None:
         if self._file is not None:

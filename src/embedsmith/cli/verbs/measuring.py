@@ -1,6 +1,7 @@
 """The verbs that measure models: evaluate, compare, geometry and report."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -114,9 +115,9 @@ def evaluate_model(
             results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
         else:
             results = scoring.score(encoder, about | {"embedsmith": __version__})
-    show(results.table())
     if json_file is not None:
         results.save(json_file, items=items)
+    show(results.table())
 
 
 def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
@@ -133,7 +134,7 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     others, so whole numbers there that are no paths are widths too."""
     if not dims:
         return [], others
-    more = [name for name in others if name.isdecimal() and not Path(name).exists()]
+    more = [name for name in others if name.isdecimal() and not os.path.exists(name)]
     parts = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
     if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
@@ -150,7 +151,7 @@ def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
     from embedsmith.core.recipe import apply_override
 
     tree: dict[str, Any] = {"model": {}}
-    options = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
+    options = [name for name in others if name.startswith("model.") and "=" in name and not os.path.exists(name)]
     for override in options:
         apply_override(tree, override)
     return tree["model"], [name for name in others if name not in options]
@@ -196,7 +197,6 @@ def compare_results(
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
     made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
-    show(made.table())
     if json_file is not None:
         with atomic_file(json_file) as file:
             json.dump(made.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -206,7 +206,9 @@ def compare_results(
         text = comparison_page(made)
         with atomic_file(report) as file:
             file.write(text)
-        typer.echo(f"report: {report}")
+    show(made.table())
+    if report is not None:
+        say(f"report: {report}")
 
 
 def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
@@ -248,7 +250,6 @@ def show_geometry(
     encoders = [load(name) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
     together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
-    show(geometry_table(geometries, names, together))
     if json_file is not None:
         with atomic_file(json_file) as file:
             both = {name: finite_or_none(value) for name, value in together.items()}
@@ -260,7 +261,9 @@ def show_geometry(
         text = geometry_page([each.as_dict() for each in geometries], names, together)
         with atomic_file(report) as file:
             file.write(text)
-        typer.echo(f"report: {report}")
+    show(geometry_table(geometries, names, together))
+    if report is not None:
+        say(f"report: {report}")
 
 
 @verbs.register("report")
@@ -271,4 +274,4 @@ def write_page(
     """Write a folder's report: one HTML file that opens without a network."""
     from embedsmith.report import write_report
 
-    typer.echo(f"report: {write_report(folder, output)}")
+    say(f"report: {write_report(folder, output)}")

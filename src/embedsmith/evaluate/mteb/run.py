@@ -6,6 +6,7 @@ mteb is imported where it is used. Its classes are structural protocols, so noth
 
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def find_mteb_tasks(
     known = set() if folder is None else set(known_tasks(folder))
     tasks = []
     for name in names:
-        ours = Path(name).exists() or ":" in name or name in known or f"{name}-{split}" in known
+        ours = os.path.exists(name) or ":" in name or name in known or f"{name}-{split}" in known
         tasks.append(
             as_mteb_task(load_task(name, data_dir=data, split=split), split) if ours else hub_task(name, languages)
         )
@@ -124,7 +125,7 @@ def mteb_name(model: str | Path) -> str:
 
     Only the last parts of a path remain; the revision tells models of one name apart.
     """
-    if not looks_like_a_path(model) and not Path(model).exists() and str(model).count("/") == 1:
+    if not looks_like_a_path(model) and not os.path.exists(model) and str(model).count("/") == 1:
         return str(model)
     parts = [part for part in Path(model).parts if part not in _INNER and part not in ("/", ".", "..")]
     return f"local/{re.sub(r'[^A-Za-z0-9.-]+', '-', '-'.join(parts[-3:])).strip('-') or 'model'}"

@@ -28,12 +28,16 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 
+TRAIN_HEAD = "model.heads=[dense,{}] in a training recipe, or new_heads=True in Python"
+"""How a head that a model has not is made."""
+
 
 @dataclass(frozen=True)
 class HeadSource:
     """What a head is built from. `folder`: the model's, with the head's file if it has one. `base`: the folder of the
     language model, where `folder` holds an adapter alone. `adapted`: adapters are trained in place of the backbone's
-    words, so a head that has words of its own keeps them too. The rest are the keys of the recipe's `model`."""
+    words, so a head that has words of its own keeps them too. `new_heads`: heads that the folder has not are made anew,
+    to be trained. The rest are the keys of the recipe's `model`."""
 
     folder: Path
     base: Path
@@ -44,6 +48,7 @@ class HeadSource:
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: int | None = None
     multivector_dim: int | None = None
+    new_heads: bool = False
 
     @property
     def hidden_size(self) -> int:
@@ -52,7 +57,8 @@ class HeadSource:
     def build(self, names: Collection[str] | None) -> dict[str, Head]:
         """The heads named, or those whose files the folder has (`None`).
 
-        Errors: `RecipeError` for an unknown name; `ModelError` for a file that is damaged or of another shape.
+        Errors: `RecipeError` for an unknown name; `ModelError` for a file that is missing (unless `new_heads`), damaged
+        or of another shape.
         """
         known = known_heads()
         if names is None:
@@ -63,7 +69,15 @@ class HeadSource:
             raise ModelError(
                 f"multivector_dim={self.multivector_dim}",
                 expected="a model with the head multivector",
-                fix="add multivector to heads",
+                fix="add multivector to model.heads",
+            )
+        taken = {"sparse"} if self.sparse == "splade" else set()  # from the language model that the base is
+        absent = sorted(name for name in wanted - taken if not known[name].is_in(self.folder))
+        if absent and not self.new_heads:
+            raise ModelError(
+                f"this file is missing, so the model has no head {absent[0]!r}: it would be random",
+                where=self.folder / known[absent[0]].file,
+                fix=f"copy the folder again, as a whole; to make a new head, train it: {TRAIN_HEAD.format(absent[0])}",
             )
         # In one order, whatever the recipe's: new heads draw their weights one after the other from one seed.
         ordered = sorted(sorted(wanted, reverse=True), key=lambda name: known[name].own_pass)

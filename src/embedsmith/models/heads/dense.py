@@ -11,8 +11,9 @@ from typing import Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from embedsmith.core.device import check_fits
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import Count, section
+from embedsmith.core.settings import Width, section
 from embedsmith.core.shelf import heads
 from embedsmith.models.heads.base import cpu_state
 
@@ -38,9 +39,9 @@ class HeadConfig:
     `bias`: whether the layers have one.
     """
 
-    out: Count
+    out: Width
     type: Literal["linear", "mlp"] = "linear"
-    hidden: Count | None = None
+    hidden: Width | None = None
     activation: str = "Identity"
     bias: bool = False
 
@@ -66,6 +67,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.use_residual = residual
+        check_fits(4 * width_in * width_out, f"a layer from {width_in:,} to {width_out:,} numbers")
         self.linear = nn.Linear(width_in, width_out, bias=bias)
         module, _, short = activation.rpartition(".")
         if short not in ACTIVATIONS or (module and not module.startswith("torch.nn")):
