@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import folders, gram, run, stream
+from embedsmith.merge import folders, method, run, stream
 from embedsmith.merge.folders import Architecture
 from embedsmith.models import load
 from embedsmith.models.backbone import skeleton
@@ -284,8 +284,8 @@ def test_a_check_can_refuse_the_result(models, tmp_path):
 
 def test_statistics_are_measured_once(models, tmp_path, monkeypatch):
     passes = []
-    measure = gram._measure
-    monkeypatch.setattr(gram, "_measure", lambda *a: (passes.append(1), measure(*a))[1])
+    measure = method.Gram.by_a_pass
+    monkeypatch.setattr(method.Gram, "by_a_pass", lambda *a: (passes.append(1), measure(*a))[1])
     cache = tmp_path / "cache"
     one = merged(models, tmp_path / "a", cache=str(cache), method="karcher")
     merged(models, tmp_path / "b", cache=str(cache), method="model_stock")
@@ -359,15 +359,15 @@ def test_sixteen_bits_and_what_they_cost(models, tmp_path):
 
 
 def test_stochastic_rounding_is_right_on_average_and_repeatable():
-    from embedsmith.merge.writer import rounded
+    from embedsmith.merge.package import Rounding
 
     values = torch.full((20000,), 1 + 1 / 512, dtype=torch.float64)  # a quarter of the way between two bfloat16
     block = stream.Block("x", (20000,), 0, 20000, None, ())
-    found = rounded(values, torch.bfloat16, block, 1)
+    found = Rounding(1)(values, torch.bfloat16, block)
     assert float(found.double().mean()) == pytest.approx(1 + 1 / 512, abs=1e-4)
     half = stream.Block("x", (20000,), 10000, 20000, None, ())
-    assert torch.equal(rounded(values[10000:], torch.bfloat16, half, 1), found[10000:])
-    assert set(rounded(values, torch.bfloat16, block, None).tolist()) == {1.0}
+    assert torch.equal(Rounding(1)(values[10000:], torch.bfloat16, half), found[10000:])
+    assert set(Rounding()(values, torch.bfloat16, block).tolist()) == {1.0}
 
 
 def test_float16_that_overflows_is_an_error(models, tmp_path):

@@ -14,7 +14,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.evaluate import Results, Task, evaluate, load_task
-from embedsmith.evaluate.model_geometry import Geometry, Sample, training_geometry
+from embedsmith.evaluate.model_geometry import Geometry, Sample
 from embedsmith.evaluate.variants import FULL, score_widths
 from embedsmith.models import Embedder
 from embedsmith.search.hybrid import HybridEncoder
@@ -85,9 +85,7 @@ class Development:
         else:
             columns = {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
         results = columns.pop(FULL)
-        geometry = (
-            {} if (sample := self.sample) is None else on_first_rank(partial(training_geometry, self.model, sample))
-        )
+        geometry = {} if (sample := self.sample) is None else on_first_rank(partial(sample.logged, self.model))
         for head in self.config.heads:
             encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
             columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)

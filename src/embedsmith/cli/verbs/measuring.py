@@ -238,7 +238,7 @@ def show_geometry(
     """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states."""
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
-    from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table
+    from embedsmith.evaluate.model_geometry import Geometry, Sample, geometry_table
     from embedsmith.evaluate.result import finite_or_none
     from embedsmith.models import load
     from embedsmith.report.page import PAGE_MARK
@@ -249,7 +249,7 @@ def show_geometry(
     names = [model] if against is None else [model, against]
     encoders = [load(name) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
-    together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
+    together = sample.agreement(encoders[0], encoders[1]) if against is not None else {}
     if json_file is not None:
         with atomic_file(json_file) as file:
             both = {name: finite_or_none(value) for name, value in together.items()}

@@ -68,7 +68,7 @@ def merge_models(
     if dry_run:
         say(plan_in_words(loaded, overwrite=overwrite))
     elif explain is not None:
-        from embedsmith.calibrate.explain_report import write_explanation
+        from embedsmith.calibrate.explain import write_explanation
 
         say(f"report: {write_explanation(loaded, explain, probe or [])}")
     elif verify or strict:
