@@ -2,9 +2,10 @@
 
 import inspect
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.device import check_fits
-from embedsmith.core.errors import EmbedsmithError, ModelError
+from embedsmith.core.errors import ModelError, foreign_errors
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
@@ -42,9 +43,9 @@ def locate(path: str, revision: str | None = None) -> Path:
     Errors: `ModelError` when there is no such folder, or the hub has no such model or cannot be reached.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.exists() or not _HUB_ID.fullmatch(path):
+    if os.path.exists(folder) or not _HUB_ID.fullmatch(path):
         raise ModelError("there is no such model folder", where=path, fix="check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -93,26 +94,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     with foreign_errors("cannot load the tokenizer", files[0]), transformers_silenced():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.is_fast:  # lengths are ours to say: a file may pad and cut every text to one length
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
+        if tokenizer.is_fast:  # lengths are ours to say: a file may pad and cut every text to one length
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.encode("a \u0378")  # a word that no vocabulary has
     return tokenizer
-
-
-@contextmanager
-def foreign_errors(what: str, where: Path) -> Iterator[None]:
-    """Around what transformers, tokenizers or a folder's own code make of files: they raise anything, and the native
-    code of tokenizers a panic that is no `Exception`. Errors: `ModelError` in place of all that."""
-    try:
-        yield
-    except EmbedsmithError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        said = said if len(said) <= 500 else f"{said[:500]}…"
-        raise ModelError(f"{what}: {said}", where=where, fix="copy or download the folder again, as a whole") from error
 
 
 def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four_bit: bool = False) -> nn.Module:
@@ -286,7 +272,7 @@ def shard_names(index: Path) -> list[str]:
         raise ModelError(
             f"the file {away[0]!r} does not lie beside this index", where=index, expected="names of files in the folder"
         )
-    if missing := [name for name in names if not (index.parent / name).exists()]:
+    if missing := [name for name in names if not os.path.exists(index.parent / name)]:
         raise ModelError(
             f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
             where=index.parent,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.settings import Count, Range, Width, section, to_plain
+from embedsmith.core.settings import Count, Finite, Range, Width, Word, section, to_plain
 from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig
@@ -72,6 +72,8 @@ class EmbeddingConfig:
         if version != 1:
             raise ModelError(f"version {version}", where=path, expected="1", fix="install a newer embedsmith")
         try:
+            if tree.get("base") is not None:
+                parse(_Base, tree["base"], where="base")
             return parse(cls, tree, where=str(path))
         except RecipeError as error:
             raise ModelError(f"cannot read this file: {error}", where=path) from error
@@ -83,6 +85,16 @@ class EmbeddingConfig:
             config = replace(self, attention=replace(self.attention, mode="bidirectional"))
         if config != EmbeddingConfig():
             write_json(folder / EMBEDDING_CONFIG, to_plain(config))
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What is read of `base`, beside the facts that tell one base from another."""
+
+    path: str | None = None
+    revision: str | None = None
+    layers: tuple[int, ...] | None = None
+    cls_token: Word | None = None
 
 
 POOLING_NAMES: Mapping[str, str] = {
@@ -165,7 +177,7 @@ class AdapterFile:
 
     peft_type: str = "unknown"
     base_model_name_or_path: str | None = None
-    lora_alpha: float | None = None
+    lora_alpha: Finite | None = None
     use_rslora: bool | None = None
     fan_in_fan_out: bool | None = None
     alpha_pattern: Mapping[str, float] | None = None

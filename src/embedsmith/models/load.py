@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
 
-from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.errors import ModelError, RecipeError, foreign_errors
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention, switch_attention
@@ -356,7 +356,8 @@ class ModelSource:
         if self.adapter is not None:
             load_adapter(model.backbone, self.adapter, saved)
             if config.lora is None:
-                model.backbone = merged(model.backbone)
+                with foreign_errors("cannot merge the adapter", self.adapter):
+                    model.backbone = merged(model.backbone)
             else:
                 model.base = saved and {**saved, "path": str(self.base.resolve())}
         elif config.lora is not None:
