@@ -88,6 +88,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="save the tokenizer of the base model into the folder",
         )
+    if (folder / "config.json").exists():  # transformers reads it for the tokenizer too
+        read_architecture(folder, trust_remote_code)
     for path in (folder / name for name in _SETTING_FILES):
         if path.exists():
             read_typed(_TokenizerFile, path)
@@ -205,7 +207,7 @@ _CLASSIFIER = re.compile(
     r"For(Sequence|Token|Image|Audio\w*|Video)Classification$|ForQuestionAnswering$|ForMultipleChoice$"
 )
 _COUNTS = re.compile(r"(^|_)(layers?|experts?|blocks?|stages?|depth)$|^(n|num)_.*(layer|expert|block|stage)s?(_|$)")
-_SIZES = re.compile(r"(size|heads?|dim|d_model|d_ff|embd|embeddings)$")
+_SIZES = re.compile(r"(size|heads?|dim|d_model|d_ff|embd|embeddings|positions|ctx|inner)$")
 _MOST = 10_000
 
 
@@ -222,7 +224,7 @@ def _check_counts(tree: Mapping[str, Any], path: Path) -> None:
 def _plausible(key: str, value: float) -> bool:
     if _COUNTS.search(key):
         return 0 <= value <= _MOST
-    return not math.isnan(value) and (value >= 0 or not _SIZES.search(key))
+    return 0 <= value <= 2**31 if _SIZES.search(key) else not math.isnan(value)
 
 
 def _check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:
@@ -268,7 +270,7 @@ def shard_names(index: Path) -> list[str]:
     Errors: `ModelError` for a damaged index, one that names a place elsewhere, and missing files.
     """
     names = sorted(set(read_typed(_ShardIndex, index).weight_map.values()))
-    if away := [name for name in names if Path(name).name != name or "\\" in name]:
+    if away := [name for name in names if not name or Path(name).name != name or "\\" in name]:
         raise ModelError(
             f"the file {away[0]!r} does not lie beside this index", where=index, expected="names of files in the folder"
         )

@@ -242,7 +242,7 @@ class FolderFacts:
 def _modules(more: EmbeddingConfig, folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of every module. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other
     packages' modules are not ours to guess at, whatever their last name."""
-    where = folder / "modules.json"
+    where = folder / (EMBEDDING_CONFIG if more.modules else "modules.json")
     modules: list[tuple[str, Path]] = []
     for entry in listed_modules(more, folder):
         name, kind = entry.type, entry.type.rpartition(".")[2]
