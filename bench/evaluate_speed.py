@@ -111,13 +111,13 @@ def sentence_transformers(task: RetrievalTask, given: Given, defaults: bool = Fa
 def mteb(task: RetrievalTask, given: Given) -> Callable[[], float]:
     import mteb as library
 
-    from embedsmith.evaluate.mteb.run import make_meta
+    from embedsmith.evaluate.mteb.run import MtebSearch
     from embedsmith.evaluate.mteb.tasks import as_mteb_task
 
     class Model:
         """An encoder only, so that the search is mteb's own."""
 
-        mteb_model_meta = make_meta("local/given", "1", "dense", None)
+        mteb_model_meta = MtebSearch.of(given, "local/given", "1").mteb_model_meta
 
         def encode(self, inputs: Any, **_: Any) -> Any:
             return given.rows([text for batch in inputs for text in batch["text"]])

@@ -41,7 +41,7 @@ from bench.merging_models import (
     trained,
 )
 from bench.merging_verdicts import summarise
-from embedsmith.calibrate.live_model import LiveMerge, open_live
+from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.objective import reduced_task
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import RetrievalTask, Task, evaluate, load_task
@@ -222,7 +222,7 @@ def merged_scores(study: Study, paths: list[Path], method: dict[str, Any], tasks
     """Merge, score, and what the merge alone cost."""
     started = time.perf_counter()
     plan = opened(study, paths, method)
-    live = open_live(plan.parents, plan.base)
+    live = LiveMerge.of(plan.parents, plan.base)
     with torch.autocast("cpu", torch.bfloat16, enabled=method["type"] in IN_BF16):
         report = apply(plan, live)
     minutes = (time.perf_counter() - started) / 60
@@ -264,14 +264,14 @@ def plane_part(study: Study, seed: int, arms: list[str] | None) -> None:
     tasks = tasks_of(study)
     paths = pair_of(study, seed)
     plan = opened(study, paths, {"type": "slerp"})
-    live = open_live(plan.parents, plan.base)
+    live = LiveMerge.of(plan.parents, plan.base)
 
     def point(t: float, length: float) -> dict[str, Any]:
-        live.cost.forward = 0
+        live.texts = 0
         own = opened(study, paths, {"type": "slerp", "scale": length})
         own = parse_weights(own, (1 - t, t))
         apply(own, live)
-        return {"scores": scored(live, tasks), "texts": live.cost.texts, "t": t, "length": length}
+        return {"scores": scored(live, tasks), "texts": live.texts, "t": t, "length": length}
 
     for t in DIRECTIONS:
         for length in LENGTHS:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 
 import pytest
 
+from embedsmith.cli import main
+from tests.disks import read_only, small_disk
 from tests.merge.fixtures import folders
 from tests.tinybert import WORDS, tiny_bert
 
-__all__ = ["folders"]
+__all__ = ["folders", "read_only", "small_disk"]
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,22 @@ def tree(bert, files, tmp_path):
         "train": {"steps": 12, "learning_rate": 1e-3, "checkpoint_every": 2, "log_every": 1, "precision": "fp32"},
         "output": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture
+def typed(capsys, monkeypatch):
+    """Types a command: what it prints to stdout and stderr, and its exit code."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["embedsmith", *map(str, arguments)])
+        root = logging.getLogger()
+        kept, root.handlers = root.handlers, []
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            root.handlers = kept
+        shown = capsys.readouterr()
+        return shown.out, shown.err, ended.value.code
+
+    return run

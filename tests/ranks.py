@@ -22,13 +22,21 @@ import torch.multiprocessing as mp
 multiprocessing.set_forkserver_preload(["torch.distributed", "embedsmith.losses", "embedsmith.train.loop"])
 
 
-def on_ranks(world: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """The return value of `work(*arguments)` on every rank, in rank order. `work` must be importable."""
+def on_ranks(world: int, work: Callable[..., Any], folder: Path, *arguments: Any, may_die: bool = False) -> list[Any]:
+    """The return value of `work(*arguments)` on every rank, in rank order. `work` must be importable.
+
+    `may_die`: a rank that is killed gives `None`, and the others have a minute to notice.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, (world, port, work, str(folder), arguments), nprocs=world, start_method="forkserver")
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(world)]
+    given = (world, port, work, str(folder), arguments)
+    started = mp.start_processes(_rank, given, nprocs=world, join=not may_die, start_method="forkserver")
+    for process in started.processes if may_die else ():
+        process.join(60)
+        assert not process.is_alive(), "a rank hangs"
+    paths = [folder / f"rank{r}.pt" for r in range(world)]
+    return [torch.load(path, weights_only=False) if path.exists() or not may_die else None for path in paths]
 
 
 def _rank(rank: int, world: int, port: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:

@@ -4,13 +4,18 @@ each option of the command line has its help."""
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
+import types
+import typing
+from collections.abc import Mapping, Sequence
 
 import pytest
 import typer.main
+from pydantic import TypeAdapter, ValidationError
 
 import embedsmith
-from embedsmith.core.settings import descriptions
+from embedsmith.core.settings import _limits, descriptions, is_plain
 
 FOREIGN = (".__main__", ".models.late", ".models.sentence")  # run as a program, or read by other libraries
 
@@ -49,3 +54,39 @@ def test_every_option_is_described():
         assert command.help, f"{name} has no help"
         silent = [one.name for one in command.params if one.name != "help" and not getattr(one, "help", None)]
         assert not silent, f"{name} says nothing of {', '.join(silent)}"
+
+
+def holding(hint, number):
+    """Values of a hint, each with `number` where a number with a fraction may stand."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is float:
+        return [number]
+    if origin is typing.Annotated:
+        return holding(parts[0], number)
+    if origin in (typing.Union, types.UnionType):
+        return [value for part in parts for value in holding(part, number)]
+    if origin in (dict, Mapping):
+        return [{"a": value} for value in holding(parts[1], number)]
+    if origin is tuple and Ellipsis not in parts:
+        plain = [(holding(part, 0.5) or [1])[0] for part in parts]
+        return [
+            tuple([*plain[:place], value, *plain[place + 1 :]])
+            for place, part in enumerate(parts)
+            for value in holding(part, number)
+        ]
+    return [[value] for value in holding(parts[0], number)] if origin in (list, tuple, Sequence) else []
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_no_setting_is_nan_or_infinite(name):
+    """Neither from a recipe nor from Python."""
+    cls = SETTINGS[name]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in (f for f in dataclasses.fields(cls) if f.init):
+        for value in (v for number in (math.nan, math.inf, -math.inf) for v in holding(hints[field.name], number)):
+            with pytest.raises(ValidationError) as found:
+                TypeAdapter(cls).validate_python({field.name: value})
+            assert field.name in [error["loc"][0] for error in found.value.errors()], (field.name, value)
+            if is_plain(hints[field.name]):  # else its class checks it
+                with pytest.raises(ValidationError):
+                    _limits(cls)[field.name].validate_python(value)

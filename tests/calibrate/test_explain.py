@@ -7,11 +7,8 @@ import math
 import pytest
 import torch
 
-from embedsmith.calibrate.explain import explain, map_of, sign_counts, sign_mass
-from embedsmith.calibrate.explain_report import explain_recipe
-from embedsmith.calibrate.landscape import along_length, barriers, gradient_cosines
-from embedsmith.calibrate.probe import Probe
-from embedsmith.calibrate.task_batches import TaskBatches
+from embedsmith.calibrate.explain import Explanation, Facts, map_of, sign_counts, sign_mass
+from embedsmith.calibrate.probe import Probe, TaskBatches
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import Source
 from embedsmith.merge.merge_plan import make_plan
@@ -45,7 +42,7 @@ def vectors(folders):
 
 
 def test_a_row_says_what_a_loop_over_the_weights_says(folders, vectors):
-    facts = explain(make_plan(recipe(folders)))
+    facts = Facts.of(make_plan(recipe(folders)))
     (one, two), merged, base = vectors
     (row,) = facts.group_rows("model")
     assert row["norm/parent-0"] == pytest.approx(float(one.norm()), rel=1e-6)
@@ -61,7 +58,7 @@ def test_a_row_says_what_a_loop_over_the_weights_says(folders, vectors):
 
 
 def test_energy_of_blocks_sums_to_one(folders):
-    facts = explain(make_plan(recipe(folders)))
+    facts = Facts.of(make_plan(recipe(folders)))
     for granularity in ("block", "module", "tensor"):
         rows = facts.group_rows(granularity)
         assert sum(row["energy/parent-0"] for row in rows) == pytest.approx(1.0)
@@ -82,7 +79,7 @@ def test_the_map_keeps_distances_of_points_in_a_plane():
 
 
 def test_the_merge_lies_on_the_map_where_its_coefficients_put_it(folders):
-    places = explain(make_plan(recipe(folders))).positions()
+    places = Facts.of(make_plan(recipe(folders))).positions()
     assert places["this merge"] == pytest.approx(places["average"], abs=1e-3)
 
 
@@ -93,7 +90,7 @@ def batches(live):
 def test_losses_along_the_length_are_those_of_its_multiples(tmp_path):
     live = family(tmp_path, parents=2)
     merge_GM = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    rows = along_length(batches(live), merge_GM, (0.0, 0.7))
+    rows = batches(live).along_length(merge_GM, (0.0, 0.7))
     assert list(rows[1].values()) == pytest.approx([0.7, *batches(live).losses_at(0.7 * merge_GM)])
     assert rows[0] != rows[1]
 
@@ -101,16 +98,16 @@ def test_losses_along_the_length_are_those_of_its_multiples(tmp_path):
 def test_a_barrier_is_nothing_where_the_merge_is_the_parent(tmp_path):
     live = family(tmp_path, parents=2)
     at_parent = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    rows = barriers(batches(live), at_parent, points=3)
+    rows = batches(live).barriers(at_parent, points=3)
     assert [row["barrier"] for row in rows if row["parent"] == "parent-0"] == pytest.approx([0.0, 0.0], abs=1e-9)
 
 
 def test_gradients_of_one_task_twice_agree(tmp_path):
     live = family(tmp_path, parents=2)
     twice = TaskBatches.whole(live, (SOURCES[0], SOURCES[1]), [sts_records(6), sts_records(6)], 6, 0)
-    rows = gradient_cosines(twice, torch.zeros(1, 2, dtype=torch.float64))
+    rows = twice.gradient_cosines(torch.zeros(1, 2, dtype=torch.float64))
     assert rows[0][1] == pytest.approx(1.0, abs=1e-6)
-    other = gradient_cosines(batches(live), torch.zeros(1, 2, dtype=torch.float64))
+    other = batches(live).gradient_cosines(torch.zeros(1, 2, dtype=torch.float64))
     assert abs(other[0][1]) < 0.99
     assert all(p.grad is None for p in live.model.parameters())
 
@@ -118,7 +115,7 @@ def test_gradients_of_one_task_twice_agree(tmp_path):
 def test_a_report_is_three_files(folders, tmp_path):
     names = ("pairs", "graded")
     probe = Probe(sources=tuple(Source(path=str(folders / f"{name}.jsonl")) for name in names), negatives=2)
-    explanation = explain_recipe(recipe(folders), probe)
+    explanation = Explanation.of(recipe(folders), probe)
     page = explanation.save(tmp_path)
     found = json.loads((tmp_path / "explain.json").read_text())
     assert set(found["missing"]) == {"parent-0", "parent-1"}
@@ -131,4 +128,4 @@ def test_a_report_is_three_files(folders, tmp_path):
 
 def test_without_a_base_there_is_nothing_to_explain(folders):
     with pytest.raises(RecipeError, match="base"):
-        explain_recipe(recipe(folders, base=None))
+        Explanation.of(recipe(folders, base=None))

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from embedsmith.calibrate.live_model import open_live
-from embedsmith.calibrate.lm_cocktail import parent_losses, softmin
-from embedsmith.calibrate.probe import sample
-from embedsmith.calibrate.task_batches import TaskBatches
+from embedsmith.calibrate.live_model import LiveMerge
+from embedsmith.calibrate.probe import Probe, TaskBatches
+from embedsmith.calibrate.search import LMCocktail
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.shelf import merge_methods
+from embedsmith.data import Source
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.method import Job
 from embedsmith.models import load
@@ -59,7 +59,7 @@ def test_equal_parents_come_out_as_they_are(folders):
 
 def test_a_live_merge_is_the_parents_and_the_base(folders):
     one = job(folders)
-    live = open_live(one.parents, one.base)
+    live = LiveMerge.of(one.parents, one.base)
     texts = ["the cat sat", "a dog"]
     for place in range(2):
         live.place_parent(place)
@@ -78,13 +78,13 @@ def test_a_live_merge_is_the_parents_and_the_base(folders):
 
 def test_cocktail_weights_are_the_softmax_of_losses(tmp_path):
     live = family(tmp_path)
-    losses = parent_losses(live, TaskBatches.whole(live, SOURCES, [retrieval_records(), sts_records()], 6, 0))
-    weight_M = softmin(losses, 2.0)
+    losses = TaskBatches.whole(live, SOURCES, [retrieval_records(), sts_records()], 6, 0).parent_losses()
+    weight_M = LMCocktail.weights(losses, 2.0)
     values = torch.tensor(losses).double().div(-2).exp()
     torch.testing.assert_close(weight_M, values / values.sum())
     assert float(weight_M.sum()) == pytest.approx(1.0, abs=1e-15)
     assert weight_M.argmax() == torch.tensor(losses).argmin()
-    assert softmin([1.0, 2.0], 1.0)[0] > softmin([1.0, 2.0], 5.0)[0]
+    assert LMCocktail.weights([1.0, 2.0], 1.0)[0] > LMCocktail.weights([1.0, 2.0], 5.0)[0]
 
 
 def test_a_parent_with_nan_is_named_before_anything_is_measured(folders, tmp_path):
@@ -93,11 +93,15 @@ def test_a_parent_with_nan_is_named_before_anything_is_measured(folders, tmp_pat
         next(model.parameters())[0, 0] = float("nan")
     model.save(tmp_path / "bad")
     with pytest.raises(CheckpointError, match=r"sick: the weight .* holds NaN"):
-        open_live([open_folder(folders / "parent-0", "well"), open_folder(tmp_path / "bad", "sick")])
+        LiveMerge.of([open_folder(folders / "parent-0", "well"), open_folder(tmp_path / "bad", "sick")])
 
 
 def test_a_probe_is_a_fixed_sample(folders):
-    records = retrieval_records(20)
-    assert sample(records, 5, 0).records == sample(records, 5, 0).records
-    assert sample(records, 5, 0).records != sample(records, 5, 1).records
-    assert len(sample(records, 50, 0).records) == 20
+    def read(examples, seed):
+        source = Source(path=str(folders / "pairs.jsonl"))
+        return Probe(sources=(source,), examples=examples, seed=seed).read()[0].records
+
+    assert read(5, 0) == read(5, 0)
+    assert read(5, 0) != read(5, 1)
+    assert len(read(5, 0)) == 5
+    assert len(read(50, 0)) == 20

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from embedsmith.calibrate.probe import Probe
-from embedsmith.calibrate.regmean import InputGrams, RegMean, collecting, linear_modules, token_chunks
+from embedsmith.calibrate.regmean import InputGrams, RegMean, linear_modules, token_chunks
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.data import Source
 from tests.merge.family import family, retrieval_records, sts_records
@@ -108,7 +108,7 @@ def test_long_texts_do_not_drown_short_ones():
     mask_NT = torch.tensor([[True] * 4, [True, False, False, False]])
     padded = PaddedTokens(mask_NT.long(), mask_NT, mask_NT, torch.tensor([True, True]))
     grams = InputGrams()
-    with collecting(linear, grams, lambda: regmean().token_weights(padded)):
+    with grams.collecting(linear, lambda: regmean().token_weights(padded)):
         linear["l"](x)
     assert grams.of("l").tolist() == [[0.5, 0.0], [0.0, 0.5]]
 
@@ -117,9 +117,9 @@ def test_texts_are_read_until_the_matrices_settle(tmp_path):
     live = family(tmp_path)
     records = retrieval_records(300)
     total = sum(len(padded.id_NT) for padded in token_chunks(live, records))
-    live.cost.forward = 0
+    live.texts = 0
     regmean(tolerance=0.5).collect(live, records)
-    assert 128 <= live.cost.forward < total
+    assert 128 <= live.texts < total
 
 
 def test_a_merge_of_equal_parents_is_that_parent(tmp_path):

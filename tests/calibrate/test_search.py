@@ -2,6 +2,9 @@
 
 import csv
 import json
+import math
+import typing
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
@@ -10,12 +13,13 @@ from scipy.stats import spearmanr
 
 from embedsmith.calibrate.objective import Objective, Scorer, reduced_task
 from embedsmith.calibrate.probe import Probe
-from embedsmith.calibrate.search import Point, Search, Study, evolution, grid
+from embedsmith.calibrate.search import GreedySoup, Point, Search, Study, evolution, grid
 from embedsmith.calibrate.self_positioning import Descent
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.shelf import merge_methods
 from embedsmith.data import Source
 from embedsmith.evaluate import Results, RetrievalTask, STSTask, TaskResult
+from embedsmith.merge.recipe import Bounds, ParentSpec
 from tests.merge.family import family, job, merged, sentences
 
 
@@ -218,3 +222,45 @@ def test_wrong_settings_are_errors(dev):
         Objective(tasks=tuple(dev), weights={"nobody": 1.0}).scorer()
     with pytest.raises(RecipeError, match="lengths"):
         Search(goal=Objective(tasks=("x",)), lengths=())
+
+
+def test_greedy_soup_keeps_what_helps():
+    gains = [0.5, 0.9, 0.1, 0.8]
+
+    def evaluate(coef):
+        return 0.95 if coef[3] > 0 and not coef[0] and not coef[2] else 0.4
+
+    coef, history = GreedySoup(goal=Objective(tasks=("none",))).chosen(gains, evaluate)
+    assert coef.tolist() == [0, 0.5, 0, 0.5]
+    assert history == [0.9, 0.95, 0.4, 0.4]
+
+
+def holds_float(hint):
+    return hint is float or any(map(holds_float, typing.get_args(hint)))
+
+
+SETTINGS = [*(entry.thing for entry in merge_methods.entries(plugins=False)), ParentSpec, Bounds, Objective, Descent]
+FLOATS = [
+    (cls, name, hint)
+    for cls in SETTINGS
+    for name, hint in typing.get_type_hints(cls).items()
+    if holds_float(hint) and typing.get_origin(hint) is not typing.ClassVar
+]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("cls", "name", "hint"), FLOATS, ids=[f"{cls.__name__}.{name}" for cls, name, _ in FLOATS])
+def test_no_setting_is_nan_or_infinite(cls, name, hint, bad):
+    """Where the value is wrong, other settings need not be given: the ranges are checked first."""
+    value = {tuple: (bad,), dict: {"x": bad}}.get(typing.get_origin(hint), bad)
+    with pytest.raises(RecipeError, match=f"^(?s:.*){name} is "):
+        cls(**{**dict.fromkeys(required(cls), ("x",)), name: value})
+
+
+def required(cls):
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def test_the_weights_of_a_goal_sum_to_something(dev):
+    with pytest.raises(RecipeError, match="sum above 0"):
+        Objective(tasks=tuple(dev[:1]), weights={"find": 0.0}).scorer()

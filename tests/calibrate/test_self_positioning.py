@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from embedsmith.calibrate.probe import TaskBatches
 from embedsmith.calibrate.self_positioning import Descent, Position, Positioning
 from embedsmith.core.batch import Side
 from embedsmith.data import Source
@@ -15,7 +16,8 @@ SOURCES = (Source(path="pairs", task="retrieval"), Source(path="graded", task="s
 
 
 def batches(live, config):
-    return config.batches(live, SOURCES, [retrieval_records(), sts_records()])
+    sets = [retrieval_records(), sts_records()]
+    return TaskBatches.whole(live, SOURCES, sets, config.batch_size, config.seed).split(config.held_out)
 
 
 def descended(live, config):

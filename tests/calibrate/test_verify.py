@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from embedsmith.calibrate.live_model import open_live
+from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.verify import EncodedSample, merge_verified, verify
 from embedsmith.cli import app
 from embedsmith.core.errors import CheckpointError, RecipeError
@@ -22,7 +22,7 @@ from tests.merge.family import retrieval_records
 @pytest.fixture
 def live(folders):
     parents = [open_folder(folders / f"parent-{place}", f"p{place}") for place in range(2)]
-    return open_live(parents, open_folder(folders / "base", "base"))
+    return LiveMerge.of(parents, open_folder(folders / "base", "base"))
 
 
 def bounds(**changes):

@@ -96,7 +96,7 @@ def test_what_is_wrong_is_said_before_anything_runs(calls, tmp_path):
             parse(PipelineRecipe, wrong)
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "pipeline.json").write_text("half")
-    with pytest.raises(CheckpointError, match="journal of stages cannot be read"):
+    with pytest.raises(CheckpointError, match=r"not valid JSON(.|\n)*delete this journal of stages"):
         run(parse(PipelineRecipe, tree(tmp_path / "p")))
 
 

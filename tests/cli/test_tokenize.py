@@ -189,6 +189,50 @@ def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeyp
     assert calls == []
 
 
+def test_a_kill_while_shards_are_cleared_loses_nothing(tree, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    whole = tokenize(job(tree, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("embedsmith.core.outputs._remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(job(tree, tmp_path / "tokens"))
+    assert tokenize(job(tree, tmp_path / "tokens")).datasets == whole.datasets
+    left, right = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("tokens", "whole")
+    )
+    assert left == right
+
+
+def test_a_kill_before_the_manifest_names_the_dataset_is_continued(tree, tmp_path, monkeypatch):
+    save = Manifest.save
+
+    def killed(self, out):
+        if self.datasets:
+            raise KeyboardInterrupt
+        save(self, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(job(tree, tmp_path / "tokens"))
+    assert set(tokenize(job(tree, tmp_path / "tokens")).datasets) == {"pairs", "scored"}
+
+
+def test_files_of_others_are_not_replaced(tree, tmp_path):
+    theirs = tmp_path / "tokens" / "scored_query.parquet"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no token cache"):
+        tokenize(job(tree, tmp_path / "tokens"))
+    tokenize(job(tree | {"data": tree["data"][:1]}, tmp_path / "cache"))
+    theirs.rename(tmp_path / "cache" / theirs.name)
+    with pytest.raises(CheckpointError, match=r"scored_query.parquet: the file is there already"):
+        tokenize(job(tree, tmp_path / "cache"))
+    assert (tmp_path / "cache" / theirs.name).read_text() == "mine"
+
+
 def test_a_full_disk_keeps_finished_shards(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(tokencache, "SHARD_ROWS", 7)
     with tiny_disk(tmp_path) as disk:

@@ -184,7 +184,7 @@ def test_push_uploads_the_folder_private_unless_told(tmp_path, monkeypatch):
             return f"https://hub/{name}"
 
         def upload_folder(self, folder_path, repo_id, commit_message):
-            done.append((folder_path, repo_id))
+            done.append((sorted(path.name for path in Path(folder_path).iterdir()), repo_id))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     with pytest.raises(ModelError, match="no model to push"):
@@ -192,7 +192,8 @@ def test_push_uploads_the_folder_private_unless_told(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     assert "https://hub/me/model" in invoke("push", tmp_path, "me/model").output
     invoke("push", tmp_path, "me/model", "--public")
-    assert done == [("me/model", True), (str(tmp_path), "me/model"), ("me/model", False), (str(tmp_path), "me/model")]
+    files = (["config.json"], "me/model")
+    assert done == [("me/model", True), files, ("me/model", False), files]
 
 
 def test_a_hub_that_cannot_be_reached_is_told(tmp_path, monkeypatch):

@@ -1,14 +1,17 @@
 """Writes are whole or absent, whatever stops them."""
 
+import os
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.core.files import atomic_file, atomic_folder
+from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import Kind, atomic_folder
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -29,15 +32,16 @@ def test_an_error_leaves_the_old_content_and_no_rest(tmp_path):
 
 def test_a_folder_replaces_an_older_one_only_when_whole(tmp_path):
     target = tmp_path / "model"
-    with atomic_folder(target) as folder:
-        (folder / "a").write_text("1")
-    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
-        (folder / "b").write_text("2")
-        raise ZeroDivisionError
-    assert [p.name for p in target.iterdir()] == ["a"]
-    with atomic_folder(target) as folder:
-        (folder / "b").write_text("2")
-    assert [p.name for p in target.iterdir()] == ["b"]
+    kind = Kind("letter", ("mark", "a", "b"), ("mark", ""))
+    for name in ("a", "b"):
+        with pytest.raises(ZeroDivisionError), atomic_folder(target, kind) as folder:
+            (folder / "b").write_text("2")
+            raise ZeroDivisionError
+        assert sorted(p.name for p in target.glob("*")) == ([] if name == "a" else ["a", "mark"])
+        with atomic_folder(target, kind) as folder:
+            (folder / "mark").write_text("")
+            (folder / name).write_text("1")
+    assert sorted(p.name for p in target.iterdir()) == ["b", "mark"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -78,9 +82,10 @@ def save_with_torch(folder):
 )
 def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path, write):
     with tiny_disk(tmp_path) as disk:
-        with atomic_folder(disk / "model") as folder:
+        kind = Kind("letter", ("a",), ("a", "old"))
+        with atomic_folder(disk / "model", kind) as folder:
             (folder / "a").write_text("old")
-        with pytest.raises(CheckpointError, match="no space left"), atomic_folder(disk / "model") as folder:
+        with pytest.raises(CheckpointError, match="no space left"), atomic_folder(disk / "model", kind) as folder:
             write(folder)
         assert (disk / "model" / "a").read_text() == "old"
         assert [p.name for p in disk.iterdir()] == ["model"]
@@ -90,3 +95,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write here"), atomic_file(tmp_path / "file" / "below"):
         pass
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename finds the content, not only the name."""
+    done = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (done.append(os.readlink(f"/proc/self/fd/{descriptor}")), sync(descriptor))
+    )
+    for name in ("rename", "replace"):
+        move = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda self, to, move=move: (done.append(f"{self} -> {to}"), move(self, to))[1])
+    with atomic_file(tmp_path / "a.txt") as file:
+        file.write("hello")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "b").write_text("b")
+    moves = [place for place, line in enumerate(done) if " -> " in line]
+    file_move, folder_move = moves[0], moves[-1]
+    assert done[file_move - 1] == done[file_move].split(" -> ")[0]
+    assert done[file_move + 1] == str(tmp_path)
+    made = done[folder_move].split(" -> ")[0]
+    assert {made, f"{made}/deep", f"{made}/deep/b"} <= set(done[file_move:folder_move])
+    assert str(tmp_path) in done[folder_move:]

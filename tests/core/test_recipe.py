@@ -90,7 +90,7 @@ def test_mistakes_are_named(tree, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [", "not valid YAML"), ("name: a\nname: b", "appears twice"), ("- 1", "not list")],
+    [("a: [", "not valid YAML"), ("name: a\nname: b", "appears twice"), ("- 1", "not a list")],
 )
 def test_broken_files_are_named(tmp_path, text, words):
     path = tmp_path / "broken.yaml"

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 
 from embedsmith.core.errors import EvaluationError, ModelError
 from embedsmith.evaluate import HybridEncoder, Results, TaskResult, evaluate
-from embedsmith.evaluate.compare import Comparison, confidence, difference, resampled, spearman_rows
+from embedsmith.evaluate.compare import Comparison, Difference, Interval, resampled, spearman_rows
 from embedsmith.search.cached import CachedEncoder
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import HashEncoder
@@ -48,7 +48,7 @@ def test_resampled_correlations_and_precisions_equal_the_libraries():
 
 def test_the_bootstrap_interval_of_a_mean_is_the_textbook_one():
     values = np.random.default_rng(1).normal(0.5, 0.1, 400)
-    interval = confidence(queries(values))
+    interval = Interval.of(queries(values))
     error = values.std() / math.sqrt(400)
     assert interval.low == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
     assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
@@ -57,29 +57,29 @@ def test_the_bootstrap_interval_of_a_mean_is_the_textbook_one():
 def test_pairing_finds_a_small_difference_in_noise_and_none_where_there_is_none():
     chance = np.random.default_rng(2)
     base, noise = chance.uniform(0, 1, 300), chance.normal(0, 0.02, 300)
-    better = difference(queries(base + 0.01 + noise), queries(base))
+    better = Difference.of(queries(base + 0.01 + noise), queries(base))
     assert better.clear
     assert better.p_value < 0.01
-    assert confidence(queries(base)).high - confidence(queries(base)).low > 5 * (
+    assert Interval.of(queries(base)).high - Interval.of(queries(base)).low > 5 * (
         better.interval.high - better.interval.low
     )
-    same = difference(queries(base), queries(base))
+    same = Difference.of(queries(base), queries(base))
     assert (same.interval.low, same.interval.high, same.p_value, same.clear) == (0.0, 0.0, 1.0, False)
 
 
 def test_results_of_other_items_or_tasks_are_not_paired():
     with pytest.raises(EvaluationError, match="different items"):
-        difference(queries([1.0, 0.0]), queries([1.0, 0.0], ["a", "b"]))
+        Difference.of(queries([1.0, 0.0]), queries([1.0, 0.0], ["a", "b"]))
     other = TaskResult("u", "retrieval", "ndcg_at_10", {"ndcg_at_10": 1.0})
     with pytest.raises(EvaluationError, match="not the same task"):
-        difference(queries([1.0]), other)
+        Difference.of(queries([1.0]), other)
     with pytest.raises(EvaluationError, match="other tasks"):
         Comparison.of([("a", Results((queries([1.0]),))), ("b", Results((other,)))])
 
 
 def test_results_without_items_are_compared_without_confidence():
     bare = lambda score: TaskResult("t", "retrieval", "ndcg_at_10", {"ndcg_at_10": score})
-    gap = difference(bare(0.5), bare(0.4))
+    gap = Difference.of(bare(0.5), bare(0.4))
     assert gap.interval.value == pytest.approx(0.1)
     assert math.isnan(gap.interval.low)
     assert not gap.clear

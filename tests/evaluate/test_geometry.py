@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import geometry as g
-from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table, training_geometry
+from embedsmith.evaluate.model_geometry import Geometry, Sample, geometry_table
 from embedsmith.models import load
 from tests.evaluate.examples import small_tasks
 from tests.evaluate.fakes import ConstantEncoder, HashEncoder
@@ -202,9 +202,9 @@ def test_all_measures_of_a_model_with_and_without_token_states(tmp_path):
     json.dumps(found.as_dict(), allow_nan=False)
     plain = Geometry.of(HashEncoder(), sample)
     assert not any(name.startswith("token/") for name in plain.numbers)
-    together = agreement(model, HashEncoder(), sample)
+    together = sample.agreement(model, HashEncoder())
     assert geometry_table([found, plain], ["a", "b"], together).row_count > len(found.numbers)
-    assert "token/similarity" in training_geometry(model, sample)
+    assert "token/similarity" in sample.logged(model)
 
 
 def test_a_constant_model_can_be_looked_at():

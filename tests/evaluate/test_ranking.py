@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Judgements, Ranking, ranking_scores
+from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Ranking
 from tests.evaluate.oracle import trec_scores
 
 Run = dict[str, dict[str, float]]
@@ -40,8 +40,7 @@ def ours(qrels: Grades, run: Run, cuts: tuple[int, ...] = CUTS) -> dict[str, Flo
     rows = [
         (np.array([s for s, _ in row], np.float32), np.array([number for _, number in row], np.int64)) for row in ranked
     ]
-    judged = Judgements.of(qrels, list(run), place)
-    return ranking_scores(Graded(Ranking.of(rows), judged), cuts)
+    return Graded.of(Ranking.of(rows), qrels, list(run), place).scores(cuts)
 
 
 def naive(grades: dict[str, int], ranked: list[str], k: int) -> dict[str, float]:

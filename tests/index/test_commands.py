@@ -67,6 +67,13 @@ def test_filters_weights_ranks_and_files(model, documents, tmp_path):
         (["--weight", "dense=much"], "not a number"),
         (["--weight", "dense"], "key=value"),
         (["--weight", "dense=0"], "above 0"),
+        (["--weight", "dense=nan"], "not a number"),
+        (["--weight", "dense=.nan"], "the weights are"),
+        (["--weight", "dense=1", "--weight", "sparse=.inf"], "the weights are"),
+        (["--weight", "dense=-.inf"], "the weights are"),
+        (["--rrf", "--weight", "dense=.nan"], "the weights are"),
+        (["--filter", "year={gte: .nan}"], "the filter on 'year'"),
+        (["--filter", "year={lt: .inf}"], "the filter on 'year'"),
         (["--weight", "multivector=1"], "no head 'multivector'"),
         (["--url", "http://127.0.0.1:9"], "either a folder or"),
     ):
@@ -90,6 +97,17 @@ def test_the_model_is_found_from_another_folder(model, documents, tmp_path, monk
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "mat" in typed("search", "mat", "-i", "../index")
+
+
+def test_files_without_a_text_are_named(model, documents, tmp_path):
+    empty, place = tmp_path / "empty.jsonl", str(tmp_path / "index")
+    empty.write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        typed("index", model, str(empty), "--to", place)
+    assert not (tmp_path / "index").exists()
+    typed("index", model, documents, "--to", place)
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        typed("search", "-i", place, "--file", str(empty))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import torch
 from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.data import Record, RecordSet
 from embedsmith.merge.folders import open_folder
-from embedsmith.merge.gram import groups
-from embedsmith.merge.method import Combine, Job
+from embedsmith.merge.method import Combine, Job, groups
 from embedsmith.models import load
 from tests.merge.memory import float_names
 from tests.tinybert import WORDS, tiny_bert

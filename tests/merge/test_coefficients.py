@@ -11,7 +11,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge import MergeRecipe
 from embedsmith.merge.methods import formulas as formula
-from embedsmith.merge.methods.coefficient import Slerp
+from embedsmith.merge.methods.coefficient import Average, ModelStock, Slerp
 
 M, SIZE = 3, 50
 
@@ -211,24 +211,26 @@ def test_karcher_is_where_the_logarithms_cancel_and_knows_no_order():
 def test_karcher_is_not_the_normalised_mean():
     """Orthogonal vectors with weights .7/.2/.1: 4.7 degrees apart (mergekit's multislerp is the second)."""
     v, a = torch.eye(3, dtype=torch.float64), weights(0.7, 0.2, 0.1)
-    assert angle(formula.karcher(v, a), formula.normalised_mean(v, a)) == pytest.approx(4.7, abs=0.1)
-    torch.testing.assert_close(formula.normalised_mean(v, a), a / a.norm())
+    found = merge_methods.build("normalised_mean").coefficients(v, a)
+    assert angle(formula.karcher(v, a), found) == pytest.approx(4.7, abs=0.1)
+    torch.testing.assert_close(found, a / a.norm())
 
 
 def test_norm_restoring_average_has_the_mean_norm():
     v, a = vectors(), weights(0.5, 0.3, 0.2)
-    merged = formula.norm_restoring(v @ v.T, a) @ v
+    merged = Average(restore_norm=True).coefficients(v @ v.T, a) @ v
     assert float(merged.norm()) == pytest.approx(float(a @ v.norm(dim=1)), rel=1e-12)
     assert angle(merged, a @ v) < 1e-5
 
 
 def test_model_stock():
     v = torch.eye(3, dtype=torch.float64) * 1e-4
-    assert formula.model_stock(v @ v.T).tolist() == [0, 0, 0]
+    stock = ModelStock()
+    assert stock.coefficients(v @ v.T, ones()).tolist() == [0, 0, 0]
     same = near(count=1).expand(3, -1) * 1e-5
-    torch.testing.assert_close(formula.model_stock(same @ same.T), ones() / 3)
+    torch.testing.assert_close(stock.coefficients(same @ same.T, ones()), ones() / 3)
     pair = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64) * 1e-6
-    assert formula.model_stock(pair @ pair.T).tolist() == pytest.approx([0.6 / 1.6] * 2)
+    assert stock.coefficients(pair @ pair.T, ones(2)).tolist() == pytest.approx([0.6 / 1.6] * 2)
 
 
 def test_task_vectors_of_zero_give_the_mean():
@@ -254,17 +256,6 @@ def test_scaled_slerp_and_task_arithmetic():
     torch.testing.assert_close(whole, formula.sequential_slerp(gram, ones()))
     method = merge_methods.build({"type": "task_arithmetic", "scale": 0.3})
     assert method.coefficients(gram, weights(1, -1, 2)).tolist() == pytest.approx([0.3, -0.3, 0.6])
-
-
-def test_greedy_soup_keeps_what_helps():
-    gains = [0.5, 0.9, 0.1, 0.8]
-
-    def evaluate(coef):
-        return 0.95 if coef[3] > 0 and not coef[0] and not coef[2] else 0.4
-
-    coef, history = formula.greedy_soup(gains, evaluate)
-    assert coef.tolist() == [0, 0.5, 0, 0.5]
-    assert history == [0.9, 0.95, 0.4, 0.4]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge.methods.thresholds import kept_count, nth_largest
+from embedsmith.merge import stream
+from embedsmith.merge.methods.element import kept_count
 from embedsmith.merge.stream import DRAW_UNIT as UNIT
-from embedsmith.merge.stream import ExactSum, RowSums, uniform
+from embedsmith.merge.stream import RowSums, drawn, nth_largest
 from tests.merge.memory import deltas, flat, job_of, random_family, run
 
 BASE, MOVED = random_family()
@@ -226,18 +227,16 @@ def test_the_order_of_the_tensors_changes_nothing(method):
 
 
 def test_drawn_numbers_belong_to_their_element():
-    whole = uniform(1, "x", 0, 3 * UNIT)
-    assert torch.equal(uniform(1, "x", UNIT - 5, UNIT + 7), whole[UNIT - 5 : UNIT + 7])
-    assert not torch.equal(uniform(2, "x", 0, 10), whole[:10])
-    assert not torch.equal(uniform(1, "y", 0, 10), whole[:10])
+    whole = drawn(1, "x", 0, 3 * UNIT)
+    assert torch.equal(drawn(1, "x", UNIT - 5, UNIT + 7), whole[UNIT - 5 : UNIT + 7])
+    assert not torch.equal(drawn(2, "x", 0, 10), whole[:10])
+    assert not torch.equal(drawn(1, "y", 0, 10), whole[:10])
     assert 0.49 < float(whole.mean()) < 0.51
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-30])
 def test_streamed_selection_is_exact(scale, monkeypatch):
-    import embedsmith.merge.methods.thresholds as thresholds
-
-    monkeypatch.setattr(thresholds, "_IN_MEMORY", 0)
+    monkeypatch.setattr(stream, "_IN_MEMORY", 0)
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).abs() * scale
     values[0, 100:600] = values[0, 99]  # many equal values
     values[1, :1000] = 0
@@ -255,12 +254,12 @@ def test_running_sums_are_exact_in_any_order():
     totals = set()
     for _ in range(3):
         draw.shuffle(values)
-        total = ExactSum()
+        sums = RowSums()
         for value in values:
-            total.add(value)
-        totals.add(total.value)
+            sums.add("x", torch.tensor([[value]], dtype=torch.float64), unit=1)
+        totals |= set(sums["x"])
     assert totals == {math.fsum(values)}
-    assert ExactSum().value == 0
+    assert RowSums()["x"] == []
 
 
 def test_row_sums_do_not_know_the_blocks():

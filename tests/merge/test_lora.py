@@ -9,8 +9,7 @@ import torch
 import embedsmith
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.merge.folders import open_folder
-from embedsmith.merge.lora_parent import with_adapter
-from embedsmith.merge.parents import size_of
+from embedsmith.merge.lora_parent import AdapterFolder
 from tests.merge.models import child, rewrite, tiny_base, weights
 
 peft = pytest.importorskip("peft")
@@ -53,13 +52,13 @@ KINDS = {
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_an_adapter_is_what_peft_merges(base, tmp_path, settings):
     folder, wanted = adapter(base, tmp_path / "adapter", **settings)
-    parent = with_adapter(open_folder(base, "base"), folder, "adapter")
+    parent = AdapterFolder.read(folder).on(open_folder(base, "base"), "adapter")
     moved = 0
     for name, weights_of in parent.tensors.items():
         whole = parent.tensor(name)
         torch.testing.assert_close(whole, wanted[name], rtol=1e-5, atol=1e-6)
         moved += not torch.equal(whole, open_folder(base, "b").tensor(name))
-        third = size_of(weights_of) // 3 + 1
+        third = whole.numel() // 3 + 1
         pieces = [weights_of.read(a, min(a + third, whole.numel())) for a in range(0, whole.numel(), third)]
         assert torch.equal(torch.cat(pieces), whole.flatten()), "pieces do not depend on where they are cut"
     assert moved > 1
@@ -148,10 +147,10 @@ def test_an_adapter_of_another_model(base, tmp_path):
     state = load_file(file)
     save_file({name.replace("layer.0", "layer.9"): t for name, t in state.items()}, file)
     with pytest.raises(ModelError, match="which the base does not have"):
-        with_adapter(open_folder(base, "base"), folder, "x")
+        AdapterFolder.read(folder).on(open_folder(base, "base"), "x")
     save_file({name: t[:, :-1].contiguous() if "lora_A" in name else t for name, t in state.items()}, file)
     with pytest.raises(ModelError, match=r"is for a weight \(16, 15\), the base has \(16, 16\)"):
-        with_adapter(open_folder(base, "base"), folder, "x")
+        AdapterFolder.read(folder).on(open_folder(base, "base"), "x")
 
 
 def test_a_damaged_adapter_weight_is_found(base, tmp_path):
@@ -184,7 +183,7 @@ def test_adapters_are_merged_in_their_factors(base, tmp_path, settings):
     assert min(small.report["adapter"]["energy"].values()) == pytest.approx(1.0)
     assert small.report["adapter"]["left_out"] == 0
     assert not (small.path / "model.safetensors").exists()
-    again = with_adapter(open_folder(base, "base"), small.path, "small")
+    again = AdapterFolder.read(small.path).on(open_folder(base, "base"), "small")
     for name, tensor in weights(whole.path).items():
         torch.testing.assert_close(again.tensor(f"backbone.{name}"), tensor, rtol=1e-5, atol=1e-6)
     one, two = (embedsmith.load(str(path)).encode(["the cat", "a dog"]) for path in (whole.path, small.path))

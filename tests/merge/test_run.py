@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import folders, gram, run, stream
+from embedsmith.merge import folders, method, run, stream
 from embedsmith.merge.folders import Architecture
 from embedsmith.models import load
 from embedsmith.models.backbone import skeleton
@@ -182,10 +182,10 @@ def test_a_killed_merge_starts_anew(models, tmp_path, settings):
     """What an earlier run left, of this merge or another, is removed and has no say."""
     killed_after(18, models, tmp_path / "out", method="average")
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.merging").exists()
+    assert list(tmp_path.glob(".out.*.tmp"))
     again = merged(models, tmp_path / "out", **settings)
     straight = merged(models, tmp_path / "straight", **settings)
-    assert not (tmp_path / ".out.merging").exists()
+    assert not list(tmp_path.glob(".out*"))
     for name, tensor in weights(straight.path).items():
         assert torch.equal(weights(again.path)[name], tensor), name
     for file in ("sparse_linear.pt", "colbert_linear.pt"):
@@ -239,12 +239,27 @@ def test_a_disk_that_fills_up_meanwhile(models, tmp_path, monkeypatch):
 
 
 def test_a_finished_merge_is_not_replaced_unasked(models, tmp_path):
-    merged(models, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="not empty"):
-        merged(models, tmp_path / "out")
+    before = merged(models, tmp_path / "out")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = merged(models, tmp_path / "out")
+    assert again == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
+    with pytest.raises(CheckpointError, match="another recipe"):
+        merged(models, tmp_path / "out", method="dare")
     _, parents = models
     embedsmith.merge(parents=[str(parents[0])], method="average", output=str(tmp_path / "out"), overwrite=True)
     assert torch.equal(next(iter(weights(tmp_path / "out").values())), next(iter(weights(parents[0]).values())))
+
+
+def test_a_merge_of_weights_that_changed_is_no_finished_merge(models, tmp_path):
+    base, parents = models
+    copy = Path(shutil.copytree(parents[0], tmp_path / "copy"))
+    merged((base, [copy]), tmp_path / "out", method="average")
+    shutil.copyfile(parents[1] / "model.safetensors", copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)other weights.*--overwrite"):
+        merged((base, [copy]), tmp_path / "out", method="average")
+    made = merged((base, [copy]), tmp_path / "out", method="average", overwrite=True)
+    assert torch.equal(next(iter(weights(made.path).values())), next(iter(weights(parents[1]).values())))
 
 
 def test_an_output_that_is_a_file(models, tmp_path):
@@ -269,8 +284,8 @@ def test_a_check_can_refuse_the_result(models, tmp_path):
 
 def test_statistics_are_measured_once(models, tmp_path, monkeypatch):
     passes = []
-    measure = gram._measure
-    monkeypatch.setattr(gram, "_measure", lambda *a: (passes.append(1), measure(*a))[1])
+    measure = method.Gram.by_a_pass
+    monkeypatch.setattr(method.Gram, "by_a_pass", lambda *a: (passes.append(1), measure(*a))[1])
     cache = tmp_path / "cache"
     one = merged(models, tmp_path / "a", cache=str(cache), method="karcher")
     merged(models, tmp_path / "b", cache=str(cache), method="model_stock")
@@ -344,15 +359,15 @@ def test_sixteen_bits_and_what_they_cost(models, tmp_path):
 
 
 def test_stochastic_rounding_is_right_on_average_and_repeatable():
-    from embedsmith.merge.writer import rounded
+    from embedsmith.merge.package import Rounding
 
     values = torch.full((20000,), 1 + 1 / 512, dtype=torch.float64)  # a quarter of the way between two bfloat16
     block = stream.Block("x", (20000,), 0, 20000, None, ())
-    found = rounded(values, torch.bfloat16, block, 1)
+    found = Rounding(1)(values, torch.bfloat16, block)
     assert float(found.double().mean()) == pytest.approx(1 + 1 / 512, abs=1e-4)
     half = stream.Block("x", (20000,), 10000, 20000, None, ())
-    assert torch.equal(rounded(values[10000:], torch.bfloat16, half, 1), found[10000:])
-    assert set(rounded(values, torch.bfloat16, block, None).tolist()) == {1.0}
+    assert torch.equal(Rounding(1)(values[10000:], torch.bfloat16, half), found[10000:])
+    assert set(Rounding()(values, torch.bfloat16, block).tolist()) == {1.0}
 
 
 def test_float16_that_overflows_is_an_error(models, tmp_path):

@@ -85,6 +85,28 @@ def test_a_merge_that_changes_vectors_is_refused(base, monkeypatch):
         merged(model.backbone)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_weights_of_16_bits_are_rounded_once(base, kind):
+    """Each merged weight is the one of the same adapter in the same weights at full precision, rounded."""
+    model = embed(base, pooling="mean", dtype="bfloat16", lora={"r": 4, "kind": kind})
+    disturb(model)
+    exact = adapters._merge_layers(copy.deepcopy(model.backbone).float())
+    for name, weight in adapters._merge_layers(copy.deepcopy(model.backbone)).named_parameters():
+        assert weight.dtype == torch.bfloat16, name
+        assert torch.equal(weight, exact.get_parameter(name).bfloat16()), name
+
+
+def test_an_adapter_that_cannot_be_merged_stays_beside_its_base_and_gives_the_same_vectors(base, tmp_path, monkeypatch):
+    model = embed(base, pooling="mean", dtype="bfloat16", lora={"r": 4})
+    disturb(model)
+    model.save(tmp_path / "apart", merge=False)
+    monkeypatch.setattr(adapters, "SAME", 1.1)
+    again = embed(tmp_path / "apart", dtype="bfloat16")
+    np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
+    again.save(tmp_path / "again", merge=False)
+    np.testing.assert_array_equal(embed(tmp_path / "again", dtype="bfloat16").encode(TEXTS), model.encode(TEXTS))
+
+
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(base, other)

@@ -113,8 +113,14 @@ def test_a_pooling_is_trained_saved_and_read_again(tmp_path, package, pooling):
     model = load(str(folder), device="cpu")
     assert model.settings.pooling == pooling
     vectors = model.encode(tiny.TEXTS)
-    theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").encode(tiny.TEXTS)
-    np.testing.assert_allclose(vectors, theirs, atol=1e-6)
+    peer = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(vectors, peer.encode(tiny.TEXTS), atol=1e-6)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("years of work")
+    peer.save(str(tmp_path / "theirs"))  # adds to the folder, and takes nothing away
+    assert (tmp_path / "theirs" / "thesis.tex").exists()
+    again = SentenceTransformer(str(tmp_path / "theirs"), trust_remote_code=True, device="cpu")
+    np.testing.assert_array_equal(again.encode(tiny.TEXTS), peer.encode(tiny.TEXTS))
     padded = model.tokenize(tiny.TEXTS).pad(model.pad_id)
     with torch.no_grad():
         states_NTH = model.states(padded).last_hidden_state

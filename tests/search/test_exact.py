@@ -173,3 +173,16 @@ def test_any_number_of_threads_and_any_precision(threads, dtype):
     best = (query_ND @ document_ND.T).topk(10)
     assert index_Qk.tolist() == best.indices.tolist()
     np.testing.assert_allclose(score_Qk, best.values.numpy(), rtol=1e-5)
+
+
+def test_a_piece_that_is_no_matrix_is_refused() -> None:
+    best = TopK(np.ones((2, 3), np.float32), 1)
+    for add in (best.add, best.add_in_blocks):
+        with pytest.raises(SearchError, match=r"the documents have the shape \(3,\)"):
+            add(np.ones(3, np.float32))
+
+
+@pytest.mark.filterwarnings("error")
+def test_vectors_that_are_not_finite_give_the_error_alone() -> None:
+    with pytest.raises(SearchError, match="not a number"):
+        exact_top_k(np.full((1, 2), np.inf, np.float32), np.array([[1.0, -1.0]], np.float32), 1)

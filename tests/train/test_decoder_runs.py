@@ -17,7 +17,7 @@ from torch import nn
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.tokens import packed_rows
-from embedsmith.models import load
+from embedsmith.models import load, lora
 from embedsmith.train import Recipe, TrainConfig, loop, train
 from embedsmith.train.engine import Fsdp2, check_shard
 from tests.models import lm
@@ -200,3 +200,21 @@ def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model, e
     on_ranks(2, sharded, tmp_path, two)
     for name, tensor in load_file(tmp_path / "two/model/model.safetensors").items():
         torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-5)
+
+
+def test_an_adapter_that_16_bits_cannot_hold_is_no_lost_run(tree, decoder, tmp_path, monkeypatch, caplog):
+    """What will be written is said at the start; at the end the adapter lies beside its base, and loads."""
+    monkeypatch.setattr(lora, "SAME", 1.1)
+    tree = tree | {
+        "model": {"path": str(decoder), "max_length": 48, "dtype": "bfloat16", "lora": {"r": 4}, "pooling": "last"}
+    }
+    tree["train"] = tree["train"] | {"steps": 2, "log_with": []}
+    with caplog.at_level("INFO"):
+        folder = train(parse(Recipe, tree))
+    assert "the adapter alone, to be loaded with its base" in caplog.text
+    assert f"{folder} holds the adapter alone, beside its base {decoder}" in caplog.text
+    assert (folder / "adapter_config.json").is_file()
+    assert (tmp_path / "run" / "finished.json").is_file()
+    left = load(str(folder), dtype="bfloat16").encode(["a text"])
+    step = tmp_path / "run" / "checkpoints" / "step-2" / "model"
+    assert (left == load(str(step), dtype="bfloat16").encode(["a text"])).all()

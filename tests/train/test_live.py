@@ -5,6 +5,7 @@ import os
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from embedsmith.train import Recipe, train
 from embedsmith.train import loop as loop_module
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.checkpoint import Checkpoints
+from embedsmith.train.feed import Feed
 from embedsmith.train.live_negatives import LiveMining
 from embedsmith.train.loop import build
 from tests.ranks import on_ranks
@@ -232,3 +234,16 @@ def test_layouts_of_the_balance_choose_the_same_negatives(live, files, tmp_path)
     assert sum(expected) > 4
     for name in ("own", "spread", "split", "five", "three"):
         assert lines(tmp_path / name, "negatives_replaced/pools") == expected, name
+
+
+def test_what_was_drawn_ahead_is_drawn_again_once_pools_are_mined_anew():
+    live = SimpleNamespace(generation=0)
+    lane = SimpleNamespace(
+        supplies=[SimpleNamespace(live=live)], draw=lambda model, step, seed: ((step, live.generation), None)
+    )
+    draws = Feed(None, [lane], steps_per_epoch=9, seed=0).run_ahead(0, 7)
+    seen = []
+    for step, (drawn, _) in enumerate(draws):
+        seen.append(drawn)
+        live.generation += step in (1, 2, 4)
+    assert seen == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)]

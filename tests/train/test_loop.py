@@ -142,11 +142,34 @@ def test_a_second_ctrl_c_stops_at_once(tree, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_finished_run_is_not_overwritten_unless_told(tree):
-    run(tree)
-    with pytest.raises(CheckpointError, match=r"(?s)finished.*--overwrite"):
+def test_a_finished_run_is_left_as_it_is_unless_told(tree, tmp_path, caplog):
+    model = run(tree)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with caplog.at_level("INFO", "embedsmith"):
+        assert run(tree) == model
+    assert "finished before" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(CheckpointError, match=r"train.seed: 0 -> 1"):
+        run(tree, train=tree["train"] | {"seed": 1})
+    (model / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"(?s)its model is gone.*--overwrite"):
         run(tree)
     train(parse(Recipe, tree), overwrite=True)
+
+
+def test_a_kill_while_a_checkpoint_is_pruned_leaves_no_half_of_it(tree, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embedsmith.core.outputs._remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tree, train=tree["train"] | {"keep_checkpoints": 1})
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.glob("step-*")] == ["step-4"]
+    assert len(list(folder.glob(".step-2.*.tmp"))) == 1
+    run(tree, train=tree["train"] | {"keep_checkpoints": 1})
+    assert [path.name for path in folder.iterdir()] == ["step-12"]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(tree, monkeypatch):
@@ -359,3 +382,28 @@ def test_several_processes_equal_one(plain, tmp_path, world):
     one, several = weights(tmp_path / "one"), weights(tmp_path / "several")
     for name, tensor in one.items():
         torch.testing.assert_close(several[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_a_run_with_evaluations_ends_with_the_weights_of_one_without(tree, files, tmp_path):
+    """With dropout: whatever measures leaves the model in train mode and draws nothing."""
+    scored = str(files / "scored.jsonl")
+    held = {"path": scored, "task": "sts", "name": "held", "batch_size": 8, "score_range": [0, 1]}
+    short = tree["train"] | {"steps": 6, "log_with": []}
+    run(tree, train=short, output=str(tmp_path / "without"))
+    run(tree, train=short, evaluate={"tasks": [scored], "every": 2, "geometry": 10, "dims": [4], "validation": [held]})
+    assert_equal_weights(weights(tmp_path / "run"), weights(tmp_path / "without"))
+    run(tree, train=short, evaluate={"every": 2, "validation": [held]}, output=str(tmp_path / "losses"))
+    assert_equal_weights(weights(tmp_path / "losses"), weights(tmp_path / "without"))
+
+
+def test_the_negatives_of_a_query_change_from_epoch_to_epoch(tree):
+    recipe = parse(Recipe, tree | {"data": tree["data"][:1]})
+    feed = loop.build(recipe, loop.make_accelerator(recipe)).feed
+    drawn = {}
+    for step in range(3 * feed.steps_per_epoch):
+        ids = feed.draw(step)[1][0].ids
+        for query, negative in zip(ids.query_id_Q.tolist(), ids.negative_id_QM[:, 0].tolist()):
+            drawn.setdefault(query, []).append(negative)
+    assert {len(negatives) for negatives in drawn.values()} == {3}
+    changed = sum(len(set(negatives)) > 1 for negatives in drawn.values())
+    assert 20 < changed < 40, "one of two negatives each, three times: three of four queries see both"

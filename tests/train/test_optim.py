@@ -8,7 +8,7 @@ from torch import nn
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.train.config import TrainConfig
-from embedsmith.train.engine import adamw, learning_rate, set_learning_rate
+from embedsmith.train.engine import WholeCopies, adamw, learning_rate, set_learning_rate
 
 NOTHING = nn.ModuleDict()
 
@@ -86,3 +86,18 @@ def test_adamw_matches_its_formula():
     parameter.grad = torch.tensor([[3.0]])
     optimizer.step()
     assert parameter.item() == pytest.approx(2.0 - 0.1 * (1.0 + 0.5 * 2.0), abs=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(0.5, 10.0), (0.5, 1e-3), (None, 10.0)])
+def test_clipping_bounds_the_norm_over_all_parameters_and_returns_the_one_before(limit, scale):
+    """That of the losses' own parameters among them; a smaller gradient stays as it is."""
+    torch.manual_seed(0)
+    net, extras = model(), nn.ModuleDict({"temperature": nn.Linear(1, 1)})
+    engine = WholeCopies(net, extras, TrainConfig(clip_norm=limit))
+    for parameter in engine.parameters:
+        parameter.grad = scale * torch.randn_like(parameter)
+    before = torch.cat([p.grad.flatten().clone() for p in engine.parameters])
+    assert engine.step() == pytest.approx(before.norm().item())
+    after = torch.cat([p.grad.flatten() for p in engine.parameters])
+    wanted = before if limit is None else before * min(1.0, limit / before.norm().item())
+    torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-6)

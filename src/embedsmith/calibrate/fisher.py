@@ -5,8 +5,6 @@ F = E_q [(grad log p)^2], squared query by query and never as the square of a ba
 Raffel 2022 (2111.09832); the definitions for contrastive encoders are our own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -16,17 +14,16 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from embedsmith.calibrate.live_model import LiveMerge, Weights, combine_deltas, open_live
+from embedsmith.calibrate.live_model import LiveMerge, Weights, combine_deltas
 from embedsmith.calibrate.probe import Candidates, ProbedMethod, frozen_candidates, texts_of
 from embedsmith.core.encoder import Role
 from embedsmith.core.files import write_cache
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Dense, in_fp32
-from embedsmith.core.settings import Count, NotNegative, Positive, Share
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, Share
 from embedsmith.core.shelf import merge_methods
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import RecordSet
@@ -60,7 +57,7 @@ class Fisher(ProbedMethod):
     definition: Literal["isolated", "batch_square", "embedding"] = "isolated"
     expectation: Literal["empirical", "sampled", "exact"] = "sampled"
     temperature: Positive = 0.05
-    batch_size: Annotated[int, Field(ge=2)] = 16
+    batch_size: Annotated[int, Range(ge=2)] = 16
     draws: Count = 1
     floor: NotNegative = 1e-3
     shrink: Share = 0.1
@@ -68,17 +65,18 @@ class Fisher(ProbedMethod):
     seed: int = 0
 
     def prepare(self, job: Job) -> Combine:
-        live = open_live(job.parents, job.base)
+        live = LiveMerge.of(job.parents, job.base)
         sets = self.probe.of_parents(live.parents)
         hashes = [] if job.cache is None else [parent.content_hash for parent in job.parents]
-        merged = self.merge(live.deltas, self.of_parents(live, sets, job.cache, hashes), job.weight_M.tolist())
+        fishers = self.of_parents(live, sets, job.cache, hashes)
+        delta, at_floor, effective = self.merge(live.deltas, fishers, job.weight_M.tolist())
         job.report["fisher"] = {
-            "effective_parents": merged.effective_parents,
-            "below_the_floor": live.by_parent(merged.at_floor),
-            "texts": live.cost.texts,
+            "effective_parents": effective,
+            "below_the_floor": live.by_parent(at_floor),
+            "texts": live.texts,
         }
-        log.info("fisher: %.2f of %d parents count", merged.effective_parents, live.parents)
-        return combine_deltas(merged.delta, job.weight_M)
+        log.info("fisher: %.2f of %d parents count", effective, live.parents)
+        return combine_deltas(delta, job.weight_M)
 
     def of_parents(
         self, live: LiveMerge, sets: Sequence[RecordSet], cache: Path | None = None, hashes: Sequence[str] = ()
@@ -199,8 +197,14 @@ class Fisher(ProbedMethod):
                 (vector_D @ noise_D).backward(retain_graph=not last)
                 yield 1.0 / self.draws, int(last)
 
-    def merge(self, deltas: Sequence[Weights], fishers: Sequence[Weights], weights: Sequence[float]) -> FisherMerge:
-        """V_m = sum_i a_i F_i V_i / sum_i a_i F_i, element by element, F normalised, shrunk and floored."""
+    def merge(
+        self, deltas: Sequence[Weights], fishers: Sequence[Weights], weights: Sequence[float]
+    ) -> tuple[dict[str, Tensor], list[float], float]:
+        """V_m = sum_i a_i F_i V_i / sum_i a_i F_i, element by element, F normalised, shrunk and floored.
+
+        Also returns the share of elements whose F was raised, by parent, and how many parents count: the exponential of
+        the mean entropy of the weights, 1 where one parent decides alone, M where all count the same.
+        """
         scales, noise = [], []
         for fisher in fishers:
             length = math.sqrt(sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in fisher.values()))
@@ -219,7 +223,7 @@ class Fisher(ProbedMethod):
             merged[name] = sum((share_M[i] * delta[name] for i, delta in enumerate(deltas)), torch.zeros_like(first))
             entropy += float(torch.special.entr(share_M).sum(dtype=torch.float64))
             elements += first.numel()
-        return FisherMerge(merged, tuple(count / elements for count in raised), math.exp(entropy / elements))
+        return merged, [count / elements for count in raised], math.exp(entropy / elements)
 
     def _floored(self, fishers: Sequence[Tensor], noise: Sequence[float]) -> tuple[list[Tensor], list[int]]:
         """One tensor's F of all parents, shrunk and floored, and how many elements of each lay below the floor. Where a
@@ -233,16 +237,6 @@ class Fisher(ProbedMethod):
             used.append(fisher.mul(1 - self.shrink).add_(self.shrink * mean).clamp_min(self.floor * mean))
             counts.append(int((fisher < self.floor * mean).sum()))
         return used, counts
-
-
-@dataclass(frozen=True)
-class FisherMerge:
-    """`delta` by parameter; `at_floor`: share of elements whose F was raised, by parent; `effective_parents`: the
-    exponential of the mean entropy of the weights: 1 where one parent decides alone, M where all count the same."""
-
-    delta: dict[str, Tensor]
-    at_floor: tuple[float, ...]
-    effective_parents: float
 
 
 def _vectors(live: LiveMerge, lists: Sequence[Candidates], task: str) -> tuple[Tensor, Tensor]:

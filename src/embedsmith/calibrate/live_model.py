@@ -7,7 +7,8 @@ parameter.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.merge.gram import groups
-from embedsmith.merge.method import Combine, Job
+from embedsmith.merge.method import Combine, Job, groups
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import Block
@@ -28,22 +28,11 @@ Weights = Mapping[str, Tensor]
 
 
 @dataclass
-class Cost:
-    """Texts a method has encoded. A forward pass counts once, a backward pass twice."""
-
-    forward: int = 0
-    backward: int = 0
-
-    @property
-    def texts(self) -> int:
-        return self.forward + 2 * self.backward
-
-
-@dataclass
 class LiveMerge:
     """theta_0, the task vectors V_i of M parents, and one model that takes any combination of them.
 
-    `groups`: group number of every parameter, from 0. It is an `Encoder`, so tasks score it as it stands.
+    `groups`: group number of every parameter, from 0. It is an `Encoder`, so tasks score it as it stands. `texts`: how
+    many it has encoded; a forward pass counts once, a backward pass twice.
     """
 
     model: Embedder
@@ -52,7 +41,40 @@ class LiveMerge:
     names: tuple[str, ...]
     groups: dict[str, int]
     group_names: tuple[str, ...]
-    cost: Cost = field(default_factory=Cost)
+    texts: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        parents: Sequence[Parent],
+        base: Parent | None = None,
+        granularity: Granularity = "model",
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """The base's weights in one live model, and M task vectors in memory, in fp32.
+
+        Pooling, prompts and tokenizer are those of the first parent that is a whole embedder. Without a base the first
+        parent takes its place: enough for methods whose weights sum to 1.
+        Errors: `CheckpointError` for parents without the weights that the model needs, or with weights that are not
+        finite: better now than after an hour.
+        """
+        start = parents[0] if base is None else base
+        models = [*parents, start]
+        # the first folder that says how to pool; an adapter's is its plain base model's, which does not
+        folder = next((one.folder for one in models if (one.folder / "modules.json").exists()), models[0].folder)
+        model = load(str(folder), device=device)
+        names = [name for name, _ in model.named_parameters()]
+        for one in (start, *parents):
+            if missing := [name for name in names if name not in one.tensors]:
+                fix = "merge models of one kind"
+                raise CheckpointError(f"the weight {missing[0]} is missing", where=one.id, fix=fix)
+        tensors = {name: start.tensor(name).to(model.device) for name in names}
+        deltas = [{name: one.tensor(name).to(model.device) - tensors[name] for name in names} for one in parents]
+        chosen = groups(names, granularity)
+        place = {name: place for place, members in enumerate(chosen.values()) for name in members}
+        live = cls(model, tensors, deltas, tuple(one.id for one in parents), place, tuple(chosen))
+        live.place(torch.zeros(live.parents, dtype=torch.float64))
+        return live
 
     @property
     def parents(self) -> int:
@@ -115,8 +137,7 @@ class LiveMerge:
     def encode(self, tokens: TokenBatch, heads: Sequence[str], rows: IntArray | None = None) -> Reps:
         """The model's forward pass on a ragged batch or some of its rows, with gradient where it is switched on."""
         count = len(tokens) if rows is None else len(rows)
-        self.cost.forward += count
-        self.cost.backward += count if torch.is_grad_enabled() else 0
+        self.texts += 3 * count if torch.is_grad_enabled() else count
         padded = tokens.pad(self.model.pad_id, self.model.device, self.model.padding_left, rows)
         reps: Reps = self.model(padded, heads)
         return reps
@@ -125,7 +146,7 @@ class LiveMerge:
         self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
     ) -> Reps:
         """See `core.encoder.Encoder`."""
-        self.cost.forward += len(texts)
+        self.texts += len(texts)
         return self.model.represent(texts, role=role, task=task, outputs=outputs, show_progress=False)
 
     def coefficients_by_name(self, coefficient_GM: Tensor, job: Job) -> dict[str, Tensor]:
@@ -134,55 +155,6 @@ class LiveMerge:
         job.report["coefficients"] = dict(zip(self.group_names, coefficient_GM.tolist(), strict=False))
         mean_M = coefficient_GM.mean(0)
         return {name: coefficient_GM[self.groups[name]] if name in self.groups else mean_M for name in job.names}
-
-
-def open_live(
-    parents: Sequence[Parent],
-    base: Parent | None = None,
-    *,
-    granularity: Granularity = "model",
-    device: str | torch.device | None = None,
-) -> LiveMerge:
-    """The base's weights in one live model, and M task vectors in memory, in fp32.
-
-    Pooling, prompts and tokenizer are those of the first parent that is a whole embedder. Without a base the first
-    parent takes its place: enough for methods whose weights sum to 1.
-    Errors: `CheckpointError` for parents without the weights that the model needs.
-    """
-    start = parents[0] if base is None else base
-    models = [*parents, start]
-    # the first folder that says how to pool; an adapter's is its plain base model's, which does not
-    folder = next((one.folder for one in models if (one.folder / "modules.json").exists()), models[0].folder)
-    model = load(str(folder), device=device)
-    names = [name for name, _ in model.named_parameters()]
-    for one in (start, *parents):
-        if missing := [name for name in names if name not in one.tensors]:
-            raise CheckpointError(f"the weight {missing[0]} is missing", where=one.id, fix="merge models of one kind")
-    tensors = {name: _finite(start, name).to(model.device) for name in names}
-    deltas = [{name: _finite(one, name).to(model.device) - tensors[name] for name in names} for one in parents]
-    chosen = groups(names, granularity)
-    live = LiveMerge(
-        model=model,
-        base=tensors,
-        deltas=deltas,
-        names=tuple(one.id for one in parents),
-        groups={name: place for place, members in enumerate(chosen.values()) for name in members},
-        group_names=tuple(chosen),
-    )
-    live.place(torch.zeros(live.parents, dtype=torch.float64))
-    return live
-
-
-def _finite(model: Parent, name: str) -> Tensor:
-    """A whole tensor. Errors: `CheckpointError` where it holds NaN or infinity: better now than after an hour."""
-    tensor = model.tensor(name)
-    if not bool(tensor.isfinite().all()):
-        raise CheckpointError(
-            f"the weight {name} holds NaN or infinity",
-            where=model.id,
-            fix="leave this parent out; its training diverged or its file is damaged",
-        )
-    return tensor
 
 
 def _dot(left: Tensor, right: Tensor) -> float:
@@ -202,3 +174,11 @@ def combine_deltas(delta: Weights, weight_M: Tensor) -> Combine:
         return start_E.double() + own_E.cpu().double()
 
     return combine
+
+
+def cosines(gram_MM: Tensor) -> Tensor:
+    """cos(V_i, V_j); 0 with a vector of length zero, 1 with itself."""
+    length_M = gram_MM.diagonal().clamp_min(0).sqrt()
+    scale_MM = length_M[:, None] * length_M[None, :]
+    cosine_MM = torch.where(scale_MM > 0, gram_MM / scale_MM.clamp_min(1e-300), torch.zeros_like(gram_MM))
+    return cosine_MM.clamp(-1, 1).fill_diagonal_(1.0)

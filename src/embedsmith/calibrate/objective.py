@@ -10,12 +10,11 @@ from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.seeds import derive_seed
-from embedsmith.core.settings import section
+from embedsmith.core.settings import Finite, Range, section
 from embedsmith.evaluate import Results, RetrievalTask, STSTask, Task, evaluate, load_task
 from embedsmith.evaluate.compare import SAMPLES, resampled, statistic_of
 
@@ -36,23 +35,26 @@ class Objective:
     `seed`: of what is drawn.
     """
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[str, ...], Range(min_length=1)]
     hold_out: tuple[str, ...] = ()
     data: str | None = None
     split: str = "test"
-    items: Annotated[int, Field(ge=2)] = 500
-    documents: Annotated[int, Field(ge=2)] = 2000
-    weights: dict[str, float] = field(default_factory=dict)
+    items: Annotated[int, Range(ge=2)] = 500
+    documents: Annotated[int, Range(ge=2)] = 2000
+    weights: dict[str, Finite] = field(default_factory=dict)
     aggregate: Literal["mean", "min"] = "mean"
     normalise: bool = False
     seed: int = 0
 
     def scorer(self) -> Scorer:
-        """With the tasks read and cut down. Errors: `RecipeError` for a weight of a task that is not there."""
+        """With the tasks read and cut down. Errors: `RecipeError` for a weight of a task that is not there, or weights
+        that sum to nothing."""
         scorer = Scorer(self, self._read(self.tasks), self._read(self.hold_out))
         known = [task.name for task in scorer.tasks]
         if unknown := sorted(self.weights.keys() - set(known)):
             raise RecipeError(f"goal.weights names {unknown[0]!r}", expected=f"one of {', '.join(known)}")
+        if not sum(self.weights.get(name, 1.0) for name in known) > 0:
+            raise RecipeError(f"the weights of the goal's tasks, {self.weights}", expected="a sum above 0")
         return scorer
 
     def _read(self, names: Sequence[str]) -> tuple[Task, ...]:

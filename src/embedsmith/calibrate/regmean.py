@@ -5,8 +5,6 @@
 Source: Jin et al. 2023 (2212.09849); the ridge leads to the average and not to zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from embedsmith.calibrate.live_model import LiveMerge, combine_deltas, open_live
+from embedsmith.calibrate.live_model import LiveMerge, combine_deltas
 from embedsmith.calibrate.probe import ROLES, ProbedMethod, texts_of
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
@@ -25,6 +23,62 @@ from embedsmith.core.tokens import PaddedTokens, TokenBatch, chunk_rows
 from embedsmith.data import RecordSet
 from embedsmith.merge.method import Combine, Job
 from embedsmith.models import Embedder
+
+
+@dataclass
+class InputGrams:
+    """Gram matrices gram_HH (fp64) by the first module that read an input; `shared` names it for the others, so that
+    query, key and value keep one matrix between them. `mass`: sum of the weights of the inputs."""
+
+    by_input: dict[str, Tensor] = field(default_factory=dict)
+    mass: dict[str, float] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+    def of(self, module: str) -> Tensor:
+        """E[x x^T] of a linear layer's inputs."""
+        owner = self.shared[module]
+        return self.by_input[owner] / max(self.mass[owner], 1e-38)
+
+    def add(self, owner: str, x: Tensor, weight_NT: Tensor) -> None:
+        """Add sum_t w_t x_t x_t^T in fp64, and sum_t w_t. A pooled input [N, D] has one vector a text."""
+        weight = weight_NT.sum(-1).bool().to(x.dtype) if x.dim() == 2 else weight_NT.to(x.dtype)
+        rows_SH = x.reshape(-1, x.shape[-1])
+        weight_S = weight.reshape(-1, 1)
+        inside_S = weight_S[:, 0] > 0  # padding may hold NaN
+        rows_SH, weight_S = rows_SH[inside_S], weight_S[inside_S]
+        gram_HH = (rows_SH.T @ (rows_SH * weight_S)).double()
+        known = self.by_input.get(owner)
+        self.by_input[owner] = gram_HH if known is None else known + gram_HH
+        self.mass[owner] = self.mass.get(owner, 0.0) + float(weight_S.sum(dtype=torch.float64))
+
+    @contextmanager
+    def collecting(self, modules: Mapping[str, nn.Linear], weight_of: Callable[[], Tensor]) -> Iterator[None]:
+        """Within the block every forward pass is added. `weight_of()` gives weight_NT of the pass under way: 0 for
+        padding, which is no input of the task."""
+        seen: dict[int, tuple[Tensor, str]] = {}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def add_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                x = inputs[0]
+                if name in self.shared:
+                    seen.clear()
+                else:  # held until then, so that no other tensor takes its id
+                    self.shared[name] = seen.setdefault(id(x), (x, name))[1]
+                if self.shared[name] == name:
+                    self.add(name, x.detach(), weight_of())
+
+            return add_input
+
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def normalised(self) -> dict[str, Tensor]:
+        """Copies of trace 1, to see how much more texts change them."""
+        return {name: gram / gram.trace().clamp_min(1e-38) for name, gram in self.by_input.items()}
 
 
 @merge_methods.register(
@@ -48,9 +102,9 @@ class RegMean(ProbedMethod):
     tolerance: NotNegative = 0.01
 
     def prepare(self, job: Job) -> Combine:
-        live = open_live(job.parents, job.base)
+        live = LiveMerge.of(job.parents, job.base)
         delta = self.merge(live, self.probe.of_parents(live.parents), job.weight_M.tolist())
-        job.report["regmean"] = {"texts": live.cost.texts}
+        job.report["regmean"] = {"texts": live.texts}
         return combine_deltas(delta, job.weight_M)
 
     def merge(self, live: LiveMerge, sets: Sequence[RecordSet], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -79,12 +133,12 @@ class RegMean(ProbedMethod):
         previous: dict[str, Tensor] = {}
         done, check = 0, 64
         chunks = token_chunks(live, records)
-        hooked = collecting(linear_modules(live.model), grams, lambda: weight[0])
+        hooked = grams.collecting(linear_modules(live.model), lambda: weight[0])
         with hooked, torch.no_grad(), progress_bar("regmean", len(chunks)) as bar:
             for padded in chunks:
                 weight[:] = [self.token_weights(padded)]
                 live.model(padded, ("dense",))
-                live.cost.forward += len(padded.id_NT)
+                live.texts += len(padded.id_NT)
                 done += len(padded.id_NT)
                 bar.advance()
                 if self.tolerance > 0 and done >= check:
@@ -138,63 +192,6 @@ class RegMean(ProbedMethod):
         shrunk_II = self.off_diagonal * gram_II + (1 - self.off_diagonal) * diagonal_II
         trace = float(shrunk_II.trace())
         return shrunk_II / trace if self.gram_norm == "trace" and trace > 0 else shrunk_II
-
-
-@dataclass
-class InputGrams:
-    """Gram matrices gram_HH (fp64) by the first module that read an input; `shared` names it for the others, so that
-    query, key and value keep one matrix between them. `mass`: sum of the weights of the inputs."""
-
-    by_input: dict[str, Tensor] = field(default_factory=dict)
-    mass: dict[str, float] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)
-
-    def of(self, module: str) -> Tensor:
-        """E[x x^T] of a linear layer's inputs."""
-        owner = self.shared[module]
-        return self.by_input[owner] / max(self.mass[owner], 1e-38)
-
-    def add(self, owner: str, x: Tensor, weight_NT: Tensor) -> None:
-        """Add sum_t w_t x_t x_t^T in fp64, and sum_t w_t. A pooled input [N, D] has one vector a text."""
-        weight = weight_NT.sum(-1).bool().to(x.dtype) if x.dim() == 2 else weight_NT.to(x.dtype)
-        rows_SH = x.reshape(-1, x.shape[-1])
-        weight_S = weight.reshape(-1, 1)
-        inside_S = weight_S[:, 0] > 0  # padding may hold NaN
-        rows_SH, weight_S = rows_SH[inside_S], weight_S[inside_S]
-        gram_HH = (rows_SH.T @ (rows_SH * weight_S)).double()
-        known = self.by_input.get(owner)
-        self.by_input[owner] = gram_HH if known is None else known + gram_HH
-        self.mass[owner] = self.mass.get(owner, 0.0) + float(weight_S.sum(dtype=torch.float64))
-
-    def normalised(self) -> dict[str, Tensor]:
-        """Copies of trace 1, to see how much more texts change them."""
-        return {name: gram / gram.trace().clamp_min(1e-38) for name, gram in self.by_input.items()}
-
-
-@contextmanager
-def collecting(modules: Mapping[str, nn.Linear], grams: InputGrams, weight_of: Callable[[], Tensor]) -> Iterator[None]:
-    """Within the block every forward pass adds to `grams`. `weight_of()` gives weight_NT of the pass under way: 0 for
-    padding, which is no input of the task."""
-    seen: dict[int, tuple[Tensor, str]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            if name in grams.shared:
-                seen.clear()
-            else:  # held until then, so that no other tensor takes its id
-                grams.shared[name] = seen.setdefault(id(x), (x, name))[1]
-            if grams.shared[name] == name:
-                grams.add(name, x.detach(), weight_of())
-
-        return add_input
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def linear_modules(model: Embedder) -> dict[str, nn.Linear]:

@@ -1,4 +1,5 @@
-"""Search for the weights and the length of a merge. Candidates are rebuilt in place in a live model, never written."""
+"""Weights of a merge by how well models do: of candidates (search), of parents one after the other (greedy soup), of
+each parent alone (LM-Cocktail). Models are rebuilt in place in a live one, never written."""
 
 from __future__ import annotations
 
@@ -13,21 +14,24 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from embedsmith.calibrate.live_model import LiveMerge, open_live
+from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.objective import Objective, Scorer
-from embedsmith.calibrate.probe import Probe
+from embedsmith.calibrate.probe import Probe, ProbedMethod, TaskBatches
 from embedsmith.calibrate.self_positioning import Descent, Positioning
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.settings import Count, Finite, NotNegative, Positive
+from embedsmith.core.settings import Count, Finite, NotNegative, Positive, Range
 from embedsmith.core.shelf import merge_methods
 from embedsmith.evaluate import Results, evaluate
 from embedsmith.merge.method import Base, Combine, Job, Method, combine_coefficients
-from embedsmith.merge.methods.formulas import greedy_soup, karcher, normalised, sequential_slerp
+from embedsmith.merge.methods.formulas import karcher, normalised, sequential_slerp
+
+REPORTED = (1.0, 2.0, 5.0)
+"""Temperatures LM-Cocktail's weights are always shown for: the published code has 5, its documentation 3."""
 
 
 @merge_methods.register(
@@ -51,7 +55,7 @@ class Search(Method):
     searcher: Literal["grid", "cma", "self_positioning"] = "grid"
     family: Literal["slerp", "paper", "karcher", "average"] = "slerp"
     steps: Count = 4
-    lengths: Annotated[tuple[NotNegative, ...], Field(min_length=1)] = (0.6, 0.8, 1.0, 1.2)
+    lengths: Annotated[tuple[NotNegative, ...], Range(min_length=1)] = (0.6, 0.8, 1.0, 1.2)
     sigma: Positive = 0.3
     evaluations: Count = 100
     least_gain: Finite = 0.001
@@ -63,42 +67,48 @@ class Search(Method):
 
     def __post_init__(self) -> None:
         if self.searcher == "self_positioning" and self.probe is None:
-            raise RecipeError("searcher self_positioning needs texts to descend on", fix="set probe")
+            raise RecipeError("searcher self_positioning needs texts to descend on", fix="set method.probe")
 
     def prepare(self, job: Job) -> Combine:
-        live = open_live(job.parents, job.base, granularity=job.granularity)
+        live = LiveMerge.of(job.parents, job.base, granularity=job.granularity)
         found = self.run(live)
-        job.report["search"] = {key: value for key, value in found.as_dict().items() if key != "trials"}
-        log.info("search: %s after %d merges (%s)", found.as_dict()["best"], len(found.trials), found.stopped)
+        report = found.as_dict()
+        del report["trials"]
+        job.report["search"] = report
+        log.info("search: %s after %d merges (%s)", report["best"], len(found.trials), found.stopped)
         return combine_coefficients(live.coefficients_by_name(found.best.coefficient_GM, job))
 
-    def run(self, live: LiveMerge) -> Found:
-        """The best merge of `live`'s parents for the goal; `live` is left at it.
+    def run(self, live: LiveMerge) -> Study:
+        """The search for the best merge of `live`'s parents for the goal; `live` is left at it.
 
         Errors: `EvaluationError` and `DataError` for tasks that cannot be read, `MissingExtraError` without the package
         `cma` where it is needed.
         """
+        if self.report is not None:
+            refuse_foreign_file(Path(self.report), '"stopped": "')
+            refuse_foreign_file(Path(self.report).with_suffix(".csv"), "value,length,")
         scorer = self.goal.scorer()
         parents = {}
         for place, name in enumerate(live.names):
             live.place_parent(place)
             parents[name] = scorer.results(live)
-        study = Study(live, scorer.bounded(list(parents.values())), self)
+        study = Study(live, scorer.bounded(list(parents.values())), self, parents=parents)
         with progress_bar("search", self.evaluations) as bar:
-            stopped = self._try_all(study, bar.advance)
-        best = study.best
-        held_out = {}
-        if scorer.hold_out:
-            for place, name in enumerate(live.names):
-                live.place_parent(place)
-                held_out[name] = evaluate(live, scorer.hold_out, progress=False).main_scores()
-            live.place(best.coefficient_GM)
-            held_out = {"merge": evaluate(live, scorer.hold_out, progress=False).main_scores(), **held_out}
-        live.place(best.coefficient_GM)
-        found = Found(best, tuple(study.trials), parents, held_out, stopped, live.names, live.cost.texts)
+            study.stopped = self._try_all(study, bar.advance)
+        places = {"merge": study.best.coefficient_GM, **dict(zip(live.names, torch.eye(live.parents).double()))}
+        for name, coefficient_GM in places.items() if scorer.hold_out else ():
+            live.place(coefficient_GM)
+            study.held_out[name] = evaluate(live, scorer.hold_out, progress=False).main_scores()
+        live.place(study.best.coefficient_GM)
         if self.report is not None:
-            found.save(self.report)
-        return found
+            found = study.as_dict()
+            with atomic_file(self.report) as file:
+                json.dump(found, file, indent=1)
+            with atomic_file(Path(self.report).with_suffix(".csv")) as file:
+                writer = csv.DictWriter(file, fieldnames=list(found["trials"][0]))
+                writer.writeheader()
+                writer.writerows(found["trials"])
+        return study
 
     def _try_all(self, study: Study, advance: Callable[[], None]) -> str:
         """Score what the searcher asks for; returns why it ended."""
@@ -106,7 +116,7 @@ class Search(Method):
         count = study.live.parents
         start = Point((1 / count,) * count, min(max(1.0, low), high))
         if self.probe is not None and self.searcher != "grid":
-            batches = self.position.batches(study.live, self.probe.sources, self.probe.read())
+            batches = self.position.batches(study.live, self.probe)
             end = Positioning(study.live, batches, self.position).descend()
             start = Point(end.weights, end.length)
             study.try_out(start, end.coefficient_GM)
@@ -174,49 +184,28 @@ class Trial:
         return {"value": self.value, "length": self.point.length, **weights, **scores, "texts": self.texts}
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search found. `parents`: their results by name. `held_out`: the best and the parents on tasks the search
-    never saw. `stopped`: why it ended."""
-
-    best: Trial
-    trials: tuple[Trial, ...]
-    parents: Mapping[str, Results]
-    held_out: Mapping[str, Mapping[str, float]]
-    stopped: str
-    names: tuple[str, ...]
-    texts: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best.row(self.names),
-            "stopped": self.stopped,
-            "texts": self.texts,
-            "parents": {name: results.main_scores() for name, results in self.parents.items()},
-            "held_out": {name: dict(scores) for name, scores in self.held_out.items()},
-            "trials": [trial.row(self.names) for trial in self.trials],
-        }
-
-    def save(self, path: str | Path) -> None:
-        """JSON at `path`, and the trials as CSV beside it."""
-        path = Path(path)
-        with atomic_file(path) as file:
-            json.dump(self.as_dict(), file, indent=1)
-        rows = [trial.row(self.names) for trial in self.trials]
-        with atomic_file(path.with_suffix(".csv")) as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 @dataclass
 class Study:
-    """A search under way."""
+    """A search under way, and what it found. `parents`: their results by name. `held_out`: the best and the parents on
+    tasks the search never saw. `stopped`: why it ended."""
 
     live: LiveMerge
     scorer: Scorer
     settings: Search
     trials: list[Trial] = field(default_factory=list)
+    parents: Mapping[str, Results] = field(default_factory=dict)
+    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    stopped: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "best": self.best.row(self.live.names),
+            "stopped": self.stopped,
+            "texts": self.live.texts,
+            "parents": {name: results.main_scores() for name, results in self.parents.items()},
+            "held_out": self.held_out,
+            "trials": [trial.row(self.live.names) for trial in self.trials],
+        }
 
     @cached_property
     def gram_GMM(self) -> Tensor:
@@ -241,7 +230,7 @@ class Study:
         own_GM = self.coefficients(point) if coefficient_GM is None else coefficient_GM
         self.live.place(own_GM)
         results = self.scorer.results(self.live)
-        trial = Trial(point, own_GM, self.scorer.value(results), results, self.live.cost.texts)
+        trial = Trial(point, own_GM, self.scorer.value(results), results, self.live.texts)
         self.trials.append(trial)
         return trial
 
@@ -286,7 +275,7 @@ class GreedySoup(Method):
     least_gain: Finite = 0.0
 
     def prepare(self, job: Job) -> Combine:
-        live = open_live(job.parents, job.base)
+        live = LiveMerge.of(job.parents, job.base)
         scorer = self.goal.scorer()
 
         def value(coefficient_M: Tensor) -> float:
@@ -294,6 +283,53 @@ class GreedySoup(Method):
             return scorer.value(scorer.results(live))
 
         alone = [value(row) for row in torch.eye(live.parents, dtype=torch.float64)]
-        coefficient_M, history = greedy_soup(alone, value, self.least_gain)
+        coefficient_M, history = self.chosen(alone, value)
         job.report["greedy_soup"] = {"parents": live.by_parent(alone), "in_turn": history}
         return combine_coefficients(live.coefficients_by_name(coefficient_M[None], job))
+
+    def chosen(self, score_M: Sequence[float], evaluate: Callable[[Tensor], float]) -> tuple[Tensor, list[float]]:
+        """Coefficients, and the score after every trial. `evaluate`: coefficients [M] to a held-out score, higher is
+        better."""
+
+        def mean_of(places: Sequence[int]) -> Tensor:
+            coef_M = torch.zeros(len(score_M), dtype=torch.float64)
+            coef_M[list(places)] = 1 / len(places)
+            return coef_M
+
+        first, *others = sorted(range(len(score_M)), key=lambda place: -score_M[place])
+        kept, best, history = [first], score_M[first], [score_M[first]]
+        for place in others:
+            history.append(evaluate(mean_of([*kept, place])))
+            if history[-1] >= best + self.least_gain:
+                kept, best = [*kept, place], history[-1]
+        return mean_of(kept), history
+
+
+@merge_methods.register("lm_cocktail", formula="w = softmax(-L_i / T)", source="LM-Cocktail (2311.13534)")
+@dataclass(frozen=True, kw_only=True)
+class LMCocktail(ProbedMethod):
+    """The parents' mean, weighed by their losses on a few examples of the task at hand.
+
+    Losses are those of the sources (InfoNCE, CoSENT, or as they say), at the model's own pooling, prompts and length;
+    with several sources the mean over them.
+    `temperature`: T of the softmax over losses. `batch_size`: examples of a task in one contrastive batch.
+    """
+
+    temperature: Positive = 5.0
+    batch_size: Annotated[int, Range(ge=2)] = 16
+
+    def prepare(self, job: Job) -> Combine:
+        live = LiveMerge.of(job.parents, job.base)
+        tasks = TaskBatches.whole(live, self.probe.sources, self.probe.read(), self.batch_size, self.probe.seed)
+        losses = tasks.parent_losses()
+        job.report["lm_cocktail"] = {
+            "losses": live.by_parent(losses),
+            "weights_at_temperature": {f"{t:g}": self.weights(losses, t).tolist() for t in REPORTED},
+            "texts": live.texts,
+        }
+        return combine_coefficients(live.coefficients_by_name(self.weights(losses, self.temperature)[None], job))
+
+    @staticmethod
+    def weights(losses: Sequence[float], temperature: float) -> Tensor:
+        """softmax(-L / T) [M] in float64, so that weights sum to 1 to the last digits."""
+        return torch.softmax(-torch.tensor(losses, dtype=torch.float64) / temperature, dim=0)

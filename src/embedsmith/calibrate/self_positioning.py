@@ -7,24 +7,19 @@ U(a) is the sequential SLERP of the task vectors with weights a. Source: Model m
 with g the ordinary gradient of the loss, d/dc_i = <g, V_i>, and d/da is autograd through a function of M numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from embedsmith.calibrate.live_model import LiveMerge, open_live
-from embedsmith.calibrate.probe import ProbedMethod
-from embedsmith.calibrate.task_batches import Drawn, TaskBatches
+from embedsmith.calibrate.live_model import LiveMerge
+from embedsmith.calibrate.probe import Drawn, Probe, ProbedMethod, TaskBatches
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.settings import Count, NotNegative, Positive, section
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, section
 from embedsmith.core.shelf import merge_methods
-from embedsmith.data import RecordSet, Source
 from embedsmith.merge.method import Base, Combine, Job, combine_coefficients
 from embedsmith.merge.methods.formulas import karcher, sequential_slerp
 
@@ -58,15 +53,16 @@ class Descent:
     length_learning_rate: Positive = 1e-2
     longest: Positive = 3.0
     block_penalty: NotNegative = 0.1
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    held_out: Annotated[float, Range(gt=0, lt=1)] = 0.2
     check_every: Count = 25
     patience: Count = 3
-    starts: Annotated[tuple[Literal["uniform", "best_parent"], ...], Field(min_length=1)] = ("uniform",)
+    starts: Annotated[tuple[Literal["uniform", "best_parent"], ...], Range(min_length=1)] = ("uniform",)
     seed: int = 0
 
-    def batches(self, live: LiveMerge, sources: Sequence[Source], sets: Sequence[RecordSet]) -> TaskBatches:
+    def batches(self, live: LiveMerge, probe: Probe) -> TaskBatches:
         """Every task's examples, split in two. Errors: `RecipeError` for a task with too few to split."""
-        return TaskBatches.whole(live, sources, sets, self.batch_size, self.seed).split(self.held_out)
+        whole = TaskBatches.whole(live, probe.sources, probe.read(), self.batch_size, self.seed)
+        return whole.split(self.held_out)
 
 
 @merge_methods.register(
@@ -82,15 +78,15 @@ class SelfPositioning(ProbedMethod, Descent):
 
     def prepare(self, job: Job) -> Combine:
         granularity = "block" if self.per_block and job.granularity == "model" else job.granularity
-        live = open_live(job.parents, job.base, granularity=granularity)
-        found = Positioning(live, self.batches(live, self.probe.sources, self.probe.read()), self).descend()
+        live = LiveMerge.of(job.parents, job.base, granularity=granularity)
+        found = Positioning(live, self.batches(live, self.probe), self).descend()
         weights = live.by_parent(found.weights)
         job.report["self_positioning"] = {
             "weights": weights,
             "length": found.length,
             "held_out": found.objective,
             "gap": found.gap,
-            "texts": live.cost.texts,
+            "texts": live.texts,
             "trajectory": found.trajectory,
         }
         log.info(
@@ -98,7 +94,7 @@ class SelfPositioning(ProbedMethod, Descent):
             ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items()),
             found.length,
             found.objective,
-            live.cost.texts,
+            live.texts,
         )
         if found.at_bound:
             log.warning("self_positioning: the length ended at its bound: raise mu, or take a probe closer to the use")
@@ -113,13 +109,13 @@ class Position:
     offset_GM: Tensor
     length: Tensor
 
-    @staticmethod
-    def start(parents: int, groups: int, heavy: int | None = None) -> Position:
+    @classmethod
+    def start(cls, parents: int, groups: int, heavy: int | None = None) -> Self:
         """Equal weights and length 1; a `heavy` parent counts e^2 times as much as another."""
         log_weight_M = torch.zeros(parents, dtype=torch.float64)
         if heavy is not None:
             log_weight_M[heavy] = 2.0
-        return Position(
+        return cls(
             log_weight_M.requires_grad_(),
             torch.zeros(groups, parents, dtype=torch.float64).requires_grad_(),
             torch.ones((), dtype=torch.float64).requires_grad_(),
@@ -154,8 +150,8 @@ class Position:
         weights = torch.softmax(self.log_weight_M.detach(), 0).tolist()
         return {"weights": weights, "length": float(self.length.detach())}
 
-    def copy(self) -> Position:
-        return Position(
+    def copy(self) -> Self:
+        return type(self)(
             self.log_weight_M.detach().clone(), self.offset_GM.detach().clone(), self.length.detach().clone()
         )
 
@@ -199,25 +195,24 @@ class Positioning:
         The live model is left at the result. Errors: `TrainingError` when a loss is not finite.
         """
         self.live.model.eval()
+        count = self.live.parents, len(self.live.group_names)
+        starts = []
+        for name in self.settings.starts:
+            losses = self.batches.parent_losses() if name == "best_parent" else []
+            starts.append(Position.start(*count, heavy=losses.index(min(losses)) if losses else None))
         with progress_bar("position", self.settings.steps * len(self.settings.starts)) as bar:
-            ends = [self._descend_from(self._start(name), bar.advance) for name in self.settings.starts]
+            ends = [self._descend_from(start, bar.advance) for start in starts]
         best = min(ends, key=lambda end: end.objective)
         self.live.place(best.coefficient_GM)
         return best
 
-    def _start(self, name: str) -> Position:
-        groups = len(self.live.group_names)
-        if name == "uniform":
-            return Position.start(self.live.parents, groups)
-        losses = []
-        for parent in range(self.live.parents):
-            self.live.place_parent(parent)
-            losses.append(self._held_out_loss())
-        return Position.start(self.live.parents, groups, losses.index(min(losses)))
-
     def _descend_from(self, position: Position, advance: Callable[[], None]) -> Positioned:
         settings = self.settings
-        optimizer = self._optimizer(position)
+        directions = [position.log_weight_M, *([position.offset_GM] if settings.per_block else [])]
+        groups: list[dict[str, Any]] = [{"params": directions, "lr": settings.learning_rate}]
+        if settings.mode != "free":
+            groups.append({"params": [position.length], "lr": settings.length_learning_rate})
+        optimizer = torch.optim.Adam(groups) if settings.optimizer == "adam" else torch.optim.SGD(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
         trajectory: list[dict[str, Any]] = []
         best, best_objective, stale = position.copy(), float("inf"), 0
@@ -239,14 +234,6 @@ class Positioning:
             advance()
         return self._end(best, best_objective, trajectory)
 
-    def _optimizer(self, position: Position) -> torch.optim.Optimizer:
-        settings = self.settings
-        directions = [position.log_weight_M, *([position.offset_GM] if settings.per_block else [])]
-        groups: list[dict[str, Any]] = [{"params": directions, "lr": settings.learning_rate}]
-        if settings.mode != "free":
-            groups.append({"params": [position.length], "lr": settings.length_learning_rate})
-        return torch.optim.Adam(groups) if settings.optimizer == "adam" else torch.optim.SGD(groups)
-
     def step(self, drawn: Sequence[Drawn], position: Position) -> float:
         """Leave the gradient of loss + price in the position's tensors; returns the loss.
 
@@ -267,10 +254,8 @@ class Positioning:
     def _objective(self, position: Position) -> float:
         coefficient_GM = position.coefficients(self.gram_GMM, self.settings.mode)
         self.live.place(coefficient_GM)
-        return self._held_out_loss() + float(position.price(coefficient_GM, self.settings))
-
-    def _held_out_loss(self) -> float:
-        return sum(self.batches.loss(part) for parts in self.held_out for part in parts)
+        loss = sum(self.batches.loss(part) for parts in self.held_out for part in parts)
+        return loss + float(position.price(coefficient_GM, self.settings))
 
     def _end(self, best: Position, objective: float, trajectory: list[dict[str, Any]]) -> Positioned:
         coefficient_GM = best.coefficients(self.gram_GMM, self.settings.mode).detach()

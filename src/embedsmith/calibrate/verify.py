@@ -1,7 +1,5 @@
 """A merge against its parents on a probe of texts: is it still an embedder, and still theirs? A pass/fail table."""
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile
@@ -9,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
-from embedsmith.calibrate.live_model import LiveMerge, open_live
+from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.probe import ROLES, Probe, texts_of
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.terminal import show
 from embedsmith.data import RecordSet, text_id
 from embedsmith.evaluate.geometry import MatrixShape, Space, neighbour_overlap
 from embedsmith.merge.merge_plan import make_plan
@@ -111,8 +109,8 @@ class EncodedSample:
     query_Q: Sequence[int]
     answer_Q: Sequence[int]
 
-    @staticmethod
-    def of(model: Embedder, records: RecordSet) -> EncodedSample:
+    @classmethod
+    def of(cls, model: Embedder, records: RecordSet) -> Self:
         """Every text under its role. Graded pairs give no answers."""
         texts = texts_of(records)
         place = {(text_id(text), role): row for row, (text, role) in enumerate(texts)}
@@ -124,7 +122,7 @@ class EncodedSample:
             plain_ND = _in_roles(model, texts, records.task, instruction="") if settings.prompts else None
         finally:
             model.settings = settings
-        return EncodedSample(
+        return cls(
             vector_ND,
             plain_ND,
             length_N=[int(model.tokenize([text], role, records.task).length_N[0]) for text, role in texts],
@@ -171,7 +169,7 @@ class EncodedSample:
         """The same with the space of the leading coordinates."""
         return self.overlap(Space(self.space.vector_ND[:, :width]), count)
 
-    def difference(self, other: EncodedSample) -> float:
+    def difference(self, other: Self) -> float:
         """The largest of any coordinate of a vector of length 1."""
         return float(np.abs(self.space.vector_ND - other.space.vector_ND).max())
 
@@ -276,7 +274,7 @@ def _leading_coordinates(
 def verify_recipe(recipe: MergeRecipe, probe: Probe, folder: str | Path | None = None) -> Verification:
     """The merge that a recipe has written (or another folder) against the recipe's parents."""
     plan = make_plan(recipe)
-    live = open_live(plan.parents, plan.base)
+    live = LiveMerge.of(plan.parents, plan.base)
     return verify(recipe.output if folder is None else folder, live, probe.of_parents(live.parents), recipe.verify)
 
 
@@ -292,7 +290,7 @@ def merge_verified(recipe: MergeRecipe, files: Sequence[str], strict: bool, over
     def check(folder: Path) -> None:
         found = verify_recipe(recipe, probe, folder)
         found.save(folder / "verify.json")
-        Console().print(found.table())
+        show(found.table())
         if strict:
             found.require(recipe.output)
 

@@ -4,9 +4,11 @@ The tree's own verbs are light: each imports its room inside the function, so th
 user's package is looked for when it is called, so that installed packages do not slow down the others.
 """
 
+import io
 import logging
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -14,6 +16,7 @@ from typer.core import TyperGroup
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import Entry, verbs
+from embedsmith.core.text_out import printable, without_secrets
 
 
 class Verbs(TyperGroup):
@@ -25,6 +28,10 @@ class Verbs(TyperGroup):
             if name not in verbs.names():
                 ctx.fail(f"No such command {name!r}{did_you_mean(name, verbs.names())}.")
             self.add_command(command(verbs.entry(name)), name)
+        count = os.environ.get("WORLD_SIZE", "1")
+        if count != "1" and name in _OF_ONE:
+            fix = f"run it without a launcher, which is for {', '.join(_OF_SEVERAL)}"
+            raise EmbedsmithError(f"{name} works in one process, and a launcher started {count} of them", fix=fix)
         return super().resolve_command(ctx, args)
 
 
@@ -44,16 +51,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes around the help would double what it costs to show it
 )
+_OF_SEVERAL = ("train", "mine", "run")
+"""Verbs that share their work among the ranks of a launcher."""
+_OF_ONE = set()
 for _entry in verbs.entries(plugins=False):
     app.command(_entry.name)(_entry.thing)
+    _OF_ONE |= {_entry.name} - set(_OF_SEVERAL)
+
+
+class _Printable(logging.Formatter):
+    """Log lines as a terminal may get them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(without_secrets(super().format(record)))
 
 
 def main() -> None:
     """Run the command line; an error a user can cause is one message and exit code 1, an interrupt exits with 130."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal's encoding lacks is no reason to end
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("embedsmith").setLevel(logging.INFO)
     try:
         app()
     except EmbedsmithError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(1)
+        _end(error)
+    except Exception as error:
+        from embedsmith.core.files import full_disk
+
+        if (full := full_disk(error)) is None:
+            raise
+        _end(full)
+
+
+def _end(error: EmbedsmithError) -> NoReturn:
+    typer.secho(f"error: {printable(error)}", fg=typer.colors.RED, err=True)
+    sys.exit(1)

@@ -57,12 +57,11 @@ def _is_recipe(source: str) -> bool:
 
 
 def load_encoder(path: str) -> tuple[Encoder, str]:
-    """A model, and a key of its weights and of how it is used."""
+    """A model, and its fingerprint."""
     from embedsmith.models import load
-    from embedsmith.models.encode_files import weights_hash
 
     model = load(path)
-    return model, f"{weights_hash(model)} {model.settings}"
+    return model, model.fingerprint()
 
 
 def evaluation_texts(names: Sequence[str], data: str | None) -> Iterator[EvaluationText]:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import Kind, claimed
 from embedsmith.core.progress import log
 from embedsmith.data import Source
 from embedsmith.evaluate import Results, evaluate, load_task
@@ -122,6 +123,15 @@ def demonstrate(
     Everything is written under `output`: the texts, the run, the model and report.json. A run already there is
     replaced. `say` is called with a line about each stage. Errors: `MissingExtraError` when the packages are missing.
     """
+    with claimed(output, "demo"):
+        _KIND.refuse_foreign(output)
+        return _demonstrate(output, steps, question, say, top)
+
+
+_KIND = Kind("demo", ("report.json", "data/*.jsonl", "data/*/*.jsonl", "data/*/qrels/test.tsv", "run/**"))
+
+
+def _demonstrate(output: Path, steps: int, question: str, say: Callable[[str], None], top: int) -> Demonstration:
     encoder = encoder_folder()
     questions, papers = read_faq(), read_papers()
     files = prepare(output / "data", questions, papers)

@@ -14,8 +14,8 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from embedsmith.core.device import cores, cpu_multiplies_bf16
 
@@ -103,13 +103,13 @@ class Diagnosis:
             packages.add_row(name, installed or "-", floors.get(name, ""))
         extras = Table("extra", "installed", "to get it", title="Extras", title_justify="left")
         for extra in self.extras:
-            extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else escape(extra.install))
+            extras.add_row(extra.name, "yes" if extra.fits else "no", "" if extra.fits else Text(extra.install))
         devices = Table("device", "what", "memory", "bf16", title="Devices", title_justify="left")
         for device in self.devices:
             memory = "-" if device.memory_gb is None else f"{device.memory_gb} GB"
             devices.add_row(device.name, device.what, memory, _BF16[device.bf16])
-        lines = [f"{self.disk_free_gb} GB free on this disk", *self.advice]
-        lines += [f"[red]problem:[/red] {escape(problem)}" for problem in self.problems]
+        lines: list[str | Text] = [f"{self.disk_free_gb} GB free on this disk", *self.advice]
+        lines += [Text.assemble(("problem:", "red"), " ", problem) for problem in self.problems]
         return Group(packages, extras, devices, *lines, "all that is needed is here" if self.healthy else "")
 
 

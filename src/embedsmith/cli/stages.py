@@ -4,11 +4,13 @@ A stage is a function from the plain tree of a verb's recipe to what it made; it
 on all ranks at once. What is finished is in a journal; the same command goes on behind it.
 """
 
+import copy
 import hashlib
 import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +18,11 @@ from typing import Any, Literal
 from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, typed
+from embedsmith.core.outputs import claimed, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
-from embedsmith.core.settings import did_you_mean, section, to_plain
+from embedsmith.core.settings import did_you_mean, section
 
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -117,11 +121,7 @@ def _curate(tree: dict[str, Any], where: str) -> Path:
 def _train(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.train import Recipe, train
 
-    recipe = parse(Recipe, tree, where)
-    output = Path(recipe.output)
-    if (output / "finished.json").exists() and read_tree(output / "recipe.yaml") == to_plain(recipe):
-        return output / "model"
-    return train(recipe)
+    return train(parse(Recipe, tree, where))
 
 
 @stage_of("merge")
@@ -163,6 +163,7 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
     stage = parse(EvaluateStage, tree, where)
 
     def score() -> None:
+        refuse_foreign_file(Path(stage.output), '"tasks": [')
         tasks = [load_task(name, data_dir=stage.data, split=stage.split) for name in stage.tasks]
         evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
 
@@ -214,6 +215,12 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     """
     check_stages(recipe)
     join_ranks()
+    with ExitStack() as claim:
+        on_first_rank(lambda: claim.enter_context(claimed(recipe.output, "run")))
+        return _run(recipe)
+
+
+def _run(recipe: PipelineRecipe) -> dict[str, Path]:
     results: dict[str, str] = {"output": recipe.output}
     key = ""
     for stage in recipe.stages:
@@ -243,7 +250,7 @@ def check_stages(recipe: PipelineRecipe) -> None:
 
 def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
     """The tree of the stage's verb, with changes made and references filled in."""
-    tree = read_tree(stage.recipe) if isinstance(stage.recipe, str) else json.loads(json.dumps(stage.recipe))
+    tree = read_tree(stage.recipe) if isinstance(stage.recipe, str) else copy.deepcopy(stage.recipe)
     for change in stage.set:
         apply_override(tree, change)
     tree.setdefault("output", f"${{output}}/{stage.name}{VERBS[stage.verb].suffix}")
@@ -274,15 +281,9 @@ def _journal(recipe: PipelineRecipe) -> dict[str, Finished]:
     path = Path(recipe.output) / JOURNAL
     if not path.exists():
         return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Finished(**entry) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the journal of stages cannot be read ({error})",
-            where=path,
-            fix="delete it; verbs find what they finished by themselves",
-        ) from error
+    fix = "delete this journal of stages; verbs find what they finished by themselves"
+    entries = read_json(path, CheckpointError, fix=fix)
+    return typed(dict[str, Finished], entries, path, CheckpointError, fix=fix)
 
 
 def _enter(recipe: PipelineRecipe, name: str, done: Finished) -> None:

@@ -5,16 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.errors import CheckpointError, DataError, RecipeError
+from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
+from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
-from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob
+from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob, refuse_other_folder
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
 from embedsmith.train.build import probes, tokenizer_facts
@@ -59,14 +62,25 @@ def tokenize(job: TokenizeJob) -> Manifest:
     """Write the token cache of some sources; the same job continues where a stopped one was.
 
     Datasets that are finished and whose records are unchanged are left alone. Errors: those of `read_source`, `load`
-    and `TokenJob.write`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer.
+    and `TokenJob.write`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer;
+    `CheckpointError` for a folder with other files or one that another process writes to.
     """
-    out, model = Path(job.out), without_weights(job.model)
+    with claimed(job.out, "tokenize"):
+        return _tokenize(job, Path(job.out))
+
+
+def _tokenize(job: TokenizeJob, out: Path) -> Manifest:
+    if not (out / MANIFEST).exists() and files_of(out):
+        fix = "choose another folder, or make it known with --adopt"
+        raise CheckpointError("the folder is not empty and holds no token cache", where=out, fix=fix)
+    model = without_weights(job.model)
     manifest = Manifest.to_write(out, tokenizer_facts(model, job.model.path))
+    sweep(out)
     manifest.save(out)
     names: set[str] = set()
     for source in job.data:
         records = read_source(source).texts_only("tokenizing", source.path)
+        refuse_other_folder(records.name, source.path)
         if records.name in names:
             raise RecipeError(f"two sources are named {records.name!r}", fix="name one of them: name: ...")
         names.add(records.name)
@@ -74,12 +88,21 @@ def tokenize(job: TokenizeJob) -> Manifest:
         if (before := manifest.datasets.get(records.name)) is not None:
             if (before.fingerprint, before.probes, before.layout) == (records.fingerprint, one.probes, one.layout):
                 log.info("%s: is tokenized already", records.name)
+                one.clear()
                 continue
             log.warning("%s: its texts or how they are tokenized have changed: tokenizing it again", records.name)
+        elif not one.parts.exists():
+            for path in one.files:
+                refuse_foreign_file(path, False)
+        one.claim()
+        others = {name: facts for name, facts in manifest.datasets.items() if name != records.name}
+        manifest = replace(manifest, datasets=others)
+        manifest.save(out)  # nobody may read what is half old, half new
         with progress_bar(f"tokenize {records.name}", total=len(records.records)) as bar:
             facts = one.write(bar.advance)
         manifest = replace(manifest, datasets=manifest.datasets | {records.name: facts})
         manifest.save(out)
+        one.clear()
     return manifest
 
 
@@ -90,7 +113,8 @@ def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence
         _require(given, "model")
         out = Path(data[0])
         model = without_weights(ModelConfig(given["model"], **{key: given[key] for key in _OF_MODEL if key in given}))
-        manifest = adopt(out, model, given["model"], task)
+        with claimed(out, "tokenize"):
+            manifest = adopt(out, model, given["model"], task)
     else:
         job = job_of(data, given, changes)
         out, manifest = Path(job.out), tokenize(job)
@@ -132,15 +156,19 @@ def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int |
     role: Role = "query" if task == "sts" else "document"
     datasets = {}
     for path in sorted(folder.glob("*.parquet")):
-        if "query_input_ids" not in pq.read_schema(path).names:
+        if "query_input_ids" not in parquet_schema(path).names:
             continue
         dataset = path.stem.removesuffix("_query")
         layout: CacheLayout = "inline" if dataset == path.stem else "corpus"
-        rows = pq.read_metadata(path).num_rows
+        with readable_parquet(path):
+            rows = pq.read_metadata(path).num_rows
+            first = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"]), None)
         datasets[dataset] = DatasetFacts(dataset, task, layout, rows, 0, {}, role, "name")
         # A first look: ids beyond the vocabulary cannot come from this tokenizer.
-        ids: Any = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"])).column(0)
-        highest, words = max(ids.flatten().to_pylist(), default=0), len(model.tokenizer)
+        ids: Any = pa.array([], pa.list_(pa.int32())) if first is None else first.column(0)
+        if not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):
+            raise DataError(f"query_input_ids are {ids.type}", where=path, expected="lists of token ids")
+        highest, words = max(filter(None, ids.flatten().to_pylist()), default=0), len(model.tokenizer)
         if highest >= words:
             what = f"an id is {highest}, but {name} has {words} tokens"
             raise DataError(what, where=path, fix="name its own tokenizer")

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
-
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
+from embedsmith.data.formats.files import parquet_schema
 from embedsmith.data.token_cache import MANIFEST, Manifest
 from embedsmith.train.config import Recipe
 
@@ -253,7 +253,7 @@ class Reference:
         }
         if path.is_dir():
             return {**source, "split": name}
-        columns = pq.read_schema(path).names
+        columns = parquet_schema(path).names
         negatives = [column for column in columns if column.startswith("negative_") and column[9:].isdecimal()]
         return {**source, "columns": {"query": "query", "positives": "passage", "negatives": negatives}}
 
@@ -282,7 +282,7 @@ class Reference:
 
     def datasets(self) -> dict[str, Path]:
         """Datasets by name: those of a token cache, or one a Parquet file of texts."""
-        folder = Path(self.train_data_path)
+        folder = local_path(self.train_data_path)
         if (folder / MANIFEST).is_file():
             found = {name: folder for name in sorted(Manifest.load(folder).datasets)}
         else:

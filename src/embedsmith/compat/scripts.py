@@ -1,13 +1,14 @@
 """The two evaluation scripts of the decoder reference, with their flags."""
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EvaluationError
+from embedsmith.core.inputs import read_typed
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.result import Results
@@ -76,17 +77,20 @@ def _run(load: Load, flags: argparse.Namespace, names: list[str], model: str, op
 
 
 def _from_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read the configuration ({error})", where=path) from error
+    config = read_typed(path, _Config, EvaluationError)
     options: dict[str, Any] = {}
-    if "max_seq_length" in config:
-        options["max_length"] = int(config["max_seq_length"])
-    if config.get("pooling_mode") is not None:
-        if config["pooling_mode"] not in _POOLINGS:
-            raise EvaluationError(
-                f"pooling_mode is {config['pooling_mode']!r}", where=path, expected="eos, mean or cls"
-            )
-        options["pooling"] = _POOLINGS[config["pooling_mode"]]
+    if config.max_seq_length is not None:
+        options["max_length"] = config.max_seq_length
+    if config.pooling_mode is not None:
+        if config.pooling_mode not in _POOLINGS:
+            raise EvaluationError(f"pooling_mode is {config.pooling_mode!r}", where=path, expected="eos, mean or cls")
+        options["pooling"] = _POOLINGS[config.pooling_mode]
     return options
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is read of the flat config that a model was trained with."""
+
+    max_seq_length: int | None = None
+    pooling_mode: str | None = None

@@ -7,7 +7,8 @@ rank's loss does not need it. Gradients of gathered values are settled explicitl
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from embedsmith.core.errors import EmbedsmithError
+from embedsmith.core.errors import EmbedsmithError, TrainingError
 
 T = TypeVar("T")
 
@@ -51,12 +52,32 @@ def join_ranks() -> None:
     atexit.register(_leave)
 
 
+def refuse_launcher(verb: str, fix: str) -> None:
+    """Errors: `EmbedsmithError` where a launcher started several ranks of a verb that knows of none."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise EmbedsmithError(f"{verb} was started by a launcher, on {count} ranks that would do the same", fix=fix)
+
+
 def _leave() -> None:
     """Leave the ranks, with a moment for gloo's threads: one that lets go of its last tensor while the interpreter is
     taken down now and then ends the process with SIGABRT, its work done."""
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.1)  # FSDP2 keeps the group and its threads alive beyond that call
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """Errors: `TrainingError` in place of what gloo or NCCL says when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise TrainingError(
+                f"rank {os.environ.get('RANK', rank())} lost another process of this run, or never found it",
+                fix="see what that process said, or whether it was killed; the same command goes on",
+            ) from error
+        raise
 
 
 def gather_rows(tensor: Tensor, group: Group = None) -> Tensor:
@@ -96,6 +117,21 @@ def objects_of_all_ranks(value: Any, group: Group = None) -> list[Any]:
     values: list[Any] = [None] * world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def refuse_different(facts: Mapping[str, object], fix: str) -> None:
+    """Collective. Errors: `TrainingError` where ranks hold other values, naming each and its ranks."""
+    seen: list[Mapping[str, object]] = objects_of_all_ranks(dict(facts))
+    different: list[str] = []
+    for key in dict.fromkeys(key for each in seen for key in each):
+        ranks: dict[str, list[int]] = {}
+        for number, each in enumerate(seen):
+            ranks.setdefault(str(each.get(key, "nothing")), []).append(number)
+        if len(ranks) > 1:
+            held = (f"{value} on rank {', '.join(map(str, numbers))}" for value, numbers in ranks.items())
+            different.append(f"{key} is {', '.join(held)}")
+    if different:
+        raise TrainingError(f"the processes of this run differ: {'; '.join(different)}", fix=fix)
 
 
 def on_first_rank(act: Callable[[], T]) -> T:

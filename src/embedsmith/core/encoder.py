@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
@@ -66,6 +67,15 @@ def fingerprint(encoder: Encoder) -> str:
             fix="add it, or do without what is kept on disk",
         )
     return encoder.fingerprint()
+
+
+def tokenizer_json(tokenizer: Any) -> str:
+    """Everything in a tokenizer that ids depend on; truncation and padding are set anew for every use. Of one that has
+    no fast form, what it says of itself."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return repr(tokenizer)
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({key: words[key] for key in words if key not in ("truncation", "padding")}, sort_keys=True)
 
 
 def hash_of_model(model: torch.nn.Module, *settings: str) -> str:

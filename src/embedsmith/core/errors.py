@@ -1,7 +1,10 @@
-"""The error tree. A message says where, what came, what was expected, and what to do about it."""
+"""The error tree. A message says where, what came, what was expected, and what to do about it.
+Secrets are left out of it, whoever put them there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from embedsmith.core.text_out import without_secrets
 
 
 class EmbedsmithError(Exception):
@@ -12,7 +15,7 @@ class EmbedsmithError(Exception):
         message = what if where is None else f"{where}: {what}"
         message += "" if expected is None else f"\n  expected: {expected}"
         message += "" if fix is None else f"\n  to fix: {fix}"
-        super().__init__(message)
+        super().__init__(without_secrets(message))
 
 
 class RecipeError(EmbedsmithError, ValueError):

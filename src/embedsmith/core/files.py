@@ -3,7 +3,7 @@
 import errno
 import logging
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +13,9 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from embedsmith.core.errors import CheckpointError
+
+TEMPORARY = ".tmp"
+"""How the hidden name of what is not whole yet ends."""
 
 
 @contextmanager
@@ -24,16 +27,16 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            apply_umask(temporary)
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -47,51 +50,33 @@ def write_cache(path: Path, content: bytes) -> None:
         logging.getLogger("embedsmith").warning("not kept for the next time: %s", error)
 
 
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the name `path` when the block ends without an error.
+def allocate(file: IO[bytes], size: int) -> None:
+    """Make a file `size` bytes long and take that room on the disk now; what is not written yet reads as zeros. Where
+    the file system cannot take room ahead, the file is only made that long, if there is so much.
 
-    A folder already at `path` is replaced, and is still there if anything fails before that.
-    Errors: `CheckpointError` when the disk is full or the folder cannot be written.
+    Errors: `OSError` (`ENOSPC`, `EDQUOT`, `EFBIG`) where there is not so much.
     """
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            temporary.chmod(0o777 & ~_umask())
-            yield temporary
-            move_into_place(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def move_into_place(new: Path, path: Path) -> None:
-    """Make a filled folder durable and give it the name `path`, in place of a folder that is there."""
-    for file in new.rglob("*"):
-        _sync_folder(file) if file.is_dir() else _sync_file(file)
-    _sync_folder(new)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():  # a rename cannot replace a folder that holds files, so the old one steps aside first
-        path.rename(old)
-    new.rename(path)
-    _sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    file.flush()
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        disk = os.fstatvfs(file.fileno())
+        if disk.f_bavail * disk.f_frsize < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    os.truncate(file.fileno(), size)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Errors: `CheckpointError` in place of what the system says of a full disk or a place that cannot be written."""
+    """Errors: `CheckpointError` in place of what the system says of a full disk, a used up quota, a file that is too
+    large, or a place that cannot be written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if _means_full_disk(error):
-            raise CheckpointError(
-                "no space left on the disk; nothing was written",
-                where=path,
-                fix="free some space, then run the same command again",
-            ) from error
+        if (full := full_disk(error, path)) is not None:
+            raise full from error
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             raise CheckpointError(
                 f"cannot write here ({error.strerror})", where=path, fix="choose a folder you may write to"
@@ -102,22 +87,40 @@ def disk_errors(path: Path) -> Iterator[None]:
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
-def _means_full_disk(error: BaseException | None) -> bool:
-    """The operating system's word for it, in this error or in the one that led to it: safetensors keeps only the text,
-    and torch.save (given an open file, not a path) fails once more while it cleans up."""
+_FULL = {
+    errno.ENOSPC: ("no space left on the disk", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or have the quota raised"),
+    errno.EFBIG: ("the file is larger than the limit (ulimit -f) or the file system allows", "raise the limit"),
+}
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # of numpy, which keeps no reason
+
+
+def full_disk(error: BaseException | None, path: object = None) -> CheckpointError | None:
+    """What to tell of an error that means that a disk took no more; `None` for any other.
+
+    The operating system's word for it is in this error or in the one that led to it: safetensors keeps only the text,
+    and torch.save (given an open file, not a path) fails once more while it cleans up.
+    """
     if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return True
-    return "os error 28" in str(error) or _means_full_disk(error.__context__)
+        return None
+    own = error.errno if isinstance(error, OSError) else None
+    known = (code for code in _FULL if own == code or f"(os error {code})" in str(error))
+    code = next(known, errno.ENOSPC if isinstance(error, OSError) and _CUT_SHORT.match(str(error)) else None)
+    if code is None:
+        return full_disk(error.__cause__ or error.__context__, path)
+    what, fix = _FULL[code]
+    where = getattr(error, "filename", None) if path is None else path
+    return CheckpointError(
+        f"{what}; what is not whole was not kept", where=where, fix=f"{fix}, then run the same command again"
+    )
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,7 +128,8 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def apply_umask(path: Path) -> None:
+    """The mode that a new file or folder of this name would have: temporary ones are for their owner alone."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~current)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from embedsmith.core.collectives import rank
+from embedsmith.core.terminal import Terminal
+from embedsmith.core.text_out import printable
 
 log = logging.getLogger("embedsmith")
 log.addFilter(lambda record: rank() == 0)
@@ -20,13 +22,13 @@ class Bar:
 
     def __init__(self, progress: Progress, label: str, total: int | None, done: int) -> None:
         self._progress = progress
-        self._task = progress.add_task(label, total=total, completed=done, note="")
+        self._task = progress.add_task(printable(label), total=total, completed=done, note="")
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)
+        self._progress.update(self._task, note=printable(text))
 
 
 @contextmanager
@@ -35,18 +37,16 @@ def progress_bar(label: str, total: int | None, done: int = 0, visible: bool | N
 
     Only the outermost bar is shown: the terminal has room for one that moves (rich refuses a second).
     """
-    from rich.console import Console
-
     shown = (sys.stderr.isatty() if visible is None else visible) and not _on_screen
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(
-        *columns, console=Console(stderr=True), disable=not shown or rank() != 0, transient=False
+        *columns, console=Terminal(stderr=True), disable=not shown or rank() != 0, transient=False
     ) as progress:
         mine = [label] if shown else []
         _on_screen.extend(mine)

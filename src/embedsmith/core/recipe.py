@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +17,16 @@ from pydantic_core import core_schema
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import kind_of, read_text
 from embedsmith.core.settings import descriptions, did_you_mean, to_plain
 from embedsmith.core.shelf import SHELVES
 
 T = TypeVar("T")
+
+RECIPE_BYTES, VALUES, DEPTH = 2**20, 100_000, 60
+"""What a recipe may have at most: bytes (1 MiB), values with all aliases written out, and levels of nesting."""
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
@@ -33,28 +41,78 @@ def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe ({error.strerror})", where=path, fix="check the path") from error
-    try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=path) from error
+    """The plain tree of a YAML (or JSON) file. Errors: `RecipeError` naming the file, whatever is in it."""
+    tree = _parsed(read_text(path, RecipeError, most=RECIPE_BYTES), "the recipe", path)
     if not isinstance(tree, dict):
-        raise RecipeError(f"a recipe is a mapping of keys to values, not {type(tree).__name__}", where=path)
+        raise RecipeError(f"a recipe is a mapping of keys to values, not {kind_of(tree)}", where=path)
     return tree
 
 
+def parse_value(text: str, what: str) -> Any:
+    """A value as YAML has it. Errors: `RecipeError` that calls it `what`."""
+    return _parsed(text, what, None)
+
+
+def _parsed(text: str, what: str, where: object) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError as error:
+        raise RecipeError(f"{what} is nested too deeply", where=where, fix="write it flat") from error
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # the others than the first come from values such as 2024-13-45 or !!int x
+        fix = "check indentation and quotes in the line that it names"
+        raise RecipeError(f"{what} is not valid YAML: {error}", where=where, fix=fix) from error
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML lets a key appear twice and keeps the last; a recipe with two `train:` blocks is a mistake."""
+    """YAML that says what it seems to say, of a size that a recipe can have. YAML itself lets a key appear twice and
+    keeps the last, which in a recipe is a mistake; a few lines of aliases of aliases stand for billions of values; and
+    a text may hold what no path and no UTF-8 file can."""
+
+    _depth = _nodes = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _values_in(node, {}) > VALUES:
+            raise _mistake(f"it stands for more than {VALUES:,} values: aliases of aliases", node)
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        try:
+            if self._depth > DEPTH or self._nodes > VALUES:
+                what = f"nested deeper than {DEPTH}" if self._depth > DEPTH else f"more than {VALUES:,} values"
+                event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, what, event.start_mark)
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and not value.isprintable() and _UNUSABLE.search(value):
+            raise _mistake("a text holds a NUL or half of a surrogate pair", node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
+        if twice := next((key for key, count in Counter(map(repr, keys)).items() if count > 1), None):
+            raise _mistake(f"the key {twice} appears twice", node)
         return super().construct_mapping(node, deep)
+
+
+def _mistake(what: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, with every alias written out. A node that holds itself stands for too many."""
+    if id(node) not in known:
+        known[id(node)] = VALUES + 1
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        nodes = (one for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+        known[id(node)] = 1 + sum(_values_in(one, known) for one in nodes)
+    return known[id(node)]
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -65,16 +123,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     node: Any = tree
     for key in parents:
-        if isinstance(node, list):
-            node = node[_index(node, key, override)]
-        else:
-            if not isinstance(node.get(key), dict | list):
-                node[key] = {}
-            node = node[key]
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value of {override!r} is not valid YAML: {error}") from error
+        place: Any = _index(node, key, override) if isinstance(node, list) else key
+        held = node[place] if isinstance(node, list) else node.get(place)
+        if not isinstance(held, dict | list):
+            node[place] = held = {}
+        node = held
+    parsed = parse_value(value, f"the value of {override!r}")
     if isinstance(node, list):
         node[_index(node, last, override)] = parsed
     else:
@@ -82,7 +136,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(node):
+    if not (key.isascii() and key.isdecimal()) or len(key) > 9 or int(key) >= len(node):
         raise RecipeError(
             f"{key!r} in {override!r} is not a place in a list of {len(node)}", expected="a number from 0"
         )
@@ -95,7 +149,7 @@ def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as error:
         lines = [line for detail in error.errors() for line in _explain(detail, schema, ())]
-        raise RecipeError("\n  ".join(lines), where=where) from error
+        raise RecipeError("\n  ".join(lines), where=where) from None  # whose words repeat the input
 
 
 def _explain(detail: Any, schema: Any, prefix: tuple[Any, ...]) -> list[str]:

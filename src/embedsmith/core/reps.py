@@ -164,6 +164,8 @@ class Sparse(Representation):
 
     def over(self, vocabulary_V: Tensor) -> Tensor:
         """weight_NV over the given sorted coordinates only: [N, V] never exists."""
+        if not len(vocabulary_V):  # there is no text on the other side
+            return in_fp32(self.weight_NT).new_zeros(len(self), 0)
         place_NT = torch.searchsorted(vocabulary_V, self.coordinate_NT).clamp_max(len(vocabulary_V) - 1)
         weight_NT = in_fp32(self.weight_NT) * (vocabulary_V[place_NT] == self.coordinate_NT)
         weight_NV = weight_NT.new_zeros(len(weight_NT), len(vocabulary_V))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.text_out import without_secrets
 
 C = TypeVar("C", bound=type)
 
@@ -46,13 +47,16 @@ Word = Annotated[str, Range(min_length=1)]
 Weights = Annotated[Mapping[str, NotNegative], Range(min_length=1)]
 
 
+_CONFIG: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False}
+
+
 def section(cls: C) -> C:
     """Class decorator for a frozen dataclass of settings: unknown keys of a recipe become errors, and so do values
-    outside the ranges and words that the annotations allow, for Python callers too.
+    outside the ranges and words that the annotations allow, for Python callers too. No number is NaN or infinite.
 
     Errors: `RecipeError` naming the setting, what came and what was expected.
     """
-    cls.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
+    cls.__pydantic_config__ = {"extra": "forbid", **_CONFIG}  # type: ignore[attr-defined]
     plain_init: Callable[..., None] = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(plain_init)
 
@@ -78,29 +82,28 @@ def _check(cls: type, name: str, value: Any, limits: Any) -> None:
         limits.validate_python(value)
     except ValidationError as error:
         expected = " or ".join(dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in error.errors()))
-        raise RecipeError(f"{name} is {value!r}", where=name_of(cls), expected=expected) from error
+        raise RecipeError(f"{name} is {value!r}", where=name_of(cls), expected=expected) from None
 
 
 @functools.cache
 def _limits(cls: type) -> dict[str, Any]:
     """A check (a `TypeAdapter`) for every field whose annotation limits its values; types alone are left to the type
     checker."""
-    from pydantic import ConfigDict, TypeAdapter
+    from pydantic import TypeAdapter
 
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls) if f.init and _is_limited(hints[f.name])]
-    config = ConfigDict(arbitrary_types_allowed=True)
-    return {name: TypeAdapter(hints[name], config=config) for name in names}
+    return {name: TypeAdapter(hints[name], config=_CONFIG) for name in names}
 
 
 def _is_limited(hint: Any) -> bool:
-    """Whether a hint holds a range or a choice of words, and nothing but plain values."""
+    """Whether a hint holds a range, a number with a fraction or a choice of words, and nothing but plain values."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return True
     if typing.get_origin(hint) is Annotated:
         return is_plain(parts[0]) and any(isinstance(extra, Range) or hasattr(extra, "metadata") for extra in parts[1:])
-    return is_plain(hint) and any(_is_limited(part) for part in parts)
+    return hint is float or (is_plain(hint) and any(_is_limited(part) for part in parts))
 
 
 def is_plain(hint: Any) -> bool:
@@ -147,17 +150,20 @@ def descriptions(cls: type) -> dict[str, str]:
     return found
 
 
-def to_plain(value: Any) -> Any:
-    """A setting as YAML can hold it: the inverse of parsing."""
+def to_plain(value: Any, exact: bool = False) -> Any:
+    """A setting as YAML can hold it: the inverse of parsing, but for secrets, which are left out. `exact`: keep all,
+    for data and for what a model is made of."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = getattr(type(value), "registered_name", None)
         head = {} if name is None else {"type": name}
-        return head | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return head | {f.name: to_plain(getattr(value, f.name), exact) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, exact) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+        return [to_plain(item, exact) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return str(value) if exact else without_secrets(str(value))
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from embedsmith.core.errors import CheckpointError
+from embedsmith.core.inputs import typed
 from embedsmith.curate.ledger import Ledger, Tools
 from embedsmith.data.writers import batched
 
@@ -77,13 +78,13 @@ class Cache:
 def _named(path: Path | None) -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
-        full = "full" in str(error)
+    except (sqlite3.Error, ValueError, RecursionError) as error:
+        kind = getattr(error, "sqlite_errorname", "")  # SQLite says no more of a quota or a limit than of a full disk
         raise CheckpointError(
             f"cannot use the cache ({error})",
             where=path,
-            fix="free some space, then run the same command again"
-            if full
+            fix="free some space (or raise the quota, or ulimit -f), then run the same command again"
+            if kind == "SQLITE_FULL" or kind.startswith("SQLITE_IOERR")
             else "make sure no other curation writes to this folder; a damaged file can be deleted, it costs only time",
         ) from error
 
@@ -153,7 +154,7 @@ def ask_all(
             keys = [key_of(generator.identity(), prompt) for _, prompt in window]
             found: dict[bytes, Answer | Refusal] = {}
             for key, value in cache.get(keys).items():
-                found[key] = answer = Answer(**value)
+                found[key] = answer = typed(Answer, value, tools.folder, CheckpointError)
                 spent.add(answer)
             wanted = {key: prompt for key, (_, prompt) in zip(keys, window, strict=True) if key not in found}
             for place, reply in generator.answers(list(wanted.values()), accept, spent):

@@ -14,8 +14,8 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
+from embedsmith.core.words import UNSPACED, words
 from embedsmith.curate.ledger import EvaluationText, Ledger, Tools
-from embedsmith.curate.rules import UNSPACED, tokens
 from embedsmith.data.record import Record
 
 Hashes = npt.NDArray[np.uint64]
@@ -86,7 +86,7 @@ class Index:
         for owner, text in enumerate(texts):
             name = f"{text.task}, a {text.role}"
             self.owners.append(names.setdefault(name, name))
-            found = tokens(text.text)
+            found = words(text.text)
             if len(found) >= self.step.shortest:
                 self.whole.setdefault(_hash(" ".join(found)), owner)
             parts.append(self._runs(found))
@@ -97,7 +97,7 @@ class Index:
         return len(parts)
 
     def fault(self, text: str, role: Role) -> str | None:
-        found = tokens(text)
+        found = words(text)
         if len(found) >= self.step.shortest and (owner := self.whole.get(_hash(" ".join(found)))) is not None:
             return f"the same as in {self.owners[owner]}"
         mine = self._runs(found)

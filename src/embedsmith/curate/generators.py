@@ -1,7 +1,6 @@
 """The language models that can be asked: any server that speaks OpenAI's chat completions (hosted, or vLLM, llama.cpp,
 Ollama and others on your machines), and a model that runs here, through transformers."""
 
-import os
 import random
 import threading
 import time
@@ -16,9 +15,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, RecipeError
+from embedsmith.core.keys import checked_address, checked_variable, key_from
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count, NotNegative, Positive
 from embedsmith.core.shelf import generators
+from embedsmith.core.text_out import remember_secrets_in, without_secrets
 from embedsmith.curate.ask import Accept, Answer, Refusal, Spending
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -45,7 +46,8 @@ class Endpoint:
     - `max_tokens`: that an answer has at most;
     - `temperature`: of the sampling; 0 takes the most probable token each time;
     - `system`: a system message before every prompt; `None` sends none;
-    - `extra`: goes into the request as it is (seed: 1, chat_template_kwargs: ...);
+    - `extra`: goes into the request as it is (seed: 1, chat_template_kwargs: ...); a key, token or password
+      there is left out of reports and messages;
     - `parallel`: requests under way at once;
     - `retries`: how often a request is sent again;
     - `backoff`: seconds to wait before that, then twice as long each time, or as long as the server asks;
@@ -76,8 +78,9 @@ class Endpoint:
     price_out: NotNegative | None = None
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise RecipeError(f"base_url is {self.base_url!r}", expected="an address such as http://localhost:8000/v1")
+        checked_address(self.base_url, "base_url")
+        checked_variable(self.key_env, "key_env")
+        remember_secrets_in(self.extra)
         if self.max_cost is not None and (self.price_in is None or self.price_out is None):
             raise RecipeError("max_cost needs price_in and price_out", expected="prices per million tokens")
 
@@ -128,9 +131,7 @@ def _cancel(futures: Iterable[Future[Any]]) -> None:
 
 def _key(variable: str | None) -> Callable[[Any], Any]:
     """Signs a request with our key and no other: without this, requests would take one from a .netrc file."""
-    key = None if variable is None else os.environ.get(variable)
-    if variable is not None and not key:
-        raise EndpointError(f"the environment variable {variable} is not set", fix="put the endpoint's key in it")
+    key = key_from(variable, EndpointError)
 
     def sign(request: Any) -> Any:
         if key is not None:
@@ -220,7 +221,8 @@ class _Window:
             response = requests.post(address, json=body, auth=self.sign, timeout=self.settings.timeout)
         except requests.RequestException as error:
             return _Trouble(f"{type(error).__name__}: {error}")
-        reply = f"{response.status_code} {response.reason}: {response.text[:200]}"
+        said = without_secrets(response.text)[:200]  # before it is cut: half a key is a secret too
+        reply = f"{response.status_code} {response.reason}: {said}"
         if response.status_code in _WRONG_SETUP:
             self.stopped.set()
             fix = "check base_url, model and key_env"
@@ -234,7 +236,7 @@ class _Window:
             choice = value["choices"][0]
             text, usage = choice["message"]["content"], value.get("usage")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return _Trouble(f"not a chat completion: {response.text[:200]}")
+            return _Trouble(f"not a chat completion: {said}")
         return self._answer(body, text, usage, cut=choice.get("finish_reason") == "length")
 
     def _answer(self, body: dict[str, Any], text: Any, usage: Any, cut: bool) -> Answer:

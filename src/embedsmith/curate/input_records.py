@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.ledger import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, read_page, row_pairs
@@ -17,7 +18,7 @@ from embedsmith.data.formats.columns import Extent, Range, check_range, known_la
 from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.texts import read_texts
-from embedsmith.data.record import Record, RowError, Task, validate
+from embedsmith.data.record import Record, RowError, Task
 from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused
 from embedsmith.data.token_records import is_token_cache
 
@@ -73,7 +74,7 @@ class InputRecords:
         Errors: `DataError` for no file, or a token cache.
         """
         given = [self.input.path] if isinstance(self.input.path, str) else self.input.path
-        if caches := [path for path in given if is_token_cache(Path(path).expanduser())]:
+        if caches := [path for path in given if is_token_cache(local_path(path))]:
             raise tokens_refused("curating", caches[0])
         found = [path for each in given for path in _expand(each)]
         if not found:
@@ -129,7 +130,6 @@ class InputRecords:
                     break
                 try:
                     record = reading.record(row)
-                    validate(record)
                 except RowError:
                     continue
                 extent.add(record, line)
@@ -203,14 +203,18 @@ class InputRecords:
         """Checked records, scores in [0, 1], named classes numbered in the order of their names in all files."""
         ranges, names = self.scan
         number = {name: place for place, name in enumerate(names)}
+        empty: Counter[str] = Counter()
         for path in self.paths:
             source = self.input.source(path)
             rows, reading = open_source(source), None
             for line, row in self._sound(rows):
-                reading = reading or replace(reading_of(dict(row), source, rows, path), labels=dict(number))
+                if reading is None:
+                    reading = reading_of(dict(row), source, rows, path)
+                    reading = replace(reading, labels=dict(number), left_out=empty)
                 try:
                     record = reading.record(row)
-                    validate(record)
+                    if reading.left_out:
+                        self.ledger.notes["slots left out"] = dict(reading.left_out)
                     if (known := ranges[path]) is not None:
                         check_range(record, known)
                     yield rescaled(record, known)
@@ -260,7 +264,7 @@ def _queries_and_documents(folder: Path, split: str | None) -> tuple[dict[str, s
 
 def _expand(given: str) -> list[str]:
     """A pattern as its files, a folder of pages as its pages, all else as it is."""
-    path = Path(given).expanduser()
+    path = local_path(given)
     if any(mark in given for mark in "*?[") and not path.exists():
         return sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
     if path.is_dir() and not is_beir_folder(path) and not is_saved_dataset(path):

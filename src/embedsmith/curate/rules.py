@@ -17,16 +17,10 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
+from embedsmith.core.words import composed, letters, runs, words
 from embedsmith.curate.ledger import Ledger, TextRule, Tools
 from embedsmith.data.record import Record, text_id
 
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
-    "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
-)
-"""Characters of scripts that are written without spaces: kana and Han, among others."""
-
-_UNIT = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
 _LINK = re.compile(r"(?:https?://|www\.)[^\s<>\"'，。）】]+|[\w.+-]+@[\w-]+\.[\w.]+", re.IGNORECASE)
 _RUN = re.compile(r"(.)\1{9,}", re.DOTALL)
 _SCRIPTS = (
@@ -75,19 +69,13 @@ _OVERRATED = ("pcm", "la")
 def units(text: str) -> int:
     """The length of a text: words, and each character of a script that is written without spaces. An English sentence
     and its Chinese translation have about as many."""
-    return sum(1 for _ in _UNIT.finditer(text))
-
-
-def tokens(text: str) -> list[str]:
-    """The units themselves, without differences of case and of Unicode form; marks and spaces fall away."""
-    found: list[str] = _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
-    return found
+    return sum(len(letters(run)) if unspaced else 1 for run, unspaced in runs(composed(text)))
 
 
 def token_shingles(text: str, length: int) -> set[str]:
-    """Overlapping runs of `length` characters of the tokens joined by spaces: about a word of English; two or three
+    """Overlapping runs of `length` characters of the words joined by spaces: about a word of English; two or three
     characters of Chinese, each of which is a token."""
-    joined = " ".join(tokens(text))
+    joined = " ".join(words(text))
     return {joined[start : start + length] for start in range(max(len(joined) - length + 1, 1))} if joined else set()
 
 

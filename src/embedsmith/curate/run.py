@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_typed
+from embedsmith.core.outputs import claimed, discard, files_of, refuse_foreign_records, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import section, to_plain
 from embedsmith.core.shelf import curation_steps
@@ -26,6 +28,7 @@ from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import Record, RowError, validate
 from embedsmith.data.writers import write_records
 
+_STAGE = re.compile(r"\d\d-.+-[0-9a-f]{12}\.(jsonl|json)")
 MAKE_QUERIES = ("synthetic_queries", "long_documents")
 """Steps whose input may be documents without queries."""
 
@@ -69,34 +72,51 @@ def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool 
     kept); after the end it only gives the report again, unless the input's files, the steps or the output changed.
     `overwrite` does everything again, but asks nobody twice for a score or an answer.
 
-    Errors: `DataError` naming file and line; what the steps raise; `CheckpointError` for a full disk.
+    Errors: `DataError` naming file and line; what the steps raise; `CheckpointError` for an output that is not ours or
+    that another process writes to, or a full disk.
     """
+    with claimed(recipe.output, "curate"), claimed(recipe.folder, "curate"):
+        return _curate(recipe, tools, overwrite)
+
+
+def _curate(recipe: CurateRecipe, tools: Tools | None, overwrite: bool) -> Report:
     makes_queries = any(type(step).registered_name in MAKE_QUERIES for step in recipe.steps)
     records = InputRecords(recipe.input, makes_queries, Ledger(recipe.examples))
     if Path(recipe.output).resolve() in {Path(path).resolve() for path in records.paths}:
         raise RecipeError(f"the output {recipe.output} is also the input", fix="write to another file")
+    _check_output(recipe, overwrite)
     keys = [key_of(version("embedsmith"), records.identity, recipe.examples).hex()]
     for step in recipe.steps:
         keys.append(key_of(keys[-1], to_plain(step)).hex())
     if overwrite:
-        shutil.rmtree(recipe.folder / "stages", ignore_errors=True)
+        discard(recipe.folder / "stages")
     elif (done := _finished(recipe, keys[-1])) is not None:
         return done
     report = _Run(recipe, records, replace(tools or Tools(), folder=recipe.folder), keys).all()
     with atomic_file(recipe.report_path) as file:
         json.dump(report.as_dict(), file, indent=2, ensure_ascii=False)
     if not recipe.keep_stages:
-        shutil.rmtree(recipe.folder / "stages", ignore_errors=True)
+        discard(recipe.folder / "stages")
     return report
+
+
+def _check_output(recipe: CurateRecipe, overwrite: bool) -> None:
+    """Errors: `CheckpointError` for an output that is not ours, and other files among the stages."""
+    stages = recipe.folder / "stages"
+    refuse_foreign_records(
+        Path(recipe.output), recipe.report_path, "steps", recipe.folder, stages.exists(), overwrite=overwrite
+    )
+    if strange := [name for name in files_of(stages) if not _STAGE.fullmatch(name)]:
+        raise CheckpointError(f"{strange[0]} is no stage of a curation", where=stages, fix="set work to a new folder")
+    sweep(recipe.folder)
 
 
 def _finished(recipe: CurateRecipe, key: str) -> Report | None:
     """The report of an earlier run of the same recipe over the same input, if its output is still as it was left."""
     try:
-        known = json.loads(recipe.report_path.read_text(encoding="utf-8"))
-        same = known["key"] == key and known["output_bytes"] == Path(recipe.output).stat().st_size
-        return Report(**{**known, "steps": [StepReport(**step) for step in known["steps"]]}) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_typed(recipe.report_path, Report)
+        return known if (known.key, known.output_bytes) == (key, Path(recipe.output).stat().st_size) else None
+    except (DataError, OSError):
         return None
 
 
@@ -174,8 +194,8 @@ class StepOutput:
 
     def report(self) -> StepReport | None:
         try:
-            return StepReport(**json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return read_typed(self.path.with_suffix(".json"), StepReport)
+        except DataError:
             return None
 
     def finish(self, report: StepReport) -> None:

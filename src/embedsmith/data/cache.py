@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from embedsmith.core.errors import DataError
-from embedsmith.core.files import atomic_file, atomic_folder
+from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, read_typed
+from embedsmith.core.outputs import atomic_folder
 from embedsmith.core.progress import log
 from embedsmith.data.source import RecordSet, Skipped, Source, source_name
 from embedsmith.data.store import RecordStore, StoreWriter
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Of the files in an entry. Another version is another key: old entries are left alone."""
 
 MEMORY_BYTES = 32 * 2**20
@@ -116,10 +118,10 @@ class Sighting:
     @staticmethod
     def last(note: Path) -> Sighting | None:
         try:
-            tree = json.loads(note.read_text(encoding="utf-8"))
+            tree = read_json(note)
             files = {name: (size, time) for name, (size, time) in tree.pop("files").items()}
             return Sighting(**tree, files=files)
-        except (OSError, ValueError, TypeError, KeyError):  # none yet, or of another version
+        except (DataError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or of another version
             return None
 
     @property
@@ -138,7 +140,7 @@ class Sighting:
 def _cache(source: Source) -> Path:
     """The folder that the source names, else `embedsmith` in the user's cache folder (as the XDG convention has it)."""
     if source.cache is not None:
-        return Path(source.cache).expanduser()
+        return Path(os.path.expanduser(source.cache))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedsmith"
 
 
@@ -192,19 +194,25 @@ def _convert(
         for name, state in files.items():
             if _state(Path(name)) != state:
                 raise DataError("the file changed while it was read", where=name, fix="wait until it is whole")
-        kept = [name for name in found.__dataclass_fields__ if name not in ("records", "tokens")]
-        tree = {name: getattr(found, name) for name in kept}
-        tree["skipped"] = [asdict(skipped) for skipped in found.skipped]
-        (folder / "set.json").write_text(json.dumps(tree), encoding="utf-8")
+        kept = _Set(**{f.name: getattr(found, f.name) for f in fields(_Set)})
+        (folder / "set.json").write_text(json.dumps(asdict(kept)), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Set:
+    """What `set.json` holds of a `RecordSet`."""
+
+    name: str
+    task: str
+    fingerprint: str
+    skipped: tuple[Skipped, ...]
+    format: str
+    labels: tuple[str, ...]
+    score_range: tuple[float, float] | None
+    scores: str
+    left_out: dict[str, int]
 
 
 def _open(entry: Path) -> RecordSet[Any]:
-    tree: dict[str, Any] = json.loads((entry / "set.json").read_text(encoding="utf-8"))
-    skipped = tuple(Skipped(s["kind"], s["count"], tuple(s["lines"])) for s in tree.pop("skipped"))
-    known = tree.pop("score_range")
-    return RecordSet(
-        **tree | {"labels": tuple(tree["labels"])},
-        records=RecordStore(entry),
-        skipped=skipped,
-        score_range=None if known is None else (known[0], known[1]),
-    )
+    kept = read_typed(entry / "set.json", _Set, fix=f"delete the folder {entry}: the source is converted again")
+    return RecordSet(**vars(kept), records=RecordStore(entry))

@@ -46,6 +46,7 @@ class Inspection:
     task: str
     records: int
     skipped: tuple[Skipped, ...]
+    left_out: dict[str, int]
     fields: dict[str, int]
     lengths: dict[str, Lengths]
     duplicates: Duplicates
@@ -65,6 +66,9 @@ class Inspection:
         for skipped in self.skipped:
             lines = ", ".join(map(str, skipped.lines)) + (", ..." if skipped.count > len(skipped.lines) else "")
             facts.add_row("skipped", Text(f"{skipped.count:,}: {skipped.kind} (lines {lines})"))
+        if self.left_out:
+            slots = ", ".join(f"{count:,}: {slot}" for slot, count in self.left_out.items())
+            facts.add_row("slots left out", f"{slots} (their rows are kept)")
         facts.add_row("fields", ", ".join(f"{name} {count:,}" for name, count in self.fields.items()))
         facts.add_row("scores", self.scores)
         repeated = self.duplicates
@@ -103,6 +107,7 @@ def inspect_source(source: Source, samples: int = 3) -> Inspection:
         task=found.task,
         records=len(records),
         skipped=found.skipped,
+        left_out=found.left_out,
         fields={name: count for name, count in counts.items() if count and name not in ("task", "source")},
         lengths=_lengths(records),
         duplicates=_duplicates(records),

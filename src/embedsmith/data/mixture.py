@@ -76,7 +76,12 @@ def part_of(found: RecordSet[Text], part: tuple[float, float] | None) -> RecordS
     share_N = facts.query_id_N / _ONE
     rows = np.flatnonzero((share_N >= low) & ((share_N < high) | (high == 1)))
     if len(rows) == 0:
-        raise DataError(f"no row falls into part {list(part)}", where=found.name, fix="widen it")
+        raise DataError(
+            f"no row falls into part {list(part)}",
+            where=found.name,
+            fix="widen it: data.N.part=[0, 0.5], with N its place in the recipe from 0 "
+            "(of validation: evaluate.validation.N.part)",
+        )
     digest = hashlib.blake2b(f"{found.fingerprint} {low} {high}".encode(), digest_size=16).hexdigest()
     return replace(found, records=Selected(found.records, rows, facts.take(rows)), fingerprint=digest)
 

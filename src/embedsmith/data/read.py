@@ -1,16 +1,16 @@
 """`read_source`: any source of a recipe to its records, in memory or on disk as its size asks."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import log
 from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
 from embedsmith.data.formats.columns import Extent, Range, Reading, check_range, rescaled
 from embedsmith.data.formats.files import Rows
-from embedsmith.data.record import Record, RowError, Text, validate
+from embedsmith.data.record import Record, RowError, Text
 from embedsmith.data.source import RecordSet, Skipped, Source, open_source, reading_of, source_name
 from embedsmith.data.store import Fingerprint, StoreWriter
 from embedsmith.data.stream import stream_source
@@ -25,7 +25,7 @@ def read_source(source: Source) -> RecordSet[Text]:
     """
     if source.streaming:
         return stream_source(source)
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if is_token_cache(path):
         return read_tokens(source)
     if path.exists():
@@ -36,12 +36,20 @@ def read_source(source: Source) -> RecordSet[Text]:
         rows = open_source(source)
         files, version, size = {}, rows.version, rows.size
     if (rows is not None and version is None) or not belongs_on_disk(source, size):
-        return _Pass(source, rows or open_source(source), MemorySink()).read()
+        found = _Pass(source, rows or open_source(source), MemorySink()).read()
+        _tell_empty(source, found.left_out)
+        return found
     found = stored(source, files, version, lambda writer: _Pass(source, rows or open_source(source), writer).read())
     for skipped in found.skipped:  # named in every run, not only in the one that converted the source
         lines = ", ".join(map(str, skipped.lines))
         log.warning("%s: %d rows are left out: %s (lines %s)", source.path, skipped.count, skipped.kind, lines)
+    _tell_empty(source, found.left_out)
     return found
+
+
+def _tell_empty(source: Source, left_out: Mapping[str, int]) -> None:
+    for slot, count in left_out.items():
+        log.warning("%s: slots left out, their rows are kept: %d (%s)", source.path, count, slot)
 
 
 Change = Callable[[Record, int], Record | None]
@@ -85,6 +93,7 @@ class _Pass:
     extent: Extent = field(default_factory=Extent)
     reading: Reading | None = None
     task: str | None = None
+    left_out: dict[str, int] | None = None
 
     def read(self) -> RecordSet:
         declared = self.source.score_range or self.rows.score_range
@@ -109,6 +118,7 @@ class _Pass:
             labels=labels,
             score_range=known,
             scores=how,
+            left_out=self.left_out if self.left_out is not None else dict(self.reading.left_out),
         )
 
     def _read_rows(self, declared: Range | None) -> None:
@@ -117,6 +127,8 @@ class _Pass:
             full = self.source.limit is not None and len(self.sink) >= self.source.limit
             if full and (declared is not None or self.extent.empty):
                 return
+            if full and self.left_out is None and self.reading is not None:
+                self.left_out = dict(self.reading.left_out)
             try:
                 record = self._record(row, line)
                 if declared is not None:
@@ -135,7 +147,6 @@ class _Pass:
         if self.reading is None:
             self.reading = reading_of(row, self.source, self.rows, f"{self.rows.path}:{line}")
         record = self.reading.record(row)
-        validate(record)
         self.task = self.task or self.source.task or record.task
         if record.task != self.task:
             kind = f"a row of task {record.task} among those of task {self.task}"

@@ -8,20 +8,23 @@ import random
 import re
 import unicodedata
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Literal, get_args, overload
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypeVar
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import kind_of
 
 Task = Literal["retrieval", "sts", "classification", "clustering"]
 TASKS: tuple[str, ...] = get_args(Task)
 Scores = tuple[float | None, ...]
-_surrogate = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a pair, which no UTF-8 file can hold."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -150,6 +153,26 @@ def shuffled(count: int, chance: random.Random) -> list[int]:
     return sorted(range(count), key=keys.__getitem__)
 
 
+def without_empty(record: Record, left_out: Counter[str]) -> Record:
+    """The record without the empty texts that it does not need, and without their scores; counted by role. No negative
+    is needed, and a positive only where there is no other. An empty query or only positive is left for `validate`."""
+    for role in ("positive", "negative"):
+        texts: tuple[object, ...] = getattr(record, f"{role}s")
+        full = [place for place, text in enumerate(texts) if not isinstance(text, str) or (text and not text.isspace())]
+        if len(full) == len(texts) or (role == "positive" and not full):
+            continue
+        names = (f"{role}s", f"{role}_scores", f"teacher_{role}_scores")
+        held = {name: values for name in names if (values := getattr(record, name)) is not None}
+        if all(len(values) == len(texts) for values in held.values()):
+            left_out[f"empty {role}"] += len(texts) - len(full)
+            nothing = {f"{role}s": ()}  # of texts; of scores it is None
+            kept: dict[str, Any] = {
+                name: tuple(values[place] for place in full) or nothing.get(name) for name, values in held.items()
+            }
+            record = replace(record, **kept)
+    return record
+
+
 def validate(record: Record, where: object = None) -> None:
     """Raise `RowError` (a `DataError`) naming `where` and the fix if the record cannot be trained on."""
     for fault in _faults(record):
@@ -164,12 +187,21 @@ def _faults(record: Record) -> Iterator[RowError]:
     yield from text_faults("negative", record.negatives)
     if record.instruction is not None and not isinstance(record.instruction, str):
         yield _not_text("instruction", record.instruction)
+    if not isinstance(record.source, str):
+        yield _not_text("source", record.source)
+    yield from value_faults(record)
+
+
+def value_faults(record: Record[Any]) -> Iterator[RowError]:
+    """What is wrong with a record besides its texts, which may be tokens: positives, scores, the label."""
     if record.task in ("retrieval", "sts") and not record.positives:
         yield RowError("no positives", fix="give the row at least one positive text, or remove it")
     if record.task == "sts" and (record.positive_scores is None or None in record.positive_scores):
         yield RowError("no score for an sts pair", fix="give every pair a score, or declare `task: retrieval`")
     if record.task in ("classification", "clustering") and record.label is None and not record.positives:
         yield RowError("neither a label nor positives", fix="give the row a label")
+    if record.label is not None and not -(2**63) <= record.label < 2**63:
+        yield RowError("a label of more than 64 bits", fix="write it as text: it is a name")
     yield from _score_faults("positive_scores", record.positive_scores, len(record.positives))
     yield from _score_faults("negative_scores", record.negative_scores, len(record.negatives))
     yield from _score_faults("teacher_positive_scores", record.teacher_positive_scores, len(record.positives))
@@ -182,7 +214,7 @@ def text_faults(role: str, texts: Iterable[object]) -> Iterator[RowError]:
             yield _not_text(role, text)
         elif not text or text.isspace():
             yield RowError(f"empty {role}", fix="remove the row or give it a text; an absent text is left out, not ''")
-        elif not text.isascii() and _surrogate.search(text):
+        elif not text.isascii() and SURROGATE.search(text):
             yield RowError(f"broken Unicode in a {role}", expected="UTF-8 text without lone surrogates")
 
 
@@ -207,14 +239,6 @@ def _score_faults(role: str, scores: Scores | None, slots: int) -> Iterator[RowE
             yield RowError(
                 f"{role} hold a value that is not finite", f"{role} hold {score}", expected="a finite number"
             )
-
-
-def kind_of(value: object) -> str:
-    """A value's type in the words of JSON."""
-    names = ((bool, "true or false"), (int | float, "a number"), (str, "text"), (list, "a list"), (dict, "an object"))
-    if value is None:
-        return "null"
-    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
 
 
 def titled(title: str | None, text: str) -> str:

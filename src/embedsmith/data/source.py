@@ -12,6 +12,7 @@ from pydantic import Field
 from embedsmith.core.batch import Loss
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import Count, Finite, Positive, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.columns import Range, Reading, choose_layout
@@ -143,6 +144,7 @@ class DatasetFacts:
 class RecordSet(Generic[T]):
     """The records of one source. `records` may be a list or a store on disk: only its length and its entries count.
 
+    `left_out` counts the empty slots (such as `empty negative`) that rows were read without;
     `fingerprint` is a hash of the records' content; `labels` names the classes if the file names them; `scores`
     says which score range was assumed and why; `tokens`, for records of a token cache, which tokenizer made them and
     what its manifest says of them.
@@ -157,6 +159,7 @@ class RecordSet(Generic[T]):
     labels: tuple[str, ...] = ()
     score_range: Range | None = None
     scores: str = "none"
+    left_out: dict[str, int] = field(default_factory=dict)
     tokens: tuple[TokenizerFacts, DatasetFacts] | None = None
 
     def texts_only(self, purpose: str, where: object) -> RecordSet:
@@ -189,9 +192,9 @@ def source_name(source: Source) -> str:
 
 def open_source(source: Source) -> Rows:
     """The rows of whatever `path` names. Errors: `DataError`."""
-    path = Path(source.path).expanduser()
     if source.path.startswith(_HUB):
         return hub_rows(source.path.removeprefix(_HUB), source.split)
+    path = local_path(source.path)
     if path.is_dir() and (source.format == "beir" or is_beir_folder(path)):
         return beir_rows(path, source.split)
     if path.is_dir() or (source.path.count("/") == 1 and not path.parent.is_dir() and not has_known_kind(path.name)):

@@ -32,6 +32,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import read_typed
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.record import OneByOne, Record, T, Text, TokenIds
@@ -155,12 +156,15 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class StoreCounts:
-    """What `store.json` says: rows, the most negatives and positives that one of them has, the content's hash."""
+    """What `store.json` says: rows, the most negatives and positives that one of them has, the content's hash; of a
+    store of token ids the highest of them, and the most tokens of a text."""
 
     rows: int
     most_negatives: int
     most_positives: int
     fingerprint: str
+    top_token: int = 0
+    longest_text: int = 0
 
 
 class StoreWriter:
@@ -177,6 +181,7 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows = self.token_rows = 0
         self._most_negatives = self._most_positives = self._characters = self._token_end = 0
+        self._top_token = self._longest_text = 0
         self._block: list[Record[Any]] = []
         self._lines: list[int] = []
         self._fingerprint = Fingerprint()
@@ -199,6 +204,8 @@ class StoreWriter:
         row_N = self.token_rows + np.arange(len(text_N))
         self.token_rows += len(text_N)
         self._token_end += len(id_S)
+        self._top_token = max(self._top_token, int(id_S.max(initial=0)))
+        self._longest_text = max(self._longest_text, int(length_N.max(initial=0)))
         return row_N
 
     def add(self, record: Record[Any], line: int = 0) -> None:
@@ -255,7 +262,14 @@ class StoreWriter:
     def close(self) -> StoreCounts:
         self._flush()
         self.abandon()
-        counts = StoreCounts(self.rows, self._most_negatives, self._most_positives, self._fingerprint.hex())
+        counts = StoreCounts(
+            self.rows,
+            self._most_negatives,
+            self._most_positives,
+            self._fingerprint.hex(),
+            self._top_token,
+            self._longest_text,
+        )
         (self.folder / "store.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
         return counts
 
@@ -276,12 +290,12 @@ class RecordStore(OneByOne[T]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.counts = StoreCounts(**json.loads((folder / "store.json").read_text(encoding="utf-8")))
+            self.counts = read_typed(folder / "store.json", StoreCounts)
             self._map = pa.memory_map(str(folder / "records.arrow"))
             reader = pa.ipc.open_file(self._map)
             batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
             self._tokens = TokenTable(folder) if reader.schema.field("query").type == pa.int64() else None
-        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        except (DataError, OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
             raise DataError(f"not a readable store of records ({error})", where=folder, fix="delete it") from error
         self._blocks = [batch.columns for batch in batches]
         self._ends = list(accumulate(len(batch) for batch in batches))

@@ -20,21 +20,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from threading import Lock
 from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, MissingExtraError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import log
 from embedsmith.data.formats.columns import Reading, check_range, rescaled, scores_of
 from embedsmith.data.formats.datasets import choose_split, is_saved_dataset, load_datasets, refused
-from embedsmith.data.formats.files import Rows
-from embedsmith.data.record import OneByOne, Record, RowError, validate
+from embedsmith.data.formats.files import Rows, readable_parquet, table_row
+from embedsmith.data.record import OneByOne, Record, RowError
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
 
 BLOCK_ROWS = 4096
@@ -58,7 +57,10 @@ def stream_source(source: Source) -> RecordSet:
     if rows == 0:
         raise DataError("no records in it", where=source.path, fix="check that it is the right source")
     first = next(block for block, size in enumerate(blocks.sizes) if size)
-    head = dict(blocks.read(first)[0])
+    try:
+        head = dict(blocks.read(first)[0])
+    except RowError as error:
+        raise error.at(blocks.place(first, 0)) from error
     reading = reading_of(head, source, Rows(source.path, ()), blocks.place(first, 0))
     return RecordSet(
         name=source_name(source),
@@ -93,6 +95,7 @@ class StreamRecords(OneByOne[str]):
     reading: Reading
     rows: int
     skipped: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _held: OrderedDict[int, RowBlock] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
@@ -126,7 +129,11 @@ class StreamRecords(OneByOne[str]):
         for step in range(len(rows)):
             at = (first + step) % len(rows)
             try:
-                return self._record(rows[at])
+                record = self._record(rows[at])
+                if self.reading.left_out and "slots" not in self.told:
+                    self.told.add("slots")
+                    log.warning("%s: empty slots are left out; their rows are read without them", self.source.path)
+                return record
             except RowError as error:
                 named = error.at(self.blocks.place(block, at))
                 if self.source.on_error == "stop":
@@ -151,7 +158,6 @@ class StreamRecords(OneByOne[str]):
     def _record(self, row: Mapping[str, Any]) -> Record:
         """What reading a whole file does with a row, without what needs the whole file. Errors: `RowError`."""
         record, declared = self.reading.record(row), self.source.score_range
-        validate(record)
         if record.task != self.reading.task:
             raise RowError(f"a row of task {record.task} among those of task {self.reading.task}")
         if self.reading.labels:
@@ -178,7 +184,9 @@ class _Table:
         return int(self._table.num_rows)
 
     def __getitem__(self, row: int, /) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        found = table_row(self._table, row)
+        if isinstance(found, RowError):
+            raise found
         return found
 
 
@@ -199,7 +207,7 @@ class ParquetBlocks:
         self._group: list[tuple[int, int, int]] = []
         sizes: list[int] = []
         for number, name in enumerate(files):
-            with _reading(name), _opened(name) as file:
+            with readable_parquet(name), _opened(name) as file:
                 self._footers.append(pq.read_metadata(file))
             first = 1
             for group in range(self._footers[-1].num_row_groups):
@@ -212,14 +220,17 @@ class ParquetBlocks:
     def version(self) -> str:
         """A hash of the footers: rows, sizes, offsets and statistics of every column of every row group."""
         digest = hashlib.blake2b(digest_size=16)
-        for footer in self._footers:
-            digest.update(repr(footer.to_dict()).encode())
+        for name, footer in zip(self.files, self._footers, strict=True):
+            try:
+                digest.update(repr(footer.to_dict()).encode())
+            except (ValueError, OverflowError):  # statistics of values that Python has no object for
+                digest.update(_state_of(name))
         return digest.hexdigest()
 
     def read(self, block: int) -> RowBlock:
         number, group, _ = self._group[block]
         name = self.files[number]
-        with _reading(name), _opened(name) as file:
+        with readable_parquet(name), _opened(name) as file:
             return _Table(pq.ParquetFile(file, metadata=self._footers[number]).read_row_group(group))
 
     def place(self, block: int, row: int) -> str:
@@ -273,7 +284,8 @@ class SequentialBlocks(DatasetBlocks):
     def read(self, block: int) -> RowBlock:
         if block != self._next:
             self._rest = iter(self.dataset.skip(block * BLOCK_ROWS))
-        rows = list(islice(self._rest, self.sizes[block]))
+        with refused(self.name):
+            rows = list(islice(self._rest, self.sizes[block]))
         self._next = block + 1
         if len(rows) < self.sizes[block]:
             ended = block * BLOCK_ROWS + len(rows)
@@ -293,7 +305,7 @@ def open_blocks(path: str, split: str | None, limit: int | None) -> Blocks:
 
     Errors: `DataError` if nothing can be streamed there; `MissingExtraError` without the package `datasets`.
     """
-    here = Path(path).expanduser()
+    here = local_path(path)
     if here.is_file() and here.suffix != ".parquet":
         raise DataError(
             f"a {here.suffix or 'plain'} file cannot be streamed",
@@ -304,13 +316,15 @@ def open_blocks(path: str, split: str | None, limit: int | None) -> Blocks:
     if here.is_file():
         files = [str(here)]
     elif here.is_dir():
-        files = sorted(str(file) for file in here.rglob("*.parquet"))
+        files = sorted(str(file) for file in here.rglob("*.parquet") if not file.is_dir())
     else:
         files = sorted(glob.glob(str(here), recursive=True)) if glob.has_magic(str(here)) else []
     if files:
         return ParquetBlocks(tuple(files))
     if is_saved_dataset(here):
-        dataset = choose_split(load_datasets().load_from_disk(str(here)), split, path)
+        with refused(path):
+            found = load_datasets().load_from_disk(str(here))
+        dataset = choose_split(found, split, path)
         return DatasetBlocks(path, dataset, len(dataset))
     return _hub_blocks(str(here) if here.is_dir() else path.removeprefix("hf://"), split, limit)
 
@@ -334,7 +348,7 @@ def _hub_blocks(name: str, split: str | None, limit: int | None) -> Blocks:
 def _opened(name: str) -> IO[bytes]:
     """A local file, or one behind a URL that fsspec knows."""
     if "://" not in name:
-        return open(name, "rb")
+        return local_path(name).open("rb")
     try:
         import fsspec
     except ImportError as error:
@@ -352,7 +366,7 @@ def _state_of(name: str) -> bytes:
             files, path = fsspec.core.url_to_fs(name)
             info = files.info(path)
             return f"{info['size']} {info.get('blob_id') or info.get('ETag')}".encode()
-        with open(name, "rb") as file:
+        with _opened(name) as file:
             head = file.read(_END)
             size = file.seek(0, 2)
             file.seek(max(size - _END, 0))
@@ -364,6 +378,5 @@ def _reading(name: str) -> Iterator[None]:
     """Says which file an error comes from."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        kind = "Parquet file" if name.endswith(".parquet") else "file"
-        raise DataError(f"not a readable {kind} ({error})", where=name, fix="copy it again") from error
+    except OSError as error:
+        raise DataError(f"not a readable file ({error})", where=name, fix="copy it again") from error

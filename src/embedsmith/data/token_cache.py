@@ -16,9 +16,9 @@ Source: F2LLM (arXiv 2510.02294) and its released scripts, v1 and v2; sections 4
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,8 @@ import pyarrow.parquet as pq
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, read_typed
+from embedsmith.core.outputs import discard
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.record import Record, text_id
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, TokenizerFacts
@@ -61,18 +63,18 @@ class Manifest:
     def load(out: Path) -> Manifest:
         """Errors: `DataError` for a manifest that is damaged or not of a token cache."""
         try:
-            tree = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-            sets = {
-                name: DatasetFacts(**facts | {"labels": tuple(facts["labels"])})
-                for name, facts in tree["datasets"].items()
-            }
-            return Manifest(TokenizerFacts(**tree["tokenizer"]), sets, tree["version"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            found = read_typed(out / MANIFEST, Manifest)
+        except DataError as error:
             raise DataError(
-                f"not a readable manifest of a token cache ({error})",
+                f"not a readable manifest of a token cache ({error.what})",
                 where=out / MANIFEST,
                 fix="tokenize again, or for a cache of another tool: embedsmith tokenize --adopt",
             ) from error
+        for name, facts in found.datasets.items():
+            if facts.name != name:
+                raise DataError(f"the dataset {name!r} calls itself {facts.name!r}", where=out / MANIFEST)
+            refuse_other_folder(name, out / MANIFEST)
+        return found
 
     @staticmethod
     def to_write(out: Path, tokenizer: TokenizerFacts) -> Manifest:
@@ -92,6 +94,17 @@ class Manifest:
                 fix="choose another folder, or the same --max-length",
             )
         return before
+
+
+def refuse_other_folder(name: str, where: object) -> None:
+    """Errors: `DataError` for a dataset whose name would place its files elsewhere than in the cache."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > 200:
+        raise DataError(
+            f"the dataset's name {name[:60]!r} cannot be that of a file in the cache",
+            where=where,
+            expected="a name without / and without a dot in front, of at most 200 bytes",
+            fix="name the source: name: ...",
+        )
 
 
 class Tokenize(Protocol):
@@ -126,7 +139,7 @@ class TokenJob:
         Errors: `CheckpointError` when the disk is full (finished shards stay, the same call continues); `DataError`
         for shards of another job.
         """
-        self._claim_parts()
+        self.claim()
         count = len(self.records.records)
         seen = self._seen()
         with ThreadPoolExecutor(max_workers=1) as writer:
@@ -142,9 +155,6 @@ class TokenJob:
             if pending is not None:
                 pending.result()
         documents = self._assemble()
-        shutil.rmtree(self.parts)
-        if not any(self.parts.parent.iterdir()):
-            self.parts.parent.rmdir()
         return DatasetFacts(
             name=self.records.name,
             task=self.records.task,
@@ -157,6 +167,12 @@ class TokenJob:
             fingerprint=self.records.fingerprint,
             probes=self.probes,
         )
+
+    def clear(self) -> None:
+        """Remove the shards, once the manifest names the dataset."""
+        discard(self.parts)
+        with suppress(OSError):
+            self.parts.parent.rmdir()
 
     @property
     def document_role(self) -> Role:
@@ -173,12 +189,13 @@ class TokenJob:
     def _part(self, kind: str, shard: int) -> Path:
         return self.parts / f"{kind}-{shard:06}.arrow"
 
-    def _claim_parts(self) -> None:
+    def claim(self) -> None:
         """Shards of an earlier call are used if they are of the same texts, cut in the same way."""
         names = ("layout", "keep_text", "shard_rows", "prompts", "probes")
         identity = {name: getattr(self, name) for name in names} | {"fingerprint": self.records.fingerprint}
         path = self.parts / "job.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != identity:
+        fix = f"delete the folder {self.parts}, and run the same command again"
+        if path.exists() and read_json(path, fix=fix) != identity:
             raise DataError(
                 "shards of other texts or options are here, from a run that was stopped",
                 where=self.parts,
@@ -282,13 +299,17 @@ class TokenJob:
             with atomic_file(path, "wb") as file, pa.ipc.new_file(file, schema) as sink:
                 sink.write_table(tables[kind])
 
+    @property
+    def files(self) -> list[Path]:
+        """The finished files: of the inline layout one, else documents and queries."""
+        kinds = ("",) if self.layout == "inline" else ("_corpus", "_query")
+        return [self.out / f"{self.records.name}{kind}.parquet" for kind in kinds]
+
     def _assemble(self) -> int:
         """All shards to the final files; the number of distinct documents."""
-        if self.layout == "inline":
-            self._to_parquet(self.out / f"{self.records.name}.parquet", "query")
-            return 0
-        documents = self._to_parquet(self.out / f"{self.records.name}_corpus.parquet", "corpus")
-        self._to_parquet(self.out / f"{self.records.name}_query.parquet", "query")
+        *corpus, queries = self.files
+        documents = sum(self._to_parquet(path, "corpus") for path in corpus)
+        self._to_parquet(queries, "query")
         return documents
 
     def _to_parquet(self, path: Path, kind: str) -> int:

@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.cache import files_of, stored
-from embedsmith.data.record import Record, Text, TokenIds
+from embedsmith.data.formats.files import parquet_schema, readable_parquet
+from embedsmith.data.record import TASKS, Record, Text, TokenIds, value_faults
 from embedsmith.data.source import DatasetFacts, RecordSet, Source
 from embedsmith.data.store import StoreWriter
 from embedsmith.data.token_cache import MANIFEST, SCORES, Manifest, Tokenize
@@ -72,7 +74,8 @@ def is_token_cache(path: Path) -> bool:
         return False
     if (path / MANIFEST).is_file():
         return True
-    return any("query_input_ids" in pq.read_schema(file).names for file in path.glob("*.parquet"))
+    files = (file for file in path.glob("*.parquet") if file.is_file())
+    return any("query_input_ids" in parquet_schema(file).names for file in files)
 
 
 def read_tokens(source: Source) -> RecordSet[TokenIds]:
@@ -81,7 +84,7 @@ def read_tokens(source: Source) -> RecordSet[TokenIds]:
     Errors: `DataError` for a missing manifest, file or dataset, a document that is named but not there, or doc ids
     that stand for several documents.
     """
-    folder = Path(source.path).expanduser()
+    folder = local_path(source.path)
     manifest = Manifest.load(folder)
     facts = _chosen(manifest, source, folder)
     if source.task is not None and source.task != facts.task:
@@ -105,7 +108,10 @@ def _chosen(manifest: Manifest, source: Source, folder: Path) -> DatasetFacts:
             expected=f"one of those in its manifest: {', '.join(names) or 'none'}",
             fix="set split to one of them",
         )
-    return manifest.datasets[name]
+    facts = manifest.datasets[name]
+    if facts.task not in TASKS:
+        raise DataError(f"unknown task {facts.task!r}", where=folder / MANIFEST, expected=f"one of {', '.join(TASKS)}")
+    return facts
 
 
 def _paths(folder: Path, facts: DatasetFacts) -> list[Path]:
@@ -145,10 +151,11 @@ class _Conversion:
         Errors: `DataError` for an id of two different documents.
         """
         names, texts, rows = [self._name_M], [self._name_M], [self._row_M]
-        for _, batch in _batches(path, ("doc_id", "input_ids")):
-            names.append(self._names(batch["doc_id"]))
+        for line, batch in _batches(path, ("doc_id", "input_ids")):
+            where = f"{path}:{line}"
+            names.append(self._names(batch["doc_id"], where))
             texts.append(names[-1] if self.facts.ids == "text" else _content_ids(batch["input_ids"]))
-            rows.append(self._add_tokens(batch["input_ids"], texts[-1], batch.get("body_start")))
+            rows.append(self._add_tokens(batch["input_ids"], texts[-1], batch.get("body_start"), where))
         name_N, text_N, row_N = map(np.concatenate, (names, texts, rows))
         order_M = np.argsort(name_N, kind="stable")
         self._name_M, self._row_M = name_N[order_M], row_N[order_M]
@@ -164,7 +171,7 @@ class _Conversion:
 
     def read_rows(self, path: Path) -> None:
         for line, batch in _batches(path, ("query_input_ids",)):
-            queries = self._lists(batch, "query_input_ids")
+            queries = self._lists(batch, "query_input_ids", f"{path}:{line}")
             slots = [name for name in batch if re.fullmatch(r"(passage|negative)(_\d+)?_input_ids", name)]
             slots.sort(key=lambda name: (name[0], int((re.findall(r"\d+", name) or [0])[0])))
             rows = {name: self._documents(batch, name, f"{path}:{line}") for name in slots}
@@ -180,14 +187,16 @@ class _Conversion:
                 for name, column in extra.items():
                     values[name] = tuple(column[n]) if isinstance(column[n], list) else column[n]
                 record: Record[Any] = Record(query, positives, negatives, **values)
+                for fault in value_faults(record):
+                    raise fault.at(f"{path}:{line + n}")
                 self.writer.add(record, line + n)
 
     def _documents(self, batch: dict[str, Any], name: str, where: str) -> list[int | None]:
         """The rows of the token table that hold one slot of every record."""
         column = batch[name]
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            return self._lists(batch, name)
-        wanted = self._names(column.drop_null())
+            return self._lists(batch, name, where)
+        wanted = self._names(column.drop_null(), where)
         place = np.searchsorted(self._name_M, wanted).clip(max=max(len(self._name_M) - 1, 0))
         known = self._name_M[place] == wanted if len(self._name_M) else np.zeros(len(wanted), bool)
         if not known.all():
@@ -195,47 +204,78 @@ class _Conversion:
             raise DataError(f"{name} names the document {missing}, which is not in the corpus", where=where)
         return _spread(self._row_M[place], column)
 
-    def _lists(self, batch: dict[str, Any], name: str) -> list[int | None]:
+    def _lists(self, batch: dict[str, Any], name: str, where: str) -> list[int | None]:
         """The rows of the token table that are made of a column of token ids. The id of a text is that of the cache
         where it has one, else a hash of the tokens: equal for equal texts either way."""
         column, prefix = batch[name], name.removesuffix("_input_ids")
         lists, held = column.drop_null(), column.is_valid()
         ids, body = batch.get(f"{prefix}_id"), batch.get(f"{prefix}_body_start")
         text_N = _content_ids(lists) if ids is None else np.asarray(ids.filter(held).fill_null(-1))
-        return _spread(self._add_tokens(lists, text_N, None if body is None else body.filter(held)), column)
+        return _spread(self._add_tokens(lists, text_N, None if body is None else body.filter(held), where), column)
 
-    def _add_tokens(self, lists: Any, text_N: IntArray, body: Any) -> IntArray:
+    def _add_tokens(self, lists: Any, text_N: IntArray, body: Any, where: str) -> IntArray:
         length_N = np.asarray(pc.list_value_length(lists)).astype(np.int64)
         body_N = np.zeros(len(lists), np.int32) if body is None else np.asarray(body.fill_null(0))
-        return self.writer.add_tokens(text_N, length_N, np.asarray(lists.flatten()), body_N)
+        flat = lists.flatten()
+        least, most = pc.min_max(flat).as_py().values() if len(flat) else (0, 0)
+        for wrong, what in (
+            (flat.null_count > 0, "a token id is null"),
+            (least is None or least < 0 or most >= 2**31, f"token ids from {least} to {most}"),
+            (bool((length_N < 1).any()), "a text has no token"),
+            (bool(((body_N < 0) | (body_N > length_N)).any()), "a text's body starts outside of it"),
+        ):
+            if wrong:
+                raise DataError(
+                    what, where=f"{where} and below", expected="ids of tokens, from 0", fix="tokenize again"
+                )
+        return self.writer.add_tokens(text_N, length_N, np.asarray(flat), body_N)
 
-    def _names(self, column: Any) -> IntArray:
+    def _names(self, column: Any, where: str) -> IntArray:
         values = column.to_pylist()
-        if self.facts.ids == "text":
+        if self.facts.ids == "name":
+            return np.asarray([_hash(str(value).encode()) for value in values], np.int64)
+        try:
             return np.asarray([int(value) for value in values], np.int64)
-        return np.asarray([_hash(str(value).encode()) for value in values], np.int64)
+        except (ValueError, OverflowError) as error:
+            what = f"a document's name is no id of a text ({error})"
+            raise DataError(what, where=f"{where} and below", fix="tokenize again") from error
 
 
 def _batches(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, columns by name) of a Parquet file, a few thousand rows at a time. Errors: `DataError`."""
-    line = 1
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if absent := [name for name in needed if name not in names]:
-                raise DataError(f"no column {absent[0]!r}; found: {', '.join(names)}", where=path)
-            used = [name for name in names if not _KEPT_TEXT.fullmatch(name)]
-            for batch in file.iter_batches(batch_size=_BATCH, columns=used):
-                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-                for name in needed:
-                    if columns[name].null_count:
-                        raise DataError(f"{name} is null", where=f"{path}:{line}", fix="remove such rows")
-                yield line, columns
-                line += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"not a readable Parquet file ({error})", where=f"{path}:{line}", fix="copy it again"
-        ) from error
+    line, schema = 1, parquet_schema(path)
+    if absent := [name for name in needed if name not in schema.names]:
+        raise DataError(f"no column {absent[0]!r}; found: {', '.join(schema.names)}", where=path)
+    used = [name for name in schema.names if not _KEPT_TEXT.fullmatch(name)]
+    for name in used:
+        if (expected := _expected_type(name, schema.field(name).type)) is not None:
+            raise DataError(f"the column {name!r} is {schema.field(name).type}", where=path, expected=expected)
+    with readable_parquet(path, lambda: line), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=used):
+            columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+            for name in needed:
+                if columns[name].null_count:
+                    raise DataError(f"{name} is null", where=f"{path}:{line}", fix="remove such rows")
+            yield line, columns
+            line += len(batch)
+
+
+def _expected_type(name: str, kind: pa.DataType) -> str | None:
+    """What a column should hold, where it holds something else."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if name.endswith("input_ids"):
+        by_name = is_text and name.startswith(("passage", "negative"))
+        right = by_name or (is_list and pa.types.is_integer(kind.value_type))
+        return None if right else "lists of token ids, or names of documents"
+    if name in SCORES:
+        right = is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+        return None if right else "lists of numbers"
+    if name == "doc_id":
+        return None if is_text or pa.types.is_integer(kind) else "names of documents"
+    if name == "label" or name.endswith(("_id", "body_start")):
+        return None if pa.types.is_integer(kind) else "whole numbers"
+    return None
 
 
 def _spread(row_N: npt.NDArray[Any], column: Any) -> list[int | None]:

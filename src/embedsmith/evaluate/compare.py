@@ -1,9 +1,8 @@
 """Is one model better than another? Differences of main scores, with confidence from a paired bootstrap."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,21 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def within(cls, value: float, value_B: Floats, level: float) -> Self:
+        """Of resampled values; unknown (NaN) where none of them is finite."""
+        finite = value_B[np.isfinite(value_B)]
+        if len(finite) == 0:
+            return cls(value, float("nan"), float("nan"))
+        low, high = np.quantile(finite, ((1 - level) / 2, (1 + level) / 2))
+        return cls(value, float(low), float(high))
+
+    @classmethod
+    def of(cls, result: TaskResult, *, samples: int = SAMPLES, level: float = 0.95, seed: int = 0) -> Self:
+        """A main score with its bootstrap percentile interval over items (queries, pairs, texts)."""
+        value_B = resampled(result, _choices(result, samples, seed)) if result.items else np.zeros(0)
+        return cls.within(result.main_score, value_B, level)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -39,6 +53,32 @@ class Difference:
     interval: Interval
     p_value: float
     items: int
+
+    @classmethod
+    def of(
+        cls, new: TaskResult, old: TaskResult, *, samples: int = SAMPLES, level: float = 0.95, seed: int = 0
+    ) -> Self:
+        """`new` minus `old` on one task: both are scored on the same resamples of its items (paired bootstrap, Efron
+        and Tibshirani 1993, as used for retrieval by Sakai 2006).
+
+        Errors: `EvaluationError` for results of different tasks, metrics or items.
+        """
+        if (new.task, new.metric) != (old.task, old.metric):
+            raise EvaluationError(f"{new.task} ({new.metric}) and {old.task} ({old.metric}) are not the same task")
+        gap = new.main_score - old.main_score
+        if not new.items or not old.items:
+            return cls(new.task, new.metric, Interval(gap, float("nan"), float("nan")), float("nan"), 0)
+        if list(new.item_ids) != list(old.item_ids):
+            fix = "score both models again"
+            raise EvaluationError("the two results are of different items", where=new.task, fix=fix)
+        choice_BN = _choices(new, samples, seed)
+        gap_B = resampled(new, choice_BN) - resampled(old, choice_BN)
+        gap_B = gap_B[np.isfinite(gap_B)]
+        p_value = float("nan") if len(gap_B) == 0 else 1.0
+        if gap_B.any():
+            least = min(int((gap_B <= 0).sum()), int((gap_B >= 0).sum()))
+            p_value = min(1.0, 2 * (least + 1) / (len(gap_B) + 1))
+        return cls(new.task, new.metric, Interval.within(gap, gap_B, level), p_value, choice_BN.shape[1])
 
     @property
     def clear(self) -> bool:
@@ -103,47 +143,6 @@ def resampled(result: TaskResult, choice_BN: npt.NDArray[np.int64]) -> Floats:
     return np.concatenate([statistic({name: result.items[name][rows] for name in names}) for rows in blocks])
 
 
-def confidence(result: TaskResult, *, samples: int = SAMPLES, level: float = 0.95, seed: int = 0) -> Interval:
-    """The main score with its bootstrap percentile interval over items (queries, pairs, texts)."""
-    if not result.items:
-        return Interval(result.main_score, float("nan"), float("nan"))
-    value_B = resampled(result, _choices(result, samples, seed))
-    return _interval(result.main_score, value_B, level)
-
-
-def difference(
-    new: TaskResult, old: TaskResult, *, samples: int = SAMPLES, level: float = 0.95, seed: int = 0
-) -> Difference:
-    """`new` minus `old` on one task: both are scored on the same resamples of its items (paired bootstrap, Efron and
-    Tibshirani 1993, as used for retrieval by Sakai 2006).
-
-    Errors: `EvaluationError` for results of different tasks, metrics or items.
-    """
-    if (new.task, new.metric) != (old.task, old.metric):
-        raise EvaluationError(f"{new.task} ({new.metric}) and {old.task} ({old.metric}) are not the same task")
-    gap = new.main_score - old.main_score
-    if not new.items or not old.items:
-        return Difference(new.task, new.metric, Interval(gap, float("nan"), float("nan")), float("nan"), 0)
-    if list(new.item_ids) != list(old.item_ids):
-        raise EvaluationError("the two results are of different items", where=new.task, fix="score both models again")
-    choice_BN = _choices(new, samples, seed)
-    gap_B = resampled(new, choice_BN) - resampled(old, choice_BN)
-    gap_B = gap_B[np.isfinite(gap_B)]
-    p_value = float("nan") if len(gap_B) == 0 else 1.0
-    if gap_B.any():
-        least = min(int((gap_B <= 0).sum()), int((gap_B >= 0).sum()))
-        p_value = min(1.0, 2 * (least + 1) / (len(gap_B) + 1))
-    return Difference(new.task, new.metric, _interval(gap, gap_B, level), p_value, choice_BN.shape[1])
-
-
-def _interval(value: float, value_B: Floats, level: float) -> Interval:
-    finite = value_B[np.isfinite(value_B)]
-    if len(finite) == 0:
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(finite, ((1 - level) / 2, (1 + level) / 2))
-    return Interval(value, float(low), float(high))
-
-
 def _choices(result: TaskResult, samples: int, seed: int) -> npt.NDArray[np.int64]:
     """Items of every resample, [B, N]."""
     count = len(result.items[statistic_of(result)[0][0]])
@@ -166,12 +165,12 @@ class Comparison:
             if [each.task for each in results] != [each.task for each in self.results[0]]:
                 raise EvaluationError(f"{name} was scored on other tasks than {self.models[0]}")
 
-    @staticmethod
-    def of(models: Sequence[tuple[str, Results]]) -> Comparison:
+    @classmethod
+    def of(cls, models: Sequence[tuple[str, Results]]) -> Self:
         """Names and results, the one to measure against first."""
-        return Comparison(tuple(name for name, _ in models), tuple(results for _, results in models))
+        return cls(tuple(name for name, _ in models), tuple(results for _, results in models))
 
-    def short(self) -> Comparison:
+    def short(self) -> Self:
         """The same with the ends of long paths for names, where the ends differ."""
         return replace(self, models=short_names(self.models))
 
@@ -180,7 +179,7 @@ class Comparison:
 
     def differences(self, model: int) -> list[Difference]:
         """Of one model to the first, task by task."""
-        return [difference(new, old) for new, old in zip(self.results[model], self.results[0], strict=True)]
+        return [Difference.of(new, old) for new, old in zip(self.results[model], self.results[0], strict=True)]
 
     def means(self) -> list[float]:
         """The mean main score of each model."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from embedsmith.core.collectives import ALONE, Group, objects_of_all_ranks, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, hash_of_model
+from embedsmith.core.encoder import Encoder, Role, hash_of_model, tokenizer_json
 from embedsmith.core.errors import EmbedsmithError, EvaluationError, MissingExtraError, ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
@@ -194,9 +194,11 @@ class SentenceTransformersEncoder:
         return {"dense": Dense(torch.from_numpy(vectors).float())}
 
     def fingerprint(self) -> str:
-        """A hash of the weights, the modules, the prompts and the maximum length."""
-        prompts = repr(sorted(self.model.prompts.items()))
-        return hash_of_model(self.model, repr(self.model), prompts, str(self.model.max_seq_length))
+        """A hash of the weights, the modules, the tokenizer, the prompts, the similarity and the maximum length."""
+        prompts = repr((sorted(self.model.prompts.items()), self.model.default_prompt_name))
+        tokens = tokenizer_json(getattr(self.model, "tokenizer", None))
+        used = (prompts, str(self.model.max_seq_length), str(self.model.similarity_fn_name), tokens)
+        return hash_of_model(self.model, repr(self.model), *used)
 
     def prompt(self, role: Role, task: str | None) -> str | None:
         """The text put before a text of this role, `None` where the model has none for it."""

@@ -7,12 +7,10 @@ may add one (docs/evaluation.md):
     def gain_of_first(found: Graded, k: int) -> Floats: ...
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,26 +71,26 @@ class Ranking:
     score_Qk: npt.NDArray[np.float32]
     index_Qk: Ints
 
-    @staticmethod
-    def of(rows: Sequence[tuple[npt.NDArray[np.float32], Ints]]) -> Ranking:
+    @classmethod
+    def of(cls, rows: Sequence[tuple[npt.NDArray[np.float32], Ints]]) -> Self:
         """Queries that may have different numbers of documents: score and index of each."""
         width = max(len(score) for score, _ in rows)
         score_Qk = np.full((len(rows), width), -np.inf, dtype=np.float32)
         index_Qk = np.full((len(rows), width), -1, dtype=np.int64)
         for row, (score, index) in enumerate(rows):
             score_Qk[row, : len(score)], index_Qk[row, : len(score)] = score, index
-        return Ranking(score_Qk, index_Qk)
+        return cls(score_Qk, index_Qk)
 
-    def without(self, index_Q: Ints) -> Ranking:
+    def without(self, index_Q: Ints) -> Self:
         """The ranking of every query without one document; what stands behind it moves up."""
         removed_Qk = self.index_Qk == index_Q[:, None]
         order_Qk = np.argsort(removed_Qk, axis=1, kind="stable")
         score_Qk = np.where(removed_Qk, -np.inf, self.score_Qk).astype(np.float32)
         index_Qk = np.where(removed_Qk, -1, self.index_Qk)
-        return Ranking(np.take_along_axis(score_Qk, order_Qk, 1), np.take_along_axis(index_Qk, order_Qk, 1))
+        return type(self)(np.take_along_axis(score_Qk, order_Qk, 1), np.take_along_axis(index_Qk, order_Qk, 1))
 
-    def first(self, count: int) -> Ranking:
-        return Ranking(self.score_Qk[:, :count], self.index_Qk[:, :count])
+    def first(self, count: int) -> Self:
+        return type(self)(self.score_Qk[:, :count], self.index_Qk[:, :count])
 
     def best(self, among_Qk: npt.NDArray[np.bool_]) -> tuple[Floats, Ints]:
         """Score and index of the first document of every query among those marked; NaN and -1 where there is none."""
@@ -109,28 +107,34 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Judgements:
-    """J graded judgements of `queries` queries, by query and from the highest grade down. A document that is not in
+class Graded:
+    """A ranking with J judgements, by query and from the highest grade down: what a metric of rankings is given. nDCG
+    takes the grade itself as gain; the others count a grade of 1 or more as relevant. A judged document that is not in
     the corpus has the index -1: it counts as not found."""
 
-    queries: int
+    ranking: Ranking
     query_J: Ints
     index_J: Ints
     grade_J: Ints
 
-    @staticmethod
-    def of(qrels: Qrels, query_ids: Sequence[str], place: Mapping[str, int]) -> Judgements:
-        """Those of `query_ids`; `place` numbers the documents."""
+    @classmethod
+    def of(cls, ranking: Ranking, qrels: Qrels, query_ids: Sequence[str], place: Mapping[str, int]) -> Self:
+        """With the judgements of `query_ids`; `place` numbers the documents."""
         rows = [
             (row, place.get(d, -1), grade) for row, query in enumerate(query_ids) for d, grade in qrels[query].items()
         ]
         query_J, index_J, grade_J = np.array(rows, dtype=np.int64).reshape(-1, 3).T
         order_J = np.lexsort((-grade_J, query_J))
-        return Judgements(len(query_ids), query_J[order_J], index_J[order_J], grade_J[order_J])
+        return cls(ranking, query_J[order_J], index_J[order_J], grade_J[order_J])
 
-    def grades(self, ranking: Ranking) -> Ints:
-        """grade_Qk of what was found; 0 for a document that was not judged."""
-        index_Qk = ranking.index_Qk
+    @property
+    def queries(self) -> int:
+        return len(self.ranking.index_Qk)
+
+    @cached_property
+    def grade_Qk(self) -> Ints:
+        """The grades of what was found, best first; 0 where there is no judgement."""
+        index_Qk = self.ranking.index_Qk
         known = self.index_J >= 0
         wide = 1 + max(int(index_Qk.max(initial=0)), int(self.index_J.max(initial=0)))
         key_J = self.query_J[known] * wide + self.index_J[known]
@@ -142,31 +146,6 @@ class Judgements:
         place_Qk = np.searchsorted(key_J, asked_Qk).clip(max=len(key_J) - 1)
         return np.where(key_J[place_Qk] == asked_Qk, grade_J[place_Qk], 0)
 
-    def relevant(self) -> Ints:
-        """relevant_Q: how many documents have a grade of 1 or more."""
-        return np.bincount(self.query_J[self.grade_J >= 1], minlength=self.queries)
-
-    def ideal(self, k: int) -> Floats:
-        """DCG of the best order of all judged documents, cut at k."""
-        first_Q = np.searchsorted(self.query_J, np.arange(self.queries))
-        place_J = np.arange(len(self.query_J)) - first_Q[self.query_J]
-        gain_J = np.where(place_J < k, self.grade_J.clip(min=0) / np.log2(place_J + 2), 0.0)
-        return np.bincount(self.query_J, weights=gain_J, minlength=self.queries).astype(np.float64)
-
-
-@dataclass(frozen=True)
-class Graded:
-    """A ranking with its judgements: what a metric of rankings is given. nDCG takes the grade itself as gain; the
-    others count a grade of 1 or more as relevant."""
-
-    ranking: Ranking
-    judged: Judgements
-
-    @cached_property
-    def grade_Qk(self) -> Ints:
-        """The grades of what was found, best first; 0 where there is no judgement."""
-        return self.judged.grades(self.ranking)
-
     @cached_property
     def hits_Qk(self) -> Ints:
         """How many relevant documents are among the first, second, ... of every query."""
@@ -175,29 +154,35 @@ class Graded:
     @cached_property
     def relevant_Q(self) -> Ints:
         """How many documents are relevant, found or not."""
-        return self.judged.relevant()
+        return np.bincount(self.query_J[self.grade_J >= 1], minlength=self.queries)
 
     def hits(self, k: int) -> Ints:
         """hits_Q among the first k."""
         return self.hits_Qk[:, min(k, self.hits_Qk.shape[1]) - 1]
 
+    def ideal(self, k: int) -> Floats:
+        """DCG of the best order of all judged documents, cut at k."""
+        first_Q = np.searchsorted(self.query_J, np.arange(self.queries))
+        place_J = np.arange(len(self.query_J)) - first_Q[self.query_J]
+        gain_J = np.where(place_J < k, self.grade_J.clip(min=0) / np.log2(place_J + 2), 0.0)
+        return np.bincount(self.query_J, weights=gain_J, minlength=self.queries).astype(np.float64)
 
-def ranking_scores(found: Graded, cuts: Sequence[int] = CUTS) -> dict[str, Floats]:
-    """Every metric of rankings at every cut, as `NAME_at_K`: value_Q. A query without a relevant document scores 0.
+    def scores(self, cuts: Sequence[int] = CUTS) -> dict[str, Floats]:
+        """Every metric of rankings at every cut, as `NAME_at_K`: value_Q. A query without a relevant document scores 0.
 
-    Errors: `EvaluationError` for a metric that does not give one number a query.
-    """
-    values: dict[str, Floats] = {}
-    for name, function in metrics_of("rankings").items():
-        for k in cuts:
-            value_Q = np.asarray(function(found, k), dtype=np.float64)
-            if value_Q.shape != (found.judged.queries,):
-                raise EvaluationError(
-                    f"the metric {name!r} gave the shape {value_Q.shape}",
-                    expected=f"one value for each of {found.judged.queries} queries",
-                )
-            values[f"{name}_at_{k}"] = value_Q
-    return values
+        Errors: `EvaluationError` for a metric that does not give one number a query.
+        """
+        values: dict[str, Floats] = {}
+        for name, function in metrics_of("rankings").items():
+            for k in cuts:
+                value_Q = np.asarray(function(self, k), dtype=np.float64)
+                if value_Q.shape != (self.queries,):
+                    raise EvaluationError(
+                        f"the metric {name!r} gave the shape {value_Q.shape}",
+                        expected=f"one value for each of {self.queries} queries",
+                    )
+                values[f"{name}_at_{k}"] = value_Q
+        return values
 
 
 @metric(
@@ -207,7 +192,7 @@ def ndcg(found: Graded, k: int) -> Floats:
     """Discounted gain of the first k documents, over that of the best order of all judged ones."""
     gain_Qk = found.grade_Qk[:, :k].clip(min=0)
     gain_Qk = (gain_Qk / np.log2(np.arange(1, gain_Qk.shape[1] + 1) + 1)).cumsum(axis=1)
-    return _share(gain_Qk[:, -1], found.judged.ideal(k))
+    return _share(gain_Qk[:, -1], found.ideal(k))
 
 
 @metric("map", of="rankings", formula="sum_{i <= k, i relevant} precision_i / relevant", source="trec_eval")

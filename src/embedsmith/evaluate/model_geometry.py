@@ -22,7 +22,7 @@ from embedsmith.evaluate.result import finite_or_none, short_names
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
 from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
-from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask
+from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RankingTask
 
 TEXTS = 1000
 _TOKEN_TEXTS = 100  # token states are measured for this many
@@ -58,6 +58,31 @@ class Sample:
         texts = list(dict.fromkeys(text for one in read_texts(path) if (text := one.text.strip())))
         return Sample(tuple(texts if len(texts) <= count else random.Random(seed).sample(texts, count)))
 
+    def agreement(self, encoder: Encoder, other: Encoder) -> dict[str, float]:
+        """How alike two models see the same texts (see `Space.agreement`)."""
+        return _space(encoder, self.texts, rows=3).agreement(_space(other, self.texts, rows=3))
+
+    def logged(self, encoder: Encoder) -> dict[str, float]:
+        """The few cheap measures that are logged while training."""
+        measures = _space(encoder, self.texts, progress=False).measures()
+        logged = ("anisotropy", "effective_rank", "uniformity", "hubness", "first_direction")
+        tokens = self.of_tokens(encoder, 32)
+        tokens.pop("texts", None)
+        return {f"sentence/{name}": measures[name] for name in logged} | _named("token", tokens)
+
+    def of_tokens(self, encoder: Encoder, count: int) -> dict[str, float]:
+        """CoDiEmb's four measures, means over the first `count` texts (reconstructed); empty for an encoder without
+        token states."""
+        try:
+            reps: Reps = encoder.represent(self.texts[:count], role="document", outputs=("tokens",))
+        except (EvaluationError, ModelError):  # it has no such output
+            return {}
+        states = reps.get("tokens")
+        if not isinstance(states, MultiVector):
+            return {}
+        rows = zip(states.vector_NTD, states.mask_NT, strict=True)
+        return MatrixShape.means([vector_TD[mask_T].double().numpy() for vector_TD, mask_T in rows])
+
 
 def _texts_and_pairs(task: Task) -> tuple[Sequence[str], list[tuple[str, str]]]:
     if isinstance(task, LongDocumentTask):
@@ -69,7 +94,7 @@ def _texts_and_pairs(task: Task) -> tuple[Sequence[str], list[tuple[str, str]]]:
     if isinstance(task, PairClassificationTask):
         pairs = [(a, b) for a, b, label in zip(task.text1, task.text2, task.label) if label == 1]
         return [*task.text1, *task.text2], pairs
-    if isinstance(task, RetrievalTask | RerankingTask):
+    if isinstance(task, RankingTask):
         relevant = [(query, doc) for query in task.judged() for doc, grade in task.qrels[query].items() if grade > 0]
         pairs = [(task.queries[query], task.corpus[doc]) for query, doc in relevant if doc in task.corpus]
         return list(task.corpus.values()), pairs
@@ -121,35 +146,8 @@ class Geometry:
             numbers["pairs/alignment"] = queries.alignment(documents)
             paired = np.sum(queries.unit_ND * documents.unit_ND, axis=1)
         if tokens:
-            numbers |= _named("token", token_space(encoder, sample.texts[:_TOKEN_TEXTS]))
+            numbers |= _named("token", sample.of_tokens(encoder, _TOKEN_TEXTS))
         return Geometry(numbers, space.spectrum(), space.variance(), space.some_cosines(), paired, dict(about or {}))
-
-
-def training_geometry(encoder: Encoder, sample: Sample) -> dict[str, float]:
-    """The few cheap measures that are logged while training."""
-    measures = _space(encoder, sample.texts, progress=False).measures()
-    logged = ("anisotropy", "effective_rank", "uniformity", "hubness", "first_direction")
-    tokens = token_space(encoder, sample.texts[:32])
-    tokens.pop("texts", None)
-    return {f"sentence/{name}": measures[name] for name in logged} | _named("token", tokens)
-
-
-def token_space(encoder: Encoder, texts: Sequence[str]) -> dict[str, float]:
-    """CoDiEmb's four measures, means over texts (reconstructed); empty for an encoder without token states."""
-    try:
-        reps: Reps = encoder.represent(texts, role="document", outputs=("tokens",))
-    except (EvaluationError, ModelError):  # it has no such output
-        return {}
-    states = reps.get("tokens")
-    if not isinstance(states, MultiVector):
-        return {}
-    rows = zip(states.vector_NTD, states.mask_NT, strict=True)
-    return MatrixShape.means([vector_TD[mask_T].double().numpy() for vector_TD, mask_T in rows])
-
-
-def agreement(encoder: Encoder, other: Encoder, sample: Sample) -> dict[str, float]:
-    """How alike two models see the same texts (see `Space.agreement`)."""
-    return _space(encoder, sample.texts, rows=3).agreement(_space(other, sample.texts, rows=3))
 
 
 def _space(

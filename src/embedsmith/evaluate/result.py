@@ -15,6 +15,7 @@ from rich.table import Table
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, typed
 from embedsmith.evaluate.metrics import added_metrics
 
 ItemValues = npt.NDArray[np.float64]
@@ -89,36 +90,52 @@ class TaskResult:
     @staticmethod
     def from_dict(plain: Mapping[str, Any], where: object = None) -> TaskResult:
         """Inverse of `as_dict`. Errors: `EvaluationError` for something else."""
-        try:
-            return TaskResult(
-                task=plain["task"],
-                kind=plain["kind"],
-                metric=plain["metric"],
-                scores={name: _value(value) for name, value in plain["scores"].items()},
-                counts=plain.get("counts", {}),
-                item_ids=plain.get("item_ids", ()),
-                items={
-                    name: np.array([_value(value) for value in values])
-                    for name, values in plain.get("items", {}).items()
-                },
-                notes=tuple(plain.get("notes", ())),
-                seconds=float(plain.get("seconds", 0.0)),
-                examples=tuple(
-                    Example(
-                        each["id"],
-                        _value(each["value"]),
-                        each["texts"],
-                        {name: _value(value) for name, value in each["numbers"].items()},
-                    )
-                    for each in plain.get("examples", ())
-                ),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise EvaluationError(
-                f"not the result of a task ({type(error).__name__}: {error})",
-                where=where,
-                expected="JSON that `embedsmith evaluate --json` wrote",
-            ) from error
+        found = typed(_StoredResult, plain, where, EvaluationError, fix="score the task again: embedsmith evaluate")
+        if found.metric not in found.scores:
+            raise EvaluationError(f"its scores lack its metric {found.metric!r}", where=where)
+        numbers = {name: [_value(value) for value in values] for name, values in found.items.items()}
+        examples = (
+            Example(one.id, _value(one.value), one.texts, {name: _value(value) for name, value in one.numbers.items()})
+            for one in found.examples
+        )
+        return TaskResult(
+            task=found.task,
+            kind=found.kind,
+            metric=found.metric,
+            scores={name: _value(value) for name, value in found.scores.items()},
+            counts=found.counts,
+            item_ids=found.item_ids,
+            items={name: np.array(values) for name, values in numbers.items()},
+            notes=found.notes,
+            seconds=found.seconds,
+            examples=tuple(examples),
+        )
+
+
+@dataclass(frozen=True)
+class _StoredExample:
+    """An `Example` in JSON, where a number that does not exist is null."""
+
+    id: str
+    value: float | None
+    texts: dict[str, str]
+    numbers: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class _StoredResult:
+    """A `TaskResult` in JSON."""
+
+    task: str
+    kind: str
+    metric: str
+    scores: dict[str, float | None]
+    counts: dict[str, int] = field(default_factory=dict)
+    item_ids: list[str] = field(default_factory=list)
+    items: dict[str, list[float | None]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    examples: list[_StoredExample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -162,11 +179,8 @@ class Results(Sequence[TaskResult]):
     @staticmethod
     def load(path: str | Path) -> Results:
         """Read what `save` wrote. Errors: `EvaluationError` for a file that is none."""
-        try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"cannot read the results ({error})", where=path) from error
-        if not isinstance(plain, dict) or not isinstance(plain.get("tasks"), list):
+        plain = read_json(path, EvaluationError)
+        if not isinstance(plain.get("tasks"), list):
             raise EvaluationError("no results", where=path, expected="JSON that `embedsmith evaluate --json` wrote")
         about = {key: value for key, value in plain.items() if key != "tasks"}
         return Results(tuple(TaskResult.from_dict(task, path) for task in plain["tasks"]), about)

@@ -20,6 +20,7 @@ from embedsmith.core.collectives import ALONE, Group, rank
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json
 from embedsmith.core.progress import log
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import added_metrics
@@ -90,8 +91,8 @@ class ResultCache:
         if not path.is_file():
             return None
         try:
-            return TaskResult.from_dict(json.loads(path.read_text(encoding="utf-8")), path)
-        except (OSError, ValueError, EvaluationError) as error:
+            return TaskResult.from_dict(read_json(path, EvaluationError), path)
+        except EvaluationError as error:
             log.warning("%s: cannot be read (%s); the task is scored again", path, error)
             return None
 

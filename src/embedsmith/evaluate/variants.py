@@ -25,7 +25,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import Graded, Judgements, Ranking, ndcg, spearman
+from embedsmith.evaluate.metrics import Graded, Ranking, ndcg, spearman
 from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.kinds import Task
@@ -155,8 +155,7 @@ class _Ranking:
         ranking = Ranking(*(part.numpy() for part in top_of_block(total_QK, 11)))
         if self.task.ignore_identical_ids:
             ranking = ranking.without(np.array([place.get(query, -1) for query in self.query_ids]))
-        judged = Judgements.of(self.task.qrels, self.query_ids, place)
-        return float(ndcg(Graded(ranking, judged), 10).mean())
+        return float(ndcg(Graded.of(ranking, self.task.qrels, self.query_ids, place), 10).mean())
 
 
 @dataclass(frozen=True)

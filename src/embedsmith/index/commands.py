@@ -1,17 +1,21 @@
 """The verbs `index` and `search`: where an index lies, which model made it, and how hits are shown."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 
+from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import SearchError
+from embedsmith.core.errors import DataError, RecipeError, SearchError
+from embedsmith.core.outputs import claimed
+from embedsmith.core.recipe import parse_value
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
@@ -32,15 +36,15 @@ class Place:
     folder: Path | None = None
     url: str | None = None
     collection: str = "embedsmith"
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
-    def open(self) -> Store:
+    def open(self, *, read_only: bool = False) -> Store:
         if (self.folder is None) == (self.url is None):
             raise SearchError("where is the index?", expected="either a folder or --url of a Qdrant server")
         if self.url is not None:
             return ServerStore(self.url, self.collection, api_key=self.api_key)
         assert self.folder is not None
-        return EdgeStore(self.folder)
+        return EdgeStore(self.folder, read_only=read_only)
 
 
 def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
@@ -48,13 +52,21 @@ def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | N
 
     The documents are read twice: what is wrong with them is an error before anything is encoded.
     """
+    refuse_launcher("index", "start it once, without the launcher")
+    with nullcontext() if place.folder is None else claimed(place.folder, "index"):
+        return _index(model, documents, place, heads, batch)
+
+
+def _index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
     total = sum(1 for _ in read_documents(documents))
+    if total == 0:
+        raise DataError("no document in this file", where=documents, expected="at least one row with an id and a text")
     encoder = load(model)
     store = place.open()
     try:
         fresh = store.settings() is None
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
-        place_of_model = str(Path(model).resolve()) if Path(model).exists() else model
+        place_of_model = os.path.realpath(model) if os.path.exists(model) else model
         index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
         return index.add(read_documents(documents), batch=batch, total=total), len(index)
     finally:
@@ -123,7 +135,7 @@ def run_search(
     """
     if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
-    store = place.open()
+    store = place.open(read_only=True)
     try:
         settings = store.settings()
         if settings is None:
@@ -163,8 +175,8 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
         if not key or not equals:
             raise SearchError(f"{what} {text!r}", expected="key=value")
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[key] = parse_value(value, what)
+        except RecipeError as error:
             raise SearchError(f"{what} {text!r} is not YAML", expected="such as lang=en or year={gte: 2000}") from error
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,16 @@ class StoredPoint:
     vectors: Mapping[str, Vector]
     payload: Mapping[str, Any]
 
+    @property
+    def numbers(self) -> int:
+        """How many its vectors are made of."""
+        return sum(
+            2 * len(vector[0])
+            if isinstance(vector, tuple)
+            else sum(len(one) if isinstance(one, list) else 1 for one in vector)
+            for vector in self.vectors.values()
+        )
+
 
 @dataclass(frozen=True)
 class Request:
@@ -90,6 +101,29 @@ class Store(Protocol):
         """Build what makes searching fast, where the engine does not do so by itself."""
 
     def close(self) -> None: ...
+
+
+def checked_settings(found: Any, where: object) -> dict[str, Any]:
+    """What an index says of itself. Errors: `SearchError` for anything but what `open_index` writes."""
+    texts = isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("model", "fingerprint"))
+    heads = found.get("heads") if texts else None
+    if not texts or found.get("format") != 1 or not isinstance(heads, list) or not heads:
+        raise SearchError(
+            "not what embedsmith writes of an index", where=where, fix="delete the index, then make it again"
+        )
+    return dict(found)
+
+
+def check_finite(reps: Reps, names: Sequence[str]) -> None:
+    """Errors: `SearchError` naming the first text, of those called `names`, with a value that is not finite."""
+    for head, rep in reps.items():
+        for tensor in rep.floating():
+            if not bool(tensor.isfinite().all()):
+                row = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise SearchError(
+                    f"the {head} vector of {names[row]} is not finite",
+                    fix="check the weights; a run that diverged leaves NaN in them",
+                )
 
 
 def point_key(document_id: str) -> str:
@@ -159,4 +193,4 @@ def _is_exact(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -14,7 +14,17 @@ from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import text_faults
 from embedsmith.data.writers import batched
-from embedsmith.index.engine import FieldSpec, Filter, Request, Store, StoredPoint, Vector, point_key, vectors_of
+from embedsmith.index.engine import (
+    FieldSpec,
+    Filter,
+    Request,
+    Store,
+    StoredPoint,
+    Vector,
+    check_finite,
+    point_key,
+    vectors_of,
+)
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
 from embedsmith.search.hybrid import M3_WEIGHTS
 
@@ -141,6 +151,7 @@ class HybridIndex:
         with progress_bar("search", len(queries), visible=show) as bar:
             for block in batched(queries, _QUERIES):
                 reps = self.encoder.represent(block, role="query", outputs=heads)
+                check_finite(reps, [f"the query {text[:80]!r}" for text in block])
                 asked = vectors_of(reps, len(block))
                 union = self._candidates(asked, max(candidates, k), filter or {}, ef)
                 scored = self._exact(asked, union, reps)
@@ -150,6 +161,7 @@ class HybridIndex:
 
     def _points(self, documents: Sequence[Document]) -> list[StoredPoint]:
         reps = self.encoder.represent([document.text for document in documents], role="document", outputs=self.heads)
+        check_finite(reps, [f"the document {document.id!r}" for document in documents])
         rows = zip(documents, vectors_of(reps, len(documents)), strict=True)
         return [
             StoredPoint(point_key(document.id), vectors, asdict(document) | {"hash": document.hash})

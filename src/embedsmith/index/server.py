@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from embedsmith.core.errors import MissingExtraError, SearchError
+from embedsmith.core.keys import checked_address
 from embedsmith.core.progress import log
-from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, conditions
+from embedsmith.core.text_out import remember_secret, without_secrets
+from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
 
 T = TypeVar("T")
 _WAITS = (0.5, 2.0, 8.0)
@@ -27,7 +29,10 @@ class ServerStore:
         except ImportError as error:
             raise MissingExtraError("qdrant-client", "search") from error
         self._models: Any = models
-        if url.startswith(("http://", "https://")):
+        if api_key is not None:
+            remember_secret(api_key)
+        if "://" in url:
+            checked_address(url, "url")
             self._client = QdrantClient(url=url, api_key=api_key, check_compatibility=False)
         else:
             self._client = QdrantClient(url) if url == ":memory:" else QdrantClient(path=url)
@@ -39,7 +44,7 @@ class ServerStore:
         metadata = self._call(lambda: self._client.get_collection(self._collection)).config.metadata or {}
         if "embedsmith" not in metadata:
             raise SearchError("this collection was not made by embedsmith", where=self._where, fix="choose a new name")
-        return dict(metadata["embedsmith"])
+        return checked_settings(metadata["embedsmith"], self._where)
 
     def create(self, fields: Mapping[str, FieldSpec], settings: Mapping[str, Any]) -> None:
         models = self._models
@@ -136,11 +141,12 @@ class ServerStore:
                         f"the server cannot be reached ({error}), after {number + 1} tries",
                         where=self._where,
                         fix="start it, then give the same command again: what was written is kept",
-                    ) from error
-                log.warning("%s: %s; trying again in %g s", self._where, error, wait)
+                    ) from None
+                log.warning("%s: %s; trying again in %g s", self._where, without_secrets(str(error)), wait)
                 time.sleep(wait)
             except (ApiException, ValueError) as error:
-                raise SearchError(f"the server says: {error}", where=self._where) from error
+                # its words may hold the key
+                raise SearchError(f"the server says: {error}", where=self._where) from None
         raise AssertionError("the last try returns or raises")
 
 
@@ -149,15 +155,9 @@ def _in_calls(points: Sequence[StoredPoint]) -> Iterator[list[StoredPoint]]:
     some: list[StoredPoint] = []
     held = 0
     for point in points:
-        count = sum(
-            2 * len(vector[0])
-            if isinstance(vector, tuple)
-            else sum(len(one) if isinstance(one, list) else 1 for one in vector)
-            for vector in point.vectors.values()
-        )
-        if some and held + count > _NUMBERS:
+        if some and held + point.numbers > _NUMBERS:
             yield some
             some, held = [], 0
-        some, held = [*some, point], held + count
+        some, held = [*some, point], held + point.numbers
     if some:
         yield some

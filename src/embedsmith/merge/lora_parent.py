@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from embedsmith.core.errors import ModelError
-from embedsmith.merge.parents import Held, Parent, Weights, read_header, size_of
+from embedsmith.merge.parents import Held, Parent, View, Weights, read_header
 from embedsmith.models.folder import AdapterFile, read_typed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,21 +29,12 @@ _ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(View):
     """`whole` plus left [rows, r] times right [r, cols]; with `magnitude` [rows] (DoRA) every row gets that norm."""
 
-    whole: Weights
     left_RK: Tensor
     right_KC: Tensor
     magnitude_R: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.whole.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
 
     def read(self, start: int, stop: int) -> Tensor:
         rows, width = self.shape
@@ -62,20 +54,11 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class NewRows:
+class NewRows(View):
     """`whole` with some rows replaced: tokens that were trained by themselves."""
 
-    whole: Weights
     places: tuple[int, ...]
     row_RC: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.whole.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
 
     def read(self, start: int, stop: int) -> Tensor:
         values_E = self.whole.read(start, stop).float().clone()
@@ -87,71 +70,105 @@ class NewRows:
         return values_E
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
-
-
-def read_config(folder: Path) -> AdapterFile:
-    """Errors: `ModelError` for an unreadable file, or another kind of adapter."""
-    config = read_typed(AdapterFile, folder / CONFIG)
-    if config.peft_type != "LORA":
-        raise ModelError(f"an adapter of the kind {config.peft_type}", where=folder / CONFIG, expected="a LoRA adapter")
-    return config
-
-
-def with_adapter(base: Parent, folder: Path, name: str) -> Parent:
-    """The base model with an adapter on top, as one more parent.
-
-    Errors: `ModelError` for weights that do not fit the base or are of a kind this cannot add; `CheckpointError` for a
-    missing or damaged file.
-    """
-    config = read_config(folder)
-    header = read_header(folder / WEIGHTS)
-    by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, stored in header.items():
-        match = _KINDS.match(key.removeprefix("base_model.model."))
-        if match is None:
-            raise ModelError(f"{key} is not a weight this knows how to add", where=folder, fix=_MERGE_FIRST)
-        tensor = stored.read(0, size_of(stored)).view(stored.shape).float()
-        by_module[match["module"]][match["kind"].rpartition(".")[2]] = tensor
-    tensors = dict(base.tensors)
-    for module, parts in by_module.items():
-        # adapters are trained on the encoder, or on a model that holds it
-        words = module.split(".")
-        places = ["backbone." + ".".join(words[skip:]) for skip in range(len(words))]
-        # a part no vector depends on, which the base was saved without (adapters on every `dense` reach the pooler)
-        if any(f"{place}.weight" in base.unused and f"{place}.weight" not in base.tensors for place in places):
-            continue
-        canonical = next((place for place in places if f"{place}.weight" in tensors or place in tensors), None)
-        if canonical is None:
-            raise ModelError(
-                f"the adapter changes {module}, which the base does not have", where=folder, fix=_ITS_OWN_BASE
-            )
-        ModuleAdapter(config, module, folder).add(tensors, canonical, parts)
-    files = (*base.files, folder / CONFIG, folder / WEIGHTS)
-    around = folder if (folder / "modules.json").exists() else base.folder
-    return dataclasses.replace(base, id=name, folder=around, tensors=tensors, files=files)
-
-
 _MERGE_FIRST = "merge the adapter into its base with peft (merge_and_unload), then give that folder"
 _ITS_OWN_BASE = "give the model the adapter was trained on as its base"
 
 
 @dataclass(frozen=True)
-class ModuleAdapter:
-    """adapter_config.json as it applies to one module."""
+class AdapterFolder:
+    """A folder with a LoRA adapter, and what its adapter_config.json says."""
 
-    config: AdapterFile
-    module: str
     folder: Path
+    config: AdapterFile
 
-    def scale(self, rank: int) -> float:
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Errors: `ModelError` for an unreadable file or another kind of adapter."""
+        config = read_typed(AdapterFile, folder / CONFIG)
+        if config.peft_type != "LORA":
+            raise ModelError(
+                f"an adapter of the kind {config.peft_type}", where=folder / CONFIG, expected="a LoRA adapter"
+            )
+        return cls(folder, config)
+
+    def on(self, base: Parent, name: str) -> Parent:
+        """The base model with the adapter on top, as one more parent.
+
+        Errors: `ModelError` for weights that do not fit the base or are of a kind this cannot add; `CheckpointError`
+        for a missing or damaged file.
+        """
+        by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, stored in read_header(self.folder / WEIGHTS).items():
+            match = _KINDS.match(key.removeprefix("base_model.model."))
+            if match is None:
+                raise ModelError(f"{key} is not a weight this knows how to add", where=self.folder, fix=_MERGE_FIRST)
+            tensor = stored.read(0, math.prod(stored.shape)).view(stored.shape).float()
+            by_module[match["module"]][match["kind"].rpartition(".")[2]] = tensor
+        tensors = dict(base.tensors)
+        for module, parts in by_module.items():
+            # adapters are trained on the encoder, or on a model that holds it
+            words = module.split(".")
+            places = ["backbone." + ".".join(words[skip:]) for skip in range(len(words))]
+            # a part no vector depends on, which the base was saved without (adapters on every `dense` reach the pooler)
+            if any(f"{place}.weight" in base.unused and f"{place}.weight" not in base.tensors for place in places):
+                continue
+            canonical = next((place for place in places if f"{place}.weight" in tensors or place in tensors), None)
+            if canonical is None:
+                raise ModelError(
+                    f"the adapter changes {module}, which the base does not have", where=self.folder, fix=_ITS_OWN_BASE
+                )
+            self._add(tensors, canonical, module, parts)
+        files = (*base.files, self.folder / CONFIG, self.folder / WEIGHTS)
+        around = self.folder if (self.folder / "modules.json").exists() else base.folder
+        return dataclasses.replace(base, id=name, folder=around, tensors=tensors, files=files)
+
+    def _add(self, tensors: dict[str, Weights], name: str, module: str, parts: Mapping[str, Tensor]) -> None:
+        """Put a module's adapter weights over the base's, which are called `name`. Errors: `ModelError`."""
+        key = f"{name}.weight"
+        magnitude = parts.get("lora_magnitude_vector")
+        if "lora_A" in parts:
+            a, b = parts["lora_A"], parts["lora_B"]
+            left, right = (a.T, b.T) if self.config.fan_in_fan_out else (b, a)
+            if self.config.fan_in_fan_out and magnitude is not None:
+                raise ModelError(f"DoRA on the transposed layer {module}", where=self.folder, fix=_MERGE_FIRST)
+            tensors[key] = self._low_rank(tensors[key], module, left, right, len(a), magnitude)
+        if "lora_embedding_A" in parts:
+            if magnitude is not None:
+                raise ModelError(f"DoRA on the token table {name}", where=self.folder, fix=_MERGE_FIRST)
+            left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
+            tensors[key] = self._low_rank(tensors[key], module, left, right, left.shape[1])
+        if "trainable_tokens_delta" in parts:
+            ids = self.config.trainable_token_indices or ()
+            if isinstance(ids, Mapping):
+                ids = next((own for end, own in ids.items() if module.endswith(end)), ())
+            tensors[key] = NewRows(tensors[key], tuple(int(place) for place in ids), parts["trainable_tokens_delta"])
+        for leaf in ("weight", "bias"):
+            if leaf in parts:  # modules_to_save and trained biases stand for the base's
+                tensors[f"{name}.{leaf}"] = Held(parts[leaf])
+
+    def _low_rank(
+        self, whole: Weights, module: str, left: Tensor, right: Tensor, rank: int, magnitude: Tensor | None = None
+    ) -> LowRank:
+        """With the module's scale on the left. Errors: `ModelError` where the factors do not fit the base's weight."""
+        came = (left.shape[0], right.shape[1])
+        if left.dim() != 2 or tuple(whole.shape) != came:
+            raise ModelError(
+                f"the adapter of {module} is for a weight {came}, the base has {tuple(whole.shape)}",
+                where=self.folder,
+                fix=_ITS_OWN_BASE,
+            )
+        magnitude = None if magnitude is None else magnitude.double()
+        return LowRank(
+            whole, (left.double() * self._scale(module, rank)).contiguous(), right.double().contiguous(), magnitude
+        )
+
+    def _scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. A key of `alpha_pattern` is a regular expression on
         the end of the module's name."""
         alpha = self.config.lora_alpha or 8.0
         for pattern, value in (self.config.alpha_pattern or {}).items():
             try:
-                if re.match(rf"(.*\.)?({pattern})$", self.module):
+                if re.match(rf"(.*\.)?({pattern})$", module):
                     alpha = value
                     break
             except re.error as error:
@@ -159,42 +176,3 @@ class ModuleAdapter:
                     f"alpha_pattern: {pattern!r} is no regular expression ({error})", where=self.folder / CONFIG
                 ) from error
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
-
-    def add(self, tensors: dict[str, Weights], name: str, parts: Mapping[str, Tensor]) -> None:
-        """Put the module's adapter weights over the base's, which are called `name`. Errors: `ModelError`."""
-        key = f"{name}.weight"
-        magnitude = parts.get("lora_magnitude_vector")
-        if "lora_A" in parts:
-            a, b = parts["lora_A"], parts["lora_B"]
-            scale = self.scale(a.shape[0])
-            if not self.config.fan_in_fan_out:
-                dora = None if magnitude is None else magnitude.double()
-                tensors[key] = self.low_rank(tensors[key], b.double() * scale, a.double(), dora)
-            elif magnitude is None:
-                tensors[key] = self.low_rank(tensors[key], a.T.double() * scale, b.T.double())
-            else:
-                raise ModelError(f"DoRA on the transposed layer {self.module}", where=self.folder, fix=_MERGE_FIRST)
-        if "lora_embedding_A" in parts:
-            if magnitude is not None:
-                raise ModelError(f"DoRA on the token table {name}", where=self.folder, fix=_MERGE_FIRST)
-            left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
-            tensors[key] = self.low_rank(tensors[key], left.double() * self.scale(left.shape[1]), right.double())
-        if "trainable_tokens_delta" in parts:
-            ids = self.config.trainable_token_indices or ()
-            if isinstance(ids, Mapping):
-                ids = next((own for end, own in ids.items() if self.module.endswith(end)), ())
-            tensors[key] = NewRows(tensors[key], tuple(int(place) for place in ids), parts["trainable_tokens_delta"])
-        for leaf in ("weight", "bias"):
-            if leaf in parts:  # modules_to_save and trained biases stand for the base's
-                tensors[f"{name}.{leaf}"] = Held(parts[leaf])
-
-    def low_rank(self, whole: Weights, left: Tensor, right: Tensor, magnitude: Tensor | None = None) -> LowRank:
-        """Errors: `ModelError` where the factors do not fit the base's weight."""
-        came = (left.shape[0], right.shape[1])
-        if left.dim() != 2 or tuple(whole.shape) != came:
-            raise ModelError(
-                f"the adapter of {self.module} is for a weight {came}, the base has {tuple(whole.shape)}",
-                where=self.folder,
-                fix=_ITS_OWN_BASE,
-            )
-        return LowRank(whole, left.contiguous(), right.contiguous(), magnitude)

@@ -3,48 +3,21 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge.compatible import (
-    Sheet,
-    check_copied,
-    check_descent,
-    check_same_kind,
-    check_shapes,
-    choose_like,
-    choose_max_length,
-    choose_prompts,
-)
+from embedsmith.merge.compatible import Sheet, Sheets, check_descent, check_tensors
 from embedsmith.merge.folders import open_models
 from embedsmith.merge.method import Job, Method
-from embedsmith.merge.parents import Parent, Weights
+from embedsmith.merge.parents import Parent, Reordered
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.vocabulary import match_vocabularies
 
 _POSITIONS = re.compile(r"(^|\.)(position_embeddings|wpe|embed_positions)\.weight$")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The first rows of a table: in row-major order they are its first elements."""
-
-    whole: Weights
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.whole.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.whole.read(start, stop)
 
 
 @dataclass(frozen=True)
@@ -76,27 +49,44 @@ class Plan:
     def weight_M(self) -> Tensor:
         return torch.tensor([parent.weight for parent in self.parents], dtype=torch.float64)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Every tensor of the result, in the order in which the files hold them."""
         wanted = {*self.averaged, *self.copied, *(name for _, names in self.by_method for name in names)}
         order = dict.fromkeys(name for parent in self.parents for name in parent.tensors)
         return tuple(name for name in order if name in wanted)
 
+    @cached_property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Numbers on disk of every tensor: as the recipe says, else the widest among the parents. Buffers stay."""
+        wanted = self.recipe.dtype
+        found: dict[str, torch.dtype] = {}
+        for name in self.names:
+            own = [parent.tensors[name].dtype for parent in self.parents if name in parent.tensors]
+            stays = wanted is None or name in self.copied or name.startswith("token_heads.")
+            found[name] = reduce(torch.promote_types, own) if stays else getattr(torch, str(wanted))
+        return found
+
+    def in_words(self) -> str:
+        """What would be made how, and what was noticed."""
+        elements = {name: self.holder(name).size(name) for name in self.names}
+        size = sum(count * self.dtypes[name].itemsize for name, count in elements.items())
+        counts = f"{len(elements)} tensors, {sum(elements.values()):,} weights, {size:,} bytes"
+        lines = [f"{len(self.parents)} parents, {counts}"]
+        lines += [f"{model.id}: {self.distance[model.id]:.2%} from the base" for model in self.parents]
+        lines += [f"{method.registered_name}: {len(names)} tensors" for method, names in self.by_method]
+        lines += [f"mean without an ancestor: {len(self.averaged)} tensors"] if self.averaged else []
+        lines += [f"copied: {len(self.copied)} tensors"] if self.copied else []
+        lines += [f"configuration, modules and tokenizer from {self.like.model.id}"]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
     def holder(self, name: str) -> Parent:
         """A parent that has the tensor."""
         return next(parent for parent in self.parents if name in parent.tensors)
 
     def job(self, names: tuple[str, ...]) -> Job:
-        return Job(
-            self.parents,
-            self.base,
-            names,
-            self.weight_M,
-            self.recipe.granularity,
-            seed=self.recipe.seed,
-            cache=self.recipe.cache_folder,
-        )
+        own, seed, cache = self.recipe.granularity, self.recipe.seed, self.recipe.cache_folder
+        return Job(self.parents, self.base, names, self.weight_M, own, seed, cache)
 
 
 def make_plan(recipe: MergeRecipe) -> Plan:
@@ -105,20 +95,16 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     Errors: `RecipeError`, `ModelError` or `CheckpointError` for whatever cannot be merged, with what to do about it.
     """
     opened, base = open_models(recipe)
-    sheets = [Sheet.of(parent) for parent in opened]
-    base_sheet = None if base is None else Sheet.of(base)
-    every = [*sheets, *([] if base_sheet is None else [base_sheet])]
-    notes = check_same_kind(every)
-    like = choose_like(sheets, base_sheet, recipe.packaging)
-    prompts, default_prompt = choose_prompts(sheets, recipe.packaging)
-    max_length = choose_max_length(sheets, recipe.packaging, notes)
-    parents, base = match_vocabularies(opened, base, like.model, recipe.packaging.vocabulary, notes)
-    parents, base, positions = _same_positions(parents, base, notes)
+    notes: list[str] = []
+    own = [Sheet.of(parent) for parent in opened]
+    sheets = Sheets(own, None if base is None else Sheet.of(base), recipe.packaging, notes)
+    sheets.check_same_kind()
+    like = sheets.like()
+    prompts, default_prompt = sheets.prompts()
+    max_length = sheets.max_length()
+    parents, base, positions = _same_positions(*sheets.same_tokens(like.model), notes)
     merged, averaged, copied = _sort_tensors(parents, base, recipe, notes)
-    models = [*parents, *([] if base is None else [base])]
-    check_shapes(models, [*merged, *averaged])
-    for name in copied:
-        check_copied(models, name)
+    check_tensors([*parents, *([] if base is None else [base])], [*merged, *averaged], copied)
     return Plan(
         recipe,
         parents,
@@ -149,7 +135,8 @@ def _same_positions(
     notes.append(f"position tables of different lengths were cut to the shortest, {min(short.values())}")
 
     def cut(model: Parent) -> Parent:
-        tensors = {n: Cut(w, short[n]) if n in short else w for n, w in model.tensors.items()}
+        rows = {name: np.arange(length) for name, length in short.items()}
+        tensors = {name: Reordered(w, rows[name]) if name in rows else w for name, w in model.tensors.items()}
         return replace(model, tensors=tensors, remark=f"{model.remark} positions {sorted(short.items())}")
 
     return tuple(cut(parent) for parent in parents), None if base is None else cut(base), min(short.values())

@@ -1,25 +1,148 @@
-"""What a merging method is: a frozen dataclass that looks at the job once and says how to make each block."""
+"""What a merging method is: a frozen dataclass that looks at the job once and says how to make each block.
 
+Every geometric method returns theta_0 + sum_i c_i V_i with c a function of K_ij = <V_i, V_j> only. K is measured once
+for a set of models, tensor by tensor in float64, kept under the hash of their contents, and added up to modules, blocks
+or the whole model.
+"""
+
+import hashlib
+import io
 import math
+import re
+import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.merge.gram import Gram, groups, measure
-from embedsmith.merge.parents import Parent, size_of
+from embedsmith.core.files import write_cache
+from embedsmith.core.progress import progress_bar
+from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
-from embedsmith.merge.stream import BLOCK, Block, blocks
+from embedsmith.merge.stream import BLOCK, UNIT, Block, blocks, drawn, nth_largest
 
 Combine = Callable[[Block], Tensor]
 """A block of all models to the merged weights [E] of that block, in float64 (or float32)."""
 Base = Literal["needed", "optional"]
+_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+_FORMAT = "gram-1"
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of task vectors and base, by tensor name.
+
+    full_by_name: [M + 1, M + 1] float64; rows 0..M-1 are V_1..V_M, row M is theta_0. size_by_name: elements.
+    nonzero_by_name: [M] elements that moved.
+    """
+
+    full_by_name: Mapping[str, Tensor]
+    size_by_name: Mapping[str, int]
+    nonzero_by_name: Mapping[str, Tensor]
+
+    def of(self, names: Sequence[str]) -> Tensor:
+        """K [M, M] of the vectors made of these tensors; sums are exactly rounded, so order does not matter."""
+        return self.full(names)[:-1, :-1]
+
+    def full(self, names: Sequence[str]) -> Tensor:
+        """The same with the base as the last row and column."""
+        return _exact_sum(torch.stack([self.full_by_name[name] for name in names]))
+
+    @classmethod
+    def measured(
+        cls,
+        parents: Sequence[Parent],
+        base: Parent,
+        names: Sequence[str],
+        cache: Path | None = None,
+        block: int = BLOCK,
+    ) -> Self:
+        """Of `names`, from the cache folder or in one pass (and then into the cache).
+
+        The cache is keyed by the contents of the models, so renamed or copied folders find it and changed ones do not.
+        """
+        if cache is None:
+            return cls.by_a_pass(parents, base, names, block)
+        digest = hashlib.sha256(_FORMAT.encode())
+        for model in (*parents, base):
+            digest.update(model.content_hash.encode())
+        for name in sorted(names):
+            digest.update(name.encode() + b"\0")
+        file = cache / f"{digest.hexdigest()[:32]}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                places = {str(kept[f"name{place}"]): place for place in range(len(kept.files) // 4)}
+                full = {name: torch.from_numpy(kept[f"full{place}"]) for name, place in places.items()}
+                sizes = {name: int(kept[f"size{place}"]) for name, place in places.items()}
+                return cls(full, sizes, {n: torch.from_numpy(kept[f"nonzero{place}"]) for n, place in places.items()})
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or damaged: measured again
+            found = cls.by_a_pass(parents, base, names, block)
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for place, name in enumerate(found.full_by_name):
+            arrays[f"name{place}"] = np.array(name)
+            arrays[f"full{place}"] = found.full_by_name[name].numpy()
+            arrays[f"size{place}"] = np.array(found.size_by_name[name])
+            arrays[f"nonzero{place}"] = found.nonzero_by_name[name].numpy()
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its flags too
+        write_cache(file, buffer.getvalue())
+        return found
+
+    @classmethod
+    def by_a_pass(cls, parents: Sequence[Parent], base: Parent, names: Sequence[str], block: int) -> Self:
+        """Every unit of UNIT elements by itself (the last one padded with zeros), then added up exactly."""
+        width = len(parents) + 1
+        full = {name: torch.zeros(width, width, dtype=torch.float64) for name in names}
+        nonzero = {name: torch.zeros(len(parents), dtype=torch.int64) for name in names}
+        size = {name: base.size(name) for name in names}
+        with progress_bar("measuring task vectors", sum(size.values())) as bar:
+            for piece in blocks(parents, base, names, size=block):
+                assert piece.base_E is not None
+                if piece.start == 0:
+                    products = np.zeros((-(-size[piece.name] // UNIT), width, width))
+                delta_ME = piece.delta_ME
+                nonzero[piece.name] += delta_ME.count_nonzero(1)
+                rows = torch.cat([delta_ME, piece.base_E.double()[None]]).numpy()
+                missing = -rows.shape[1] % UNIT
+                rows = np.pad(rows, ((0, 0), (0, missing))) if missing else rows
+                units = rows.reshape(width, -1, UNIT).transpose(1, 0, 2)
+                products[piece.start // UNIT : -(-piece.stop // UNIT)] = np.matmul(units, units.transpose(0, 2, 1))
+                if piece.stop == size[piece.name]:
+                    full[piece.name] = _exact_sum(torch.from_numpy(products))
+                bar.advance(piece.stop - piece.start)
+        return cls(full, size, nonzero)
+
+
+def _exact_sum(stack: Tensor) -> Tensor:
+    """Over the first axis, exactly rounded."""
+    flat = stack.flatten(1).T.tolist()
+    return torch.tensor([math.fsum(column) for column in flat], dtype=torch.float64).view(stack.shape[1:])
+
+
+def groups(names: Sequence[str], granularity: Granularity) -> dict[str, tuple[str, ...]]:
+    """Names that count as one vector. `block`: everything under one numbered layer (`backbone.encoder.layer.3`), the
+    rest by its first two parts (`backbone.embeddings`); `module`: weight and bias of one layer together."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        module = name.rpartition(".")[0] or name
+        key = {"model": "model", "block": block_of(name), "module": module, "tensor": name}[granularity]
+        found[key].append(name)
+    return {key: tuple(members) for key, members in found.items()}
+
+
+def block_of(name: str) -> str:
+    """The numbered layer a tensor belongs to, or the part of the model outside the layers."""
+    match = _BLOCK.match(name)
+    return match[1] if match else ".".join(name.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -52,16 +175,38 @@ class Job:
     def gram(self) -> Gram:
         """Inner products of the task vectors of every tensor: one pass over the weights, or the cache."""
         assert self.base is not None, "checked by `Method.base`"
-        return measure(self.parents, self.base, self.names, cache=self.cache, block=self.block)
+        return Gram.measured(self.parents, self.base, self.names, self.cache, self.block)
 
     def size(self, name: str) -> int:
         """Elements of a tensor."""
-        return size_of(self.parents[0].tensors[name])
+        return self.parents[0].size(name)
 
     def blocks(self, names: tuple[str, ...] | None = None, by_rows: bool = False) -> Iterator[Block]:
         """A pass over the weights."""
         chosen = self.names if names is None else names
         return blocks(self.parents, self.base, chosen, size=self.block, by_rows=by_rows)
+
+    def thresholds(
+        self, ranks_of: Callable[[int], Sequence[int]], keys: Callable[[Block], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Tensor name to the values [M, R] at the ranks that `ranks_of` gives for the size of the tensor's group.
+
+        `keys`: a block to what is ranked, rows [M, E] of values that are not negative; by default |V_i| in float32.
+        """
+        found: dict[str, Tensor] = {}
+        for names in self.groups.values():
+            total = sum(self.size(name) for name in names)
+
+            def passes(names: tuple[str, ...] = names) -> Iterable[Tensor]:
+                return (b.delta_ME.abs_().float() if keys is None else keys(b) for b in self.blocks(names))
+
+            found |= dict.fromkeys(names, nth_largest(passes, ranks_of(total), total))
+        return found
+
+    def drawn(self, block: Block) -> Tensor:
+        """Numbers in [0, 1) [M, E], each parent its own, keyed by the parent's place."""
+        own = (f"{place} {block.name}" for place in range(len(self.parents)))
+        return torch.stack([drawn(self.seed, name, block.start, block.stop) for name in own])
 
 
 class Method(Protocol):

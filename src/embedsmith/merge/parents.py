@@ -3,8 +3,6 @@
 Headers are read first, data in blocks, and nothing is memory-mapped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,7 +14,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
@@ -36,6 +36,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """safetensors' names of number types."""
+MISSING = -1
+"""The number of a row that a reordered table lacks."""
 
 
 class Weights(Protocol):
@@ -61,17 +63,9 @@ class Stored:
     file: Path
     offset: int
 
-    @staticmethod
-    def of_header(path: Path, data: int, entry: Mapping[str, object]) -> Stored:
-        """From a tensor's entry in the header of a file whose data begin at byte `data`. Errors: `ValueError`."""
-        kind = str(entry["dtype"])
-        if kind not in DTYPES:
-            raise ValueError(f"numbers of type {kind} cannot be merged")
-        shape = tuple(int(size) for size in entry["shape"])  # type: ignore[attr-defined]
-        begin, end = (int(place) for place in entry["data_offsets"])  # type: ignore[attr-defined]
-        if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-            raise ValueError("a tensor's bytes do not fit its shape")
-        return Stored(shape, DTYPES[kind], path, data + begin)
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> Tensor:
         """Errors: `CheckpointError` when the file ends early (it is damaged or was changed meanwhile)."""
@@ -111,9 +105,74 @@ class Held:
         return self.tensor.contiguous().view(-1)[start:stop]
 
 
-def size_of(weights: Weights) -> int:
-    """Number of elements."""
-    return math.prod(weights.shape)
+@dataclass(frozen=True)
+class View:
+    """Another tensor, of the same shape and type unless a subclass says otherwise, whose elements are read changed."""
+
+    whole: Weights
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+
+@dataclass(frozen=True)
+class Reordered(View):
+    """Rows of a table in a new order; a row numbered -1 comes from `instead` (zeros without it)."""
+
+    row_V: NDArray[np.int64]
+    instead: Weights | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.row_V), self.whole.shape[1])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows that lie side by side in the table, and rows that are all missing, are read together."""
+        width = self.shape[1]
+        first, last = start // width, -(-stop // width)
+        row = self.row_V[first:last]
+        goes_on = np.where(row[1:] == MISSING, row[:-1] == MISSING, (row[1:] == row[:-1] + 1) & (row[:-1] != MISSING))
+        found = []
+        for run in np.split(np.arange(first, last), np.flatnonzero(~goes_on) + 1):
+            begin, count, own = int(run[0]), len(run), int(self.row_V[run[0]])
+            if own != MISSING:
+                found.append(self.whole.read(own * width, (own + count) * width))
+            elif self.instead is None:
+                found.append(torch.zeros(count * width))
+            else:
+                found.append(self.instead.read(begin * width, (begin + count) * width))
+        return torch.cat(found)[start - first * width : stop - first * width]
+
+
+@dataclass(frozen=True)
+class MeanOfOwners:
+    """Row by row the mean over the tables that have it: the ancestor of a token the base does not know."""
+
+    tables: tuple[Reordered, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tables[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def read(self, start: int, stop: int) -> Tensor:
+        width = self.shape[1]
+        row_E = torch.arange(start, stop) // width
+        total_E = torch.zeros(stop - start, dtype=torch.float64)
+        owners_E = torch.zeros(stop - start, dtype=torch.float64)
+        for table in self.tables:
+            has_E = torch.from_numpy(table.row_V != MISSING)[row_E]
+            total_E += torch.where(has_E, table.read(start, stop).double(), 0.0)
+            owners_E += has_E
+        return (total_E / owners_E.clamp_min(1)).float()
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -127,13 +186,21 @@ def read_header(path: Path) -> dict[str, Stored]:
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        found = {name: Stored.of_header(path, 8 + length, entry) for name, entry in entries.items()}
+        found: dict[str, Stored] = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, (begin, end) = str(entry["dtype"]), map(int, entry["data_offsets"])
+            if dtype not in DTYPES:
+                raise ValueError(f"numbers of type {dtype} cannot be merged")
+            found[name] = Stored(tuple(map(int, entry["shape"])), DTYPES[dtype], path, 8 + length + begin)
+            if begin < 0 or min(found[name].shape, default=0) < 0 or end - begin != found[name].bytes:
+                raise ValueError("a tensor's bytes do not fit its shape")
     except FileNotFoundError as error:
         raise CheckpointError("this file of weights is missing", where=path, fix="copy the folder again") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"not a readable safetensors file ({error})", where=path) from error
-    end = max((item.offset + size_of(item) * item.dtype.itemsize for item in found.values()), default=0)
+    end = max((item.offset + item.bytes for item in found.values()), default=0)
     if end > path.stat().st_size:
         raise CheckpointError(
             f"the file has {path.stat().st_size} bytes, its header speaks of {end}",
@@ -170,14 +237,29 @@ class Parent:
     token_tables: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
 
+    def size(self, name: str) -> int:
+        """Number of elements of a tensor."""
+        return math.prod(self.tensors[name].shape)
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a float tensor, flat, in float32 (float64 where it is stored so)."""
-        values = self.tensors[name].read(start, stop)
-        return values if values.dtype == torch.float64 else values.float()
+        """Elements [start, stop) of a float tensor, flat, in float32 (float64 where it is stored so).
+
+        Errors: `CheckpointError` naming tensor and element where a weight is NaN or infinite.
+        """
+        values_E = self.tensors[name].read(start, stop)
+        values_E = values_E if values_E.dtype == torch.float64 else values_E.float()
+        if not torch.isfinite(values_E.sum()) and not torch.isfinite(values_E).all():
+            place = start + int((~torch.isfinite(values_E)).nonzero()[0])
+            raise CheckpointError(
+                f"the weight {name} holds NaN or infinity (element {place})",
+                where=self.id,
+                fix="leave this parent out; its training diverged or its file is damaged",
+            )
+        return values_E
 
     def tensor(self, name: str) -> Tensor:
         """A whole float tensor in its shape. For small tensors, and for methods that need a matrix at once."""
-        return self.read(name, 0, size_of(self.tensors[name])).view(self.tensors[name].shape)
+        return self.read(name, 0, self.size(name)).view(self.tensors[name].shape)
 
     @cached_property
     def content_hash(self) -> str:

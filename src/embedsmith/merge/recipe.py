@@ -1,8 +1,10 @@
 """The recipe of a merge. These dataclasses are the only schema; what can be computed defaults to None."""
 
+import glob
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,30 +32,24 @@ REMOVED: Mapping[str, str] = {
 what to use instead, which the error says."""
 
 
-def refuse_removed_method(method: Any) -> Any:
-    """Errors: `RecipeError` for a method, a setting or a value that is gone."""
-    settings = {"type": method} if isinstance(method, str) else method
+def refuse_removed(value: Any) -> Any:
+    """A method, or a list of parents, as a recipe has it. Errors: `RecipeError` for a name, a setting, a value or a key
+    that is gone."""
+    found: list[tuple[Any, str]] = []
+    for one in value if isinstance(value, list | tuple) else []:
+        found += [(f"parents.{key}", f"key {key} of a parent") for key in (one if isinstance(one, Mapping) else ())]
+    settings = {"type": value} if isinstance(value, str) else value
     if isinstance(settings, Mapping):
         kind = settings.get("type")
-        for place in [kind, *(f"{kind}.{key}" for key in settings), *(f"{kind}.{k}={v}" for k, v in settings.items())]:
-            _refuse(place, f"merge method {place}")
-    return method
+        names = [kind, *(f"{kind}.{key}" for key in settings), *(f"{kind}.{k}={v}" for k, v in settings.items())]
+        found += [(name, f"merge method {name}") for name in names]
+    for name, what in found:
+        if isinstance(name, str) and name in REMOVED:
+            raise RecipeError(f"the {what} is no longer there", fix=REMOVED[name])
+    return value
 
 
-def refuse_removed_keys(parents: Any) -> Any:
-    """Errors: `RecipeError` for a key of a parent that is gone."""
-    for parent in parents if isinstance(parents, list | tuple) else []:
-        for key in parent if isinstance(parent, Mapping) else []:
-            _refuse(f"parents.{key}", f"key {key} of a parent")
-    return parents
-
-
-def _refuse(place: Any, what: str) -> None:
-    if isinstance(place, str) and place in REMOVED:
-        raise RecipeError(f"the {what} is no longer there", fix=REMOVED[place])
-
-
-AnyMethod = Annotated[Any, merge_methods, BeforeValidator(refuse_removed_method)]
+AnyMethod = Annotated[Any, merge_methods, BeforeValidator(refuse_removed)]
 
 
 @section
@@ -75,6 +71,31 @@ class ParentSpec:
     trajectory: str | None = None
     last: Count | None = None
     revision: str | None = None
+
+    def expanded(self) -> "list[ParentSpec]":
+        """One entry for every folder a pattern matches, in natural order (step-20 before step-100), the `last` so many.
+
+        The checkpoints of a pattern are one trajectory unless the recipe names another. Errors: `RecipeError` for a
+        pattern that matches nothing.
+        """
+        if not any(mark in self.path for mark in "*?["):
+            return [self]
+
+        def natural(path: str) -> list[tuple[int, int | str]]:
+            return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
+
+        matches = sorted(filter(os.path.isdir, glob.glob(os.path.expanduser(self.path))), key=natural)
+        if not matches:
+            raise RecipeError(f"no folder matches the pattern {self.path!r}", fix="check the path")
+        columns = list(zip(*(Path(match).parts for match in matches), strict=False))
+        differing = [place for place, column in enumerate(columns) if len(set(column)) > 1]
+        found = []
+        for path in matches[-self.last :] if self.last is not None else matches:
+            parts = Path(path).parts
+            own = "/".join(parts[place] for place in differing) or parts[-1]
+            name, run = f"{self.id}/{own}" if self.id else None, self.trajectory or self.id or self.path
+            found.append(replace(self, path=path, id=name, trajectory=run, last=None))
+        return found
 
 
 @section
@@ -164,7 +185,7 @@ class MergeRecipe:
     an adapter instead of a whole model.
     """
 
-    parents: Annotated[tuple[ParentSpec | str, ...], BeforeValidator(refuse_removed_keys)]
+    parents: Annotated[tuple[ParentSpec | str, ...], BeforeValidator(refuse_removed)]
     output: str
     method: AnyMethod
     base: ParentSpec | str | None = None
@@ -190,6 +211,18 @@ class MergeRecipe:
     @property
     def cache_folder(self) -> Path | None:
         return None if self.cache is None else Path(self.cache).expanduser()
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """`5GB` as bytes. Errors: `RecipeError` for a number without a unit: parameters or bytes, nobody knows."""
+        if self.shard_size is None:
+            return None
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B\s*", self.shard_size, re.IGNORECASE)
+        if match is None:
+            raise RecipeError(
+                f"shard_size {self.shard_size!r} is not a size", expected="a number and a unit of bytes, such as 5GB"
+            )
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
 
     @property
     def base_spec(self) -> ParentSpec | None:

@@ -4,9 +4,9 @@ lies under a hidden name and is removed."""
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import reduce
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,27 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.core.files import disk_errors, move_into_place
+from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, files_of
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.recipe import load_recipe, parse, save_recipe
+from embedsmith.core.recipe import load_recipe, parse, read_tree, save_recipe
 from embedsmith.core.settings import to_plain
-from embedsmith.merge.adapter import extract, write_adapter
+from embedsmith.merge.adapter import MergedAdapter
 from embedsmith.merge.merge_plan import Plan, make_plan
-from embedsmith.merge.method import Combine, combine_coefficients
+from embedsmith.merge.method import Combine, Job, combine_coefficients
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.methods.formulas import normalised
-from embedsmith.merge.package import homes, metadata_of, write_around, write_index
-from embedsmith.merge.parents import Parent, file_hash, size_of
+from embedsmith.merge.package import LOSSY, REPORT, Rounding, Slot, TensorFile, homes, metadata_of, write_around
+from embedsmith.merge.parents import file_hash
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.stream import BLOCK, Block, blocks
-from embedsmith.merge.writer import LOSSY, RoundingLoss, Slot, TensorFile, parse_size, rounded
+from embedsmith.merge.stream import BLOCK, Block
+from embedsmith.models.folder import read_json
+from embedsmith.models.write import saved_model
 
 _SPARE = 1 << 24
 """Bytes that must be left on the disk beside the weights: for everything else in the folder."""
 
+Part = tuple[Job, Combine, bool]
+"""Tensors made in one way: the job that names them, how, and whether by whole rows."""
 Check = Callable[[Path], None]
 """Looks at a finished folder before it gets its name; an error it raises keeps the folder from appearing."""
 
@@ -68,28 +71,38 @@ def merge(
     elif settings:
         raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
     chosen = recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
+    with claimed(chosen.output, "merge"):
+        return _merge(chosen, overwrite, check)
+
+
+def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
     output = Path(chosen.output)
-    if output.exists() and not output.is_dir():
-        raise CheckpointError("this is a file", where=output, expected="a new folder", fix="choose another output")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise CheckpointError(
-            "the folder is not empty",
-            where=output,
-            fix="choose another output, delete the folder, or overwrite (--overwrite)",
-        )
+    kind = _kind(chosen)
+    kind.refuse_foreign(output)
+    done = None if overwrite else _finished(chosen)
     with _hashing(chosen) as hashing:
         plan = make_plan(chosen)
         hashes = {model.id: hashing.submit(getattr, model, "content_hash") for model in plan.models}
-        with disk_errors(output):
-            partial = output.with_name(f".{output.name}.merging")
-            shutil.rmtree(partial, ignore_errors=True)
-            report = _write_model(plan, partial) if chosen.adapter is None else _write_adapter(plan, partial)
+        if done is not None and done["models"] == _about_models(plan, hashes):
+            log.info("%s: merged before, from the same models", output)
+            if check is not None:
+                check(output)
+            return Merged(output, done)
+        if done is not None:
+            raise CheckpointError("it was merged from other weights of these models", where=output, fix=_REPLACE)
+        with atomic_folder(output, kind) as partial:
+            if chosen.adapter is None:
+                files = homes(plan)
+                report = _write_model(plan, partial, files)
+            else:
+                files, found = {}, MergedAdapter.of(plan, chosen.adapter.rank)
+                found.write(partial)
+                report = _report(plan, found.report(), Rounding())
             report["models"] = _about_models(plan, hashes)
-            write_around(plan, partial, report)
+            write_around(plan, partial, files, report)
             save_recipe(chosen, partial / "recipe.yaml")
             if check is not None:
                 check(partial)
-            move_into_place(partial, output)
     for note in report["notes"]:
         log.info("%s", note)
     loss = report["rounding"]["total"]
@@ -102,33 +115,38 @@ def merge(
     return Merged(output, report)
 
 
-def plan_in_words(recipe: MergeRecipe) -> str:
-    """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing."""
-    plan = make_plan(recipe)
-    dtype_of = dtypes(plan)
-    elements = {name: size_of(plan.holder(name).tensors[name]) for name in plan.names}
-    size = sum(count * dtype_of[name].itemsize for name, count in elements.items())
-    lines = [
-        f"{len(plan.parents)} parents, {len(elements)} tensors, {sum(elements.values()):,} weights, {size:,} bytes"
-    ]
-    lines += [f"{model.id}: {plan.distance[model.id]:.2%} from the base" for model in plan.parents]
-    lines += [f"{method.registered_name}: {len(names)} tensors" for method, names in plan.by_method]
-    lines += [f"mean without an ancestor: {len(plan.averaged)} tensors"] if plan.averaged else []
-    lines += [f"copied: {len(plan.copied)} tensors"] if plan.copied else []
-    lines += [f"configuration, modules and tokenizer from {plan.like.model.id}"]
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+_REPLACE = "choose another output, or replace it with --overwrite"
 
 
-def dtypes(plan: Plan) -> dict[str, torch.dtype]:
-    """Numbers on disk of every tensor: as the recipe says, else the widest among the parents. Buffers stay."""
-    wanted = plan.recipe.dtype
-    found: dict[str, torch.dtype] = {}
-    for name in plan.names:
-        own = [parent.tensors[name].dtype for parent in plan.parents if name in parent.tensors]
-        widest = reduce(torch.promote_types, own)
-        stays = wanted is None or name in plan.copied or name.startswith("token_heads.")
-        found[name] = widest if stays else getattr(torch, str(wanted))
+def _kind(recipe: MergeRecipe) -> Kind:
+    """How a merge is known: a saved model with its report, and what else was copied from one of these models."""
+    specs = [*recipe.specs, *([] if recipe.base_spec is None else [recipe.base_spec])]
+    copied = {escape(name) for spec in specs for name in files_of(Path(spec.path).expanduser())}
+    own = (REPORT, "recipe.yaml", "verify.json", "report.html")
+    return Kind("merge", (*saved_model().entries, *own, *copied), (REPORT, '"method"'))
+
+
+def _finished(recipe: MergeRecipe) -> dict[str, Any] | None:
+    """The report of the same merge, where it stands there. Errors: `CheckpointError` for another merge."""
+    output = Path(recipe.output)
+    if not files_of(output):
+        return None
+    if read_tree(output / "recipe.yaml") != to_plain(recipe):
+        raise CheckpointError("the folder is not empty: it holds a merge of another recipe", where=output, fix=_REPLACE)
+    found: dict[str, Any] = read_json(output / REPORT)
     return found
+
+
+def plan_in_words(recipe: MergeRecipe, *, overwrite: bool = False) -> str:
+    """The plan in words: what would be made how, and what was noticed. Reads headers and a sample, writes nothing.
+
+    Errors: those of `merge` before it writes.
+    """
+    check_claim(recipe.output, "merge")
+    _kind(recipe).refuse_foreign(Path(recipe.output))
+    if not overwrite:
+        _finished(recipe)
+    return make_plan(recipe).in_words()
 
 
 @contextmanager
@@ -145,132 +163,64 @@ def _hashing(recipe: MergeRecipe) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _write_model(plan: Plan, partial: Path) -> dict[str, Any]:
+def _write_model(plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Slot]]) -> dict[str, Any]:
     """Prepare the methods and write all weights. Returns the report so far."""
-    dtype_of = dtypes(plan)
-    shard_bytes = None if plan.recipe.shard_size is None else parse_size(plan.recipe.shard_size)
-    files = homes(plan, dtype_of, shard_bytes)
     _check_space(files, partial)
     facts: dict[str, Any] = {}
-    parts = _prepare(plan, facts, dtype_of)
-    rounding = RoundingLoss()
-    with _opened(plan, partial, files) as writers:
-        _write_blocks(plan, parts, writers, dtype_of, rounding)
+    parts = _prepare(plan, facts)
+    rounding = Rounding(plan.recipe.seed if plan.recipe.rounding == "stochastic" else None)
+    places: dict[str, tuple[TensorFile, str]] = {}  # canonical name to the file that holds it and its name there
+    with ExitStack() as opened:
+        for path, slots in files.items():
+            if path.suffix == ".safetensors":
+                file = TensorFile(partial / path, slots.values(), metadata_of(plan, path, slots))
+                opened.enter_context(file)
+                places |= {name: (file, slot.name) for name, slot in slots.items()}
+        with progress_bar("merging", sum(plan.holder(n).size(n) for n in places if n not in plan.copied)) as bar:
+            for block, exact_E in _made(parts, places):
+                file, key = places[block.name]
+                file.write(key, block.start, rounding(exact_E, plan.dtypes[block.name], block))
+                bar.advance(len(exact_E))
         for name in plan.copied:
-            file, key = writers[name]
-            weights = plan.holder(name).tensors[name]
-            for start in range(0, size_of(weights), BLOCK):
-                file.write(key, start, weights.read(start, min(start + BLOCK, size_of(weights))))
-    _write_heads(parts, files, dtype_of, partial)
-    write_index(partial, files)
-    return _report(plan, dtype_of, facts, rounding)
+            (file, key), holder = places[name], plan.holder(name)
+            for start in range(0, holder.size(name), BLOCK):
+                values_E = holder.tensors[name].read(start, min(start + BLOCK, holder.size(name)))
+                file.write(key, start, values_E)
+    for path, slots in files.items():
+        if path.suffix == ".pt":  # token heads: small, and kept as torch.save files, so written whole
+            state = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in slots.values()}
+            for block, exact_E in _made(parts, slots):
+                made_E = Rounding()(exact_E, plan.dtypes[block.name], block)
+                state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
+            with (partial / path).open("wb") as head:
+                torch.save(state, head)
+    return _report(plan, facts, rounding)
 
 
-def _write_adapter(plan: Plan, partial: Path) -> dict[str, Any]:
-    """The merge as an adapter: a few megabytes. Returns the report so far."""
-    assert plan.recipe.adapter is not None
-    found, facts = extract(plan, plan.recipe.adapter.rank)
-    partial.mkdir(parents=True)
-    write_adapter(found, plan, partial)
-    if found.left_out > 0:
-        log.warning("%.2f %% of the merge lies in weights that an adapter has no place for", 100 * found.left_out)
-    return _report(plan, dtypes(plan), {**facts, "adapter": found.report()}, RoundingLoss())
-
-
-@dataclass(frozen=True)
-class MergedPart:
-    """Tensors made in one way."""
-
-    parents: tuple[Parent, ...]
-    base: Parent | None
-    names: tuple[str, ...]
-    combine: Combine
-    by_rows: bool = False
-
-    def made(self, wanted: Iterable[str]) -> Iterator[tuple[Block, Tensor]]:
-        """Blocks of the wanted tensors with their merged weights, not rounded yet."""
-        names = tuple(name for name in self.names if name in wanted)
-        for block in blocks(self.parents, self.base, names, size=BLOCK, by_rows=self.by_rows):
-            yield block, self.combine(block)
-
-
-def _prepare(plan: Plan, facts: dict[str, Any], dtype_of: Mapping[str, torch.dtype]) -> list[MergedPart]:
+def _prepare(plan: Plan, facts: dict[str, Any]) -> list[Part]:
     """Every method prepared, and the means of what has no ancestor. Each method's report goes into `facts`."""
-    found: list[MergedPart] = []
+    found: list[Part] = []
     for method, names in plan.by_method:
         job = plan.job(names)
         combine = method.prepare(job)
         # nobody looks at the base of a plain mean but the rounding report: one model less to read
-        unread = isinstance(method, Average) and method.is_mean and all(dtype_of[n].itemsize > 2 for n in names)
-        found.append(MergedPart(plan.parents, None if unread else plan.base, names, combine, method.by_rows))
+        unread = isinstance(method, Average) and method.is_mean and all(plan.dtypes[n].itemsize > 2 for n in names)
+        found.append((replace(job, base=None) if unread else job, combine, method.by_rows))
         for key, value in job.report.items():
             facts.setdefault(key, {}).update(value)
     for holders in dict.fromkeys(plan.averaged.values()):
         names = tuple(name for name, having in plan.averaged.items() if having == holders)
         weight_M = normalised(plan.weight_M[list(holders)])
-        mean = combine_coefficients(dict.fromkeys(names, weight_M))
-        found.append(MergedPart(tuple(plan.parents[place] for place in holders), None, names, mean))
+        job = Job(tuple(plan.parents[place] for place in holders), None, names, weight_M)
+        found.append((job, combine_coefficients(dict.fromkeys(names, weight_M)), False))
     return found
 
 
-def _write_blocks(
-    plan: Plan,
-    parts: list[MergedPart],
-    writers: Mapping[str, tuple[TensorFile, str]],
-    dtype_of: Mapping[str, torch.dtype],
-    rounding: RoundingLoss,
-) -> None:
-    """All blocks of tensors in safetensors files."""
-    seed = plan.recipe.seed if plan.recipe.rounding == "stochastic" else None
-    total = sum(size_of(plan.holder(name).tensors[name]) for name in writers if name not in plan.copied)
-    with progress_bar("merging", total) as bar:
-        for part in parts:
-            for block, exact_E in part.made(writers):
-                written_E = rounded(exact_E, dtype_of[block.name], block, seed)
-                rounding.add(block, exact_E, written_E)
-                file, key = writers[block.name]
-                file.write(key, block.start, written_E)
-                bar.advance(len(written_E))
-
-
-def _write_heads(
-    parts: list[MergedPart],
-    files: Mapping[Path, Mapping[str, Slot]],
-    dtype_of: Mapping[str, torch.dtype],
-    partial: Path,
-) -> None:
-    """Token heads: small, and kept as torch.save files, so written whole."""
-    for path, slots in files.items():
-        if path.suffix != ".pt":
-            continue
-        state = {slot.name: torch.empty(slot.shape, dtype=slot.dtype) for slot in slots.values()}
-        for part in parts:
-            for block, exact_E in part.made(slots):
-                made_E = rounded(exact_E, dtype_of[block.name], block, None)
-                state[slots[block.name].name].view(-1)[block.start : block.stop] = made_E
-        with (partial / path).open("wb") as file:
-            torch.save(state, file)
-
-
-@contextmanager
-def _opened(
-    plan: Plan, partial: Path, files: Mapping[Path, Mapping[str, Slot]]
-) -> Iterator[dict[str, tuple[TensorFile, str]]]:
-    """Canonical name to the open safetensors file that holds it and its name there."""
-    open_files: list[TensorFile] = []
-    found: dict[str, tuple[TensorFile, str]] = {}
-    try:
-        for path, slots in files.items():
-            if path.suffix == ".safetensors":
-                file = TensorFile(partial / path, list(slots.values()), metadata_of(plan, path, slots))
-                open_files.append(file)
-                found |= {name: (file, slot.name) for name, slot in slots.items()}
-        yield found
-        for file in open_files:
-            file.sync()
-    finally:
-        for file in open_files:
-            file.close()
+def _made(parts: Iterable[Part], wanted: Iterable[str]) -> Iterator[tuple[Block, Tensor]]:
+    """Blocks of the wanted tensors with their merged weights, not rounded yet."""
+    for job, combine, by_rows in parts:
+        for block in job.blocks(tuple(name for name in job.names if name in wanted), by_rows):
+            yield block, combine(block)
 
 
 def _check_space(files: Mapping[Path, Mapping[str, Slot]], partial: Path) -> None:
@@ -301,17 +251,16 @@ def _about_models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[st
     ]
 
 
-def _report(
-    plan: Plan, dtype_of: Mapping[str, torch.dtype], facts: Mapping[str, Any], rounding: RoundingLoss
-) -> dict[str, Any]:
-    main = [dtype_of[name] for name in plan.names if name.startswith("backbone.") and dtype_of[name].is_floating_point]
+def _report(plan: Plan, facts: Mapping[str, Any], rounding: Rounding) -> dict[str, Any]:
+    main = [plan.dtypes[name] for name in plan.names if name.startswith("backbone.")]
+    floats = [dtype for dtype in main if dtype.is_floating_point]
     return {
         "embedsmith": version("embedsmith"),
         "method": plan.recipe.method.registered_name,
         "settings": to_plain(plan.recipe.method),
-        "dtype": str(max(main, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
+        "dtype": str(max(floats, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
         "like": plan.like.model.id,
         **facts,
-        "rounding": {"total": rounding.total(), "blocks": rounding.report()},
+        "rounding": rounding.report(),
         "notes": list(plan.notes),
     }

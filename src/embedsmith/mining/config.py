@@ -1,5 +1,6 @@
 """The recipe of `embedsmith mine`, and of live negatives in a training recipe. These dataclasses are the schema."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from embedsmith.core import shelf
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.reps import exceeds
 from embedsmith.core.settings import Count, Finite, Positive, Word, section
 from embedsmith.data import Source
@@ -92,7 +94,7 @@ class Selection:
         if self.window is not None and self.window < self.negatives and self.strategy != "stepped":
             raise RecipeError(
                 f"a window of {self.window} ranks cannot give {self.negatives} negatives",
-                fix="make window larger, or negatives smaller",
+                fix="make select.window larger, or select.negatives smaller",
             )
 
 
@@ -143,7 +145,7 @@ class MineRecipe:
         if not self.output.removesuffix(".gz").endswith(".jsonl"):
             raise RecipeError(f"output is {self.output!r}", expected="a name in .jsonl or .jsonl.gz")
         read = [self.data.path, *(corpus.path for corpus in self.corpus)]
-        if Path(self.output).resolve() in [Path(path).expanduser().resolve() for path in read]:
+        if os.path.realpath(self.output) in [os.path.realpath(local_path(path, RecipeError)) for path in read]:
             raise RecipeError(f"output is {self.output!r}, which is read from", fix="name another file")
         if not self.searchers:
             raise RecipeError("searchers: at least one is needed", expected="type: embedding or type: bm25")

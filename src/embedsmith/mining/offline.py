@@ -9,16 +9,20 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_typed
+from embedsmith.core.outputs import claimed, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.settings import to_plain
@@ -36,16 +40,34 @@ from embedsmith.mining.selection import (
 )
 from embedsmith.search.exact import FloatArray, IndexArray
 
-VERSION = 2
+VERSION = 3
 OpenModel = Callable[[str], Encoder]
 
 
+@lost_ranks()
 def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) -> MineReport:
     """Mine as the recipe says, or go on where a stopped run of the same recipe was. A collective of all ranks.
 
-    `open_model` gives the encoder of a path or id. Errors: `DataError` for data that cannot be mined from, or that
+    `open_model` gives the encoder of a path or id. Errors: `CheckpointError` for an output that is not ours or that
+    another process writes to; `DataError` for data that cannot be mined from, or that
     differ between ranks; what reading, encoding and searching raise.
     """
+    with ExitStack() as claim:
+        for place in (recipe.output, recipe.folder):
+            on_first_rank(partial(lambda path: claim.enter_context(claimed(path, "mine")), place))
+        on_first_rank(lambda: _check_output(recipe, overwrite))
+        return _mine(recipe, open_model, overwrite)
+
+
+def _check_output(recipe: MineRecipe, overwrite: bool) -> None:
+    under_way = any(recipe.folder.glob("parts-*"))
+    refuse_foreign_records(
+        Path(recipe.output), recipe.report_path, "corpus", recipe.folder, under_way, overwrite=overwrite
+    )
+    sweep(recipe.folder)
+
+
+def _mine(recipe: MineRecipe, open_model: OpenModel, overwrite: bool) -> MineReport:
     started = time.monotonic()
     texts = Texts.read(recipe)
     sides = texts.searched(cache(open_model), recipe.vector_folder)
@@ -60,12 +82,12 @@ def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) 
         return done
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
-        on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
+        on_first_rank(lambda: discard(parts))
     work = _Work(recipe, texts, searchers, teacher, parts)
     starts = range(0, len(texts.records), recipe.part)
     mine_share = lambda: work.all_parts(starts[rank() :: world_size()])
     on_every_rank(mine_share, "mine", fix="run the same command again")
-    return on_first_rank(lambda: work.finish(key, [work.path(start) for start in starts], started))
+    return on_first_rank(lambda: work.finish(key, starts, started))
 
 
 @dataclass(frozen=True)
@@ -170,12 +192,22 @@ class _Work:
         """Mine the parts that are not there. Searchers are prepared on every rank: encoding is shared."""
         for scorer in (*self.searchers, *([] if self.teacher is None else [self.teacher])):
             scorer.prepare(self.parts)
-        done = sum(self.path(start).with_suffix(".json").exists() for start in starts)
-        with progress_bar("mine", len(starts), done) as bar:
-            for start in starts:
-                if not self.path(start).with_suffix(".json").exists():
-                    self._part(start)
-                    bar.advance()
+        todo = [start for start in starts if self.counts(start) is None]
+        with progress_bar("mine", len(starts), len(starts) - len(todo)) as bar:
+            for start in todo:
+                self._part(start)
+                bar.advance()
+
+    def counts(self, start: int) -> Counts | None:
+        """Those of a part that is whole; `None` where its files are not what was written."""
+        path = self.path(start)
+        try:
+            size, counts = TypeAdapter(tuple[int, Counts]).validate_json(
+                path.with_suffix(".json").read_bytes(), strict=True
+            )
+            return counts if path.stat().st_size == size else None
+        except (OSError, ValueError):
+            return None
 
     def _part(self, start: int) -> None:
         stop = min(start + self.recipe.part, len(self.texts.records))
@@ -184,30 +216,29 @@ class _Work:
         written = [record for record in mined if keeps_all or len(record.negatives) >= wanted]
         write_records(self.path(start), written)
         with atomic_file(self.path(start).with_suffix(".json")) as file:
-            json.dump(asdict(Counts.of(mined, written, wanted)), file)
+            json.dump([self.path(start).stat().st_size, asdict(Counts.of(mined, written, wanted))], file)
 
-    def finish(self, key: str, paths: Sequence[Path], started: float) -> MineReport:
+    def finish(self, key: str, starts: Sequence[int], started: float) -> MineReport:
         """Put the parts together and report. On the first rank."""
-        missing = [path for path in paths if not path.with_suffix(".json").exists()]
-        if missing:
+        whole = [counts for start in starts if (counts := self.counts(start)) is not None]
+        if len(whole) < len(starts):
             raise DataError(
-                f"{len(missing)} of {len(paths)} parts are not there; another rank wrote them elsewhere",
+                f"{len(starts) - len(whole)} of {len(starts)} parts are not there; another rank wrote them elsewhere",
                 where=self.parts,
                 fix="set work to a folder that all machines share",
             )
-        counts = [Counts(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))) for path in paths]
-        total = Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
+        total = Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in whole), strict=True)))
         if total.negatives == 0:
             raise DataError(
                 f"no record got a negative: {len(self.texts.corpus)} texts, of which every query's own are known",
                 where=self.recipe.data.path,
                 fix="add a corpus, or loosen select.limits, select.skip and select.near_duplicate",
             )
-        self.join(paths, Path(self.recipe.output))
+        self.join([self.path(start) for start in starts], Path(self.recipe.output))
         report = total.report(key, self.recipe.output, len(self.texts.corpus), time.monotonic() - started)
         with atomic_file(self.recipe.report_path) as file:
             json.dump(asdict(report), file, indent=1)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        discard(self.parts)
         if report.empty:
             log.warning("%d records have no negative", report.empty)
         return report
@@ -344,9 +375,9 @@ class MineReport:
     def of_earlier_run(path: Path, output: str, key: str) -> MineReport | None:
         """The report of an earlier run of the same, if its output is as it was left."""
         try:
-            known = MineReport(**json.loads(path.read_text(encoding="utf-8")))
+            known = read_typed(path, MineReport)
             return known if (known.key, known.output_bytes) == (key, Path(output).stat().st_size) else None
-        except (OSError, ValueError, TypeError):
+        except (OSError, DataError):
             return None
 
     def lines(self) -> str:

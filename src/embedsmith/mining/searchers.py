@@ -8,10 +8,9 @@ What a recipe names, such as `{type: bm25, k1: 1.2}`, is a frozen dataclass of s
 from __future__ import annotations
 
 import logging
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent
+from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent, tokenizer_json
 from embedsmith.core.errors import (
     DataError,
     EmbedsmithError,
@@ -28,10 +27,13 @@ from embedsmith.core.errors import (
     RecipeError,
     SearchError,
 )
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
-from embedsmith.core.settings import Count, Positive, Share, Word
+from embedsmith.core.settings import Count, Positive, Share, Weights, Word
 from embedsmith.core.shelf import searchers, teachers
+from embedsmith.core.words import folded, letters, runs
+from embedsmith.data.record import text_id
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
@@ -201,7 +203,7 @@ class EmbeddingSearch:
 
     model: Word
     head: Word = "dense"
-    weights: dict[str, float] | None = None
+    weights: Weights | None = None
     index: Word = "exact"
     effort: Count = 128
     task: str | None = None
@@ -244,14 +246,17 @@ class EmbeddingSearcher(Searcher):
         if self.settings is None or self.settings.index == "exact":
             return
         factory, effort = self.settings.index, self.settings.effort
-        path = folder / f"{factory.replace(',', '-')}.faiss"
+        what = f"{sorted(self.fingerprints.values())} {self.documents.task} {self.documents.head}"
+        path = folder / f"{factory.replace(',', '-')}-{text_id(what):016x}.faiss"
 
         def build() -> None:
-            if not path.exists():
+            try:
+                ApproximateIndex.load(path, effort, len(self.documents))
+            except SearchError:  # absent, or not whole
                 ApproximateIndex.build(self.documents.pieces(), factory, effort).save(path)
 
         on_first_rank(build)
-        self.index = ApproximateIndex.load(path, effort)
+        self.index = ApproximateIndex.load(path, effort, len(self.documents))
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         query = self.queries.rows(np.arange(start, stop))
@@ -281,12 +286,6 @@ class EmbeddingSearcher(Searcher):
 
 Tokens = Literal["mixed", "characters", "words"]
 
-# Scripts written without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_RUN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]+")
-
 
 @searchers.register("bm25", source="the library bm25s")
 @dataclass(frozen=True, kw_only=True)
@@ -307,13 +306,12 @@ class Bm25Search:
         """The words of a text, in lower case. `mixed`: a run of a script without spaces gives its characters and their
         pairs; `characters`: every run does; `words`: none does."""
         found: list[str] = []
-        for match in _RUN.finditer(unicodedata.normalize("NFKC", text).casefold()):
-            run = match[0]
-            if self.tokens == "words" or (self.tokens == "mixed" and not re.match(f"[{_UNSPACED}]", run)):
+        for run, unspaced in runs(folded(text)):
+            if self.tokens == "words" or (self.tokens == "mixed" and not unspaced):
                 found.append(run)
             else:
-                found.extend(run)
-                found.extend(run[place : place + 2] for place in range(len(run) - 1))
+                single = letters(run)
+                found += single + [left + right for left, right in pairwise(single)]
         return found
 
     def open(self, texts: SearchTexts) -> Searcher:
@@ -340,15 +338,15 @@ class Bm25(Searcher):
         self._index.index(rows, show_progress=False)
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
-        """score_Qk and index_Qk, ties to the lower index."""
+        """score_Qk and index_Qk, ties to the lower index. A document that shares no word with the query is none."""
         queries, k = self.queries[start:stop], min(k, len(self.corpus))
-        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
         for row, query in enumerate(queries):
             score_K = self.scores(query)
             floor = np.partition(score_K, len(score_K) - k)[len(score_K) - k]
-            reached = np.flatnonzero(score_K >= floor)
+            reached = np.flatnonzero((score_K >= floor) & (score_K > 0))
             order = reached[np.argsort(-score_K[reached], kind="stable")][:k]
-            score_Qk[row], index_Qk[row] = score_K[order], order
+            score_Qk[row, : len(order)], index_Qk[row, : len(order)] = score_K[order], order
         return score_Qk, index_Qk
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
@@ -406,7 +404,7 @@ def _refuse_without_scores(path: str) -> None:
     """sentence-transformers gives a model without a classifier a random one, whose scores mean nothing."""
     from transformers import AutoConfig
 
-    folder = Path(path).expanduser()
+    folder = local_path(path, ModelError)
     if folder.is_dir() and (folder / "modules.json").exists() and not (folder / "config.json").exists():
         return  # its first module lies in a folder of its own, as only sentence-transformers writes it
     try:
@@ -433,8 +431,10 @@ class CrossEncoderScorer(Scorer):
     corpus: Sequence[str]
 
     def models(self) -> dict[str, str]:
-        """A hash of the weights, the modules and what is done to their output."""
-        return {"teacher": hash_of_model(self.library, repr(self.library), repr(self.library.activation_fn))}
+        """A hash of the weights, the modules, the tokenizer and what is done to their output."""
+        words, length = tokenizer_json(self.library.tokenizer), self.library.max_length
+        settings = (repr(self.library), repr(self.library.activation_fn), words, str(length))
+        return {"teacher": hash_of_model(self.library, *settings)}
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
         pairs = [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]

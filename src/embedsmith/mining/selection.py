@@ -3,13 +3,14 @@ negative, and in which order they are taken."""
 
 import hashlib
 import random
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
+from embedsmith.core.words import folded, runs
 from embedsmith.data import Record
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.mining.config import Corpus, Mask, Selection
@@ -22,15 +23,15 @@ SUSPECT = 0.95
 
 def loose_id(text: str) -> int:
     """Equal for texts that differ only in case, width, white space or punctuation."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    letters = "".join(letter for letter in folded if letter.isalnum()) or folded
+    same = folded(text)
+    letters = "".join(run for run, _ in runs(same)).replace("_", "") or same
     return int.from_bytes(hashlib.blake2b(letters.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def shingles(text: str) -> frozenset[str]:
     """Character 5-grams of the folded text; a shorter text is its own."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return frozenset(folded[place : place + _GRAM] for place in range(max(len(folded) - _GRAM + 1, 1)))
+    same = " ".join(folded(text).split())
+    return frozenset(same[place : place + _GRAM] for place in range(max(len(same) - _GRAM + 1, 1)))
 
 
 def overlap(left: frozenset[str], right: frozenset[str]) -> float:
@@ -44,8 +45,10 @@ def corpus_texts(records: Sequence[Record], more: Iterable[Corpus]) -> list[str]
     own = (text for record in records for text in (*record.positives, *record.negatives))
     texts = dict.fromkeys(own)
     for corpus in more:
-        read = (one.text.strip() for one in read_texts(corpus.path, column=corpus.column))
-        texts.update(dict.fromkeys(text for text in read if text))
+        read = dict.fromkeys(one.text.strip() for one in read_texts(corpus.path, column=corpus.column))
+        if not any(read):
+            raise DataError("no text in this corpus", where=corpus.path, fix="name another file, or leave it out")
+        texts.update((text, None) for text in read if text)
     return list(texts)
 
 

@@ -81,7 +81,7 @@ def check_takes_masks(implementation: str) -> None:
         raise ModelError(
             f"the attention {implementation!r} takes no mask of its own",
             expected="sdpa or eager",
-            fix="load with attn_implementation=sdpa",
+            fix="load with model.attn_implementation=sdpa",
         )
 
 
@@ -162,7 +162,7 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
         if not probe(backbone, _call(backbone, Attention("causal", "config"))).causal:
             raise ModelError(
                 f"{type(backbone).__name__} cannot be made causal",
-                fix="use attention=native; an encoder has no causal form",
+                fix="use model.attention=native; an encoder has no causal form",
             )
         return Attention("causal", "config", causal=True)
     attempts: dict[How, Probe] = {}
@@ -192,15 +192,15 @@ def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Probe], allowed: 
     if best is None:
         raise ModelError(
             f"{name} cannot be made bidirectional: a text's states depend on how its batch is padded",
-            fix="use attention=causal, or another attn_implementation (sdpa, eager)",
+            fix="use model.attention=causal, or model.attn_implementation=sdpa or eager",
         )
     layers = steady[best].causal_layers
     if not allowed or len(layers) == len(steady[best].ahead_L):
         types = getattr(backbone.config.get_text_config(), "layer_types", None) or []
         kinds = sorted({types[place] for place in layers if place < len(types)})
-        fix = "use attention=causal"
+        fix = "use model.attention=causal"
         if len(layers) < len(steady[best].ahead_L):
-            fix += ", or partial_attention=true to accept it"
+            fix += ", or model.partial_attention=true to accept it"
         raise ModelError(
             f"{name} cannot be made bidirectional: the layers {', '.join(map(str, layers))} stay causal"
             + (f" ({', '.join(kinds)})" if kinds else ""),

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 from embedsmith.core.device import check_fits
 from embedsmith.core.errors import ModelError, foreign_errors
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
@@ -42,10 +43,10 @@ def locate(path: str, revision: str | None = None) -> Path:
 
     Errors: `ModelError` when there is no such folder, or the hub has no such model or cannot be reached.
     """
-    folder = Path(path).expanduser()
-    if os.path.isdir(folder):
+    folder = local_path(path, ModelError)
+    if folder.is_dir():
         return folder
-    if os.path.exists(folder) or not _HUB_ID.fullmatch(path):
+    if folder.exists() or not _HUB_ID.fullmatch(path):
         raise ModelError("there is no such model folder", where=path, fix="check the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -1,6 +1,5 @@
 """The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core.encoder import Role, hash_with_weights
+from embedsmith.core.encoder import Role, hash_with_weights, tokenizer_json
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
@@ -123,9 +122,7 @@ class Embedder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of everything a vector depends on: weights, settings, tokenizer."""
-        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        kept = {key: value for key, value in words.items() if key not in ("truncation", "padding")}  # left by use
-        return hash_with_weights(repr(self.settings) + json.dumps(kept, sort_keys=True), self)
+        return hash_with_weights(repr(self.settings) + tokenizer_json(self.tokenizer), self)
 
     def tokenize(
         self,
@@ -300,7 +297,7 @@ class Embedder(nn.Module):
         return compare(left, right, self.settings.similarity)
 
     def save(self, folder: str | Path, *, merge: bool = True) -> None:
-        """Write the legacy sentence-transformers layout (see `write.py`); replaces `folder` as a whole.
+        """Write the legacy sentence-transformers layout (see `write.py`); a saved model in `folder` is replaced.
 
         An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart,
         exactly and small, in a folder that needs its base.

@@ -1,34 +1,104 @@
-"""Files of texts to a folder of memory-mapped vectors: in blocks, over several processes, continued after a kill.
+"""Files of texts to a folder of vectors that can be memory-mapped: in blocks, over several processes, continued after a
+kill.
 
 The folder holds `vectors.npy` (row i is text i), `ids.txt` (line i is its id), `meta.json` (what made it), for int8
-`ranges.npy`, and while work goes on `progress-*.json`: the blocks that are whole on the disk.
+`ranges.npy`, and while work goes on `progress-*.json`: the blocks that are whole on the disk. None of them is believed:
+their sizes must agree, and a block without its vectors is made again.
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from torch.multiprocessing.spawn import ProcessException, spawn
 
-from embedsmith.core.encoder import Role
+from embedsmith.core.collectives import refuse_launcher
+from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import allocate, atomic_file, disk_errors
+from embedsmith.core.outputs import claimed, files_of, sweep
 from embedsmith.core.progress import progress_bar
+from embedsmith.core.settings import Count, section
 from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.config import ComputeType
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.encode import AnyArray, quantize, value_ranges
+from embedsmith.models.encode import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.models.load import best_device, load
 
 _CALIBRATION = 2048
+_STATES = ("preparing", "encoding", "complete")
+_LATER = {"tokenizer": ...}
+"""What folders of earlier versions do not say."""
 
 
+@dataclass(frozen=True)
+class _Array:
+    """How rows of numbers lie in a .npy file, so that one is written and checked without being mapped: writing into a
+    mapped file ends the process where the disk is full."""
+
+    path: Path
+    kind: str
+    rows: int
+    width: int
+
+    @property
+    def header(self) -> bytes:
+        head = io.BytesIO()
+        kind = np.lib.format.dtype_to_descr(np.dtype(self.kind))
+        content = {"descr": kind, "fortran_order": False, "shape": (self.rows, self.width)}
+        np.lib.format.write_array_header_1_0(head, content)
+        return head.getvalue()
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + self.rows * self.row_size
+
+    @property
+    def row_size(self) -> int:
+        return self.width * np.dtype(self.kind).itemsize
+
+    def allocate(self) -> None:
+        """Errors: `CheckpointError` where the disk has no room for it."""
+        try:
+            with disk_errors(self.path), self.path.open("wb") as file:
+                file.write(self.header)
+                allocate(file, self.size)
+        except CheckpointError:
+            self.path.unlink(missing_ok=True)
+            raise
+
+    def check(self) -> None:
+        """Errors: `CheckpointError` for a file that is missing, of another size or of other numbers."""
+        with _found(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != self.size or file.read(len(self.header)) != self.header:
+                what = f"{size} bytes that are not {self.rows} rows of {self.width} numbers of {self.kind}"
+                raise _damaged(what, self.path)
+
+    def read(self, start: int, rows: int) -> AnyArray:
+        with _found(self.path) as file:
+            file.seek(len(self.header) + start * self.row_size)
+            found: AnyArray = np.frombuffer(file.read(rows * self.row_size), self.kind)
+            return found.reshape(-1, self.width)
+
+    def write(self, file: BinaryIO, start: int, values: AnyArray) -> None:
+        """Rows from `start` on, durable when it returns."""
+        file.seek(len(self.header) + start * self.row_size)
+        file.write(np.ascontiguousarray(values).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@section
 @dataclass(frozen=True)
 class EncodeJob:
     """What to encode and how. `stored`: the type of the numbers on disk; `block`: texts between two saves of the state.
@@ -42,11 +112,11 @@ class EncodeJob:
     role: Role = "document"
     task: str | None = None
     column: str | None = None
-    dim: int | None = None
+    dim: Count | None = None
     stored: Literal["float32", "float16", "int8"] = "float32"
     dtype: ComputeType | None = None
-    block: int = 4096
-    processes: int = 1
+    block: Count = 4096
+    processes: Count = 1
 
     def texts(self) -> Iterator[FileText]:
         """Of all files. In JSON lines a title stands in front of its text; in tables only the one column counts."""
@@ -60,6 +130,7 @@ class EncodeJob:
         return {
             "format": 1,
             "weights": weights_hash(model),
+            "tokenizer": hashlib.sha256(tokenizer_json(model.tokenizer).encode()).hexdigest(),
             "settings": settings,
             "prompt": model.settings.prompt_for(self.role, self.task),
             "dim": self.dim or model.encoded_dimension,
@@ -71,56 +142,109 @@ class EncodeJob:
         }
 
     def prepare(self, model: Embedder) -> int:
-        """Read everything once: ids, and for int8 the ranges of an evenly spaced sample. Makes an empty array; the
-        number of texts."""
+        """Read everything once: ids, and for int8 the ranges of an evenly spaced sample. Takes the room that the
+        vectors need on the disk; the number of texts."""
         with atomic_file(self.out / "ids.txt") as file:
             count = 0
             for count, one in enumerate(self.texts(), start=1):
-                if one.id is not None and ("\n" in one.id or "\r" in one.id):
+                if one.id is not None and any(mark in one.id for mark in "\n\r"):
                     raise DataError(f"the id {one.id!r} has a line break", where=one.where, expected="a one-line id")
                 file.write(f"{count - 1 if one.id is None else one.id}\n")
         if count == 0:
             raise DataError("no text in these files", where=", ".join(map(str, self.files)))
         if self.stored == "int8":
-            texts = [one.text for one in islice(self.texts(), 0, None, -(-count // _CALIBRATION))]
+            sample = list(islice(self.texts(), 0, None, -(-count // _CALIBRATION)))
             with atomic_file(self.out / "ranges.npy", "wb") as file:
-                np.save(file, value_ranges(self.vectors(model, texts)))
-        np.lib.format.open_memmap(
-            self.out / "vectors.npy", mode="w+", dtype=self.stored, shape=(count, self.dim or model.encoded_dimension)
-        ).flush()
+                np.save(file, value_ranges(self.finite_vectors(model, sample)))
+        self.array(model, count).allocate()
         return count
 
-    def write_blocks(self, model: Embedder, blocks: Sequence[int], worker: int) -> Iterator[int]:
-        """Encode the given blocks (rising); each is flushed, entered in this worker's progress file, then yielded."""
-        array = np.lib.format.open_memmap(self.out / "vectors.npy", mode="r+")
-        ranges = np.load(self.out / "ranges.npy") if self.stored == "int8" else None
-        done = _read_progress(self.out / f"progress-{worker}.json")
+    def array(self, model: Embedder, count: int) -> _Array:
+        return _Array(self.out / "vectors.npy", self.stored, count, self.dim or model.encoded_dimension)
+
+    def check(self, model: Embedder, count: int) -> None:
+        """Errors: `CheckpointError` unless the files are those of so many texts."""
+        self.array(model, count).check()
+        with _found(self.out / "ids.txt") as file:
+            lines = sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b""))
+        if lines != count:
+            raise _damaged(f"{lines} ids of {count} vectors", self.out / "ids.txt")
+        self.ranges(model)
+
+    def ranges(self, model: Embedder) -> FloatArray | None:
+        """Of every coordinate, for int8. Errors: `CheckpointError` for a file that holds anything else."""
+        if self.stored != "int8":
+            return None
+        array = _Array(self.out / "ranges.npy", "float32", 2, self.dim or model.encoded_dimension)
+        array.check()
+        ranges = array.read(0, 2)
+        if not np.isfinite(ranges).all():
+            raise _damaged("ranges that are not finite", array.path)
+        return ranges
+
+    def write_blocks(self, model: Embedder, count: int, blocks: Sequence[int], worker: int) -> Iterator[int]:
+        """Encode the given blocks (rising); each is on the disk, then entered in this worker's progress file, then
+        yielded."""
+        ranges, array = self.ranges(model), self.array(model, count)
+        done = self.progress(self.out / f"progress-{worker}.json", count)
         every, position = self.texts(), 0  # blocks ascend: one pass over the files
-        for place in blocks:
-            start = place * self.block
-            texts = [one.text for one in islice(every, start - position, start - position + self.block)]
-            position = start + len(texts)
-            vectors: AnyArray = self.vectors(model, texts)
-            vectors = quantize(vectors, "int8", ranges) if self.stored == "int8" else vectors.astype(self.stored)
-            array[start : start + len(vectors)] = vectors
-            array.flush()
-            done.append(place)
-            _write_json(self.out / f"progress-{worker}.json", done)
-            yield place
+        with disk_errors(array.path), array.path.open("r+b") as file:
+            for place in blocks:
+                start = place * self.block
+                texts = list(islice(every, start - position, start - position + self.block))
+                position = start + len(texts)
+                if position != min(start + self.block, count):
+                    raise DataError(
+                        f"{position} texts instead of {count}: the files changed while they were read",
+                        where=", ".join(map(str, self.files)),
+                        fix=f"delete {self.out}, then give the same command again",
+                    )
+                vectors: AnyArray = self.finite_vectors(model, texts)
+                if self.stored == "int8":
+                    vectors = quantize(vectors, "int8", ranges)
+                array.write(file, start, vectors)
+                done.append(place)
+                _write_json(self.out / f"progress-{worker}.json", done)
+                yield place
+
+    def finite_vectors(self, model: Embedder, texts: Sequence[FileText]) -> AnyArray:
+        """The vectors, as they are stored but for int8. Errors: `ModelError` naming the text whose vector is not
+        finite."""
+        vectors: AnyArray = self.vectors(model, [one.text for one in texts])
+        with np.errstate(over="ignore"):
+            stored = vectors if self.stored == "int8" else vectors.astype(self.stored)
+        if not np.isfinite(stored).all():
+            row = int((~np.isfinite(stored)).any(1).argmax())
+            small = np.isfinite(vectors[row]).all()
+            raise ModelError(
+                f"the vector of this text is not finite{f' in {self.stored}' if small else ''}",
+                where=texts[row].where,
+                fix="give --stored float32" if small else "check the weights; a run that diverged leaves NaN in them",
+            )
+        return stored
 
     def vectors(self, model: Embedder, texts: Sequence[str]) -> AnyArray:
         return model.encode(texts, self.role, self.task, dim=self.dim, dtype=self.dtype, show_progress=False)
 
+    def progress(self, path: Path, count: int) -> list[int]:
+        """The blocks that a progress file names; none where it is not what was written."""
+        places = _read_json(path) if path.exists() else []
+        if isinstance(places, list) and all(type(place) is int for place in places):
+            return places if set(places) <= set(range(-(-count // self.block))) else []
+        return []
+
     def count_done(self, count: int) -> int:
-        """How many of `count` texts lie in blocks that are whole on the disk."""
-        done: Iterable[int] = chain.from_iterable(map(_read_progress, self.out.glob("progress-*.json")))
+        """How many of `count` texts lie in blocks that are said to be whole on the disk."""
+        done = set(chain.from_iterable(self.progress(path, count) for path in self.out.glob("progress-*.json")))
         return sum(min(self.block, count - place * self.block) for place in done)
 
-    def blocks_done(self) -> set[int]:
+    def blocks_done(self, model: Embedder, count: int) -> set[int]:
         """Blocks that are done, whoever did them, moved to the first worker's file: the number of processes may
-        change."""
+        change. A block with a row of zeros, as it was allocated, is not done."""
         parts = sorted(self.out.glob("progress-*.json"))
-        done = sorted(set(chain.from_iterable(map(_read_progress, parts))))
+        named = sorted(set(chain.from_iterable(self.progress(path, count) for path in parts)))
+        array = self.array(model, count)
+        done = [place for place in named if array.read(place * self.block, self.block).any(1).all()]
         _write_json(self.out / "progress-0.json", done)
         for path in parts:
             if path.name != "progress-0.json":
@@ -130,29 +254,33 @@ class EncodeJob:
     def resume_or_start(self, model: Embedder) -> dict[str, Any]:
         """The folder's own state when it was made by the same command; a fresh one when it holds no vectors yet."""
         identity, out, path = self.identity(model), self.out, self.out / "meta.json"
-        if not path.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not path.exists() and ((out.exists() and not out.is_dir()) or files_of(out)):
             raise CheckpointError("this is not an empty folder", where=out, fix="choose a new output folder")
-        try:
-            meta = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"state": "preparing"}
-        except ValueError as error:
-            raise CheckpointError(f"cannot read this file: {error}", where=path, fix="delete the folder") from error
+        meta = _read_json(path) if path.exists() else {"format": 1, "state": "preparing"}
+        if not isinstance(meta, dict) or meta.get("format") != 1 or meta.get("state") not in _STATES:
+            raise _damaged("not what encode writes", path)
+        sweep(out)
         if meta["state"] == "preparing":
             meta = {"state": "preparing", **identity}
             _write_json(path, meta)
             return meta
-        if different := [key for key, value in identity.items() if meta.get(key) != value]:
+        if different := [key for key, value in identity.items() if meta.get(key, _LATER.get(key)) not in (value, ...)]:
             raise CheckpointError(
                 f"this folder was made with another {', '.join(different)}",
                 where=out,
                 fix="give the same files and options to continue it, or choose a new output folder",
             )
+        if type(meta.get("count")) is not int or meta["count"] < 1:
+            raise _damaged(f"the count is {meta.get('count')!r}", path)
+        self.check(model, meta["count"])
         return meta
 
     def write_in_processes(self, todo: Sequence[int], count: int, bar: Any) -> None:
-        """Contiguous shares of the blocks, a process each; the bar follows their progress files."""
+        """Contiguous shares of the blocks, a process each; the bar follows their progress files. How many threads a
+        process has does not depend on how much is left, so that a continued run gives the same numbers."""
         shares = [share.tolist() for share in np.array_split(np.asarray(todo), min(self.processes, len(todo)))]
-        threads = max(torch.get_num_threads() // len(shares), 1)
-        context = spawn(_worker, args=(self, shares, threads), nprocs=len(shares), join=False, daemon=True)
+        threads = max(torch.get_num_threads() // self.processes, 1)
+        context = spawn(_worker, args=(self, count, shares, threads), nprocs=len(shares), join=False, daemon=True)
         seen = self.count_done(count)
         try:
             while not context.join(timeout=0.5):
@@ -160,8 +288,9 @@ class EncodeJob:
                 bar.advance(done - seen)
                 seen = done
         except ProcessException as error:
+            said = re.split(r"^[\w.]*(?:Error|Interrupt): ", str(error).strip(), flags=re.MULTILINE)[-1]
             raise ModelError(
-                f"an encoding process failed: {str(error).strip().splitlines()[-1]}",
+                f"an encoding process failed: {said}",
                 where=self.out,
                 fix="run the same command again to continue; with less memory, use fewer processes",
             ) from error
@@ -173,24 +302,30 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
 
     Errors: `DataError` for unreadable input; `CheckpointError` when `out` holds other vectors, or other files.
     """
-    if job.processes < 1 or job.block < 1 or not job.files:
-        raise ModelError("nothing to encode with", expected="at least one file, one process and a block of one text")
+    if not job.files:
+        raise DataError("nothing to encode", expected="at least one file")
+    refuse_launcher("encode", "start it once, with --processes N")
+    with claimed(job.out, "encode"):
+        return _encode(job, show_progress)
+
+
+def _encode(job: EncodeJob, show_progress: bool | None) -> int:
     model = load(job.model)
     meta = job.resume_or_start(model)
-    if meta["state"] == "complete":
-        return int(meta["count"])
     if meta["state"] == "preparing":
         meta |= {"count": job.prepare(model), "state": "encoding"}
         _write_json(job.out / "meta.json", meta)
     count = int(meta["count"])
-    todo = sorted(set(range(-(-count // job.block))) - job.blocks_done())
-    with progress_bar("encode", count, done=job.count_done(count), visible=show_progress) as bar:
-        if job.processes == 1 or len(todo) < 2:
-            for place in job.write_blocks(model, todo, worker=0):
-                bar.advance(min(job.block, count - place * job.block))
-        else:
-            job.write_in_processes(todo, count, bar)
-    _write_json(job.out / "meta.json", meta | {"state": "complete"})
+    if meta["state"] == "encoding":
+        todo = sorted(set(range(-(-count // job.block))) - job.blocks_done(model, count))
+        with progress_bar("encode", count, done=job.count_done(count), visible=show_progress) as bar:
+            if job.processes == 1 or not todo:
+                for place in job.write_blocks(model, count, todo, worker=0):
+                    bar.advance(min(job.block, count - place * job.block))
+            else:
+                job.write_in_processes(todo, count, bar)
+        job.check(model, count)
+        _write_json(job.out / "meta.json", meta | {"state": "complete"})
     for path in job.out.glob("progress-*.json"):
         path.unlink()
     return count
@@ -213,17 +348,32 @@ def _file_hash(path: Path) -> str:
         raise DataError(f"cannot read this file ({error.strerror})", where=path, fix="check the path") from error
 
 
-def _worker(index: int, job: EncodeJob, shares: list[list[int]], threads: int) -> None:
+def _worker(index: int, job: EncodeJob, count: int, shares: list[list[int]], threads: int) -> None:
     torch.set_num_threads(threads)
     device = best_device()
     if device == "cuda":
         device = f"cuda:{index % torch.cuda.device_count()}"
-    for _ in job.write_blocks(load(job.model, device=device), shares[index], worker=index + 1):
+    for _ in job.write_blocks(load(job.model, device=device), count, shares[index], worker=index + 1):
         pass
 
 
-def _read_progress(path: Path) -> list[int]:
-    return [int(place) for place in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+def _found(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise _damaged(f"cannot read this file ({error.strerror})", path) from error
+
+
+def _damaged(what: str, path: str | Path) -> CheckpointError:
+    return CheckpointError(what, where=path, fix=f"delete {Path(path).parent}, then give the same command again")
+
+
+def _read_json(path: Path) -> Any:
+    """`None` for what is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from embedsmith.core.errors import MissingExtraError, ModelError
-from embedsmith.core.files import atomic_folder
+from embedsmith.core.outputs import atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.recipe import apply_override, parse
 from embedsmith.models.backbone import locate
@@ -32,18 +32,19 @@ from embedsmith.models.heads.base import TRAIN_HEAD, cpu_state
 from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead
 from embedsmith.models.heads.tokens import MultiVectorHead
 from embedsmith.models.load import load
-from embedsmith.models.write import Saved
+from embedsmith.models.write import Saved, saved_model
 
 ExportedHead = Literal["dense", "sparse", "multivector", "pylate"]
 _MODULES = "sentence_transformers."
 
 
-def export_head(model: Embedder, folder: str | Path, head: ExportedHead) -> str:
+def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, overwrite: bool = False) -> str:
     """Write one head of `model` to `folder`, which appears whole or not at all (`pylate`: multivector, for PyLate);
-    returns how to open the folder.
+    returns how to open the folder. `overwrite` replaces another saved model.
 
-    Errors: `ModelError` for a head that the model has not (none is ever made up), and for what the form cannot
-    express: prompts left out of the heads, attention by a mask, an adapter apart.
+    Errors: `CheckpointError` for a folder with something else in it; `ModelError` for a head that the model has not
+    (none is ever made up), and for what the form cannot express: prompts left out of the heads, attention by a mask,
+    an adapter apart.
     """
     saved = model.parts
     there = ["dense", *(name for name, one in saved.heads.items() if not one.own_pass)]
@@ -54,8 +55,8 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead) -> str:
             expected=f"one of {', '.join(there)}",
             fix=f"train one: {TRAIN_HEAD.format(name)}",
         )
-    with atomic_folder(folder) as root:
-        replace(saved, heads={name: saved.heads[name]} if head == "sparse" else {}).save(root)
+    with claimed(folder, "export"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
+        replace(saved, heads={name: saved.heads[name]} if head == "sparse" else {}).write(root)
         if head == "sparse":
             _as_sparse(saved, root)
         elif head == "multivector":
@@ -166,25 +167,27 @@ def _name_model(root: Path, kind: str, similarity: str, **more: Any) -> None:
     write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
 
 
-def convert(model: str, out: Path, changes: Sequence[str] = ()) -> str:
+def convert(model: str, out: Path, changes: Sequence[str] = (), *, overwrite: bool = False) -> str:
     """What `embedsmith convert` does: load `model` as `ModelConfig` and the changes (`key=value`) say, and save it to
-    `out`; returns what was made.
+    `out`; returns what was made. `overwrite` replaces another saved model.
 
     A folder that does not say how to pool gets the last token, or the mean where attention is bidirectional. A `.gguf`
     file is turned into plain weights first (extra `gguf`).
-    Errors: `ModelError` and `RecipeError` as for `load`; `ModelError` for a GGUF file that transformers cannot read.
+    Errors: `CheckpointError` for a folder with something else in it; `ModelError` and `RecipeError` as for `load`;
+    `ModelError` for a GGUF file that transformers cannot read.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    with claimed(out, "convert"), tempfile.TemporaryDirectory() as scratch:
+        saved_model().refuse_foreign(out)
         path = str(_from_gguf(Path(model), Path(scratch))) if model.endswith(".gguf") else model
         tree: dict[str, Any] = {"path": path}
         for change in changes:
-            apply_override(tree, change)
+            apply_override(tree, change.removeprefix("model."))  # as a recipe and the messages call it
         config = parse(ModelConfig, tree, where="convert")
         if config.pooling is None and FolderFacts.read(locate(config.path, config.revision)).pooling is None:
             both_ways = config.attention in ("bidirectional", "softmask")
             tree["pooling"] = "mean" if both_ways else "last"
         embedder = load(parse(ModelConfig, tree, where="convert"), device="cpu")
-        embedder.save(out)
+        embedder.parts.save(out, overwrite=overwrite)
     found, size = embedder.attention, sum(p.numel() for p in embedder.parameters())
     kind = "causal" if found.causal else "bidirectional" if found.mode != "native" else "native"
     kind += " in part" if found.causal_layers else ""

@@ -14,6 +14,7 @@ from tokenizers import normalizers
 from torch import nn
 
 from embedsmith.core.errors import ModelError, RecipeError, foreign_errors
+from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention, switch_attention
@@ -31,7 +32,15 @@ from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
-from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
+from embedsmith.models.lora import (
+    ADAPTER,
+    UnmergedError,
+    add_adapter,
+    base_facts,
+    check_installed,
+    load_adapter,
+    merged,
+)
 from embedsmith.models.packing import check_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
@@ -71,7 +80,10 @@ def load(
     backbone: Any = load_backbone(source.base, config, mode, config.lora is not None and config.lora.four_bit)
     if config.positions is not None:
         if source.adapter or config.lora is not None:
-            raise ModelError("positions of a model with an adapter", fix="extend the base first: embedsmith convert")
+            raise ModelError(
+                "positions of a model with an adapter",
+                fix="extend the base first: embedsmith convert BASE NEW_FOLDER model.positions=COUNT",
+            )
         extend_positions(backbone, config.positions)
     source.prepare_tokenizer(tokenizer, backbone)
     target = torch.device(best_device() if device is None else device)
@@ -105,7 +117,7 @@ def without_weights(config: ModelConfig) -> Embedder:
             raise ModelError(
                 "this folder does not say how to pool, and last-token pooling puts an end token behind every text",
                 where=config.path,
-                fix="say it, for example pooling=last or pooling=mean",
+                fix="say it, for example --pooling mean, or model.pooling=mean in a recipe",
             )
         config = dataclasses.replace(config, pooling="mean")  # of no matter to tokens
         source = dataclasses.replace(source, config=config)
@@ -142,7 +154,9 @@ class ModelSource:
         found = facts.embedding_config.base or {}
         path = config.base or found.get("path") or read_typed(AdapterFile, folder / ADAPTER).base_model_name_or_path
         if not path:
-            raise ModelError("this adapter does not say what it belongs to", where=folder, fix="say it with base=...")
+            raise ModelError(
+                "this adapter does not say what it belongs to", where=folder, fix="say it with model.base=FOLDER"
+            )
         layers, first = found.get("layers"), found.get("cls_token")
         changed = dataclasses.replace(
             config, layers=None if layers is None else tuple(layers), cls_token=first or config.cls_token
@@ -197,8 +211,8 @@ class ModelSource:
                 "this folder does not say how to pool",
                 where=config.path,
                 expected=f"pooling, one of {', '.join(poolings.names())}",
-                fix="say it, for example pooling=mean: it must be the one the model was trained with; where there is "
-                "no place to say it, make an embedder of the folder first: embedsmith convert",
+                fix="say the one it was trained with, for example model.pooling=mean; where a verb takes no such key, "
+                "make an embedder of the folder first: embedsmith convert MODEL NEW_FOLDER model.pooling=mean",
             )
         try:
             poolings.entry(pooling)
@@ -215,14 +229,14 @@ class ModelSource:
             raise ModelError(
                 "cls pooling of causal attention: the first token sees nothing but itself",
                 where=config.path,
-                fix="use pooling=last or mean, or attention=bidirectional",
+                fix="use model.pooling=last or mean, or model.attention=bidirectional",
             )
         one_cls = pooling == "cls" and len(added_tokens(tokenizer)[0]) == 1
         if config.mcls is not None and (config.mcls < 1 or not one_cls):
             raise ModelError(
                 f"mcls={config.mcls} with {pooling} pooling",
                 expected="1 or more, for an encoder with cls pooling whose tokenizer puts one CLS before a text",
-                fix="leave mcls out",
+                fix="leave model.mcls out",
             )
         return pooling
 
@@ -263,7 +277,7 @@ class ModelSource:
             if count + sum(map(len, added_tokens(tokenizer))) >= settings.max_length:
                 raise ModelError(
                     f"the prompt {name!r} takes {count} tokens of {settings.max_length}: no text would fit behind it",
-                    fix="shorten the prompt or raise max_length",
+                    fix="shorten the prompt or raise model.max_length",
                 )
         return settings
 
@@ -279,7 +293,7 @@ class ModelSource:
             return settings
         templates = settings.templates if config.template is None else template_named(config.template)
         if not templates:
-            raise ModelError("instructions without a template", fix="set template, for example qwen3")
+            raise ModelError("instructions without a template", fix="set model.template=qwen3 or another")
         made = compiled(templates, config.instructions or {})
         return dataclasses.replace(settings.with_prompts(made), templates=dict(templates))
 
@@ -356,10 +370,13 @@ class ModelSource:
         if self.adapter is not None:
             load_adapter(model.backbone, self.adapter, saved)
             if config.lora is None:
-                with foreign_errors("cannot merge the adapter", self.adapter):
-                    model.backbone = merged(model.backbone)
-            else:
-                model.base = saved and {**saved, "path": str(self.base.resolve())}
+                try:
+                    with foreign_errors("cannot merge the adapter", self.adapter):
+                        model.backbone = merged(model.backbone)
+                    return
+                except UnmergedError as error:
+                    log.warning("%s: %s; it stays beside the weights", self.adapter, error.what)
+            model.base = saved and {**saved, "path": str(self.base.resolve())}
         elif config.lora is not None:
             layers = config.layers
             model.base = {

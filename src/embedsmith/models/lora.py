@@ -37,6 +37,10 @@ _NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "lm_head"}
 _OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+class UnmergedError(ModelError):
+    """Weights with their adapter merged would not give the same vectors: 16 bits are too few for what it adds."""
+
+
 @section
 @dataclass(frozen=True)
 class LoraConfig:
@@ -104,7 +108,7 @@ def add_adapter(backbone: Any, config: LoraConfig) -> None:
         raise ModelError(
             f"the targets {', '.join(targets)} are found in {reached} of {len(layers)} layers",
             expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
-            fix="set lora.targets to auto",
+            fix="set model.lora.targets=auto",
         )
     experts = expert_weights(backbone) if config.experts else []
     peft_config = PeftConfig(
@@ -200,7 +204,7 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
             + ", ".join(f"{k} {base.get(k)}, not {mine[k]}" for k in different),
             where=folder,
             expected=f"the base it was trained on ({base.get('path')})",
-            fix="put that model back, or say where it is with base=...",
+            fix="put that model back, or say where it is with model.base=FOLDER",
         )
     read_typed(AdapterFile, folder / ADAPTER)
     with foreign_errors("cannot load the adapter", folder):
@@ -229,7 +233,7 @@ def transplanted(backbone: Any, plain: Any) -> Any:
 def merged(backbone: Any) -> Any:
     """A copy of the backbone with its adapter added to the weights, in the same class and without traces of peft.
 
-    Errors: `ModelError` when the copy does not give the same states (cosine not above 0.9999): nothing wrong is saved.
+    Errors: `UnmergedError` when the copy does not give the same states (cosine not above 0.9999).
     """
     was_training = backbone.training
     backbone.eval()
@@ -240,10 +244,10 @@ def merged(backbone: Any) -> Any:
     backbone.train(was_training)
     cosine = float(F.cosine_similarity(before, after, dim=-1).min())
     if not cosine > SAME:
-        raise ModelError(
+        raise UnmergedError(
             f"merging the adapter changes the states: cosine {cosine:.6f}",
             expected=f"above {SAME}",
-            fix="train with dtype=float32, or keep the adapter apart: save(folder, merge=False)",
+            fix="train with model.dtype=float32, or keep the adapter apart: save(folder, merge=False)",
         )
     log.info("adapter merged; lowest cosine of a token's state to the unmerged model: %.7f", cosine)
     return whole
@@ -257,9 +261,13 @@ def _merge_layers(whole: Any) -> Any:
         if any(name.startswith(f"{other}.") for other in adapted):
             continue
         layer: Any = outermost
+        inner = outermost.get_base_layer()
+        stored = next(inner.parameters()).dtype
+        inner.float()  # so that weights of 16 bits are rounded once, with the adapter in them
         while isinstance(layer, BaseTunerLayer):  # the weights of experts have a wrapper each, one in the other
             layer.merge(safe_merge=True)
             layer = layer.base_layer
+        inner.to(stored)
         parent, _, leaf = name.rpartition(".")
         setattr(whole.get_submodule(parent), leaf, layer)
     del whole.peft_config

@@ -68,7 +68,9 @@ def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
     """
     name, implementation = type(backbone).__name__, backbone.config._attn_implementation
     if attention.mode == "softmask":
-        raise ModelError("packing under attention=softmask: its mask is made of one text", fix="set packing=false")
+        raise ModelError(
+            "packing under attention=softmask: its mask is made of one text", fix="set model.packing=false"
+        )
     text = backbone.config.get_text_config()
     names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     bounds = [getattr(text, names[kind], None) for kind in getattr(text, "layer_types", None) or names if kind in names]
@@ -77,12 +79,13 @@ def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
     if lifted and window < max_length:
         raise ModelError(
             f"packing: a token of {name} sees {window} tokens, and a mask for packed texts would lift that bound",
-            fix=f"set packing=false, max_length={window}, or attn_implementation=flash_attention_2 on a GPU",
+            fix=f"set model.packing=false, model.max_length={window}, or on a GPU "
+            "model.attn_implementation=flash_attention_2",
         )
     if not takes_positions(backbone) or not _same_states(backbone, attention):
         raise ModelError(
             f"{name} cannot be packed: a text's states depend on what else is in its row",
-            fix="set packing=false",
+            fix="set model.packing=false",
         )
 
 

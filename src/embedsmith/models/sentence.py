@@ -6,7 +6,9 @@ base.
 model's folder.
 """
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -32,7 +34,9 @@ class EmbedsmithModule(InputModule):  # type: ignore[misc]
         return cls(load(str(model_name_or_path), device="cpu"))
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        self.model.save(Path(output_path))
+        with TemporaryDirectory() as scratch:  # the folder is sentence-transformers', with files of its own
+            self.model.save(Path(scratch) / "model")
+            shutil.copytree(Path(scratch) / "model", output_path, dirs_exist_ok=True)
 
     @property
     def max_seq_length(self) -> int:

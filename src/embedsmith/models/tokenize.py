@@ -249,7 +249,7 @@ def put_end_token(tokenizer: Any, wanted: str | None) -> int:
             "the tokenizer has no end token" if token is None else f"the tokenizer does not know {token!r}",
             where=getattr(tokenizer, "name_or_path", None) or "tokenizer",
             expected="a token to put behind every text, whose state is then the vector",
-            fix="name one that the vocabulary has with eos_token=..., or use pooling=mean",
+            fix="name one that the vocabulary has with model.eos_token=..., or use model.pooling=mean",
         )
     if tail[-1:] != [number]:
         _surround(tokenizer, front, [*tail, int(number)])

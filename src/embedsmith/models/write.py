@@ -16,13 +16,16 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from embedsmith.core.files import atomic_folder
+from embedsmith.core.errors import ModelError
+from embedsmith.core.markdown import code, row
+from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.shelf import poolings
 from embedsmith.models.attention import Attention
 from embedsmith.models.backbone import load_backbone, locate
 from embedsmith.models.config import ModelConfig, Settings
 from embedsmith.models.folder import (
+    EMBEDDING_CONFIG,
     POOLER_FILE,
     POOLING_NAMES,
     POOLING_SWITCHES,
@@ -30,10 +33,38 @@ from embedsmith.models.folder import (
     read_json,
     write_json,
 )
-from embedsmith.models.heads.base import Head, cpu_state
+from embedsmith.models.heads.base import Head, cpu_state, known_heads
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.lora import has_adapter, merged, save_adapter, transplanted
 from embedsmith.models.pooling import PoolerConfig
+
+
+def saved_model() -> Kind:
+    """How a folder that `Saved.save` wrote is known; the files of users' own heads belong to it."""
+    tokenizer = (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.*",
+        "vocab.*",
+        "merges.txt",
+    )
+    weights = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
+    code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
+    layout = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", EMBEDDING_CONFIG)
+    modules = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
+    heads = {head.file for head in known_heads().values()}
+    more = ("README.md", "config.json", "generation_config.json", "*.model", *heads)
+    return Kind("saved model", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith"))
+
+
+def refuse_not_finite(module: nn.Module | None) -> None:
+    """Errors: `ModelError` for weights among which are NaN or infinite ones."""
+    named = [] if module is None else list(module.named_parameters())
+    bad = [name for name, weight in named if weight.is_floating_point() and not bool(weight.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"the weights are not finite ({bad[0]}{more}), and were not written")
 
 
 @dataclass(frozen=True)
@@ -76,15 +107,23 @@ class Saved:
             base=self.base if apart else None,
         )
 
-    def save(self, folder: str | Path, merge: bool = True) -> None:
-        """Write the model to `folder`, which appears whole or not at all; a folder already there is replaced.
+    def save(self, folder: str | Path, merge: bool = True, *, overwrite: bool = True) -> None:
+        """Write the model to `folder`, which appears whole or not at all; a saved model already there is replaced.
 
         An adapter is merged into the weights, after a check that the vectors stay; `merge=False` writes it apart.
-        Errors: `CheckpointError` when the disk is full or the place cannot be written; `ModelError` when merging an
-        adapter would change the vectors.
+        Without `overwrite` a model that is there may only be equal to this one.
+        Errors: `CheckpointError` for a folder with other files, when the disk is full or the place cannot be written;
+        `ModelError` when merging an adapter would change the vectors, and for weights that are not finite.
         """
+        with claimed(folder, "model.save"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
+            self.write(root, merge)
+
+    def write(self, root: Path, merge: bool = True) -> None:
+        """All files of `save`, into an empty folder."""
         settings = self.settings
-        with atomic_folder(folder) as root, transformers_silenced():
+        for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
+            refuse_not_finite(part)
+        with transformers_silenced():
             apart = has_adapter(self.backbone) and not merge
             if apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
@@ -305,7 +344,8 @@ def _token_heads(heads: Mapping[str, Head]) -> str:
 def _prompts(settings: Settings) -> str:
     if not any(settings.prompts.values()):
         return "None: texts go in as they are."
-    rows = [f"| `{name}` | `{json.dumps(text, ensure_ascii=False)}` |" for name, text in settings.prompts.items()]
-    default = f"\n\nDefault: `{settings.default_prompt}`." if settings.default_prompt else ""
+    shown = ((code(name), code(json.dumps(text, ensure_ascii=False))) for name, text in settings.prompts.items())
+    rows = [row(*cells) for cells in shown]
+    default = f"\n\nDefault: {code(settings.default_prompt)}." if settings.default_prompt else ""
     left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
     return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from embedsmith.evaluate.compare import Comparison, Difference, Interval, confidence
+from embedsmith.evaluate.compare import Comparison, Difference, Interval
 from embedsmith.evaluate.model_geometry import Geometry, meaning_of
 from embedsmith.evaluate.result import Example, Results, TaskResult, short_names
 from embedsmith.report.page import Section, chart, charts, environment_section, finite, page, table
@@ -52,7 +52,7 @@ def geometry_page(geometries: Sequence[Mapping[str, Any]], names: Sequence[str],
 
 def score_section(made: Comparison) -> Section:
     """A table and a bar chart of main scores, and the differences to the first model."""
-    intervals = [[confidence(result) for result in results] for results in made.results]
+    intervals = [[Interval.of(result) for result in results] for results in made.results]
     gaps = [made.differences(place) for place in range(1, len(made.models))]
     head = ["task", "score", *made.models]
     rows = []

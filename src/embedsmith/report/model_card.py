@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import yaml
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_text
+from embedsmith.core.markdown import block, row, without_folders, words
+from embedsmith.core.text_out import remember_secret
 from embedsmith.evaluate.result import Results, percent
+from embedsmith.models.folder import read_json
 
 _START, _END = "<!-- embedsmith: how it was made -->", "<!-- embedsmith: end -->"
 
@@ -39,8 +47,7 @@ class TrainingFacts:
         """Data, scores and recipe of a run, as far as its folder holds them."""
 
         def facts(name: str) -> dict[str, Any]:
-            found: dict[str, Any] = json.loads(path.read_text("utf-8")) if (path := output / name).is_file() else {}
-            return found
+            return read_json(path) if (path := output / name).is_file() else {}
 
         paths = [output / "evaluation" / f"{name}.json" for name in ("before", "after")]
         before, after = ({r.task: r for r in Results.load(path)} if path.is_file() else {} for path in paths)
@@ -68,11 +75,16 @@ class TrainingFacts:
                 counts.append((name, str(facts.get("task", "")), count))
             parts.append("## Training data\n\n" + _table(("source", "task", "rows"), counts))
         if self.recipe:
-            recipe = f"```yaml\n{self.recipe.strip()}\n```"
+            known = yaml.safe_load(self.recipe)
+            plain = without_folders(known)
+            text = self.recipe if plain == known else yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+            recipe = block(text, "yaml")
             summary = "<details><summary>Everything it was trained with</summary>"
             parts.append(f"## Recipe\n\n{summary}\n\n{recipe}\n\n</details>")
         if self.versions:
-            parts.append("Made with " + ", ".join(f"{name} {value}" for name, value in self.versions.items()) + ".")
+            parts.append(
+                "Made with " + ", ".join(f"{words(name)} {words(value)}" for name, value in self.versions.items()) + "."
+            )
         return "\n\n".join(parts)
 
     def write_into(self, folder: str | Path) -> None:
@@ -83,36 +95,63 @@ class TrainingFacts:
         card = Path(folder) / "README.md"
         if not card.is_file():
             raise ModelError("the folder has no README.md", where=folder, expected="a saved model")
-        text = card.read_text(encoding="utf-8")
+        text = read_text(card, ModelError)
         before, start, rest = text.partition(_START)
-        after = rest.partition(_END)[2].lstrip("\n") if start else ""
+        after = rest.rpartition(_END)[2].lstrip("\n") if start else ""
         with atomic_file(card) as file:
             file.write(f"{before.rstrip()}\n\n{_START}\n{self.markdown()}\n{_END}\n{after}")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    lines = [row(*map(words, cells)) for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def push(folder: str | Path, repository: str, *, private: bool = True, message: str = "Add the model") -> str:
     """Upload a model folder to a hub repository `owner/name`, which is made if need be; returns its address.
 
+    Of absolute paths in the card and in the settings only the last name goes along; hidden files, the report and the
+    recipe (the card holds it) stay here.
     Errors: `ModelError` for a folder that holds no model, and whatever the hub refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not (Path(folder) / "config.json").is_file():
         raise ModelError("no model to push", where=folder, expected="a saved model with config.json")
-    api = HfApi()
-    try:
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(folder_path=str(folder), repo_id=repository, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(
-            f"the hub refused ({str(error).splitlines()[0]})",
-            where=repository,
-            fix="log in with `hf auth login`, check the name, and that the hub can be reached",
-        ) from error
+    remember_secret(get_token() or "")
+    with TemporaryDirectory() as public:
+        _without_what_is_private(Path(folder), Path(public))
+        try:
+            address = HfApi().create_repo(repository, private=private, exist_ok=True)
+            HfApi().upload_folder(folder_path=public, repo_id=repository, commit_message=message)
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ModelError(
+                f"the hub refused ({(str(error) or type(error).__name__).splitlines()[0]})",
+                where=repository,
+                fix="log in with `hf auth login`, check the name, and that the hub can be reached",
+            ) from None  # the hub's words may hold the token
     return str(address)
+
+
+_NOT_PUSHED = ("recipe.yaml", "report.html")
+_SETTINGS = ("config.json", "adapter_config.json", "embedding_config.json", "merge.json", "verify.json")
+_PATH = re.compile(r"(?<![\w:/.~-])(?:/[\w.@+-]+){2,}")
+
+
+def _without_what_is_private(folder: Path, public: Path) -> None:
+    """A copy to push: links to the files as they are; a card and settings that name folders of this machine anew."""
+    for file in folder.rglob("*"):
+        place = file.relative_to(folder)
+        if not file.is_file() or file.name in _NOT_PUSHED or any(part.startswith(".") for part in place.parts):
+            continue
+        target = public / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.name == "README.md":
+            text = read_text(file, ModelError)
+            here = lambda found: Path(found[0]).name if Path(found[0]).exists() else found[0]
+            target.write_text(_PATH.sub(here, text), encoding="utf-8")
+        elif file.name in _SETTINGS and (plain := without_folders(known := read_json(file))) != known:
+            target.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            target.symlink_to(file.resolve())

@@ -23,6 +23,10 @@ class Section:
     body: str
 
 
+PAGE_MARK = '<link rel="icon" href="data:,"><style>'
+"""Stands in every page that is made here, so that one is told from another's file."""
+
+
 def page(title: str, lead: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
     """The whole document. Errors: `MissingExtraError` where a chart is wanted and plotly is not installed."""
     shown = [section for section in sections if section.body]

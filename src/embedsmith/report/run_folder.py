@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from embedsmith.core.errors import EmbedsmithError, EvaluationError
+from typing_extensions import TypedDict
+
+from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_json, typed
+from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
@@ -26,7 +31,7 @@ from embedsmith.report.comparison import (
     words_about,
 )
 from embedsmith.report.model_card import TrainingFacts
-from embedsmith.report.page import Section, chart, charts, environment_section, finite, page, table
+from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
 
 Line = Mapping[str, float]
 _SHOWN = ("models", "coefficients", "notes")
@@ -50,9 +55,11 @@ def report_run(output: Path, model: Path) -> None:
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write `report.html` into the folder (or to `output`); returns its path.
 
-    Errors: `EvaluationError` for a folder with nothing to report; `MissingExtraError` without plotly.
+    Errors: `EvaluationError` for a folder with nothing to report; `CheckpointError` for a file that is no page of ours;
+    `MissingExtraError` without plotly.
     """
     path = Path(folder) / "report.html" if output is None else Path(output)
+    refuse_foreign_file(path, PAGE_MARK)
     text = folder_page(folder)
     with atomic_file(path) as file:
         file.write(text)
@@ -102,9 +109,9 @@ class Folder:
         recipe = path / "recipe.yaml"
         text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
         lines = _lines(path / "metrics.jsonl", problems)
-        finished, environment, merge, manifest = (
-            _json(path / f"{name}.json", problems) for name in ("finished", "environment", "merge", "manifest")
-        )
+        environment, merge = (_json(path / f"{name}.json", problems) for name in ("environment", "merge"))
+        finished = _json(path / "finished.json", problems, _Finished)
+        manifest = _json(path / "manifest.json", problems, _Manifest)
         results: dict[str, Results] = {}
         geometries: dict[str, Mapping[str, Any]] = {}
         for name in ("before", "after"):
@@ -116,8 +123,8 @@ class Folder:
                     log.warning("%s", error)
                     problems.append(f"evaluation/{file.name} could not be read")
         for name in ("before", "after"):
-            geometry = _json(path / "evaluation" / f"geometry-{name}.json", problems)
-            if geometry is not None and geometry.keys() >= {"geometry", "spectrum", "variance", "histograms"}:
+            geometry = _json(path / "evaluation" / f"geometry-{name}.json", problems, _GeometryFile)
+            if geometry is not None:
                 geometries[name] = geometry
         found = Folder(
             path, text, tuple(lines), finished, environment, merge, manifest, results, geometries, tuple(problems)
@@ -169,7 +176,7 @@ class Folder:
         if self.finished and self.finished.get("best_step"):
             score = self.finished.get("best_score")
             mean = "" if score is None else f" with a mean score of {100 * score:.2f}"
-            words.append(f"The best checkpoint is that of step {self.finished['best_step']}{mean}.")
+            words.append(f"The best checkpoint is that of step {_text(self.finished['best_step'])}{mean}.")
         if made is None and self.merge is None:
             advice = "set <code>evaluate.tasks</code> in the recipe to see what training changed"
             words.append(f"No task was scored: {advice}.")
@@ -270,24 +277,61 @@ def _lines(path: Path, problems: list[str]) -> list[Line]:
         try:
             line = json.loads(text)
             lines.append({key: float(value) for key, value in line.items() if isinstance(value, int | float)})
-            lines[-1]["step"]
-        except (ValueError, AttributeError, KeyError):
+            if not math.isfinite(lines[-1]["step"]):
+                raise ValueError
+        except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
             broken += 1
-            lines = [line for line in lines if "step" in line]
+            lines = [line for line in lines if math.isfinite(line.get("step", math.nan))]
     if broken:
         problems.append(f"{broken} line(s) of {path.name} could not be read")
     return lines
 
 
-def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def _json(path: Path, problems: list[str], shape: Any = dict[str, Any]) -> dict[str, Any] | None:
+    """The object in a file, where there is one of this shape."""
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        found = read_json(path)
+        typed(shape, found, path)
+    except DataError:
         problems.append(f"{path.name} could not be read")
         return None
-    return found if isinstance(found, dict) else None
+    return found
+
+
+class _Finished(TypedDict, total=False):
+    steps: int
+    best_step: int | None
+    best_score: float | None
+
+
+class _Seen(TypedDict, total=False):
+    rows: int
+    steps: int
+
+
+class _Source(TypedDict, total=False):
+    task: str
+    rows: int
+    seen: _Seen
+
+
+class _Manifest(TypedDict, total=False):
+    sources: dict[str, _Source]
+
+
+class _Histograms(TypedDict):
+    edges: list[float]
+    random: list[float]
+    pairs: list[float]
+
+
+class _GeometryFile(TypedDict):
+    geometry: dict[str, float | None]
+    spectrum: list[float]
+    variance: list[float]
+    histograms: _Histograms
 
 
 def _models(merge: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

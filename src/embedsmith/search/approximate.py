@@ -62,12 +62,16 @@ class ApproximateIndex:
             file.write(_faiss().serialize_index(self._index).tobytes())
 
     @staticmethod
-    def load(path: Path, effort: int = 128) -> ApproximateIndex:
+    def load(path: Path, effort: int = 128, count: int | None = None) -> ApproximateIndex:
+        """Errors: `SearchError` for what is no index, or not one of `count` vectors."""
         faiss = _faiss()
         try:
-            return ApproximateIndex(faiss.deserialize_index(np.fromfile(path, np.uint8)), effort)
+            index = faiss.deserialize_index(np.fromfile(path, np.uint8))
         except (OSError, RuntimeError) as error:
             raise SearchError(f"not an index that can be read ({error})", where=path, fix="delete it") from error
+        if count is not None and index.ntotal != count:
+            raise SearchError(f"an index of {index.ntotal} vectors", where=path, expected=str(count), fix="delete it")
+        return ApproximateIndex(index, effort)
 
 
 def _filled(faiss: Any, index: Any, vectors: list[FloatArray], factory: str) -> Any:

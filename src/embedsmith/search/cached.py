@@ -54,7 +54,7 @@ class CachedEncoder:
         instruction: Sequence[str | None] | None = None,
     ) -> Reps:
         paths = {name: self.path(texts, role, task, name, instruction) for name in outputs}
-        found = {name: rep for name, path in paths.items() if (rep := self.read(path)) is not None}
+        found = {name: rep for name, path in paths.items() if (rep := self.read(path, len(texts))) is not None}
         missing = [name for name in outputs if name not in found]
         if missing:
             made = represent(self.encoder, texts, role=role, task=task, outputs=missing, instruction=instruction)
@@ -105,16 +105,19 @@ class CachedEncoder:
             file.write(save(tensors, metadata={"kind": type(rep).__name__}))
 
     @staticmethod
-    def read(path: Path) -> Representation | None:
-        """What is kept there; `None` where there is nothing, or a file that is not whole."""
+    def read(path: Path, count: int | None = None) -> Representation | None:
+        """What is kept there; `None` where there is nothing, a file that is not whole, or not that of `count` texts."""
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
                 kind = _KINDS[file.metadata()["kind"]]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            return _unpacked(kind, tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            rep = _unpacked(kind, tensors)
+            if count not in (None, len(rep)):
+                raise ValueError(f"{len(rep)} rows of {count} texts")
+            return rep
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             log.warning("%s: cannot be read (%s); the texts are encoded again", path, error)
             return None
 

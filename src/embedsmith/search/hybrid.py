@@ -46,7 +46,7 @@ class Hybrid(Representation):
             rows = max(_NUMBERS // max(len(self) * self.token_count * other.token_count, 1), 1)
         blocks = [
             self._sum(other.rows(slice(start, start + rows)), lambda mine, theirs: mine.scores(theirs))
-            for start in range(0, len(other), rows)
+            for start in range(0, max(len(other), 1), rows)
         ]
         return torch.cat(blocks, dim=-1)
 

@@ -1,7 +1,6 @@
 """What a recipe leaves open, derived: device and precision, memory, losses, batch sizes, the length of the run."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,13 +16,14 @@ from torch import nn
 from embedsmith.core.batch import Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
 from embedsmith.core.device import cpu_multiplies_bf16
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import losses
 from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, part_of, read_source
 from embedsmith.data.record import Text
 from embedsmith.data.source import TokenizerFacts
+from embedsmith.data.store import RecordStore, StoreCounts
 from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, load
 from embedsmith.models.tokenize import added_tokens
@@ -178,10 +178,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
 
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
-    """Hash of everything in the tokenizer that ids depend on; truncation and padding are set anew for every use."""
-    tree = json.loads(model.tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in tree.items() if key not in ("truncation", "padding")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(tokenizer_json(model.tokenizer).encode()).hexdigest()
     ends = added_tokens(model.tokenizer)[1]
     return TokenizerFacts(name, digest, model.max_length, ends[-1] if ends else None)
 
@@ -212,6 +209,8 @@ def check_tokens(records: RecordSet[Text], model: Embedder, *, in_pairs: bool, n
             where=records.name,
             fix=f"tokenize again with --max-length {model.max_length}",
         )
+    if isinstance(records.records, RecordStore):
+        _refuse_beyond_tables(records.records.counts, model, records.name)
     role: Role = "query" if in_pairs else "document"
     if facts.probes and facts.document_role != role:
         raise DataError(
@@ -228,6 +227,22 @@ def check_tokens(records: RecordSet[Text], model: Embedder, *, in_pairs: bool, n
         )
     if needs_text:
         raise RecipeError(f"{needs_text[0]} needs texts, and this source has only tokens", where=records.name)
+
+
+def _refuse_beyond_tables(counts: StoreCounts, model: Embedder, name: str) -> None:
+    """Errors: `DataError` for tokens, or places in a text, that the model's tables of embeddings do not have."""
+    tokens = len(model.backbone.get_input_embeddings().weight)
+    places = getattr(model.backbone.config, "max_position_embeddings", None) or counts.longest_text
+    for what, found, most in (
+        ("token", counts.top_token, tokens - 1),
+        ("place in a text", counts.longest_text, places),
+    ):
+        if found > most:
+            raise DataError(
+                f"the highest {what} is {found}, the model's table ends at {most}",
+                where=name,
+                fix="tokenize the texts again for this model: embedsmith tokenize",
+            )
 
 
 def _named_apart(sources: Sequence[Source], sets: Sequence[RecordSet[Text]]) -> list[RecordSet[Text]]:

@@ -1,13 +1,15 @@
 """The recipe of a training run. These dataclasses are the only schema; what can be computed defaults to None."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import Count, NotNegative, Positive, section
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, section
 from embedsmith.data import PlanConfig, Source
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
+
+Beta = Annotated[float, Range(ge=0, lt=1)]
 
 
 @section
@@ -53,6 +55,8 @@ class TrainConfig:
     - `weight_decay`: AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed.
     - `betas`: AdamW's decay rates of its two averages of the gradient.
     - `clip_norm`: the norm to which larger gradients are scaled down; `None` leaves them as they are.
+    - `max_skipped_steps`: how many steps in a row may be left out because their gradient is not finite; one more ends
+      the run.
     - `precision`: `bf16` is autocast over fp32 weights; `auto` takes it where the hardware multiplies bf16.
     - `shard`: `true` spreads the backbone's weights, gradients and optimizer state over the ranks (FSDP2), `zero2` the
       optimizer's state and gradients alone (DeepSpeed, extra `deepspeed`).
@@ -78,8 +82,9 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: NotNegative = 0.1
     weight_decay: NotNegative = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: Positive | None = 1.0
+    max_skipped_steps: Annotated[int, Range(ge=0)] = 10
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     shard: bool | Literal["zero2"] = False
     balance: Balance | None = None
@@ -102,7 +107,7 @@ class TrainConfig:
         if self.balance is not None and (self.plan.batches == "mixed" or self.plan.schedule != "proportional"):
             raise RecipeError(
                 "train.balance has both tasks in every step: a schedule or mixed batches mean nothing beside it",
-                fix="remove train.balance, or plan.batches and plan.schedule",
+                fix="remove train.balance, or train.plan.batches and train.plan.schedule",
             )
 
     @property

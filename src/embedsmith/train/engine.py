@@ -105,7 +105,8 @@ class Engine(Protocol):
     backward: Callable[[], AbstractContextManager[None]]
 
     def step(self) -> float:
-        """Average the gradients over ranks, clip them and update the weights. Returns their norm before clipping."""
+        """Average the gradients over ranks, clip them, and update the weights where their norm is finite. Returns the
+        norm before clipping, the same on every rank."""
         ...
 
     def whole_model(self) -> Embedder:
@@ -161,9 +162,14 @@ class WholeCopies:
 
     def step(self) -> float:
         average_gradients(self.parameters)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.limit))
-        self.optimizer.step()
-        return norm
+        return self.update(nn.utils.clip_grad_norm_(self.parameters, self.limit))
+
+    def update(self, norm: Tensor) -> float:
+        """The optimizer's step, unless the norm is not finite. The only time a step waits for the device."""
+        value = float(norm)
+        if math.isfinite(value):
+            self.optimizer.step()
+        return value
 
     def whole_model(self) -> Embedder:
         return self.model
@@ -196,8 +202,7 @@ class Fsdp2(WholeCopies):
         total: Tensor = torch.linalg.vector_norm(torch.stack(full))
         for gradient in (*groups[0], *groups[1]):
             gradient.mul_((self.limit / (total + 1e-6)).clamp(max=1.0))
-        self.optimizer.step()
-        return float(total)
+        return self.update(total)
 
     def same_chunks(self, chunks: list[Chunk], length_N: IntArray) -> list[Chunk]:
         """The same number of chunks on every rank, all kept or all replayed; idle ones encode one text for nothing."""
@@ -237,7 +242,7 @@ class Zero2(WholeCopies):
         self.optimizer, self.backward = self.zero, self.zero.reducing
 
     def step(self) -> float:
-        self.zero.step()
+        self.zero.step()  # DeepSpeed leaves out the update where the norm is not finite, and says inf
         return self.zero.norm
 
 

@@ -205,7 +205,8 @@ def _is_apart(supply: Supply, config: PlanConfig) -> bool:
         raise RecipeError(
             "a stream knows neither the lengths of its rows nor which of them share a text",
             where=f"source {supply.records.name!r}",
-            fix="leave out plan.lengths, plan.batch_tokens and plan.duplicates=forbid, or `streaming` of the source",
+            fix="leave out train.plan.lengths, train.plan.batch_tokens and train.plan.duplicates, or streaming of the "
+            "source",
         )
     return False
 
@@ -249,7 +250,7 @@ def mixed_supplies(supplies: Sequence[Supply], batch_size: int, world: int) -> l
     if any(supply.weight != 1 or supply.batch_size != batch_size for supply in supplies):
         raise RecipeError(
             "plan.batches=mixed draws from all rows alike",
-            fix="leave out weight, cap and batch_size of the sources, and plan.batch_tokens",
+            fix="leave out weight, cap and batch_size of the sources, and train.plan.batch_tokens",
         )
     kinds: list[list[Supply]] = []
     for supply in supplies:

@@ -279,7 +279,8 @@ def _live(supply: Supply, config: LiveNegatives) -> Supply:
         raise RecipeError(
             "the loss learns from a teacher's scores, and negatives mined while training have none",
             where=f"source {name!r}",
-            fix="leave out train.mining.remine_every and refill, or choose a loss without scores such as infonce",
+            fix="leave out train.mining.remine_every and train.mining.refill, or choose a loss without scores such as "
+            "infonce",
         )
     state = LiveState(config, sizes, supply.negatives, AHEAD)
     return replace(supply, live=LiveSource(supply, state, config))

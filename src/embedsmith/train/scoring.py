@@ -14,7 +14,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.evaluate import Results, Task, evaluate, load_task
-from embedsmith.evaluate.model_geometry import Geometry, Sample, training_geometry
+from embedsmith.evaluate.model_geometry import Geometry, Sample
 from embedsmith.evaluate.variants import FULL, score_widths
 from embedsmith.models import Embedder
 from embedsmith.search.hybrid import HybridEncoder
@@ -24,21 +24,23 @@ from embedsmith.train.feed import Feed
 from embedsmith.train.step import Part
 
 
+def load_tasks(config: EvaluateConfig) -> list[Task]:
+    """The tasks a run is scored on, so that what is wrong with them is told before its first step."""
+    return [load_task(name, data_dir=config.data) for name in config.tasks]
+
+
 @dataclass(frozen=True)
 class Development:
     """What `EvaluateConfig` asks for, ready to run at any step. Results with their items go to `output/evaluation/`.
     `loss`: of some parts, by the model as it is."""
 
     config: EvaluateConfig
+    tasks: Sequence[Task]
     model: Embedder
     loss: Callable[[TokenBatch, Sequence[Part]], Tensor]
     validation: Feed | None
     output: Path
     only_best: bool = False
-
-    @cached_property
-    def tasks(self) -> list[Task]:
-        return [load_task(name, data_dir=self.config.data) for name in self.config.tasks]
 
     @cached_property
     def sample(self) -> Sample | None:
@@ -83,9 +85,7 @@ class Development:
         else:
             columns = {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
         results = columns.pop(FULL)
-        geometry = (
-            {} if (sample := self.sample) is None else on_first_rank(partial(training_geometry, self.model, sample))
-        )
+        geometry = {} if (sample := self.sample) is None else on_first_rank(partial(sample.logged, self.model))
         for head in self.config.heads:
             encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
             columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)

@@ -234,7 +234,6 @@ def _check_finite(batches: list[Batch], total: Tensor) -> None:
         raise TrainingError(
             f"{what} is not finite (loss {float(total.detach()):g})",
             where=f"step {batches[0].progress.step}, source {names}",
-            fix="lower train.learning_rate or set train.precision=fp32; the last checkpoint is intact",
         )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -22,7 +22,7 @@ def list_things(
     elif name is None:
         show(one_shelf(shelf_named(kind)))
     else:
-        typer.echo(everything_about(shelf_named(kind), name))
+        say(everything_about(shelf_named(kind), name))
 
 
 @verbs.register("losses")
@@ -41,7 +41,7 @@ def print_schema(
     from embedsmith.cli.stages import recipe_of
     from embedsmith.core.recipe import schema_json
 
-    typer.echo(schema_json(recipe_of(verb)))
+    say(schema_json(recipe_of(verb)))
 
 
 @verbs.register("doctor")
@@ -53,7 +53,7 @@ def run_doctor(
 
     found = diagnose()
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
     else:
         show(found.table())
     if not found.healthy:

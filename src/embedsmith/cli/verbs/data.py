@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -30,7 +30,7 @@ def inspect_data(
 
         plan = overview(load_recipe(path, Recipe, overrides or []), timed=timed)
         if as_json:
-            typer.echo(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
+            say(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
         else:
             show(plan.table(), soft_wrap=True)
         return
@@ -39,7 +39,7 @@ def inspect_data(
         apply_override(tree, override)
     found = inspect_source(parse(Source, tree, where="inspect"), samples)
     if as_json:
-        typer.echo(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
+        say(json.dumps(to_plain(found, exact=True), indent=2, ensure_ascii=False))
     else:
         show(found.tables())
 
@@ -84,4 +84,4 @@ def tokenize_data(
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
     tree["pooling"] = pooling
     for line in run_tokenize(data, tree, changes or [], adopt):
-        typer.echo(line)
+        say(line)

@@ -1,13 +1,16 @@
 """The verbs that measure models: evaluate, compare, geometry and report."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -38,8 +41,26 @@ Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results:
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
 
+@contextmanager
+def _claimed(verb: str, keep: Path | None, *files: tuple[Path | None, str]) -> Iterator[None]:
+    """What a verb writes, before anything is scored: `files` with a text that stands in each, and a folder to keep."""
+    from embedsmith.core.outputs import claimed, refuse_foreign_file, sweep
+
+    with ExitStack() as claims:
+        for path, text in files:
+            if path is not None:
+                claims.enter_context(claimed(path, verb))
+                refuse_foreign_file(path, text)
+        if keep is not None:
+            claims.enter_context(claimed(keep, verb))
+            sweep(keep / "vectors")
+            sweep(keep / "results")
+        yield
+
+
 @verbs.register("evaluate")
 def evaluate_model(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, and how to load: model.mcls=256")
@@ -66,6 +87,7 @@ def evaluate_model(
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
+    ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
     weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])
     widths, more = _widths(dims, more)
@@ -93,9 +115,9 @@ def evaluate_model(
             results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
         else:
             results = scoring.score(encoder, about | {"embedsmith": __version__})
-    show(results.table())
     if json_file is not None:
         results.save(json_file, items=items)
+    show(results.table())
 
 
 def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
@@ -112,7 +134,7 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     others, so whole numbers there that are no paths are widths too."""
     if not dims:
         return [], others
-    more = [name for name in others if name.isdecimal() and not Path(name).exists()]
+    more = [name for name in others if name.isdecimal() and not os.path.exists(name)]
     parts = [part for text in [*dims, *more] for part in text.replace(",", " ").split()]
     if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
@@ -129,7 +151,7 @@ def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
     from embedsmith.core.recipe import apply_override
 
     tree: dict[str, Any] = {"model": {}}
-    options = [name for name in others if name.startswith("model.") and "=" in name and not Path(name).exists()]
+    options = [name for name in others if name.startswith("model.") and "=" in name and not os.path.exists(name)]
     for override in options:
         apply_override(tree, override)
     return tree["model"], [name for name in others if name not in options]
@@ -151,6 +173,7 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
 
 @verbs.register("compare")
 def compare_results(
+    ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Folders, hub ids or results (.json); the baseline first.")],
     tasks: Tasks = None,
     data: Data = None,
@@ -166,13 +189,14 @@ def compare_results(
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
     from embedsmith.models import load
+    from embedsmith.report.page import PAGE_MARK
 
+    ctx.with_resource(_claimed("compare", keep, (json_file, '"differences": {'), (report, PAGE_MARK)))
     options, models = _model_options(models)
     widths, models = _widths(dims, models)
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
     made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
-    show(made.table())
     if json_file is not None:
         with atomic_file(json_file) as file:
             json.dump(made.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -182,7 +206,9 @@ def compare_results(
         text = comparison_page(made)
         with atomic_file(report) as file:
             file.write(text)
-        typer.echo(f"report: {report}")
+    show(made.table())
+    if report is not None:
+        say(f"report: {report}")
 
 
 def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
@@ -200,6 +226,7 @@ def _models_and_tasks(models: list[str], tasks: list[str]) -> tuple[list[str], l
 
 @verbs.register("geometry")
 def show_geometry(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     task: Annotated[str, typer.Option("--task", "-t", help="Task whose texts are looked at, or a .txt file.")],
     against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
@@ -211,17 +238,18 @@ def show_geometry(
     """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states."""
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
-    from embedsmith.evaluate.model_geometry import Geometry, Sample, agreement, geometry_table
+    from embedsmith.evaluate.model_geometry import Geometry, Sample, geometry_table
     from embedsmith.evaluate.result import finite_or_none
     from embedsmith.models import load
+    from embedsmith.report.page import PAGE_MARK
 
+    ctx.with_resource(_claimed("geometry", None, (json_file, '"geometry": {'), (report, PAGE_MARK)))
     path = Path(task)
     sample = Sample.read(path, texts) if path.suffix == ".txt" else Sample.of(load_task(task, data_dir=data), texts)
     names = [model] if against is None else [model, against]
     encoders = [load(name) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
-    together = agreement(encoders[0], encoders[1], sample) if against is not None else {}
-    show(geometry_table(geometries, names, together))
+    together = sample.agreement(encoders[0], encoders[1]) if against is not None else {}
     if json_file is not None:
         with atomic_file(json_file) as file:
             both = {name: finite_or_none(value) for name, value in together.items()}
@@ -233,7 +261,9 @@ def show_geometry(
         text = geometry_page([each.as_dict() for each in geometries], names, together)
         with atomic_file(report) as file:
             file.write(text)
-        typer.echo(f"report: {report}")
+    show(geometry_table(geometries, names, together))
+    if report is not None:
+        say(f"report: {report}")
 
 
 @verbs.register("report")
@@ -244,4 +274,4 @@ def write_page(
     """Write a folder's report: one HTML file that opens without a network."""
     from embedsmith.report import write_report
 
-    typer.echo(f"report: {write_report(folder, output)}")
+    say(f"report: {write_report(folder, output)}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -24,9 +24,9 @@ def train_model(
     from embedsmith.train import train as run
 
     loaded = read_recipe(recipe, overrides or [])
-    outcome = rehearse(loaded) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
+    outcome = rehearse(loaded, overwrite=overwrite) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
     if rank() == 0:
-        typer.echo(outcome)
+        say(outcome)
 
 
 @verbs.register("mine")
@@ -44,7 +44,7 @@ def mine_negatives(
         apply_override(tree, override)
     report = run_mine(tree, str(recipe), overwrite)
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(report.lines())
+        say(report.lines())
 
 
 @verbs.register("merge")
@@ -66,17 +66,17 @@ def merge_models(
 
     loaded = load_recipe(recipe, MergeRecipe, overrides or [])
     if dry_run:
-        typer.echo(plan_in_words(loaded))
+        say(plan_in_words(loaded, overwrite=overwrite))
     elif explain is not None:
-        from embedsmith.calibrate.explain_report import write_explanation
+        from embedsmith.calibrate.explain import write_explanation
 
-        typer.echo(f"report: {write_explanation(loaded, explain, probe or [])}")
+        say(f"report: {write_explanation(loaded, explain, probe or [])}")
     elif verify or strict:
         from embedsmith.calibrate.verify import merge_verified
 
-        typer.echo(f"model: {merge_verified(loaded, probe or [], strict, overwrite)}")
+        say(f"model: {merge_verified(loaded, probe or [], strict, overwrite)}")
     else:
-        typer.echo(f"model: {merge(loaded, overwrite=overwrite)}")
+        say(f"model: {merge(loaded, overwrite=overwrite)}")
 
 
 def share_one_heap() -> None:
@@ -101,7 +101,7 @@ def run_stages(
 
     made = run(load_recipe(recipe, PipelineRecipe, overrides or []))
     if os.environ.get("RANK", "0") == "0":
-        typer.echo("\n".join(f"{name}: {result}" for name, result in made.items()))
+        say("\n".join(f"{name}: {result}" for name, result in made.items()))
 
 
 @verbs.register("demo")
@@ -113,4 +113,4 @@ def run_demo(
     """Train, score and search something real, offline, in minutes."""
     from embedsmith.cli.demo import QUESTION, demonstrate
 
-    show(demonstrate(output, steps, ask or QUESTION, typer.echo).table())
+    show(demonstrate(output, steps, ask or QUESTION, say).table())

@@ -1,18 +1,17 @@
 """The verbs that use a model: encode, index and search, and those that take it elsewhere: convert, export and push."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import show
+from embedsmith.cli.verbs import say, show
 from embedsmith.core.shelf import verbs
 
 
 @verbs.register("encode")
 def encode_texts(
-    files: Annotated[list[Path], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
+    files: Annotated[list[str], typer.Argument(help="Files of texts: .txt, .jsonl, .csv, .tsv, .parquet, also .gz.")],
     out: Annotated[Path, typer.Argument(help="Folder for vectors.npy, ids.txt and meta.json.")],
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
     role: Annotated[str, typer.Option(help="query or document: which prompt is put before the texts.")] = "document",
@@ -25,13 +24,21 @@ def encode_texts(
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
 ) -> None:
     """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
+    from embedsmith.core.inputs import local_path
     from embedsmith.core.recipe import parse
     from embedsmith.models.encode_files import EncodeJob, encode_files
 
     options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
-    tree = {"model": model, "files": files, "out": out, "block": block, "processes": processes, **options}
+    tree = {
+        "model": model,
+        "files": [local_path(file) for file in files],
+        "out": out,
+        "block": block,
+        "processes": processes,
+        **options,
+    }
     count = encode_files(parse(EncodeJob, tree, where="encode"))
-    typer.echo(f"{count} vectors in {out}")
+    say(f"{count} vectors in {out}")
 
 
 @verbs.register("index")
@@ -48,11 +55,12 @@ def index_documents(
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
 ) -> None:
     """Index documents under every head of a model; the same command continues after a stop, and updates."""
+    from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index.commands import Place, run_index
 
-    place = Place(to, url, collection, os.environ.get(api_key_env) if api_key_env else None)
+    place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
     written, size = run_index(model, documents, place, heads, batch)
-    typer.echo(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
+    say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
 @verbs.register("search")
@@ -73,18 +81,23 @@ def search_index(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
     """Search an index by all heads together, with the score of each."""
+    from embedsmith.core.errors import DataError
+    from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index import commands as indexing
     from embedsmith.index import read_documents
 
-    place = indexing.Place(index, url, collection, os.environ.get(api_key_env) if api_key_env else None)
-    texts = [*(queries or []), *(document.text for document in (read_documents(file) if file else []))]
+    place = indexing.Place(index, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
+    from_file = [document.text for document in read_documents(file)] if file else []
+    if file and not from_file:
+        raise DataError("no query in this file", where=file)
+    texts = [*(queries or []), *from_file]
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
     for found in indexing.run_search(
         place, texts, k, model=model, weights=given, rrf=rrf, candidates=candidates, filter=where, explained=explain
     ):
         if as_json:
-            typer.echo(found.as_json())
+            say(found.as_json())
         else:
             show(found.table())
 
@@ -94,11 +107,12 @@ def convert_model(
     model: Annotated[str, typer.Argument(help="A folder or hub id of a model, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
 ) -> None:
     """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
     from embedsmith.models.export import convert as run
 
-    typer.echo(run(model, out, changes or []))
+    say(run(model, out, changes or [], overwrite=overwrite))
 
 
 @verbs.register("export")
@@ -106,14 +120,19 @@ def export_one_head(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
 ) -> None:
     """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
     from typing import cast
 
+    from embedsmith.core.outputs import claimed
     from embedsmith.models.export import ExportedHead, export_head
     from embedsmith.models.load import load
+    from embedsmith.models.write import saved_model
 
-    typer.echo(export_head(load(model, device="cpu"), out, cast("ExportedHead", head)))
+    with claimed(out, "export"):
+        saved_model().refuse_foreign(out)
+        say(export_head(load(model, device="cpu"), out, cast("ExportedHead", head), overwrite=overwrite))
 
 
 @verbs.register("push")
@@ -125,4 +144,4 @@ def push_model(
     """Upload a saved model with its card to the hub you are logged in to."""
     from embedsmith.report.model_card import push as upload
 
-    typer.echo(f"pushed: {upload(folder, repository, private=not public)}")
+    say(f"pushed: {upload(folder, repository, private=not public)}")

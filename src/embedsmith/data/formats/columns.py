@@ -1,14 +1,17 @@
 """Rows to records: which column holds which role (always by name, never by order), and the range that scores were given
 in, declared or inferred from a whole file, which is moved to [0, 1]."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.inputs import kind_of
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import layouts
-from embedsmith.data.record import Record, RowError, Scores, kind_of
+from embedsmith.data.record import Record, RowError, Scores, validate, without_empty
 
 ROLES = {
     "query": "query",
@@ -104,7 +107,7 @@ class Layout:
         positives = found.get("positives", [])
         if not positives:
             return "classification" if "label" in found else "retrieval"
-        single = len(positives) == 1 and (isinstance(positives[0], str) or len(positives[0]) == 1)
+        single = len(positives) == 1 and (not isinstance(positives[0], list) or len(positives[0]) == 1)
         return "sts" if single and "positive_scores" in found and "negatives" not in found else "retrieval"
 
 
@@ -216,7 +219,8 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
 
 @dataclass(frozen=True)
 class Reading:
-    """What turning a file's rows into records needs besides the rows. `labels` collects the names of classes."""
+    """What turning a file's rows into records needs besides the rows. `labels` collects the names of classes;
+    `left_out` counts the empty slots that rows were read without."""
 
     layout: Layout
     task: str
@@ -224,30 +228,34 @@ class Reading:
     instruction: str | None = None
     cells: bool = False
     labels: dict[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def record(self, row: Mapping[str, Any]) -> Record:
-        """The record of a row, not yet validated. Errors: `RowError`."""
+        """The record of a row, valid and without its empty slots. Errors: `RowError`."""
         self.layout.check(row)
         found = self.layout.found(row)
         positives, negatives = self._texts(found, "positives"), self._texts(found, "negatives")
-        teacher = self._teacher_scores(found, len(positives))
+        teacher = self._teacher_scores(found, len(positives), len(negatives))
 
         def one(role: str, otherwise: Any) -> Any:
             return found[role][0] if role in found else otherwise
 
-        return Record(
+        record = Record(
             query=one("query", ""),
             positives=positives,
             negatives=negatives,
             task=one("task", self.task),
-            positive_scores=self._scores(found, "positive_scores"),
-            negative_scores=self._scores(found, "negative_scores"),
+            positive_scores=self._scores(found, "positive_scores", len(positives)),
+            negative_scores=self._scores(found, "negative_scores", len(negatives)),
             teacher_positive_scores=teacher[0],
             teacher_negative_scores=teacher[1],
             label=self._label(one("label", None)),
             instruction=one("instruction", None) or self.instruction,
             source=one("source", self.source),
         )
+        record = without_empty(record, self.left_out)
+        validate(record)
+        return record
 
     def _texts(self, found: Found, role: str) -> tuple[Any, ...]:
         """A column holds one text or a list of them; in CSV an empty cell is an absent text."""
@@ -262,15 +270,17 @@ class Reading:
                 raise RowError(kind, f"{kind}: {str(value)[:60]}", expected="a text or a list of texts")
         return tuple(texts)
 
-    def _scores(self, found: Found, role: str) -> Scores | None:
+    def _scores(self, found: Found, role: str, texts: int) -> Scores | None:
+        """The scores of so many texts, as they stand there: whether they are as many is checked with the record. In CSV
+        an empty cell is an absent score."""
         if role not in found:
             return None
         scores: list[Any] = []
-        for value in found.get(role, ()):
+        for value in found[role]:
             scores += value if isinstance(value, list | tuple) else [value]
         if self.cells:
             scores = [self._number(score, role) for score in scores if score.strip()]
-        return tuple(float(score) if type(score) is int else score for score in scores) or None
+        return None if not scores and (self.cells or not texts) else tuple(map(_as_float, scores))
 
     def _number(self, cell: str, role: str) -> float:
         try:
@@ -279,12 +289,17 @@ class Reading:
             kind = f"{role} hold text that is not a number"
             raise RowError(kind, f"{kind}: {cell[:40]!r}", expected="a number, or an empty cell") from None
 
-    def _teacher_scores(self, found: Found, positives: int) -> tuple[Scores | None, Scores | None]:
+    def _teacher_scores(self, found: Found, positives: int, negatives: int) -> tuple[Scores | None, Scores | None]:
         """`teacher_scores` is the short form of both: the scores of the positives, then of the negatives."""
-        both = self._scores(found, "teacher_scores")
-        if both is not None:
-            return both[:positives] or None, both[positives:] or None
-        return self._scores(found, "teacher_positive_scores"), self._scores(found, "teacher_negative_scores")
+        both = self._scores(found, "teacher_scores", positives + negatives)
+        if both is None:
+            own = self._scores(found, "teacher_positive_scores", positives)
+            return own, self._scores(found, "teacher_negative_scores", negatives)
+        if len(both) != positives + negatives:
+            kind = "teacher_scores and their texts differ in number"
+            what = f"{len(both)} teacher_scores for {positives} positives and {negatives} negatives"
+            raise RowError(kind, what, fix="one score a text; null where unknown")
+        return both[:positives] or None, both[positives:] or None
 
     def _label(self, value: Any) -> int | None:
         """A class as a number. Names are numbered as they come, and renumbered in their order at the end."""
@@ -294,6 +309,14 @@ class Reading:
             return self.labels.setdefault(value, len(self.labels))
         kind = f"the label is {kind_of(value)}"
         raise RowError(kind, f"{kind}: {value!r}", expected="a name or a whole number")
+
+
+def _as_float(score: Any) -> Any:
+    """A whole number as a float; one too large for that is infinite, which no score may be."""
+    try:
+        return float(score) if type(score) is int else score
+    except OverflowError:
+        return math.inf
 
 
 Range = tuple[float, float]

@@ -4,14 +4,28 @@ from the hub or from a folder, which need the extra `hub`."""
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.data.formats.files import Row, Rows, sound_rows
 from embedsmith.data.formats.texts import file_in, read_texts
 
 Judgements = dict[str, dict[str, float]]
+_WHAT_IT_RAISES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    yaml.YAMLError,
+)
+"""By the package `datasets`, for files that it cannot read."""
 
 
 def is_beir_folder(folder: Path) -> bool:
@@ -92,8 +106,18 @@ def hub_rows(name: str, split: str | None) -> Rows:
     with refused(name):
         found = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name)
     chosen = choose_split(found, split, name)
-    rows = enumerate((dict(row) for row in chosen), start=1)
-    return Rows(name, rows, version=chosen._fingerprint, size=chosen.data.nbytes)
+    return Rows(name, _hub_rows(chosen, name), version=chosen._fingerprint, size=chosen.data.nbytes)
+
+
+def _hub_rows(dataset: Any, name: str) -> Iterator[Row]:
+    """Rows of a loaded dataset; their values are decoded only now."""
+    rows = iter(dataset)
+    for number in count(1):
+        with refused(f"{name}:{number}"):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield number, dict(row)
 
 
 def load_datasets() -> Any:
@@ -111,9 +135,10 @@ def refused(name: str) -> Iterator[None]:
     datasets = load_datasets()
     try:
         yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (*_WHAT_IT_RAISES, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"cannot load a dataset of this name ({str(error).splitlines()[0]})",
+            f"cannot load a dataset of this name ({reason})",
             where=name,
             expected="a file or folder here, or the id of a dataset on the hub",
             fix="check the path; for a hub id, check the network and HF_HUB_OFFLINE",

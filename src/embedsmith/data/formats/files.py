@@ -9,8 +9,11 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.inputs import kind_of, local_path, refuse_other_encoding
 from embedsmith.core.shelf import file_kinds
-from embedsmith.data.record import RowError, kind_of
+from embedsmith.data.record import SURROGATE, RowError
 
 Row = tuple[int, "dict[str, Any] | RowError"]
+
+LINE_BYTES = 2**27
+"""The longest line of a file (128 MiB): a small gzip file can hold one that no memory does."""
+ARRAY_BYTES = 2**30
+"""The longest JSON array, which is read whole (1 GiB)."""
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,10 @@ def open_rows(path: Path, columns: Sequence[str] | None = None) -> Rows:
 
     Errors: `DataError` if it is missing or of an unknown kind.
     """
-    if not path.is_file():
+    path = local_path(path)
+    if path.is_dir():
+        raise DataError("this is a folder, not a file", where=path, fix="name a file in it")
+    if not path.exists():
         near = sorted(other.name for other in path.parent.glob("*"))[:8] if path.parent.is_dir() else []
         raise DataError(
             "no such file",
@@ -83,21 +96,25 @@ def _kind(name: str) -> str:
     return next((suffix.lower() for suffix in reversed(Path(name).suffixes) if suffix.lower() != ".gz"), "")
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
-    """Lines of a UTF-8 file, gzipped or not, numbered from 1. A byte order mark that starts a line is dropped: files
-    that were joined have one at every seam. A file in UTF-16 or UTF-32 is refused by its mark, once for all lines."""
-    number = 0
+def text_lines(path: Path, most: int | None = None) -> Iterator[tuple[int, str | RowError]]:
+    """Lines of a UTF-8 file, gzipped or not, numbered from 1, of at most `most` bytes each (`LINE_BYTES`). A byte order
+    mark that starts a line is dropped: files that were joined have one at every seam. A file in UTF-16 or UTF-32 is
+    refused by its mark, once for all lines."""
+    number, most = 0, most or LINE_BYTES
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-                    fix = f"convert it, for example: iconv -f UTF-16 -t UTF-8 {path.name}"
-                    raise DataError("the file is UTF-16 or UTF-32, by its byte order mark", where=path, fix=fix)
+            for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), start=1):
+                if number == 1:
+                    refuse_other_encoding(line, path)
+                if len(line) > most:
+                    what = f"the line is longer than {most:,} bytes"
+                    raise DataError(what, where=f"{path}:{number}", fix="put one text or row in a line, and cut it")
                 raw = line.removeprefix(codecs.BOM_UTF8)
                 try:
                     yield number, raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
-                    yield number, RowError("not UTF-8", f"not UTF-8 ({error.reason})", fix="save the file as UTF-8")
+                    what = f"not UTF-8 ({error.reason} 0x{raw[error.start]:02x} at byte {error.start + 1} of the line)"
+                    yield number, RowError("not UTF-8", what, fix="save the file as UTF-8")
     except EOFError as error:
         raise DataError(
             "the gzip file ends in the middle", where=f"{path}:{number + 1}", fix="copy or download it again"
@@ -132,34 +149,50 @@ def json_lines(path: Path) -> Iterator[Row]:
 
 def _parsed(line: str) -> dict[str, Any] | RowError:
     try:
-        return _object(json.loads(line))
+        value = json.loads(line)
     except ValueError as error:
         return RowError("not valid JSON", f"not valid JSON ({error})", fix="one JSON object a line")
     except RecursionError:
         return RowError("not valid JSON", "JSON nested too deeply", fix="one JSON object a line")
+    return _object(value, bool(_ESCAPED_SURROGATE.search(line)))
 
 
-def _object(value: Any) -> dict[str, Any] | RowError:
-    if isinstance(value, dict):
-        return value
-    kind = f"the row is {kind_of(value)}, not an object"
-    return RowError(kind, expected='a JSON object such as {"query": ..., "positives": [...]}')
+def _object(value: Any, escaped: bool) -> dict[str, Any] | RowError:
+    """A row, which must be an object of texts that UTF-8 can hold: the halves of a pair may be `escaped` in JSON, and
+    one alone is no text."""
+    if not isinstance(value, dict):
+        kind = f"the row is {kind_of(value)}, not an object"
+        return RowError(kind, expected='a JSON object such as {"query": ..., "positives": [...]}')
+    if escaped and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        return RowError(
+            "broken Unicode", expected="UTF-8 text without lone surrogates", fix="correct the row's escapes"
+        )
+    return value
 
 
 @file_kinds.register(".json")
 def json_rows(path: Path) -> Iterator[Row]:
     """Either lines of objects, or one array of them (rows are then numbered from 1)."""
-    lines = text_lines(path)
+    lines = text_lines(path, ARRAY_BYTES)
     first = next(((n, line) for n, line in lines if isinstance(line, RowError) or line.strip()), None)
     if first is None or isinstance(first[1], RowError) or not first[1].lstrip().startswith("["):
         yield from json_lines(path)
         return
-    rest = [line if isinstance(line, str) else "" for _, line in lines]
+    parts, length = [first[1]], len(first[1])
+    for number, line in lines:
+        if isinstance(line, RowError):
+            raise line.at(f"{path}:{number}")
+        parts.append(line)
+        if (length := length + len(line)) > ARRAY_BYTES:
+            what = f"the array is longer than {ARRAY_BYTES:,} characters"
+            raise DataError(what, where=f"{path}:{number}", fix="write one object a line, in a file .jsonl")
+    text = "\n".join(parts)
     try:
-        values = json.loads("\n".join([first[1], *rest]))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON ({error})", where=path, fix="an array of objects, or one a line") from error
-    yield from enumerate((_object(value) for value in values), start=1)
+    escaped = bool(_ESCAPED_SURROGATE.search(text))
+    yield from enumerate((_object(value, escaped) for value in values), start=1)
 
 
 @file_kinds.register(".csv")
@@ -175,7 +208,7 @@ def tab_separated(path: Path) -> Iterator[Row]:
 
 
 def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # long documents are longer than the default limit
+    csv.field_size_limit(LINE_BYTES)  # long documents are longer than the default limit
     broken: list[RowError] = []
     lines = csv.reader(_whole_lines(path, broken), delimiter=delimiter, strict=True, quoting=quoting)
     header: list[str] | None = None
@@ -185,7 +218,7 @@ def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[R
                 if broken:
                     raise broken.pop().at(f"{path}:{lines.line_num}")
                 header = [cell.strip() for cell in cells]
-                if twice := sorted({name for name in header if header.count(name) > 1}):
+                if twice := sorted(name for name, count in Counter(header).items() if count > 1):
                     what = f"the header names {', '.join(twice)} twice"
                     raise DataError(what, where=f"{path}:1", fix="rename one of them")
             elif broken:
@@ -197,7 +230,8 @@ def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[R
             elif cells:
                 yield lines.line_num, dict(zip(header, cells))
     except csv.Error as error:
-        raise DataError(f"not valid CSV ({error})", where=f"{path}:{lines.line_num}") from error
+        fix = "close quotes, and double those inside a quoted cell"
+        raise DataError(f"not valid CSV ({error})", where=f"{path}:{lines.line_num}", fix=fix) from error
 
 
 def _whole_lines(path: Path, broken: list[RowError]) -> Iterator[str]:
@@ -212,15 +246,51 @@ def _whole_lines(path: Path, broken: list[RowError]) -> Iterator[str]:
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """Rows are numbered from 1. Read batch by batch; where the first of `columns` is there, only those are read."""
     number = 0
+    with readable_parquet(path, lambda: number + 1), pq.ParquetFile(path) as file:
+        found = file.schema_arrow.names
+        kept = None if columns is None or columns[0] not in found else [name for name in columns if name in found]
+        for batch in file.iter_batches(batch_size=4096, columns=kept):
+            for row in table_rows(batch):
+                number += 1
+                yield number, row
+
+
+def table_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
+    """The rows of an Arrow table or batch; one with a value that Python has no object for (bytes that are not UTF-8 in
+    a text, a date in the year 300,000) is an error by itself."""
     try:
-        with pq.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            kept = None if columns is None or columns[0] not in found else [name for name in columns if name in found]
-            for batch in file.iter_batches(batch_size=4096, columns=kept):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for place in range(len(batch)):
+            yield table_row(batch, place)
+
+
+def table_row(batch: Any, place: int) -> dict[str, Any] | RowError:
+    try:
+        row: dict[str, Any] = batch.slice(place, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+        return RowError(kind, f"{kind} ({error})", fix="write texts as UTF-8 and dates as texts")
+    return row
+
+
+@contextmanager
+def readable_parquet(name: Path | str, line: Callable[[], int] | None = None) -> Iterator[None]:
+    """Whatever is wrong with a Parquet file, as a `DataError` that names it, and the line where it is known."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"not a readable Parquet file ({error})", where=f"{path}:{number + 1}", fix="copy it again"
+            f"not a readable Parquet file ({error})",
+            where=name if line is None else f"{name}:{line()}",
+            fix="copy it again",
         ) from error
+
+
+def parquet_schema(path: Path) -> pa.Schema:
+    """The columns of a Parquet file. Errors: `DataError` for one that cannot be read."""
+    if not local_path(path).is_file():
+        what = "this is a folder, not a file" if path.is_dir() else "no such file"
+        raise DataError(what, where=path, fix="check that its folder is whole")
+    with readable_parquet(path):
+        return pq.read_schema(path)

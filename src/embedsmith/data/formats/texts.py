@@ -1,12 +1,15 @@
 """Texts with ids, titles and more, from a file of any kind or from a BEIR folder: read here for encoding, mining,
 indexing, evaluation and curation alike."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import local_path
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.record import titled
 
@@ -39,7 +42,7 @@ def read_texts(
     wanted, or in `column`, alone. `ids`: rows may lack one, each has one, or each has one of its own.
     Errors: `DataError` naming file and line for a row that is not like that.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     path = file_in(path, f"{part}.jsonl") if path.is_dir() else path
     name = column or "text"
     first: dict[str, str] = {}
@@ -56,7 +59,22 @@ def read_texts(
                 fix="give every text an id of its own",
             )
         rest = {key: value for key, value in row.items() if key not in (*_IDS, name, "title")} if metadata else {}
+        rest = {key: _as_json(value, key, where) for key, value in rest.items()}
         yield FileText(id_, text, where, rest)
+
+
+def _as_json(value: Any, column: str, where: str) -> Any:
+    """A value beside a text as JSON has it: dates as texts, numbers finite. Errors: `DataError` for what it has not."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [_as_json(one, column, where) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(one, column, where) for key, one in value.items()}
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    fix = "leave the column out, or write it as texts or numbers"
+    raise DataError(f"{column!r} is {str(value)[:60]!r}", where=where, expected="what JSON can hold", fix=fix)
 
 
 def file_in(folder: Path, name: str) -> Path:

@@ -64,7 +64,7 @@ class PlanConfig:
         if (self.schedule == "ratio") != bool(self.ratio):
             raise RecipeError(
                 f"plan.schedule is {self.schedule} and plan.ratio {self.ratio or 'empty'}",
-                fix="set both, for example schedule: ratio and ratio: {retrieval: 3, sts: 1}",
+                fix="set both, for example train.plan.schedule=ratio and train.plan.ratio.retrieval=3",
             )
         edges = self.lengths if isinstance(self.lengths, tuple) else ()
         if list(edges) != sorted(set(edges)):
@@ -123,7 +123,9 @@ class PlanConfig:
                 raise RecipeError(f"plan.ratio: no source has the task {task!r}{hint}", expected=", ".join(present))
         missing = [task for task in present if task not in self.ratio]
         if missing:
-            raise RecipeError(f"plan.ratio has no share for the task {missing[0]!r}", fix=f"add {missing[0]}: 1")
+            raise RecipeError(
+                f"plan.ratio has no share for the task {missing[0]!r}", fix=f"set train.plan.ratio.{missing[0]}=1"
+            )
         return {task: self.ratio[task] for task in present}
 
     def source_order(self, steps: Sequence[int], tasks: Sequence[str], seed: int, epoch: int) -> Ints:

@@ -54,7 +54,7 @@ class PlannedSource:
             raise RecipeError(
                 f"batch_size {self.batch_size} cannot be shared equally by {world} ranks",
                 where=where,
-                fix=f"set batch_size to {near}",
+                fix=f"set batch_size to {near} (train.batch_size, or data.N.batch_size where the source has one)",
             )
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise RecipeError(
@@ -68,15 +68,16 @@ class PlannedSource:
             raise RecipeError(
                 f"{self.rows} rows cannot be shared by {world} ranks",
                 where=where,
-                fix="merge it with another source of its task (plan.small=merge), pad or drop it, or use fewer ranks",
+                fix="merge it with another source of its task (train.plan.small=merge), pad or drop it, "
+                "or use fewer ranks",
             )
         for rows in shape.rows_G:
             if not dropped and not shape.small and rows % world:
                 raise RecipeError(
                     f"batches of {rows} rows, by length, cannot be shared equally by {world} ranks",
                     where=where,
-                    fix="set plan.batch_sizes to multiples of the ranks; or, with plan.batch_tokens, plan.multiple to "
-                    "one, and enough tokens for the longest rows",
+                    fix="set train.plan.batch_sizes to multiples of the ranks; or, with train.plan.batch_tokens, "
+                    "train.plan.multiple to one, and enough tokens for the longest rows",
                 )
 
 
@@ -154,13 +155,16 @@ class BatchPlan:
         for place, source in enumerate(self.sources):
             source.check_cut(self.cuts[place], self.world, self._is_dropped(place))
         if not any(self.steps_of):
-            raise RecipeError("every source is too small for a batch", where="sources", fix="set plan.small=shrink")
+            raise RecipeError(
+                "every source is too small for a batch", where="sources", fix="set train.plan.small=shrink"
+            )
         for source, clashing in zip(self.sources, self._clashing, strict=True):
             if clashing > source.rows / 2:
                 raise RecipeError(
                     f"{clashing} of {source.rows} rows find no batch without another row of the same query or positive",
                     where=f"source {source.name!r}",
-                    fix="set plan.duplicates=allow: losses count a text that repeats once; or use smaller batches",
+                    fix="set train.plan.duplicates=allow (losses count a text that repeats once), or use smaller "
+                    "batches",
                 )
         for note in self.notes:
             log.warning(note)

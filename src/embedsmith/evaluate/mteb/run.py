@@ -6,11 +6,12 @@ mteb is imported where it is used. Its classes are structural protocols, so noth
 
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,8 @@ def mteb_evaluate(
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
     experiment = None if limits is None else limits.as_dict()
-    model = mteb_model(encoder, name, revision=revision, head=head, experiment=experiment, progress=progress)
+    kind = MtebEncoder if head == "dense" else MtebSearch
+    model = kind.of(encoder, mteb_name(name), revision, head, experiment, progress)
     chosen = [task if limits is None else limits.apply_to(task) for task in tasks]
     cache = mteb.ResultCache(cache_path=Path(output))
     found: list[TaskResult] = []
@@ -91,7 +93,7 @@ def find_mteb_tasks(
     known = set() if folder is None else set(known_tasks(folder))
     tasks = []
     for name in names:
-        ours = Path(name).exists() or ":" in name or name in known or f"{name}-{split}" in known
+        ours = os.path.exists(name) or ":" in name or name in known or f"{name}-{split}" in known
         tasks.append(
             as_mteb_task(load_task(name, data_dir=data, split=split), split) if ours else hub_task(name, languages)
         )
@@ -124,7 +126,7 @@ def mteb_name(model: str | Path) -> str:
 
     Only the last parts of a path remain; the revision tells models of one name apart.
     """
-    if not looks_like_a_path(model) and not Path(model).exists() and str(model).count("/") == 1:
+    if not looks_like_a_path(model) and not os.path.exists(model) and str(model).count("/") == 1:
         return str(model)
     parts = [part for part in Path(model).parts if part not in _INNER and part not in ("/", ".", "..")]
     return f"local/{re.sub(r'[^A-Za-z0-9.-]+', '-', '-'.join(parts[-3:])).strip('-') or 'model'}"
@@ -133,18 +135,6 @@ def mteb_name(model: str | Path) -> str:
 def mteb_task_name(kind: str) -> str:
     """mteb's name of a kind of task as ours: `PairClassification` is `pair_classification`, `STS` is `sts`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
-
-
-def make_meta(name: str, revision: str, head: str, experiment: Mapping[str, Any] | None) -> Any:
-    """What mteb wants to know of a model. `experiment` becomes the name of the folder with the results."""
-    need_mteb()
-    from mteb.models.model_meta import ModelMeta, ScoringFunction
-
-    named = {**({} if head == "dense" else {"head": head}), **(experiment or {})}
-    similarity = ScoringFunction.MAX_SIM if head == "multivector" else ScoringFunction.DOT_PRODUCT
-    facts = {"name": name, "revision": revision, "model_type": [_TYPES.get(head, "dense")], "framework": ["PyTorch"]}
-    more = {"similarity_fn_name": similarity, "experiment_kwargs": named or None}
-    return ModelMeta.create_empty(overwrites={**facts, **more})
 
 
 @dataclass
@@ -157,6 +147,37 @@ class MtebSearch:
     head: str = "dense"
     progress: bool | None = None
     _corpus: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        encoder: Encoder,
+        name: str,
+        revision: str | None = None,
+        head: str = "dense",
+        experiment: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """`encoder` as mteb takes models, with a name and a revision of its own. `experiment` becomes the name of the
+        folder with the results.
+
+        mteb's cache knows a model by these two only, and gives every local model the same ones; so the revision is the
+        encoder's fingerprint unless another one is given.
+        Errors: `ModelError` for an encoder without a fingerprint and no revision.
+        """
+        need_mteb()
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+        named = {**({} if head == "dense" else {"head": head}), **(experiment or {})}
+        facts = {
+            "name": name,
+            "revision": revision or digest(fingerprint(encoder)),
+            "model_type": [_TYPES.get(head, "dense")],
+            "framework": ["PyTorch"],
+            "similarity_fn_name": ScoringFunction.MAX_SIM if head == "multivector" else ScoringFunction.DOT_PRODUCT,
+            "experiment_kwargs": named or None,
+        }
+        return cls(encoder, ModelMeta.create_empty(overwrites=facts), head, progress)
 
     def index(self, corpus: Any, **_: Any) -> None:
         """Keep the documents. Keyword arguments are mteb's and not needed."""
@@ -232,25 +253,6 @@ class MtebEncoder(MtebSearch):
         left, right = (torch.as_tensor(side).float() for side in (embeddings1, embeddings2))
         product: torch.Tensor = (left * right).sum(-1)
         return product
-
-
-def mteb_model(
-    encoder: Encoder,
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    head: str = "dense",
-    experiment: Mapping[str, Any] | None = None,
-    progress: bool | None = None,
-) -> MtebSearch:
-    """`encoder` as mteb takes models, with a name and a revision of its own.
-
-    mteb's cache knows a model by these two only, and gives every local model the same ones; so the revision is the
-    encoder's fingerprint unless another one is given.
-    Errors: `ModelError` for an encoder without a fingerprint and no revision.
-    """
-    meta = make_meta(mteb_name(name), revision or digest(fingerprint(encoder)), head, experiment)
-    return (MtebEncoder if head == "dense" else MtebSearch)(encoder, meta, head, progress)
 
 
 def document_text(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ its path or name and asks the formats of all kinds.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from embedsmith.core.errors import DataError, EvaluationError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
@@ -94,7 +96,7 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
 
 
 def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -> Path:
-    path = Path(name_or_path)
+    path = local_path(name_or_path, EvaluationError)
     if path.exists():
         return path
     folder = data_folder(data_dir)
@@ -114,7 +116,7 @@ def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -
 def split_names(given: Sequence[str]) -> list[str]:
     """Names as a command line gives them: several in one text are separated by commas or spaces. A path that exists
     stays whole."""
-    return [name for text in given for name in ([text] if Path(text).exists() else text.replace(",", " ").split())]
+    return [name for text in given for name in ([text] if os.path.exists(text) else text.replace(",", " ").split())]
 
 
 def data_folder(given: str | Path | None = None) -> Path | None:
@@ -186,9 +188,9 @@ def refuse_empty(rows: list[Any], path: Path, columns: str) -> None:
         raise DataError("the file has no rows", where=path, expected=f"rows of {columns}")
 
 
-def is_number(text: str) -> bool:
-    """Whether a text is a finite number."""
+def is_number(value: str | float) -> bool:
+    """Whether a number, or a text that is one, is finite."""
     try:
-        return math.isfinite(float(text))
-    except ValueError:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
         return False

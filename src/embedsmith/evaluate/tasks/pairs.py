@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +59,7 @@ class STSTask(TaskKind):
             value: Any = row.get("score")
             if isinstance(value, str) and is_number(value):
                 value = float(value)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not is_number(value):
                 raise DataError(f"the score is {value!r}", where=where, expected="`score`, a finite number")
             score.append(float(value))
         refuse_empty(score, path, "text1, text2, score")

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from embedsmith.core.errors import DataError, EvaluationError
+from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.encoding import Reader
-from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Judgements, Qrels, Ranking, ranking_scores
+from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Qrels, Ranking
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.evaluate.tasks.kinds import (
     ENDINGS,
@@ -42,26 +43,81 @@ _NOTES = {
 }
 
 
-@task_kinds.register("retrieval")
 @dataclass(frozen=True)
-class RetrievalTask(TaskKind):
-    """Queries, a corpus, and graded judgements `qrels[query][document]`: are the relevant documents found first?
-
-    Main score: nDCG@10. Queries without a document graded 1 or more are left out of every mean, and counted. Equal
-    scores are ordered by document id, descending, as trec_eval does. `ignore_identical_ids` is for
-    collections where the queries are taken from the corpus.
+class RankingTask(TaskKind):
+    """What tasks share in which the documents of a query are put into order.
 
     name: what results call it.
     queries, corpus: texts by their ids.
     qrels: the grade of every judged document, by query.
-    ignore_identical_ids: remove the document with the query's own id from its ranking.
-    cuts: the numbers of documents at which figures are given.
     """
 
     name: str
     queries: Mapping[str, str] = field(repr=False)
     corpus: Mapping[str, str] = field(repr=False)
     qrels: Qrels = field(repr=False)
+    kind: ClassVar[str]
+
+    def judged(self) -> list[str]:
+        """The queries that are scored: those with a positive judgement."""
+        return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
+
+    def _result(
+        self, query_ids: list[str], document_ids: list[str], ranking: Ranking, metric: str, cuts: tuple[int, ...]
+    ) -> TaskResult:
+        """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
+        place = {document: number for number, document in enumerate(document_ids)}
+        graded = Graded.of(ranking, self.qrels, query_ids, place)
+        items = graded.scores(cuts)
+        scores = {name: float(values.mean()) for name, values in items.items()}
+        judged = {document for query in query_ids for document in self.qrels[query]}
+        counts = {
+            "queries": len(query_ids),
+            "documents": len(self.corpus),
+            "queries_without_positives": len(self.queries) - len(query_ids),
+            "judged_queries_missing": len(self.qrels.keys() - self.queries.keys()),
+            "judged_documents_missing": len(judged - self.corpus.keys()),
+        }
+        notes = tuple(f"{counts[name]} {text}" for name, text in _NOTES.items() if counts[name])
+        if ranking.flat and len(self.corpus) > 1:
+            notes = (*notes, "the model gives every document the same score; the order is that of the ids")
+        others_Qk = (graded.grade_Qk <= 0) & (ranking.index_Qk >= 0)
+        relevant, other = ranking.best(graded.grade_Qk > 0), ranking.best(others_Qk)
+        items |= {"similarity_relevant": relevant[0], "similarity_other": other[0]}
+        value_N = items["ndcg_at_10"] if "ndcg_at_10" in items else items[metric]
+        found = [
+            [(document_ids[i] if i >= 0 else "", s) for s, i in zip(*each, strict=True)] for each in (relevant, other)
+        ]
+        rows = ends(value_N)
+        shown = tuple(self._example(query_ids[n], float(value_N[n]), found[0][n], found[1][n]) for n in rows)
+        return TaskResult(self.name, self.kind, metric, scores, counts, query_ids, items, notes, examples=shown)
+
+    def _example(self, query: str, value: float, best: tuple[str, float], other: tuple[str, float]) -> Example:
+        """`best` and `other`: the highest-scored relevant document and the highest-scored other one among those found,
+        with their scores; an empty id where there is none."""
+        grades = self.qrels[query]
+        relevant = best[0] or max(grades, key=lambda document: grades[document])
+        texts = {"query": self.queries[query], "relevant": self.corpus.get(relevant, "(not in the corpus)")}
+        numbers = {"similarity of the relevant one": best[1]} if best[0] else {}
+        if other[0] and not best[1] > other[1]:
+            texts["found before it"] = self.corpus[other[0]]
+            numbers["similarity of the other"] = other[1]
+        return Example(query, value, texts, numbers)
+
+
+@task_kinds.register("retrieval")
+@dataclass(frozen=True)
+class RetrievalTask(RankingTask):
+    """Queries, a corpus, and graded judgements `qrels[query][document]`: are the relevant documents found first?
+
+    Main score: nDCG@10. Queries without a document graded 1 or more are left out of every mean, and counted. Equal
+    scores are ordered by document id, descending, as trec_eval does. `ignore_identical_ids` is for
+    collections where the queries are taken from the corpus.
+
+    ignore_identical_ids: remove the document with the query's own id from its ranking.
+    cuts: the numbers of documents at which figures are given.
+    """
+
     ignore_identical_ids: bool = False
     cuts: tuple[int, ...] = CUTS
     kind: ClassVar[str] = "retrieval"
@@ -76,10 +132,6 @@ class RetrievalTask(TaskKind):
                 expected="judgements of 1 or more for some of the queries",
                 fix="check that the ids of the queries and the judgements are the same",
             )
-
-    def judged(self) -> list[str]:
-        """The queries that are scored: those with a positive judgement."""
-        return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
 
     @staticmethod
     def read(path: Path, name: str, split: str) -> RetrievalTask:
@@ -111,7 +163,7 @@ class RetrievalTask(TaskKind):
         document_ids = sorted(self.corpus, reverse=True)
         ranking = self._ranking(reader, query_ids, document_ids)
         metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
-        return ranked_result(self, query_ids, document_ids, ranking, metric)
+        return self._result(query_ids, document_ids, ranking, metric, self.cuts)
 
     def _ranking(self, reader: Reader, query_ids: list[str], document_ids: list[str]) -> Ranking:
         """The best documents of every query.
@@ -148,22 +200,15 @@ class RetrievalTask(TaskKind):
 
 @task_kinds.register("reranking")
 @dataclass(frozen=True)
-class RerankingTask(TaskKind):
+class RerankingTask(RankingTask):
     """Given candidates of every query, put into order: are the relevant ones first?
 
     Main score: MAP over all candidates (`map_at_1000`), as in mteb.
 
-    name: what results call it.
-    queries, corpus: texts by their ids.
-    qrels: the grade of every judged document, by query.
     candidates: the ids of the documents that are put into order, by query.
     cuts: the numbers of documents at which figures are given.
     """
 
-    name: str
-    queries: Mapping[str, str] = field(repr=False)
-    corpus: Mapping[str, str] = field(repr=False)
-    qrels: Qrels = field(repr=False)
     candidates: Mapping[str, Sequence[str]] = field(repr=False)
     cuts: tuple[int, ...] = (*CUTS, 1000)
     kind: ClassVar[str] = "reranking"
@@ -179,10 +224,6 @@ class RerankingTask(TaskKind):
                 )
         if not self.judged():
             raise EvaluationError("no query has a relevant document", where=self.name)
-
-    def judged(self) -> list[str]:
-        """The queries that are scored: those with a positive judgement."""
-        return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
 
     @staticmethod
     def read(path: Path, name: str, split: str) -> RerankingTask:
@@ -213,7 +254,7 @@ class RerankingTask(TaskKind):
             columns = next((pair for pair in _CANDIDATE_COLUMNS if set(pair) <= row.keys()), None)
             if columns is None:
                 raise DataError(f"found: {', '.join(row)}", where=where, expected="`query`, `positive` and `negative`")
-            positive, negative = ([row[c]] if isinstance(row[c], str) else list(row[c] or ()) for c in columns)
+            positive, negative = (_candidates_in(row, column, where) for column in columns)
             if positive and negative:
                 query = f"{split}_query{number}"
                 number += 1
@@ -244,57 +285,7 @@ class RerankingTask(TaskKind):
             score_K = query_reps.rows(slice(number, number + 1)).scores(reps.rows(index_K))[0, 0].float()
             best = top_of_block(score_K[None], max(self.cuts))
             rows.append((best[0][0].numpy(), index_K[best[1][0]].numpy()))
-        return ranked_result(self, query_ids, wanted, Ranking.of(rows), f"map_at_{max(self.cuts)}")
-
-
-def ranked_result(
-    task: RetrievalTask | RerankingTask, query_ids: list[str], document_ids: list[str], ranking: Ranking, metric: str
-) -> TaskResult:
-    """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
-    place = {document: number for number, document in enumerate(document_ids)}
-    graded = Graded(ranking, Judgements.of(task.qrels, query_ids, place))
-    items = ranking_scores(graded, task.cuts)
-    scores = {name: float(values.mean()) for name, values in items.items()}
-    counts = _counts(task, query_ids)
-    notes = tuple(f"{counts[name]} {text}" for name, text in _NOTES.items() if counts[name])
-    if ranking.flat and len(task.corpus) > 1:
-        notes = (*notes, "the model gives every document the same score; the order is that of the ids")
-    relevant, other = (
-        ranking.best(marked_Qk) for marked_Qk in (graded.grade_Qk > 0, (graded.grade_Qk <= 0) & (ranking.index_Qk >= 0))
-    )
-    items |= {"similarity_relevant": relevant[0], "similarity_other": other[0]}
-    value_N = items["ndcg_at_10"] if "ndcg_at_10" in items else items[metric]
-    found = [[(document_ids[i] if i >= 0 else "", s) for s, i in zip(*each, strict=True)] for each in (relevant, other)]
-    examples = tuple(
-        _example(task, query_ids[row], float(value_N[row]), found[0][row], found[1][row]) for row in ends(value_N)
-    )
-    return TaskResult(task.name, task.kind, metric, scores, counts, query_ids, items, notes, examples=examples)
-
-
-def _example(
-    task: RetrievalTask | RerankingTask, query: str, value: float, best: tuple[str, float], other: tuple[str, float]
-) -> Example:
-    """`best` and `other`: the highest-scored relevant document and the highest-scored other one among those found,
-    with their scores; an empty id where there is none."""
-    grades = task.qrels[query]
-    relevant = best[0] or max(grades, key=lambda document: grades[document])
-    texts = {"query": task.queries[query], "relevant": task.corpus.get(relevant, "(not in the corpus)")}
-    numbers = {"similarity of the relevant one": best[1]} if best[0] else {}
-    if other[0] and not best[1] > other[1]:
-        texts["found before it"] = task.corpus[other[0]]
-        numbers["similarity of the other"] = other[1]
-    return Example(query, value, texts, numbers)
-
-
-def _counts(task: RetrievalTask | RerankingTask, query_ids: list[str]) -> dict[str, int]:
-    judged = {document for query in query_ids for document in task.qrels[query]}
-    return {
-        "queries": len(query_ids),
-        "documents": len(task.corpus),
-        "queries_without_positives": len(task.queries) - len(query_ids),
-        "judged_queries_missing": len(task.qrels.keys() - task.queries.keys()),
-        "judged_documents_missing": len(judged - task.corpus.keys()),
-    }
+        return self._result(query_ids, wanted, Ranking.of(rows), f"map_at_{max(self.cuts)}", self.cuts)
 
 
 def across_languages(queries: RetrievalTask, documents: RetrievalTask) -> RetrievalTask:
@@ -374,6 +365,13 @@ class LongDocumentTask(TaskKind):
         )
 
 
+def _candidates_in(row: Mapping[str, Any], column: str, where: str) -> list[Any]:
+    value = row[column]
+    if value is not None and not isinstance(value, str | list):
+        raise DataError(f"{column!r} is {kind_of(value)}", where=where, expected="a text or a list of texts")
+    return [value] if isinstance(value, str) else value or []
+
+
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Columns `query-id`, `corpus-id`, `score`. Grades are whole numbers; a pair judged twice must agree."""
     qrels: dict[str, dict[str, int]] = {}
@@ -381,8 +379,8 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
         if not row.keys() >= _QRELS:
             raise DataError(f"found: {', '.join(row)}", where=path, expected=f"columns {', '.join(sorted(_QRELS))}")
         query, document, score = (str(row[column]) for column in ("query-id", "corpus-id", "score"))
-        if not is_number(score) or not float(score).is_integer():
-            raise DataError(f"the grade is {score!r}", where=where, expected="a whole number")
+        if not is_number(score) or not float(score).is_integer() or abs(float(score)) >= 2**31:
+            raise DataError(f"the grade is {score[:60]!r}", where=where, expected="a whole number of 32 bits")
         grade = int(float(score))
         earlier = qrels.setdefault(query, {}).setdefault(document, grade)
         if earlier != grade:

@@ -1,5 +1,6 @@
 """Coefficient methods as recipe values: each is a formula of `formulas.py` with its settings."""
 
+import itertools
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,17 +14,25 @@ from embedsmith.core.settings import Finite, Positive
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Base, Combine, Job, Method, combine_coefficients
 from embedsmith.merge.methods import formulas
-from embedsmith.merge.methods.formulas import Accumulate, Antipodal, Norm, Order
+from embedsmith.merge.methods.formulas import norm_of, normalised, norms
 
 
 class CoefficientMethod(Method):
-    """theta_0 + sum_i c_i V_i, one c a group of tensors (the granularity). `reads_gram`: whether K is looked at."""
+    """theta_0 + sum_i c_i V_i, one c a group of tensors (the granularity). `reads_gram`: whether K is looked at.
+    `signed`: whether weights may be negative."""
 
     reads_gram: ClassVar[bool] = True
+    signed: ClassVar[bool] = False
 
     @abstractmethod
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+    def formula(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         """c [M] from K [M, M] and the weights a [M]."""
+
+    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+        """The same. Errors: `RecipeError` for a negative weight, unless it means something."""
+        if not self.signed and bool((weight_M < 0).any()):
+            raise RecipeError(f"weights {weight_M.tolist()}", expected="weights of at least 0")
+        return self.formula(gram_MM, weight_M)
 
     def prepare(self, job: Job) -> Combine:
         return combine_coefficients(self.by_name(job))
@@ -41,12 +50,6 @@ class CoefficientMethod(Method):
                 raise RecipeError(error.what, where=key, expected=error.expected, fix=error.fix) from error
         job.report["coefficients"] = {key: coef_M.tolist() for key, coef_M in by_group.items()}
         return {name: by_group[key] for name, key in job.group_of.items()}
-
-
-def check_weights(weight_M: Tensor) -> None:
-    """Errors: `RecipeError` for a negative weight."""
-    if bool((weight_M < 0).any()):
-        raise RecipeError(f"weights {weight_M.tolist()}", expected="weights of at least 0")
 
 
 @merge_methods.register("average", formula="c_i = scale * a_i / sum a", source="Wortsman et al. 2022 (2203.05482)")
@@ -74,11 +77,13 @@ class Average(CoefficientMethod):
         """Whether the coefficients sum to 1, so that the base has no share."""
         return self.scale == 1 and not self.restore_norm
 
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-        check_weights(weight_M)
-        if self.restore_norm:
-            return self.scale * formulas.norm_restoring(gram_MM, weight_M)
-        return self.scale * formulas.normalised(weight_M)
+    def formula(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+        w_M = normalised(weight_M)
+        if not self.restore_norm:
+            return self.scale * w_M
+        # c = w sum_i w_i |V_i| / |sum_i w_i V_i|; parents that cancel out keep the plain mean
+        length, wanted = norm_of(gram_MM, w_M), w_M @ norms(gram_MM)
+        return self.scale * (w_M * (wanted / length) if length > formulas.CANCELLED * wanted else w_M)
 
 
 @merge_methods.register("task_arithmetic", formula="c_i = scale * a_i", source="Ilharco et al. 2023 (2212.04089)")
@@ -90,10 +95,11 @@ class TaskArithmetic(CoefficientMethod):
     """
 
     reads_gram: ClassVar[bool] = False
+    signed: ClassVar[bool] = True
 
     scale: Finite | None = None
 
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+    def formula(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         return weight_M * (1 / len(weight_M) if self.scale is None else self.scale)
 
 
@@ -120,17 +126,16 @@ class Slerp(CoefficientMethod):
     """
 
     scale: Finite = 1.0
-    accumulate: Accumulate = "sum"
-    order: Order = "given"
-    norm: Norm = "raw"
+    accumulate: formulas.Accumulate = "sum"
+    order: formulas.Order = "given"
+    norm: formulas.Norm = "raw"
     length: Positive | None = None
-    on_antipodal: Antipodal = "error"
+    on_antipodal: formulas.Antipodal = "error"
 
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-        check_weights(weight_M)
+    def formula(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         options = (self.accumulate, self.order, self.norm, self.on_antipodal)
         coef_M = formulas.sequential_slerp(gram_MM, weight_M, *options)
-        own = formulas.norm_of(gram_MM, coef_M)
+        own = norm_of(gram_MM, coef_M)
         return self.scale * coef_M * (1 if self.length is None or not own > 0 else self.length / own)
 
     def prepare(self, job: Job) -> Combine:
@@ -155,29 +160,25 @@ class Karcher(CoefficientMethod):
     scale: Finite = 1.0
     norm: Literal["linear", "geometric"] = "linear"
 
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-        check_weights(weight_M)
-        if bool((gram_MM < 0).any()):
+    steps: ClassVar[int] = 100
+
+    def formula(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+        if self.steps and bool((gram_MM < 0).any()):
             log.warning("some task vectors are more than 90 degrees apart: their spherical mean may not be unique")
-        return self.scale * formulas.karcher(gram_MM, weight_M, self.norm)
+        return self.scale * formulas.karcher(gram_MM, weight_M, self.norm, self.steps)
 
 
 @merge_methods.register(
     "normalised_mean", formula="sum_i w_i V_i/|V_i|, stretched to sum_i w_i |V_i|", source="mergekit's multislerp"
 )
 @dataclass(frozen=True)
-class NormalisedMean(CoefficientMethod):
+class NormalisedMean(Karcher):
     """The direction of the mean of unit task vectors, times their mean norm: what mergekit calls multislerp.
 
     `scale`: factor of the result. `norm`: the mean norm is `linear` or `geometric`.
     """
 
-    scale: Finite = 1.0
-    norm: Literal["linear", "geometric"] = "linear"
-
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-        check_weights(weight_M)
-        return self.scale * formulas.normalised_mean(gram_MM, weight_M, self.norm)
+    steps: ClassVar[int] = 0  # towards the mean on the sphere
 
 
 @merge_methods.register(
@@ -185,9 +186,24 @@ class NormalisedMean(CoefficientMethod):
 )
 @dataclass(frozen=True)
 class ModelStock(CoefficientMethod):
-    """Between the mean and the base, by how much runs of one task agree. Not for parents of different tasks."""
+    """Between the mean and the base, by how much runs of one task agree. Not for parents of different tasks.
 
-    def coefficients(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
+    cos is the mean pairwise cosine, and t lies in [0, 1]. Of parents nearly orthogonal t is near 0 and the base comes
+    back. Pairs with a zero vector are left out of the mean (no cosine), and nothing is clamped at an absolute size.
+    """
+
+    signed: ClassVar[bool] = True
+
+    def formula(self, gram_MM: Tensor, weight_M: Tensor) -> Tensor:
         if bool((weight_M != weight_M[0]).any()):
             raise RecipeError("model_stock has no weights", fix="remove them, or use average")
-        return formulas.model_stock(gram_MM)
+        count = len(gram_MM)
+        if count < 2:
+            raise RecipeError("model_stock needs at least two parents", fix="add a parent, or use average")
+        length_M = norms(gram_MM)
+        pairs = [(i, j) for i, j in itertools.combinations(range(count), 2) if length_M[i] > 0 and length_M[j] > 0]
+        if not pairs:
+            return torch.full((count,), 1 / count, dtype=torch.float64)
+        cosines = torch.stack([gram_MM[i, j] / (length_M[i] * length_M[j]) for i, j in pairs])
+        cos = cosines.mean().clamp(0, 1)
+        return (cos / (1 + (count - 1) * cos)).expand(count)

@@ -4,28 +4,24 @@ what becomes of the thinned vectors is one class for all:
     theta_m = theta_0 + scale * rescaled( aggregate of the entries that agree with the elected sign )
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.settings import Finite, NotNegative
+from embedsmith.core.settings import Finite, NotNegative, Range
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method
 from embedsmith.merge.methods.formulas import normalised, norms
-from embedsmith.merge.methods.thresholds import kept_count, thresholds
-from embedsmith.merge.stream import UNIT, Block, RowSums, uniform
+from embedsmith.merge.stream import UNIT, Block, RowSums
 
-Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Density = Annotated[float, Range(gt=0, le=1)]
 Thin = Callable[[Block], Tensor]
 """A block to task vectors [M, E], float64, with some entries set to 0."""
 
@@ -36,8 +32,9 @@ class Fusion:
 
     `election=None`: no signs are elected, the weighted mean of all entries. `mass` elects the sign of sum_i w_i V'_i,
     `count` that of sum_i w_i sign(V'_i). `mean` is over the entries that agree and are not 0. `norm` stretches the
-    result to the mean norm of the task vectors, `trimmed_norm` to that of the thinned ones. `shares`: group key to the
-    weights [M] of the aggregate, where they are not the parents' weights.
+    result to the mean norm of the task vectors, `trimmed_norm` to that of the thinned ones; `l1` gives every thinned
+    vector its tensor's former L1 norm back first. `shares`: group key to the weights [M] of the aggregate, where they
+    are not the parents' weights.
     """
 
     job: Job
@@ -45,36 +42,34 @@ class Fusion:
     scale: float = 1.0
     election: Literal["mass", "count"] | None = "mass"
     aggregate: Literal["mean", "sum", "max"] = "mean"
-    rescale: Literal["none", "norm", "trimmed_norm"] = "none"
+    rescale: str = "none"
     shares: Mapping[str, Tensor] | None = None
     by_rows: bool = False
 
     def combine(self) -> Combine:
         """After a rehearsal over the weights where signs or lengths are to be decided. Writes the densities achieved
         into the job's report."""
-        job = self.job
-        weight_M = normalised(job.weight_M)
+        if self.rescale == "l1":
+            return replace(self, thin=self._l1_kept(), rescale="none").combine()
+        job, weight_M = self.job, normalised(self.job.weight_M)
         shares = self.shares or dict.fromkeys(job.groups, weight_M)
-        rehearsed = self._rehearse(weight_M, shares) if self.election is not None or self.rescale != "none" else {}
-        sign = {key: found.majority for key, found in rehearsed.items()}
-        stretch = {key: self._stretch(key, found) for key, found in rehearsed.items()}
-        for key, found in rehearsed.items():
-            total = sum(job.size(name) for name in job.groups[key])
-            job.report.setdefault("density", {})[key] = [count / total for count in found.kept]
+        sign, stretch = dict.fromkeys(job.groups, 1.0), dict.fromkeys(job.groups, 1.0)
+        if self.election is not None or self.rescale != "none":
+            sign, stretch = self._rehearsed(weight_M, shares)
 
         def combine(block: Block) -> Tensor:
             key = job.group_of[block.name]
-            merged_E = self.merged(self.thin(block), weight_M, shares[key], sign.get(key, 1.0))
+            merged_E = self._merged(self.thin(block), weight_M, shares[key], sign[key])
             assert block.base_E is not None
-            return merged_E.mul_(self.scale * stretch.get(key, 1.0)).add_(block.base_E.double())
+            return merged_E.mul_(self.scale * stretch[key]).add_(block.base_E.double())
 
         return combine
 
-    def merged(self, thinned_ME: Tensor, vote_M: Tensor, share_M: Tensor, undecided: float) -> Tensor:
+    def _merged(self, thinned_ME: Tensor, vote_M: Tensor, share_M: Tensor, undecided: float) -> Tensor:
         """Merged task vector [E]. `undecided`: the sign taken where the votes cancel out."""
         if self.election is None:
             return share_M @ thinned_ME
-        sign_E = self.elected(thinned_ME, vote_M)
+        sign_E = self._elected(thinned_ME, vote_M)
         sign_E[sign_E == 0] = undecided
         agreeing_ME = torch.where(thinned_ME * sign_E > 0, thinned_ME, 0.0)
         if self.aggregate == "max":
@@ -84,70 +79,56 @@ class Fusion:
         voters_E = share_M @ (agreeing_ME != 0).double()
         return (share_M @ agreeing_ME).div_(torch.where(voters_E > 0, voters_E, 1.0))
 
-    def elected(self, thinned_ME: Tensor, vote_M: Tensor) -> Tensor:
+    def _elected(self, thinned_ME: Tensor, vote_M: Tensor) -> Tensor:
         """The sign of every element: -1, 0 or 1. Exact zeros have no vote."""
         votes_ME = thinned_ME if self.election == "mass" else thinned_ME.sign()
         return (vote_M @ votes_ME).sign_()
 
-    def _rehearse(self, weight_M: Tensor, shares: Mapping[str, Tensor]) -> dict[str, Rehearsal]:
-        """One pass that writes nothing: the majority sign (which decides where votes cancel), norms, densities."""
-        job = self.job
-        found = {key: Rehearsal([0] * len(job.parents)) for key in job.groups}
-        squares = RowSums()
+    def _rehearsed(self, weight_M: Tensor, shares: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """One pass that writes nothing. By group the majority sign, which decides where votes cancel, and the factor
+        mean_i |V_i| / |merged|, which is 1 where nothing is stretched or nothing is left."""
+        job, squares = self.job, RowSums()  # |merged|^2 with undecided signs as + and as -, and |V'_i|^2
+        kept = {key: torch.zeros(len(job.parents), dtype=torch.int64) for key in job.groups}
+        signs = dict.fromkeys(job.groups, 0.0)
         with progress_bar("electing signs", sum(job.size(name) for name in job.names)) as bar:
             for block in job.blocks(by_rows=self.by_rows):
-                key = job.group_of[block.name]
-                row, thinned_ME = found[key], self.thin(block)
-                row.kept = [a + b for a, b in zip(row.kept, thinned_ME.count_nonzero(1).tolist(), strict=True)]
+                key, thinned_ME = job.group_of[block.name], self.thin(block)
+                kept[key] += thinned_ME.count_nonzero(1)
                 if self.election is not None:
-                    row.signs += float(self.elected(thinned_ME, weight_M).sum())
+                    signs[key] += float(self._elected(thinned_ME, weight_M).sum())
                 if self.rescale != "none":
-                    merged = [self.merged(thinned_ME, weight_M, shares[key], undecided) for undecided in (1.0, -1.0)]
+                    merged = [self._merged(thinned_ME, weight_M, shares[key], undecided) for undecided in (1.0, -1.0)]
                     squares.add(key, torch.cat([torch.stack(merged), thinned_ME]).square_())
                 bar.advance(block.stop - block.start)
-        for key in squares:
-            plus, minus, *thinned = squares[key]
-            found[key].square, found[key].thinned = (plus, minus), tuple(thinned)
-        return found
+        sign = {key: 1.0 if total >= 0 else -1.0 for key, total in signs.items()}
+        stretch = dict.fromkeys(job.groups, 1.0)
+        for key, names in job.groups.items():
+            total = sum(job.size(name) for name in names)
+            job.report.setdefault("density", {})[key] = [count / total for count in kept[key].tolist()]
+            plus, minus, *thinned = squares[key] or (0.0, 0.0)
+            square = plus if sign[key] > 0 else minus
+            if square:
+                own_M = torch.tensor(thinned, dtype=torch.float64).sqrt()
+                length_M = norms(job.gram.of(names)) if self.rescale == "norm" else own_M
+                stretch[key] = float(length_M.mean()) / math.sqrt(square)
+        return sign, stretch
 
-    def _stretch(self, key: str, rehearsed: Rehearsal) -> float:
-        """mean_i |V_i| / |merged|, and 1 where nothing is stretched or nothing is left."""
-        square = rehearsed.square[0 if rehearsed.majority > 0 else 1]
-        if self.rescale == "none" or square == 0:
-            return 1.0
-        if self.rescale == "norm":
-            wanted = norms(self.job.gram.of(self.job.groups[key])).mean()
-        else:
-            wanted = torch.tensor(rehearsed.thinned, dtype=torch.float64).sqrt().mean()
-        return float(wanted) / math.sqrt(square)
-
-
-@dataclass
-class Rehearsal:
-    """What one pass over a group has added up. `kept`: entries that are not 0, by parent; `signs`: of all elections;
-    `square`: |merged|^2 with undecided signs taken as + and as -; `thinned`: |V'_i|^2."""
-
-    kept: list[int]
-    signs: float = 0.0
-    square: tuple[float, float] = (0.0, 0.0)
-    thinned: tuple[float, ...] = ()
-
-    @property
-    def majority(self) -> float:
-        return 1.0 if self.signs >= 0 else -1.0
+    def _l1_kept(self) -> Thin:
+        """Every thinned tensor stretched to the L1 norm it had before (what mergekit calls rescaling)."""
+        sums = RowSums()
+        for block in self.job.blocks(by_rows=self.by_rows):
+            both = torch.cat([block.delta_ME, self.thin(block)]).abs_()
+            sums.add(block.name, both, (block.shape[-1] if block.shape else 1) if self.by_rows else UNIT)
+        factor = {}
+        for name in self.job.names:
+            before_M, after_M = torch.tensor(sums[name], dtype=torch.float64).chunk(2)
+            factor[name] = torch.where(after_M > 0, before_M / after_M, 1.0)[:, None]
+        return lambda block: self.thin(block) * factor[block.name]
 
 
-def with_l1(job: Job, thin: Thin, by_rows: bool = False) -> Thin:
-    """Every thinned tensor stretched to the L1 norm it had before (what mergekit calls rescaling)."""
-    sums = RowSums()
-    for block in job.blocks(by_rows=by_rows):
-        both = torch.cat([block.delta_ME, thin(block)]).abs_()
-        sums.add(block.name, both, (block.shape[-1] if block.shape else 1) if by_rows else UNIT)
-    factor = {}
-    for name in job.names:
-        before_M, after_M = torch.tensor(sums[name], dtype=torch.float64).chunk(2)
-        factor[name] = torch.where(after_M > 0, before_M / after_M, 1.0)[:, None]
-    return lambda block: thin(block) * factor[block.name]
+def kept_count(density: float, total: int) -> int:
+    """How many of `total` are kept: the whole part of the fraction, as elsewhere, but never none by rounding."""
+    return min(total, max(1, int(density * total + 1e-9))) if density > 0 else 0
 
 
 @merge_methods.register(
@@ -185,27 +166,19 @@ class Ties(Method):
         if self.threshold is not None:
             least = dict.fromkeys(job.names, torch.full((len(job.parents), 1), self.threshold))
         else:
-            least = thresholds(job, lambda total: [kept_count(self.density, total)])
-        factor = _to_equal_norms(job) if self.prenorm else None
+            least = job.thresholds(lambda total: [kept_count(self.density, total)])
+        factor: dict[str, Tensor] = {}
+        for names in job.groups.values() if self.prenorm else ():  # mean norm / norm: signs elected among equals
+            length_M = norms(job.gram.of(names))
+            stretch_M = torch.where(length_M > 0, length_M.mean() / length_M, 1.0)
+            factor |= dict.fromkeys(names, stretch_M[:, None])
 
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME
             trimmed_ME = torch.where(delta_ME.abs().float() >= least[block.name], delta_ME, 0.0)
-            return trimmed_ME if factor is None else trimmed_ME * factor[block.name]
+            return trimmed_ME * factor[block.name] if factor else trimmed_ME
 
-        if self.rescale == "l1":
-            return Fusion(job, with_l1(job, thin), self.scale, self.election, self.aggregate).combine()
         return Fusion(job, thin, self.scale, self.election, self.aggregate, self.rescale).combine()
-
-
-def _to_equal_norms(job: Job) -> dict[str, Tensor]:
-    """Tensor name to mean norm / norm of every task vector [M, 1], so that signs are elected among equals."""
-    factor: dict[str, Tensor] = {}
-    for names in job.groups.values():
-        length_M = norms(job.gram.of(names))
-        stretch_M = torch.where(length_M > 0, length_M.mean() / length_M, 1.0)
-        factor |= dict.fromkeys(names, stretch_M[:, None])
-    return factor
 
 
 @dataclass(frozen=True)
@@ -220,6 +193,7 @@ class Dropping(Method):
     density: Density = 0.5
     scale: Finite = 1.0
     then: Literal["linear", "ties"] = "linear"
+    rescale = "none"  # a setting where entries are dropped by chance
 
     @abstractmethod
     def thin(self, job: Job) -> Thin:
@@ -227,7 +201,8 @@ class Dropping(Method):
 
     def prepare(self, job: Job) -> Combine:
         election: Literal["mass"] | None = "mass" if self.then == "ties" else None
-        return Fusion(job, self.thin(job), self.scale, election, by_rows=self.by_rows).combine()
+        rescale = "l1" if self.rescale == "l1" else "none"
+        return Fusion(job, self.thin(job), self.scale, election, rescale=rescale, by_rows=self.by_rows).combine()
 
 
 @merge_methods.register(
@@ -248,17 +223,7 @@ class Dare(Dropping):
     def thin(self, job: Job) -> Thin:
         factor = 1 / self.density if self.rescale == "inverse" else 1.0
 
-        def thin(block: Block) -> Tensor:
-            kept_ME = drawn(job, block) < self.density
-            return torch.where(kept_ME, block.delta_ME, 0.0).mul_(factor)
-
-        return with_l1(job, thin) if self.rescale == "l1" else thin
-
-
-def drawn(job: Job, block: Block) -> Tensor:
-    """Numbers in [0, 1) [M, E], each parent its own, keyed by the parent's place."""
-    rows = [uniform(job.seed, f"{place} {block.name}", block.start, block.stop) for place in range(len(job.parents))]
-    return torch.stack(rows)
+        return lambda block: torch.where(job.drawn(block) < self.density, block.delta_ME, 0.0).mul_(factor)
 
 
 @merge_methods.register(
@@ -292,10 +257,10 @@ class Della(Dropping):
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME
             chance_ME = self.chances(delta_ME, block.shape)
-            kept_ME = torch.where(drawn(job, block) < chance_ME, delta_ME, 0.0)
+            kept_ME = torch.where(job.drawn(block) < chance_ME, delta_ME, 0.0)
             return kept_ME.div_(chance_ME) if self.rescale == "inverse" else kept_ME
 
-        return with_l1(job, thin, by_rows=True) if self.rescale == "l1" else thin
+        return thin
 
     def chances(self, delta_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The chance of every entry to be kept, [M, E], for whole rows of a tensor of this shape."""
@@ -320,7 +285,7 @@ class Breadcrumbs(Dropping):
     Counts decide, so a small gamma on a small tensor drops nothing instead of everything.
     """
 
-    gamma: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.01
+    gamma: Annotated[float, Range(ge=0, lt=1)] = 0.01
 
     def __post_init__(self) -> None:
         if self.gamma + self.density > 1:
@@ -331,7 +296,7 @@ class Breadcrumbs(Dropping):
             top = int(self.gamma * total)
             return [top, min(total, top + kept_count(self.density, total))]
 
-        bounds = thresholds(job, ranks)
+        bounds = job.thresholds(ranks)
 
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME
@@ -363,7 +328,7 @@ class Sce(Method):
 
     def prepare(self, job: Job) -> Combine:
         whole = self.density == 1
-        least = {} if whole else thresholds(job, lambda total: [kept_count(self.density, total)], _variance)
+        least = {} if whole else job.thresholds(lambda total: [kept_count(self.density, total)], _variance)
 
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME

@@ -7,7 +7,7 @@ differentiable in a (and in K where it reads K). No epsilon is absolute: fine-tu
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ Order = Literal["given", "norm", "nearest", "average", "tree"]
 _NEARLY_PARALLEL = 1e-6
 """1 - cos below which the series of sin(t a)/sin(a) is used; its next term is below 1e-13."""
 _ANTIPODAL = -1 + 1e-4
-_CANCELLED = 7e-3
+CANCELLED = 7e-3
 """|sum w_i u_i| of unit vectors below which they cancel out: two equal ones at the antipodal cosine have this left, and
 what is left is noise that must not be stretched to full length."""
 
@@ -35,18 +35,6 @@ def normalised(weight_M: Tensor) -> Tensor:
     if not total > 0:
         raise RecipeError(f"the weights {weight_M.tolist()} sum to {float(total):g}", expected="a sum above 0")
     return weight_M / total
-
-
-def norm_restoring(gram_MM: Tensor, weight_M: Tensor) -> Tensor:
-    """The weighted mean, stretched to the weighted mean norm of its parts: c = w sum_i w_i |V_i| / |sum_i w_i V_i|.
-
-    A mean of nearly orthogonal task vectors is short, by 1/sqrt(M); this is what SLERP mends. Parents that cancel out
-    give the plain mean.
-    """
-    w_M = normalised(weight_M)
-    length = norm_of(gram_MM, w_M)
-    wanted = w_M @ norms(gram_MM)
-    return w_M * (wanted / length) if length > _CANCELLED * wanted else w_M
 
 
 def norms(gram_MM: Tensor) -> Tensor:
@@ -199,59 +187,36 @@ def order_spread(gram_MM: Tensor, weight_M: Tensor, accumulate: Accumulate = "su
     return math.degrees(math.acos(min(1.0, float((product_OO / torch.outer(length_O, length_O)).min()))))
 
 
-def _directions(gram_MM: Tensor, weight_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised weights of the vectors that are not zero (the others get 0), and 1/|V_i| (0 for a zero vector)."""
-    length_M = norms(gram_MM)
-    alive_M = length_M > 0
-    inverse_M = torch.where(alive_M, 1 / torch.where(alive_M, length_M, torch.ones_like(length_M)), 0.0)
-    return normalised(weight_M * alive_M), inverse_M
-
-
-def normalised_mean(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometric"] = "linear") -> Tensor:
-    """The direction of sum_i w_i V_i/|V_i|, with the weighted mean norm.
-
-    What mergekit's `multislerp` returns: the sum in its tangent space is identically zero.
-    """
-    if not norms(gram_MM).any():
-        return normalised(weight_M)
-    w_M, inverse_M = _directions(gram_MM, weight_M)
-    _refuse_cancelled(gram_MM, w_M * inverse_M)
-    return _stretched(gram_MM, w_M * inverse_M, w_M, norm)
-
-
-def _refuse_cancelled(gram_MM: Tensor, mean_M: Tensor) -> None:
-    """Errors: `RecipeError` for directions whose mean is next to nothing."""
-    if norm_of(gram_MM, mean_M) < _CANCELLED:
-        raise RecipeError(
-            "the task vectors cancel out: their directions have no mean", fix="leave one parent out, or use average"
-        )
-
-
-def _stretched(gram_MM: Tensor, coef_M: Tensor, w_M: Tensor, norm: Literal["linear", "geometric"]) -> Tensor:
-    length_M = norms(gram_MM)
-    geometric = torch.exp(w_M @ torch.where(length_M > 0, length_M, 1.0).log())
-    wanted = w_M @ length_M if norm == "linear" else geometric
-    return coef_M * wanted / norm_of(gram_MM, coef_M)
-
-
-def karcher(gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometric"] = "linear") -> Tensor:
+def karcher(
+    gram_MM: Tensor, weight_M: Tensor, norm: Literal["linear", "geometric"] = "linear", steps: int = 100
+) -> Tensor:
     """The weighted mean on the sphere of directions (Frechet mean), with the weighted mean norm. Order-free.
 
     m <- exp_m( sum_i w_i log_m(V_i/|V_i|) ) from the normalised weighted mean until the step is below 1e-10. Unique
-    where all directions lie in an open half space; all pairwise cosines above 0 suffice.
-    Zero vectors take no part.
+    where all directions lie in an open half space; all pairwise cosines above 0 suffice. Zero vectors take no part.
+    Without `steps` it stays the direction of sum_i w_i V_i/|V_i|: what mergekit's `multislerp` returns, since the sum
+    in its tangent space is identically zero.
+    Errors: `RecipeError` for directions whose mean is next to nothing.
     """
-    if not norms(gram_MM).any():
+    length_M = norms(gram_MM)
+    alive_M = length_M > 0
+    if not alive_M.any():
         return normalised(weight_M)
-    w_M, inverse_M = _directions(gram_MM, weight_M)
+    inverse_M = torch.where(alive_M, 1 / torch.where(alive_M, length_M, torch.ones_like(length_M)), 0.0)
+    w_M = normalised(weight_M * alive_M)
     mean_M = w_M * inverse_M
-    _refuse_cancelled(gram_MM, mean_M)
-    mean_M = mean_M / norm_of(gram_MM, mean_M)
-    for _ in range(100):
+    if norm_of(gram_MM, mean_M) < CANCELLED:
+        raise RecipeError(
+            "the task vectors cancel out: their directions have no mean", fix="leave one parent out, or use average"
+        )
+    mean_M = mean_M / norm_of(gram_MM, mean_M) if steps else mean_M
+    for _ in range(steps):
         mean_M, step = _karcher_step(gram_MM, mean_M, w_M, inverse_M)
         if step < 1e-10:
             break
-    return _stretched(gram_MM, mean_M, w_M, norm)
+    geometric = torch.exp(w_M @ torch.where(length_M > 0, length_M, 1.0).log())
+    wanted = w_M @ length_M if norm == "linear" else geometric
+    return mean_M * wanted / norm_of(gram_MM, mean_M)
 
 
 def _karcher_step(gram_MM: Tensor, mean_M: Tensor, w_M: Tensor, inverse_M: Tensor) -> tuple[Tensor, float]:
@@ -266,48 +231,3 @@ def _karcher_step(gram_MM: Tensor, mean_M: Tensor, w_M: Tensor, inverse_M: Tenso
         return mean_M, float(size.detach())
     moved_M = torch.cos(size) * mean_M + torch.sin(size) / size * tangent_M
     return moved_M / norm_of(gram_MM, moved_M), float(size.detach())
-
-
-def model_stock(gram_MM: Tensor) -> Tensor:
-    """c_i = t / M,  t = M cos / (1 + (M - 1) cos) in [0, 1], cos the mean pairwise cosine (Jang et al. 2024).
-
-    For runs of one task, equally long: of different tasks, nearly orthogonal, t is near 0 and the base comes back.
-    Pairs with a zero vector are left out of the mean (no cosine), and nothing is clamped at an absolute size.
-    """
-    count = len(gram_MM)
-    if count < 2:
-        raise RecipeError("model_stock needs at least two parents", fix="add a parent, or use average")
-    length_M = norms(gram_MM)
-    pairs = [(i, j) for i, j in itertools.combinations(range(count), 2) if length_M[i] > 0 and length_M[j] > 0]
-    if not pairs:
-        return torch.full((count,), 1 / count, dtype=torch.float64)
-    cosines = torch.stack([gram_MM[i, j] / (length_M[i] * length_M[j]) for i, j in pairs])
-    cos = cosines.mean().clamp(0, 1)
-    return (cos / (1 + (count - 1) * cos)).expand(count)
-
-
-def greedy_soup(
-    score_M: Sequence[float], evaluate: Callable[[Tensor], float], gain: float = 0.0
-) -> tuple[Tensor, list[float]]:
-    """Parents from best to worst; each stays in the running mean if the score does not fall (Wortsman et al. 2022).
-
-    `evaluate`: coefficients [M] to a held-out score, higher is better. `gain`: the least rise that keeps a parent.
-    Returns the coefficients and the score after every trial.
-    """
-    count = len(score_M)
-    ranked = sorted(range(count), key=lambda place: -score_M[place])
-    chosen, best = [ranked[0]], score_M[ranked[0]]
-    history = [best]
-    for place in ranked[1:]:
-        score = evaluate(equal_shares([*chosen, place], count))
-        history.append(score)
-        if score >= best + gain:
-            chosen, best = [*chosen, place], score
-    return equal_shares(chosen, count), history
-
-
-def equal_shares(chosen: Sequence[int], count: int) -> Tensor:
-    """Equal coefficients for the chosen parents, 0 for the others."""
-    coef_M = torch.zeros(count, dtype=torch.float64)
-    coef_M[list(chosen)] = 1 / len(chosen)
-    return coef_M

@@ -11,8 +11,7 @@ from torch import Tensor
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Finite, Positive
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge.gram import block_of
-from embedsmith.merge.method import Combine, Job, Method
+from embedsmith.merge.method import Combine, Job, Method, block_of
 from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.stream import Block, RowSums
 
@@ -92,22 +91,18 @@ class DeltaGuided(Method):
         """s [K] of every tensor: the power mean of |V| over its unit, in one pass; for rows a block says it."""
         if self.by_rows:
             return {}
-        sums = RowSums()
+        sums, unit_of = RowSums(), {name: name if self.unit == "tensor" else block_of(name) for name in job.names}
         sizes: dict[str, int] = defaultdict(int)
         with progress_bar("measuring deviations", sum(job.size(name) for name in job.names)) as bar:
             for block in job.blocks():
-                key = self._unit(block.name)
-                sums.add(key, vectors(block).abs_().pow_(self.power))
-                sizes[key] += block.stop - block.start
+                sums.add(unit_of[block.name], vectors(block).abs_().pow_(self.power))
+                sizes[unit_of[block.name]] += block.stop - block.start
                 bar.advance(block.stop - block.start)
         moved = {
             key: (torch.tensor(sums[key], dtype=torch.float64) / size) ** (1 / self.power)
             for key, size in sizes.items()
         }
-        return {name: moved[self._unit(name)] for name in job.names}
-
-    def _unit(self, name: str) -> str:
-        return name if self.unit == "tensor" else block_of(name)
+        return {name: moved[unit_of[name]] for name in job.names}
 
 
 @dataclass(frozen=True)
@@ -152,8 +147,5 @@ class _Level:
 
     def effective(self) -> dict[str, float]:
         """exp of the entropy of the layer's weights: how many parents count, by tensor."""
-        found = {}
-        for name in self.moved:
-            share_K = self.share(self.moved[name][:, None])[:, 0]
-            found[name] = float(torch.exp(-torch.xlogy(share_K, share_K).sum()))
-        return found
+        shares = {name: self.share(moved_K[:, None])[:, 0] for name, moved_K in self.moved.items()}
+        return {name: float(torch.exp(-torch.xlogy(share_K, share_K).sum())) for name, share_K in shares.items()}

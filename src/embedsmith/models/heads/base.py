@@ -69,7 +69,7 @@ class HeadSource:
             raise ModelError(
                 f"multivector_dim={self.multivector_dim}",
                 expected="a model with the head multivector",
-                fix="add multivector to heads",
+                fix="add multivector to model.heads",
             )
         taken = {"sparse"} if self.sparse == "splade" else set()  # from the language model that the base is
         absent = sorted(name for name in wanted - taken if not known[name].is_in(self.folder))

@@ -201,7 +201,7 @@ def _split(model: Any, backbone: Any) -> LmHead:
     if not torch.allclose(logit_NTV, expected_NTV, atol=1e-3, rtol=1e-3):
         raise ModelError(
             f"{type(model).__name__} does more with its scores than a linear layer",
-            fix="use the lexical sparse head: sparse=lexical",
+            fix="use the lexical sparse head: model.sparse=lexical",
         )
     if head.bias_V is not None and len(head.bias_V) < len(head.output_VH):  # words were added
         more = len(head.output_VH) - len(head.bias_V)

@@ -1,0 +1,169 @@
+"""What a verb writes: one process at a time, nothing foreign is replaced, a kill at any moment loses nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedsmith.core import outputs
+from embedsmith.core.errors import CheckpointError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, discard, sweep
+
+PAIR = Kind("pair", ("a.txt", "b.txt", "logs/*.json", "more/**"), ("a.txt", "ours"))
+
+
+class Killed(BaseException):
+    """Stands for a signal: no handler of ordinary errors catches it."""
+
+
+def write_pair(path, text="ours"):
+    with atomic_folder(path, PAIR) as folder:
+        (folder / "a.txt").write_text(text)
+
+
+def names(folder):
+    return sorted(one.name for one in folder.iterdir())
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path):
+    code = f"from embedsmith.core.outputs import claimed\nwith claimed({str(tmp_path / 'out')!r}, 'encode'): pass"
+    with claimed(tmp_path / "out", "train"):
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"train, process {os.getpid()} on " in second.stderr
+    assert second.returncode == 1
+    assert names(tmp_path) == []
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
+    imports = "import os\nfrom embedsmith.core.outputs import claimed\n"
+    code = f"{imports}with claimed({str(tmp_path / 'out')!r}, 'x'): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert names(tmp_path) == [".out.embedsmith.lock"]
+    check_claim(tmp_path / "out", "train")
+    with claimed(tmp_path / "out", "train"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_verb_inside_a_verb_may_claim_again_and_a_link_is_the_same_output(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with claimed(tmp_path / "real", "run"), claimed(tmp_path / "link", "train"):
+        assert ".real.embedsmith.lock" in names(tmp_path)
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for check in (lambda path: claimed(path, "x").__enter__(), lambda path: check_claim(path, "x")):
+        with pytest.raises(CheckpointError, match="cannot write here"):
+            check(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("what", ["file", "link", "other", "stranger", "below", "inner link"])
+def test_what_is_not_of_the_kind_is_refused_and_stays(tmp_path, what):
+    out = tmp_path / "out"
+    write_pair(tmp_path / "mine")
+    if what == "file":
+        out.write_text("mine")
+    elif what == "link":
+        out.symlink_to("mine")
+    else:
+        write_pair(out, "theirs" if what == "other" else "ours")
+        stranger = out / {"below": "logs/deep/x.json"}.get(what, "notes.md")
+        stranger.parent.mkdir(parents=True, exist_ok=True)
+        stranger.write_text("mine") if what != "inner link" else (out / "b.txt").symlink_to("a.txt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=str(out)) as raised:
+        write_pair(out)
+    assert sorted(tmp_path.rglob("*")) == before
+    if what in ("stranger", "below"):
+        assert stranger.relative_to(out).as_posix() in str(raised.value)
+
+
+def test_a_folder_of_the_kind_is_replaced_and_any_folder_with_files_is_not(tmp_path):
+    write_pair(tmp_path / "out")
+    (tmp_path / "out" / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / "more" / "deep" / "x").write_text("")
+    write_pair(tmp_path / "out", "ours, again")
+    assert names(tmp_path / "out") == ["a.txt"]
+    assert (tmp_path / "out" / "a.txt").read_text() == "ours, again"
+    with pytest.raises(CheckpointError, match="not empty"), atomic_folder(tmp_path / "out"):
+        pass
+
+
+def test_without_overwriting_only_the_same_again_is_accepted(tmp_path):
+    write_pair(tmp_path / "out")
+    with atomic_folder(tmp_path / "out", PAIR, overwrite=False) as folder:
+        (folder / "a.txt").write_text("ours")
+    with (
+        pytest.raises(CheckpointError, match="--overwrite"),
+        atomic_folder(tmp_path / "out", PAIR, overwrite=False) as folder,
+    ):
+        (folder / "a.txt").write_text("ours, another")
+    assert (tmp_path / "out" / "a.txt").read_text() == "ours"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path, monkeypatch, moment):
+    write_pair(tmp_path / "out")
+    calls, rename = [], Path.rename
+
+    def killed(path, target):
+        calls.append(path)
+        if len(calls) >= moment:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(outputs.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(Killed):
+        write_pair(tmp_path / "out", "ours, again")
+    monkeypatch.undo()
+    with claimed(tmp_path / "out", "next"):
+        assert (tmp_path / "out" / "a.txt").read_text() == "ours"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_kill_while_a_folder_is_removed_leaves_all_of_it_or_none(tmp_path, monkeypatch):
+    write_pair(tmp_path / "out")
+
+    def killed(path, **_):
+        raise Killed
+
+    monkeypatch.setattr(outputs.shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        discard(tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert len(names(tmp_path)) == 1
+    with claimed(tmp_path / "out", "next"):
+        assert [one for one in names(tmp_path) if one.endswith(".tmp")] == []
+
+
+def test_left_over_temporary_files_go_and_nothing_else_does(tmp_path):
+    folder = tmp_path / "run" / "deep"
+    folder.mkdir(parents=True)
+    kept = [".notes", ".a.settings", "x.abcdefgh.tmp", ".tmp", ".a.short.tmp"]
+    for name in [*kept, ".a.json.abcd_f12.tmp"]:
+        (folder / name).write_text("")
+    sweep(tmp_path / "run")
+    assert names(folder) == sorted(kept)
+
+
+def test_modes_are_those_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "out") as folder:
+            os.close(os.open(folder / "weights", os.O_CREAT, 0o600))
+        with atomic_file(tmp_path / "file") as file:
+            file.write("")
+    finally:
+        os.umask(before)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("out", "out/weights", "file")}
+    assert modes == {"out": 0o750, "out/weights": 0o640, "file": 0o640}
