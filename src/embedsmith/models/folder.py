@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from embedsmith.core import inputs
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.settings import Count, Finite, Range, Width, Word, section, to_plain
@@ -322,37 +322,17 @@ def _projection(path: Path) -> Projection:
 
 
 S = TypeVar("S")
-_LARGEST = 2**28
 
 
 def read_typed(schema: type[S], path: Path) -> S:
     """A JSON file of a model folder as a dataclass (or another type) says it has to be; other keys are left alone.
 
-    Errors: `ModelError` naming the file and the key for one that is missing, no plain file, absurdly large, not UTF-8,
-    not JSON, nested without end, or of other types.
+    Errors: `ModelError` naming the file and the key.
     """
-    whole = "copy the folder again, as a whole"
-    if not path.is_file():
-        what = "this is not a file" if path.exists() else "this file is missing"
-        raise ModelError(what, where=path, fix=whole)
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ModelError(f"a JSON file of {path.stat().st_size:,} bytes", where=path, fix=whole)
-        return TypeAdapter(schema).validate_json(path.read_bytes(), strict=True)
-    except OSError as error:
-        raise ModelError(f"cannot read this file: {error.strerror}", where=path) from error
-    except ValidationError as error:
-        raise ModelError("\n  ".join(map(_problem, error.errors())), where=path, fix=whole) from error
-
-
-def _problem(detail: Any) -> str:
-    message = str(detail["msg"]).removeprefix("Invalid JSON: ")
-    if detail["type"] == "json_invalid":
-        return f"cannot read this file: it is not JSON ({message})"
-    came = repr(detail["input"])
-    came = came if len(came) <= 60 else f"{came[:59]}…"
-    place = ".".join(map(str, detail["loc"])) or "the whole file"
-    return f"{place}: this key is required" if detail["type"] == "missing" else f"{place}: {message} (got {came})"
+    fix = "copy the folder again, as a whole"
+    if not path.exists():
+        raise ModelError("this file is missing", where=path, fix=fix)
+    return inputs.read_typed(path, schema, ModelError, fix=fix, strict=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
