@@ -18,9 +18,9 @@ def place(tmp_path_factory, files):
     """Models, data with faults, and a small recipe of every verb."""
     folder = tmp_path_factory.mktemp("typed")
     bert, heads = str(tiny_bert(folder / "bert")), ("dense", "sparse", "multivector")
-    load(bert, pooling="mean", heads=heads, multivector_dim=8).save(folder / "model")
+    load(bert, pooling="mean", heads=heads, multivector_dim=8, new_heads=True).save(folder / "model")
     other = str(tiny_bert(folder / "other", seed=1))
-    load(other, pooling="mean", heads=heads, multivector_dim=8).save(folder / "stranger")
+    load(other, pooling="mean", heads=heads, multivector_dim=8, new_heads=True).save(folder / "stranger")
     load(other, pooling="mean").save(folder / "dense")
 
     def rows(name, made):

@@ -37,7 +37,9 @@ def place(tmp_path_factory, files):
     """A model of every head, and a recipe of every verb that has one."""
     folder = tmp_path_factory.mktemp("disk")
     heads = ("dense", "sparse", "multivector")
-    load(str(tiny_bert(folder / "bert")), pooling="mean", heads=heads, multivector_dim=8).save(folder / "model")
+    load(str(tiny_bert(folder / "bert")), pooling="mean", heads=heads, multivector_dim=8, new_heads=True).save(
+        folder / "model"
+    )
     (folder / "texts.txt").write_text("".join(f"the cat {n}\n" for n in range(40)))
     model, pairs = str(folder / "model"), str(files / "pairs.jsonl")
     numbers = {"steps": 2, "precision": "fp32", "checkpoint_every": 1, "log_with": ["tensorboard"]}

@@ -13,11 +13,12 @@ import pytest
 
 from embedsmith.cli.curation import run_curate
 from embedsmith.cli.stages import PipelineRecipe
+from embedsmith.cli.tokenize import TokenizeJob, tokenize
 from embedsmith.compat.config import read_recipe
 from embedsmith.compat.scripts import _from_config
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.inputs import local_path, read_json
-from embedsmith.core.recipe import apply_override, load_recipe, read_tree
+from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree
 from embedsmith.data import Source, read_source
 from embedsmith.data.formats import files as file_rows
 from embedsmith.data.formats.texts import read_texts
@@ -28,7 +29,10 @@ from embedsmith.index import read_documents
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.mining.config import Corpus, MineRecipe
 from embedsmith.mining.selection import corpus_texts
+from embedsmith.models import load
+from embedsmith.report.run_folder import folder_page
 from embedsmith.train import Recipe
+from embedsmith.train.build import check_tokens, tokenizer_facts
 
 ROW = {"query": "a cat", "positives": ["the cat"]}
 
@@ -71,7 +75,7 @@ RECIPES = {
     "two documents": b"a: 1\n---\nb: 2\n",
     "a billion aliases": BOMB.encode(),
     "itself": b"a: &a [*a]\n",
-    "deep": b"a: " + b"[" * 5000 + b"]" * 5000,
+    "deep": b"a: " + b"[" * 500 + b"]" * 500,
     "deep mappings": b'{"a": ' * 5000 + b"1" + b"}" * 5000,
     "a key twice": b"output: a\noutput: b\n",
     "a list as a key": b"? [1]\n: 2\n",
@@ -103,7 +107,7 @@ def test_a_malformed_recipe_is_one_error(tmp_path, content, ending):
     path.write_bytes(content)
     for verb, read in SCHEMAS.items():
         if (verb, ending) != ("curate", ".json"):  # a file of records there
-            assert "to fix" in refused(read, path) or content in (b"1: 2\n",) or b"null" in content or verb
+            refused(read, path)
 
 
 def test_a_recipe_with_a_mark_is_read(tmp_path):
@@ -327,7 +331,7 @@ def test_a_quoted_cell_and_an_array_have_a_limit_too(tmp_path, monkeypatch):
 
 
 def test_broken_archives_are_one_error(tmp_path):
-    whole = gzip.compress(lines(*[{**ROW, "text": str(n)} for n in range(3000)]))
+    whole = gzip.compress(lines(*[{**ROW, "text": str(n)} for n in range(300)]))
     for name, content in {
         "cut": whole[:-100],
         "changed": whole[:200] + bytes(50) + whole[250:],
@@ -490,6 +494,191 @@ def test_damaged_json_of_ours_is_one_error(tmp_path, content):
     refused(lambda path: Manifest.load(path.parent), path)
     refused(_from_config, path)
     refused(lambda path: read_source(Source(path=str(path.parent))), path)
+
+
+@pytest.mark.parametrize("content", [*JSON.values(), b'{"sources": {"a": 5}, "best_step": [], "step": NaN}'])
+def test_a_report_is_made_of_what_can_be_read(tmp_path, content):
+    """Of anything but the recipe: what is damaged is left out and named."""
+    for name in ("metrics.jsonl", "manifest.json", "finished.json", "environment.json", "merge.json", "before.json"):
+        folder = tmp_path / name
+        (folder / "evaluation").mkdir(parents=True)
+        (folder / "recipe.yaml").write_text("output: a\n")
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss/a": 1.0}\n')
+        (folder / ("evaluation" if name == "before.json" else "") / name).write_bytes(content)
+        (folder / "evaluation" / "geometry-before.json").write_bytes(content)
+        assert "Recipe" in folder_page(folder)
+
+
+def test_a_damaged_store_is_named_with_the_way_out(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(lines(ROW, ROW))
+    source = Source(path=str(path), cache=str(tmp_path / "kept"))
+    read_source(source)
+    for name in ("set.json", "store.json"):
+        (kept,) = (tmp_path / "kept").glob(f"records/*/{name}")
+        whole = kept.read_bytes()
+        for content in (*JSON.values(), whole[:-1], whole.replace(b'"name"', b'"x"').replace(b'"rows"', b'"x"')):
+            kept.write_bytes(content)
+            assert "delete" in refused(lambda path: read_source(source), path, names=str(kept.parent))
+        kept.write_bytes(whole)
+    (note,) = (tmp_path / "kept").glob("sources/*.json")
+    for content in JSON.values():  # what only says that nothing has changed is made again
+        note.write_bytes(content)
+        assert len(read_source(source).records) == 2
+
+
+# Token caches.
+
+MANIFEST = {
+    "tokenizer": {"name": "t", "sha256": "x", "max_length": 32, "end_id": None},
+    "version": 1,
+    "datasets": {
+        "a": {"name": "a", "task": "retrieval", "layout": "corpus", "rows": 1, "documents": 1, "prompts": {}}
+        | {"document_role": "document", "ids": "name"}
+    },
+}
+NAMED = ("a_query.parquet", "a_corpus.parquet")
+
+
+def token_cache(folder, *, query=None, corpus=None, **facts):
+    folder.mkdir()
+    manifest = MANIFEST | {"datasets": {"a": MANIFEST["datasets"]["a"] | facts}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    pq.write_table(
+        pa.table({"query_input_ids": [[1, 2]], "passage_input_ids": ["d"]} | (query or {})), folder / NAMED[0]
+    )
+    pq.write_table(pa.table({"doc_id": ["d"], "input_ids": [[3, 70]]} | (corpus or {})), folder / NAMED[1])
+    return folder
+
+
+ID_FAULTS = {
+    "below zero": {"query": {"query_input_ids": [[-1]]}},
+    "a document below zero": {"corpus": {"input_ids": [[-5]]}},
+    "beyond 32 bits": {"query": {"query_input_ids": [[2**40]]}},
+    "fractions": {"query": {"query_input_ids": [[1.5]]}},
+    "texts": {"query": {"query_input_ids": [["a"]]}},
+    "a text": {"query": {"query_input_ids": ["a"]}},
+    "a null among them": {"query": {"query_input_ids": [[None, 1]]}},
+    "none": {"query": {"query_input_ids": pa.array([[]], pa.list_(pa.int32()))}},
+    "no list": {"query": {"query_input_ids": pa.array([None], pa.list_(pa.int32()))}},
+    "no such document": {"query": {"passage_input_ids": ["x"]}},
+    "a number as document": {"query": {"passage_input_ids": [3]}},
+    "no document": {"query": {"passage_input_ids": pa.array([None], pa.string())}},
+    "a body beyond the text": {"query": {"query_body_start": [7]}},
+    "a body below zero": {"corpus": {"body_start": [-1]}},
+    "an id that is text": {"query": {"query_id": ["x"]}},
+    "more scores": {"query": {"positive_scores": [[0.1, 0.2]]}},
+    "NaN as a score": {"query": {"positive_scores": [[float("nan")]]}},
+    "a text as a score": {"query": {"positive_scores": [["x"]]}},
+    "a text as a label": {"query": {"label": ["x"]}},
+    "a name that should be an id": {"ids": "text"},
+    "an unknown task": {"task": "x"},
+    "an unknown layout": {"layout": "x"},
+    "another folder": {"name": "../a"},
+    "the other layout": {"layout": "inline"},
+}
+
+
+@pytest.mark.parametrize("changes", ID_FAULTS.values(), ids=ID_FAULTS)
+def test_malformed_token_caches_are_one_error(tmp_path, changes):
+    folder = token_cache(tmp_path / "tokens", **changes)
+    refused(READERS["train"], folder)
+    refused(READERS["inspect"], folder)
+
+
+def test_a_manifest_cannot_name_another_folder(tmp_path):
+    folder = token_cache(tmp_path / "tokens")
+    facts = MANIFEST["datasets"]["a"] | {"name": "../tokens/a"}
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST | {"datasets": {"../tokens/a": facts}}))
+    assert "cannot be that of a file in the cache" in refused(READERS["train"], folder)
+
+
+def test_a_source_cannot_be_tokenized_into_another_folder(tmp_path, bert):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(lines(ROW))
+    job = {"model": {"path": str(bert)}, "data": [{"path": str(path), "name": "../a"}], "out": str(tmp_path / "out")}
+    assert "'../a' cannot be that of a file" in refused(lambda path: tokenize(parse(TokenizeJob, job)), path)
+
+
+def test_pieces_of_a_token_cache_that_are_no_files(tmp_path):
+    for number, name in enumerate(NAMED):
+        folder = token_cache(tmp_path / f"tokens{number}")
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        refused(READERS["train"], folder, names=name)
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        refused(READERS["train"], folder, names=name)
+        (folder / name).rmdir()
+        refused(READERS["train"], folder, names=name)
+
+
+def test_tokens_beyond_the_models_table_are_refused_before_the_first_step(tmp_path, bert):
+    model = load(str(bert), pooling="mean")
+    table = len(model.backbone.get_input_embeddings().weight)
+    facts = {"tokenizer": tokenizer_facts(model, "t").__dict__}
+    for ids, what in (([3, table], f"token is {table}"), ([3] * 40, "place in a text is 40")):
+        folder = token_cache(tmp_path / f"tokens{len(ids)}", corpus={"input_ids": [ids]})
+        (folder / "manifest.json").write_text(json.dumps(MANIFEST | facts))
+        found = read_source(Source(path=str(folder)))
+        with pytest.raises(EmbedsmithError, match=what):
+            check_tokens(found, model, in_pairs=False)
+
+
+# Tasks.
+
+TASKS = {
+    "a number as candidates": {"query": "a", "positive": 3, "negative": ["c"]},
+    "an object as candidates": {"query": "a", "positive": ["b"], "negative": {"a": 1}},
+    "a number among candidates": {"query": "a", "positive": [1], "negative": ["c"]},
+    "a score of 400 digits": {"text1": "a", "text2": "b", "score": 10**400},
+    "NaN as a score": {"text1": "a", "text2": "b", "score": float("nan")},
+    "a list as a score": {"text1": "a", "text2": "b", "score": [1]},
+    "a label of two": {"text1": "a", "text2": "b", "label": 2},
+    "no text": {"text1": "", "text2": "b", "score": 1},
+}
+
+
+@pytest.mark.parametrize("row", TASKS.values(), ids=TASKS)
+def test_malformed_tasks_are_one_error(tmp_path, row):
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(lines(row))
+    refused(READERS["evaluate"], path)
+
+
+@pytest.mark.parametrize("grade", ["x", "nan", "1e999", "9" * 400, "1e300", "", "0.5"])
+def test_malformed_judgements_are_one_error(tmp_path, grade):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_bytes(lines({"_id": "1", "text": "a"}))
+    (folder / "queries.jsonl").write_bytes(lines({"_id": "q", "text": "a"}))
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\nq\t1\t{grade}\n")
+    refused(READERS["evaluate"], folder, names="test.tsv")
+
+
+# Datasets of Hugging Face.
+
+SETS = {
+    "half a row": {"data.json": b"{"},
+    "a list": {"data.jsonl": b"[1]\n"},
+    "a cell": {"data.csv": b'"a\n'},
+    "nothing": {},
+    "a card": {"README.md": b"---\nconfigs: [\n---\n", "data.jsonl": lines(ROW)},
+    "state": {"state.json": b"{}"},
+    "a list as state": {"state.json": b"[]"},
+    "splits": {"dataset_dict.json": b'{"splits": 5}'},
+}
+
+
+@pytest.mark.parametrize("files", SETS.values(), ids=SETS)
+def test_malformed_datasets_are_one_error(tmp_path, files):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    for verb in ("train", "stream"):
+        refused(READERS[verb], folder)
 
 
 def test_a_path_is_shown_short_and_readable(tmp_path):

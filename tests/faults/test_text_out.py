@@ -18,7 +18,8 @@ from embedsmith.core.errors import EmbedsmithError, RecipeError
 from embedsmith.core.markdown import block, code, words
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.recipe import parse, save_recipe
-from embedsmith.core.text_out import printable, without_secrets
+from embedsmith.core.settings import to_plain
+from embedsmith.core.text_out import printable, remember_secret, without_secrets
 from embedsmith.curate import CurateRecipe, Endpoint, Input, SyntheticQueries, Tools, curate
 from embedsmith.index.server import ServerStore
 from embedsmith.merge import merge
@@ -296,3 +297,11 @@ def test_addresses_lose_their_secrets_in_messages():
     text = f"https://u:{KEY}@host/a?x=1&X-Amz-Signature={KEY}&token={KEY} s3://bucket/a@b"
     assert without_secrets(text) == "https://***@host/a?x=1&X-Amz-Signature=***&token=*** s3://bucket/a@b"
     assert KEY not in str(EmbedsmithError("no", where=f"https://u:{KEY}@host/data.jsonl"))
+
+
+def test_data_and_models_keep_what_only_looks_like_a_secret(monkeypatch):
+    monkeypatch.setattr("embedsmith.core.text_out._secrets", set())
+    remember_secret("<|endoftext|>")
+    settings = Endpoint("http://localhost", "m", system="see http://a@b/?key=1 <|endoftext|>")
+    assert to_plain(settings, exact=True)["system"] == settings.system
+    assert to_plain(settings)["system"] == "see http://***@b/?key=*** ***"

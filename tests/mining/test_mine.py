@@ -16,7 +16,7 @@ from embedsmith.data import Source, read_source
 from embedsmith.mining import MineRecipe, mine
 from embedsmith.mining import searchers as searchers_module
 from embedsmith.mining.searchers import Searcher
-from tests.mining.fakes import Words, rows
+from tests.mining.fakes import TOPICS, Words, rows
 from tests.ranks import on_ranks
 
 
@@ -248,6 +248,105 @@ def test_half_written_vectors_are_made_again(tree, tmp_path, caplog):
     (tmp_path / "mined.report.json").unlink()
     assert [r.negatives for r in mined(tree)] == [r.negatives for r in expected]
     assert "encoded again" in caplog.text
+
+
+@pytest.fixture
+def varied(tree, tmp_path):
+    """Records of several positives with far scores; every query's own text, and texts near it, are in the corpus."""
+    pairs = [
+        row | {"pos": [f"other {TOPICS[n % 5]} answers wholly unlike {n}", *row["pos"], f"{row['query']} exactly"]}
+        for n, row in enumerate(rows(10))
+    ]
+    for name, rows_ in (("pairs", pairs), ("corpus", [{"text": row["query"]} for row in pairs] + [{"text": "about"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
+    return tree | {"corpus": [{"path": str(tmp_path / "corpus.jsonl")}], "candidates": 40}
+
+
+@pytest.mark.parametrize("searcher", [{"type": "embedding", "model": "words"}, {"type": "bm25"}])
+def test_the_query_itself_is_no_negative(varied, searcher):
+    select = {"negatives": 40, "near_duplicate": None}
+    for record in mined(varied, searchers=[searcher], select=select):
+        assert record.negatives
+        assert record.query not in record.negatives
+        assert not set(record.positives) & set(record.negatives)
+
+
+@pytest.mark.parametrize("limit", ["relative_margin", "absolute_margin"])
+@pytest.mark.parametrize("by", ["limits", "teacher_limits"])
+def test_margins_are_taken_from_the_weakest_positive_of_a_record(varied, limit, by):
+    select = {"negatives": 40, "near_duplicate": None, by: {limit: 0.01}}
+    teacher = {"type": "embedding", "model": "other"} if by == "teacher_limits" else None
+    loose = mined(varied, select=select | {by: {}}, teacher=teacher)
+    strict = mined(varied, select=select, teacher=teacher, output=varied["output"] + "2.jsonl")
+    between = 0
+    for all_, some in zip(loose, strict, strict=True):
+        weakest, strongest = min(all_.teacher_positive_scores), max(all_.teacher_positive_scores)
+        highest = weakest - 0.01 * (abs(weakest) if limit == "relative_margin" else 1)
+        scored = zip(all_.negatives, all_.teacher_negative_scores, strict=True)
+        expected = {text: score for text, score in scored if score <= highest + 1e-6}
+        assert set(some.negatives) == set(expected)
+        between += sum(highest < score <= strongest for score in all_.teacher_negative_scores)
+    assert between > 10, "scores between the weakest and the strongest positive tell the two apart"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("part-000000007.jsonl", None),
+        ("part-000000007.jsonl", lambda content: b""),
+        ("part-000000007.jsonl", lambda content: content[:-5]),
+        ("part-000000007.jsonl", lambda content: content + b"{}\n"),
+        *(("part-000000007.json", lambda content, new=new: new) for new in (b"", b"[]", b"3", b"{}", b'["1", {}]')),
+        ("part-000000007.json", lambda content: content.replace(b'"records": 7', b'"records": "7"')),
+    ],
+)
+def test_parts_that_are_not_whole_are_mined_again(tree, tmp_path, monkeypatch, name, change):
+    from embedsmith.mining import offline as module
+
+    whole = run(tree | {"output": str(tmp_path / "whole.jsonl")})
+    monkeypatch.setattr(module._Work, "finish", lambda *arguments: None)
+    run(tree)
+    monkeypatch.undo()
+    (path,) = (tmp_path / "mined.jsonl.work").rglob(name)
+    content = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(content))
+    assert run(tree).negatives == whole.negatives
+    assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "lying"])
+def test_a_report_that_is_none_is_not_believed(tree, tmp_path, content):
+    expected = run(tree)
+    path = tmp_path / "mined.report.json"
+    lying = json.dumps(json.loads(path.read_text()) | {"records": "many"})
+    path.write_text(lying if content == "lying" else content)
+    assert run(tree, work=str(tmp_path / "mined.jsonl.work")).records == expected.records
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_corpus_is_named(tree, tmp_path, content):
+    (tmp_path / "corpus.txt").write_text(content)
+    with pytest.raises(DataError, match=r"corpus\.txt: no text in this corpus"):
+        run(tree, corpus=[{"path": str(tmp_path / "corpus.txt")}])
+
+
+def test_two_models_have_an_approximate_index_each_and_a_damaged_one_is_built_again(tree, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    from embedsmith.mining import offline as module
+
+    both = [{"type": "embedding", "model": name, "index": "Flat"} for name in ("words", "other")]
+    exact = [searcher | {"index": "exact"} for searcher in both]
+    expected = [record.negatives for record in mined(tree, searchers=exact, output=str(tmp_path / "exact.jsonl"))]
+    monkeypatch.setattr(module._Work, "finish", lambda *arguments: None)
+    run(tree, searchers=both)
+    monkeypatch.undo()
+    indexes = list((tmp_path / "mined.jsonl.work").rglob("*.faiss"))
+    assert len(indexes) == 2
+    indexes[0].write_bytes(b"")
+    indexes[1].write_bytes(indexes[1].read_bytes()[:-7])
+    for path in (tmp_path / "mined.jsonl.work").rglob("part-*"):
+        path.unlink()
+    assert [record.negatives for record in mined(tree, searchers=both)] == expected
 
 
 def test_bm25_gives_only_documents_that_share_a_word_and_counts_what_is_short(tree, tmp_path):

@@ -68,7 +68,20 @@ def test_every_part_of_the_key_counts(tmp_path):
         for head in ("dense", "sparse")
     }
     assert len(paths) == 48
+    cached = CachedEncoder.of(model, tmp_path)
+    told = {cached.path(["a", "b"], "query", None, "dense", own) for own in (None, [None, "x"], ["x", None], ["", "x"])}
+    assert len(told) == 4
     assert fingerprint(model) == "words-a-16"
+
+
+def test_what_is_kept_of_other_texts_is_made_again(tmp_path, caplog):
+    model = Words()
+    cached = CachedEncoder.of(model, tmp_path)
+    cached.represent(["a"], role="query")
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.rename(cached.path(["a", "b"], "query", None, "dense"))
+    assert len(cached.represent(["a", "b"], role="query")["dense"]) == 2
+    assert "1 rows of 2 texts" in caplog.text
 
 
 def test_values_that_are_not_finite_are_not_kept(tmp_path):

@@ -90,7 +90,7 @@ def test_without_bounds_texts_would_see_each_other(folders, monkeypatch):
 def test_what_cannot_be_packed_is_refused(folders, family, changes, options, message):
     with pytest.raises(ModelError, match=message) as caught:
         embed(folders(family, **changes), pooling="mean", packing=True, **options)
-    assert "set packing=false" in str(caught.value)
+    assert "set model.packing=false" in str(caught.value)
 
 
 def test_a_window_as_long_as_the_texts_is_none(folders):

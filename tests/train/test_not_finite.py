@@ -41,18 +41,17 @@ def poisoned(steps, number=math.nan, on_rank=0):
 
 
 def settings(tree, **changes):
-    return tree | {"train": tree["train"] | {"log_with": [], "keep_checkpoints": 20} | changes}
+    return tree | {"train": tree["train"] | {"log_with": [], "keep_checkpoints": 20, "steps": 8} | changes}
 
 
 def skipped(output):
     return {line["step"]: line["skipped_steps"] for line in metrics(output) if "skipped_steps" in line}
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tree, tmp_path, caplog, number):
-    with poisoned({3, 4, 8}, number):
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tree, tmp_path, caplog):
+    with poisoned({3, 4, 7}):
         run(settings(tree, checkpoint_every=1))
-    assert skipped(tmp_path / "run") == {4: 1, 5: 2, 9: 3}
+    assert skipped(tmp_path / "run") == {4: 1, 5: 2, 8: 3}
     assert caplog.text.count("step 4 is skipped") == caplog.text.count("is skipped") == 1
     steps = [weights(tmp_path / "run" / "checkpoints" / f"step-{step}") for step in range(3, 7)]
     assert_equal_weights(steps[0], steps[1])
@@ -62,7 +61,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tree, tmp_path,
 
 
 def test_a_run_with_skipped_steps_that_is_stopped_ends_with_the_same_bits(tree, tmp_path, monkeypatch):
-    with poisoned({3, 4, 5}):
+    with poisoned({3, 4, 5}, math.inf):
         run(settings(tree, max_skipped_steps=3), output=str(tmp_path / "whole"))
         with monkeypatch.context() as patch:
             update = loop.update
@@ -75,13 +74,13 @@ def test_a_run_with_skipped_steps_that_is_stopped_ends_with_the_same_bits(tree, 
 
 
 def test_too_many_in_a_row_end_the_run_also_counted_across_a_resume_and_the_way_back_works(tree, tmp_path):
-    with poisoned({3, 4, 5, 9}):
+    with poisoned({3, 4, 5}):
         for _ in range(2):  # the second time from step 4, where one had been skipped
             with pytest.raises(TrainingError, match=r"step 6.*3 steps in a row") as found:
                 run(settings(tree, max_skipped_steps=2))
     path = re.search(r"model\.path=(\S+),", str(found.value))[1]
     assert path == str(tmp_path / "run" / "checkpoints" / "step-4" / "model")
-    calmer = settings(tree, learning_rate=1e-4)
+    calmer = settings(tree, learning_rate=1e-4, steps=1)
     run(calmer, model=tree["model"] | {"path": path}, output=str(tmp_path / "calmer"))
 
 
@@ -90,21 +89,21 @@ def test_a_run_that_fails_before_its_first_checkpoint_says_so(tree):
         run(settings(tree, max_skipped_steps=0))
 
 
-@pytest.mark.parametrize("last", [6, 12])
-def test_weights_that_are_not_finite_are_not_written_and_prune_nothing(tree, tmp_path, monkeypatch, last):
+def test_weights_that_are_not_finite_are_not_written_and_prune_nothing(tree, tmp_path, monkeypatch):
+    """In the last step, after which the model would be written."""
     update = loop.update
 
     def breaking(run_, draw):
         result = update(run_, draw)
-        if run_.state.step == last - 1:
+        if run_.state.step == 7:
             with torch.no_grad():
                 next(run_.model.parameters()).view(-1)[0] = math.inf
         return result
 
     monkeypatch.setattr(loop, "update", breaking)
-    with pytest.raises(ModelError, match=rf"(?s)weights are not finite.*step-{last - 2}"):
+    with pytest.raises(ModelError, match=r"(?s)weights are not finite.*step-6"):
         run(settings(tree, keep_checkpoints=1))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last - 2}"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-6"]
     assert not (tmp_path / "run" / "model").exists()
     monkeypatch.setattr(loop, "update", update)
     run(settings(tree, keep_checkpoints=1))
@@ -135,7 +134,7 @@ class NotOnRankOne(TinyHeads):
 @pytest.mark.dist
 def test_all_ranks_decide_alike_where_one_of_them_has_the_fault(tree, tmp_path):
     model = {"path": str(tiny_bert(tmp_path / "plain", dropout=0.0)), "pooling": "mean"}
-    tree = settings(tree | {"model": model}, steps=4)
+    tree = settings(tree | {"model": model}, steps=3)
     for limit, loss in on_ranks(2, on_two, tmp_path, tree, math.nan):
         assert "2 steps in a row" in limit
         assert "step-2" in limit

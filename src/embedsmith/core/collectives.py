@@ -72,9 +72,9 @@ def lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise TrainingError(
-                f"rank {rank()} lost another process of this run",
+                f"rank {os.environ.get('RANK', rank())} lost another process of this run, or never found it",
                 fix="see what that process said, or whether it was killed; the same command goes on",
             ) from error
         raise

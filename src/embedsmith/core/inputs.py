@@ -63,7 +63,7 @@ def read_text(path: str | Path, error: Fault = DataError, *, fix: str | None = N
         raise error(f"cannot read the file ({problem.strerror})", where=path, fix="check the path") from problem
     if len(raw) > most:
         raise error(f"the file is longer than {most:,} bytes", where=path, fix=fix or "check that it is the right file")
-    refuse_other_encoding(raw, path, error)
+    refuse_other_encoding(raw, path, error, fix)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -74,11 +74,11 @@ def read_text(path: str | Path, error: Fault = DataError, *, fix: str | None = N
         ) from problem
 
 
-def refuse_other_encoding(start: bytes, path: Path, error: Fault = DataError) -> None:
+def refuse_other_encoding(start: bytes, path: Path, error: Fault = DataError, fix: str | None = None) -> None:
     """Errors: `error` for a file that starts with the mark of another encoding than UTF-8."""
     for mark, name in MARKS.items():
         if start.startswith(mark):
-            fix = f"convert it, for example: {_iconv(name, path)}"
+            fix = fix or f"convert it, for example: {_iconv(name, path)}"
             raise error(f"the file is {name}, by its byte order mark", where=path, fix=fix)
 
 

@@ -22,8 +22,9 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from embedsmith.core.errors import CheckpointError
+from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.core.files import TEMPORARY, apply_umask, disk_errors, sync_file, sync_folder
+from embedsmith.core.inputs import read_json
 
 _ASIDE = ".old"
 _LEFT = re.compile(rf"\.(?P<name>.+)\.[a-z0-9_]{{8}}({re.escape(TEMPORARY)}|{re.escape(_ASIDE)})")
@@ -223,9 +224,9 @@ def refuse_foreign_records(output: Path, report: Path, key: str, work: Path, und
     a run that may be `under_way`. Errors: `CheckpointError` for files that the verb did not write, or that were changed
     since, but for `overwrite`."""
     try:
-        known = json.loads(report.read_text(encoding="utf-8"))
-        known = known if {"output_bytes", key} <= known.keys() else None
-    except (OSError, ValueError, AttributeError):
+        found = read_json(report)
+        known = found if {"output_bytes", key} <= found.keys() else None
+    except DataError:
         known = None
     refuse_foreign_file(report, known is not None)
     refuse_foreign_file(output, known is not None or (work.name == f"{output.name}.work" and work.is_dir()))

@@ -150,17 +150,20 @@ def descriptions(cls: type) -> dict[str, str]:
     return found
 
 
-def to_plain(value: Any) -> Any:
-    """A setting as YAML can hold it: the inverse of parsing, but for secrets, which are left out."""
+def to_plain(value: Any, exact: bool = False) -> Any:
+    """A setting as YAML can hold it: the inverse of parsing, but for secrets, which are left out. `exact`: keep all,
+    for data and for what a model is made of."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = getattr(type(value), "registered_name", None)
         head = {} if name is None else {"type": name}
-        return head | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return head | {f.name: to_plain(getattr(value, f.name), exact) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item, exact) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float) else without_secrets(str(value))
+        return [to_plain(item, exact) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return str(value) if exact else without_secrets(str(value))
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:

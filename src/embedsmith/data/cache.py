@@ -140,7 +140,7 @@ class Sighting:
 def _cache(source: Source) -> Path:
     """The folder that the source names, else `embedsmith` in the user's cache folder (as the XDG convention has it)."""
     if source.cache is not None:
-        return Path(source.cache).expanduser()
+        return Path(os.path.expanduser(source.cache))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedsmith"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from embedsmith.core.errors import CheckpointError, MissingExtraError, SearchError
-from embedsmith.core.files import allocate, atomic_file, disk_errors
+from embedsmith.core.files import allocate, atomic_file, disk_errors, full_disk
 from embedsmith.core.inputs import read_json
 from embedsmith.core.outputs import files_of, holder, sign
 from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
@@ -306,8 +306,8 @@ class EdgeStore:
             except BaseException as error:  # the engine raises nothing more exact, and panics where files are damaged
                 if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                     raise
-                if "No space left" in str(error):
-                    raise OSError(28, "No space left on device") from error
+                if (full := full_disk(error, self._folder)) is not None:
+                    raise full from error
                 raise SearchError(f"the index engine says: {error}", where=self._folder) from error
 
 

@@ -84,7 +84,7 @@ class ParentSpec:
         def natural(path: str) -> list[tuple[int, int | str]]:
             return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path) if part]
 
-        matches = sorted(filter(os.path.isdir, glob.glob(str(Path(self.path).expanduser()))), key=natural)
+        matches = sorted(filter(os.path.isdir, glob.glob(os.path.expanduser(self.path))), key=natural)
         if not matches:
             raise RecipeError(f"no folder matches the pattern {self.path!r}", fix="check the path")
         columns = list(zip(*(Path(match).parts for match in matches), strict=False))

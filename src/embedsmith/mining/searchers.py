@@ -27,6 +27,7 @@ from embedsmith.core.errors import (
     RecipeError,
     SearchError,
 )
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.settings import Count, Positive, Share, Weights, Word
@@ -403,7 +404,7 @@ def _refuse_without_scores(path: str) -> None:
     """sentence-transformers gives a model without a classifier a random one, whose scores mean nothing."""
     from transformers import AutoConfig
 
-    folder = Path(path).expanduser()
+    folder = local_path(path, ModelError)
     if folder.is_dir() and (folder / "modules.json").exists() and not (folder / "config.json").exists():
         return  # its first module lies in a folder of its own, as only sentence-transformers writes it
     try:

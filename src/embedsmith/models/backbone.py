@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 
 from embedsmith.core.device import check_fits
 from embedsmith.core.errors import EmbedsmithError, ModelError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
@@ -41,7 +42,7 @@ def locate(path: str, revision: str | None = None) -> Path:
 
     Errors: `ModelError` when there is no such folder, or the hub has no such model or cannot be reached.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path, ModelError)
     if folder.is_dir():
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(path):

@@ -82,7 +82,7 @@ class EmbeddingConfig:
         if self.attention.mode == "softmask":
             config = replace(self, attention=replace(self.attention, mode="bidirectional"))
         if config != EmbeddingConfig():
-            write_json(folder / EMBEDDING_CONFIG, to_plain(config))
+            write_json(folder / EMBEDDING_CONFIG, to_plain(config, exact=True))
 
 
 POOLING_NAMES: Mapping[str, str] = {

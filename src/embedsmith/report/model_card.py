@@ -14,6 +14,7 @@ import yaml
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_text
 from embedsmith.core.markdown import block, row, without_folders, words
 from embedsmith.core.text_out import remember_secret
 from embedsmith.evaluate.result import Results, percent
@@ -46,8 +47,7 @@ class TrainingFacts:
         """Data, scores and recipe of a run, as far as its folder holds them."""
 
         def facts(name: str) -> dict[str, Any]:
-            found: dict[str, Any] = json.loads(path.read_text("utf-8")) if (path := output / name).is_file() else {}
-            return found
+            return read_json(path) if (path := output / name).is_file() else {}
 
         paths = [output / "evaluation" / f"{name}.json" for name in ("before", "after")]
         before, after = ({r.task: r for r in Results.load(path)} if path.is_file() else {} for path in paths)
@@ -95,7 +95,7 @@ class TrainingFacts:
         card = Path(folder) / "README.md"
         if not card.is_file():
             raise ModelError("the folder has no README.md", where=folder, expected="a saved model")
-        text = card.read_text(encoding="utf-8")
+        text = read_text(card, ModelError)
         before, start, rest = text.partition(_START)
         after = rest.rpartition(_END)[2].lstrip("\n") if start else ""
         with atomic_file(card) as file:
@@ -148,7 +148,7 @@ def _without_what_is_private(folder: Path, public: Path) -> None:
         target = public / place
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.name == "README.md":
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file, ModelError)
             here = lambda found: Path(found[0]).name if Path(found[0]).exists() else found[0]
             target.write_text(_PATH.sub(here, text), encoding="utf-8")
         elif file.name in _SETTINGS and (plain := without_folders(known := read_json(file))) != known:

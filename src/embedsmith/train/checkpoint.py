@@ -144,7 +144,7 @@ class Checkpoints:
             for name, piece in pieces.items():
                 with (folder / name).open("wb") as file:
                     torch.save(piece, file)
-            (folder / "state.json").write_text(json.dumps(to_plain(state)), encoding="utf-8")
+            (folder / "state.json").write_text(json.dumps(to_plain(state, exact=True)), encoding="utf-8")
             (folder / FILES).write_text(json.dumps(_hashes(folder), indent=1), encoding="utf-8")
         for step in self.steps()[: -self.keep]:
             if step != state.best_step:

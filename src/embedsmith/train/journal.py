@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +21,9 @@ import torch
 from accelerate import Accelerator
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.core.files import atomic_file, disk_errors
+from embedsmith.core.inputs import read_typed
 from embedsmith.core.progress import Bar, log
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray
@@ -73,13 +75,13 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            if entry["step"] <= step:
+                kept.append(line)
+        except (ValueError, RecursionError, TypeError, LookupError):
             continue
-        if entry["step"] <= step:
-            kept.append(line)
     with atomic_file(path) as file:
         file.writelines(line + "\n" for line in kept)
 
@@ -199,9 +201,10 @@ class RunManifest:
         path = output / NAME
         if step:
             now = _of_all_ranks(_sources(feed))
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            on_first_rank(lambda: _refuse_changed(output, before.get("sources", {}), now))
-            starts = [(start["step"], start["ranks"]) for start in before.get("starts", ()) if start["step"] < step]
+            fix = "put it back, or delete it to go on without the check that the data are the same"
+            before = read_typed(path, _Before, CheckpointError, fix=fix) if path.exists() else _Before()
+            on_first_rank(lambda: _refuse_changed(output, before.sources, now))
+            starts = [(start.step, start.ranks) for start in before.starts if start.step < step]
         manifest = RunManifest(output, feed, [*starts, (step, world_size())])
         manifest.save(step)
         return manifest
@@ -234,10 +237,30 @@ class RunManifest:
                 yield step, sharing
 
 
-def _refuse_changed(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [name for name, entry in now.items() if name in before and before[name]["content"] != entry["content"]]
+@dataclass(frozen=True)
+class _Source:
+    content: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Start:
+    step: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a manifest says of the run until it stopped."""
+
+    sources: dict[str, _Source] = field(default_factory=dict)
+    starts: tuple[_Start, ...] = ()
+
+
+def _refuse_changed(output: Path, before: Mapping[str, _Source], now: Mapping[str, Any]) -> None:
+    changed = [name for name, entry in now.items() if name in before and before[name].content != entry["content"]]
     if changed:
-        rows = "; ".join(f"{name}: {before[name]['rows']:,} rows before, {now[name]['rows']:,} now" for name in changed)
+        rows = "; ".join(f"{name}: {before[name].rows:,} rows before, {now[name]['rows']:,} now" for name in changed)
         raise DataError(
             f"data of this run changed since it was stopped ({rows})",
             where=output,

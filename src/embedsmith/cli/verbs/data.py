@@ -39,7 +39,7 @@ def inspect_data(
         apply_override(tree, override)
     found = inspect_source(parse(Source, tree, where="inspect"), samples)
     if as_json:
-        say(json.dumps(to_plain(found), indent=2, ensure_ascii=False))
+        say(json.dumps(to_plain(found, exact=True), indent=2, ensure_ascii=False))
     else:
         show(found.tables())
 

@@ -54,7 +54,7 @@ class PlannedSource:
             raise RecipeError(
                 f"batch_size {self.batch_size} cannot be shared equally by {world} ranks",
                 where=where,
-                fix=f"set train.batch_size, or batch_size of the source if it has one, to {near}",
+                fix=f"set batch_size to {near} (train.batch_size, or data.N.batch_size where the source has one)",
             )
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise RecipeError(

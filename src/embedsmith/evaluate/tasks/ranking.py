@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from embedsmith.core.errors import DataError, EvaluationError
+from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
@@ -253,7 +254,7 @@ class RerankingTask(RankingTask):
             columns = next((pair for pair in _CANDIDATE_COLUMNS if set(pair) <= row.keys()), None)
             if columns is None:
                 raise DataError(f"found: {', '.join(row)}", where=where, expected="`query`, `positive` and `negative`")
-            positive, negative = ([row[c]] if isinstance(row[c], str) else list(row[c] or ()) for c in columns)
+            positive, negative = (_candidates_in(row, column, where) for column in columns)
             if positive and negative:
                 query = f"{split}_query{number}"
                 number += 1
@@ -364,6 +365,13 @@ class LongDocumentTask(TaskKind):
         )
 
 
+def _candidates_in(row: Mapping[str, Any], column: str, where: str) -> list[Any]:
+    value = row[column]
+    if value is not None and not isinstance(value, str | list):
+        raise DataError(f"{column!r} is {kind_of(value)}", where=where, expected="a text or a list of texts")
+    return [value] if isinstance(value, str) else value or []
+
+
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Columns `query-id`, `corpus-id`, `score`. Grades are whole numbers; a pair judged twice must agree."""
     qrels: dict[str, dict[str, int]] = {}
@@ -371,8 +379,8 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
         if not row.keys() >= _QRELS:
             raise DataError(f"found: {', '.join(row)}", where=path, expected=f"columns {', '.join(sorted(_QRELS))}")
         query, document, score = (str(row[column]) for column in ("query-id", "corpus-id", "score"))
-        if not is_number(score) or not float(score).is_integer():
-            raise DataError(f"the grade is {score!r}", where=where, expected="a whole number")
+        if not is_number(score) or not float(score).is_integer() or abs(float(score)) >= 2**31:
+            raise DataError(f"the grade is {score[:60]!r}", where=where, expected="a whole number of 32 bits")
         grade = int(float(score))
         earlier = qrels.setdefault(query, {}).setdefault(document, grade)
         if earlier != grade:
