@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+
 from tests.faults.mutate import Mutation, mutations
 from tests.faults.server import Outcome, Server
 from tests.faults.workplace import MAKING, READING, Command
