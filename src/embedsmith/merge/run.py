@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
             return Merged(output, done)
         if done is not None:
             raise CheckpointError("it was merged from other weights of these models", where=output, fix=_REPLACE)
-        with atomic_folder(output, _kind(plan)) as partial:
+        with atomic_folder(output, _kind()) as partial:
             if chosen.adapter is None:
                 files = homes(plan)
                 report = _write_model(plan, partial, files)
@@ -116,21 +115,18 @@ def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
 _REPLACE = "choose another output, or replace it with --overwrite"
 
 
-def _kind(plan: Plan | None = None) -> Kind:
-    """How a merge is known: a saved model with its report, and what else was copied from one of the models."""
-    copied = {escape(name) for model in (plan.models if plan else ()) for name in files_of(model.folder)}
+def _kind() -> Kind:
+    """How a merge is known: a saved model with its report; what a merge copies more is in the new one, too."""
     own = (REPORT, "recipe.yaml", "verify.json", "report.html")
-    return Kind("merge", (*saved_model().entries, *own, *copied), (REPORT, '"method"'))
+    return Kind("merge", (*saved_model().entries, *own), (REPORT, '"method"'))
 
 
 def _finished(recipe: MergeRecipe, overwrite: bool) -> dict[str, Any] | None:
     """The report of the same merge, where it stands there and is to stay. Errors: `CheckpointError` for another merge,
     and for what is none."""
     output = Path(recipe.output)
-    if not _kind().marked(output):
-        _kind().refuse_foreign(output)
-        return None
-    if overwrite:
+    _kind().refuse_other(output)
+    if overwrite or not files_of(output):
         return None
     if to_plain(load_recipe(output / "recipe.yaml", MergeRecipe)) != to_plain(recipe):
         raise CheckpointError("the folder is not empty: it holds a merge of another recipe", where=output, fix=_REPLACE)
@@ -145,9 +141,7 @@ def plan_in_words(recipe: MergeRecipe, *, overwrite: bool = False) -> str:
     """
     check_claim(recipe.output, "merge")
     _finished(recipe, overwrite)
-    plan = make_plan(recipe)
-    _kind(plan).refuse_foreign(Path(recipe.output))
-    return plan.in_words()
+    return make_plan(recipe).in_words()
 
 
 @contextmanager
