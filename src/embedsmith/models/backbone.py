@@ -150,7 +150,7 @@ def keep_layers(backbone: Any, wanted: int | Sequence[int] | None) -> None:
     if wanted is None:
         return
     layers = layers_of(backbone)
-    places = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
+    places = list(range(min(wanted, len(layers) + 1))) if isinstance(wanted, int) else list(wanted)
     if not places or sorted(set(places)) != places or places[0] < 0 or places[-1] >= len(layers):
         raise ModelError(
             f"layers={wanted} of a model with {len(layers)} layers", expected="a number, or a rising list from 0"
