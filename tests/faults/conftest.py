@@ -1,6 +1,7 @@
 """One server of commands and one furnished workplace for all tests of faults."""
 
 import pytest
+
 from tests.faults.fuzz import Judge
 from tests.faults.server import Server
 from tests.faults.workplace import furnish, use

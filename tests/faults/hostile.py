@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
 from tests.faults.fuzz import Judge, copied
 from tests.faults.workplace import MAKING, READING, Command
 

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from tests.faults.fuzz import inputs
 from tests.faults.hostile import CASES, hostile_round
 from tests.faults.mutate import mutations, verdict_of

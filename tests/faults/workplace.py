@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
 from tests.faults.server import Server
 from tests.tinybert import WORDS, tiny_bert
 
