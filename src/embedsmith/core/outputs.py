@@ -92,7 +92,7 @@ def _locked(file: Path, output: str | Path) -> int:
             told = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
             raise CheckpointError(
-                f"{holder(told)}, is writing here",
+                f"in use by {holder(told)}",
                 where=output,
                 fix="wait until it ends, or choose another output",
             ) from error
@@ -139,7 +139,8 @@ def sweep(folder: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a folder at once: it first gets a temporary name, so that a kill leaves no half of it."""
     if path.exists():
-        path.rename(hidden := _hidden(path, TEMPORARY))
+        with disk_errors(path):
+            path.rename(hidden := _hidden(path, TEMPORARY))
         _remove(hidden)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, files_of
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.recipe import load_recipe, parse, read_tree, save_recipe
+from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.adapter import MergedAdapter
 from embedsmith.merge.merge_plan import Plan, make_plan
@@ -77,9 +77,7 @@ def merge(
 
 def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
     output = Path(chosen.output)
-    kind = _kind(chosen)
-    kind.refuse_foreign(output)
-    done = None if overwrite else _finished(chosen)
+    done = _finished(chosen, overwrite)
     with _hashing(chosen) as hashing:
         plan = make_plan(chosen)
         hashes = {model.id: hashing.submit(getattr, model, "content_hash") for model in plan.models}
@@ -90,7 +88,7 @@ def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
             return Merged(output, done)
         if done is not None:
             raise CheckpointError("it was merged from other weights of these models", where=output, fix=_REPLACE)
-        with atomic_folder(output, kind) as partial:
+        with atomic_folder(output, _kind(plan)) as partial:
             if chosen.adapter is None:
                 files = homes(plan)
                 report = _write_model(plan, partial, files)
@@ -118,20 +116,23 @@ def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
 _REPLACE = "choose another output, or replace it with --overwrite"
 
 
-def _kind(recipe: MergeRecipe) -> Kind:
-    """How a merge is known: a saved model with its report, and what else was copied from one of these models."""
-    specs = [*recipe.specs, *([] if recipe.base_spec is None else [recipe.base_spec])]
-    copied = {escape(name) for spec in specs for name in files_of(Path(spec.path).expanduser())}
+def _kind(plan: Plan | None = None) -> Kind:
+    """How a merge is known: a saved model with its report, and what else was copied from one of the models."""
+    copied = {escape(name) for model in (plan.models if plan else ()) for name in files_of(model.folder)}
     own = (REPORT, "recipe.yaml", "verify.json", "report.html")
     return Kind("merge", (*saved_model().entries, *own, *copied), (REPORT, '"method"'))
 
 
-def _finished(recipe: MergeRecipe) -> dict[str, Any] | None:
-    """The report of the same merge, where it stands there. Errors: `CheckpointError` for another merge."""
+def _finished(recipe: MergeRecipe, overwrite: bool) -> dict[str, Any] | None:
+    """The report of the same merge, where it stands there and is to stay. Errors: `CheckpointError` for another merge,
+    and for what is none."""
     output = Path(recipe.output)
-    if not files_of(output):
+    if not _kind().marked(output):
+        _kind().refuse_foreign(output)
         return None
-    if read_tree(output / "recipe.yaml") != to_plain(recipe):
+    if overwrite:
+        return None
+    if to_plain(load_recipe(output / "recipe.yaml", MergeRecipe)) != to_plain(recipe):
         raise CheckpointError("the folder is not empty: it holds a merge of another recipe", where=output, fix=_REPLACE)
     found: dict[str, Any] = read_json(output / REPORT)
     return found
@@ -143,10 +144,10 @@ def plan_in_words(recipe: MergeRecipe, *, overwrite: bool = False) -> str:
     Errors: those of `merge` before it writes.
     """
     check_claim(recipe.output, "merge")
-    _kind(recipe).refuse_foreign(Path(recipe.output))
-    if not overwrite:
-        _finished(recipe)
-    return make_plan(recipe).in_words()
+    _finished(recipe, overwrite)
+    plan = make_plan(recipe)
+    _kind(plan).refuse_foreign(Path(recipe.output))
+    return plan.in_words()
 
 
 @contextmanager
