@@ -163,7 +163,8 @@ def _names(one: Input, text: str) -> bool:
     """Whether an error names the changed file, its folder, or the key that was changed."""
     parts = [part for part in Path(one.file).parts if len(part) > 2]
     keys = [key for key in one.mutation.name.split(" ")[0].split(".") if len(key) > 2 and not key.isdigit()]
-    return any(word in text for word in (*parts, Path(one.file).stem, *keys))
+    unread = one.command.args[1:] if one.command.verb == "push" else ()  # the hub is asked first
+    return any(word in text for word in (*parts, Path(one.file).stem, *keys, *unread))
 
 
 def fuzz(judge: Judge, chosen: Sequence[Input]) -> list[Finding]:

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.common import resident
+
 CPU_SECONDS = 20
 """A command that computes for longer hangs."""
 ASLEEP = 10
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Call:
     """One command. `kill_at`: (name of an `os` function, n) before whose n-th call the process kills itself.
     `kill_after`: seconds after which it is killed. `file_size`: the largest file it may write. `env`: added to its
-    environment."""
+    environment. `patience`: seconds that it may compute; with more than usual its memory has no limit either."""
 
     args: tuple[str, ...]
     cwd: str
@@ -41,17 +43,19 @@ class Call:
     kill_after: float | None = None
     file_size: int | None = None
     env: dict[str, str] = field(default_factory=dict)
+    patience: int = CPU_SECONDS
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended. `code`: of its exit, below zero for a signal. `text`: all that it printed. `calls`: how
-    often the functions of `WATCHED` were called."""
+    often the functions of `WATCHED` were called. `memory`: MiB at most, over what the imports take."""
 
     code: int
     text: str
     seconds: float
     calls: dict[str, int]
+    memory: float
 
     @property
     def hung(self) -> bool:
@@ -168,27 +172,29 @@ class _Child:
                 self._said += piece
         os.close(self._pipe)
         calls: dict[str, int] = {}
+        memory = 0.0
         if self._facts.exists():
             found = json.loads(self._facts.read_text())
             self._facts.unlink()
-            calls = found["calls"]
+            calls, memory = found["calls"], found["memory"]
             for name in found["modules"]:  # the next fork finds them imported
                 try:
                     importlib.import_module(name)
                 except Exception:  # noqa: BLE001 (some are made up, such as six.moves)
                     continue
         assert self._code is not None
-        return Outcome(self._code, self._said.decode("utf-8", "replace"), self._seconds, calls)
+        return Outcome(self._code, self._said.decode("utf-8", "replace"), self._seconds, calls, memory)
 
 
 def _become(call: Call, output: int, facts: Path) -> int:
     """Become the command: never returns."""
     code = 70
     try:
-        known = set(sys.modules)
+        known, taken = set(sys.modules), resident("VmRSS")
         os.chdir(call.cwd)
         for stream in (1, 2):
             os.dup2(output, stream)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update({"XDG_CACHE_HOME": f"{call.cwd}/.cache"} | call.env)
         calls = _watch(call.kill_at)
@@ -196,7 +202,8 @@ def _become(call: Call, output: int, facts: Path) -> int:
         sys.argv = ["embedsmith", *call.args]
         code = _main()
         if code == 0 and call.file_size is None:
-            facts.write_text(json.dumps({"calls": calls, "modules": sorted(set(sys.modules) - known)}))
+            new, most = sorted(set(sys.modules) - known), resident("VmHWM") - taken
+            facts.write_text(json.dumps({"calls": calls, "modules": new, "memory": most}))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -223,9 +230,10 @@ def _limit(call: Call) -> None:
     if call.file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (call.file_size, call.file_size))
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+    if call.patience == CPU_SECONDS:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (call.patience, call.patience + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
