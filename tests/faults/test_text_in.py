@@ -398,7 +398,8 @@ def test_a_damaged_parquet_file_is_one_error(tmp_path):
     path = tmp_path / "table.parquet"
     pq.write_table(pa.table({"query": [str(n) for n in range(500)], "positives": ["p"] * 500}), path)
     whole = path.read_bytes()
-    for content in (b"", whole[:-1], whole[:100], whole[4:], b"PAR1" + bytes(100) + b"PAR1", bytes(500)):
+    names = whole.replace(b"positives", b"\xffositives")  # a column's name that is no text
+    for content in (b"", whole[:-1], whole[:100], whole[4:], b"PAR1" + bytes(100) + b"PAR1", bytes(500), names):
         path.write_bytes(content)
         for verb in READERS:
             refused(READERS[verb], path)

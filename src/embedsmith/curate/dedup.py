@@ -81,7 +81,7 @@ class NearDuplicates:
     by: By = "record"
     threshold: Annotated[float, Field(ge=0.05, le=1)] = 0.8
     shingle: Count = 5
-    permutations: Annotated[int, Field(ge=16)] = 128
+    permutations: Annotated[int, Field(ge=16, le=4096)] = 128
     seed: int = 0
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:

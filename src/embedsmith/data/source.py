@@ -13,7 +13,7 @@ from embedsmith.core.batch import Loss
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError
 from embedsmith.core.inputs import local_path
-from embedsmith.core.settings import Count, Finite, Positive, Share, section
+from embedsmith.core.settings import Count, Finite, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.columns import Range, Reading, choose_layout
 from embedsmith.data.formats.datasets import beir_rows, hub_rows, is_beir_folder
@@ -23,6 +23,8 @@ from embedsmith.data.record import OneByOne, Record, T, Task, Text
 Format = Annotated[str, Name(layouts)]
 _MOST_NEGATIVES = 4
 _HUB = "hf://"
+MOST = 10_000
+"""Of what a row is multiplied by: more would only be an allocation that fails."""
 
 
 @section
@@ -42,10 +44,10 @@ class Source:
     - `limit`: read the first so many records only; `None` reads all;
     - `part`: the rows whose query hashes into this share of [0, 1], such as [0, 0.95] to train and [0.95, 1] to
       validate on: rows of the same query fall together, in every file and every run; `None` takes all;
-    - `weight`: how often an epoch sees each row;
+    - `weight`: how often an epoch sees each row, at most 10,000 times;
     - `cap`: rows that an epoch sees of it at most (others in the next); `None` sets no limit;
     - `batch_size`: rows a step, all ranks together; `None` is that of the run;
-    - `positives`: texts drawn as positives of a query in a step;
+    - `positives`: texts drawn as positives of a query in a step, at most 10,000, like the negatives;
     - `negatives`: texts drawn as negatives of a query in a step; `None` derives it (`negatives_per_query`);
     - `shuffle`: the probability that a positive is given with its thirds in another order (M3 uses 0.002);
     - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
@@ -69,11 +71,11 @@ class Source:
     instruction: str | None = None
     limit: Count | None = None
     part: tuple[Share, Share] | None = None
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0, le=MOST)] = 1.0
     cap: Count | None = None
     batch_size: Count | None = None
-    positives: Count = 1
-    negatives: Annotated[int, Field(ge=0)] | None = None
+    positives: Annotated[int, Field(ge=1, le=MOST)] = 1
+    negatives: Annotated[int, Field(ge=0, le=MOST)] | None = None
     shuffle: Share = 0.0
     teacher: str | None = None
     loss: Annotated[Loss, losses] | None = None

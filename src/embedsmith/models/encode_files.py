@@ -103,17 +103,17 @@ class _Array:
 class EncodeJob:
     """What to encode and how.
 
-    model: its folder or hub id.
-    files: files of texts.
-    out: the folder that is written.
-    role: which prompt is put before the texts.
-    task: the task whose prompt that is (`None`: none).
-    column: the column or key that holds the texts (`None`: `text`, behind `title` in JSON lines).
-    dim: how many leading coordinates are kept (`None`: all).
-    stored: the type of the numbers on disk.
-    dtype: computes under autocast (`None`: float32).
-    block: texts between two saves of the state.
-    processes: each takes contiguous blocks and its share of the CPU threads.
+    - `model`: its folder or hub id.
+    - `files`: those of the texts, in their order.
+    - `out`: the folder of the vectors.
+    - `role`: whose prompt is put before the texts.
+    - `task`: use the prompt of this task.
+    - `column`: the column or key that holds the texts.
+    - `dim`: leading coordinates that are kept.
+    - `stored`: the type of the numbers on disk.
+    - `dtype`: computes under autocast.
+    - `block`: texts between two saves of the state.
+    - `processes`: each takes contiguous blocks and its share of the CPU threads.
     """
 
     model: str

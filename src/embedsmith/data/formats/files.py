@@ -279,7 +279,7 @@ def readable_parquet(name: Path | str, line: Callable[[], int] | None = None) ->
     """Whatever is wrong with a Parquet file, as a `DataError` that names it, and the line where it is known."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"not a readable Parquet file ({error})",
             where=name if line is None else f"{name}:{line()}",
