@@ -1,5 +1,7 @@
 """Data methods as recipe values: from folders and files to the blocks of a merge."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from embedsmith.models import load
 from tests.calibrate.test_self_positioning import SOURCES
 from tests.merge.family import family, job, merged, probe, retrieval_records, sts_records
 from tests.merge.memory import float_names
+from tests.merge.models import rewrite
 
 METHODS = {
     "fisher": {"expectation": "empirical"},
@@ -88,10 +91,8 @@ def test_cocktail_weights_are_the_softmax_of_losses(tmp_path):
 
 
 def test_a_parent_with_nan_is_named_before_anything_is_measured(folders, tmp_path):
-    model = load(str(folders / "parent-0"))
-    with torch.no_grad():
-        next(model.parameters())[0, 0] = float("nan")
-    model.save(tmp_path / "bad")
+    bad = shutil.copytree(folders / "parent-0", tmp_path / "bad")
+    rewrite(bad, {"embeddings.word_embeddings.weight": torch.full((72, 16), float("nan"))})
     with pytest.raises(CheckpointError, match=r"sick: the weight .* holds NaN"):
         LiveMerge.of([open_folder(folders / "parent-0", "well"), open_folder(tmp_path / "bad", "sick")])
 

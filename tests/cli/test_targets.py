@@ -9,8 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from embedsmith.cli import app
-from embedsmith.core.errors import EmbedsmithError
+from embedsmith.core.errors import CheckpointError, EmbedsmithError
+from embedsmith.core.recipe import load_recipe
 from embedsmith.models import load
+from embedsmith.train import Recipe, train
+from tests.ranks import on_ranks
 
 FOLDERS = ("train", "merge", "convert", "export", "tokenize", "run")
 FILES = ("curate", "mine", "evaluate", "compare", "geometry", "report")
@@ -190,7 +193,7 @@ def test_a_dry_run_looks_at_the_output_and_writes_nothing(commands, tmp_path, ve
     refused(call(verb, commands[verb](out), "--dry-run"), str(out))
     with (tmp_path / "out" / ".free.embedsmith.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        refused(call(verb, commands[verb](out.with_name("free")), "--dry-run"), "another process is writing here")
+        refused(call(verb, commands[verb](out.with_name("free")), "--dry-run"), "in use by another process")
     refused(call(verb, commands[verb](out / "thesis.tex" / "below"), "--dry-run"), "cannot write here")
 
 
@@ -209,3 +212,21 @@ def test_the_modes_of_saved_files_follow_the_umask(model, tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()} == {0o644}
+
+
+def refusal(arguments):
+    """What `train` says, on each of several ranks."""
+    try:
+        train(load_recipe(arguments[0], Recipe))
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_learn_that_another_process_writes(commands, tmp_path):
+    out = output_of("train", tmp_path)
+    with out.with_name(f".{out.name}.embedsmith.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        said = on_ranks(2, refusal, tmp_path, commands["train"](out))
+    assert all("in use by another process" in one for one in said)
+    assert not out.exists()

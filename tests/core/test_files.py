@@ -93,8 +93,10 @@ def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path, write
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write here"), atomic_file(tmp_path / "file" / "below"):
-        pass
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "below", tmp_path / "folder"):
+        with pytest.raises(CheckpointError, match="cannot write here"), atomic_file(path):
+            pass
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -96,6 +96,14 @@ def test_a_folder_of_the_kind_is_replaced_and_any_folder_with_files_is_not(tmp_p
         pass
 
 
+def test_a_file_that_the_new_result_has_too_is_no_stranger(tmp_path):
+    for _ in range(2):
+        with atomic_folder(tmp_path / "out", PAIR) as folder:
+            (folder / "a.txt").write_text("ours")
+            (folder / "of-a-tokenizer.spm").write_text("")
+    assert names(tmp_path / "out") == ["a.txt", "of-a-tokenizer.spm"]
+
+
 def test_without_overwriting_only_the_same_again_is_accepted(tmp_path):
     write_pair(tmp_path / "out")
     with atomic_folder(tmp_path / "out", PAIR, overwrite=False) as folder:

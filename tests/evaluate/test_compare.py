@@ -98,9 +98,10 @@ def test_results_survive_their_file(tmp_path):
     before.save(tmp_path / "r.json", items=True)
     after = Results.load(tmp_path / "r.json")
     assert after.as_dict(items=True) == before.as_dict(items=True)
-    (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(EvaluationError, match="no results"):
-        Results.load(tmp_path / "bad.json")
+    for text, message in (("[1]", "bad.json: the file holds a list"), ('{"tasks": 1}', "bad.json: no results")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(EvaluationError, match=message):
+            Results.load(tmp_path / "bad.json")
 
 
 class Interrupted(NamedEncoder):

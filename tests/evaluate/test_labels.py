@@ -8,7 +8,6 @@ import pytest
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import ClassificationTask, ClusteringTask, PairClassificationTask, evaluate
 from embedsmith.evaluate.metrics import average_precision, best_thresholds
-from embedsmith.evaluate.tasks.labelled import draw_few_per_label
 from tests.evaluate.examples import small_tasks
 from tests.evaluate.fakes import ConstantEncoder, HashEncoder, TableEncoder, WordEncoder
 
@@ -60,7 +59,7 @@ def test_a_head_without_vectors_is_compared_by_its_own_similarity_and_cannot_be_
 
 def test_few_texts_of_every_label_are_drawn_and_another_few_each_time():
     labels = ["x", "y"] * 10 + ["z"] * 2
-    draws = draw_few_per_label(labels, 3, 4)
+    draws = ClassificationTask("t", labels, labels, ["text"], ["x"], samples_per_label=3, experiments=4).draws()
     assert all(sorted(labels[row] for row in draw) == ["x"] * 3 + ["y"] * 3 + ["z"] * 2 for draw in draws)
     assert len({tuple(draw) for draw in draws}) == 4
 

@@ -123,7 +123,7 @@ def test_a_head_of_weight_0_is_not_computed(tasks):
 def test_one_head_or_strange_weights_are_refused(tasks):
     with pytest.raises(EvaluationError, match="two or more"):
         score_heads(ThreeHeads(), tasks, ["dense"])
-    for weights in ({"colour": 1.0}, {"dense": 0.0}):
+    for weights in ({"colour": 1.0}, {"dense": 0.0}, {"dense": 1.0, "sparse": float("nan")}, {"dense": float("inf")}):
         with pytest.raises(EvaluationError, match="not all 0"):
             score_heads(ThreeHeads(), tasks, HEADS, weights=weights)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from rich.text import Text
 import embedsmith
 from embedsmith.cli import main
 from embedsmith.core.errors import EmbedsmithError, RecipeError
+from embedsmith.core.keys import key_from
 from embedsmith.core.markdown import block, code, words
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.recipe import parse, save_recipe
@@ -24,6 +26,7 @@ from embedsmith.curate import CurateRecipe, Endpoint, Input, SyntheticQueries, T
 from embedsmith.index.server import ServerStore
 from embedsmith.merge import merge
 from embedsmith.models import load
+from embedsmith.report import folder_page
 from embedsmith.report.model_card import TrainingFacts, push
 from tests.evaluate.examples import NamedEncoder
 
@@ -119,6 +122,32 @@ def test_texts_of_any_kind_are_printable():
     assert printable(Path("a\udc80")) == "a\\udc80"
     assert json.loads(printable(json.dumps({"a": ORDER}, ensure_ascii=False))) == {"a": ORDER}
     assert Text(printable(ORDER)).plain == printable(ORDER)
+
+
+def test_a_failure_of_the_program_shows_neither_commands_nor_keys(monkeypatch, capsys):
+    monkeypatch.setenv("A_KEY", KEY)
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    monkeypatch.setattr("embedsmith.cli.app", lambda: 1 / 0 if key_from("A_KEY") else None)
+    with pytest.raises(ZeroDivisionError):
+        main()
+    sys.excepthook(RuntimeError, RuntimeError(f"{ORDER} {KEY}"), None)
+    shown = capsys.readouterr().err
+    assert "RuntimeError" in shown
+    assert harmless(shown)
+    assert KEY not in shown
+
+
+def test_a_page_shows_names_and_texts_as_text(tmp_path):
+    script = "<script>alert(1)</script>"
+    lines(tmp_path / "metrics.jsonl", [{"step": 1, f"loss/{script}": 2.0, f"score/{script}/64": 1.0, script: 1.0}])
+    sources = {script: {"task": script, "rows": 1, "seen": {"rows": script}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"sources": sources}))
+    (tmp_path / "finished.json").write_text(json.dumps({"steps": script, "best_step": script}))
+    (tmp_path / "environment.json").write_text(json.dumps({script: script}))
+    (tmp_path / "recipe.yaml").write_text(f"# {script}\n")
+    merged = {"method": script, "notes": [script], "models": [{"id": script, "distance": script, "weight": script}]}
+    (tmp_path / "merge.json").write_text(json.dumps(merged | {"coefficients": {script: [1.0]}, script: script}))
+    assert script not in folder_page(tmp_path)
 
 
 def test_nothing_is_printed_past_the_one_place():

@@ -149,11 +149,13 @@ def test_an_index_of_another_model_or_other_heads_is_refused(index):
 def test_no_index_there(tmp_path):
     with pytest.raises(SearchError, match="no index here"):
         open_index(Words(), EdgeStore(tmp_path / "none"))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(SearchError, match="holds other files"):
-        open_index(Words(), EdgeStore(tmp_path / "mine"), create=True)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+    for place in ("mine", "mine/shard"):
+        thesis = tmp_path / place / "thesis.txt"
+        thesis.parent.mkdir(parents=True, exist_ok=True)
+        thesis.write_text("years of work", encoding="utf-8")
+        with pytest.raises(SearchError, match="holds other files"):
+            open_index(Words(), EdgeStore(tmp_path / "mine"), create=True)
+        thesis.unlink()
 
 
 def _write_slowly(folder):

@@ -252,13 +252,16 @@ def test_a_finished_merge_is_not_replaced_unasked(models, tmp_path):
 
 
 def test_a_merge_of_weights_that_changed_is_no_finished_merge(models, tmp_path):
-    base, parents = models
-    copy = Path(shutil.copytree(parents[0], tmp_path / "copy"))
+    parents = models[1]
+    base, copy = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (models[0], parents[0]))
     merged((base, [copy]), tmp_path / "out", method="average")
     shutil.copyfile(parents[1] / "model.safetensors", copy / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"(?s)other weights.*--overwrite"):
         merged((base, [copy]), tmp_path / "out", method="average")
-    made = merged((base, [copy]), tmp_path / "out", method="average", overwrite=True)
+    (base / "train_script.py").write_text("")  # copied into every merge
+    for _ in range(2):
+        made = merged((base, [copy]), tmp_path / "out", method="average", overwrite=True)
+    assert (made.path / "train_script.py").exists()
     assert torch.equal(next(iter(weights(made.path).values())), next(iter(weights(parents[1]).values())))
 
 

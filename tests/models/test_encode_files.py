@@ -402,6 +402,10 @@ def test_two_processes_and_a_kill(tmp_path, model, text_file):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     subprocess.run([*command, "--processes", "2"], check=True)
+    command[5] = str(tmp_path / "undisturbed")
+    subprocess.run([*command, "--processes", "2"], check=True)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
     np.testing.assert_allclose(np.load(out / "vectors.npy"), load(model, device="cpu").encode(TEXTS), atol=1e-6)
 
 

@@ -83,7 +83,7 @@ def test_damaged_files_are_named(plain):
     (plain / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     refused(plain, "a weights file is damaged", pooling="mean")
     (plain / "config.json").write_text('{"model_type":')
-    refused(plain, "cannot load the model|cannot load the tokenizer", pooling="mean")
+    refused(plain, r"config\.json: the file: Invalid JSON", pooling="mean")
 
 
 def test_missing_weights_are_never_random(plain):
@@ -183,7 +183,7 @@ def test_a_dense_module_without_its_weights_is_an_error(saved):
 
 def test_files_that_are_not_json_are_named(saved):
     (saved / "modules.json").write_text("[")
-    refused(saved, r"modules\.json: cannot read this file")
+    refused(saved, r"modules\.json: the file: Invalid JSON")
 
 
 def test_own_prompts_replace_the_folder_s(tmp_path):

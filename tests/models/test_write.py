@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from embedsmith.core.errors import CheckpointError
 from embedsmith.models import load
 from embedsmith.models import write as save_module
+from embedsmith.models.export import export_head
 from embedsmith.models.heads.dense import Projection
 from tests.models import tiny
 
@@ -181,3 +182,23 @@ def test_every_activation_goes_through_sentence_transformers(tmp_path, activatio
     model.save(tmp_path / "saved")
     peer = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert_same(model.encode(tiny.TEXTS), peer.encode(tiny.TEXTS))
+
+
+@pytest.mark.parametrize(("similarity", "normalize"), [("dot", False), ("euclidean", False), ("cosine", True)])
+def test_what_sentence_transformers_says_of_scores_is_kept(tmp_path, similarity, normalize):
+    """`similarity_fn_name` and `truncate_dim`: read, followed as sentence-transformers does, written back, exported."""
+    tiny.embedder(tmp_path / "base", normalize=normalize).save(tmp_path / "saved")
+    path = tmp_path / "saved" / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"similarity_fn_name": similarity, "truncate_dim": 6}))
+    model, peer = load(str(tmp_path / "saved"), device="cpu"), SentenceTransformer(str(tmp_path / "saved"))
+    vectors, theirs = model.encode(tiny.TEXTS), peer.encode(tiny.TEXTS)
+    assert vectors.shape == theirs.shape == (len(tiny.TEXTS), 6)
+    assert model.encode(tiny.TEXTS, dim=16).shape[1] == model.dimension == 16
+    np.testing.assert_allclose(model.similarity(theirs, theirs), peer.similarity(theirs, theirs), atol=1e-4)
+    if not normalize:  # sentence-transformers does not normalise again
+        np.testing.assert_allclose(vectors, theirs, atol=1e-5)
+    model.save(tmp_path / "again")
+    export_head(model, tmp_path / "exported", "dense")
+    for folder in ("again", "exported"):
+        found = json.loads((tmp_path / folder / path.name).read_text())
+        assert (found["similarity_fn_name"], found["truncate_dim"]) == (similarity, 6)

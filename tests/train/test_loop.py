@@ -168,6 +168,12 @@ def test_a_kill_while_a_checkpoint_is_pruned_leaves_no_half_of_it(tree, tmp_path
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.glob("step-*")] == ["step-4"]
     assert len(list(folder.glob(".step-2.*.tmp"))) == 1
+    stranger = tmp_path / "run" / "model" / "notes.md"  # told before the training that would end there
+    stranger.parent.mkdir()
+    stranger.write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no model"):
+        run(tree, train=tree["train"] | {"keep_checkpoints": 1})
+    stranger.unlink()
     run(tree, train=tree["train"] | {"keep_checkpoints": 1})
     assert [path.name for path in folder.iterdir()] == ["step-12"]
 

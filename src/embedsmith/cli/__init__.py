@@ -8,6 +8,8 @@ import io
 import logging
 import os
 import sys
+import traceback
+from types import TracebackType
 from typing import Any, NoReturn
 
 import typer
@@ -75,6 +77,7 @@ def main() -> None:
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("embedsmith").setLevel(logging.INFO)
+    sys.excepthook = _show_failure
     try:
         app()
     except EmbedsmithError as error:
@@ -85,6 +88,11 @@ def main() -> None:
         if (full := full_disk(error)) is None:
             raise
         _end(full)
+
+
+def _show_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A failure of the program itself, whose traceback may hold anything."""
+    sys.stderr.write(printable(without_secrets("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def _end(error: EmbedsmithError) -> NoReturn:

@@ -1,6 +1,9 @@
 """The error tree. A message says where, what came, what was expected, and what to do about it.
 Secrets are left out of it, whoever put them there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from embedsmith.core.text_out import without_secrets
 
 
@@ -48,3 +51,19 @@ class MissingExtraError(EmbedsmithError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"this needs the package {package!r}", fix=f'pip install "embedsmith[{extra}]"')
+
+
+@contextmanager
+def foreign_errors(what: str, where: object) -> Iterator[None]:
+    """Around what transformers, tokenizers or a folder's own code make of files: they raise anything, and the native
+    code of tokenizers a panic that is no `Exception`. Errors: `ModelError` in place of all that."""
+    try:
+        yield
+    except EmbedsmithError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said if len(said) <= 500 else f"{said[:500]}…"
+        raise ModelError(f"{what}: {said}", where=where, fix="copy or download the folder again, as a whole") from error

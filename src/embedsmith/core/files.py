@@ -84,7 +84,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EBUSY)
 
 
 _FULL = {

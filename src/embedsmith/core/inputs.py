@@ -6,6 +6,7 @@ import functools
 import json
 import stat
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,25 +101,36 @@ def read_json(path: str | Path, error: Fault = DataError, *, fix: str | None = N
     return value
 
 
-def read_typed(path: str | Path, schema: type[T], error: Fault = DataError, *, fix: str | None = None) -> T:
-    """A dataclass from the JSON object in a file; keys that it does not have are left alone.
+def read_typed(
+    path: str | Path, schema: type[T], error: Fault = DataError, *, fix: str | None = None, strict: bool = False
+) -> T:
+    """A dataclass from the JSON object in a file; keys that it does not have are left alone. `strict`: text that looks
+    like a number is none, and the like; the schema may then be another type, too.
 
     Errors: `error` naming the file and the key that is missing or of another type.
     """
-    return typed(schema, read_json(path, error, fix=fix), path, error, fix=fix)
+    if not strict:
+        return typed(schema, read_json(path, error, fix=fix), path, error, fix=fix)
+    text = read_text(path, error, fix=fix)
+    check: Callable[[], T] = lambda: _adapter(typing.cast(Any, schema)).validate_json(text, strict=True)
+    return _checked(check, path, error, fix)
 
 
 def typed(schema: type[T], tree: Any, where: object, error: Fault = DataError, *, fix: str | None = None) -> T:
     """Plain values as a dataclass (or another type). Errors: `error` naming the key."""
+    check: Callable[[], T] = lambda: _adapter(typing.cast(Any, schema)).validate_python(tree)
+    return _checked(check, where, error, fix)
+
+
+def _checked(check: Callable[[], T], where: object, error: Fault, fix: str | None) -> T:
     from pydantic import ValidationError
 
     try:
-        checked: T = _adapter(typing.cast(Any, schema)).validate_python(tree)
-        return checked
+        return check()
     except ValidationError as problem:
         first = problem.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
-        got = f" (got {str(first['input'])[:60]!r})" if first["type"] != "missing" else ""
+        got = f" (got {str(first['input'])[:60]!r})" if first["type"] not in ("missing", "json_invalid") else ""
         raise error(f"{key}: {first['msg']}{got}", where=where, fix=fix or "correct the file") from problem
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -92,7 +92,7 @@ def _locked(file: Path, output: str | Path) -> int:
             told = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
             raise CheckpointError(
-                f"{holder(told)}, is writing here",
+                f"in use by {holder(told)}",
                 where=output,
                 fix="wait until it ends, or choose another output",
             ) from error
@@ -139,7 +139,8 @@ def sweep(folder: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a folder at once: it first gets a temporary name, so that a kill leaves no half of it."""
     if path.exists():
-        path.rename(hidden := _hidden(path, TEMPORARY))
+        with disk_errors(path):
+            path.rename(hidden := _hidden(path, TEMPORARY))
         _remove(hidden)
 
 
@@ -181,18 +182,25 @@ class Kind:
             for pattern in self.entries
         )
 
-    def refuse_foreign(self, path: Path) -> None:
-        """Errors: `CheckpointError` where there is something at `path` that is not of this kind, naming it."""
+    def refuse_other(self, path: Path) -> None:
+        """Errors: `CheckpointError` where there is something at `path` that is not of this kind."""
         refuse_no_folder(path)
-        if not (files := files_of(path)):
-            return
-        if not self.marked(path):
+        if files_of(path) and not self.marked(path):
             raise CheckpointError(f"the folder is not empty and holds no {self.name}", where=path, fix=_ELSEWHERE)
-        strange = [name for name in files if (path / name).is_symlink() or not self._writes(name)]
-        if strange:
+
+    def refuse_foreign(self, path: Path, also: Collection[str] = ()) -> None:
+        """Errors: those of `refuse_other`; `CheckpointError` naming the files at `path` that are no part of this kind,
+        nor have the name of one of `also`."""
+        self.refuse_other(path)
+        known = {name for name in files_of(path) if name in also or self._writes(name)}
+        if strange := [name for name in files_of(path) if (path / name).is_symlink() or name not in known]:
             more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
             what = f"{', '.join(sorted(strange)[:5])}{more} would be lost: no part of a {self.name}"
             raise CheckpointError(what, where=path, fix="move that away, or choose another output")
+
+
+_NONE = Kind("result of this verb", (), ("", ""))
+"""Of what is never replaced."""
 
 
 def refuse_no_folder(path: Path) -> None:
@@ -247,7 +255,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, kind: Kind | None = None, *, overwrite: bool = True) -> Iterator[Path]:
+def atomic_folder(path: str | Path, kind: Kind = _NONE, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes the name `path` when the block ends without an error.
 
     A folder of the same `kind` is replaced, and is still there if anything fails before that. Without `overwrite` it
@@ -256,13 +264,13 @@ def atomic_folder(path: str | Path, kind: Kind | None = None, *, overwrite: bool
     """
     path = Path(path)
     with disk_errors(path):
-        _refuse(path, kind)
+        kind.refuse_other(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _hidden(path, TEMPORARY)
         try:
             apply_umask(temporary)
             yield temporary
-            _refuse(path, kind)
+            kind.refuse_foreign(path, files_of(temporary))
             if overwrite or not files_of(path):
                 _move_into_place(temporary, path)
             elif not _equal(temporary, path):
@@ -270,15 +278,6 @@ def atomic_folder(path: str | Path, kind: Kind | None = None, *, overwrite: bool
                 raise CheckpointError("another result is here already", where=path, fix=fix)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse(path: Path, kind: Kind | None) -> None:
-    if kind is not None:
-        kind.refuse_foreign(path)
-    else:
-        refuse_no_folder(path)
-        if files_of(path):
-            raise CheckpointError("the folder is not empty", where=path, fix=_ELSEWHERE)
 
 
 def _equal(left: Path, right: Path) -> bool:

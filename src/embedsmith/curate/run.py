@@ -69,7 +69,7 @@ class CurateRecipe:
 
 def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool = False) -> Report:
     """Run a recipe. The same call after a stop continues with the step that was under way (its scores and answers are
-    kept); after the end it only gives the report again, unless the input's files, the steps or the output changed.
+    kept); after the end it only gives the report again, unless the input's files or the steps changed.
     `overwrite` does everything again, but asks nobody twice for a score or an answer.
 
     Errors: `DataError` naming file and line; what the steps raise; `CheckpointError` for an output that is not ours or

@@ -101,7 +101,8 @@ def score_heads(
     if len(heads) < 2:
         raise EvaluationError(f"the model has the heads {', '.join(heads)}", expected="two or more to put side by side")
     unknown = sorted(set(weights or {}) - set(heads))
-    if unknown or (weights and not any(weight > 0 for weight in weights.values())):
+    sound = all(0 <= weight < float("inf") for weight in (weights or {}).values())
+    if unknown or not sound or (weights and not any(weights.values())):
         raise EvaluationError(
             f"the weights are {dict(weights or {})}", expected=f"numbers from 0, not all 0, of {', '.join(heads)}"
         )

@@ -182,8 +182,9 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:
 
 
 def parse_weights(texts: Sequence[str]) -> dict[str, float] | None:
-    """Errors: `SearchError` for a weight that is no number."""
+    """Errors: `SearchError` for a weight that is no finite number from 0."""
     found = parse_pairs(texts, "the weight")
-    if wrong := [f"{head}={w}" for head, w in found.items() if isinstance(w, bool) or not isinstance(w, int | float)]:
-        raise SearchError(f"the weight {wrong[0]} is not a number", expected="such as sparse=0.3")
+    for head, weight in found.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise SearchError(f"the weight {head}={weight} is not a number from 0", expected="such as sparse=0.3")
     return {head: float(weight) for head, weight in found.items()} or None

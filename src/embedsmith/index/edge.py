@@ -141,7 +141,8 @@ class EdgeStore:
         """The settings are written last: a folder without them is no index, and is begun again."""
         engine, shard = self._engine, self._folder / _SHARD
         ours = (_SHARD, _FILES, _LOCK, _FIRST, _MOMENT)
-        if any(name.split("/")[0] not in ours for name in files_of(self._folder)):
+        there = files_of(self._folder)
+        if any(name.split("/")[0] not in ours for name in there) or (there and not (self._folder / _LOCK).exists()):
             raise SearchError("the folder holds other files", where=self._folder, fix="choose a new folder")
         self._hold()
         self._take_room(_ROOM)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, files_of
 from embedsmith.core.progress import log, progress_bar
-from embedsmith.core.recipe import load_recipe, parse, read_tree, save_recipe
+from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.adapter import MergedAdapter
 from embedsmith.merge.merge_plan import Plan, make_plan
@@ -77,9 +76,7 @@ def merge(
 
 def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
     output = Path(chosen.output)
-    kind = _kind(chosen)
-    kind.refuse_foreign(output)
-    done = None if overwrite else _finished(chosen)
+    done = _finished(chosen, overwrite)
     with _hashing(chosen) as hashing:
         plan = make_plan(chosen)
         hashes = {model.id: hashing.submit(getattr, model, "content_hash") for model in plan.models}
@@ -90,7 +87,7 @@ def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
             return Merged(output, done)
         if done is not None:
             raise CheckpointError("it was merged from other weights of these models", where=output, fix=_REPLACE)
-        with atomic_folder(output, kind) as partial:
+        with atomic_folder(output, _kind()) as partial:
             if chosen.adapter is None:
                 files = homes(plan)
                 report = _write_model(plan, partial, files)
@@ -118,20 +115,20 @@ def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:
 _REPLACE = "choose another output, or replace it with --overwrite"
 
 
-def _kind(recipe: MergeRecipe) -> Kind:
-    """How a merge is known: a saved model with its report, and what else was copied from one of these models."""
-    specs = [*recipe.specs, *([] if recipe.base_spec is None else [recipe.base_spec])]
-    copied = {escape(name) for spec in specs for name in files_of(Path(spec.path).expanduser())}
+def _kind() -> Kind:
+    """How a merge is known: a saved model with its report; what a merge copies more is in the new one, too."""
     own = (REPORT, "recipe.yaml", "verify.json", "report.html")
-    return Kind("merge", (*saved_model().entries, *own, *copied), (REPORT, '"method"'))
+    return Kind("merge", (*saved_model().entries, *own), (REPORT, '"method"'))
 
 
-def _finished(recipe: MergeRecipe) -> dict[str, Any] | None:
-    """The report of the same merge, where it stands there. Errors: `CheckpointError` for another merge."""
+def _finished(recipe: MergeRecipe, overwrite: bool) -> dict[str, Any] | None:
+    """The report of the same merge, where it stands there and is to stay. Errors: `CheckpointError` for another merge,
+    and for what is none."""
     output = Path(recipe.output)
-    if not files_of(output):
+    _kind().refuse_other(output)
+    if overwrite or not files_of(output):
         return None
-    if read_tree(output / "recipe.yaml") != to_plain(recipe):
+    if to_plain(load_recipe(output / "recipe.yaml", MergeRecipe)) != to_plain(recipe):
         raise CheckpointError("the folder is not empty: it holds a merge of another recipe", where=output, fix=_REPLACE)
     found: dict[str, Any] = read_json(output / REPORT)
     return found
@@ -143,9 +140,7 @@ def plan_in_words(recipe: MergeRecipe, *, overwrite: bool = False) -> str:
     Errors: those of `merge` before it writes.
     """
     check_claim(recipe.output, "merge")
-    _kind(recipe).refuse_foreign(Path(recipe.output))
-    if not overwrite:
-        _finished(recipe)
+    _finished(recipe, overwrite)
     return make_plan(recipe).in_words()
 
 

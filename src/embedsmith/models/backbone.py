@@ -2,9 +2,10 @@
 
 import inspect
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from embedsmith.core.device import check_fits
-from embedsmith.core.errors import EmbedsmithError, ModelError
+from embedsmith.core.errors import ModelError, foreign_errors
 from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.settings import Range, Word
@@ -88,32 +89,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="save the tokenizer of the base model into the folder",
         )
+    if (folder / "config.json").exists():  # transformers reads it for the tokenizer too
+        read_architecture(folder, trust_remote_code)
     for path in (folder / name for name in _SETTING_FILES):
         if path.exists():
             read_typed(_TokenizerFile, path)
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     with foreign_errors("cannot load the tokenizer", files[0]), transformers_silenced():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.is_fast:  # lengths are ours to say: a file may pad and cut every text to one length
-        tokenizer.backend_tokenizer.no_padding()
-        tokenizer.backend_tokenizer.no_truncation()
+        if tokenizer.is_fast:  # lengths are ours to say: a file may pad and cut every text to one length
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.encode("a \u0378")  # a word that no vocabulary has
     return tokenizer
-
-
-@contextmanager
-def foreign_errors(what: str, where: Path) -> Iterator[None]:
-    """Around what transformers, tokenizers or a folder's own code make of files: they raise anything, and the native
-    code of tokenizers a panic that is no `Exception`. Errors: `ModelError` in place of all that."""
-    try:
-        yield
-    except EmbedsmithError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        said = said if len(said) <= 500 else f"{said[:500]}…"
-        raise ModelError(f"{what}: {said}", where=where, fix="copy or download the folder again, as a whole") from error
 
 
 def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four_bit: bool = False) -> nn.Module:
@@ -220,7 +208,7 @@ _CLASSIFIER = re.compile(
     r"For(Sequence|Token|Image|Audio\w*|Video)Classification$|ForQuestionAnswering$|ForMultipleChoice$"
 )
 _COUNTS = re.compile(r"(^|_)(layers?|experts?|blocks?|stages?|depth)$|^(n|num)_.*(layer|expert|block|stage)s?(_|$)")
-_SIZES = re.compile(r"(size|heads?|dim|d_model|d_ff|embd|embeddings)$")
+_SIZES = re.compile(r"(size|heads?|dim|d_model|d_ff|embd|embeddings|positions|ctx|inner)$")
 _MOST = 10_000
 
 
@@ -237,7 +225,7 @@ def _check_counts(tree: Mapping[str, Any], path: Path) -> None:
 def _plausible(key: str, value: float) -> bool:
     if _COUNTS.search(key):
         return 0 <= value <= _MOST
-    return not math.isnan(value) and (value >= 0 or not _SIZES.search(key))
+    return 0 <= value <= 2**31 if _SIZES.search(key) else not math.isnan(value)
 
 
 def _check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:
@@ -283,11 +271,11 @@ def shard_names(index: Path) -> list[str]:
     Errors: `ModelError` for a damaged index, one that names a place elsewhere, and missing files.
     """
     names = sorted(set(read_typed(_ShardIndex, index).weight_map.values()))
-    if away := [name for name in names if Path(name).name != name or "\\" in name]:
+    if away := [name for name in names if not name or Path(name).name != name or "\\" in name]:
         raise ModelError(
             f"the file {away[0]!r} does not lie beside this index", where=index, expected="names of files in the folder"
         )
-    if missing := [name for name in names if not (index.parent / name).exists()]:
+    if missing := [name for name in names if not os.path.exists(index.parent / name)]:
         raise ModelError(
             f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing)}",
             where=index.parent,

@@ -41,8 +41,9 @@ class ModelConfig:
     `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
     `head`: a new dense head, where its width is not all there is to say.
     `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
-        or both, or heads of an installed package. A head that the folder has not is new and has to be trained; one
-        that is not named is left out. `retromae` (docs/m3.md) and `mntp` (docs/decoders.md) are for pre-training.
+        or both, or heads of an installed package. A head that the folder has not is new where a recipe trains it, else
+        an error; one that is not named is left out. `retromae` (docs/m3.md) and `mntp` (docs/decoders.md) are for
+        pre-training.
     `sparse`: what a `sparse` head is: `lexical`, M3's weight a token (the default of a new one), or `splade`, a weight
         a word of the vocabulary through the language-model head.
     `sparse_terms`: words that a text keeps of a `splade` head; by default what the folder says, or 256.

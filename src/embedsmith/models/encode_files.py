@@ -101,9 +101,19 @@ class _Array:
 @section
 @dataclass(frozen=True)
 class EncodeJob:
-    """What to encode and how. `stored`: the type of the numbers on disk; `block`: texts between two saves of the state.
+    """What to encode and how.
 
-    `dtype`: computes under autocast. `processes`: each takes contiguous blocks and its share of the CPU threads.
+    - `model`: its folder or hub id.
+    - `files`: those of the texts, in their order.
+    - `out`: the folder of the vectors.
+    - `role`: whose prompt is put before the texts.
+    - `task`: use the prompt of this task.
+    - `column`: the column or key that holds the texts.
+    - `dim`: leading coordinates that are kept.
+    - `stored`: the type of the numbers on disk.
+    - `dtype`: computes under autocast.
+    - `block`: texts between two saves of the state.
+    - `processes`: each takes contiguous blocks and its share of the CPU threads.
     """
 
     model: str

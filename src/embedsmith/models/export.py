@@ -177,7 +177,7 @@ def convert(model: str, out: Path, changes: Sequence[str] = (), *, overwrite: bo
     `ModelError` for a GGUF file that transformers cannot read.
     """
     with claimed(out, "convert"), tempfile.TemporaryDirectory() as scratch:
-        saved_model().refuse_foreign(out)
+        saved_model().refuse_other(out)
         path = str(_from_gguf(Path(model), Path(scratch))) if model.endswith(".gguf") else model
         tree: dict[str, Any] = {"path": path}
         for change in changes:

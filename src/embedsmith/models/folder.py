@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from embedsmith.core import inputs
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.settings import Count, Range, Width, section, to_plain
+from embedsmith.core.settings import Count, Finite, Range, Width, Word, section, to_plain
 from embedsmith.models.attention import Attention
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.pooling import PoolerConfig
@@ -72,6 +72,8 @@ class EmbeddingConfig:
         if version != 1:
             raise ModelError(f"version {version}", where=path, expected="1", fix="install a newer embedsmith")
         try:
+            if tree.get("base") is not None:
+                parse(_Base, tree["base"], where="base")
             return parse(cls, tree, where=str(path))
         except RecipeError as error:
             raise ModelError(f"cannot read this file: {error}", where=path) from error
@@ -83,6 +85,16 @@ class EmbeddingConfig:
             config = replace(self, attention=replace(self.attention, mode="bidirectional"))
         if config != EmbeddingConfig():
             write_json(folder / EMBEDDING_CONFIG, to_plain(config, exact=True))
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What is read of `base`, beside the facts that tell one base from another."""
+
+    path: str | None = None
+    revision: str | None = None
+    layers: tuple[int, ...] | None = None
+    cls_token: Word | None = None
 
 
 POOLING_NAMES: Mapping[str, str] = {
@@ -165,7 +177,7 @@ class AdapterFile:
 
     peft_type: str = "unknown"
     base_model_name_or_path: str | None = None
-    lora_alpha: float | None = None
+    lora_alpha: Finite | None = None
     use_rslora: bool | None = None
     fan_in_fan_out: bool | None = None
     alpha_pattern: Mapping[str, float] | None = None
@@ -230,7 +242,7 @@ class FolderFacts:
 def _modules(more: EmbeddingConfig, folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of every module. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other
     packages' modules are not ours to guess at, whatever their last name."""
-    where = folder / "modules.json"
+    where = folder / (EMBEDDING_CONFIG if more.modules else "modules.json")
     modules: list[tuple[str, Path]] = []
     for entry in listed_modules(more, folder):
         name, kind = entry.type, entry.type.rpartition(".")[2]
@@ -310,37 +322,17 @@ def _projection(path: Path) -> Projection:
 
 
 S = TypeVar("S")
-_LARGEST = 2**28
 
 
 def read_typed(schema: type[S], path: Path) -> S:
     """A JSON file of a model folder as a dataclass (or another type) says it has to be; other keys are left alone.
 
-    Errors: `ModelError` naming the file and the key for one that is missing, no plain file, absurdly large, not UTF-8,
-    not JSON, nested without end, or of other types.
+    Errors: `ModelError` naming the file and the key.
     """
-    whole = "copy the folder again, as a whole"
-    if not path.is_file():
-        what = "this is not a file" if path.exists() else "this file is missing"
-        raise ModelError(what, where=path, fix=whole)
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ModelError(f"a JSON file of {path.stat().st_size:,} bytes", where=path, fix=whole)
-        return TypeAdapter(schema).validate_json(path.read_bytes(), strict=True)
-    except OSError as error:
-        raise ModelError(f"cannot read this file: {error.strerror}", where=path) from error
-    except ValidationError as error:
-        raise ModelError("\n  ".join(map(_problem, error.errors())), where=path, fix=whole) from error
-
-
-def _problem(detail: Any) -> str:
-    message = str(detail["msg"]).removeprefix("Invalid JSON: ")
-    if detail["type"] == "json_invalid":
-        return f"cannot read this file: it is not JSON ({message})"
-    came = repr(detail["input"])
-    came = came if len(came) <= 60 else f"{came[:59]}…"
-    place = ".".join(map(str, detail["loc"])) or "the whole file"
-    return f"{place}: this key is required" if detail["type"] == "missing" else f"{place}: {message} (got {came})"
+    fix = "copy the folder again, as a whole"
+    if not path.exists():
+        raise ModelError("this file is missing", where=path, fix=fix)
+    return inputs.read_typed(path, schema, ModelError, fix=fix, strict=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@ scores by the sum over query tokens: M3's mean times the number of a query's vec
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ from pylate.models import Dense
 from safetensors.torch import load_file
 from torch import Tensor
 
+from embedsmith.core.settings import Width
 from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.folder import read_typed
 from embedsmith.models.heads.tokens import MultiVectorHead
+
+
+@dataclass(frozen=True)
+class _Config:
+    in_features: Width
+    out_features: Width
+    left_out: Sequence[int]
 
 
 class WordVectors(Dense):  # type: ignore[misc]
@@ -42,6 +52,7 @@ class WordVectors(Dense):  # type: ignore[misc]
     @staticmethod
     def load(input_path: str) -> WordVectors:
         folder = Path(input_path)
-        made = WordVectors(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = read_typed(_Config, folder / "config.json")
+        made = WordVectors(config.in_features, config.out_features, list(config.left_out))
         made.load_state_dict(load_file(folder / "model.safetensors"))
         return made

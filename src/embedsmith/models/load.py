@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
 
-from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.errors import ModelError, RecipeError, foreign_errors
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import poolings
@@ -371,7 +371,8 @@ class ModelSource:
             load_adapter(model.backbone, self.adapter, saved)
             if config.lora is None:
                 try:
-                    model.backbone = merged(model.backbone)
+                    with foreign_errors("cannot merge the adapter", self.adapter):
+                        model.backbone = merged(model.backbone)
                     return
                 except UnmergedError as error:
                     log.warning("%s: %s; it stays beside the weights", self.adapter, error.what)

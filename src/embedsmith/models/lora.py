@@ -18,13 +18,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from embedsmith.core.errors import MissingExtraError, ModelError
+from embedsmith.core.errors import MissingExtraError, ModelError, foreign_errors
 from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Positive, Share, Width, section
+from embedsmith.models.folder import AdapterFile, read_typed
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
 ADAPTER = "adapter_config.json"
@@ -206,15 +206,14 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
             expected=f"the base it was trained on ({base.get('path')})",
             fix="put that model back, or say where it is with model.base=FOLDER",
         )
-    try:
+    read_typed(AdapterFile, folder / ADAPTER)
+    with foreign_errors("cannot load the adapter", folder):
         state = load_file(folder / _WEIGHTS)
         peft_config = PeftConfig.from_pretrained(str(folder))
         peft_config.inference_mode = False
         _inject(backbone, peft_config, as_named=not any(map(_OF_ONE_EXPERT.search, state)))
         plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
         report = set_peft_model_state_dict(backbone, plain, adapter_name=_NAME)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the adapter: {error}", where=folder) from error
     if report.unexpected_keys:
         raise ModelError(
             f"the adapter has weights with no place in its base: {report.unexpected_keys[0]}, ...", where=folder

@@ -282,10 +282,11 @@ def check_vocabulary(tokenizer: Any, backbone: Any) -> int | None:
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
     always = [number for ids in added_tokens(tokenizer) for number in ids] + [tokenizer.pad_token_id]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond |= {number: "around every text" for number in always if number is not None and number >= rows}
     if wrong := sorted(beyond.keys() - special | beyond.keys() & set(always)):
         raise ModelError(
-            f"the tokenizer has {max(beyond) + 1:,} tokens and the embedding table {rows:,} rows: {beyond[wrong[0]]!r} "
-            f"and {len(wrong) - 1} more have no row",
+            f"the tokenizer has {max(beyond) + 1:,} tokens and the embedding table {rows:,} rows: token {wrong[0]} "
+            f"({beyond[wrong[0]]}) and {len(wrong) - 1} more have no row",
             where=getattr(tokenizer, "name_or_path", None) or "tokenizer",
             fix="put back the tokenizer that belongs to these weights; or give the table more rows with transformers "
             f"(model.resize_token_embeddings({max(beyond) + 1})), save both, and train",

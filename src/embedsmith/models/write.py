@@ -55,7 +55,9 @@ def saved_model() -> Kind:
     modules = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
     heads = {head.file for head in known_heads().values()}
     more = ("README.md", "config.json", "generation_config.json", "*.model", *heads)
-    return Kind("saved model", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith"))
+    return Kind(
+        "model saved by embedsmith", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith")
+    )
 
 
 def refuse_not_finite(module: nn.Module | None) -> None:

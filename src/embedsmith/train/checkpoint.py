@@ -34,7 +34,7 @@ from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import Finite, Range, to_plain
 from embedsmith.models import Embedder
 from embedsmith.models.lora import UnmergedError
-from embedsmith.models.write import refuse_not_finite
+from embedsmith.models.write import refuse_not_finite, saved_model
 
 FINISHED = "finished.json"
 CHECKPOINT = Kind(
@@ -82,6 +82,7 @@ class Checkpoints:
             discard(self.output)
         if _is_empty(self.output):
             return None
+        saved_model().refuse_foreign(self.output / "model")  # now, and not after hours of training
         sweep(self.output)
         last = max(self.steps(), default=None)
         if last is not None:

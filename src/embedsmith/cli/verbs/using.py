@@ -131,7 +131,7 @@ def export_one_head(
     from embedsmith.models.write import saved_model
 
     with claimed(out, "export"):
-        saved_model().refuse_foreign(out)
+        saved_model().refuse_other(out)
         say(export_head(load(model, device="cpu"), out, cast("ExportedHead", head), overwrite=overwrite))
 
 

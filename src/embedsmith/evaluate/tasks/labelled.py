@@ -90,7 +90,7 @@ class ClassificationTask(TaskKind):
 
     def evaluate(self, reader: Reader) -> TaskResult:
         need_sklearn()
-        draws = draw_few_per_label(self.train_label, self.samples_per_label, self.experiments)
+        draws = self.draws()
         used = sorted(set().union(*draws))
         place = {row: number for number, row in enumerate(used)}
         known = [self.train_text[row] for row in used]
@@ -111,22 +111,21 @@ class ClassificationTask(TaskKind):
         ids = [str(number) for number in range(len(self.text))]
         return TaskResult(self.name, self.kind, "accuracy", scores, counts, ids, items, notes)
 
-
-def draw_few_per_label(labels: Sequence[Label], per_label: int, experiments: int) -> list[list[int]]:
-    """Rows of each experiment: the first `per_label` of every label in an order shuffled once more each time, always
-    with the same seed (mteb's undersampling)."""
-    order = list(range(len(labels)))
-    draws = []
-    for _ in range(experiments):
-        np.random.RandomState(SEED).shuffle(order)
-        taken: Counter[Label] = Counter()
-        draw = []
-        for row in order:
-            if taken[labels[row]] < per_label:
-                taken[labels[row]] += 1
-                draw.append(row)
-        draws.append(draw)
-    return draws
+    def draws(self) -> list[list[int]]:
+        """Training rows of each experiment: the first so many of every label in an order shuffled once more each time,
+        always with the same seed (mteb's undersampling)."""
+        order = list(range(len(self.train_label)))
+        draws = []
+        for _ in range(self.experiments):
+            np.random.RandomState(SEED).shuffle(order)
+            taken: Counter[Label] = Counter()
+            draw = []
+            for row in order:
+                if taken[self.train_label[row]] < self.samples_per_label:
+                    taken[self.train_label[row]] += 1
+                    draw.append(row)
+            draws.append(draw)
+        return draws
 
 
 def _probe(train_ND: Any, code_N: Any, test_ND: Any) -> npt.NDArray[np.int64]:
@@ -197,7 +196,11 @@ class ClusteringTask(TaskKind):
         if self.max_documents is not None:
             rows = chance.sample(rows, k=min(self.max_documents, len(rows)))
         vector_ND = reader.dense([self.text[row] for row in rows], task=self.kind, label=self.name)
-        levels = label_levels([self.label[row] for row in rows])
+        labels = [list(one) if isinstance(one, list | tuple) else [one] for one in (self.label[row] for row in rows)]
+        levels = []  # of every level the labels of the texts that have one, and which texts those are
+        for level in range(max(map(len, labels))):
+            has_N = np.array([len(label) > level for label in labels])
+            levels.append((np.array([label[level] for label in labels if len(label) > level]), has_N))
         values: dict[str, list[float]] = {"v_measure": [], "ami": []}
         for label_N, has_N in levels:
             for v_measure, ami in _clusterings(vector_ND[has_N], label_N, self, chance):
@@ -209,16 +212,6 @@ class ClusteringTask(TaskKind):
         counts = {"texts": len(rows), "labels": len(np.unique(levels[-1][0])), "levels": len(levels)}
         ids = [f"experiment {number}" for number in range(len(values["v_measure"]))]
         return TaskResult(self.name, self.kind, "v_measure", scores, counts, ids, items, _constant_note(vector_ND))
-
-
-def label_levels(labels: Sequence[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
-    """For every level the labels of the rows that have one, and which rows those are."""
-    rows = [list(label) if isinstance(label, list | tuple) else [label] for label in labels]
-    levels = []
-    for level in range(max(map(len, rows))):
-        has_N = np.array([len(row) > level for row in rows])
-        levels.append((np.array([row[level] for row in rows if len(row) > level]), has_N))
-    return levels
 
 
 def _clusterings(

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from embedsmith.core.errors import ModelError
+from embedsmith.core.errors import ModelError, foreign_errors
 from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.reps import Sparse, in_fp32
 from embedsmith.core.tokens import PaddedTokens
@@ -59,7 +59,7 @@ class LmHead(nn.Module):
         Errors: `ModelError` for a family whose head computes more than W f(h) + b (a cap or scale on its scores).
         """
         kind = _family(source.backbone.config)
-        with transformers_silenced():
+        with foreign_errors("cannot load the language-model head", source.base), transformers_silenced():
             model, report = kind.from_pretrained(
                 source.base, dtype=torch.float32, trust_remote_code=source.trust_remote_code, output_loading_info=True
             )
