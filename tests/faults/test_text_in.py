@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from embedsmith.compat.scripts import _from_config
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.inputs import local_path, read_json
 from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree
-from embedsmith.data import Source, read_source
+from embedsmith.data import Source, read_source, stream
 from embedsmith.data.formats import files as file_rows
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.inspect import inspect_source
@@ -405,6 +406,16 @@ def test_a_damaged_parquet_file_is_one_error(tmp_path):
             refused(READERS[verb], path)
         for verb in ("train", "stream", "inspect"):  # in a folder too
             refused(READERS[verb], path.parent)
+
+
+def test_a_footer_at_odds_with_itself_is_refused_before_its_statistics_end_the_process(monkeypatch):
+    column = SimpleNamespace(physical_type="BYTE_ARRAY")
+    group = SimpleNamespace(num_columns=1, column=lambda place: SimpleNamespace(physical_type="UNKNOWN"))
+    schema = SimpleNamespace(column=lambda place: column)
+    footer = SimpleNamespace(schema=schema, num_columns=1, num_row_groups=1, row_group=lambda place: group)
+    monkeypatch.setattr(stream.pq, "read_metadata", lambda file: footer)
+    with pytest.raises(EmbedsmithError, match=r"test_text_in\.py: .*footer is damaged"):
+        stream.ParquetBlocks((__file__,))
 
 
 def test_a_date_beside_the_text_is_metadata(tmp_path):

@@ -209,6 +209,7 @@ class ParquetBlocks:
         for number, name in enumerate(files):
             with readable_parquet(name), _opened(name) as file:
                 self._footers.append(pq.read_metadata(file))
+            _refuse_mixed_types(self._footers[-1], name)
             first = 1
             for group in range(self._footers[-1].num_row_groups):
                 self._group.append((number, group, first))
@@ -236,6 +237,15 @@ class ParquetBlocks:
     def place(self, block: int, row: int) -> str:
         number, _, first = self._group[block]
         return f"{self.files[number]}:{first + row}"
+
+
+def _refuse_mixed_types(footer: Any, name: str) -> None:
+    """Errors: `DataError` for a footer whose row groups hold other types than its columns: to ask for their statistics
+    would end the process."""
+    kinds = [footer.schema.column(place).physical_type for place in range(footer.num_columns)]
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        if kinds != [group.column(place).physical_type for place in range(group.num_columns)]:
+            raise DataError("not a readable Parquet file (its footer is damaged)", where=name, fix="copy it again")
 
 
 @dataclass
