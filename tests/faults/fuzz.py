@@ -55,8 +55,9 @@ class Finding:
     text: str
 
 
-def inputs(base: Path, seed: int, each: int) -> Iterator[Input]:
-    """`each` changes of every file that a command reads, and half as many where it only may read it."""
+def inputs(base: Path, seed: int, each: int, share: float = 1.0) -> Iterator[Input]:
+    """`each` changes of every file that a command reads, and a third as many where it only may read it; of a share of
+    the files."""
     for command in (*MAKING, *READING):
         chance = random.Random(f"{seed} {command.name}")
         seen: set[str] = set()
@@ -64,7 +65,7 @@ def inputs(base: Path, seed: int, each: int) -> Iterator[Input]:
             files = sorted({path for pattern in patterns for path in base.glob(pattern) if path.is_file()})
             names = [str(path.relative_to(base)) for path in files]
             for name in names:
-                if name in seen or ("/segments/" in name and chance.random() > 0.2):
+                if name in seen or chance.random() > (share / 5 if "/segments/" in name else share):
                     continue
                 seen.add(name)
                 every = [one for one in mutations(base / name, chance) if must or one.verdict != "same"]

@@ -24,14 +24,10 @@ ALL = pytest.mark.slow
 
 
 def test_wrong_files_are_refused_and_harmless_changes_are_not(judge):
-    every = [one for one in inputs(judge.base, seed=1, each=4) if one.mutation.name not in ("fifo", "endless device")]
-    chosen = random.Random(1).sample(every, 24)
+    chosen = list(inputs(judge.base, seed=1, each=1, share=0.05))
+    assert len(chosen) > 10
     wrong = [(str(one), found.fault, found.text) for one in chosen if (found := judge.judge(one))]
     assert not wrong
-
-
-def test_the_same_seed_gives_the_same_inputs(judge):
-    assert [str(one) for one in inputs(judge.base, 3, 1)] == [str(one) for one in inputs(judge.base, 3, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -89,5 +85,5 @@ def test_verdicts_follow_from_a_reading_of_our_own(tmp_path):
     assert verdict_of("x.jsonl", good, good[:-3]) == "refuse"
     assert verdict_of("x.jsonl", good, good.replace(b"1", b"3")) == "either"
     assert verdict_of("x.yaml", b"a: 1\n", b"a: 1\na: 1\n") == "refuse"
-    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "x.json").write_text('{"a": 1}')
     assert {one.verdict for one in mutations(tmp_path / "x.json", random.Random(0))} == {"same", "refuse", "either"}
