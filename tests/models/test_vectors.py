@@ -1,11 +1,12 @@
-"""Quantising as sentence-transformers does it, and cosine."""
+"""Quantising and similarities as sentence-transformers has them."""
 
 import numpy as np
 import pytest
+from sentence_transformers.similarity_functions import SimilarityFunction
 from sentence_transformers.util import quantize_embeddings
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models.encode import cosine, quantize, value_ranges
+from embedsmith.models.encode import compare, quantize, value_ranges
 
 VECTORS = np.random.default_rng(0).normal(size=(50, 24)).astype(np.float32)
 
@@ -31,8 +32,8 @@ def test_one_vector_cannot_be_calibrated_on_itself():
         quantize(VECTORS, "int4")
 
 
-def test_cosine_of_rows_of_any_length():
-    scores = cosine(VECTORS * 3, VECTORS[0])
-    assert scores.shape == (50, 1)
-    by_hand = VECTORS[7] @ VECTORS[0] / np.linalg.norm(VECTORS[7]) / np.linalg.norm(VECTORS[0])
-    assert scores[7, 0] == pytest.approx(by_hand, abs=1e-6)
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
+def test_similarities_equal_sentence_transformers(similarity):
+    theirs = SimilarityFunction.to_similarity_fn(similarity)(VECTORS * 3, VECTORS[:7]).numpy()
+    np.testing.assert_allclose(compare(VECTORS * 3, VECTORS[:7], similarity), theirs, atol=1e-5)
+    assert compare(VECTORS, VECTORS[0], similarity).shape == (50, 1)
