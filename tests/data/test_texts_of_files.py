@@ -60,6 +60,8 @@ def test_titles_of_tables_are_not_encoded(tmp_path):
         ("a.txt.gz", gzip.compress(b"many words " * 99, mtime=0)[:-9], r"a\.txt\.gz:\d: the gzip file ends"),
         ("a.txt", b"\xff\xfe", r"a\.txt: the file is UTF-16"),
         ("a.txt", b"one\n\xe9\n", r"a\.txt:2: not UTF-8"),
+        ("a.txt", b"one\ntw\0o\n", r"a\.txt:2: a zero byte"),
+        ("a.csv", "text\nx\n".encode("utf-16-le"), r"a\.csv:1: a zero byte(.|\n)*UTF-8"),
         ("a.parquet", b"not parquet", r"a\.parquet:1: not a readable Parquet file"),
         ("a.docx", b"", r"unknown kind of file '\.docx'"),
         ("absent.txt", None, r"absent\.txt: no such file"),

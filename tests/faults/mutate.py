@@ -119,7 +119,8 @@ def _encodings(path: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
     yield "utf-8-sig", wrap(text.encode("utf-8-sig"))
     yield "latin-1", wrap(text.replace("e", "é", 3).encode("latin-1"))
     yield "carriage returns", wrap(text.replace("\n", "\r\n").encode())
-    yield "blank lines behind", wrap(text.encode() + b"\n\n")
+    if ".txt" not in path.suffixes:  # where every line is a text
+        yield "blank lines behind", wrap(text.encode() + b"\n\n")
     yield "one long line", wrap(text.encode() + b'{"query": "' + b"x" * 2_000_000)
     if packed:
         yield "not packed", text.encode()

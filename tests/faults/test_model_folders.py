@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import time
@@ -150,6 +151,14 @@ def test_values_that_mean_nothing(folder, kind):
 def test_sizes_and_settings_that_are_asked_for(whole, options):
     with pytest.raises((ModelError, RecipeError)):
         load(str(whole), device="cpu", **options)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "1_Pooling/config.json"])
+def test_a_pipe_in_a_files_place(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: this is a pipe"):
+        load(str(folder))
 
 
 def test_weights_that_are_no_whole_file(folder):

@@ -110,6 +110,9 @@ def text_lines(path: Path, most: int | None = None) -> Iterator[tuple[int, str |
                     what = f"the line is longer than {most:,} bytes"
                     raise DataError(what, where=f"{path}:{number}", fix="put one text or row in a line, and cut it")
                 raw = line.removeprefix(codecs.BOM_UTF8)
+                if b"\0" in raw:  # UTF-16 without a mark, or what a crash left of a file
+                    yield number, RowError("a zero byte", "a zero byte: no text", fix="save the file as UTF-8")
+                    continue
                 try:
                     yield number, raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
