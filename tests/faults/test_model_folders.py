@@ -161,6 +161,14 @@ def test_a_pipe_in_a_files_place(folder, name):
         load(str(folder))
 
 
+def test_a_module_whose_name_is_too_long(folder):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = "x" * 5000
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match="cannot read from this path"):
+        load(str(folder))
+
+
 def test_weights_that_are_no_whole_file(folder):
     path = folder / WEIGHTS
     kept = path.read_bytes()

@@ -252,7 +252,7 @@ def _modules(more: EmbeddingConfig, folder: Path) -> list[tuple[str, Path]]:
                 where=where,
                 expected=f"sentence-transformers modules of the kinds {', '.join(_KINDS)}",
             )
-        path = (folder / entry.path).resolve()
+        path = inputs.local_path(folder / entry.path, ModelError).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise ModelError(
                 f"the module path {entry.path!r} leaves the folder", where=where, expected="a relative path"

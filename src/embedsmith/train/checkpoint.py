@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import local_path
 from embedsmith.core.outputs import Kind, atomic_folder, discard, refuse_no_folder, sweep
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse, read_tree, save_recipe
@@ -196,7 +197,7 @@ class Checkpoints:
         """Around the reading of a file of a checkpoint. Errors: `CheckpointError` for whatever a damaged file does."""
         path = self.path(step) / name
         try:
-            yield path
+            yield local_path(path)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
