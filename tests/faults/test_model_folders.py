@@ -162,9 +162,8 @@ def test_a_pipe_in_a_files_place(folder, name):
 
 
 def test_a_module_whose_name_is_too_long(folder):
-    modules = json.loads((folder / "modules.json").read_text())
-    modules[1]["path"] = "x" * 5000
-    (folder / "modules.json").write_text(json.dumps(modules))
+    kinds = (("", "sentence_transformers.models.Transformer"), ("x" * 5000, "sentence_transformers.models.Pooling"))
+    edit(folder / "embedding_config.json", put("modules", [{"path": path, "type": kind} for path, kind in kinds]))
     with pytest.raises(ModelError, match="cannot read from this path"):
         load(str(folder))
 
