@@ -38,7 +38,7 @@ from tests.faults.workplace import MAKING, furnish, use
 from bench.common import RESULTS, environment, read_json, write_json
 
 PARTS = ("files", "kills", "limits", "disks", "pairs", "ranks", "hostile")
-KILLS, MOMENTS, PAIRS, CHANGES = 36, 10, 5, 9
+KILLS, MOMENTS, PAIRS, CHANGES = 36, 10, 5, 11
 """Kills a verb, moments of a full disk and of a limit a verb, pairs a verb, changes a file."""
 Row = tuple[str, str, str, str | None, str]
 """Verb, kind, what was done, the fault if there is one, and what was printed."""

@@ -193,6 +193,20 @@ class Broken(Words):
         return reps
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_pipe_or_a_loop_of_links_among_the_files_is_an_error(folder, read_only):
+    piece = next(path for path in (folder / "shard").rglob("*.dat"))
+    piece.unlink()
+    os.mkfifo(piece)
+    with pytest.raises(SearchError, match=f"{piece.name}: this is a pipe"):
+        EdgeStore(folder, read_only=read_only)
+    piece.unlink()
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to("lock")
+    with pytest.raises(SearchError, match="lock: cannot read from this path"):
+        EdgeStore(folder, read_only=read_only)
+
+
 def test_vectors_that_are_not_finite_are_refused_by_name(tmp_path):
     index = open_index(Broken(), EdgeStore(tmp_path / "index"), heads=HEADS, create=True)
     first = next(document for document in documents() if "moon" in document.text)

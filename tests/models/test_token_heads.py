@@ -230,7 +230,7 @@ def test_impossible_heads(tmp_path, model):
         load(path, heads=("spares",), new_heads=True, pooling="mean")
     with pytest.raises(RecipeError, match="unknown head 'spares'"):
         load(ModelConfig(path, pooling="mean", heads=("spares",)))
-    with pytest.raises(ModelError, match=r"multivector_dim=8(.|\n)*add multivector to heads"):
+    with pytest.raises(ModelError, match=r"multivector_dim=8(.|\n)*add multivector to model.heads"):
         load(path, multivector_dim=8, pooling="mean")
     with pytest.raises(RecipeError, match="multivector_dim"):
         load(path, multivector_dim=0, heads=("multivector",), new_heads=True, pooling="mean")

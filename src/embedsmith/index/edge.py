@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from embedsmith.core.errors import CheckpointError, MissingExtraError, SearchError
 from embedsmith.core.files import allocate, atomic_file, disk_errors, full_disk
-from embedsmith.core.inputs import read_json
+from embedsmith.core.inputs import local_path, read_json
 from embedsmith.core.outputs import files_of, holder, sign
 from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
 
@@ -53,6 +53,8 @@ class EdgeStore:
         self._locks: list[IO[bytes]] = []
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         self._writes = False
+        for file in self._folder.rglob("*"):  # the engine would wait for a pipe, and a loop of links is no lock
+            local_path(file, SearchError)
         if self.settings() is None:
             return
         try:
