@@ -140,7 +140,7 @@ def results(command: Command, place: Path, text: str) -> dict[str, str]:
     """Hashes of what a command makes, by name; what it prints where that is all."""
     files = {str(path.relative_to(place)): path for pattern in command.makes for path in place.glob(pattern)}
     found = {name: hashlib.sha256(_lasting(path)).hexdigest() for name, path in sorted(files.items()) if path.is_file()}
-    return found | ({"": text} if command.prints else {})
+    return found | ({"": text.replace(str(place), "")} if command.prints else {})
 
 
 def _lasting(path: Path) -> bytes:
@@ -162,7 +162,7 @@ def finite(command: Command, place: Path) -> bool:
 
 def _names(one: Input, text: str) -> bool:
     """Whether an error names the changed file, its folder, or the key that was changed."""
-    parts = [part for part in Path(one.file).parts if len(part) > 2]
+    parts = [part for part in Path(one.file).parts if len(part) > 1]
     keys = [key for key in one.mutation.name.split(" ")[0].split(".") if len(key) > 2 and not key.isdigit()]
     unread = one.command.args[1:] if one.command.verb == "push" else ()  # the hub is asked first
     return any(word in text for word in (*parts, Path(one.file).stem, *keys, *unread))
