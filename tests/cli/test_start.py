@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from embedsmith.cli import app
 
 HEAVY = ("torch", "transformers", "accelerate", "scipy", "pyarrow", "datasets", "sentence_transformers")
 COMMANDS = {
@@ -56,3 +59,10 @@ libc.fclose(out)
     subprocess.run([sys.executable, "-c", code], check=True)
     heaps = (tmp_path / "heaps.xml").read_text().count("<heap nr=")
     assert heaps == 1 if call else heaps > 1
+
+
+@pytest.mark.parametrize("arguments", [["inspect", ""], ["search", "a query", "--index", ""]])
+def test_an_empty_argument_is_refused_and_not_the_current_folder(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert f"Argument {len(arguments) - 1} of {arguments[0]} is empty" in done.output

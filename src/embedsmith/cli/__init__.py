@@ -30,6 +30,10 @@ class Verbs(TyperGroup):
             if name not in verbs.names():
                 ctx.fail(f"No such command {name!r}{did_you_mean(name, verbs.names())}.")
             self.add_command(command(verbs.entry(name)), name)
+        if "" in args:  # a shell's unset variable; as a path it would be the current folder
+            ctx.fail(
+                f"Argument {args.index('')} of {name} is empty. Name a file, a folder (the current one is .) or text."
+            )
         count = os.environ.get("WORLD_SIZE", "1")
         if count != "1" and name in _OF_ONE:
             fix = f"run it without a launcher, which is for {', '.join(_OF_SEVERAL)}"

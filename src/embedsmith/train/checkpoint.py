@@ -110,6 +110,7 @@ class Checkpoints:
         if not (self.output / "model" / "config.json").exists():
             what, fix = "this run is finished, but its model is gone", "train it again with --overwrite"
             raise CheckpointError(what, where=self.output / "model", fix=fix)
+        sweep(self.output)  # of a kill after its end
         return True
 
     def claim(self, recipe: Any) -> None:
