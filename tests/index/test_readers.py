@@ -175,6 +175,15 @@ def test_files_that_are_missing_empty_cut_or_padded_are_found_before_they_are_re
             EdgeStore(folder, read_only=read_only)
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_one(folder):
+    left = folder / ".files.json.abcd1234.tmp"
+    left.touch()
+    EdgeStore(folder, read_only=True).close()
+    assert left.exists()
+    EdgeStore(folder).close()
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_panic_of_the_engine_is_an_error(folder, read_only):
     (folder / "files.json").unlink()
