@@ -67,7 +67,12 @@ def test_a_stopped_pipeline_goes_on_with_the_stage_that_failed(calls, tmp_path):
         run(parse(PipelineRecipe, tree(tmp_path / "p")))
     calls.broken.clear()
     calls.list.clear()
+    left = [tmp_path / "p" / name for name in (".pipeline.json.abcd1234.tmp", "a folder/.x.abcd1234.tmp")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     run(parse(PipelineRecipe, tree(tmp_path / "p")))
+    assert [path.exists() for path in left] == [False, True]  # a stage's folder is swept by its verb
     assert [where for where, _ in calls.list] == ["stage hard", "stage model"]
     calls.list.clear()
     run(parse(PipelineRecipe, tree(tmp_path / "p")))

@@ -129,9 +129,10 @@ def _recover(path: Path) -> None:
             _remove(one)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files of killed runs anywhere in a folder that is ours and claimed."""
-    for one in sorted(folder.rglob(f".*{TEMPORARY}")):
+def sweep(folder: Path, *, deep: bool = True) -> None:
+    """Remove the temporary files of killed runs in a folder that is ours and claimed; but for `deep` only those that
+    stand in it itself, where its folders are outputs with claims of their own."""
+    for one in sorted((folder.rglob if deep else folder.glob)(f".*{TEMPORARY}")):
         if _LEFT.fullmatch(one.name):
             _remove(one)
 
