@@ -353,6 +353,7 @@ def _refuse_twice(node: Any) -> None:
 
 
 def _csv(data: bytes, mark: str = ",") -> Any:
+    csv.field_size_limit(2**27)  # what a line may have
     rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""), delimiter=mark, strict=True))
     if "\0" in data.decode("utf-8") or len([row for row in rows if row]) < 2:
         raise ValueError("no rows")

@@ -229,7 +229,9 @@ class EncodeJob:
             raise ModelError(
                 f"the vector of this text is not finite{f' in {self.stored}' if small else ''}",
                 where=texts[row].where,
-                fix="give --stored float32" if small else "check the weights; a run that diverged leaves NaN in them",
+                fix="give --stored float32"
+                if small
+                else f"check the weights of {self.model}; a run that diverged leaves NaN in them",
             )
         return stored
 
