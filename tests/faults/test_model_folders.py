@@ -161,6 +161,13 @@ def test_a_pipe_in_a_files_place(folder, name):
         load(str(folder))
 
 
+def test_a_link_to_nothing_in_a_files_place(folder):
+    (folder / "1_Pooling" / "config.json").unlink()
+    (folder / "1_Pooling" / "config.json").symlink_to("absent.json")
+    with pytest.raises(ModelError, match=r"config\.json: a link to absent\.json, which is not there"):
+        load(str(folder))
+
+
 def test_a_module_whose_name_is_too_long(folder):
     kinds = (("", "sentence_transformers.models.Transformer"), ("x" * 5000, "sentence_transformers.models.Pooling"))
     edit(folder / "embedding_config.json", put("modules", [{"path": path, "type": kind} for path, kind in kinds]))

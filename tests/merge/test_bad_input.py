@@ -203,9 +203,10 @@ def test_no_weights(models, tmp_path):
     refused(models, tmp_path, "no weights in this folder")
 
 
-def test_a_cut_off_file(models, tmp_path):
+@pytest.mark.parametrize("change", [lambda kept: kept[:-100], lambda kept: kept + bytes(512)], ids=["cut", "padded"])
+def test_a_cut_off_or_padded_file(models, tmp_path, change):
     file = models[1][0] / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    file.write_bytes(change(file.read_bytes()))
     refused(models, tmp_path, r"model\.safetensors: the file has .* bytes, its header speaks of")
 
 

@@ -107,7 +107,8 @@ def checked_settings(found: Any, where: object) -> dict[str, Any]:
     """What an index says of itself. Errors: `SearchError` for anything but what `open_index` writes."""
     texts = isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("model", "fingerprint"))
     heads = found.get("heads") if texts else None
-    if not texts or found.get("format") != 1 or not isinstance(heads, list) or not heads:
+    named = isinstance(heads, list) and heads and all(isinstance(head, str) for head in heads)
+    if not named or found.get("format") != 1:
         raise SearchError(
             "not what embedsmith writes of an index", where=where, fix="delete the index, then make it again"
         )

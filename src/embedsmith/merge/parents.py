@@ -178,7 +178,7 @@ class MeanOfOwners:
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, without reading their data.
 
-    Errors: `CheckpointError` naming the file when it is missing, cut off, or no safetensors file.
+    Errors: `CheckpointError` naming the file when it is missing, cut off, padded, or no safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -200,12 +200,12 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise CheckpointError("this file of weights is missing", where=path, fix="copy the folder again") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"not a readable safetensors file ({error})", where=path) from error
-    end = max((item.offset + item.bytes for item in found.values()), default=0)
-    if end > path.stat().st_size:
+    end = max((item.offset + item.bytes for item in found.values()), default=8 + length)
+    if end != path.stat().st_size:
         raise CheckpointError(
             f"the file has {path.stat().st_size} bytes, its header speaks of {end}",
             where=path,
-            fix="the file is cut off: copy or download it again",
+            fix="the file is cut off or padded: copy or download it again",
         )
     return found
 

@@ -41,13 +41,17 @@ UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.
 def locate(path: str, revision: str | None = None) -> Path:
     """The local folder of a folder name or a hub id; a hub id is downloaded (or found in the cache).
 
-    Errors: `ModelError` when there is no such folder, a pipe or device stands in it, or the hub has no such model or
-    cannot be reached.
+    Errors: `ModelError` when there is no such folder, a pipe, a device or a link to nothing stands in it, or the hub has
+    no such model or cannot be reached.
     """
     folder = local_path(path, ModelError)
     if folder.is_dir():
         for file in (*folder.iterdir(), *folder.glob("[0-9]*_*/*")):  # a pipe in a file's place would never end
             local_path(file, ModelError)
+            if file.is_symlink() and not file.exists():
+                raise ModelError(
+                    f"a link to {file.readlink()}, which is not there", where=file, fix="copy the folder again"
+                )
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(path):
         raise ModelError("there is no such model folder", where=path, fix="check the path")
