@@ -148,7 +148,8 @@ def test_settings_that_are_not_ours(folder, content):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("format", 2), ("model", None), ("fingerprint", 3), ("heads", []), ("heads", [True]), ("heads", "dense")]
+    ("key", "value"),
+    [("format", 2), ("model", None), ("fingerprint", 3), ("heads", []), ("heads", [True]), ("heads", "dense")],
 )
 def test_settings_of_another_type(folder, key, value):
     path = folder / "embedsmith_index.json"

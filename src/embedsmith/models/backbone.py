@@ -41,8 +41,8 @@ UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.
 def locate(path: str, revision: str | None = None) -> Path:
     """The local folder of a folder name or a hub id; a hub id is downloaded (or found in the cache).
 
-    Errors: `ModelError` when there is no such folder, a pipe, a device or a link to nothing stands in it, or the hub has
-    no such model or cannot be reached.
+    Errors: `ModelError` when there is no such folder, when a pipe, a device or a link to nothing stands in it, and when
+    the hub has no such model or cannot be reached.
     """
     folder = local_path(path, ModelError)
     if folder.is_dir():
