@@ -1,18 +1,24 @@
 """What ranks tell each other, and how a batch settles gathered gradients."""
 
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
 
+from embedsmith.core import collectives
 from embedsmith.core.batch import ABSENT, PairBatch, RetrievalBatch, Side, gather_pair_scores
 from embedsmith.core.collectives import (
     average_gradients,
+    join_ranks,
+    lost_ranks,
     max_over_ranks,
     mean_over_ranks,
     objects_of_all_ranks,
     on_first_rank,
     rank,
 )
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import DataError, TrainingError
 from embedsmith.core.reps import Dense, MultiVector
 from tests.ranks import on_ranks
 
@@ -137,3 +143,15 @@ def test_the_mean_over_rows_ignores_invalid_rows_and_survives_none():
     zero.sum().backward()
     assert zero.tolist() == [0.0]
     assert value_WN.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_a_rank_whose_peers_never_start_does_not_wait_for_ever(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(collectives, "STARTING", timedelta(seconds=1))
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(TrainingError, match="lost another process of this run, or never found it"), lost_ranks():
+        join_ranks()
+    assert not torch.distributed.is_initialized()

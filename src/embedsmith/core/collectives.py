@@ -9,12 +9,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from embedsmith.core.errors import EmbedsmithError, TrainingError
 
@@ -26,6 +30,10 @@ _BUCKET_BYTES = 32 * 2**20
 
 ALONE: Group = "alone"
 """Stands for a group of this rank only, in which everything here is the identity."""
+
+
+STARTING = timedelta(minutes=10)
+"""How long a rank waits for all others to start."""
 
 
 def world_size(group: Group = None) -> int:
@@ -48,7 +56,10 @@ def join_ranks() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, own, count = next(rendezvous("env://", timeout=STARTING))
+    store.set_timeout(default_pg_timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own, world_size=count)
     atexit.register(_leave)
 
 
