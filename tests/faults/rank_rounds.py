@@ -18,7 +18,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "loss": ("data.0.loss.type=infonce", "data.0.loss.temperature=0.07"),
 }
 """What the second rank has that the first has not."""
-LOST = ("rank killed at once", "rank killed on its way", "rank killed near its end")
+LOST = ("rank killed early", "rank killed on its way", "rank killed near its end")
 
 
 def two_ranks(judge: Judge, changes: tuple[str, ...] = (), kill_after: float | None = None) -> list[Outcome]:
@@ -38,7 +38,7 @@ def two_ranks(judge: Judge, changes: tuple[str, ...] = (), kill_after: float | N
 
 def rank_round(judge: Judge, case: str, seconds: float) -> str | None:
     """What is wrong with how the two ended, if anything: all that are left must say what it is, and none may go on."""
-    lost = {name: share * seconds for name, share in zip(LOST, (0.0, 0.5, 0.9), strict=True)}
+    lost = {name: share * seconds for name, share in zip(LOST, (0.3, 0.6, 0.9), strict=True)}
     ends = two_ranks(judge, DIFFERENCES.get(case, ()), lost.get(case))
     if case in lost:
         ends = ends[:1]
@@ -47,8 +47,8 @@ def rank_round(judge: Judge, case: str, seconds: float) -> str | None:
             return "hang"
         if end.crashed:
             return f"traceback: {end.text[-600:]}"
-        if end.code == 0:
-            return "accepted"
+        if end.code == 0 and not (case in lost and (judge.scratch / "ranks" / "run" / "finished.json").exists()):
+            return "accepted"  # the other rank had no part left where it was killed after the end
     words = case.replace("batch", "batch_size").split()
     if case in DIFFERENCES and not any(word in end.text for word in words for end in ends):
         return f"vague: {ends[0].text[-400:]}"

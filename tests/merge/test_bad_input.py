@@ -1,6 +1,7 @@
 """Whatever cannot be merged is refused before anything is written, in words that say what to do."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -208,6 +209,13 @@ def test_a_cut_off_or_padded_file(models, tmp_path, change):
     file = models[1][0] / "model.safetensors"
     file.write_bytes(change(file.read_bytes()))
     refused(models, tmp_path, r"model\.safetensors: the file has .* bytes, its header speaks of")
+
+
+def test_a_pipe_in_the_place_of_weights(models, tmp_path):
+    file = models[1][0] / "model.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    refused(models, tmp_path, r"model\.safetensors: this is a pipe", ModelError)
 
 
 def test_a_file_that_is_no_safetensors(models, tmp_path):

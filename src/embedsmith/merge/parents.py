@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
+from embedsmith.core.inputs import local_path
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -271,7 +272,7 @@ class Parent:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, remembered while the process lives and the file stays as it is."""
-    found = path.stat()
+    found = local_path(path, CheckpointError).stat()
     return _file_hash(path.resolve(), found.st_size, found.st_mtime_ns)
 
 
