@@ -138,3 +138,10 @@ def test_a_run_goes_on_under_a_version_with_more_keys(again, tmp_path):
     recipe.write_text(recipe.read_text().replace("  max_skipped_steps: 10\n", ""))
     assert "max_skipped_steps" not in recipe.read_text()
     assert Checkpoints(tmp_path / "run", 2).open(parse(Recipe, again), overwrite=False) == 4
+
+
+def test_what_a_kill_at_the_very_start_left_goes(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.abcd1234.tmp").touch()
+    assert Checkpoints(tmp_path / "run", 2).open(None, overwrite=False) is None
+    assert not any((tmp_path / "run").iterdir())

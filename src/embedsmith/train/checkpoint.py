@@ -81,10 +81,10 @@ class Checkpoints:
         self.check(recipe, overwrite)
         if overwrite:
             discard(self.output)
+        sweep(self.output)
         if _is_empty(self.output):
             return None
         saved_model().refuse_foreign(self.output / "model")  # now, and not after hours of training
-        sweep(self.output)
         last = max(self.steps(), default=None)
         if last is not None:
             self._verify(last)
