@@ -121,33 +121,39 @@ def inspect_source(source: Source, samples: int = 3) -> Inspection:
 
 
 def _lengths(records: Sequence[Record[Any]]) -> dict[str, Lengths]:
-    roles: dict[str, list[str | TokenIds]] = {
-        "query": [record.query for record in records],
-        "positives": [text for record in records for text in record.positives],
-        "negatives": [text for record in records for text in record.negatives],
+    roles: dict[str, Iterable[str | TokenIds]] = {
+        "query": (record.query for record in records),
+        "positives": (text for record in records for text in record.positives),
+        "negatives": (text for record in records for text in record.negatives),
     }
     lengths: dict[str, Lengths] = {}
     for role, texts in roles.items():
-        if texts:
-            sizes = [len(text if isinstance(text, str) else text.ids) for text in texts]
-            lengths[role] = Lengths(len(texts), tuple(int(value) for value in np.percentile(sizes, PERCENTILES)))
+        sizes = np.fromiter((len(text if isinstance(text, str) else text.ids) for text in texts), np.int64)
+        if len(sizes):
+            lengths[role] = Lengths(len(sizes), tuple(int(value) for value in np.percentile(sizes, PERCENTILES)))
     return lengths
 
 
 def _duplicates(records: Sequence[Record[Any]]) -> Duplicates:
-    def repeats(values: Iterable[object]) -> int:
-        counts = Counter(values)
-        return counts.total() - len(counts)
+    """Eight bytes a row and text are held, not the texts: a file of millions is looked at as well."""
 
-    query_ids = [text_id(record.query) for record in records]
-    positive_ids = [tuple(text_id(text) for text in record.positives) for record in records]
-    negative_ids = [tuple(text_id(text) for text in record.negatives) for record in records]
-    rows = zip(query_ids, positive_ids, negative_ids, (record.positive_scores for record in records))
+    def repeats(values: Iterable[int]) -> int:
+        found = np.fromiter(values, np.int64)
+        return len(found) - len(np.unique(found))
+
+    def ids(texts: Sequence[str | TokenIds]) -> tuple[int, ...]:
+        return tuple(text_id(text) for text in texts)
+
+    def content(record: Record[Any]) -> int:
+        return hash((text_id(record.query), ids(record.positives), ids(record.negatives), record.positive_scores))
+
     return Duplicates(
-        rows=repeats(rows),
-        queries=repeats(query_ids),
-        positives=repeats(id_ for ids in positive_ids for id_ in ids),
-        negatives_that_are_positives=sum(len(set(p) & set(n)) for p, n in zip(positive_ids, negative_ids)),
+        rows=repeats(content(record) for record in records),
+        queries=repeats(text_id(record.query) for record in records),
+        positives=repeats(id_ for record in records for id_ in ids(record.positives)),
+        negatives_that_are_positives=sum(
+            len({*ids(record.positives)} & {*ids(record.negatives)}) for record in records if record.negatives
+        ),
     )
 
 
