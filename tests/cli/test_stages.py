@@ -72,7 +72,7 @@ def test_a_stopped_pipeline_goes_on_with_the_stage_that_failed(calls, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     run(parse(PipelineRecipe, tree(tmp_path / "p")))
-    assert [path.exists() for path in left] == [False, True]  # a stage's folder is swept by its verb
+    assert [path.exists() for path in left] == [False, True]  # only what is left of the journal
     assert [where for where, _ in calls.list] == ["stage hard", "stage model"]
     calls.list.clear()
     run(parse(PipelineRecipe, tree(tmp_path / "p")))

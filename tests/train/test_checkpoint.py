@@ -141,7 +141,10 @@ def test_a_run_goes_on_under_a_version_with_more_keys(again, tmp_path):
 
 
 def test_what_a_kill_at_the_very_start_left_goes(tmp_path):
-    (tmp_path / "run").mkdir()
+    theirs = tmp_path / "run" / ".git" / ".index.abcd1234.tmp"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
     (tmp_path / "run" / ".recipe.yaml.abcd1234.tmp").touch()
     assert Checkpoints(tmp_path / "run", 2).open(None, overwrite=False) is None
-    assert not any((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".git"]
+    assert theirs.exists()

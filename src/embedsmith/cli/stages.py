@@ -19,7 +19,7 @@ from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
-from embedsmith.core.outputs import claimed, refuse_foreign_file, sweep
+from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import did_you_mean, section
@@ -217,7 +217,7 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     join_ranks()
     with ExitStack() as claim:
         on_first_rank(lambda: claim.enter_context(claimed(recipe.output, "run")))
-        on_first_rank(lambda: sweep(Path(recipe.output), deep=False))
+        on_first_rank(lambda: recover(Path(recipe.output) / JOURNAL))
         return _run(recipe)
 
 

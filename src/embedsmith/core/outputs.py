@@ -52,7 +52,7 @@ def claimed(output: str | Path, verb: str) -> Iterator[None]:
     try:
         with disk_errors(Path(output)):
             sign(descriptor, verb)
-            _recover(path)
+            recover(path)
         yield
     finally:
         _held.discard(path)
@@ -119,20 +119,20 @@ def holder(told: str) -> str:
         return "another process"
 
 
-def _recover(path: Path) -> None:
-    """After a run that was killed: bring back what had stepped aside for a result that never came, remove the rest."""
-    left = [one for one in path.parent.iterdir() if (match := _LEFT.fullmatch(one.name)) and match["name"] == path.name]
-    for one in left:
+def recover(path: Path) -> None:
+    """What killed runs left beside `path`, and for it alone: a result that had stepped aside for one that never came is
+    brought back, the rest is removed."""
+    beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    for one in (each for each in beside if (match := _LEFT.fullmatch(each.name)) and match["name"] == path.name):
         if one.suffix == _ASIDE and not os.path.lexists(path) and any(one.iterdir()):
             one.rename(path)
         else:
             _remove(one)
 
 
-def sweep(folder: Path, *, deep: bool = True) -> None:
-    """Remove the temporary files of killed runs in a folder that is ours and claimed; but for `deep` only those that
-    stand in it itself, where its folders are outputs with claims of their own."""
-    for one in sorted((folder.rglob if deep else folder.glob)(f".*{TEMPORARY}")):
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of killed runs anywhere in a folder that is ours and claimed."""
+    for one in sorted(folder.rglob(f".*{TEMPORARY}")):
         if _LEFT.fullmatch(one.name):
             _remove(one)
 

@@ -28,7 +28,7 @@ from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, ran
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import local_path
-from embedsmith.core.outputs import Kind, atomic_folder, discard, refuse_no_folder, sweep
+from embedsmith.core.outputs import Kind, atomic_folder, discard, recover, refuse_no_folder, sweep
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse, read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
@@ -81,10 +81,11 @@ class Checkpoints:
         self.check(recipe, overwrite)
         if overwrite:
             discard(self.output)
-        sweep(self.output)
         if _is_empty(self.output):
+            recover(self.output / "recipe.yaml")  # that file is the first; all else here may be somebody's
             return None
         saved_model().refuse_foreign(self.output / "model")  # now, and not after hours of training
+        sweep(self.output)
         last = max(self.steps(), default=None)
         if last is not None:
             self._verify(last)
