@@ -53,10 +53,10 @@ class EdgeStore:
         self._locks: list[IO[bytes]] = []
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         self._writes = False
-        for file in self._folder.rglob("*"):  # the engine would wait for a pipe, and a loop of links is no lock
-            local_path(file, SearchError)
         if self.settings() is None:
             return
+        for file in self._folder.rglob("*"):  # the engine would wait for a pipe, and a loop of links is no lock
+            local_path(file, SearchError)
         try:
             self._open_to_read() if read_only else self._open_to_write()
         except BaseException:
