@@ -34,10 +34,10 @@ class Verbs(TyperGroup):
             ctx.fail(
                 f"Argument {args.index('')} of {name} is empty. Name a file, a folder (the current one is .) or text."
             )
-        count = os.environ.get("WORLD_SIZE", "1")
-        if count != "1" and name in _OF_ONE:
-            fix = f"run it without a launcher, which is for {', '.join(_OF_SEVERAL)}"
-            raise EmbedsmithError(f"{name} works in one process, and a launcher started {count} of them", fix=fix)
+        if name in _OF_ONE and "WORLD_SIZE" in os.environ:
+            from embedsmith.core.collectives import refuse_launcher
+
+            refuse_launcher(name, f"start it once, without the launcher, which is for {', '.join(_OF_SEVERAL)}")
         return super().resolve_command(ctx, args)
 
 
