@@ -3,6 +3,7 @@
 Each works on parso's tree. An operator tells the positions in a node that it can change, and changes the n-th.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -16,11 +17,11 @@ Position = tuple[tuple[int, int], tuple[int, int]]
 class Semantic(Operator):
     """`places(node)` gives the parts of a node that can be changed; `change(node, part)` gives the changed node."""
 
-    def places(self, node: NodeOrLeaf) -> Iterator[NodeOrLeaf]:
-        raise NotImplementedError
+    @abstractmethod
+    def places(self, node: NodeOrLeaf) -> Iterator[NodeOrLeaf]: ...
 
-    def change(self, node: NodeOrLeaf, part: NodeOrLeaf) -> NodeOrLeaf:
-        raise NotImplementedError
+    @abstractmethod
+    def change(self, node: NodeOrLeaf, part: NodeOrLeaf) -> NodeOrLeaf: ...
 
     def mutation_positions(self, node: NodeOrLeaf) -> Iterator[Position]:
         for part in self.places(node):

@@ -5,6 +5,7 @@ can, and writes into its ledger everything it took away.
 """
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,12 +128,12 @@ class Step(Protocol):
         ...
 
 
-class TextRule:
+class TextRule(ABC):
     """A step that looks at one text at a time, whatever stands beside it."""
 
+    @abstractmethod
     def fault(self, text: str, role: Role) -> str | None:
         """Why the text cannot stay, or `None`."""
-        raise NotImplementedError
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         return ledger.sift(records, self.fault)
