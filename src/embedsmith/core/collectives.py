@@ -66,7 +66,9 @@ def join_ranks() -> None:
 def refuse_launcher(verb: str, fix: str) -> None:
     """Errors: `EmbedsmithError` where a launcher started several ranks of a verb that knows of none."""
     if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise EmbedsmithError(f"{verb} works in one process, and a launcher started it on {count} ranks", fix=fix)
+        raise EmbedsmithError(
+            f"{verb} works in one process, and a launcher started it on {count} ranks that would do the same", fix=fix
+        )
 
 
 def _leave() -> None:
