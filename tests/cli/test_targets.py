@@ -165,6 +165,20 @@ def test_records_that_were_changed_by_hand_are_kept(commands, tmp_path, verb):
     assert out.read_bytes() == whole
 
 
+@pytest.mark.parametrize("verb", ["train", "run", "mine", "curate"])
+def test_temporary_files_of_others_are_not_swept(commands, tmp_path, verb):
+    """A folder to work in may be anybody's: what looks like a left-over there is not known to be ours."""
+    works_apart = verb in ("mine", "curate")
+    output = output_of(verb, tmp_path) if works_apart else tmp_path / "place"
+    place = output.with_name(f"{output.name}.work") if works_apart else output
+    theirs = [place / ".git" / ".index.abcd1234.tmp", place / ".notes.abcd1234.tmp"]
+    theirs[0].parent.mkdir(parents=True)
+    for path in theirs:
+        path.touch()
+    assert call(verb, commands[verb](output)).exit_code == 0
+    assert all(path.exists() for path in theirs)
+
+
 def test_verbs_of_one_process_refuse_a_launcher(commands, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for verb in {*FOLDERS, *FILES} - {"train", "mine", "run"}:

@@ -108,7 +108,7 @@ def _check_output(recipe: CurateRecipe, overwrite: bool) -> None:
     )
     if strange := [name for name in files_of(stages) if not _STAGE.fullmatch(name)]:
         raise CheckpointError(f"{strange[0]} is no stage of a curation", where=stages, fix="set work to a new folder")
-    sweep(recipe.folder)
+    sweep(stages)
 
 
 def _finished(recipe: CurateRecipe, key: str) -> Report | None:

@@ -64,7 +64,8 @@ def _check_output(recipe: MineRecipe, overwrite: bool) -> None:
     refuse_foreign_records(
         Path(recipe.output), recipe.report_path, "corpus", recipe.folder, under_way, overwrite=overwrite
     )
-    sweep(recipe.folder)
+    for ours in (*recipe.folder.glob("parts-*"), recipe.folder / "vectors"):  # beside them may be other people's files
+        sweep(ours)
 
 
 def _mine(recipe: MineRecipe, open_model: OpenModel, overwrite: bool) -> MineReport:
