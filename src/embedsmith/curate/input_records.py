@@ -95,7 +95,7 @@ class InputRecords:
             return "records"
         rows = open_source(self.input.source(self.paths[0])).rows
         row = next((row for _, row in rows if not isinstance(row, RowError)), {})
-        if any(layout.fits(row) for own in (True, False) for layout in known_layouts(own)):
+        if any(layout.fits(row) for layout in known_layouts("own") + known_layouts("packages")):
             return "records"
         if self.wants_documents and "text" in row:
             return "documents"
@@ -125,10 +125,10 @@ class InputRecords:
             for line, row in rows.rows:
                 if isinstance(row, RowError):
                     continue
-                reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
-                if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
-                    break
                 try:
+                    reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
+                    if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
+                        break
                     record = reading.record(row)
                 except RowError:
                     continue
@@ -208,10 +208,10 @@ class InputRecords:
             source = self.input.source(path)
             rows, reading = open_source(source), None
             for line, row in self._sound(rows):
-                if reading is None:
-                    reading = reading_of(dict(row), source, rows, path)
-                    reading = replace(reading, labels=dict(number), left_out=empty)
                 try:
+                    if reading is None:
+                        reading = reading_of(dict(row), source, rows, path)
+                        reading = replace(reading, labels=dict(number), left_out=empty)
                     record = reading.record(row)
                     if reading.left_out:
                         self.ledger.notes["slots left out"] = dict(reading.left_out)

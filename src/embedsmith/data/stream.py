@@ -59,9 +59,9 @@ def stream_source(source: Source) -> RecordSet:
     first = next(block for block, size in enumerate(blocks.sizes) if size)
     try:
         head = dict(blocks.read(first)[0])
+        reading = reading_of(head, source, Rows(source.path, ()), blocks.place(first, 0))
     except RowError as error:
         raise error.at(blocks.place(first, 0)) from error
-    reading = reading_of(head, source, Rows(source.path, ()), blocks.place(first, 0))
     return RecordSet(
         name=source_name(source),
         task=reading.task,
