@@ -14,7 +14,7 @@ from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.ledger import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, read_page, row_pairs
-from embedsmith.data.formats.columns import Extent, Range, check_range, known_layouts, rescaled
+from embedsmith.data.formats.columns import Extent, Range, Tier, check_range, known_layouts, rescaled
 from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.texts import read_texts
@@ -95,7 +95,8 @@ class InputRecords:
             return "records"
         rows = open_source(self.input.source(self.paths[0])).rows
         row = next((row for _, row in rows if not isinstance(row, RowError)), {})
-        if any(layout.fits(row) for layout in known_layouts("own") + known_layouts("packages")):
+        tiers: tuple[Tier, ...] = ("own", "packages")  # what is common may be a structure to make pairs of
+        if any(layout.fits(row) for tier in tiers for layout in known_layouts(tier)):
             return "records"
         if self.wants_documents and "text" in row:
             return "documents"

@@ -218,7 +218,7 @@ def _declared(keys: Sequence[str], columns: Columns, where: object) -> Layout:
 
 
 def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> None:
-    """Errors: `DataError` for layouts of several names (`by_name`), or that take other columns of a row or the same ones
+    """Errors: `DataError` for layouts of several names (`by_name`), or that take other columns of a row, or the same
     for another task. A file with both a score and a label is read by its score."""
 
     def way(layout: Layout) -> tuple[str | None, ...]:
@@ -232,14 +232,16 @@ def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> 
     first = fitting[0]
     roles = list(zip(("query", "positives", "score"), first.required))
     declared = ", ".join(f"{role}: {name}" for role, name in roles)
-    typed = " ".join(f"columns.{role}={name}" for role, name in roles)
+    typed = " ".join(f"data.N.columns.{role}={name}" for role, name in roles)
     raise DataError(
         f"the columns fit several formats: {', '.join(names)}",
         where=where,
         expected="; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in reversed(ways.values())),
-        fix=f"name it, for example format: {first.name}"
+        fix=f"name it, for example format: {first.name} beside its path (typed: data.N.format={first.name}, "
+        "N its place from 0)"
         if len(names) == len(ways)
-        else f"say what they are, for example columns: {{{declared}}}, or {typed} behind the path",
+        else f"say what they are, for example columns: {{{declared}}} beside the path (typed: {typed}, "
+        "N its place from 0)",
     )
 
 
@@ -252,7 +254,8 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
         f"the columns fit no known format; found: {', '.join(keys) or 'none'}{hint}",
         where=where,
         expected=shapes,
-        fix="rename them, or say what they are, for example columns: {query: title, positives: body}",
+        fix="rename them, or say what they are, for example columns: {query: title, positives: body} beside the path "
+        "(typed: data.N.columns.query=title data.N.columns.positives=body, N its place from 0)",
     )
 
 
@@ -399,7 +402,8 @@ class Extent:
             f"scores from {low:g} (line {self.low_line}) to {high:g} (line {self.high_line}) fit no known range",
             where=path,
             expected="0 to 1, -1 to 1, 1 to 5 or 0 to 5",
-            fix="declare it: score_range: [lowest, highest]",
+            fix=f"declare it: score_range: [{low:g}, {high:g}] or wider beside its path (typed: data.N.score_range="
+            f"[{low:g},{high:g}], N its place from 0)",
         )
 
 
@@ -437,6 +441,7 @@ def rescaled(record: Record, known: Range | None) -> Record:
         record = replace(record, positive_scores=positive_scores, negative_scores=negative_scores)
     if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
         raise RowError(
-            "a positive with the lowest possible score is not a positive", fix="declare task: sts, or remove the rows"
+            "a positive with the lowest possible score is not a positive",
+            fix="declare task: sts beside its path (typed: data.N.task=sts, N its place from 0), or remove the rows",
         )
     return record

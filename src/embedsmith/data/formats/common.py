@@ -81,7 +81,7 @@ def _entailed(row: Row) -> Row:
     if score is None:
         kind = "a label that is no class of premise and hypothesis"
         fix = "remove the row; for labels that are scores, declare columns: {text1: premise, text2: hypothesis, "
-        fix += "score: label} (columns.text1=premise columns.text2=hypothesis columns.score=label)"
+        fix += "score: label} beside the path (typed: data.N.columns.score=label and so on, N its place from 0)"
         raise RowError(kind, f"{kind}: {label!r}", expected=", ".join(NLI_SCORES), fix=fix)
     return {**row, "score": score}
 
