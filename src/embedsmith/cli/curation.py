@@ -1,10 +1,10 @@
 """The verb `curate`: what its arguments mean, and the models and evaluation sets that its steps ask for."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.curate import CurateRecipe, EvaluationText, Report, Tools, curate
@@ -68,23 +68,11 @@ def evaluation_texts(names: Sequence[str], data: str | None) -> Iterator[Evaluat
     """The texts of evaluation tasks, named as for `embedsmith evaluate`: texts of pairs and texts to classify count as
     queries; what a classifier is fitted on does not count. Errors: `EvaluationError` for unknown names."""
     from embedsmith.evaluate import load_task, split_names
+    from embedsmith.evaluate.seen import texts_of
 
     for name in split_names(names):
-        for role, texts in _texts_of(load_task(name, data_dir=data), name):
-            yield from (EvaluationText(text, name, role) for text in texts)
-
-
-def _texts_of(task: Any, name: str) -> list[tuple[Role, Iterable[str]]]:
-    from embedsmith import evaluate as room
-
-    match task:
-        case room.LongDocumentTask():
-            return _texts_of(task.task, name)
-        case room.RetrievalTask() | room.RerankingTask():
-            return [("query", task.queries.values()), ("document", task.corpus.values())]
-        case room.STSTask() | room.PairClassificationTask():
-            return [("query", task.text1), ("query", task.text2)]
-        case room.ClassificationTask() | room.ClusteringTask():
-            return [("query", task.text)]
-        case _:
+        task = load_task(name, data_dir=data)
+        if (found := texts_of(task)) is None:
             raise RecipeError(f"decontaminate cannot read the texts of {name!r} ({task.kind})")
+        for role, texts in found:
+            yield from (EvaluationText(text, name, role) for text in texts)

@@ -25,6 +25,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
+from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.models import Embedder, load
 from embedsmith.models.lora import has_adapter
 from embedsmith.report.page import save_environment
@@ -112,6 +113,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     if has_adapter(run.model.backbone):
         log.info(
             "%s/model will hold whole weights with the adapter in them; should their precision change the vectors, the "
@@ -154,8 +156,9 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     accelerator = make_accelerator(recipe)
     on_first_rank(lambda: check_claim(recipe.output, "train"))
     on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
-    load_tasks(recipe.evaluate)
+    tasks = load_tasks(recipe.evaluate)
     run = build(recipe, accelerator)
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     output, rate, norm = update(run, run.feed.draw(0))
     count = sum(parameter.numel() for module in (run.model, run.extras) for parameter in module.parameters())
     lines = [f"model: {recipe.model.path}, {count:,} parameters"]
