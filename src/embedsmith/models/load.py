@@ -41,7 +41,7 @@ from embedsmith.models.lora import (
     load_adapter,
     merged,
 )
-from embedsmith.models.packing import check_packing
+from embedsmith.models.packing import decide_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
 from embedsmith.models.tokenize import (
@@ -94,9 +94,10 @@ def load(
     embedder = source.assemble(backbone, tokenizer, settings, attention, new_heads)
     source.adapt(embedder)
     embedder.to(target).eval()
-    if config.packing:
-        check_packing(embedder.backbone, attention, settings.max_length)
-        embedder.packing = True
+    embedder.packs = decide_packing(
+        embedder.backbone, attention, config.packing, config.attn_implementation, settings.max_length
+    )
+    embedder.packing = embedder.packs.on
     if config.compile:
         embedder.backbone.compile(dynamic=True)
     return embedder
