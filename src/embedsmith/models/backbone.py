@@ -419,7 +419,7 @@ def call_backbone(backbone: Any, arguments: Mapping[str, Any]) -> Any:
     try:
         return backbone(**arguments)
     except TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         log.warning("compile: off, %s cannot be compiled: %s", type(backbone).__name__, reason)
         backbone._compiled_call_impl = None
         return backbone(**arguments)

@@ -74,6 +74,7 @@ class Embedder(nn.Module):
         self.base: Mapping[str, Any] | None = None
         self.progress = 0.0
         self.packing, self.packs = False, Packing()
+        self.fused = "off (no GPU)"
         self._takes_positions, self._takes_cache = takes_positions(backbone), takes(backbone, "use_cache")
         # Of a text with many CLS the vector is the mean of their states; a middle layer has no trained weights.
         self._plain_pooling = mean if settings.mcls is not None or pooler is not None else pooling

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from embedsmith.core.errors import ModelError
@@ -28,6 +28,7 @@ from embedsmith.models.self_test import (
     gradients_agree,
     kernel_precision,
     states_agree,
+    states_and_gradient,
 )
 from embedsmith.models.varlen import VARLEN, dropout_agrees, kernels_missing
 
@@ -213,32 +214,19 @@ def _same_in(backbone: Any, attention: Attention, length: int, dtype: torch.dtyp
     mask_NT[0, length - LENGTH + SHORTER :] = False
     padded = PaddedTokens(id_NT, mask_NT, mask_NT, mask_NT[:, 0])
     mask = attention.mask(mask_NT, backbone.config._attn_implementation, backbone.dtype)
-    apart: dict[str, Any] = {"input_ids": id_NT, "attention_mask": mask}
+    more: dict[str, Any] = {"use_cache": False} if takes(backbone, "use_cache") else {}
+    apart: dict[str, Any] = {"input_ids": id_NT, "attention_mask": mask, **more}
     if attention.how == "mask4d":
         apart["position_ids"] = (mask_NT.cumsum(1) - 1).clamp_min(0)
     weight, was_training = first_layer_weight(backbone), backbone.training
     backbone.eval()
     try:
-        expected_SH, pull = _states_and_gradient(backbone, apart, padded, weight)
-        found_SH, found_pull = _states_and_gradient(backbone, packed(padded, attention, backbone), padded, weight)
+        expected_SH, pull = states_and_gradient(backbone, apart, padded.place_S, weight)
+        row = packed(padded, attention, backbone) | more
+        found_SH, found_pull = states_and_gradient(backbone, row, slice(None), weight)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
         return False  # a family whose own code cannot take this mask or these positions
     finally:
         backbone.train(was_training)
     agree = states_agree(backbone, expected_SH, found_SH, dtype)
     return agree and (pull is None or found_pull is None or gradients_agree(backbone, pull, found_pull, dtype))
-
-
-def _states_and_gradient(
-    backbone: Any, arguments: dict[str, Any], padded: PaddedTokens, weight: nn.Parameter | None
-) -> tuple[Tensor, Tensor | None]:
-    """The states [S, H] of the real tokens, and what an uneven sum of them gives a weight of the first layer."""
-    more = {"return_dict": True} | ({"use_cache": False} if takes(backbone, "use_cache") else {})
-    with torch.set_grad_enabled(weight is not None):
-        state_NTH = backbone(**arguments, **more).last_hidden_state
-        state_SH = state_NTH[0] if len(state_NTH) == 1 else state_NTH.flatten(0, 1)[padded.place_S]
-        if weight is None:
-            return state_SH, None
-        share = torch.arange(state_SH.numel(), device=state_SH.device).remainder(7).sub(3).view_as(state_SH)
-        gradient = torch.autograd.grad((state_SH.float() * share).sum(), weight)[0]
-    return state_SH.detach(), gradient

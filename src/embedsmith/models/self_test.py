@@ -5,7 +5,7 @@ padded and unpadded batches. So every layer is run again with one later token ch
 earlier one; and a text alone must give the same states as in a padded batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -168,3 +168,16 @@ def layers_of(backbone: Any) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     return []
+
+
+def states_and_gradient(
+    backbone: Any, arguments: Mapping[str, Any], place_S: Tensor | slice, weight: nn.Parameter | None
+) -> tuple[Tensor, Tensor | None]:
+    """The states [S, H] of some tokens, and what an uneven sum of them gives a weight."""
+    with torch.set_grad_enabled(weight is not None):
+        state_SH = backbone(**arguments, return_dict=True).last_hidden_state.flatten(0, 1)[place_S]
+        if weight is None:
+            return state_SH, None
+        share = torch.arange(state_SH.numel(), device=state_SH.device).remainder(7).sub(3).view_as(state_SH)
+        gradient = torch.autograd.grad((state_SH.float() * share).sum(), weight)[0]
+    return state_SH.detach(), gradient

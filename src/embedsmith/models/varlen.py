@@ -10,8 +10,7 @@ A batch that is not packed is computed as under sdpa.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn as _varlen_attn
 except ImportError:  # before torch 2.10
     _varlen_attn = None  # type: ignore[assignment]
+_KNOWN = frozenset() if _varlen_attn is None else frozenset(inspect.signature(_varlen_attn).parameters)
+"""What this torch's function can be told."""
 
 
 def attend(
@@ -110,7 +111,7 @@ def attend_apart(
 
     def rows(one_SYD: Tensor) -> Tensor:
         flat = one_SYD.new_zeros(texts * longest, *one_SYD.shape[1:]).index_copy(0, place_S, one_SYD)
-        return flat.unflatten(0, (texts, longest)).transpose(1, 2)
+        return flat.view(texts, longest, *one_SYD.shape[1:]).transpose(1, 2)
 
     column_T = torch.arange(longest, device=end_P.device)
     ahead_TT = column_T[None, :] - column_T[:, None]
@@ -124,7 +125,8 @@ def attend_apart(
     out_NXTD = F.scaled_dot_product_attention(
         rows(query_SXD), key, value, attn_mask=sees_NTT[:, None], dropout_p=dropout, scale=scale
     )
-    return out_NXTD.transpose(1, 2).reshape(texts * longest, *query_SXD.shape[1:]).index_select(0, place_S)
+    out_SXD: Tensor = out_NXTD.transpose(1, 2).reshape(texts * longest, *out_NXTD.shape[1::2])[place_S]
+    return out_SXD
 
 
 def _by_kernel(
@@ -143,37 +145,29 @@ def _by_kernel(
     wide = -(-max(query_SXD.shape[-1], width) // 8) * 8
     query, key, value = (F.pad(one, (0, wide - one.shape[-1])).contiguous() for one in (query_SXD, key_SYD, value_SYD))
     window = (-1 if reach is None else reach, 0 if causal else -1 if reach is None else reach)
-    call = _torch_operator if dropout or _varlen_attn is None else _public_function(_varlen_attn, window)
-    return call(query, key, value, end_P, longest, window, scale, dropout)[..., :width]
+    if dropout or not _KNOWN or (reach is not None and "window_size" not in _KNOWN):
+        out_SXD = _torch_operator(query, key, value, end_P, longest, window, scale, dropout)
+    else:
+        out_SXD = _public_function(query, key, value, end_P, longest, window, scale)
+    return out_SXD[..., :width]
 
 
-def _public_function(kernel: Callable[..., Any], window: tuple[int, int]) -> Callable[..., Tensor]:
-    """torch's `varlen_attn`, however old. torch 2.10 knows `is_causal`; later ones `window_size` and `enable_gqa`."""
-    known: Mapping[str, Any] = inspect.signature(kernel).parameters
-    if "window_size" not in known and window not in ((-1, -1), (-1, 0)):
-        return _torch_operator
-
-    def call(
-        query: Tensor, key: Tensor, value: Tensor, end_P: Tensor, longest: int, window: Any, scale: float, _: float
-    ) -> Tensor:
-        more: dict[str, Any] = {}
-        if "window_size" in known:
-            more["window_size"] = window
-        elif window == (-1, 0):
-            more["is_causal"] = True
-        groups = query.shape[1] // key.shape[1]
-        if "enable_gqa" in known:
-            more["enable_gqa"] = groups > 1
-        elif groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        if "scale" in known:
-            more["scale"] = scale
-        else:
-            query = query * (scale * query.shape[-1] ** 0.5)
-        out: Tensor = kernel(query, key, value, end_P, end_P, longest, longest, **more)
-        return out
-
-    return call
+def _public_function(
+    query: Tensor, key: Tensor, value: Tensor, end_P: Tensor, longest: int, window: tuple[int, int], scale: float
+) -> Tensor:
+    """torch's `varlen_attn`, however old: 2.10 has `is_causal`, later ones `window_size` and then `enable_gqa`."""
+    more: dict[str, Any] = {"window_size": window} if "window_size" in _KNOWN else {"is_causal": window == (-1, 0)}
+    groups = query.shape[1] // key.shape[1]
+    if "enable_gqa" in _KNOWN:
+        more["enable_gqa"] = groups > 1
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if "scale" in _KNOWN:
+        more["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    out: Any = _varlen_attn(query, key, value, end_P, end_P, longest, longest, **more)
+    return cast(Tensor, out)
 
 
 def _torch_operator(

@@ -166,7 +166,7 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
         f"steps: {run.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
         f"{run.accelerator.device}, {run.accelerator.mixed_precision}"
     )
-    lines.append(f"packing: {run.model.packs}")
+    lines.append(f"packing: {run.model.packs}; fused kernels: {run.model.fused}")
     lines.append(f"memory: {run.memory}")
     lines.append(
         f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
