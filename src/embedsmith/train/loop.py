@@ -169,6 +169,7 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
         f"steps: {run.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
         f"{run.accelerator.device}, {run.accelerator.mixed_precision}"
     )
+    lines.append(f"packing: {run.model.packs}; fused kernels: {run.model.fused}")
     lines.append(f"memory: {run.memory}")
     lines.append(
         f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
@@ -193,7 +194,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     engine = make_engine(model, extras, config)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(config.seed, rank()))
-    memory = replace(derive_memory(config, accelerator.device), packed=recipe.model.packing, agreed=engine.agreed)
+    memory = replace(derive_memory(config, accelerator.device), packed=model.packing, agreed=engine.agreed)
     steps = config.steps or math.ceil((config.epochs or 1) * feed.steps_per_epoch)
     return Run(recipe, accelerator, model, extras, engine, feed, memory, steps, RunState(), LiveMining.of(feed))
 
