@@ -58,7 +58,13 @@ class Patient:
             return
         program = [sys.executable, "-"] if block.language == "python" else ["bash", "-euo", "pipefail"]
         done = subprocess.run(
-            program, input=block.text, text=True, capture_output=True, cwd=self.folder, env=self.environment, timeout=900
+            program,
+            input=block.text,
+            text=True,
+            capture_output=True,
+            cwd=self.folder,
+            env=self.environment,
+            timeout=900,
         )
         assert done.returncode == 0, f"{block.page}:{block.line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
