@@ -40,12 +40,12 @@ def made_up(count: int = 200) -> Pool:
     return [(f"{text} {number}", f"the {text} {number} ran") for number, text in enumerate(texts)]
 
 
-def write_rows(path: Path, shown: str, pool: Pool) -> None:
+def write_rows(path: Path, shown: str, pool: Pool, rows: int = ROWS) -> None:
     """The rows that the page shows, then others with the keys of its first one."""
     first = json.loads(shown.splitlines()[0])
     pool = _CHINESE if re.search("[\u4e00-\u9fff]", shown) else pool
     path.parent.mkdir(parents=True, exist_ok=True)
-    more = (json.dumps(_row(first, place, pool), ensure_ascii=False) + "\n" for place in range(ROWS))
+    more = (json.dumps(_row(first, place, pool), ensure_ascii=False) + "\n" for place in range(rows))
     path.write_text(shown + "".join(more), encoding="utf-8")
 
 
