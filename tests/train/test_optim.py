@@ -8,7 +8,8 @@ from torch import nn
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.train.config import TrainConfig
-from embedsmith.train.engine import WholeCopies, adamw, learning_rate, set_learning_rate
+from embedsmith.train.engine import WholeCopies, learning_rate, set_learning_rate
+from embedsmith.train.optimizers import adamw
 
 NOTHING = nn.ModuleDict()
 
