@@ -262,3 +262,10 @@ def test_a_validation_loss_without_memory_is_computed_with_less(built, monkeypat
     fail_once(run, "forward", monkeypatch)
     assert run.loss(*run.feed.draw(0)).item() == pytest.approx(wanted, abs=1e-5)
     assert run.state.token_budget == run.memory.chunk_tokens < 10**6
+
+
+def test_steps_that_several_threads_drew_are_those_of_one(built):
+    run = built()
+    for (tokens, parts), (wanted, _) in zip(run.draws(), run.feed.run_ahead(0, run.steps), strict=True):
+        assert tokens.id_S.tolist() == wanted.id_S.tolist()
+        assert parts[0].source in ("pairs", "scored")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from embedsmith.core.collectives import (
     refuse_different,
     world_size,
 )
+from embedsmith.core.device import cores
 from embedsmith.core.errors import ModelError, TrainingError
 from embedsmith.core.outputs import check_claim, claimed
 from embedsmith.core.progress import log, progress_bar
@@ -54,6 +55,9 @@ _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
 
 _DTYPE: Mapping[str, ComputeType | None] = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+WORKERS = 4
+"""Threads that draw and tokenize steps ahead of a card."""
+
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
 """What an optimizer holds of a weight, at most."""
 
@@ -85,6 +89,11 @@ class Run:
         with autocast(self.accelerator.device, _DTYPE[self.precision]):
             reps: Reps = self.model(padded, heads)
         return reps
+
+    def draws(self) -> Iterator[Draw]:
+        """The draws of the steps to come. A card leaves the cores to the tokenizer; a CPU needs them itself."""
+        workers = 1 if self.card is None else min(WORKERS, cores())
+        return self.feed.run_ahead(self.state.step, self.steps, workers)
 
     def one_cast(self) -> AbstractContextManager[None]:
         """Around a step: what autocast made of the weights is kept from chunk to chunk, for which an outermost context
@@ -289,7 +298,7 @@ def run_steps(
         run.mining.begin(run.state.step)
     meter = Meter()
     with progress_bar("train", total=steps, done=run.state.step) as bar:
-        for draw in meter.waiting(run.feed.run_ahead(run.state.step, steps)):
+        for draw in meter.waiting(run.draws()):
             output, rate, norm = update(run, draw)
             meter.add(output)
             bar.advance()
@@ -297,9 +306,10 @@ def run_steps(
             if run.mining is not None:  # mine: how hard were the negatives of this step, and which ones come next?
                 run.mining.after_step(run.state.step, run.loss)
 
-            overflowed, run.state = run.state.overflowed_steps, run.state.after(norm)
+            before, run.state = run.state.overflowed_steps, run.state.after(norm)
+            overflowed = run.state.overflowed_steps > before
             step, last = run.state.step, run.state.step == steps
-            if run.state.overflowed_steps > overflowed:
+            if overflowed:
                 journal.write(step, {"overflowed_steps": run.state.overflowed_steps})
             if run.state.skipped_in_a_row:
                 journal.write(step, {"skipped_steps": run.state.skipped_steps})
@@ -308,7 +318,10 @@ def run_steps(
             if step % config.log_every == 0 or last:
                 found = {} if run.mining is None else run.mining.curves()
                 found |= {} if run.state.loss_scale is None else {"loss_scale": run.state.loss_scale}
-                journal.write(step, meter.report(rate, norm, bar) | found)
+                report = meter.report(rate, norm, bar)
+                if overflowed:  # that is no news of the model
+                    del report["gradient_norm"]
+                journal.write(step, report | found)
 
             evaluated = last or (evaluate.every is not None and step % evaluate.every == 0)
             evaluated = evaluated and bool(evaluate.tasks or evaluate.validation)
