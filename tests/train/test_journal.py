@@ -1,7 +1,9 @@
 """metrics.jsonl continues where the checkpoint is, not where the process died."""
 
 import json
+from types import SimpleNamespace
 
+from embedsmith.train import journal
 from embedsmith.train.journal import cut_back
 
 
