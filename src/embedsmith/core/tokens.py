@@ -58,10 +58,7 @@ class TokenBatch:
         id_NT[mask_NT] = self.id_S[place_NT[mask_NT]]
         body_NT = mask_NT & (place_NT >= start_N1 + body_N1)
         arrays = (id_NT, mask_NT, body_NT, is_query_N)
-        tensors = [torch.from_numpy(array) for array in arrays]
-        if torch.device(device).type == "cuda":  # from pinned memory they go while the host works on
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return PaddedTokens(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return PaddedTokens(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedsmith.core.ahead import one_ahead
 from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import log
@@ -35,8 +36,6 @@ WITH_TOKENS = 512
 
 Compute = Literal["auto", "float32", "bfloat16", "float16"]
 """What a forward pass computes in; `auto` is `derive_dtype`."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -105,11 +104,13 @@ class Engine:
 
         parts: list[Reps] = []
         done = 0
-        try:
-            for rows, part in zip(chunks, _spread(of, chunks, derive_workers(self.device, len(chunks))), strict=True):
-                parts.append(part)
-                done += len(rows)
-                self.advance(len(rows))
+        try:  # an outer autocast keeps what it made of the weights from chunk to chunk
+            with autocast(self.device, self.dtype if self.device.type == "cuda" else None):
+                computed = _spread(of, chunks, derive_workers(self.device, len(chunks)))
+                for rows, part in zip(chunks, computed, strict=True):
+                    parts.append(part)
+                    done += len(rows)
+                    self.advance(len(rows))
         except _TooLargeError:
             self.advance(-done)
             raise
@@ -138,17 +139,6 @@ class _TooLargeError(Exception):
     def __init__(self, rows: IntArray) -> None:
         super().__init__(rows)
         self.rows = rows
-
-
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each made in a thread while the one before is used. An error while one is made is raised where it
-    would have been given; however this ends, the thread has ended before."""
-    end: Any = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as worker:
-        waiting = worker.submit(next, items, end)
-        while (item := waiting.result()) is not end:
-            waiting = worker.submit(next, items, end)
-            yield item
 
 
 def chunks_of(length_N: IntArray, chunk_tokens: int, packing: bool) -> list[IntArray]:
