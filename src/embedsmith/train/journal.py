@@ -141,7 +141,7 @@ class Meter:
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": speed,
-            "padding_share": 1 - self._tokens / max(self._padded, 1),
+            "padding_share": 1 - self._tokens / self._padded,
         }
         self.warn_of_empty_vectors(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
@@ -239,7 +239,7 @@ class RunManifest:
                 seen[planned.source].add(planned.rows)
             for supply, one in zip(lane.supplies, seen, strict=True):
                 sources[supply.records.name]["seen"] = one.entry(supply.records.records)
-        self._step = max(self._step, step)
+        self._step = step
         sources = _of_all_ranks(sources)
         if rank() == 0:
             starts = [{"step": start, "ranks": ranks} for start, ranks in self.starts]
@@ -253,7 +253,7 @@ class RunManifest:
         ends = [start for start, _ in self.starts[1:]] + [wanted.stop]
         for (start, ranks), end in zip(self.starts, ends, strict=True):
             sharing = ranks if ranks != world_size() else lane.plan.world
-            for step in range(max(start, wanted.start), min(end, wanted.stop)):
+            for step in range(max(start, wanted.start), end):
                 yield step, sharing
 
 
