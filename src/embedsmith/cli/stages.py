@@ -107,13 +107,12 @@ def _mine(tree: dict[str, Any], where: str) -> Path:
 
 @stage_of("curate", ".jsonl")
 def _curate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.cli.curation import evaluation_texts, load_encoder
-    from embedsmith.curate import CurateRecipe, Tools, curate
+    from embedsmith.api.curation import curation_tools
+    from embedsmith.curate import CurateRecipe, curate
 
     recipe = parse(CurateRecipe, tree, where)
-    tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, None))
     join_ranks()
-    on_first_rank(lambda: curate(recipe, tools).output)
+    on_first_rank(lambda: curate(recipe, curation_tools()).output)
     return Path(recipe.output)
 
 
@@ -174,7 +173,7 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
 
 def recipe_of(verb: str) -> type:
     """The class of a verb's recipe. Errors: `RecipeError` for a verb without one."""
-    from embedsmith.cli.tokenize import TokenizeJob
+    from embedsmith.api.tokenizing import TokenizeJob
     from embedsmith.curate import CurateRecipe
     from embedsmith.merge import MergeRecipe
     from embedsmith.mining import MineRecipe

@@ -9,10 +9,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from embedsmith.core.collectives import rank
 from embedsmith.core.terminal import Terminal
-from embedsmith.core.text_out import printable
+from embedsmith.core.text_out import PrintableLines, printable
 
 log = logging.getLogger("embedsmith")
 log.addFilter(lambda record: rank() == 0)
+
+
+@contextmanager
+def lines_shown() -> Iterator[None]:
+    """Within the block, what embedsmith logs is shown on stderr, as on the command line: in scripts and in notebooks.
+    A program that has set up its logging gets the lines there."""
+    if log.hasHandlers():
+        yield
+        return
+    handler, level = logging.StreamHandler(), log.level
+    handler.setFormatter(PrintableLines("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
 
 _on_screen: list[str] = []  # labels of the bars the terminal shows: at most one
 
