@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
 from embedsmith.models.self_test import kernel_precision
+from embedsmith.models.sentence_keywords import encode_with
 from embedsmith.models.tokenize import (
     Instruction,
     TextTokenizer,
@@ -252,6 +253,22 @@ class Embedder(nn.Module):
             self.train(was_training)
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], role: Role = "document", task: str | None = None, **options: Any
+    ) -> AnyArray: ...
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -265,13 +282,22 @@ class Embedder(nn.Module):
         token_budget: int | None = None,
         dtype: ComputeType | None = None,
         show_progress: bool | None = None,
-    ) -> AnyArray:
+        **keywords: Any,
+    ) -> Any:
         """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
 
         `dim` keeps the leading coordinates and normalises again; by default what the folder says (`truncate_dim` of
         sentence-transformers), else all of them. `precision`: see `quantize`; `ranges` [2, D] holds
         the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
+
+        `keywords` are those of sentence-transformers, which mean what they mean there: `batch_size`, `prompt`,
+        `prompt_name`, `normalize_embeddings`, `convert_to_tensor`, `convert_to_numpy`, `device`, `show_progress_bar`,
+        `truncate_dim`. Errors: `ModelError` naming what to use here instead of another.
         """
+        if keywords:
+            options: dict[str, Any] = {"role": role, "task": task, "dim": dim, "precision": precision, "ranges": ranges}
+            options |= {"instruction": instruction, "token_budget": token_budget, "dtype": dtype}
+            return encode_with(self, texts, options | {"show_progress": show_progress}, keywords)
         reps = self.represent(
             [texts] if isinstance(texts, str) else texts,
             role=role,
@@ -290,6 +316,14 @@ class Embedder(nn.Module):
             vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
         made = quantize(vector_ND.numpy(), precision, ranges)
         return made[0] if isinstance(texts, str) else made
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of queries."""
+        return self.encode(texts, "query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of documents."""
+        return self.encode(texts, "document", **options)
 
     def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
         """Every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row. Cosine, or what
