@@ -10,11 +10,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
-
-from rich.table import Table
 
 from embedsmith.api.curation import curation_tools
 from embedsmith.api.keywords import keyed, model_tree, recipe_of, source_tree, source_trees
@@ -25,58 +22,20 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.recipe import parse
 from embedsmith.core.settings import did_you_mean, to_plain
-from embedsmith.core.terminal import Printed
 from embedsmith.curate import CurateRecipe
 from embedsmith.curate import Report as CurationReport
 from embedsmith.curate import curate as run_curate
 from embedsmith.data.token_cache import Manifest
-from embedsmith.evaluate import Results
-from embedsmith.evaluate.result import percent
 from embedsmith.merge import Merged, MergeRecipe
 from embedsmith.merge import merge as run_merge
 from embedsmith.mining import MineRecipe, MineReport
 from embedsmith.mining import mine as run_mine
-from embedsmith.models import Embedder, ModelConfig, load
+from embedsmith.models import ModelConfig, load
 from embedsmith.train import EvaluateConfig, Recipe, TrainConfig
 from embedsmith.train import train as run_train
+from embedsmith.train.outcome import Trained
 
 R = TypeVar("R")
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Trained(Printed):
-    """A finished training run.
-
-    `output`: the run's folder, with its report. `folder`: the model's folder in it. `results` and `results_before`:
-    the evaluation after training and before the first step, `None` where no task was evaluated.
-    """
-
-    output: Path
-    folder: Path
-    results: Results | None
-    results_before: Results | None
-
-    @cached_property
-    def model(self) -> Embedder:
-        """The trained model, loaded on first use."""
-        return load(str(self.folder))
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """The main score of every task after training."""
-        return {} if self.results is None else self.results.main_scores()
-
-    @property
-    def scores_before(self) -> dict[str, float]:
-        """The main score of every task before the first step."""
-        return {} if self.results_before is None else self.results_before.main_scores()
-
-    def table(self) -> Table:
-        """One row a task, times 100."""
-        table = Table("task", "before", "after", title=f"model: {self.folder}", title_justify="left")
-        for task, score in self.scores.items():
-            table.add_row(task, percent(self.scores_before.get(task, float("nan"))), percent(score))
-        return table
 
 
 def train(
@@ -117,9 +76,7 @@ def train(
         whole = parse(Recipe, tree, where=str(recipe) if isinstance(recipe, str | Path) else "train")
     with lines_shown():
         folder = run_train(whole, overwrite=overwrite)
-    results = {name: folder.parent / "evaluation" / f"{name}.json" for name in ("after", "before")}
-    after, before = (Results.load(path) if path.is_file() else None for path in results.values())
-    return Trained(folder.parent, folder, after, before)
+    return Trained.of(folder.parent)
 
 
 def _of_train(settings: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate as score
-from embedsmith.evaluate.tasks.kinds import Task, load_task
+from embedsmith.evaluate.tasks.kinds import Task, load_tasks
 from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, score_widths
 from embedsmith.models import load
 from embedsmith.search.cached import CachedEncoder
@@ -151,12 +151,9 @@ class Scoring:
         return Results(tuple(found[task] for task in wanted) or results.tasks, results.about)
 
     def _load(self, tasks: Sequence[str | Path | Task], split: str | None = None) -> list[Task]:
-        def loaded(task: str | Path | Task) -> Task:
-            if isinstance(task, str | Path):
-                return load_task(task, data_dir=self.data, split=split or self.split)
-            return task
-
-        return [loaded(task) for task in tasks]
+        names = [task for task in tasks if isinstance(task, str | Path)]
+        loaded = iter(load_tasks(names, data_dir=self.data, split=split or self.split))
+        return [next(loaded) if isinstance(task, str | Path) else task for task in tasks]
 
     def with_mteb(self, encoder: Encoder, model: str, output: Path, limits: SampleLimits | None) -> Results:
         """The model on all tasks, with mteb."""

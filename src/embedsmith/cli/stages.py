@@ -156,14 +156,14 @@ class EvaluateStage:
 
 @stage_of("evaluate", ".json")
 def _evaluate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.evaluate import evaluate, load_task
+    from embedsmith.evaluate import evaluate, load_tasks
     from embedsmith.models import load
 
     stage = parse(EvaluateStage, tree, where)
 
     def score() -> None:
         refuse_foreign_file(Path(stage.output), '"tasks": [')
-        tasks = [load_task(name, data_dir=stage.data, split=stage.split) for name in stage.tasks]
+        tasks = load_tasks(stage.tasks, data_dir=stage.data, split=stage.split)
         evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
 
     join_ranks()
