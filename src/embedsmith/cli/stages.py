@@ -22,7 +22,7 @@ from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
-from embedsmith.core.settings import did_you_mean, section
+from embedsmith.core.settings import Word, did_you_mean, section
 
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -59,7 +59,7 @@ class PipelineRecipe:
     `output`: the folder of all that has no place of its own. `stages`: the stages, at least one.
     """
 
-    output: str
+    output: Word
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class EvaluateStage:
 
     model: str
     tasks: tuple[str, ...]
-    output: str
+    output: Word
     data: str | None = None
     split: str = "test"
 
