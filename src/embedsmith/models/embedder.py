@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import Packing, packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask, pooled
 from embedsmith.models.self_test import kernel_precision
+from embedsmith.models.sentence_keywords import encode_with
 from embedsmith.models.tokenize import (
     Instruction,
     TextTokenizer,
@@ -328,6 +329,22 @@ class Embedder(nn.Module):
                 yield np.concatenate(parts)
                 parts = []
 
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], role: Role = "document", task: str | None = None, **options: Any
+    ) -> AnyArray: ...
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -341,13 +358,22 @@ class Embedder(nn.Module):
         token_budget: int | None = None,
         dtype: Compute | None = None,
         show_progress: bool | None = None,
-    ) -> AnyArray:
+        **keywords: Any,
+    ) -> Any:
         """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
 
         `dim` keeps the leading coordinates and normalises again; by default what the folder says (`truncate_dim` of
         sentence-transformers), else all of them. `precision`: see `quantize`; `ranges` [2, D] holds
         the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
+
+        `keywords` are those of sentence-transformers, which mean what they mean there: `batch_size`, `prompt`,
+        `prompt_name`, `normalize_embeddings`, `convert_to_tensor`, `convert_to_numpy`, `device`, `show_progress_bar`,
+        `truncate_dim`. Errors: `ModelError` naming what to use here instead of another.
         """
+        if keywords:
+            options: dict[str, Any] = {"role": role, "task": task, "dim": dim, "precision": precision, "ranges": ranges}
+            options |= {"instruction": instruction, "token_budget": token_budget, "dtype": dtype}
+            return encode_with(self, texts, options | {"show_progress": show_progress}, keywords)
         reps = self.represent(
             [texts] if isinstance(texts, str) else texts,
             role=role,
@@ -371,6 +397,14 @@ class Embedder(nn.Module):
             vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
         vectors: FloatArray = vector_ND.numpy()
         return vectors
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of queries."""
+        return self.encode(texts, "query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of documents."""
+        return self.encode(texts, "document", **options)
 
     def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
         """Every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row. Cosine, or what

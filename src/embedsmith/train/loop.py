@@ -49,6 +49,7 @@ from embedsmith.train.engine import Engine, check_shard, make_engine, set_learni
 from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.journal import Journal, Meter, RunManifest
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
+from embedsmith.train.outcome import Trained
 from embedsmith.train.scoring import Development, load_tasks
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 
@@ -226,6 +227,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         summary["overflowed_steps"] = run.state.overflowed_steps
     folder = checkpoints.finish(model, summary)
     on_first_rank(lambda: report_run(output, folder))
+    if tasks:
+        on_first_rank(lambda: log.info("%s", Trained.of(output)))
     return folder
 
 

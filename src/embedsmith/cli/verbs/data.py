@@ -108,7 +108,7 @@ def tokenize_data(
     adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
 ) -> None:
     """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on."""
-    from embedsmith.cli.tokenize import run_tokenize
+    from embedsmith.api.tokenizing import run_tokenize
 
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
     tree["pooling"] = pooling
