@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from embedsmith.core.transfer import to_device
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -58,7 +60,7 @@ class TokenBatch:
         id_NT[mask_NT] = self.id_S[place_NT[mask_NT]]
         body_NT = mask_NT & (place_NT >= start_N1 + body_N1)
         arrays = (id_NT, mask_NT, body_NT, is_query_N, np.flatnonzero(mask_NT))
-        return PaddedTokens(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        return PaddedTokens(*(to_device(array, device) for array in arrays))
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:

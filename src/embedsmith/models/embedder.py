@@ -1,10 +1,12 @@
 """The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +19,25 @@ from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
-from embedsmith.models.config import ComputeType, Settings
-from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, compare, encode_block, quantize
+from embedsmith.models.config import Settings
+from embedsmith.models.encode import (
+    AnyArray,
+    Compute,
+    Engine,
+    FloatArray,
+    Precision,
+    compare,
+    fitting_tokens,
+    quantize,
+    settled_dtype,
+    window_rows,
+)
 from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import Packing, packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask, pooled
 from embedsmith.models.self_test import kernel_precision
+from embedsmith.models.sentence_keywords import encode_with
 from embedsmith.models.tokenize import (
     Instruction,
     TextTokenizer,
@@ -75,6 +89,7 @@ class Embedder(nn.Module):
         self.progress = 0.0
         self.packing, self.packs = False, Packing()
         self.fused = "off (no GPU)"
+        self._fitting: int | None = None  # tokens in a chunk, where the card was too small for more
         self._takes_positions, self._takes_cache = takes_positions(backbone), takes(backbone, "use_cache")
         # Of a text with many CLS the vector is the mean of their states; a middle layer has no trained weights.
         self._plain_pooling = mean if settings.mcls is not None or pooler is not None else pooling
@@ -233,36 +248,102 @@ class Embedder(nn.Module):
         outputs: Sequence[str] = ("dense",),
         instruction: Instruction = None,
         token_budget: int | None = None,
-        dtype: ComputeType | None = None,
+        dtype: Compute | None = None,
         show_progress: bool | None = None,
     ) -> Reps:
         """Representations of N texts, in their order, on the CPU, without gradient; of no text, of zero rows.
 
-        `token_budget`: padded tokens in a chunk, `None` fits the device. `dtype`: computes under autocast.
+        `token_budget`: padded tokens in a chunk, `None` fits the device. `dtype`: computes under autocast; `auto` takes
+        16 bits where the hardware multiplies them, and says so.
         `show_progress=None` shows a bar on a terminal, where there are texts enough for it.
         """
         if len(texts) == 0:  # the shapes of one text, without its row
             one = self.represent([""], role=role, task=task, outputs=outputs, token_budget=token_budget, dtype=dtype)
             return each_head(one, lambda rep: rep.rows(slice(0, 0)))
 
+        def windows(size: int) -> Iterator[TokenBatch]:
+            for start in range(0, len(texts), size):
+                rows = slice(start, start + size)
+                own = instruction if instruction is None or isinstance(instruction, str) else instruction[rows]
+                yield self.tokenize(texts[rows], role, task, own)
+
+        visible = False if show_progress is None and len(texts) < 512 else show_progress
+        size = window_rows(self.device, with_tokens=any(name not in ("dense", "middle") for name in outputs))
+        with progress_bar("encode", len(texts), visible=visible) as bar:
+            parts = list(self.represent_windows(windows(size), outputs, token_budget, dtype, bar.advance))
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def represent_windows(
+        self,
+        windows: Iterator[TokenBatch],
+        outputs: Sequence[str] = ("dense",),
+        token_budget: int | None = None,
+        dtype: Compute | None = None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Iterator[Reps]:
+        """Representations of windows of tokenised texts, as `represent` gives them; a window is made, in a thread,
+        while the one before is computed. `advance` is told how many rows are done."""
+
         def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
             made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows), outputs)
             return made
 
-        parts: list[Reps] = []
-        visible = False if show_progress is None and len(texts) < 512 else show_progress
+        device, chosen = self.device, settled_dtype(dtype, self.device)
+        known = self._fitting if token_budget is None else token_budget
+        size = known or fitting_tokens(device, self.backbone.config)
+        engine = Engine(compute, device, size, chosen, self.packing, advance)
         was_training = self.training  # training goes on after an evaluation
         self.eval()
         try:
-            with progress_bar("encode", len(texts), visible=visible) as bar:
-                for start in range(0, len(texts), BLOCK):
-                    rows = slice(start, start + BLOCK)
-                    own = instruction if instruction is None or isinstance(instruction, str) else instruction[rows]
-                    tokens = self.tokenize(texts[rows], role, task, own)
-                    parts.append(encode_block(tokens, compute, self.device, token_budget, dtype, bar.advance))
+            yield from engine.run(windows)
         finally:
             self.train(was_training)
-        return parts[0] if len(parts) == 1 else concatenate(parts)
+            if engine.chunk_tokens < size:
+                self._fitting = engine.chunk_tokens
+
+    def encode_windows(
+        self,
+        windows: Iterator[Sequence[str]],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        dim: int | None = None,
+        dtype: Compute | None = None,
+    ) -> Iterator[FloatArray]:
+        """What `encode` gives for each window of texts; the next one is read and tokenised while one is computed. For
+        files: a window is to hold no more texts than may lie in memory together."""
+        size = window_rows(self.device, with_tokens=False)
+        lengths: deque[int] = deque()
+
+        def tokens() -> Iterator[TokenBatch]:
+            for texts in windows:
+                lengths.append(len(texts))
+                for start in range(0, len(texts), size):
+                    yield self.tokenize(texts[start : start + size], role, task)
+
+        parts: list[FloatArray] = []
+        for reps in self.represent_windows(tokens(), dtype=dtype):
+            parts.append(self._vectors(reps, dim))
+            if sum(map(len, parts)) == lengths[0]:
+                lengths.popleft()
+                yield np.concatenate(parts)
+                parts = []
+
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], role: Role = "document", task: str | None = None, **options: Any
+    ) -> AnyArray: ...
 
     def encode(
         self,
@@ -275,15 +356,24 @@ class Embedder(nn.Module):
         ranges: FloatArray | None = None,
         instruction: Instruction = None,
         token_budget: int | None = None,
-        dtype: ComputeType | None = None,
+        dtype: Compute | None = None,
         show_progress: bool | None = None,
-    ) -> AnyArray:
+        **keywords: Any,
+    ) -> Any:
         """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
 
         `dim` keeps the leading coordinates and normalises again; by default what the folder says (`truncate_dim` of
         sentence-transformers), else all of them. `precision`: see `quantize`; `ranges` [2, D] holds
         the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
+
+        `keywords` are those of sentence-transformers, which mean what they mean there: `batch_size`, `prompt`,
+        `prompt_name`, `normalize_embeddings`, `convert_to_tensor`, `convert_to_numpy`, `device`, `show_progress_bar`,
+        `truncate_dim`. Errors: `ModelError` naming what to use here instead of another.
         """
+        if keywords:
+            options: dict[str, Any] = {"role": role, "task": task, "dim": dim, "precision": precision, "ranges": ranges}
+            options |= {"instruction": instruction, "token_budget": token_budget, "dtype": dtype}
+            return encode_with(self, texts, options | {"show_progress": show_progress}, keywords)
         reps = self.represent(
             [texts] if isinstance(texts, str) else texts,
             role=role,
@@ -293,6 +383,11 @@ class Embedder(nn.Module):
             dtype=dtype,
             show_progress=show_progress,
         )
+        made = quantize(self._vectors(reps, dim), precision, ranges)
+        return made[0] if isinstance(texts, str) else made
+
+    def _vectors(self, reps: Reps, dim: int | None) -> FloatArray:
+        """vector_ND of the dense head, cut to the leading `dim` coordinates or those of the folder."""
         vector_ND = in_fp32(reps["dense"].tensors()[0])
         if dim is not None and not 1 <= dim <= vector_ND.shape[1]:
             raise ModelError(f"dim={dim}", expected=f"from 1 to {vector_ND.shape[1]}, the model's dimension")
@@ -300,8 +395,16 @@ class Embedder(nn.Module):
         if width < vector_ND.shape[1] or dim is not None:
             vector_ND = vector_ND[:, :width]
             vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
-        made = quantize(vector_ND.numpy(), precision, ranges)
-        return made[0] if isinstance(texts, str) else made
+        vectors: FloatArray = vector_ND.numpy()
+        return vectors
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of queries."""
+        return self.encode(texts, "query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of documents."""
+        return self.encode(texts, "document", **options)
 
     def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
         """Every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row. Cosine, or what
