@@ -24,6 +24,7 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
+from embedsmith.core.terminal import Printed
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Graded, Ranking, ndcg, spearman
 from embedsmith.evaluate.result import Results, percent
@@ -46,8 +47,8 @@ DEV_QUERIES = 500
 Weights = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class HeadScores:
+@dataclass(frozen=True, repr=False)
+class HeadScores(Printed):
     """Results by column (heads, in the order of the paper's tables, or widths), and the weights of each column's
     heads."""
 

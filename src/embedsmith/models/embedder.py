@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, conca
 from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
 from embedsmith.models.attention import Attention, SoftMask
-from embedsmith.models.backbone import takes, takes_positions
+from embedsmith.models.backbone import call_backbone, takes, takes_positions
 from embedsmith.models.config import Settings
 from embedsmith.models.encode import (
     AnyArray,
@@ -34,9 +34,10 @@ from embedsmith.models.encode import (
 )
 from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.packing import packed, unpacked
-from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
+from embedsmith.models.packing import Packing, packed, unpacked
+from embedsmith.models.pooling import PoolerConfig, mean, pool_mask, pooled
 from embedsmith.models.self_test import kernel_precision
+from embedsmith.models.sentence_keywords import encode_with
 from embedsmith.models.tokenize import (
     Instruction,
     TextTokenizer,
@@ -86,7 +87,8 @@ class Embedder(nn.Module):
         self.pooler, self.pooler_config = pooler, pooler_config
         self.base: Mapping[str, Any] | None = None
         self.progress = 0.0
-        self.packing = False
+        self.packing, self.packs = False, Packing()
+        self.fused = "off (no GPU)"
         self._fitting: int | None = None  # tokens in a chunk, where the card was too small for more
         self._takes_positions, self._takes_cache = takes_positions(backbone), takes(backbone, "use_cache")
         # Of a text with many CLS the vector is the mean of their states; a middle layer has no trained weights.
@@ -177,39 +179,51 @@ class Embedder(nn.Module):
         own = {name: head(self, padded) for name, head in heads.items() if head.own_pass}
         if own and len(own) == len(set(outputs)):
             return own
-        states = self.states(padded, all_layers="middle" in outputs)
-        last_NTH = states.last_hidden_state
+        states = self._outputs(padded, all_layers="middle" in outputs)
+
+        def given(state_NTH: Tensor) -> Tensor:
+            """[N, T, H], or [S, H] of a packed chunk without what fills its row up."""
+            return state_NTH[0, : len(padded.place_S)] if self.packing else state_NTH
+
+        last = given(states.last_hidden_state)
         left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
         part_NT = pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, left_out_S)
         if settings.mcls is not None:
             pool_NT = padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
             part_NT = part_NT & ~(pool_NT & (pool_NT.int().cumsum(1) > 1))  # a CLS between blocks is no word
         reps: dict[str, Representation] = {}
-        with torch.autocast(last_NTH.device.type, enabled=False):
+        with torch.autocast(last.device.type, enabled=False):
             if "dense" in outputs:
                 pooling: Any = self._plain_pooling if self.pooler is None else self.pooler
-                vector_ND = pooling(in_fp32(last_NTH), pool_NT, padded.mask_NT)
+                vector_ND = pooled(pooling, in_fp32(last), pool_NT, padded)
                 for projection in self.projections:
                     vector_ND = projection(vector_ND)
                 reps["dense"] = Dense(F.normalize(vector_ND, dim=-1) if settings.normalize else vector_ND)
             if "middle" in outputs:
-                middle_NTH = in_fp32(states.hidden_states[len(states.hidden_states) // 2])
-                pooled_NH = self._plain_pooling(middle_NTH, pool_NT, padded.mask_NT)
-                reps["middle"] = Dense(F.normalize(pooled_NH, dim=-1))
+                middle = in_fp32(given(states.hidden_states[len(states.hidden_states) // 2]))
+                middle_NH = pooled(self._plain_pooling, middle, pool_NT, padded)
+                reps["middle"] = Dense(F.normalize(middle_NH, dim=-1))
             if "tokens" in outputs:
                 special_S = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
+                last_NTH = padded.spread(last) if self.packing else last
                 reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
             for name, head in heads.items():
                 if not head.own_pass:
-                    reps[name] = head(in_fp32(last_NTH), padded, part_NT)
+                    hidden = padded.spread(last) if self.packing and not head.reads_packed else last
+                    reps[name] = head(in_fp32(hidden), padded, part_NT)
         return reps | own
 
     def states(self, padded: PaddedTokens, all_layers: bool = False) -> Any:
         """The backbone's output for a padded chunk, under the model's attention: `last_hidden_state` [N, T, H], and
         `hidden_states` of all layers where they are asked for."""
+        states = self._outputs(padded, all_layers)
+        return unpacked(states, padded) if self.packing else states
+
+    def _outputs(self, padded: PaddedTokens, all_layers: bool) -> Any:
+        """The same as the backbone gives it: of a packed chunk one row, [1, S, H]."""
         dtype, implementation = next(self.backbone.parameters()).dtype, self.backbone.config._attn_implementation
         if self.packing:
-            arguments = packed(padded, self.attention, implementation, dtype)
+            arguments = packed(padded, self.attention, self.backbone)
         else:
             if self.attention.mode == "softmask" and self.training:  # as much of the future as the run is along
                 mask: Tensor | None = self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
@@ -223,8 +237,7 @@ class Embedder(nn.Module):
         if all_layers:
             arguments["output_hidden_states"] = True
         with kernel_precision(self.backbone):
-            states = self.backbone(**arguments, return_dict=True)
-        return unpacked(states, padded.mask_NT) if self.packing else states
+            return call_backbone(self.backbone, arguments | {"return_dict": True})
 
     def represent(
         self,
@@ -316,6 +329,22 @@ class Embedder(nn.Module):
                 yield np.concatenate(parts)
                 parts = []
 
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], role: Role = "document", task: str | None = None, **options: Any
+    ) -> AnyArray: ...
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -329,13 +358,22 @@ class Embedder(nn.Module):
         token_budget: int | None = None,
         dtype: Compute | None = None,
         show_progress: bool | None = None,
-    ) -> AnyArray:
+        **keywords: Any,
+    ) -> Any:
         """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
 
         `dim` keeps the leading coordinates and normalises again; by default what the folder says (`truncate_dim` of
         sentence-transformers), else all of them. `precision`: see `quantize`; `ranges` [2, D] holds
         the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
+
+        `keywords` are those of sentence-transformers, which mean what they mean there: `batch_size`, `prompt`,
+        `prompt_name`, `normalize_embeddings`, `convert_to_tensor`, `convert_to_numpy`, `device`, `show_progress_bar`,
+        `truncate_dim`. Errors: `ModelError` naming what to use here instead of another.
         """
+        if keywords:
+            options: dict[str, Any] = {"role": role, "task": task, "dim": dim, "precision": precision, "ranges": ranges}
+            options |= {"instruction": instruction, "token_budget": token_budget, "dtype": dtype}
+            return encode_with(self, texts, options | {"show_progress": show_progress}, keywords)
         reps = self.represent(
             [texts] if isinstance(texts, str) else texts,
             role=role,
@@ -359,6 +397,14 @@ class Embedder(nn.Module):
             vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
         vectors: FloatArray = vector_ND.numpy()
         return vectors
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of queries."""
+        return self.encode(texts, "query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of documents."""
+        return self.encode(texts, "document", **options)
 
     def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
         """Every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row. Cosine, or what
