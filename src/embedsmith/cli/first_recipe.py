@@ -19,8 +19,7 @@ import numpy as np
 from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.outputs import claimed, refuse_foreign_file
-from embedsmith.core.settings import did_you_mean
-from embedsmith.core.shipped import shipped_recipes
+from embedsmith.core.shipped import shipped_named
 from embedsmith.core.tokens import IntArray
 from embedsmith.core.words import runs
 from embedsmith.data import RecordSet, Source, read_source, row_facts
@@ -51,9 +50,12 @@ MARK = "# Written by embedsmith init"
 
 @dataclass(frozen=True)
 class Looked:
-    """What a file was found to hold. `lengths`: tokens of sampled texts; `unspaced`: the share of their letters that is
-    in a script without spaces, such as Chinese; `latin`: the share of plain Latin words among the others; `repeats`: rows of the query or
-    positive that most rows have."""
+    """What a file was found to hold.
+
+    `lengths`: tokens of sampled texts; `unspaced`: the share of their letters that is in a script without spaces, such
+    as Chinese; `latin`: the share of plain Latin words among the others; `negatives`: the most that a row has;
+    `repeats`: rows of the query or positive that most rows have.
+    """
 
     source: Source
     found: RecordSet
@@ -115,18 +117,12 @@ def refuse_another(path: Path, overwrite: bool) -> None:
 def copy_recipe(name: str, folder: Path, overwrite: bool = False) -> Path:
     """A shipped recipe under its own name in a folder. Errors: `RecipeError` for a name that is none; `CheckpointError`
     for a file that is there already."""
-    known = shipped_recipes()
-    if name not in known:
-        short = {one.name.removeprefix(f"{one.verb}-"): one.name for one in known.values()}
-        if name not in short:
-            expected = f"one of {', '.join(known)}"
-            raise RecipeError(f"no shipped recipe is called {name!r}{did_you_mean(name, known)}", expected=expected)
-        name = short[name]
-    path = folder / known[name].path.name
+    shipped = shipped_named(name).path
+    path = folder / shipped.name
     with claimed(path, "init"):
         refuse_another(path, overwrite)
         with atomic_file(path) as file:
-            file.write(known[name].path.read_text(encoding="utf-8"))
+            file.write(shipped.read_text(encoding="utf-8"))
     return path
 
 
@@ -156,9 +152,8 @@ def _looked(source: Source, tokenizer: Any) -> Looked:
 
 def _repeats(found: RecordSet) -> int:
     facts = row_facts(found.records)
-    return max(
-        int(np.unique(ids, return_counts=True)[1].max(initial=1)) for ids in (facts.query_id_N, facts.positive_id_P)
-    )
+    both = (np.unique(ids, return_counts=True)[1] for ids in (facts.query_id_N, facts.positive_id_P))
+    return max(int(count_T.max(initial=1)) for count_T in both)
 
 
 def _lengths(texts: Sequence[str], tokenizer: Any) -> Iterable[int]:
@@ -268,8 +263,8 @@ def _source(looked: Looked, split: Split | None, rows: int, batch: int) -> tuple
 
 
 def _batch(rows: int, repeats: int) -> int:
-    """64 as a rule; of a small file what leaves at least eight batches, of a very large one more. No two rows of a batch
-    share a text, so that a text of many rows makes batches smaller, down to 8."""
+    """64 as a rule; of a small file what leaves at least eight batches, of a very large one more. No two rows of a
+    batch share a text, so that a text of many rows makes batches smaller, down to 8."""
     most = 128 if rows >= 100_000 else 64
     most = min(most, max(1 << int(math.log2(max(rows // repeats, 1))), 8))
     return max(min(most, 1 << int(math.log2(max(rows / 8, 4)))), 4)

@@ -43,6 +43,16 @@ def _described(path: Path) -> Shipped:
     return Shipped(name, "accelerate launch" if name.startswith("accelerate/") else verb, summary, path)
 
 
+def shipped_named(name: str) -> Shipped:
+    """One by its name, with or without its verb in front. Errors: `RecipeError` with the nearest name."""
+    known = shipped_recipes()
+    short = {one.name.removeprefix(f"{one.verb}-"): one for one in known.values()} | known
+    if name not in short:
+        expected = f"one of {', '.join(known)}"
+        raise RecipeError(f"no shipped recipe is called {name!r}{did_you_mean(name, short)}", expected=expected)
+    return short[name]
+
+
 def recipe_file(given: str | Path, verb: str) -> Path:
     """The file that a verb's recipe is read from: the path itself where there is such a file, else the shipped recipe
     of this name, with or without the verb in front (`merge ties` is `merge-ties`) and the ending.

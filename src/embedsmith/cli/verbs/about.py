@@ -23,9 +23,9 @@ def list_things(
     if kind is None:
         show(all_shelves())
     elif kind in ("recipe", "recipes") and name is not None:
-        from embedsmith.core.shipped import recipe_file
+        from embedsmith.core.shipped import shipped_named
 
-        say(recipe_file(name, "train").read_text(encoding="utf-8").rstrip())
+        say(shipped_named(name).path.read_text(encoding="utf-8").rstrip())
     elif kind in ("recipe", "recipes"):
         show(recipes())
     elif name is None:

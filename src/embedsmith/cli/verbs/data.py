@@ -126,7 +126,7 @@ def tokenize_data(
 
     Example: embedsmith tokenize pairs.jsonl --model runs/mine/model --out tokens
     """
-    from embedsmith.cli.tokenize import run_tokenize
+    from embedsmith.api.tokenizing import run_tokenize
 
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
     tree["pooling"] = pooling

@@ -6,6 +6,7 @@ A new kind is one more frozen dataclass on the shelf `task_kinds`, in this folde
 its path or name and asks the formats of all kinds.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -97,6 +98,34 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
         where=path,
         expected="a file of pairs, with scores or without, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)",
     )
+
+
+def load_tasks(names: Sequence[str | Path], *, data_dir: str | Path | None = None, split: str = "test") -> list[Task]:
+    """Several tasks, each under a name of its own: files of one name are told apart by the folders they lie in, as in
+    `dev/questions` and `test/questions`. Errors: those of `load_task`."""
+    tasks = [load_task(name, data_dir=data_dir, split=split) for name in names]
+    paths = [local_path(str(name).rpartition(":")[2], EvaluationError).resolve() for name in names]
+    named = zip(tasks, _apart([task.name for task in tasks], paths), strict=True)
+    return [_called(task, name) for task, name in named]
+
+
+def _called(task: Any, name: str) -> Any:
+    """The task under another name; one that makes its name of something else keeps it."""
+    settable = dataclasses.is_dataclass(task) and "name" in {f.name for f in dataclasses.fields(task)}
+    return dataclasses.replace(task, name=name) if settable and name != task.name else task
+
+
+def _apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """The names, and before those that stand for several paths as many of their folders as tell these apart."""
+    made = list(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        places = [place for place, other in enumerate(names) if other == name]
+        for depth in range(1, max(len(paths[place].parts) for place in places)):
+            longer = ["/".join((*paths[place].parts[-1 - depth : -1], name)) for place in places]
+            if len(set(longer)) == len({paths[place] for place in places}) > 1:
+                made = [longer[places.index(n)] if n in places else old for n, old in enumerate(made)]
+                break
+    return made
 
 
 def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -> Path:
