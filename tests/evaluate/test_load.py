@@ -68,7 +68,7 @@ def test_sts_columns_may_be_called_sentence(tmp_path: Path) -> None:
         ([STS[0], {"text1": "a", "text2": 3, "score": 1}], r"f.jsonl:2: 'text2' is 3"),
         ([STS[0], [1, 2]], r"f.jsonl:2"),
         ([STS[0], "{"], r"f.jsonl:2"),
-        ([{"query": "a", "pos": ["b"]}], r"'text1' is missing\n  expected: found: query, pos"),
+        ([{"ask": "a", "reply": ["b"]}], r"'text1' is missing\n  expected: found: ask, reply"),
         ([], "no rows"),
     ],
 )

@@ -94,6 +94,8 @@ def test_the_activity_of_a_sparse_head():
     assert {name: float(value) for name, value in sparse_activity(sides).items()} == pytest.approx(
         {"sparse_active": 1.0, "sparse_empty": 0.5, "sparse_zero": 4 / 6}
     )
+    none = [Side({"sparse": Sparse(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3))})]
+    assert float(sparse_activity(none)["sparse_zero"]) == 1
 
 
 def test_a_dead_sparse_head_is_told_once(m3, caplog):

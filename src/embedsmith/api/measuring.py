@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.encoder import Encoder
-from embedsmith.core.errors import EvaluationError
-from embedsmith.core.progress import lines_shown
+from embedsmith.core.errors import EmbedsmithError, EvaluationError
+from embedsmith.core.progress import lines_shown, log
+from embedsmith.core.recipe import parse, read_tree
+from embedsmith.data import RecordSet, Source, part_of, read_source
+from embedsmith.data.record import Text
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate as score
+from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.evaluate.tasks.kinds import Task, load_tasks
 from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, score_widths
 from embedsmith.models import load
@@ -122,6 +126,7 @@ class Scoring:
     def score(self, encoder: Encoder, about: Mapping[str, Any]) -> Results:
         """The model on all tasks, with our own evaluator."""
         loaded = self._load(self.tasks)
+        warn_of_seen(loaded, trained_on(str(about.get("model", ""))))
         if self.head == "hybrid":
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
         if self.cache is None:
@@ -163,6 +168,26 @@ class Scoring:
         if self.head == "hybrid":
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
         return mteb_evaluate(encoder, chosen, output, name=model, head=self.head, limits=limits)
+
+
+def trained_on(model: str) -> list[RecordSet[Text]]:
+    """What a model was trained on, where its run's folder is still around it and its sources can be read; empty for any
+    other model. Streams, and what was never on this disk, are left out."""
+    places = Path(model).absolute().parents
+    recipe = next((place / "recipe.yaml" for place in places[:3] if (place / "recipe.yaml").is_file()), None)
+    found: list[RecordSet[Text]] = []
+    try:
+        tree = {} if recipe is None else read_tree(recipe)
+        given = [parse(Source, one) for one in tree.get("data") or []] if "train" in tree else []
+    except (EmbedsmithError, TypeError):
+        return []
+    for source in given:
+        if source.rows is None and not source.streaming and Path(source.path).exists():
+            try:
+                found.append(part_of(read_source(source), source.part))
+            except EmbedsmithError as error:
+                log.info("not compared with the evaluated texts: %s", error)
+    return found
 
 
 def compare_models(models: Mapping[str, Any], scoring: Scoring, load: Load, widths: Sequence[int] = ()) -> Comparison:

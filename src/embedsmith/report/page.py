@@ -156,6 +156,8 @@ overflow-wrap:anywhere}
 .text{margin:4px 0 10px;padding-left:10px;border-left:3px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 .label{color:var(--soft);font-size:.85rem;margin:8px 0 0}pre{overflow:auto;max-height:26rem;font-size:.84rem;
 line-height:1.45;margin:6px 0}
+.steps{margin:0;padding-left:1.3rem}.steps li{margin:.5rem 0}.command{white-space:pre-wrap;overflow-wrap:anywhere;
+border:1px solid var(--line);border-radius:6px;padding:8px 10px}
 footer{max-width:1080px;margin:0 auto;padding:6px 20px 40px;color:var(--soft);font-size:.85rem}
 @media (max-width:600px){header,main{padding-left:12px;padding-right:12px}section{padding:10px 12px 14px}
 h1{font-size:1.3rem}nav div{padding:8px 12px}th,td{padding:5px 7px}}

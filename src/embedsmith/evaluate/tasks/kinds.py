@@ -43,11 +43,13 @@ class Task(Protocol):
 @dataclass(frozen=True)
 class Format:
     """A form that the files of a kind may have: recognised by `matches(path)`, read by `read(path, name, split)`. All
-    forms are tried in the order of `order`; those of other packages come last unless they say otherwise."""
+    forms are tried in the order of `order`; those of other packages come last unless they say otherwise. `listed`:
+    whether such files in a data folder have names, besides their paths."""
 
     matches: Callable[[Path], bool]
     read: Callable[[Path, str, str], Task]
     order: int = 100
+    listed: bool = True
 
 
 class TaskKind:
@@ -92,7 +94,9 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
         as_pairs: Task = task_kinds.get("sts").read(path, task_name_of(path), split)
         return as_pairs
     raise DataError(
-        "not a task", where=path, expected="an STS file, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
+        "not a task",
+        where=path,
+        expected="a file of pairs, with scores or without, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)",
     )
 
 
@@ -162,7 +166,7 @@ def data_folder(given: str | Path | None = None) -> Path | None:
 
 def known_tasks(folder: str | Path) -> dict[str, Path]:
     """Name to path of every task in a data folder. A name that two tasks share is qualified by its folder."""
-    forms = formats()
+    forms = [form for form in formats() if form.listed]
     paths = [path for path in _candidates(Path(folder), _DEPTH) if any(form.matches(path) for form in forms)]
     names = [task_name_of(path) for path in paths]
     qualified = (f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names))
