@@ -98,7 +98,9 @@ def _loaded(model: str | Path | Encoder, options: Mapping[str, Any]) -> tuple[st
     if isinstance(model, str | Path):
         return str(model), load(str(model), **options)
     if options:
-        raise EvaluationError(f"{next(iter(options))} of a model that is loaded", fix="give it to embedsmith.load")
+        raise EvaluationError(
+            f"{next(iter(options))} of a model that is loaded", fix="give it to load: embedsmith.load(FOLDER, ...)"
+        )
     return type(model).__name__, model
 
 
