@@ -79,9 +79,11 @@ class Evidence:
 
 
 def next_steps(evidence: Evidence) -> list[NextStep]:
-    """Three steps, or fewer for a folder without a recipe."""
+    """Three steps; of a run that stopped only that it goes on, and none for a folder without a recipe."""
     if not evidence.recipe.get("model") or not evidence.recipe.get("data"):
         return []
+    if (step := _finish(evidence)) is not None:
+        return [step]
     return list(islice((step for rule in RULES if (step := rule(evidence)) is not None), SHOWN))
 
 
@@ -279,7 +281,6 @@ def _rate(evidence: Evidence) -> NextStep | None:
 
 
 RULES: Sequence[Callable[[Evidence], NextStep | None]] = (
-    _finish,
     _score_it,
     _against_forgetting,
     _fewer_steps,
