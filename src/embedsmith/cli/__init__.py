@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import Entry, verbs
-from embedsmith.core.text_out import printable, without_secrets
+from embedsmith.core.text_out import PrintableLines, printable, without_secrets
 
 
 class Verbs(TyperGroup):
@@ -65,20 +65,13 @@ for _entry in verbs.entries(plugins=False):
     _OF_ONE |= {_entry.name} - set(_OF_SEVERAL)
 
 
-class _Printable(logging.Formatter):
-    """Log lines as a terminal may get them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(without_secrets(super().format(record)))
-
-
 def main() -> None:
     """Run the command line; an error a user can cause is one message and exit code 1, an interrupt exits with 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal's encoding lacks is no reason to end
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(message)s"))
+    handler.setFormatter(PrintableLines("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("embedsmith").setLevel(logging.INFO)
     sys.excepthook = _show_failure

@@ -247,10 +247,11 @@ class Folder:
         return Section("negatives", "Negatives", charts(curves))
 
     def throughput_section(self) -> Section:
-        """Tokens a second and the share of padding."""
+        """Tokens a second, the share of padding, and of the time that data were waited for."""
         speed = self._curves(["tokens_per_second"], "Tokens a second, all ranks", "")
         padding = self._curves(["padding_share"], "Share of padding", "", least=0.0)
-        return Section("throughput", "Padding and speed", charts([speed, padding]))
+        wait = self._curves(["wait"], "Share of the time spent waiting for data", "", least=0.0)
+        return Section("throughput", "Padding and speed", charts([speed, padding, wait]))
 
     def _curves(self, keys: Sequence[str], title: str, y: str, *, strip: str = "", least: float | None = None) -> str:
         """One line a key over steps; empty without any value."""

@@ -1,4 +1,4 @@
-"""The verbs of data: inspect, curate and tokenize."""
+"""The verbs of data: inspect, split, curate and tokenize."""
 
 import json
 from typing import Annotated, Any
@@ -44,6 +44,35 @@ def inspect_data(
         show(found.tables())
 
 
+@verbs.register("split")
+def split_data(
+    path: Annotated[str, typer.Argument(help="A data file or dataset: pairs, scored pairs or labelled texts.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[OUT] [KEY=VALUE]...", help="Folder (NAME-split); how to read it.")
+    ] = None,
+    test: Annotated[float, typer.Option(help="Rows to hold out: a share below 1, or their number.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed holds out other rows.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a split that is already there.")] = False,
+) -> None:
+    """Split a data file into a part to train on and a part to be scored on, which share no text."""
+    from embedsmith.core.errors import RecipeError
+    from embedsmith.core.recipe import apply_override, parse
+    from embedsmith.data.source import Source, source_name
+    from embedsmith.data.split import split_source
+
+    tree: dict[str, Any] = {"path": path}
+    places = [text for text in more or [] if "=" not in text]
+    for override in (text for text in more or [] if "=" in text):
+        apply_override(tree, override)
+    if len(places) > 1:
+        raise RecipeError(f"{len(places)} outputs: {', '.join(places)}", expected="embedsmith split FILE [OUT]")
+    if not test > 0:
+        raise RecipeError(f"--test {test:g}", expected="a share such as 0.1, or a number of rows from 1")
+    source = parse(Source, tree, where="split")
+    out = places[0] if places else f"{source_name(source)}-split"
+    say(split_source(source, out, test=test, seed=seed, overwrite=overwrite).lines())
+
+
 @verbs.register("curate")
 def curate_data(
     source: Annotated[str | None, typer.Argument(help="A YAML recipe; or a file, folder or pattern.")] = None,
@@ -79,7 +108,7 @@ def tokenize_data(
     adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
 ) -> None:
     """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on."""
-    from embedsmith.cli.tokenize import run_tokenize
+    from embedsmith.api.tokenizing import run_tokenize
 
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
     tree["pooling"] = pooling

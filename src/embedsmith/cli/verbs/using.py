@@ -19,7 +19,9 @@ def encode_texts(
     column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
     dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
     stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
-    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute in bfloat16, float16, or auto: as the hardware can.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
 ) -> None:
