@@ -98,8 +98,10 @@ def _score_it(evidence: Evidence) -> NextStep | None:
     """Without a task nothing is known; the first source's own file is better than nothing to look at."""
     if evidence.changes or evidence.value("evaluate", "tasks"):
         return None
-    scored = [str(source["path"]) for source in evidence.recipe["data"] if source.get("task") == "sts"]
-    if not scored:
+    read = [
+        str(source["path"]) for source in evidence.recipe["data"] if source.get("task") in ("sts", "retrieval", None)
+    ]
+    if not read:
         return None
     words = ["embedsmith", "compare", str(evidence.value("model", "path")), f"{evidence.folder}/model", "--tasks"]
     pooling = evidence.value("model", "pooling")
@@ -107,7 +109,7 @@ def _score_it(evidence: Evidence) -> NextStep | None:
         "Score it against the model it came from",
         "No task was scored, so nothing is known of what training changed. Texts that it was not trained on say more "
         "than those of the file here.",
-        shlex.join([*words, scored[0], *([f"model.pooling={pooling}"] if pooling else ())]),
+        shlex.join([*words, read[0], *([f"model.pooling={pooling}"] if pooling else ())]),
     )
 
 
