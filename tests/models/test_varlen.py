@@ -107,9 +107,29 @@ def test_a_row_equals_the_padded_chunk(folders, family, changes, options):
     assert_same(*map(vectors_and_gradient, both(folders(family, **changes), **options)))
 
 
-@pytest.mark.parametrize(("family", "changes"), [("mpnet", AFTER_PADDING), ("t5", {}), ("qwen3_next", {})])
-def test_families_that_mix_texts_are_refused(folders, family, changes):
-    with pytest.raises(ModelError, match="cannot be packed") as caught:
+@pytest.mark.parametrize("attention", ["native", "causal", "bidirectional"])
+def test_in_bf16_too(folders, attention):
+    models = both(folders("qwen3", num_key_value_heads=1), attention=attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, row = (vectors_and_gradient(model)[-1].double() for model in models)
+    assert torch.cosine_similarity(plain, row, dim=0) >= 0.9999
+
+
+def test_layers_that_are_computed_again(folders):
+    models = both(folders("qwen3"), attention="causal", gradient_checkpointing=True)
+    assert_same(*(vectors_and_gradient(model.train()) for model in models))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mpnet", AFTER_PADDING, "a text's states depend on what else is in its row"),
+        ("t5", {}, "it takes no positions"),
+        ("qwen3_next", {}, ".*row"),
+    ],
+)
+def test_families_that_mix_texts_are_refused(folders, family, changes, reason):
+    with pytest.raises(ModelError, match=f"cannot be packed: {reason}") as caught:
         embed(folders(family, **changes), packing=True, attn_implementation=VARLEN)
     assert "set model.packing=false" in str(caught.value)
 
@@ -119,6 +139,15 @@ def test_a_window_that_is_lost_is_noticed(folders, monkeypatch):
     monkeypatch.setattr(varlen, "_sight", lambda module, is_causal, window: (True, None))
     with pytest.raises(ModelError, match="MistralModel cannot be packed"):
         embed(folders("mistral", sliding_window=6), packing=True, attention="causal", attn_implementation=VARLEN)
+
+
+def test_what_a_family_adds_to_its_scores_is_refused(folders, monkeypatch):
+    monkeypatch.setattr(varlen, "_FAMILY_TERMS", ("scaling_of_its_own",))
+    module = SimpleNamespace(is_causal=True)
+    with pytest.raises(ValueError, match="attention with scaling_of_its_own cannot be packed"):
+        rows = [torch.zeros(1, 1, 2, 8)] * 3
+        place_S = end_P = torch.tensor([0, 2], dtype=torch.int32)
+        varlen.attend(module, *rows, None, cu_seq_lens_q=end_P, row_place_S=place_S, scaling_of_its_own=1.0)
 
 
 def test_a_gradient_that_is_wrong_is_noticed(folders, monkeypatch):
@@ -350,9 +379,18 @@ def eager(monkeypatch):
     return graphs
 
 
-def test_one_graph_serves_rows_of_all_sizes(folders, eager):
-    path, options = folders("qwen3"), {"attention": "causal", "packing": True, "attn_implementation": VARLEN}
+def test_one_graph_serves_rows_of_all_sizes(folders, eager, monkeypatch):
+    path = folders("qwen3", num_hidden_layers=1)
+    options = {"attention": "causal", "packing": True, "attn_implementation": VARLEN}
     plain, model = embed(path, attention="causal"), embed(path, **options, compile=True)
+    sizes = []
+
+    def noted(*given):
+        row = packing.packed(*given)
+        sizes.append(row["input_ids"].shape[1])
+        return row
+
+    monkeypatch.setattr("embedsmith.models.embedder.packed", noted)
     for count in (2, 3, 5, 9, 14):
         texts = ["the old tree ran"[: 3 + (5 * place) % 13] for place in range(count)]
         vectors = [one(one.tokenize(texts).pad(one.pad_id))["dense"].vector_ND for one in (plain, model)]
@@ -360,6 +398,8 @@ def test_one_graph_serves_rows_of_all_sizes(folders, eager):
         for vector in vectors:
             vector.sum().backward()
     assert len(eager) == 1
+    assert all(size % packing.BUCKET == 0 for size in sizes)
+    assert len(set(sizes)) > 1
 
 
 def test_a_model_that_cannot_be_compiled_runs_without(folders, monkeypatch, caplog):
@@ -370,8 +410,9 @@ def test_a_model_that_cannot_be_compiled_runs_without(folders, monkeypatch, capl
 
     monkeypatch.setattr(torch, "compile", lambda call, **how: real(call, **how, backend=backend))
     torch._dynamo.reset()
-    model = embed(folders("bert"), compile=True)
-    np.testing.assert_allclose(model.encode(TEXTS), embed(folders("bert")).encode(TEXTS), atol=1e-6)
+    path = folders("bert", num_hidden_layers=1)
+    model = embed(path, compile=True)
+    np.testing.assert_allclose(model.encode(TEXTS), embed(path).encode(TEXTS), atol=1e-6)
     said = [r.message for r in caplog.records if r.message.startswith("compile: off, BertModel cannot be compiled")]
     assert len(said) == 1
     assert "no such instruction" in said[0]
