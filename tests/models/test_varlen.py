@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModel, T5Config, T5EncoderModel
 
 from embedsmith.core.errors import ModelError
+from embedsmith.core.shelf import poolings
+from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models import load, packing, varlen
+from embedsmith.models.pooling import pooled
 from embedsmith.models.varlen import VARLEN
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
@@ -339,6 +342,57 @@ def test_packed_states_are_read_without_a_padded_copy(folders, pooling, outputs,
     with Shapes() as shapes:
         row(padded, ("tokens",))
     assert rows_NTH in shapes.seen
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean", "weighted_mean", "max"])
+def test_poolings_of_a_row_equal_those_of_its_rows(pooling):
+    """Any tokens may take part, and a text may have none."""
+    torch.manual_seed(0)
+    mask_NT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    padded = PaddedTokens(mask_NT.long(), mask_NT, mask_NT, mask_NT[:, 0])
+    pool_NT = mask_NT & torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    found = []
+    for form in (lambda state_SH: state_SH, padded.spread):
+        state_SH = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        vector_ND = pooled(poolings.get(pooling), form(state_SH), pool_NT, padded)
+        (vector_ND * torch.arange(12.0).view(4, 3)).sum().backward()
+        found.append((vector_ND.detach(), state_SH.grad))
+    for of_row, of_rows in zip(*found, strict=True):
+        torch.testing.assert_close(of_row, of_rows)
+
+
+def heads_of(*lengths):
+    end_P = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    places = [text * longest + token for text, length in enumerate(lengths) for token in range(length)]
+    given = {"cu_seq_lens_q": end_P, "max_length_q": longest, "row_place_S": torch.tensor(places)}
+    torch.manual_seed(0)
+    return [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)], given
+
+
+def test_under_a_mask_of_everything_a_token_sees_its_text_whatever_the_module_says():
+    rows, given = heads_of(3, 5)
+    causal, open_ = (SimpleNamespace(is_causal=flag) for flag in (True, False))
+    expected, _ = varlen.attend(open_, *rows, None, **given)
+    found, _ = varlen.attend(causal, *rows, None, sliding_window=1, sees_all=True, **given)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(varlen.attend(causal, *rows, None, **given)[0], expected)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_kernels_get_the_numbers_of_autocast(monkeypatch, autocast):
+    """Rotations make fp32 of queries and keys: kernels take 16 bits. In fp32 no kernel is called."""
+    dtypes = []
+
+    def kernel(query, key, value, *_rest):
+        dtypes.extend((query.dtype, key.dtype, value.dtype))
+        return query
+
+    monkeypatch.setattr(varlen, "_by_kernel", kernel)
+    rows, given = heads_of(3, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        varlen.attend(SimpleNamespace(is_causal=True), *rows, None, row_kernel=True, **given)
+    assert dtypes == [torch.bfloat16] * 3 * autocast
 
 
 @pytest.mark.parametrize("options", [{"pooling": "attention"}, {"pooling": "latent", "pooler": {"latents": 4}}])
