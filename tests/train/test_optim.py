@@ -59,6 +59,19 @@ def test_groups_by_pattern_and_no_decay_on_vectors():
     assert {g["lr"] for g in optimizer.param_groups} == {main, 5 * main}
 
 
+def test_the_first_pattern_that_matches_wins_and_later_parameters_follow_frozen_ones():
+    net = model()
+    net["body"].requires_grad_(False)
+    rates = {r"^head\.": 5.0, r"head\.weight": 7.0, "norm": 3.0}
+    with pytest.raises(RecipeError, match=r"no parameter matches \['head\\\\.weight'\]"):
+        adamw(net, NOTHING, TrainConfig(learning_rate=1.0, group_learning_rates=rates))
+    net["head"].bias.requires_grad_(False)
+    rates = {r"^head\.weight": 5.0, r"head|norm": 3.0}
+    optimizer = adamw(net, NOTHING, TrainConfig(learning_rate=1.0, group_learning_rates=rates))
+    found = {group["peak_lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
+    assert found == {5.0: 6, 3.0: 6}
+
+
 def test_frozen_parameters_are_left_out_and_idle_patterns_are_errors():
     net = model()
     net["body"].requires_grad_(False)

@@ -187,6 +187,11 @@ class RetrievalBatch(Batch, RetrievalIds):
     def sides(self) -> tuple[Side, ...]:
         return (self.query, self.document)
 
+    def with_own_candidates(self) -> RetrievalBatch:
+        """The same batch where this rank's queries meet its own documents and queries, and nothing is gathered. Unlike
+        in `alone`, means still go over the rows of all ranks."""
+        return replace(self, query=self.query.alone(), document=self.document.alone())
+
     @cached_property
     def document_id_K(self) -> Tensor:
         """Ids of all ranks' candidates, in the row order of `document.all`; `ABSENT` marks padding rows."""

@@ -163,7 +163,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     records = part_of(whole, source.part)
     if source.loss is None and records.task not in DEFAULT_LOSSES:
         what = f"the task {records.task!r} has no default loss"
-        raise RecipeError(f"{source.path}: {what}", fix="set `loss` for this source")
+        raise RecipeError(f"{source.path}: {what}", fix="say what is minimised: data.N.loss=NAME, N its place from 0")
     loss: Loss = source.loss or losses.build(DEFAULT_LOSSES[records.task])
     loss.check(model.dimension)
     if missing := sorted(loss.heads() - set(model.outputs)):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import Count, NotNegative, Positive, Range, section
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, Word, section
 from embedsmith.data import PlanConfig, Source
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
@@ -172,7 +172,7 @@ class Recipe:
 
     model: ModelConfig
     data: tuple[Source, ...]
-    output: str
+    output: Word
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

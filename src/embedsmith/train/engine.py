@@ -51,7 +51,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int, peak: float) -> fl
     warm = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
     if step < warm:
         return peak * (step + 1) / warm
-    done = (step - warm) / max(steps - warm, 1)
+    done = (step - warm) / (steps - warm)
     left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config.schedule]
     floor = min(config.min_learning_rate, peak)
     return floor + (peak - floor) * left

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.errors import CheckpointError, DataError
@@ -49,6 +50,10 @@ class Journal:
         self._path = output / "metrics.jsonl"
         cut_back(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
+        known = {tracker.value for tracker in get_available_trackers()}
+        if missing := [name for name in log_with if name not in known]:
+            fix = f"pip install {' '.join(missing)}"
+            log.info("no curves in %s, which is not installed (%s); metrics.jsonl has all", ", ".join(missing), fix)
         if log_with:
             purge = {"tensorboard": {"purge_step": start}} if "tensorboard" in log_with else {}
             accelerator.init_trackers("embedsmith", config=_scalars(to_plain(recipe)), init_kwargs=purge)
@@ -141,7 +146,7 @@ class Meter:
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": speed,
-            "padding_share": 1 - self._tokens / max(self._padded, 1),
+            "padding_share": 1 - self._tokens / self._padded,
         }
         self.warn_of_empty_vectors(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
@@ -239,7 +244,7 @@ class RunManifest:
                 seen[planned.source].add(planned.rows)
             for supply, one in zip(lane.supplies, seen, strict=True):
                 sources[supply.records.name]["seen"] = one.entry(supply.records.records)
-        self._step = max(self._step, step)
+        self._step = step
         sources = _of_all_ranks(sources)
         if rank() == 0:
             starts = [{"step": start, "ranks": ranks} for start, ranks in self.starts]
@@ -253,7 +258,7 @@ class RunManifest:
         ends = [start for start, _ in self.starts[1:]] + [wanted.stop]
         for (start, ranks), end in zip(self.starts, ends, strict=True):
             sharing = ranks if ranks != world_size() else lane.plan.world
-            for step in range(max(start, wanted.start), min(end, wanted.stop)):
+            for step in range(max(start, wanted.start), end):
                 yield step, sharing
 
 

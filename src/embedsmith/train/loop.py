@@ -34,6 +34,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
+from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.models import Embedder, load
 from embedsmith.models.config import ComputeType
 from embedsmith.models.encode import autocast
@@ -48,6 +49,7 @@ from embedsmith.train.engine import Engine, check_shard, make_engine, set_learni
 from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.journal import Journal, Meter, RunManifest
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
+from embedsmith.train.outcome import Trained
 from embedsmith.train.scoring import Development, load_tasks
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 
@@ -193,6 +195,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     if has_adapter(run.model.backbone):
         log.info(
             "%s/model will hold whole weights with the adapter in them; should their precision change the vectors, the "
@@ -225,6 +228,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         summary["overflowed_steps"] = run.state.overflowed_steps
     folder = checkpoints.finish(model, summary)
     on_first_rank(lambda: report_run(output, folder))
+    if tasks:
+        on_first_rank(lambda: log.info("%s", Trained.of(output)))
     return folder
 
 
@@ -237,8 +242,9 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     accelerator = make_accelerator(recipe)
     on_first_rank(lambda: check_claim(recipe.output, "train"))
     on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
-    load_tasks(recipe.evaluate)
+    tasks = load_tasks(recipe.evaluate)
     run = build(recipe, accelerator)
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     output, rate, norm = update(run, run.feed.draw(0))
     count = sum(parameter.numel() for module in (run.model, run.extras) for parameter in module.parameters())
     lines = [f"model: {recipe.model.path}, {count:,} parameters"]
@@ -249,6 +255,7 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
         f"steps: {run.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
         f"{run.accelerator.device}, {run.precision}"
     )
+    lines.append(f"packing: {run.model.packs}; fused kernels: {run.model.fused}")
     lines.append(f"memory: {run.memory}")
     lines.append(
         f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "

@@ -17,7 +17,8 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import TokenBatch
-from embedsmith.evaluate import Results, Task, evaluate, load_task
+from embedsmith.evaluate import Results, Task, evaluate
+from embedsmith.evaluate import load_tasks as named_tasks
 from embedsmith.evaluate.model_geometry import Geometry, Sample
 from embedsmith.evaluate.variants import FULL, score_widths
 from embedsmith.models import Embedder
@@ -33,7 +34,7 @@ MOST_TOKENS = 32768
 
 def load_tasks(config: EvaluateConfig) -> list[Task]:
     """The tasks a run is scored on, so that what is wrong with them is told before its first step."""
-    return [load_task(name, data_dir=config.data) for name in config.tasks]
+    return named_tasks(config.tasks, data_dir=config.data)
 
 
 @dataclass
@@ -126,8 +127,8 @@ class Development:
         return state, values | scores
 
     def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
-        """Main scores by the names the recipe uses for the tasks, also at every width and of every further head that it
-        names, and the geometry that is logged. Collective."""
+        """Main scores by the names of the tasks, also at every width and of every further head that the recipe names,
+        and the geometry that is logged. Collective."""
         self.model.eval()
         about = {"when": name}
         if self.config.dims:
@@ -139,13 +140,10 @@ class Development:
         for head in self.config.heads:
             encoder = HybridEncoder(self.encoder) if head == "hybrid" else self.encoder
             columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)
-        values = {f"score/{task}": r.main_score for task, r in zip(self.config.tasks, results, strict=True)}
+        values = {f"score/{task}": score for task, score in results.main_scores().items()}
         values |= {f"geometry/{key}": value for key, value in geometry.items()}
         for column, each in columns.items():
-            scores = each.main_scores()
-            values |= {
-                f"score/{given}/{column}": scores[task.name] for given, task in zip(self.config.tasks, self.tasks)
-            }
+            values |= {f"score/{task}/{column}": score for task, score in each.main_scores().items()}
         if rank() == 0 and improved(self._overall(values)):
             self._save(name, results)
         self.model.train()
@@ -165,5 +163,6 @@ class Development:
 
     def _overall(self, scores: Mapping[str, float]) -> float:
         """What chooses the best checkpoint: the main score of `metric`, or the mean over tasks."""
-        values = [scores[f"score/{task}"] for task in self.config.tasks]
-        return scores[f"score/{self.config.metric}"] if self.config.metric else sum(values) / len(values)
+        values = [scores[f"score/{task.name}"] for task in self.tasks]
+        metric = self.config.metric
+        return sum(values) / len(values) if metric is None else values[self.config.tasks.index(metric)]

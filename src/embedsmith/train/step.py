@@ -275,7 +275,7 @@ def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
     for side in sides:
         for head, rep in side.local.items():
             if isinstance(rep, Sparse):
-                found.setdefault(head, []).append(rep.weight_NT.detach())
+                found.setdefault(head, []).append(rep.weight_NT)
     values: dict[str, Tensor] = {}
     for head, weights in found.items():
         active_N = torch.cat([(weight_NT > 0).sum(1) for weight_NT in weights]).float()
