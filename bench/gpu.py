@@ -19,11 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,7 @@ def measured(parts: list[str], model: str | None, tiny: bool, results: Path) -> 
 
 def limited(name: str, limit: float, options: dict[str, Any], work: Callable[..., Any] | None = None) -> dict[str, Any]:
     """What a part gives in a process of its own; one that takes too long is stopped, and what it had is kept."""
-    context = multiprocessing.get_context("forkserver")  # a part starts without importing anything again
-    context.set_forkserver_preload(PRELOAD)
-    first = context.Process(target=time.sleep, args=(0,))  # the imports are not counted
-    first.start()
-    first.join()
+    context = ways_to_start()
     started = time.perf_counter()
     process = context.Process(target=work or child, args=(name,), kwargs=options)
     process.start()
@@ -118,6 +116,26 @@ def limited(name: str, limit: float, options: dict[str, Any], work: Callable[...
     elif process.exitcode and "error" not in made:
         made["error"] = f"ended with {process.exitcode}"
     return made
+
+
+@cache
+def ways_to_start() -> Any:
+    """How a part gets its process: forked from a server that has imported everything, where a card can be used in such
+    a process, which takes that nothing imported has touched it; else from nothing, with ten seconds of imports."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a card then does not touch it
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOAD)
+    first = server.Process(target=touch_card)
+    first.start()
+    first.join()
+    return server if first.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def touch_card() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
 
 
 def child(
