@@ -1,6 +1,7 @@
 """Texts in one row under `embedsmith_varlen`: its reference on the CPU, what chooses it, who reads packed states."""
 
 import logging
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("varlen")
 
     def folder(family, **changes):
-        place = root / "-".join([family, *(str(len(str(value))) + key for key, value in changes.items())])
+        place = root / f"{family}-{zlib.crc32(repr(changes).encode())}"
         if not place.exists():
             if family == "t5":
                 made = T5EncoderModel(T5Config(vocab_size=280, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))

@@ -22,7 +22,7 @@ def recipe_of(schema: type[R], given: Any, changes: Mapping[str, Any], where: st
             raise RecipeError(
                 f"a whole {schema.__name__} and {changed[0]} are both given",
                 where=where,
-                fix=f"put {changed[0]} into the recipe, for example with dataclasses.replace",
+                fix=f"put {changed[0]} into the recipe: dataclasses.replace(recipe, {changed[0]}=VALUE)",
             )
         return given
     tree = read_tree(given) if isinstance(given, str | Path) else given

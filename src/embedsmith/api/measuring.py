@@ -98,7 +98,9 @@ def _loaded(model: str | Path | Encoder, options: Mapping[str, Any]) -> tuple[st
     if isinstance(model, str | Path):
         return str(model), load(str(model), **options)
     if options:
-        raise EvaluationError(f"{next(iter(options))} of a model that is loaded", fix="give it to embedsmith.load")
+        raise EvaluationError(
+            f"{next(iter(options))} of a model that is loaded", fix="give it to load: embedsmith.load(FOLDER, ...)"
+        )
     return type(model).__name__, model
 
 
@@ -171,8 +173,8 @@ class Scoring:
 def trained_on(model: str) -> list[RecordSet[Text]]:
     """What a model was trained on, where its run's folder is still around it and its sources can be read; empty for any
     other model. Streams, and what was never on this disk, are left out."""
-    places = Path(model).absolute().parents
-    recipe = next((place / "recipe.yaml" for place in places[:3] if (place / "recipe.yaml").is_file()), None)
+    places = Path(model).absolute().parents[:3] if (Path(model) / "config.json").is_file() else ()
+    recipe = next((place / "recipe.yaml" for place in places if (place / "manifest.json").is_file()), None)
     found: list[RecordSet[Text]] = []
     try:
         tree = {} if recipe is None else read_tree(recipe)

@@ -89,7 +89,7 @@ def _with_prompt(model: Any, given: dict[str, Any], keywords: Mapping[str, Any])
             raise ModelError(
                 f"the model has no prompt {name!r}{did_you_mean(name, prompts)}",
                 expected=f"one of {', '.join(prompts)}" if prompts else "query or document: it has no prompts",
-                fix='give the text itself: prompt="..."',
+                fix='give the text itself: model.encode(texts, prompt="...")',
             )
         if name not in prompts:
             given["role"] = role

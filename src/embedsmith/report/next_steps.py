@@ -79,9 +79,11 @@ class Evidence:
 
 
 def next_steps(evidence: Evidence) -> list[NextStep]:
-    """Three steps, or fewer for a folder without a recipe."""
+    """Three steps; of a run that stopped only that it goes on, and none for a folder without a recipe."""
     if not evidence.recipe.get("model") or not evidence.recipe.get("data"):
         return []
+    if (step := _finish(evidence)) is not None:
+        return [step]
     return list(islice((step for rule in RULES if (step := rule(evidence)) is not None), SHOWN))
 
 
@@ -96,8 +98,10 @@ def _score_it(evidence: Evidence) -> NextStep | None:
     """Without a task nothing is known; the first source's own file is better than nothing to look at."""
     if evidence.changes or evidence.value("evaluate", "tasks"):
         return None
-    scored = [str(source["path"]) for source in evidence.recipe["data"] if source.get("task") == "sts"]
-    if not scored:
+    read = [
+        str(source["path"]) for source in evidence.recipe["data"] if source.get("task") in ("sts", "retrieval", None)
+    ]
+    if not read:
         return None
     words = ["embedsmith", "compare", str(evidence.value("model", "path")), f"{evidence.folder}/model", "--tasks"]
     pooling = evidence.value("model", "pooling")
@@ -105,7 +109,7 @@ def _score_it(evidence: Evidence) -> NextStep | None:
         "Score it against the model it came from",
         "No task was scored, so nothing is known of what training changed. Texts that it was not trained on say more "
         "than those of the file here.",
-        shlex.join([*words, scored[0], *([f"model.pooling={pooling}"] if pooling else ())]),
+        shlex.join([*words, read[0], *([f"model.pooling={pooling}"] if pooling else ())]),
     )
 
 
@@ -279,7 +283,6 @@ def _rate(evidence: Evidence) -> NextStep | None:
 
 
 RULES: Sequence[Callable[[Evidence], NextStep | None]] = (
-    _finish,
     _score_it,
     _against_forgetting,
     _fewer_steps,

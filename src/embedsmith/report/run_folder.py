@@ -193,8 +193,8 @@ class Folder:
         if self.merge is not None or not isinstance(recipe, dict):
             return Section("next", "What to try next", "")
         changes = made.differences(len(made.models) - 1) if made is not None and len(made.models) > 1 else ()
-        after = made.results[-1] if made is not None else None
-        evidence = Evidence(str(self.path), recipe, self.lines, self.finished is not None, changes, after)
+        finished, after = self.finished is not None, self.results.get("after")
+        evidence = Evidence(str(self.path), recipe, self.lines, finished, changes, after)
         steps = "".join(
             f"<li><b>{html.escape(step.what)}.</b> {html.escape(step.why)}"
             f'<pre class="command"><code>{html.escape(step.command)}</code></pre></li>'

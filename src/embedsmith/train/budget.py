@@ -40,7 +40,7 @@ class Card(Protocol):
     def name(self) -> str: ...
 
     def free(self) -> int:
-        """Bytes that could be allocated now."""
+        """Bytes that could be allocated now, once what is cached is given back."""
         ...
 
     def peak(self, act: Callable[[], object]) -> int:

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.errors import CheckpointError, DataError
@@ -49,6 +50,10 @@ class Journal:
         self._path = output / "metrics.jsonl"
         cut_back(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
+        known = {tracker.value for tracker in get_available_trackers()}
+        if missing := [name for name in log_with if name not in known]:
+            fix = f"pip install {' '.join(missing)}"
+            log.info("no curves in %s, which is not installed (%s); metrics.jsonl has all", ", ".join(missing), fix)
         if log_with:
             purge = {"tensorboard": {"purge_step": start}} if "tensorboard" in log_with else {}
             accelerator.init_trackers("embedsmith", config=_scalars(to_plain(recipe)), init_kwargs=purge)

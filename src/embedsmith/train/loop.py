@@ -145,6 +145,7 @@ class Run:
 
         Errors: `TrainingError` where texts were encoded one by one already.
         """
+        card.free()  # gives back what lies in pieces of the old size
         self.memory = halved(self.memory, tokens.length_N, card)
         self.state = replace(self.state, token_budget=self.memory.chunk_tokens, card=card.name)
         log.warning(

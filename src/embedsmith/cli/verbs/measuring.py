@@ -81,7 +81,10 @@ def evaluate_model(
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
 ) -> None:
-    """Score a model: `embedsmith evaluate MODEL --tasks stsb-en cranfield path/to/mine`."""
+    """Score a model.
+
+    Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
+    """
     from embedsmith import __version__
     from embedsmith.api.measuring import Scoring
     from embedsmith.evaluate import load_task, split_names
@@ -185,7 +188,11 @@ def compare_results(
     keep: Keep = None,
     report: Annotated[Path | None, typer.Option(help="Write the table and charts to this HTML file.")] = None,
 ) -> None:
-    """Score models side by side, with the confidence of their differences: `embedsmith compare A B -t stsb-en`."""
+    """Score models side by side, with the confidence of their differences.
+
+    Example: embedsmith compare my/encoder runs/mine/model --tasks pairs-split/pairs-test --report
+    comparison.html
+    """
     from embedsmith.api.measuring import Scoring, compare_models
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
@@ -239,7 +246,10 @@ def show_geometry(
     json_file: JsonFile = None,
     report: Annotated[Path | None, typer.Option(help="Write the pictures to this HTML file.")] = None,
 ) -> None:
-    """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states."""
+    """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states.
+
+    Example: embedsmith geometry runs/mine/model --task stsb-en-test --report geometry.html
+    """
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
     from embedsmith.evaluate.model_geometry import Geometry, Sample, geometry_table
@@ -275,7 +285,10 @@ def write_page(
     folder: Annotated[Path, typer.Argument(help="The output of a run, finished or not, or of a merge.")],
     output: Annotated[Path | None, typer.Option(help="Where to write it; FOLDER/report.html by default.")] = None,
 ) -> None:
-    """Write a folder's report: one HTML file that opens without a network."""
+    """Write a folder's report: one HTML file that opens without a network.
+
+    Example: embedsmith report runs/mine
+    """
     from embedsmith.report import write_report
 
     say(f"report: {write_report(folder, output)}")

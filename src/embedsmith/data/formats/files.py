@@ -59,7 +59,7 @@ def open_rows(path: Path, columns: Sequence[str] | None = None) -> Rows:
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, fix="name a file in it")
     if not path.exists():
-        near = sorted(other.name for other in path.parent.glob("*"))[:8] if path.parent.is_dir() else []
+        near = sorted(other.name for other in path.parent.glob("[!.]*"))[:8] if path.parent.is_dir() else []
         raise DataError(
             "no such file",
             where=path,
