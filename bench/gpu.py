@@ -73,13 +73,14 @@ def main() -> None:
     parser.add_argument("--model", help="a model folder in the place of MiniLM's shape")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on whatever there is, in this process")
     parser.add_argument("--profile", choices=list(LIMITS), help="print the largest costs of one part by kind of kernel")
-    parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--results", type=Path, help="bench/results/gpu.json; of a rehearsal bench/out/gpu.json")
     arguments = parser.parse_args()
     if arguments.profile:
         profile(arguments.profile, arguments.model, arguments.rehearse)
         return
-    found = measured(arguments.parts, arguments.model, arguments.rehearse, arguments.results)
-    print(table(found))
+    results = arguments.results or (WORK if arguments.rehearse else RESULTS) / "gpu.json"
+    found = measured(arguments.parts, arguments.model, arguments.rehearse, results)
+    print("a rehearsal: that the code runs is all it says" if arguments.rehearse else table(found))
 
 
 def measured(parts: list[str], model: str | None, tiny: bool, results: Path) -> dict[str, Any]:
