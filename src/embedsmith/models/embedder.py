@@ -282,7 +282,7 @@ class Embedder(nn.Module):
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Iterator[Reps]:
         """Representations of windows of tokenised texts, as `represent` gives them; a window is made, in a thread,
-        while the one before is computed. `advance` is told how many rows are done."""
+        while a GPU computes the one before. `advance` is told how many rows are done."""
 
         def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
             made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows), outputs)
@@ -310,8 +310,8 @@ class Embedder(nn.Module):
         dim: int | None = None,
         dtype: Compute | None = None,
     ) -> Iterator[FloatArray]:
-        """What `encode` gives for each window of texts; the next one is read and tokenised while one is computed. For
-        files: a window is to hold no more texts than may lie in memory together."""
+        """What `encode` gives for each window of texts; the next one is read and tokenised while a GPU computes
+        one. For files: a window is to hold no more texts than may lie in memory together."""
         size = window_rows(self.device, with_tokens=False)
         lengths: deque[int] = deque()
 
