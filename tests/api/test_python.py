@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import embedsmith
-from embedsmith.core.errors import EvaluationError, RecipeError
+from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "tokenize", "train")
 
@@ -151,3 +151,19 @@ def test_a_loaded_model_is_evaluated_compared_and_indexed(workplace):
     found = embedsmith.search("a cat", "my-index", model=model, filter={"lang": "en"})
     assert [hit.id for hit in found[0].hits] == ["a"]
     assert "a cat" in str(found[0])
+
+
+def test_rows_in_memory_are_trained_on_and_other_rows_are_another_run(workplace):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"query": f"cat {'a' * n}", "pos": [f"dog {'b' * n}"]} for n in range(1, 7)]
+    call = dict(model="my-model", steps=1, batch_size=4)
+    run = embedsmith.train(**call, data=rows)
+    assert str(run) == f"model: {run.folder}"
+    for same in ([{"rows": rows}], embedsmith.Source(rows=rows)):
+        assert embedsmith.train(**call, data=same).output == run.output
+    assert embedsmith.train(**call, data=rows[1:] + rows[:1]).output != run.output
+    first, second = (datasets.Dataset.from_list(part) for part in (rows[:5], rows[1:]))
+    there = embedsmith.train(**call, data=first, output="runs/dataset")
+    assert (there.folder / "config.json").exists()
+    with pytest.raises(CheckpointError, match="another recipe"):
+        embedsmith.train(**call, data=second, output="runs/dataset")
