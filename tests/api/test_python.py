@@ -5,8 +5,10 @@ import inspect
 import json
 import pickle
 import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,20 +16,6 @@ import embedsmith
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "tokenize", "train")
-
-
-@pytest.fixture
-def workplace(bert, files, tmp_path, monkeypatch):
-    """A folder with what the examples name, as the current one."""
-    for name in ("pairs.jsonl", "scored.jsonl"):
-        (tmp_path / name).write_text((files / name).read_text())
-    model = embedsmith.load(str(bert), pooling="mean")
-    model.save(tmp_path / "my-model")
-    for parameter in model.parameters():  # a child: a little away
-        parameter.data.mul_(1.01)
-    model.save(tmp_path / "other-model")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def verb(name):
@@ -167,3 +155,16 @@ def test_rows_in_memory_are_trained_on_and_other_rows_are_another_run(workplace)
     assert (there.folder / "config.json").exists()
     with pytest.raises(CheckpointError, match="another recipe"):
         embedsmith.train(**call, data=second, output="runs/dataset")
+
+
+def test_the_page_of_the_python_api_runs_from_top_to_bottom(workplace, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    names = {}
+    for block in blocks:
+        quick = re.sub(r"steps=\d{2,}", "steps=2", block).replace("128", "32")
+        exec(quick, names)  # noqa: S102  (our own page)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("before", "after", "We ship within two days."))
+    assert all(f"es.{name}(" in page for name in FUNCTIONS)
