@@ -121,7 +121,7 @@ class Engine:
         if len(length_R) == 1:
             raise ModelError(
                 f"one text of {length_R[0]:,} tokens does not fit the memory of {self.device}",
-                fix="set a smaller max_length, compute in bfloat16, or free the memory that other programs hold there",
+                fix="lower max_length, compute in bfloat16, or free the memory that other programs hold there",
             )
         size = int(length_R.sum()) if self.packing else int(length_R.max()) * len(length_R)
         self.chunk_tokens = max(size // 2, 1)
