@@ -133,6 +133,19 @@ def test_a_file_that_grew_is_named_and_read_again(tmp_path, caplog):
     assert len(list(before.records)) == 10  # what is in use is not replaced
 
 
+@pytest.mark.parametrize(("rows", "how"), [(ROWS[:3], "shrank"), ([ROWS[1], ROWS[0], *ROWS[2:10]], "changed")])
+def test_what_became_of_a_file_is_said_with_its_sizes(tmp_path, caplog, rows, how):
+    path = write(tmp_path / "a.jsonl", ROWS[:10])
+    on_disk(path, tmp_path)
+    before = path.stat().st_size
+    after = write(path, rows).stat().st_size
+    assert (after == before) == (how == "changed")
+    caplog.set_level("INFO", "embedsmith")
+    assert len(on_disk(path, tmp_path).records) == len(rows)
+    assert f"{path} {how} since it was read on 20" in caplog.text
+    assert f"({before:,} to {after:,} bytes): reading it again" in caplog.text
+
+
 def test_a_file_that_is_gone_is_named_with_when_it_was_there(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
     on_disk(path, tmp_path)
