@@ -16,11 +16,13 @@ Equivalent mutants, which no test can see, stand in `bench/mutation_equivalent.y
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -205,7 +207,7 @@ def run_all(mutants: list[Json], maps: dict[str, Json], kept: Json, jobs: int) -
 
 
 def judge(mutant: Json, tests: Json, tree: Path, context: Any) -> Json:
-    """What became of one mutant. Time is up at four times what its tests take without it, and a minute."""
+    """What became of one mutant. Time is up for a test at four times what it takes without it, and a minute."""
     names = chosen(mutant, tests)
     target = tree / "src" / "embedsmith" / mutant["module"]
     original, said = target.read_bytes(), tree / "failed.txt"
@@ -213,47 +215,52 @@ def judge(mutant: Json, tests: Json, tree: Path, context: Any) -> Json:
     target.write_text(mutant["text"], encoding="utf-8")
     started = time.monotonic()
     try:
-        child = context.Process(target=_run_tests, args=(tree, names, said))
+        seconds = {name: tests["seconds"].get(name, 0) for name in names}
+        child = context.Process(target=_run_tests, args=(tree, seconds, said))
         child.start()
-        child.join(60 + 4 * sum(tests["seconds"].get(name, 0) for name in names))
-        timeout = child.is_alive()
-        if timeout:
-            os.killpg(child.pid, 9)
-            child.join()
+        child.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # what its tests started
     finally:
         target.write_bytes(original)
-    killed_by = "time" if timeout else None
-    if not timeout and child.exitcode:
-        killed_by = said.read_text(encoding="utf-8") if said.exists() else "import"
+    killed_by = None
+    if child.exitcode:
+        killed_by = "time" if child.exitcode == -signal.SIGALRM else "import"
+        killed_by = said.read_text(encoding="utf-8") if said.exists() else killed_by
     seconds = round(time.monotonic() - started, 1)
     kept = {name: mutant[name] for name in ("key", "room", "module", "line", "operator", "before", "after")}
     return kept | {"killed_by": killed_by, "tried": len(names), "seconds": seconds, "tests": tests["digest"]}
 
 
 class Chosen:
-    """A plug-in of pytest: only these tests, in this order; the first that fails is written to a file."""
+    """A plug-in of pytest: only these tests, in this order; the first that fails is written to a file. A test that
+    takes too long ends the process, whatever it waits for."""
 
-    def __init__(self, names: list[str], said: Path) -> None:
-        self.order, self.said = {name: at for at, name in enumerate(names)}, said
+    def __init__(self, seconds: dict[str, float], said: Path) -> None:
+        self.order, self.seconds, self.said = {name: at for at, name in enumerate(seconds)}, seconds, said
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted(
             (item for item in items if item.nodeid in self.order), key=lambda item: self.order[item.nodeid]
         )
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        signal.alarm(60 + int(4 * self.seconds[nodeid]))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and not self.said.exists():
             self.said.write_text(report.nodeid, encoding="utf-8")
 
 
-def _run_tests(tree: Path, names: list[str], said: Path) -> None:
+def _run_tests(tree: Path, seconds: dict[str, float], said: Path) -> None:
     os.setpgrp()  # so that what the tests start ends with them
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     _enter(tree)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    files = sorted({name.partition("::")[0] for name in names})
-    code = pytest.main(["-x", "-q", *_NO_CACHE, *files], [Chosen(names, said)])
+    files = sorted({name.partition("::")[0] for name in seconds})
+    code = pytest.main(["-x", "-q", *_NO_CACHE, *files], [Chosen(seconds, said)])
     sys.exit(int(code))
 
 

@@ -90,3 +90,11 @@ def test_no_setting_is_nan_or_infinite(name):
             if is_plain(hints[field.name]):  # else its class checks it
                 with pytest.raises(ValidationError):
                     _limits(cls)[field.name].validate_python(value)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in SETTINGS.items() if "output" in cls.__annotations__))
+def test_an_empty_output_is_not_the_current_folder(name):
+    limits = _limits(SETTINGS[name]).get("output")
+    assert limits is not None, "an empty path is read as the current folder"
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        limits.validate_python("")

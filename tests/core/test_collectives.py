@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from embedsmith.core import collectives
-from embedsmith.core.batch import ABSENT, PairBatch, RetrievalBatch, Side, gather_pair_scores
+from embedsmith.core.batch import ABSENT, LossOutput, PairBatch, RetrievalBatch, Side, gather_pair_scores
 from embedsmith.core.collectives import (
+    ALONE,
     average_gradients,
+    complete_gradients,
+    gather_rows,
     join_ranks,
     lost_ranks,
     max_over_ranks,
@@ -17,8 +20,12 @@ from embedsmith.core.collectives import (
     objects_of_all_ranks,
     on_first_rank,
     rank,
+    refuse_different,
+    refuse_launcher,
+    sum_over_ranks,
+    world_size,
 )
-from embedsmith.core.errors import DataError, TrainingError
+from embedsmith.core.errors import DataError, EmbedsmithError, TrainingError
 from embedsmith.core.reps import Dense, MultiVector
 from tests.ranks import on_ranks
 
@@ -155,3 +162,172 @@ def test_a_rank_whose_peers_never_start_does_not_wait_for_ever(monkeypatch):
     with pytest.raises(TrainingError, match="lost another process of this run, or never found it"), lost_ranks():
         join_ranks()
     assert not torch.distributed.is_initialized()
+
+
+def move_tensors():
+    """What crosses ranks leaves what it was made of as it was, and cut from its graph."""
+    own = torch.full((2, 2), float(rank() + 1), requires_grad=True)
+    scaled = own * 2
+    total, rows = sum_over_ranks(scaled), gather_rows(scaled.T)
+    group = torch.distributed.new_group([1])
+    inside = {} if rank() == 0 else {"group": (world_size(group), rank(group), max_over_ranks(7, group=group))}
+    differing = []
+    for facts in ({"rate": 1}, {"rate": rank()}, {"rate": 1, "more": 2} if rank() else {"rate": 1}):
+        try:
+            refuse_different(facts, "start all ranks alike")
+        except TrainingError as error:
+            differing.append(str(error))
+    big = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    big += [torch.nn.Parameter(torch.zeros(4, dtype=torch.float64)), torch.nn.Parameter(torch.zeros(1), False)]
+    for number, parameter in enumerate(big[:4]):
+        parameter.grad = torch.full_like(parameter, float(number + 4 * rank()))
+    average_gradients(big)
+    return {
+        "total": (total.tolist(), total.requires_grad),
+        "own": scaled.tolist(),
+        "rows": (rows[:, 0].tolist(), rows.requires_grad),
+        "alone": (world_size(ALONE), rank(ALONE), float(sum_over_ranks(torch.tensor(3.0), ALONE))),
+        "mean": float(mean_over_ranks(torch.tensor(float(rank())), ALONE)),
+        "differing": differing,
+        "averaged": [None if p.grad is None else p.grad[0].item() for p in big],
+        **inside,
+    }
+
+
+@pytest.mark.dist
+def test_what_crosses_ranks_is_cut_and_changes_nothing(tmp_path):
+    for number, result in enumerate(on_ranks(2, move_tensors, tmp_path)):
+        assert result["total"] == ([[6.0, 6.0], [6.0, 6.0]], False)
+        assert result["own"] == [[2.0 * (number + 1)] * 2] * 2
+        assert result["rows"] == ([2.0, 2.0, 4.0, 4.0], False)
+        assert result["alone"] == (1, 0, 3.0)
+        assert result["mean"] == number
+        first, second = result["differing"]
+        assert "rate is 0 on rank 0, 1 on rank 1" in first
+        assert "to fix: start all ranks alike" in first
+        assert "more is nothing on rank 0, 2 on rank 1" in second
+        assert "rate" not in second
+        assert result["averaged"] == [2.0, 3.0, 4.0, 5.0, None]
+    assert result["group"] == (1, 0, 7)
+
+
+def test_small_gradients_travel_together_and_types_apart(monkeypatch):
+    monkeypatch.setattr(collectives, "_BUCKET_BYTES", 40)
+    sizes = [4, 4, 2, 1, 40, 1]
+    tensors = [torch.zeros(size) for size in sizes]
+    assert [[len(t) for t in bucket] for bucket in collectives._buckets(tensors)] == [[4, 4, 2], [1], [40], [1]]
+    mixed = [torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    assert [len(bucket) for bucket in collectives._buckets(mixed)] == [1, 2]
+    assert list(collectives._buckets([])) == []
+
+
+def test_one_process_is_its_own_answer():
+    tensor = torch.ones(2, requires_grad=True)
+    assert (world_size(), rank(), max_over_ranks(3), objects_of_all_ranks("x")) == (1, 0, 3, ["x"])
+    assert sum_over_ranks(tensor) is tensor
+    assert mean_over_ranks(tensor) is tensor
+    assert not gather_rows(tensor).requires_grad
+    refuse_different({"a": 1}, "fix")
+    parameter = torch.nn.Parameter(torch.ones(2))
+    average_gradients([parameter])
+    assert parameter.grad is None
+    assert complete_gradients([torch.nn.Parameter(torch.ones(1), requires_grad=False)]) == []
+    with pytest.raises(DataError, match="bad row"):
+        on_first_rank(fail)
+
+
+def test_a_launcher_is_refused_where_ranks_would_repeat_the_work(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    refuse_launcher("encode", "start it alone")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_launcher("encode", "start it alone")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EmbedsmithError, match=r"encode works in one process.* 2 ranks(.|\n)*to fix: start it alone"):
+        refuse_launcher("encode", "start it alone")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[gloo/transport] closed"), torch.distributed.DistNetworkError("x")])
+def test_a_lost_process_is_named_by_the_rank_that_lost_it(monkeypatch, error):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(TrainingError, match="rank 3 lost another process"), lost_ranks():
+        raise error
+    for other in (RuntimeError("x"), ValueError("gloo")):
+        with pytest.raises(type(other), match=str(other)), lost_ranks():
+            raise other
+
+
+def ragged_batches():
+    """Rank 0 has two queries with two positive slots, rank 1 one query with three."""
+    count, slots = (2, 2) if rank() == 0 else (1, 3)
+    start = 100 * rank()
+    batch = RetrievalBatch(
+        task="retrieval",
+        query=dense_side(count),
+        document=dense_side(3),
+        query_id_Q=torch.arange(count) + start,
+        positive_id_QP=torch.arange(count * slots).reshape(count, slots) + start + 10,
+        negative_id_QM=torch.full((count, 1), ABSENT),
+        document_id_N=torch.arange(3) + start + 10,
+    )
+    pairs = PairBatch(
+        task="sts",
+        left=dense_side(2),
+        right=dense_side(2),
+        left_id_N=torch.arange(2),
+        right_id_N=torch.arange(2),
+        label_N=torch.tensor([0.25, 0.5]) + rank(),
+    )
+    alone = batch.alone()
+    value = batch.mean_over_rows(torch.full((1, count), 6.0 * (rank() + 1)))
+    return {
+        "query": batch.query_id_G.tolist(),
+        "document": batch.document_id_K.tolist(),
+        "positive": batch.positive_id_GP.tolist(),
+        "first": batch.first_of_its_id_K.tolist(),
+        "labels": pairs.label_G.tolist(),
+        "alone": (alone.query_id_G.tolist(), alone.document_id_K.tolist(), alone.positive_id_GP.shape[1]),
+        "leaf": alone.query.local["dense"].vector_ND is batch.query.local["dense"].vector_ND,
+        "rows": (batch.query.rows, alone.query.rows, len(batch.query)),
+        "value": value.tolist(),
+    }
+
+
+@pytest.mark.dist
+def test_ids_of_all_ranks_stand_in_the_order_of_their_rows(tmp_path):
+    first, second = on_ranks(2, ragged_batches, tmp_path)
+    for result in (first, second):
+        assert result["query"] == [0, 1, 100, ABSENT]
+        assert result["document"] == [10, 11, 12, 110, 111, 112]
+        assert result["positive"] == [[10, 11, ABSENT], [12, 13, ABSENT], [110, 111, 112], [ABSENT] * 3]
+        assert result["first"] == [True] * 6
+        assert result["labels"] == [0.25, 0.5, 1.25, 1.5]
+        assert result["leaf"]
+    assert first["alone"] == ([0, 1], [10, 11, 12], 2)
+    assert second["alone"] == ([100], [110, 111, 112], 3)
+    assert (first["rows"], second["rows"]) == ((2, 2, 2), (2, 1, 1))
+    assert (first["value"][0] + second["value"][0]) / 2 == pytest.approx((6 + 6 + 12) / 3)
+
+
+def test_what_stands_beside_a_batch_goes_along():
+    batch = PairBatch(
+        task="sts",
+        source="file",
+        left=dense_side(2),
+        right=dense_side(3),
+        left_id_N=torch.arange(2),
+        right_id_N=torch.arange(3),
+        label_N=torch.zeros(2),
+        widths=(2, 3),
+    )
+    assert batch.sizes == (2, 3)
+    assert batch.sides() == (batch.left, batch.right)
+    assert {key: batch.shared()[key] for key in ("task", "source", "widths")} == {
+        "task": "sts",
+        "source": "file",
+        "widths": (2, 3),
+    }
+    beside = batch.left.beside({"a": torch.ones(1), "b": None})
+    assert beside["b"] is None
+    assert beside["a"].tolist() == [1.0]
+    output = LossOutput(torch.tensor([1.0, 2.0]))
+    assert (float(output.value), dict(output.parts)) == (3.0, {})

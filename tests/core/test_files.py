@@ -1,5 +1,6 @@
 """Writes are whole or absent, whatever stops them."""
 
+import errno
 import os
 import subprocess
 from contextlib import contextmanager
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.core.files import atomic_file
+from embedsmith.core.files import allocate, atomic_file, disk_errors, full_disk, write_cache
 from embedsmith.core.outputs import Kind, atomic_folder
 
 
@@ -121,3 +123,71 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     made = done[folder_move].split(" -> ")[0]
     assert {made, f"{made}/deep", f"{made}/deep/b"} <= set(done[file_move:folder_move])
     assert str(tmp_path) in done[folder_move:]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_every_way_in_which_a_disk_takes_no_more_is_named(tmp_path, code):
+    words = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota", errno.EFBIG: "ulimit -f"}[code]
+    own, kept = OSError(code, "x", "the-file"), RuntimeError(f"I/O error (os error {code})")
+    wrapped, cleaning = RuntimeError("x"), RuntimeError("y")
+    wrapped.__cause__, cleaning.__context__ = own, kept
+    for error in (own, kept, wrapped, cleaning):
+        with pytest.raises(CheckpointError, match=words) as raised, disk_errors(tmp_path):
+            raise error
+        assert raised.value.where == tmp_path
+        assert "run the same command again" in raised.value.fix
+    assert full_disk(own).where == "the-file"
+    assert full_disk(OSError("10 requested and 3 written")) is not None
+    for other in (None, OSError(errno.ENOENT, "x"), RuntimeError("10 requested and 3 written")):
+        assert full_disk(other) is None
+
+
+def test_other_errors_of_a_place_keep_their_names(tmp_path):
+    for code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EBUSY):
+        with pytest.raises(CheckpointError, match="cannot write here"), disk_errors(tmp_path):
+            raise OSError(code, os.strerror(code))
+    for error in (FileNotFoundError(errno.ENOENT, "x"), RuntimeError("x"), SafetensorError("x")):
+        with pytest.raises(type(error)), disk_errors(tmp_path):
+            raise error
+
+
+def test_room_is_taken_before_it_is_used(tmp_path, monkeypatch):
+    with (tmp_path / "a").open("wb") as file:
+        file.write(b"abc")
+        allocate(file, 10_000)
+        assert os.fstat(file.fileno()).st_size == 10_000
+        assert os.fstat(file.fileno()).st_blocks * 512 >= 10_000
+        allocate(file, 5)
+    assert (tmp_path / "a").read_bytes() == b"abc\0\0"
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_where_no_room_can_be_taken_ahead_it_is_measured(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, "x")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with (tmp_path / "a").open("wb") as file:
+        allocate(file, 10_000)
+        assert os.fstat(file.fileno()).st_size == 10_000
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            allocate(file, 2**60)
+        assert os.fstat(file.fileno()).st_size == 10_000
+        code = errno.EIO
+        with pytest.raises(OSError, match="x"):
+            allocate(file, 10)
+
+
+def test_what_can_be_made_again_is_kept_if_it_can_be(tmp_path, caplog):
+    write_cache(tmp_path / "a" / "b", b"1")
+    assert (tmp_path / "a" / "b").read_bytes() == b"1"
+    write_cache(tmp_path / "a" / "b" / "c", b"1")
+    assert "not kept for the next time" in caplog.text
+
+
+def test_bytes_and_words_are_written_as_they_are(tmp_path):
+    with atomic_file(tmp_path / "a", "wb") as file:
+        file.write(b"\xff")
+    with atomic_file(tmp_path / "b") as file:
+        file.write("中")
+    assert (tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes() == b"\xff" + "中".encode()

@@ -10,7 +10,18 @@ import pytest
 from embedsmith.core import outputs
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, discard, sweep
+from embedsmith.core.outputs import (
+    Kind,
+    atomic_folder,
+    check_claim,
+    claimed,
+    discard,
+    files_of,
+    recover,
+    refuse_foreign_file,
+    refuse_foreign_records,
+    sweep,
+)
 
 PAIR = Kind("pair", ("a.txt", "b.txt", "logs/*.json", "more/**"), ("a.txt", "ours"))
 
@@ -175,3 +186,162 @@ def test_modes_are_those_of_the_umask(tmp_path):
         os.umask(before)
     modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("out", "out/weights", "file")}
     assert modes == {"out": 0o750, "out/weights": 0o640, "file": 0o640}
+
+
+def test_a_file_is_replaced_only_where_it_is_ours(tmp_path):
+    file, folder, link = tmp_path / "a", tmp_path / "folder", tmp_path / "link"
+    refuse_foreign_file(file, False)
+    file.write_text("")
+    refuse_foreign_file(file, False)
+    file.write_text("x" * 999_996 + "ours")
+    refuse_foreign_file(file, "ours")
+    refuse_foreign_file(file, True)
+    folder.mkdir()
+    link.symlink_to("a")
+    for path, ours, message in (
+        (file, "theirs", "was not made by this verb"),
+        (file, False, "was not made by this verb"),
+        (folder, True, "this is no file"),
+        (link, True, "this is a link (to a)"),
+    ):
+        with pytest.raises(CheckpointError) as raised:
+            refuse_foreign_file(path, ours)
+        assert message in str(raised.value)
+        assert raised.value.where == path
+    file.write_text("x" * 999_997 + "ours")
+    with pytest.raises(CheckpointError, match="was not made by this verb"):
+        refuse_foreign_file(file, "ours")
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("working", [None, "out.jsonl.work", "other.work", "file"])
+def test_records_are_replaced_where_their_report_or_their_work_says_so(tmp_path, known, working):
+    output, report = tmp_path / "out.jsonl", tmp_path / "out.report.json"
+    work = tmp_path / ("out.jsonl.work" if working in (None, "file") else working)
+    output.write_text("1234")
+    if known:
+        report.write_text('{"output_bytes": 4, "steps": []}')
+    if working == "file":
+        work.write_text("")
+    elif working:
+        work.mkdir()
+
+    def check(under_way=False, overwrite=False):
+        refuse_foreign_records(output, report, "steps", work, under_way, overwrite)
+
+    if not known and working != "out.jsonl.work":
+        with pytest.raises(CheckpointError, match="was not made by this verb"):
+            check()
+        return
+    check()
+    output.write_text("12345")
+    if known:
+        with pytest.raises(CheckpointError, match="changed since it was written") as raised:
+            check()
+        assert raised.value.where == output
+        assert "--overwrite" in raised.value.fix
+        output.unlink()
+        check()
+        output.write_text("12345")
+    check(under_way=True)
+    check(overwrite=True)
+
+
+@pytest.mark.parametrize("report", ['{"output_bytes": 4}', '{"steps": 1}', "[]", "{"])
+def test_another_report_makes_no_file_ours(tmp_path, report):
+    output = tmp_path / "out.jsonl"
+    (tmp_path / "report").write_text(report)
+    for present in (False, True):
+        if present:
+            output.write_text("1234")
+        with pytest.raises(CheckpointError, match="was not made by this verb") as raised:
+            refuse_foreign_records(output, tmp_path / "report", "steps", tmp_path / "w", False, False)
+        assert raised.value.where == tmp_path / "report"
+
+
+def test_no_folder_and_only_some_files_are_named(tmp_path):
+    assert files_of(tmp_path / "absent") == []
+    write_pair(tmp_path / "out")
+    for number in range(7):
+        (tmp_path / "out" / f"x{number}").write_text("")
+    (tmp_path / "out" / ".embedsmith.lock").write_text("")
+    (tmp_path / "out" / ".a.abcdefgh.tmp").mkdir()
+    (tmp_path / "out" / ".a.abcdefgh.tmp" / "b").write_text("")
+    assert sorted(files_of(tmp_path / "out")) == ["a.txt", *(f"x{number}" for number in range(7))]
+    with pytest.raises(CheckpointError, match=r"x0, x1, x2, x3, x4 and 2 more would be lost"):
+        PAIR.refuse_foreign(tmp_path / "out")
+    PAIR.refuse_foreign(tmp_path / "out", [f"x{number}" for number in range(7)])
+
+
+@pytest.mark.parametrize("change", ["content", "more", "fewer"])
+def test_the_same_again_has_the_same_files_with_the_same_content(tmp_path, change):
+    def write(changed):
+        with atomic_folder(tmp_path / "out", PAIR, overwrite=False) as folder:
+            (folder / "a.txt").write_text("ours 1" if change == "content" and changed else "ours 0")
+            if change != "content" and (change == "more") == changed:
+                (folder / "b.txt").write_text("")
+
+    write(False)
+    write(False)
+    with pytest.raises(CheckpointError, match="another result is here already"):
+        write(True)
+
+
+def test_who_holds_a_lock_and_where_it_stands(tmp_path, monkeypatch):
+    for told in ("", "[]", "{}", "{", '{"verb": "x"}'):
+        assert outputs.holder(told) == "another process"
+    told = '{"verb": "train", "pid": 3, "host": "h", "since": "now"}'
+    assert outputs.holder(told) == "train, process 3 on h since now"
+    (tmp_path / "volume").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    with claimed(tmp_path / "volume", "encode"):
+        assert names(tmp_path / "volume") == [".embedsmith.lock"]
+        with pytest.raises(CheckpointError, match="cannot write here"):
+            check_claim(tmp_path / "absent", "encode")
+        check_claim(tmp_path / "volume" / "out", "encode")
+    assert names(tmp_path / "volume") == []
+
+
+def test_where_there_are_no_locks_it_is_said_and_the_work_goes_on(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", refuse)
+    with claimed(tmp_path / "out", "encode"):
+        pass
+    assert "not supported); see that nobody else writes" in caplog.text
+    assert names(tmp_path) == []
+
+
+def test_a_lock_whose_holder_has_just_ended_is_taken_anew(tmp_path, monkeypatch):
+    lock, flock, calls = tmp_path / ".out.embedsmith.lock", outputs.fcntl.flock, []
+
+    def late(descriptor, how):
+        if not calls:
+            lock.unlink()  # the holder removes it between our opening and our locking
+        calls.append(descriptor)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(outputs.fcntl, "flock", late)
+    with claimed(tmp_path / "out", "encode"):
+        assert len(calls) == 2
+        assert lock.exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_had_stepped_aside_comes_back_only_where_nothing_took_its_place(tmp_path, whole):
+    aside, left, other = (tmp_path / f".{name}" for name in ("out.abcdefgh.old", "out.abcdefgh.tmp", "o.abcdefgh.tmp"))
+    for folder in (aside, left, other):
+        folder.mkdir()
+    if whole:
+        (aside / "a").write_text("")
+    recover(tmp_path / "out")
+    assert names(tmp_path) == [".o.abcdefgh.tmp", *(["out"] if whole else [])]
+    recover(tmp_path / "absent" / "out")
+    if whole:
+        aside.mkdir()
+        (aside / "b").write_text("")
+        recover(tmp_path / "out")
+        assert names(tmp_path / "out") == ["a"]
+        assert not aside.exists()

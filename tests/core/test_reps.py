@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embedsmith.core.reps import Dense, MultiVector, Sparse, concatenate
+from embedsmith.core.reps import TIE, Dense, MultiVector, Sparse, concatenate, exceeds
 
 
 def dense(n, d=8, seed=0):
@@ -126,3 +126,74 @@ def test_the_maximum_over_repeats_has_the_gradient_of_the_dense_tensor():
     left_full = left_full.scatter(2, left.coordinate_NT[..., None], left.weight_NT[..., None]).amax(1)
     (left_full @ full.amax(1).T).square().sum().backward()
     torch.testing.assert_close(ours, weight_NT.grad)
+
+
+@pytest.mark.parametrize("make", [dense, sparse, multi])
+def test_a_leaf_is_cut_from_its_graph(make):
+    start = torch.ones((), dtype=torch.float64, requires_grad=True)
+    made = make(3).map(lambda tensor: tensor * start if tensor.is_floating_point() else tensor)
+    leaf = made.leaf()
+    for tensor in leaf.tensors():
+        assert tensor.is_leaf
+        assert tensor.requires_grad == tensor.is_floating_point()
+    leaf.scores(make(2, seed=1)).sum().backward()
+    assert start.grad is None
+    assert all(tensor.grad is not None for tensor in leaf.floating())
+    assert len(leaf) == 3
+
+
+@pytest.mark.parametrize("make", [dense, sparse, multi])
+def test_blocks_and_chosen_rows_are_the_rows(make):
+    whole = make(5)
+    blocks = list(whole.split(2))
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    for a, b in zip(type(whole).of_pieces(blocks).tensors(), whole.tensors(), strict=True):
+        assert torch.equal(a, b)
+    order = torch.tensor([4, 0, 2])
+    for a, b in zip(type(whole).of_pieces(blocks, order).tensors(), whole.rows(order).tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_padding_is_zero_and_counts_nowhere():
+    whole = sparse(2, t=3).pad_tokens(5).pad_rows(3)
+    assert whole.coordinate_NT.shape == (3, 5)
+    assert not whole.weight_NT[:, 3:].any()
+    assert not whole.weight_NT[2].any()
+    assert whole.pad_tokens(2).token_count == whole.token_count == 5
+    assert whole.pad_rows(3) is whole
+    assert (dense(2).token_count, multi(2, t=7).token_count) == (0, 7)
+    assert len(dense(2).pad_rows(4)) == 4
+
+
+def test_texts_without_tokens_score_nothing_and_are_finite():
+    nothing = MultiVector(
+        torch.zeros(2, 3, 4, dtype=torch.float64, requires_grad=True), torch.zeros(2, 3, dtype=torch.bool)
+    )
+    for score in (nothing.scores(multi(2, d=4)), multi(2, d=4).scores(nothing), nothing.paired(multi(2, d=4))):
+        assert score.abs().max() == 0
+    nothing.scores(nothing).sum().backward()
+    assert torch.isfinite(nothing.vector_NTD.grad).all()
+    none = Sparse(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64))
+    assert sparse(2).scores(none).shape == (1, 2, 0)
+    assert none.scores(sparse(2)).shape == (1, 0, 2)
+
+
+def test_scores_are_of_fp32_at_least():
+    left, right = dense(2, seed=1), dense(3, seed=2)
+    half = left.map(lambda tensor: tensor.half())
+    assert half.scores(right.map(torch.Tensor.half)).dtype == torch.float32
+    assert half.paired(half, (2, 4)).dtype == torch.float32
+    assert left.scores(right).dtype == torch.float64
+    short = left.truncate(3).vector_ND
+    torch.testing.assert_close(short, F.normalize(left.vector_ND[:, :3], dim=-1))
+
+
+def test_a_score_exceeds_its_limit_by_more_than_rounding():
+    for limit in (0.0, 0.5, -0.5, 100.0):
+        room = TIE * (1 + abs(limit))
+        for score, expected in ((limit, False), (limit + 0.9 * room, False), (limit + 1.1 * room, True)):
+            assert exceeds(score, limit) is expected
+            assert bool(exceeds(torch.tensor(score, dtype=torch.float64), limit)) is expected
+    assert not exceeds(math.nan, 0.0)
+    assert not exceeds(1.0, math.nan)
+    assert TIE == 2**-18

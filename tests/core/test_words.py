@@ -67,3 +67,10 @@ def test_any_text_in_any_form(text):
     kept = "".join(words(text))
     assert [one for one in kept if one.isalnum()] == [one for one in folded(text) if one.isalnum()]
     assert all("".join(letters(run)) == run for run, _ in runs(text))
+
+
+def test_words_of_ascii_are_what_they_are_beside_other_letters():
+    for code in range(128):
+        text = f"a{chr(code)}b {chr(code)}"
+        assert list(runs(f"{text} é"))[:-1] == list(runs(text)), repr(text)
+        assert folded(f"{text} é") == f"{folded(text)} é"

@@ -137,7 +137,7 @@ def test_a_byte_order_mark_is_tolerated_and_other_encodings_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "found", "hint"),
     [
-        ({"query": "q", "positve": ["p"]}, "found: query, positve", "'positve' (did you mean 'positives'?)"),
+        ({"query": "q", "positve": ["p"]}, "found: query, positve", "'positve' (did you mean 'positive'?)"),
         ({"premise": "q", "hypothesis": "p"}, "found: premise, hypothesis", "columns: {"),
         ({}, "found: none", "text1, text2, score"),
     ],

@@ -1,10 +1,12 @@
 """What searchers are made of: BM25 tokens of any script, kept vectors of every head, an approximate index, pairs."""
 
+import random
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
 
+import bm25s
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,25 @@ def test_bm25_finds_chinese_text_and_scores_nothing_for_unknown_words():
     assert score_Qk[1].tolist() == [0, 0]
     with pytest.raises(DataError, match="no text of the corpus has a word"):
         Bm25(Bm25Search(), [], ["?!", "..."]).prepare(Path())
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_bm25_scores_as_the_library_does_and_finds_the_best_of_many(k):
+    chance = random.Random(0)
+    words = [f"w{number}" for number in range(40)]
+    corpus = [" ".join(chance.choices(words, k=chance.randint(0, 6))) for _ in range(3000)]
+    queries = [" ".join(chance.choices(words, k=4)) for _ in range(8)] + ["w3 w3 unknown", "unknown"]
+    whole, mine = bm25s.BM25(), Bm25(Bm25Search(), queries, corpus)
+    whole.index([text.split() for text in corpus], show_progress=False)
+    mine.prepare(Path())
+    score_Qk, index_Qk = mine.top(0, len(queries), k)
+    for query, score_k, index_k in zip(queries, score_Qk, index_Qk, strict=True):
+        known = [word for word in query.split() if word != "unknown"]
+        score_K = whole.get_scores(known) if known else np.zeros(len(corpus), np.float32)
+        assert mine.scores(query).tobytes() == score_K.tobytes()
+        best = [place for place in np.argsort(-score_K, kind="stable")[:k] if score_K[place] > 0]
+        assert index_k.tolist() == best + [-1] * (k - len(best))
+        assert score_k[: len(best)].tolist() == score_K[best].tolist()
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse", "multivector"])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5Model
+from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM, T5Config, T5Model
 
 from embedsmith.core.errors import ModelError, RecipeError
-from embedsmith.models import ModelConfig, load
+from embedsmith.models import ModelConfig, backbone, load
 from tests.models import tiny
 
 
@@ -198,3 +198,22 @@ def test_dtype_of_the_weights(plain):
     assert model.backbone.dtype == torch.bfloat16
     assert model.projections[0].linear.weight.dtype == torch.float32
     assert model.encode(tiny.TEXTS).dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "modernbert"])
+def test_no_model_is_larger_than_the_bound_by_its_sizes(kind):
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    assert sum(one.numel() for one in [*model.parameters(), *model.buffers()]) <= backbone._at_most(config.to_dict())
+
+
+def test_weights_are_counted_only_where_they_might_not_fit(plain, monkeypatch):
+    built = []
+    count = AutoModel.from_config
+    monkeypatch.setattr(AutoModel, "from_config", lambda *args, **more: built.append(args) or count(*args, **more))
+    load(str(plain), pooling="mean", device="cpu")
+    assert not built
+    monkeypatch.setattr(backbone, "memory", lambda: 2**10)
+    load(str(plain), pooling="mean", device="cpu")
+    assert len(built) == 1

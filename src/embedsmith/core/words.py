@@ -16,13 +16,14 @@ UNSPACED = (
 _MARKS = "".join(mark for mark in map(chr, range(0x20000)) if unicodedata.category(mark)[0] == "M")
 _LETTER = re.compile(f".[{_MARKS}]*", re.DOTALL)
 _RUN = re.compile(f"(?P<unspaced>[{UNSPACED}][{UNSPACED}{_MARKS}]*)|[^\\W{UNSPACED}](?:[^\\W{UNSPACED}]|[{_MARKS}])*")
+_ASCII_RUN = re.compile(r"\w+", re.ASCII)
 _UNSEEN = dict.fromkeys((0xAD, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF, *range(0xFE00, 0xFE10)))
 """Hyphens and joiners that are not shown, and choices between two forms of one sign: none of them ends a word."""
 
 
 def composed(text: str) -> str:
-    """A text without differences of NFC and NFD and of characters that are not shown."""
-    return unicodedata.normalize("NFC", text.translate(_UNSEEN))
+    """A text without differences of NFC and NFD and of characters that are not shown; ASCII has none."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text.translate(_UNSEEN))
 
 
 def folded(text: str) -> str:
@@ -33,6 +34,9 @@ def folded(text: str) -> str:
 def runs(text: str) -> Iterator[tuple[str, bool]]:
     """The words of a text as it stands, and whether each is a run of a script without spaces; what is between them
     falls away."""
+    if text.isascii():  # the same, many times faster
+        yield from ((run, False) for run in _ASCII_RUN.findall(text))
+        return
     for found in _RUN.finditer(text):
         yield found[0], found["unspaced"] is not None
 

@@ -18,7 +18,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import claimed, discard, files_of, refuse_foreign_records, sweep
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.settings import section, to_plain
+from embedsmith.core.settings import Word, section, to_plain
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import key_of
 from embedsmith.curate.input_records import Input, InputRecords
@@ -48,7 +48,7 @@ class CurateRecipe:
     """
 
     input: Input
-    output: str
+    output: Word
     steps: tuple[Annotated[Any, curation_steps], ...]
     work: str | None = None
     examples: Annotated[int, Field(ge=0)] = 5

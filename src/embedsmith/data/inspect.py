@@ -1,8 +1,11 @@
 """What a data file was understood to be, in numbers and samples: `embedsmith inspect`."""
 
+from __future__ import annotations
+
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -95,10 +98,9 @@ class Inspection:
 def inspect_source(source: Source, samples: int = 3) -> Inspection:
     """Read a source and describe it. Samples are spread over the file. Errors: those of `read_source`."""
     found = read_source(source)
-    records = found.records
-    counts = {f.name: sum(getattr(r, f.name) not in (None, (), "") for r in records) for f in fields(Record)}
-    scores = Counter(min(int(score * 10), 9) for r in records for score in r.positive_scores or () if score is not None)
-    labels = Counter(record.label for record in records if record.label is not None)
+    records, seen = found.records, _Tally.of(found.records)
+    counts = {f.name: seen.fields[f.name] for f in fields(Record) if f.name not in ("task", "source")}
+    lengths = {role: np.asarray(sizes) for role, sizes in seen.lengths.items() if sizes}
     places = np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)
     return Inspection(
         path=source.path,
@@ -108,53 +110,77 @@ def inspect_source(source: Source, samples: int = 3) -> Inspection:
         records=len(records),
         skipped=found.skipped,
         left_out=found.left_out,
-        fields={name: count for name, count in counts.items() if count and name not in ("task", "source")},
-        lengths=_lengths(records),
-        duplicates=_duplicates(records),
+        fields={name: count for name, count in counts.items() if count},
+        lengths={
+            role: Lengths(len(size_N), tuple(int(value) for value in np.percentile(size_N, PERCENTILES)))
+            for role, size_N in lengths.items()
+        },
+        duplicates=Duplicates(
+            _repeats(seen.contents), _repeats(seen.queries), _repeats(seen.positives), seen.negatives_that_are_positives
+        ),
         scores=found.scores,
-        score_counts={f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": scores[tenth] for tenth in sorted(scores)},
-        labels={found.labels[label] if found.labels else str(label): labels[label] for label in sorted(labels)},
+        score_counts={
+            f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}": seen.scores[tenth] for tenth in sorted(seen.scores)
+        },
+        labels={
+            found.labels[label] if found.labels else str(label): seen.labels[label] for label in sorted(seen.labels)
+        },
         negatives_drawn=negatives_per_query(source, records),
         fingerprint=found.fingerprint,
         samples=tuple(records[int(place)] for place in places),
     )
 
 
-def _lengths(records: Sequence[Record[Any]]) -> dict[str, Lengths]:
-    roles: dict[str, Iterable[str | TokenIds]] = {
-        "query": (record.query for record in records),
-        "positives": (text for record in records for text in record.positives),
-        "negatives": (text for record in records for text in record.negatives),
-    }
-    lengths: dict[str, Lengths] = {}
-    for role, texts in roles.items():
-        sizes = np.fromiter((len(text if isinstance(text, str) else text.ids) for text in texts), np.int64)
-        if len(sizes):
-            lengths[role] = Lengths(len(sizes), tuple(int(value) for value in np.percentile(sizes, PERCENTILES)))
-    return lengths
+@dataclass
+class _Tally:
+    """What one pass over records adds up. Eight bytes a row and text are held, not the texts, and each record is made
+    once: a file of millions is looked at as well. `contents`: a hash of each row, `queries` and `positives`: text ids.
+    """
 
-
-def _duplicates(records: Sequence[Record[Any]]) -> Duplicates:
-    """Eight bytes a row and text are held, not the texts: a file of millions is looked at as well."""
-
-    def repeats(values: Iterable[int]) -> int:
-        found = np.fromiter(values, np.int64)
-        return len(found) - len(np.unique(found))
-
-    def ids(texts: Sequence[str | TokenIds]) -> tuple[int, ...]:
-        return tuple(text_id(text) for text in texts)
-
-    def content(record: Record[Any]) -> int:
-        return hash((text_id(record.query), ids(record.positives), ids(record.negatives), record.positive_scores))
-
-    return Duplicates(
-        rows=repeats(content(record) for record in records),
-        queries=repeats(text_id(record.query) for record in records),
-        positives=repeats(id_ for record in records for id_ in ids(record.positives)),
-        negatives_that_are_positives=sum(
-            len({*ids(record.positives)} & {*ids(record.negatives)}) for record in records if record.negatives
-        ),
+    fields: Counter[str] = field(default_factory=Counter)
+    scores: Counter[int] = field(default_factory=Counter)
+    labels: Counter[int] = field(default_factory=Counter)
+    lengths: dict[str, array[int]] = field(
+        default_factory=lambda: {role: array("q") for role in ("query", "positives", "negatives")}
     )
+    contents: array[int] = field(default_factory=lambda: array("q"))
+    queries: array[int] = field(default_factory=lambda: array("q"))
+    positives: array[int] = field(default_factory=lambda: array("q"))
+    negatives_that_are_positives: int = 0
+
+    @staticmethod
+    def of(records: Sequence[Record[Any]]) -> _Tally:
+        tally, names = _Tally(), [f.name for f in fields(Record)]
+        for record in records:
+            tally.fields.update([name for name in names if getattr(record, name) not in (None, (), "")])
+            for score in record.positive_scores or ():
+                if score is not None:
+                    tally.scores[min(int(score * 10), 9)] += 1
+            if record.label is not None:
+                tally.labels[record.label] += 1
+            for role, texts in (
+                ("query", (record.query,)),
+                ("positives", record.positives),
+                ("negatives", record.negatives),
+            ):
+                tally.lengths[role].extend([len(text if isinstance(text, str) else text.ids) for text in texts])
+            tally._identify(record)
+        return tally
+
+    def _identify(self, record: Record[Any]) -> None:
+        query, positives = text_id(record.query), tuple(map(text_id, record.positives))
+        negatives = tuple(map(text_id, record.negatives))
+        self.contents.append(hash((query, positives, negatives, record.positive_scores)))
+        self.queries.append(query)
+        self.positives.extend(positives)
+        if negatives:
+            self.negatives_that_are_positives += len({*positives} & {*negatives})
+
+
+def _repeats(values: array[int]) -> int:
+    """How many of the values came before."""
+    sorted_N = np.sort(np.asarray(values))
+    return int((sorted_N[1:] == sorted_N[:-1]).sum())
 
 
 def _bars(title: str, counts: dict[str, int]) -> Table:

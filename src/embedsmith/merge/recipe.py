@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import Count, Finite, NotNegative, Share, section
+from embedsmith.core.settings import Count, Finite, NotNegative, Share, Word, section
 from embedsmith.core.shelf import merge_methods
 
 Granularity = Literal["model", "block", "module", "tensor"]
@@ -186,7 +186,7 @@ class MergeRecipe:
     """
 
     parents: Annotated[tuple[ParentSpec | str, ...], BeforeValidator(refuse_removed)]
-    output: str
+    output: Word
     method: AnyMethod
     base: ParentSpec | str | None = None
     granularity: Granularity = "model"

@@ -132,7 +132,9 @@ class Texts:
 
     @cached_property
     def place(self) -> dict[str, int]:
-        return {text: index for index, text in enumerate(self.corpus)}
+        """Of each positive in the corpus."""
+        answers = {text for record in self.records for text in record.positives}
+        return {text: index for index, text in enumerate(self.corpus) if text in answers}
 
     @cached_property
     def loose_K(self) -> IndexArray:
@@ -380,6 +382,9 @@ class MineReport:
             return known if (known.key, known.output_bytes) == (key, Path(output).stat().st_size) else None
         except (OSError, DataError):
             return None
+
+    def __str__(self) -> str:
+        return self.lines()
 
     def lines(self) -> str:
         return (

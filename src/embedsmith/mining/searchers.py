@@ -8,6 +8,7 @@ What a recipe names, such as `{type: bm25, k1: 1.2}`, is a frozen dataclass of s
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -42,6 +43,8 @@ from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder, join
 PIECE = 2048
 """Texts a file of cached vectors holds, and documents scored at once."""
 _PAIRS = 2**14
+_BLOCK = 256
+"""Scores of which the highest is looked at, where the best of very many are sought."""
 _SCORERS = ("ForSequenceClassification", "ForCausalLM")
 """How the classes end whose weights hold what a score is made of; any other would be given a random classifier."""
 
@@ -167,15 +170,16 @@ class TextReps:
         on_every_rank(act, label)
 
 
-def top_of_pieces(query: Representation, pieces: Iterator[Representation], k: int) -> tuple[FloatArray, IndexArray]:
-    """The k best of all pieces, exactly, on the GPU where there is one; only one piece is held at a time (on a GPU as
-    many as fill it)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    best = TopK(query.map(lambda tensor: tensor.to(device)), k)
+def top_of_pieces(
+    query: Representation, pieces: Iterator[Representation], k: int, device: torch.device | str | None = None
+) -> tuple[FloatArray, IndexArray]:
+    """The k best of all pieces, exactly, on a GPU where there is one (`search.exact.search_device`); only one piece is
+    held at a time (on a GPU as many as fill it)."""
+    best = TopK(query, k, device=device)
     waiting: list[Representation] = []
     for piece in pieces:
         waiting.append(piece)
-        if device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
+        if best.device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
             # A piece of vectors is a block as it is; token vectors are cut further.
             rows = None if isinstance(piece, MultiVector) else max(best.block_rows(piece), len(piece))
             best.add_in_blocks(join(waiting), rows)
@@ -318,8 +322,32 @@ class Bm25Search:
         return Bm25(self, texts.queries, texts.corpus)
 
 
+@dataclass
+class _WordNumbers(Sequence[list[int]]):
+    """The words of documents as numbers, all in one array: as lists of words they would take many times the texts'
+    memory."""
+
+    word_S: array[int] = field(default_factory=lambda: array("i"))
+    end_K: array[int] = field(default_factory=lambda: array("q"))
+
+    def append(self, words: Sequence[int]) -> None:
+        self.word_S.extend(words)
+        self.end_K.append(len(self.word_S))
+
+    def __len__(self) -> int:
+        return len(self.end_K)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.word_S[self.end_K[place - 1] if place else 0 : self.end_K[place]].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
+
+
 class Bm25(Searcher):
-    """A BM25 index over a corpus. Scores of a query are computed for the whole corpus at a time, [K] numbers."""
+    """A BM25 index over a corpus, of the words that the queries have: all others count only for the length of their
+    documents, as one word that no query asks for. Scores of a query are computed for the whole corpus at a time, [K]
+    numbers."""
 
     def __init__(self, settings: Bm25Search, queries: Sequence[str], corpus: Sequence[str]) -> None:
         self.settings, self.queries, self.corpus = settings, queries, corpus
@@ -331,11 +359,15 @@ class Bm25(Searcher):
         except ImportError as error:
             raise MissingExtraError("bm25s", "search") from error
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
-        rows = [self.settings.words(text) for text in self.corpus]
-        if not any(rows):
+        known = dict.fromkeys(word for query in self.queries for word in self.settings.words(query))
+        vocabulary = {word: number for number, word in enumerate(("", *known))}
+        rows = _WordNumbers()
+        for text in self.corpus:
+            rows.append([vocabulary.get(word, 0) for word in self.settings.words(text)])
+        if not rows.word_S:
             raise DataError("no text of the corpus has a word in it", expected="tokens that fit its script")
         self._index: Any = bm25s.BM25(k1=self.settings.k1, b=self.settings.b)
-        self._index.index(rows, show_progress=False)
+        self._index.index(bm25s.tokenization.Tokenized(rows, vocabulary), show_progress=False)
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         """score_Qk and index_Qk, ties to the lower index. A document that shares no word with the query is none."""
@@ -343,8 +375,7 @@ class Bm25(Searcher):
         score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
         for row, query in enumerate(queries):
             score_K = self.scores(query)
-            floor = np.partition(score_K, len(score_K) - k)[len(score_K) - k]
-            reached = np.flatnonzero((score_K >= floor) & (score_K > 0))
+            reached = np.flatnonzero((score_K >= _floor(score_K, k)) & (score_K > 0))
             order = reached[np.argsort(-score_K[reached], kind="stable")][:k]
             score_Qk[row, : len(order)], index_Qk[row, : len(order)] = score_K[order], order
         return score_Qk, index_Qk
@@ -362,6 +393,15 @@ class Bm25(Searcher):
         if not known:
             return np.zeros(len(self.corpus), np.float32)
         return np.asarray(self._index.get_scores(known), np.float32)
+
+
+def _floor(score_K: FloatArray, k: int) -> float:
+    """The k-th highest score, or a little less where that is found faster: the k-th of the highest in k or more blocks,
+    which k scores reach."""
+    rows = len(score_K) // _BLOCK
+    if rows >= k:
+        score_K = score_K[: rows * _BLOCK].reshape(rows, _BLOCK).max(1)
+    return float(np.partition(score_K, len(score_K) - k)[len(score_K) - k])
 
 
 # By a model that reads query and document together.

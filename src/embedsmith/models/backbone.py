@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
-from embedsmith.core.device import check_fits
+from embedsmith.core.device import check_fits, memory
 from embedsmith.core.errors import ModelError, foreign_errors
 from embedsmith.core.inputs import local_path
-from embedsmith.core.progress import transformers_silenced
+from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
@@ -236,12 +236,43 @@ def _plausible(key: str, value: float) -> bool:
 
 
 def _check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:
-    """The size of the weights that a config describes, which are many times those of the files where it is damaged."""
+    """The size of the weights that a config describes, which are many times those of the files where it is damaged.
+    Building the model without memory to count them takes a tenth of the time in which a small one is loaded, so that
+    is done only where they might be too many."""
+    limit = memory()
+    if limit is not None and _at_most(model_config.to_dict()) * dtype.itemsize <= limit:
+        return
     numbers = 0  # what else is wrong with the config is said when the model is loaded
     with suppress(ModelError), foreign_errors("", folder), transformers_silenced(), torch.device("meta"):
         frame = kind.from_config(model_config, trust_remote_code=trust_remote_code)
         numbers = sum(math.prod(one.shape) for one in [*frame.parameters(), *frame.buffers()])
     check_fits(numbers * dtype.itemsize, "the model that this file describes", folder / "config.json")
+
+
+def _at_most(tree: Mapping[str, Any]) -> int:
+    """A bound on the weights of a model: tables of its vocabulary and positions, and 16 matrices in every part, all as
+    wide as the largest other number of its config."""
+    widest, tables, parts = 1, 0, 1
+    for key, value in _whole_numbers(tree):
+        if key.startswith("vocab") or "position" in key:
+            tables += value
+        elif _COUNTS.search(key):
+            parts *= max(value, 1)
+        elif not key.endswith("_id"):
+            widest = max(widest, value)
+    return (tables + 16 * parts * widest) * widest
+
+
+def _whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """All of a tree, each with the key under which it stands."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _whole_numbers(each, str(name))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _whole_numbers(each, key)
 
 
 def _check_reads_texts(backbone: Any, folder: Path) -> None:
@@ -408,3 +439,18 @@ def takes_positions(backbone: nn.Module) -> bool:
 def takes(backbone: nn.Module, argument: str) -> bool:
     """Whether the forward pass names this argument."""
     return argument in inspect.signature(backbone.forward).parameters
+
+
+def call_backbone(backbone: Any, arguments: Mapping[str, Any]) -> Any:
+    """Its output. A backbone that torch.compile cannot compile is run without, from here on, and a line says so."""
+    if backbone._compiled_call_impl is None:
+        return backbone(**arguments)
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        return backbone(**arguments)
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        log.warning("compile: off, %s cannot be compiled: %s", type(backbone).__name__, reason)
+        backbone._compiled_call_impl = None
+        return backbone(**arguments)

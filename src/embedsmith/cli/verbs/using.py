@@ -19,11 +19,16 @@ def encode_texts(
     column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
     dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
     stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
-    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute in bfloat16, float16, or auto: as the hardware can.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
 ) -> None:
-    """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
+    """Turn files of texts into memory-mapped vectors; the same command continues after a kill.
+
+    Example: embedsmith encode passages.jsonl vectors --model runs/mine/model --role document
+    """
     from embedsmith.core.inputs import local_path
     from embedsmith.core.recipe import parse
     from embedsmith.models.encode_files import EncodeJob, encode_files
@@ -54,7 +59,10 @@ def index_documents(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
 ) -> None:
-    """Index documents under every head of a model; the same command continues after a stop, and updates."""
+    """Index documents under every head of a model; the same command continues after a stop, and updates.
+
+    Example: embedsmith index runs/mine/model passages.jsonl --to my-index
+    """
     from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index.commands import Place, run_index
 
@@ -80,7 +88,10 @@ def search_index(
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
 ) -> None:
-    """Search an index by all heads together, with the score of each."""
+    """Search an index by all heads together, with the score of each.
+
+    Example: embedsmith search 'how do I reset my password' --index my-index -k 5
+    """
     from embedsmith.core.errors import DataError
     from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index import commands as indexing
@@ -109,7 +120,10 @@ def convert_model(
     changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
 ) -> None:
-    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
+    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise.
+
+    Example: embedsmith convert Qwen/Qwen3-0.6B my-embedder pooling=last
+    """
     from embedsmith.models.export import convert as run
 
     say(run(model, out, changes or [], overwrite=overwrite))
@@ -122,7 +136,10 @@ def export_one_head(
     head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
 ) -> None:
-    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
+    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores.
+
+    Example: embedsmith export runs/mine/model sparse-model --head sparse
+    """
     from typing import cast
 
     from embedsmith.core.outputs import claimed
@@ -141,7 +158,10 @@ def push_model(
     repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
 ) -> None:
-    """Upload a saved model with its card to the hub you are logged in to."""
+    """Upload a saved model with its card to the hub you are logged in to.
+
+    Example: embedsmith push runs/mine/model my-name/my-model
+    """
     from embedsmith.report.model_card import push as upload
 
     say(f"pushed: {upload(folder, repository, private=not public)}")
