@@ -87,6 +87,28 @@ def test_a_store_of_tokens_holds_the_tokens_of_every_text(tmp_path, small_blocks
     assert row_facts(found).query_id_N.tolist() == [100 + n for n in range(20)]
 
 
+def test_the_highest_token_and_the_longest_text_are_those_of_all_calls(tmp_path):
+    def counts(name, *calls):
+        writer = StoreWriter(tmp_path / name, tokens=True)
+        for ids in calls:
+            lengths, flat = np.asarray([len(one) for one in ids]), np.asarray([i for one in ids for i in one], np.int64)
+            writer.add_tokens(np.arange(len(ids)), lengths, flat, np.zeros(len(ids), np.int64))
+        writer.add(Record(0, (0,)))
+        writer.settle()
+        found = RecordStore(tmp_path / name).counts
+        return found.top_token, found.longest_text
+
+    assert counts("falls", [[7, 9, 2]], [[3], [4, 5]]) == (9, 3)
+    assert counts("rises", [[3], [4, 5]], [[7, 9, 2]]) == (9, 3)
+    assert counts("least", [[0]]) == (0, 1)
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.raises(CheckpointError, match="cache"):
+        on_disk(write(tmp_path / "a.jsonl", ROWS), tmp_path)
+
+
 def test_lines_are_those_of_the_file(tmp_path, small_blocks):
     path = tmp_path / "a.jsonl"
     path.write_text("".join("\n" + json.dumps(row) + "\n" for row in SCORED))

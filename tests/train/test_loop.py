@@ -318,7 +318,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
         r"source scored: sts, 24 rows, 3 steps of 8 an epoch.*",
         r"loss of pairs: InfoNCE\(.*",
         r"loss of scored: CoSENT\(.*",
-        r"steps: 12 \(8 an epoch\), on 1 process\(es\), cpu, no",
+        r"steps: 12 \(8 an epoch\), on 1 process\(es\), cpu, fp32",
+        r"packing: .+; fused kernels: .+",
         r"memory: Memory\(chunk_tokens=2048, .*",
         r"first step: loss \d\.\d{4}, learning rate 5.00e-04, gradient norm [\d.]+, \d+ tokens",
     ]
