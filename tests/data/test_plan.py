@@ -136,7 +136,9 @@ def test_the_plan_of_a_step_is_what_it_was():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(shares=st.lists(st.floats(0, 1e6), min_size=1, max_size=6).filter(any), total=st.integers(1, 40))
+@given(
+    shares=st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=1, max_size=6).filter(any), total=st.integers(1, 40)
+)
 def test_units_are_whole_proportional_and_leave_nobody_out(shares, total):
     units = _apportion(shares, total)
     positive = [share for share in shares if share > 0]
