@@ -248,7 +248,7 @@ def test_all_backward_passes_of_a_step_lie_in_the_engines_block(tree):
 
     step = built.engine.step
     built.engine.backward = Block
-    built.engine.step = lambda: events.append("update") or step()
+    built.engine.step = lambda *given: events.append("update") or step(*given)
     loop.update(built, built.feed.draw(0))
     assert events == [("begins", 0), ("ends", True), "update"]
 
