@@ -67,12 +67,12 @@ def _scored(task: Task, reader: Reader, cache: ResultCache | None) -> TaskResult
     if result is None:
         started = time.perf_counter()
         try:
-            result = replace(task.evaluate(reader), seconds=time.perf_counter() - started)
+            result = replace(task.evaluate(reader), seconds=round(time.perf_counter() - started, 3))
         except torch.OutOfMemoryError as error:
             raise EvaluationError(
                 f"out of memory ({str(error).splitlines()[0]})",
                 where=f"task {task.name}",
-                fix="set a smaller model.max_length, or leave the task out of evaluate.tasks and score the checkpoints "
+                fix="lower model.max_length, or leave the task out of evaluate.tasks and score the checkpoints "
                 "by themselves (embedsmith evaluate)",
             ) from error
         if cache is not None and first:

@@ -122,7 +122,7 @@ class TopK:
         except torch.OutOfMemoryError as error:
             if half == 0:
                 raise SearchError(
-                    f"{self.device} has no memory left to score one document", fix="free some, or give device='cpu'"
+                    f"{self.device} has no memory left to score one document", fix="free some, or search on the CPU"
                 ) from error
         for start, stop in ((0, half), (half, len(block))):
             self._score_into(best, part, block.rows(slice(start, stop)), row, first + start, sound)

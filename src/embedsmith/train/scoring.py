@@ -112,7 +112,7 @@ class Development:
                 raise EvaluationError(
                     f"out of memory ({str(error).splitlines()[0]})",
                     where=f"validation source {parts[0].source}",
-                    fix="set a smaller batch_size of the source (evaluate.validation), or train.token_budget",
+                    fix="lower batch_size of the source (evaluate.validation), or train.token_budget",
                 ) from error
         self.model.train()
         values = {f"validation_loss/{source}": sum(each) / len(each) for source, each in losses.items()}

@@ -244,7 +244,7 @@ def _loss(
         raise TrainingError(
             f"the loss needs more memory than this rank's device has ({str(error).splitlines()[0]})",
             where=f"step {batches[0].progress.step}",
-            fix="set a smaller train.token_budget or train.batch_size, or block_size of the loss",
+            fix="lower train.token_budget or train.batch_size, or block_size of the loss",
         ) from error
 
 
