@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.models import load
-from tests.docs.blocks import ROOT, Block
+from tests.docs.blocks import Block
 from tests.models import lm
 from tests.tinybert import WORDS
 
@@ -86,8 +86,3 @@ def _tiny(path: Path, kind: str) -> None:
     plain = str(lm.folder(path.with_name(f".{path.name}"), "bert", POSITIONS))
     heads = ("dense", "sparse", "multivector") if kind == "three heads" else ("dense",)
     load(plain, pooling="mean", heads=heads, new_heads=True, device="cpu").save(path)
-
-
-def place_repository(folder: Path) -> None:
-    """What a reader who works in a checkout has beside him."""
-    (folder / "recipes").symlink_to(ROOT / "recipes")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.recipe import read_tree
+from embedsmith.core.shipped import recipe_file
 from tests.docs.blocks import Block
 from tests.docs.prepare import Pool, write_rows
 
@@ -84,6 +85,6 @@ def _shortened(words: list[str]) -> list[str]:
         return list(SHORT)
     if words[0] != "run":
         return []
-    stages = read_tree(Path(words[1]))["stages"]
+    stages = read_tree(recipe_file(words[1], "run"))["stages"]
     places = [place for place, stage in enumerate(stages) if stage["verb"] == "train"]
     return [f"stages.{place}.recipe.{change}" for place in places for change in SHORT]

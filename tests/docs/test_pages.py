@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, blocks_of, unread
-from tests.docs.prepare import made_up, place_models, place_repository
+from tests.docs.prepare import made_up, place_models
 from tests.docs.reader import Patient, Quick
 
 NOT_RUN = {"README.md": 2, "docs/tutorial.md": 2, "docs/cookbook.md": 0}
@@ -32,7 +32,6 @@ def test_few_blocks_are_not_run_and_each_says_why(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, typed):
     blocks = blocks_of(page)
-    place_repository(tmp_path)
     place_models(blocks, tmp_path, None)
     monkeypatch.chdir(tmp_path)
     reader = Quick(made_up(), typed)
@@ -48,7 +47,6 @@ def test_a_page_runs_from_top_to_bottom_on_a_real_model(page, tmp_path, monkeypa
     from embedsmith.cli.demo import read_faq
 
     blocks = blocks_of(page)
-    place_repository(tmp_path)
     place_models(blocks, tmp_path, Path(package.get_model_path()))
     monkeypatch.chdir(tmp_path)
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))

@@ -197,7 +197,7 @@ class EncodeJob:
 
     def write_blocks(self, model: Embedder, count: int, blocks: Sequence[int], worker: int) -> Iterator[int]:
         """Encode the given blocks (rising); each is on the disk, then entered in this worker's progress file, then
-        yielded. The next one is read and tokenised, in a thread, while one is computed."""
+        yielded. While a GPU computes one the next is read and tokenised, in a thread."""
         ranges, array = self.ranges(model), self.array(model, count)
         done = self.progress(self.out / f"progress-{worker}.json", count)
         reading: deque[list[FileText]] = deque()  # blocks that are read and not yet written

@@ -1,22 +1,48 @@
 """What training changed, task by task and text by text: what got better, what got worse, and which items moved most."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from embedsmith.core.errors import EmbedsmithError
 from embedsmith.evaluate.compare import Comparison, Difference
 from embedsmith.evaluate.result import TaskResult
+from embedsmith.evaluate.tasks.kinds import load_task
+from embedsmith.evaluate.tasks.pairs import STSTask
+from embedsmith.evaluate.tasks.ranking import RankingTask
 from embedsmith.report.page import Section, table
 
 _MOST = 3
 _LEAST = 0.01  # a change of an item's value that is worth a row
 _LENGTH = 140
+_LARGEST = 2**26  # bytes of a task's files; above, only the texts that the results hold are shown
+
+Texts = Mapping[str, Mapping[str, str]]
 
 
-def change_section(made: Comparison) -> Section:
+def texts_of(tasks: Sequence[str]) -> Texts:
+    """By task and item the text that an item is known by, of tasks given as paths whose files are still there."""
+    found: dict[str, Mapping[str, str]] = {}
+    for given in tasks:
+        path = Path(given)
+        with suppress(EmbedsmithError, OSError):  # a task that cannot be read any more is shown by its ids
+            files = [path, *path.rglob("*")] if path.exists() else []
+            if not files or sum(file.stat().st_size for file in files) > _LARGEST:
+                continue
+            task = load_task(path)
+            if isinstance(task, RankingTask):
+                found[task.name] = task.queries
+            elif isinstance(task, STSTask):
+                found[task.name] = {str(row): text for row, text in enumerate(task.text1)}
+    return found
+
+
+def change_section(made: Comparison, texts: Texts) -> Section:
     """Of the last model against the first; empty where there is only one."""
     if len(made.models) < 2:
         return Section("changes", "What changed", "")
@@ -28,7 +54,7 @@ def change_section(made: Comparison) -> Section:
     }
     body = "".join(f"<h3>{title}</h3>{_list(group)}" for title, group in groups.items() if group)
     for old, new in zip(made.results[0], made.results[-1], strict=True):
-        body += _items(old, new)
+        body += _items(old, new, texts.get(new.task, {}))
     return Section("changes", "What changed", body)
 
 
@@ -39,8 +65,8 @@ def _list(gaps: Sequence[Difference]) -> str:
     return f"<ul>{lines}</ul>"
 
 
-def _items(old: TaskResult, new: TaskResult) -> str:
-    """Counts, and the items that fell and rose most, with their texts where the results hold them."""
+def _items(old: TaskResult, new: TaskResult, known: Mapping[str, str]) -> str:
+    """Counts, and the items that fell and rose most, with their texts where they are known."""
     before_N, after_N = item_values(old), item_values(new)
     if before_N is None or after_N is None or list(old.item_ids) != list(new.item_ids):
         return ""
@@ -51,7 +77,8 @@ def _items(old: TaskResult, new: TaskResult) -> str:
     if not fell and not rose:
         return ""
     counts = [int(found.sum()) for found in (change_N > _LEAST, change_N < -_LEAST)]
-    texts = {example.item_id: next(iter(example.texts.values()), "") for example in (*old.examples, *new.examples)}
+    shown = {example.item_id: next(iter(example.texts.values()), "") for example in (*old.examples, *new.examples)}
+    texts = {**known, **shown}
     rows = [
         [html.escape(_named(new.item_ids[place], texts)), f"{before_N[place]:.2f}", f"{after_N[place]:.2f}"]
         for place in (*fell, *rose)

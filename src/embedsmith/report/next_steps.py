@@ -128,7 +128,7 @@ def _against_forgetting(evidence: Evidence) -> NextStep | None:
         "Go half of the way: merge the result with the model it came from",
         f"Clearly worse than before: {names}. Half of the change often keeps most of what was gained and loses much "
         "less; a soup of several runs does so too.",
-        shlex.join(["embedsmith", "merge", "recipes/merge-checkpoints.yaml", *changes]),
+        shlex.join(["embedsmith", "merge", "merge-checkpoints", *changes]),
     )
 
 
@@ -259,7 +259,7 @@ def _average(evidence: Evidence) -> NextStep | None:
     return NextStep(
         "Average the last checkpoints",
         "It costs no training, and the mean of several checkpoints is rarely worse than the last one.",
-        shlex.join(["embedsmith", "merge", "recipes/merge-checkpoints.yaml", *changes]),
+        shlex.join(["embedsmith", "merge", "merge-checkpoints", *changes]),
     )
 
 

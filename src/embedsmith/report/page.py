@@ -162,7 +162,8 @@ border:1px solid var(--line);border-radius:6px;padding:8px 10px}
 footer{max-width:1080px;margin:0 auto;padding:6px 20px 40px;color:var(--soft);font-size:.85rem}
 @media (max-width:600px){header,main{padding-left:12px;padding-right:12px}section{padding:10px 12px 14px}
 h1{font-size:1.3rem}nav{position:static}nav div{padding:8px 12px;flex-wrap:wrap;white-space:normal}
-html{scroll-padding-top:.5rem}th,td{padding:5px 7px;overflow-wrap:anywhere}.n{white-space:normal}
+html{scroll-padding-top:.5rem}th,td{padding:5px 7px;overflow-wrap:anywhere}
+th.n,td.n{white-space:normal;overflow-wrap:normal}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .told tr{display:flex;flex-wrap:wrap;border-bottom:1px solid var(--line)}
 .told th,.told td{border:0}.told tr>:first-child{flex:1 1 0}.told tr>:last-child{flex:1 0 100%;padding-top:0}

@@ -24,7 +24,7 @@ from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
-from embedsmith.report.changes import change_section
+from embedsmith.report.changes import change_section, texts_of
 from embedsmith.report.comparison import (
     example_section,
     geometry_section,
@@ -78,7 +78,7 @@ def folder_page(folder: str | Path) -> str:
         sections.append(geometry_section(list(found.geometries.values()), list(found.geometries)))
     if made is not None:
         last, name = made.results[-1], f"the model {made.models[-1]} training"
-        first = [change_section(made), score_section(made)]
+        first = [change_section(made, texts_of(found.tasks())), score_section(made)]
         sections = [*first, *sections, similarity_section(last, name), example_section(last)]
     sections.insert(0, found.next_section(made))
     recipe = Section("recipe", "Recipe", _PRE.format(html.escape(_said(found.recipe))) if found.recipe else "")
@@ -186,6 +186,12 @@ class Folder:
             advice = "set <code>evaluate.tasks</code> in the recipe to see what training changed"
             words.append(f"No task was scored: {advice}.")
         return words + [html.escape(problem) for problem in self.problems]
+
+    def tasks(self) -> list[str]:
+        """What the recipe scores, as it stands there."""
+        recipe = _tree(self.recipe)
+        found = (recipe.get("evaluate") or {}).get("tasks") if isinstance(recipe, dict) else None
+        return [str(each) for each in found] if isinstance(found, list) else []
 
     def next_section(self, made: Comparison | None) -> Section:
         """Steps that the figures ask for, each with its command."""
