@@ -23,6 +23,7 @@ def test_this_machine_is_healthy_and_its_facts_are_there() -> None:
     assert extras["search"].install == 'pip install "embedsmith[search]"'
     assert found.devices[0].name == "cpu"
     assert found.disk_free_gb > 0
+    assert any("on the CPU" in line for line in found.advice) == (len(found.devices) == 1)
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,10 @@ def test_weights_are_counted_only_where_they_might_not_fit(plain, monkeypatch):
     monkeypatch.setattr(backbone, "memory", lambda: 2**10)
     load(str(plain), pooling="mean", device="cpu")
     assert len(built) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that is asked for")
+@pytest.mark.parametrize(("device", "message"), [("cuda", "embedsmith doctor"), ("gpu", "cpu, cuda, cuda:1 or mps")])
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(device, message):
+    with pytest.raises(ModelError, match=message):
+        load("nowhere", device=device)

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from embedsmith.core.device import cores, cpu_multiplies_bf16
+from embedsmith.core.device import cores, cpu_multiplies_bf16, why_no_cuda
 
 _PACKAGE = "embedsmith"
 _ALWAYS_SHOWN = ("torch", "transformers", "accelerate", "tokenizers", "sentence-transformers")
@@ -129,15 +129,17 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
         problems.append(f"Python is {python}, {wanted} is needed: make a new environment with it")
     disk_free_gb = shutil.disk_usage(folder).free / 1e9
     low = f"{disk_free_gb:.1f} GB free here: checkpoints of a large model may not fit"
+    found = devices() if installed_version("torch") else ()
+    no_gpu = f"everything runs on the CPU: {why_no_cuda()}" if [device.name for device in found] == ["cpu"] else ""
     versions = {_PACKAGE: installed_version(_PACKAGE), "python": python}
     return Diagnosis(
         versions=versions | {name: installed_version(name) for name in _ALWAYS_SHOWN},
         required=required,
         extras=extras,
-        devices=devices() if installed_version("torch") else (),
+        devices=found,
         disk_free_gb=round(disk_free_gb, 1),
         problems=tuple(problems),
-        advice=(low,) if disk_free_gb < _LOW_DISK_GB else (),
+        advice=((low,) if disk_free_gb < _LOW_DISK_GB else ()) + ((no_gpu,) if no_gpu else ()),
     )
 
 

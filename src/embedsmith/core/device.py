@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from embedsmith.core.errors import ModelError
 
@@ -28,6 +29,38 @@ def check_fits(size: int, what: str, where: object = None) -> None:
             where=where,
             fix="check the sizes that were asked for; where they are meant, use a machine with more memory",
         )
+
+
+def device_named(name: Any) -> Any:
+    """A `torch.device` by its name. Errors: `ModelError` for one that this machine or this torch does not have, before
+    anything is loaded."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"no device is called {name!r}", expected="cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ModelError(
+                f"the device {str(device)!r} is asked for, and {why_no_cuda()}",
+                fix="leave the device out for what there is, or look at what there is: embedsmith doctor",
+            )
+        if (device.index or 0) >= count:
+            raise ModelError(f"the device {str(device)!r} is asked for", expected=f"cuda:0 to cuda:{count - 1}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("the device 'mps' is asked for, and this is no Mac with Apple's GPU", expected="cpu or cuda")
+    return device
+
+
+def why_no_cuda() -> str:
+    """Why torch uses no CUDA card, where it uses none."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this torch ({torch.__version__}) was built without CUDA"
+    return f"torch ({torch.__version__}) sees no CUDA card: look at nvidia-smi, and at CUDA_VISIBLE_DEVICES"
 
 
 def cores() -> int:

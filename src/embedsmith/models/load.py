@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
 
+from embedsmith.core.device import device_named
 from embedsmith.core.errors import ModelError, RecipeError, foreign_errors
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse
@@ -70,6 +71,7 @@ def load(
     `new_heads`: heads that are asked for and not in the folder are made, random, for you to train them.
     Errors: `ModelError` naming the file and the fix; `RecipeError` for an unknown override.
     """
+    target = device_named(best_device() if device is None else device)
     if isinstance(path, ModelConfig):
         config = dataclasses.replace(path, **overrides)
     else:
@@ -87,7 +89,6 @@ def load(
             )
         extend_positions(backbone, config.positions)
     source.prepare_tokenizer(tokenizer, backbone)
-    target = torch.device(best_device() if device is None else device)
     if is_flash(backbone):  # the self-test runs the kernel, which is only there
         backbone.to(target)
     attention = switch_attention(backbone, mode, config.partial_attention or bool(saved.causal_layers))

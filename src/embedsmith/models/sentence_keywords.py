@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from embedsmith.core.device import device_named
 from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.models.config import ROLE_NAMES
@@ -69,7 +70,7 @@ def _refuse(model: Any, keywords: Mapping[str, Any]) -> None:
     device = keywords.get("device")
     if isinstance(device, list | tuple):
         raise ModelError("encode works on one device", fix=INSTEAD["pool"])
-    if device is not None and torch.device(device).type != model.device.type:
+    if device is not None and device_named(device).type != model.device.type:
         raise ModelError(
             f"the model is on {model.device}, and device={str(device)!r} is asked for",
             fix=f"move it first: model.to({str(device)!r}), or embedsmith.load(FOLDER, device={str(device)!r})",
