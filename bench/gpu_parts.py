@@ -152,12 +152,14 @@ def peer_trained(bench: Bench, path: str, rows: Path, batch: int, **model: Any) 
     """The same by the trainer of sentence-transformers at its defaults; or why not."""
     if not (installed("sentence_transformers") and installed("datasets")):
         return "sentence-transformers or datasets is not installed"
+    from accelerate.state import AcceleratorState
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
     from bench.peer_trainer import build_trainer
 
     bench.forget()
+    AcceleratorState._reset_state(reset_partial_state=True)  # ours said no mixed precision
     group, warm, groups = bench.of(3, 1), bench.of(WARM, 1), bench.of(GROUPS, 2)
     ends: list[float] = []
 
@@ -178,6 +180,7 @@ def peer_trained(bench: Bench, path: str, rows: Path, batch: int, **model: Any) 
     return {
         "seconds_a_step": round(step, 5),
         "pairs_a_second": round(batch / step, 1),
+        "precision": trainer.accelerator.mixed_precision,
         "peak_GiB": bench.peak_gib(),
     }
 
@@ -355,7 +358,7 @@ def search(bench: Bench) -> None:
             seconds = bench.seconds(act)
             times[name] += [seconds] if number else []
     medians = {name: round(statistics.median(values), 4) for name, values in times.items()}
-    bench.record("seconds", medians)
+    bench.record("medians", medians)
     bench.record("own_over_torch", round(medians["own"] / medians["torch"], 3))
     bench.record("same_documents", round(float((found["own"] == found["torch"]).mean()), 6))
     bench.main_work("search", own)

@@ -5,29 +5,17 @@ import inspect
 import json
 import pickle
 import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import embedsmith
-from embedsmith.core.errors import EvaluationError, RecipeError
+from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "tokenize", "train")
-
-
-@pytest.fixture
-def workplace(bert, files, tmp_path, monkeypatch):
-    """A folder with what the examples name, as the current one."""
-    for name in ("pairs.jsonl", "scored.jsonl"):
-        (tmp_path / name).write_text((files / name).read_text())
-    model = embedsmith.load(str(bert), pooling="mean")
-    model.save(tmp_path / "my-model")
-    for parameter in model.parameters():  # a child: a little away
-        parameter.data.mul_(1.01)
-    model.save(tmp_path / "other-model")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def verb(name):
@@ -151,3 +139,32 @@ def test_a_loaded_model_is_evaluated_compared_and_indexed(workplace):
     found = embedsmith.search("a cat", "my-index", model=model, filter={"lang": "en"})
     assert [hit.id for hit in found[0].hits] == ["a"]
     assert "a cat" in str(found[0])
+
+
+def test_rows_in_memory_are_trained_on_and_other_rows_are_another_run(workplace):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"query": f"cat {'a' * n}", "pos": [f"dog {'b' * n}"]} for n in range(1, 7)]
+    call = dict(model="my-model", steps=1, batch_size=4)
+    run = embedsmith.train(**call, data=rows)
+    assert str(run) == f"model: {run.folder}"
+    for same in ([{"rows": rows}], embedsmith.Source(rows=rows)):
+        assert embedsmith.train(**call, data=same).output == run.output
+    assert embedsmith.train(**call, data=rows[1:] + rows[:1]).output != run.output
+    first, second = (datasets.Dataset.from_list(part) for part in (rows[:5], rows[1:]))
+    there = embedsmith.train(**call, data=first, output="runs/dataset")
+    assert (there.folder / "config.json").exists()
+    with pytest.raises(CheckpointError, match="another recipe"):
+        embedsmith.train(**call, data=second, output="runs/dataset")
+
+
+def test_the_page_of_the_python_api_runs_from_top_to_bottom(workplace, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    names = {}
+    for block in blocks:
+        quick = re.sub(r"steps=\d{2,}", "steps=2", block).replace("128", "32")
+        exec(quick, names)  # noqa: S102  (our own page)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("before", "after", "We ship within two days."))
+    assert all(f"es.{name}(" in page for name in FUNCTIONS)

@@ -10,3 +10,11 @@ def slow(name, **options):
 
 def broken(name, **options):
     sys.exit(3)
+
+
+def nothing():
+    pass
+
+
+def no_card():
+    raise RuntimeError("CUDA error: initialization error")

@@ -50,10 +50,18 @@ def test_the_parts_and_their_limits_agree():
     ("work", "limit", "error"), [(slow_parts.slow, 1, "stopped after 1 s"), (slow_parts.broken, 60, "ended with 3")]
 )
 def test_a_part_that_is_late_or_dies_leaves_what_it_had(work, limit, error, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PRELOAD", [])
+    monkeypatch.setattr(gpu, "ways_to_start", lambda: gpu.multiprocessing.get_context("forkserver"))
     write_json(tmp_path / "figures.json", {"first": 1})
     made = gpu.limited("m3", limit, {"folder": str(tmp_path), "model": None, "tiny": True}, work=work)
     assert (made["first"], made["error"]) == (1, error)
+
+
+@pytest.mark.parametrize(("card_works", "way"), [(True, "forkserver"), (False, "spawn")])
+def test_where_a_forked_process_cannot_use_the_card_parts_start_from_nothing(card_works, way, monkeypatch):
+    server = gpu.multiprocessing.context.ForkServerContext  # one for all tests of this process: it stays as it is
+    monkeypatch.setattr(server, "set_forkserver_preload", lambda context, modules: None)
+    monkeypatch.setattr(gpu, "touch_card", slow_parts.nothing if card_works else slow_parts.no_card)
+    assert gpu.ways_to_start.__wrapped__().get_start_method() == way
 
 
 def test_a_part_that_raises_leaves_what_it_had(tmp_path):

@@ -77,14 +77,21 @@ def test_a_model_on_this_disk_is_asked_for_its_tokens_and_pooling(here, typed, b
 
 def test_nothing_is_replaced_unless_told(here):
     Path("recipe.yaml").write_text("mine")
-    with pytest.raises(CheckpointError, match="there is a file already"):
-        start_recipe(data=["pairs.csv"])
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="was not made by this verb"):
+            start_recipe(data=["pairs.csv"], overwrite=overwrite)
     assert (Path("recipe.yaml").read_text(), Path("pairs-split").exists()) == ("mine", False)
-    start_recipe(data=["pairs.csv"], overwrite=True)
     start_recipe(["joint"])
-    with pytest.raises(CheckpointError, match=r"joint\.yaml: there is a file already"):
+    with pytest.raises(CheckpointError, match=r"joint\.yaml: there is a recipe already"):
         start_recipe(["joint", "."])
-    assert Path("joint.yaml").read_text() == shipped_recipes()["joint"].path.read_text()
+    start_recipe(["joint", "."], overwrite=True)
+    copied = Path("joint.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    assert copied == shipped_recipes()["joint"].path.read_text(encoding="utf-8")
+    Path("recipe.yaml").unlink()
+    start_recipe(data=["pairs.csv"])
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml: there is a recipe already"):
+        start_recipe(data=["pairs.csv"])
+    start_recipe(data=["pairs.csv"], overwrite=True)
 
 
 @pytest.mark.parametrize(

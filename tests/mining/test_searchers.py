@@ -78,6 +78,12 @@ def test_bm25_scores_as_the_library_does_and_finds_the_best_of_many(k):
         best = [place for place in np.argsort(-score_K, kind="stable")[:k] if score_K[place] > 0]
         assert index_k.tolist() == best + [-1] * (k - len(best))
         assert score_k[: len(best)].tolist() == score_K[best].tolist()
+    row_E, index_E = (
+        np.repeat(np.arange(len(queries)), 50),
+        np.asarray(chance.choices(range(3000), k=50 * len(queries))),
+    )
+    expected_E = [mine.scores(queries[row])[index] for row, index in zip(row_E, index_E, strict=True)]
+    assert mine.pairs(row_E, index_E).tolist() == expected_E
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse", "multivector"])

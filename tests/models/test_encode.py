@@ -26,6 +26,12 @@ def model(tmp_path):
     return tiny.embedder(tmp_path)
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """As beside a GPU: the next window is made in a thread."""
+    monkeypatch.setattr(module, "works_ahead", lambda device: True)
+
+
 def ahead_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
@@ -57,7 +63,9 @@ def test_an_error_of_a_window_comes_in_its_place_and_the_thread_has_ended():
     assert not ahead_threads()
 
 
-def test_vectors_are_those_of_a_plain_loop_bit_for_bit(model, monkeypatch):
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_vectors_are_those_of_a_plain_loop_bit_for_bit(model, monkeypatch, in_a_thread):
+    monkeypatch.setattr(module, "works_ahead", lambda device: in_a_thread)
     monkeypatch.setattr(module, "BLOCK", 10)
     monkeypatch.setattr(module, "derive_workers", lambda device, chunks: 1)
     expected = np.zeros((len(TEXTS), 16), np.float32)
@@ -110,12 +118,13 @@ def test_one_text_that_does_not_fit_is_named_by_its_length(model, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interrupt_while_a_window_is_computed_ends_the_thread(model, monkeypatch, error):
+def test_an_interrupt_while_a_window_is_computed_ends_the_thread(model, ahead, monkeypatch, error):
     monkeypatch.setattr(module, "BLOCK", 5)
     calls, forward = count(), model.forward
 
     def failing(padded, outputs):
         if next(calls) == 2:
+            assert ahead_threads()
             raise error
         return forward(padded, outputs)
 
@@ -127,7 +136,7 @@ def test_an_interrupt_while_a_window_is_computed_ends_the_thread(model, monkeypa
     assert model.training, "training goes on as it was"
 
 
-def test_a_text_of_a_later_window_that_cannot_be_tokenised(model, monkeypatch):
+def test_a_text_of_a_later_window_that_cannot_be_tokenised(model, ahead, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 5)
     with pytest.raises(DataError, match="broken Unicode"):
         model.encode([*TEXTS[:12], "\ud800"])
@@ -160,6 +169,10 @@ def test_on_a_card_a_window_is_launched_before_the_one_before_is_waited_for(monk
     assert made == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     order = [("launched", 0), ("launched", 1), ("waited", 0), ("launched", 2), ("waited", 1), ("waited", 2)]
     assert events == order
+
+
+def test_a_cpu_computes_with_all_cores_and_a_gpu_leaves_them_free():
+    assert [module.works_ahead(torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [False, True, True]
 
 
 def test_chunks_by_real_tokens_where_no_padding_is_computed():

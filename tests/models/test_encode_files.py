@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedsmith.cli import app
+from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError, ModelError, RecipeError
 from embedsmith.models import encode_files as module
 from embedsmith.models import load
@@ -66,6 +67,15 @@ def test_smaller_numbers(tmp_path, model, text_file, stored):
         low, high = np.load(out / "ranges.npy")
         array = (array.astype(np.float32) + 128.5) * (high - low) / 255 + low
     np.testing.assert_allclose(array, exact, atol=0.01)
+
+
+def test_the_folder_says_what_auto_chose_and_goes_on_under_that_name(tmp_path, model, text_file):
+    encode_files(job(model, text_file, out=tmp_path / "out", dtype="auto"))
+    chosen = json.loads((tmp_path / "out/meta.json").read_text())["dtype"]
+    assert chosen == ("bfloat16" if cpu_multiplies_bf16() else "float32")
+    assert encode_files(job(model, text_file, out=tmp_path / "out", dtype=chosen)) == 50
+    with pytest.raises(CheckpointError, match="made with another dtype"):
+        encode_files(job(model, text_file, out=tmp_path / "out", dtype="float16"))
 
 
 def test_an_interrupted_job_goes_on_with_the_blocks_that_are_missing(tmp_path, model, text_file, monkeypatch):

@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModel, T5Config, T5EncoderModel
 
 from embedsmith.core.errors import ModelError
+from embedsmith.core.shelf import poolings
+from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models import load, packing, varlen
+from embedsmith.models.pooling import pooled
 from embedsmith.models.varlen import VARLEN
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
@@ -107,9 +110,29 @@ def test_a_row_equals_the_padded_chunk(folders, family, changes, options):
     assert_same(*map(vectors_and_gradient, both(folders(family, **changes), **options)))
 
 
-@pytest.mark.parametrize(("family", "changes"), [("mpnet", AFTER_PADDING), ("t5", {}), ("qwen3_next", {})])
-def test_families_that_mix_texts_are_refused(folders, family, changes):
-    with pytest.raises(ModelError, match="cannot be packed") as caught:
+@pytest.mark.parametrize("attention", ["native", "causal", "bidirectional"])
+def test_in_bf16_too(folders, attention):
+    models = both(folders("qwen3", num_key_value_heads=1), attention=attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, row = (vectors_and_gradient(model)[-1].double() for model in models)
+    assert torch.cosine_similarity(plain, row, dim=0) >= 0.9999
+
+
+def test_layers_that_are_computed_again(folders):
+    models = both(folders("qwen3"), attention="causal", gradient_checkpointing=True)
+    assert_same(*(vectors_and_gradient(model.train()) for model in models))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mpnet", AFTER_PADDING, "a text's states depend on what else is in its row"),
+        ("t5", {}, "it takes no positions"),
+        ("qwen3_next", {}, ".*row"),
+    ],
+)
+def test_families_that_mix_texts_are_refused(folders, family, changes, reason):
+    with pytest.raises(ModelError, match=f"cannot be packed: {reason}") as caught:
         embed(folders(family, **changes), packing=True, attn_implementation=VARLEN)
     assert "set model.packing=false" in str(caught.value)
 
@@ -119,6 +142,15 @@ def test_a_window_that_is_lost_is_noticed(folders, monkeypatch):
     monkeypatch.setattr(varlen, "_sight", lambda module, is_causal, window: (True, None))
     with pytest.raises(ModelError, match="MistralModel cannot be packed"):
         embed(folders("mistral", sliding_window=6), packing=True, attention="causal", attn_implementation=VARLEN)
+
+
+def test_what_a_family_adds_to_its_scores_is_refused(folders, monkeypatch):
+    monkeypatch.setattr(varlen, "_FAMILY_TERMS", ("scaling_of_its_own",))
+    module = SimpleNamespace(is_causal=True)
+    with pytest.raises(ValueError, match="attention with scaling_of_its_own cannot be packed"):
+        rows = [torch.zeros(1, 1, 2, 8)] * 3
+        place_S = end_P = torch.tensor([0, 2], dtype=torch.int32)
+        varlen.attend(module, *rows, None, cu_seq_lens_q=end_P, row_place_S=place_S, scaling_of_its_own=1.0)
 
 
 def test_a_gradient_that_is_wrong_is_noticed(folders, monkeypatch):
@@ -312,6 +344,57 @@ def test_packed_states_are_read_without_a_padded_copy(folders, pooling, outputs,
     assert rows_NTH in shapes.seen
 
 
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean", "weighted_mean", "max"])
+def test_poolings_of_a_row_equal_those_of_its_rows(pooling):
+    """Any tokens may take part, and a text may have none."""
+    torch.manual_seed(0)
+    mask_NT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    padded = PaddedTokens(mask_NT.long(), mask_NT, mask_NT, mask_NT[:, 0])
+    pool_NT = mask_NT & torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    found = []
+    for form in (lambda state_SH: state_SH, padded.spread):
+        state_SH = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        vector_ND = pooled(poolings.get(pooling), form(state_SH), pool_NT, padded)
+        (vector_ND * torch.arange(12.0).view(4, 3)).sum().backward()
+        found.append((vector_ND.detach(), state_SH.grad))
+    for of_row, of_rows in zip(*found, strict=True):
+        torch.testing.assert_close(of_row, of_rows)
+
+
+def heads_of(*lengths):
+    end_P = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    places = [text * longest + token for text, length in enumerate(lengths) for token in range(length)]
+    given = {"cu_seq_lens_q": end_P, "max_length_q": longest, "row_place_S": torch.tensor(places)}
+    torch.manual_seed(0)
+    return [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)], given
+
+
+def test_under_a_mask_of_everything_a_token_sees_its_text_whatever_the_module_says():
+    rows, given = heads_of(3, 5)
+    causal, open_ = (SimpleNamespace(is_causal=flag) for flag in (True, False))
+    expected, _ = varlen.attend(open_, *rows, None, **given)
+    found, _ = varlen.attend(causal, *rows, None, sliding_window=1, sees_all=True, **given)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(varlen.attend(causal, *rows, None, **given)[0], expected)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_kernels_get_the_numbers_of_autocast(monkeypatch, autocast):
+    """Rotations make fp32 of queries and keys: kernels take 16 bits. In fp32 no kernel is called."""
+    dtypes = []
+
+    def kernel(query, key, value, *_rest):
+        dtypes.extend((query.dtype, key.dtype, value.dtype))
+        return query
+
+    monkeypatch.setattr(varlen, "_by_kernel", kernel)
+    rows, given = heads_of(3, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        varlen.attend(SimpleNamespace(is_causal=True), *rows, None, row_kernel=True, **given)
+    assert dtypes == [torch.bfloat16] * 3 * autocast
+
+
 @pytest.mark.parametrize("options", [{"pooling": "attention"}, {"pooling": "latent", "pooler": {"latents": 4}}])
 def test_other_poolings_get_a_padded_copy(folders, tmp_path, options):
     torch.manual_seed(0)
@@ -350,9 +433,18 @@ def eager(monkeypatch):
     return graphs
 
 
-def test_one_graph_serves_rows_of_all_sizes(folders, eager):
-    path, options = folders("qwen3"), {"attention": "causal", "packing": True, "attn_implementation": VARLEN}
+def test_one_graph_serves_rows_of_all_sizes(folders, eager, monkeypatch):
+    path = folders("qwen3", num_hidden_layers=1)
+    options = {"attention": "causal", "packing": True, "attn_implementation": VARLEN}
     plain, model = embed(path, attention="causal"), embed(path, **options, compile=True)
+    sizes = []
+
+    def noted(*given):
+        row = packing.packed(*given)
+        sizes.append(row["input_ids"].shape[1])
+        return row
+
+    monkeypatch.setattr("embedsmith.models.embedder.packed", noted)
     for count in (2, 3, 5, 9, 14):
         texts = ["the old tree ran"[: 3 + (5 * place) % 13] for place in range(count)]
         vectors = [one(one.tokenize(texts).pad(one.pad_id))["dense"].vector_ND for one in (plain, model)]
@@ -360,6 +452,8 @@ def test_one_graph_serves_rows_of_all_sizes(folders, eager):
         for vector in vectors:
             vector.sum().backward()
     assert len(eager) == 1
+    assert all(size % packing.BUCKET == 0 for size in sizes)
+    assert len(set(sizes)) > 1
 
 
 def test_a_model_that_cannot_be_compiled_runs_without(folders, monkeypatch, caplog):
@@ -370,8 +464,9 @@ def test_a_model_that_cannot_be_compiled_runs_without(folders, monkeypatch, capl
 
     monkeypatch.setattr(torch, "compile", lambda call, **how: real(call, **how, backend=backend))
     torch._dynamo.reset()
-    model = embed(folders("bert"), compile=True)
-    np.testing.assert_allclose(model.encode(TEXTS), embed(folders("bert")).encode(TEXTS), atol=1e-6)
+    path = folders("bert", num_hidden_layers=1)
+    model = embed(path, compile=True)
+    np.testing.assert_allclose(model.encode(TEXTS), embed(path).encode(TEXTS), atol=1e-6)
     said = [r.message for r in caplog.records if r.message.startswith("compile: off, BertModel cannot be compiled")]
     assert len(said) == 1
     assert "no such instruction" in said[0]

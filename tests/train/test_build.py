@@ -193,7 +193,7 @@ def test_bf16_is_autocast_over_whole_weights(tree):
 def test_a_short_run_saves_after_every_step_and_a_long_one_after_a_tenth(tree, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        loop.Checkpoints, "save", lambda self, model, extras, optimizer, state, mining: saved.append(state.step)
+        loop.Checkpoints, "save", lambda self, model, extras, optimizer, state, *given: saved.append(state.step)
     )
     monkeypatch.setattr(loop.Checkpoints, "finish", lambda self, model, summary: tmp_path)
     monkeypatch.setattr(loop, "report_run", lambda *given: None)
@@ -248,7 +248,7 @@ def test_all_backward_passes_of_a_step_lie_in_the_engines_block(tree):
 
     step = built.engine.step
     built.engine.backward = Block
-    built.engine.step = lambda: events.append("update") or step()
+    built.engine.step = lambda *given: events.append("update") or step(*given)
     loop.update(built, built.feed.draw(0))
     assert events == [("begins", 0), ("ends", True), "update"]
 

@@ -3,6 +3,7 @@ card is needed: a toy one counts what is kept for the backward pass."""
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.evaluate import evaluate, load_task
 from embedsmith.train import Recipe, loop
 from embedsmith.train import step as step_module
-from embedsmith.train.budget import WORTH, at_most
+from embedsmith.train.budget import WORTH, at_most, measured_budget
 from embedsmith.train.build import derive_memory, make_accelerator
 from embedsmith.train.config import TrainConfig
 from embedsmith.train.scoring import Frugal
@@ -269,3 +270,24 @@ def test_steps_that_several_threads_drew_are_those_of_one(built):
     for (tokens, parts), (wanted, _) in zip(run.draws(), run.feed.run_ahead(0, run.steps), strict=True):
         assert tokens.id_S.tolist() == wanted.id_S.tolist()
         assert parts[0].source in ("pairs", "scored")
+
+
+def test_the_budget_by_hand():
+    """1,000 bytes for every step, 10 a token, 20,000 that the optimizer will hold, of 100,000; the probe runs out of
+    memory with more than `most` texts of 16 tokens."""
+
+    class Card(ToyCard):
+        def peak(self, act):
+            before = len(tokens)
+            act()
+            return 1000 + 10 * sum(tokens[before:])
+
+    def probe(most, texts):
+        tokens.append(16 * texts)
+        return out_of_memory() if texts > most else tokens[-1]
+
+    tokens = []
+    for most in (10**6, 2):
+        assert measured_budget(Card(10**5), partial(probe, most), 16, held=20_000) == int(0.8 * 79_000 / 10)
+    with pytest.raises(TrainingError, match="one text of 16 tokens"):
+        measured_budget(Card(21_150), partial(probe, 10**6), 16, held=20_000)

@@ -67,6 +67,17 @@ def test_a_line_is_there_at_once_and_every_tracker_is_closed(tmp_path, caplog):
     assert ended == [True]
 
 
+def test_a_tracker_that_is_not_installed_is_one_line_and_the_run_goes_on(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(journal, "get_available_trackers", list)
+    accelerator, _, _ = nobody()
+    accelerator.init_trackers = lambda *names, **options: None
+    with caplog.at_level("INFO", "embedsmith"):
+        Journal(tmp_path, accelerator, {}, ("tensorboard",), 0).close()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["no curves in tensorboard, which is not installed (pip install tensorboard); metrics.jsonl has all"]
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     with tiny_disk(tmp_path) as disk:
         journal = Journal(disk, nobody()[0], {}, (), 0)

@@ -281,6 +281,7 @@ def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_p
 def test_a_log_has_a_line_every_so_many_steps_and_the_scores_at_the_end(tree, files, tmp_path):
     tree |= {"evaluate": {"tasks": [str(files / "scored.jsonl")]}}
     tree["train"] |= {"steps": 4, "log_every": 2}
+    tree["model"]["max_length"] = 8
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tree))
     command = [sys.executable, "-m", "embedsmith", "train", str(recipe)]
@@ -288,6 +289,7 @@ def test_a_log_has_a_line_every_so_many_steps_and_the_scores_at_the_end(tree, fi
     told = [line for line in done.stderr.splitlines() if line.startswith("train ")]
     assert [line.split(" · ")[0] for line in told] == ["train 2/4", "train 4/4"]
     assert re.fullmatch(r"train 2/4 · loss .*\d\.\d{3}.* · lr \S+ · [\d,]+ tokens/s.* · \d+ s left", told[0])
+    assert re.search(r"source pairs: [\d.]+% of the texts are longer than the 8 tokens of max_length", done.stderr)
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr
     assert "%|" not in done.stderr
@@ -310,17 +312,22 @@ def test_scores_at_widths_are_logged_and_leave_the_choice_to_the_whole_vectors(t
 
 
 def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
+    tree["data"][1]["loss"] = {"type": "cosent", "temperature": 0.1}
     text = rehearse(parse(Recipe, tree))
     assert not (tmp_path / "run").exists()
     patterns = [
-        rf"model: {tree['model']['path']}, [\d,]+ parameters",
+        rf"model: {tree['model']['path']}, [\d,]+ parameters, texts of up to 32 tokens",
         r"source pairs: retrieval, 40 rows, 5 steps of 8 an epoch.*",
         r"source scored: sts, 24 rows, 3 steps of 8 an epoch.*",
-        r"loss of pairs: InfoNCE\(.*",
-        r"loss of scored: CoSENT\(.*",
-        r"steps: 12 \(8 an epoch\), on 1 process\(es\), cpu, no",
-        r"memory: Memory\(chunk_tokens=2048, .*",
-        r"first step: loss \d\.\d{4}, learning rate 5.00e-04, gradient norm [\d.]+, \d+ tokens",
+        r"  loss: infonce",
+        r"  loss: cosent, temperature 0\.1",
+        r"  no text is longer than the 32 tokens of max_length",
+        r"steps: 12, of which 8 are an epoch, at a learning rate of up to 0\.001",
+        r"on: 1 process\(es\), cpu, fp32",
+        r"memory: 2,048 padded tokens are encoded at once; all graphs of a step are kept",
+        r"evaluated: nothing: evaluate\.tasks is empty",
+        r"the first step was taken: loss \d\.\d{4}, learning rate 5.00e-04, gradient norm [\d.]+, \d+ tokens",
+        rf"nothing was written; a run would write to {tmp_path}/run",
     ]
     lines = text.splitlines()
     for pattern in patterns:

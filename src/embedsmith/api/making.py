@@ -72,8 +72,10 @@ def train(
         whole = recipe_of(Recipe, recipe, changes, where="train")
     else:
         tree = keyed(recipe_tree(recipe) if isinstance(recipe, str | Path) else recipe, changes)
-        tree.setdefault("output", _named_after(tree))
-        whole = parse(Recipe, tree, where=str(recipe) if isinstance(recipe, str | Path) else "train")
+        whole = parse(
+            Recipe, {"output": "runs", **tree}, where=str(recipe) if isinstance(recipe, str | Path) else "train"
+        )
+        whole = whole if "output" in tree else dataclasses.replace(whole, output=_named_after(whole))
     with lines_shown():
         folder = run_train(whole, overwrite=overwrite)
     return Trained.of(folder.parent)
@@ -103,12 +105,10 @@ def _of_evaluate(given: Any) -> Any:
     return {"tasks": [str(task) for task in given]} if isinstance(given, list | tuple) else given
 
 
-def _named_after(tree: Mapping[str, Any]) -> str:
+def _named_after(recipe: Recipe) -> str:
     """A folder that the same arguments always have, and no others."""
-    content = json.dumps(to_plain(tree), sort_keys=True, ensure_ascii=False, default=repr)
-    model = tree.get("model")
-    path = model.path if isinstance(model, ModelConfig) else (model or {}).get("path", "model")
-    return f"runs/{Path(str(path)).name}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
+    content = json.dumps(to_plain(recipe), sort_keys=True, ensure_ascii=False)
+    return f"runs/{Path(recipe.model.path).name}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
 
 
 def mine(

@@ -107,11 +107,11 @@ def _named_apart(data: Sequence[str]) -> list[Source]:
 
 
 def refuse_another(path: Path, overwrite: bool) -> None:
-    """Errors: `CheckpointError` for what stands at `path` already, unless it is to be replaced."""
+    """Errors: `CheckpointError` for what stands at `path` already, unless init wrote it and it is to be replaced."""
+    refuse_foreign_file(path, MARK)
     if path.exists() and not overwrite:
         fix = "replace it with --overwrite, or name another folder"
-        raise CheckpointError("there is a file already", where=path, fix=fix)
-    refuse_foreign_file(path, ours=True)
+        raise CheckpointError("there is a recipe already", where=path, fix=fix)
 
 
 def copy_recipe(name: str, folder: Path, overwrite: bool = False) -> Path:
@@ -122,7 +122,7 @@ def copy_recipe(name: str, folder: Path, overwrite: bool = False) -> Path:
     with claimed(path, "init"):
         refuse_another(path, overwrite)
         with atomic_file(path) as file:
-            file.write(shipped.read_text(encoding="utf-8"))
+            file.write(f"{MARK}: a copy of the recipe {name} that ships.\n{shipped.read_text(encoding='utf-8')}")
     return path
 
 

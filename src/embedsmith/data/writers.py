@@ -36,12 +36,13 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
             "records are written as JSON lines", where=path, expected="a name in .jsonl, .jsonl.gz or .parquet"
         )
     count, names = 0, [f.name for f in fields(Record)]
+    as_json = json.JSONEncoder(ensure_ascii=False).encode
     with atomic_file(path, "wb") as file:
         zipped = gzip.GzipFile("", "wb", 6, file, mtime=0) if path.suffix == ".gz" else None
         for record in records:
-            values = {name: getattr(record, name) for name in names}
-            plain = {name: value for name, value in values.items() if value not in (None, (), "") or name == "query"}
-            (zipped or file).write((json.dumps(plain, ensure_ascii=False) + "\n").encode())
+            values = ((name, getattr(record, name)) for name in names)
+            plain = {name: value for name, value in values if value not in (None, (), "") or name == "query"}
+            (zipped or file).write((as_json(plain) + "\n").encode())
             count += 1
         if zipped is not None:
             zipped.close()

@@ -49,20 +49,30 @@ class Place:
 
 
 def run_index(
-    model: str | Embedder, documents: str | Sequence[Document], place: Place, heads: Sequence[str] | None, batch: int
+    model: str | Embedder,
+    documents: str | Sequence[Document],
+    place: Place,
+    heads: Sequence[str] | None,
+    batch: int,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Written, int]:
     """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone. Gives the
-    size, too.
+    size, too. `options`: of `load`, for a model by its path.
 
     A file is read twice: what is wrong with it is an error before anything is encoded.
     """
     refuse_launcher("index", "start it once, without the launcher")
     with nullcontext() if place.folder is None else claimed(place.folder, "index"):
-        return _index(model, documents, place, heads, batch)
+        return _index(model, documents, place, heads, batch, options or {})
 
 
 def _index(
-    model: str | Embedder, documents: str | Sequence[Document], place: Place, heads: Sequence[str] | None, batch: int
+    model: str | Embedder,
+    documents: str | Sequence[Document],
+    place: Place,
+    heads: Sequence[str] | None,
+    batch: int,
+    options: Mapping[str, Any],
 ) -> tuple[Written, int]:
     def read() -> Iterator[Document]:
         return read_documents(documents) if isinstance(documents, str) else iter(documents)
@@ -71,7 +81,7 @@ def _index(
     if total == 0:
         where = documents if isinstance(documents, str) else None
         raise DataError("no document in this file", where=where, expected="at least one row with an id and a text")
-    encoder = load(model) if isinstance(model, str) else model
+    encoder = load(model, **options) if isinstance(model, str) else model
     store = place.open()
     try:
         fresh = store.settings() is None
@@ -138,12 +148,13 @@ def run_search(
     candidates: int = 100,
     filter: Filter | None = None,
     explained: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).
 
     `model`: a new place of the model that made the index, or that model. `weights`: of the heads (`None`: M3's).
-    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. Errors: `SearchError` for no query and
-    no index.
+    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. `options`: of `load`, those that the
+    index was made with. Errors: `SearchError` for no query and no index.
     """
     if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
@@ -156,7 +167,7 @@ def run_search(
                 where=place.folder or place.url,
                 fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER",
             )
-        encoder = model if isinstance(model, Embedder) else load(_name_of_model(model, settings["model"]))
+        encoder = model if isinstance(model, Embedder) else _loaded(model, settings["model"], options or {})
         index = open_index(encoder, store, model=model if isinstance(model, str) else "")
         fusion: Fusion | None = None if weights is None else WeightedSum(weights)
         if rrf:
@@ -171,11 +182,11 @@ def run_search(
         store.close()
 
 
-def _name_of_model(given: str | None, kept: str) -> str:
+def _loaded(given: str | None, kept: str, options: Mapping[str, Any]) -> Embedder:
     """Errors: `SearchError` for an index of a model in memory, which has no place to load it from."""
     if not given and not kept:
         raise SearchError("this index was made by a model in memory", fix="name the model, or its folder: model=...")
-    return given or kept
+    return load(given or kept, **options)
 
 
 def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> HitExplanation:

@@ -381,10 +381,16 @@ class Bm25(Searcher):
         return score_Qk, index_Qk
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
+        """Only the given documents are looked up, and words are added in the same order as for the whole corpus."""
         score_E = np.zeros(len(row_E), np.float32)
+        weight_P, document_P, start_V = (self._index.scores[name] for name in ("data", "indices", "indptr"))
         for row in np.unique(row_E):
-            mine = row_E == row
-            score_E[mine] = self.scores(self.queries[int(row)])[index_E[mine]]
+            mine = np.flatnonzero(row_E == row)
+            for word in self._index.get_tokens_ids(self.settings.words(self.queries[int(row)])):
+                column = slice(start_V[word], start_V[word + 1])
+                place_E = np.searchsorted(document_P[column], index_E[mine])
+                found_E = np.append(document_P[column], -1)[place_E] == index_E[mine]
+                score_E[mine[found_E]] += weight_P[column][place_E[found_E]]
         return score_E
 
     def scores(self, query: str) -> FloatArray:

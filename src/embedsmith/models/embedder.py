@@ -34,7 +34,7 @@ from embedsmith.models.encode import (
 )
 from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.packing import Packing, packed, unpacked
+from embedsmith.models.packing import Packing, first_position, packed, unpacked
 from embedsmith.models.pooling import PoolerConfig, mean, pool_mask, pooled
 from embedsmith.models.self_test import kernel_precision
 from embedsmith.models.sentence_keywords import encode_with
@@ -87,7 +87,7 @@ class Embedder(nn.Module):
         self.pooler, self.pooler_config = pooler, pooler_config
         self.base: Mapping[str, Any] | None = None
         self.progress = 0.0
-        self.packing, self.packs = False, Packing()
+        self.packing, self.packs, self._first_position = False, Packing(), first_position(backbone)
         self.fused = "off (no GPU)"
         self._fitting: int | None = None  # tokens in a chunk, where the card was too small for more
         self._takes_positions, self._takes_cache = takes_positions(backbone), takes(backbone, "use_cache")
@@ -223,7 +223,7 @@ class Embedder(nn.Module):
         """The same as the backbone gives it: of a packed chunk one row, [1, S, H]."""
         dtype, implementation = next(self.backbone.parameters()).dtype, self.backbone.config._attn_implementation
         if self.packing:
-            arguments = packed(padded, self.attention, self.backbone)
+            arguments = packed(padded, self.attention, self.backbone, self._first_position)
         else:
             if self.attention.mode == "softmask" and self.training:  # as much of the future as the run is along
                 mask: Tensor | None = self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
@@ -282,7 +282,7 @@ class Embedder(nn.Module):
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Iterator[Reps]:
         """Representations of windows of tokenised texts, as `represent` gives them; a window is made, in a thread,
-        while the one before is computed. `advance` is told how many rows are done."""
+        while a GPU computes the one before. `advance` is told how many rows are done."""
 
         def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
             made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows), outputs)
@@ -310,8 +310,8 @@ class Embedder(nn.Module):
         dim: int | None = None,
         dtype: Compute | None = None,
     ) -> Iterator[FloatArray]:
-        """What `encode` gives for each window of texts; the next one is read and tokenised while one is computed. For
-        files: a window is to hold no more texts than may lie in memory together."""
+        """What `encode` gives for each window of texts; the next one is read and tokenised while a GPU computes
+        one. For files: a window is to hold no more texts than may lie in memory together."""
         size = window_rows(self.device, with_tokens=False)
         lengths: deque[int] = deque()
 

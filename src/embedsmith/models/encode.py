@@ -1,9 +1,9 @@
 """Encoding without gradient, as a pipeline of windows of texts; and what is done to finished vectors (quantising,
 comparing). `Embedder.represent`, `Embedder.encode` and `encode` of files are made of this.
 
-While one window is computed the next is read and tokenized in a thread (the tokenizer's own code uses all cores), and
-on a GPU the results of the window before travel back and are used. Of the texts, tokens and results no more than three
-windows exist at a time.
+While a GPU computes one window the next is read and tokenized in a thread (the tokenizer's own code uses all cores),
+and the results of the window before travel back and are used. Of the texts, tokens and results no more than three
+windows exist at a time. On a CPU all cores compute, and windows follow each other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +55,7 @@ class Engine:
         """Representations of each window in row order, on the CPU. On a GPU one window is used while the next is
         computed."""
         flying: Callable[[], Reps] | None = None
-        for tokens in one_ahead(windows):
+        for tokens in one_ahead(windows) if works_ahead(self.device) else windows:
             launched = self._launch(tokens)
             if self.device.type != "cuda":
                 yield launched()
@@ -139,6 +139,11 @@ class _TooLargeError(Exception):
     def __init__(self, rows: IntArray) -> None:
         super().__init__(rows)
         self.rows = rows
+
+
+def works_ahead(device: torch.device) -> bool:
+    """Whether the next window is made while one is computed: where the host's cores are free for it."""
+    return device.type != "cpu"
 
 
 def chunks_of(length_N: IntArray, chunk_tokens: int, packing: bool) -> list[IntArray]:

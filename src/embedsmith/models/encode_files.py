@@ -13,7 +13,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -104,6 +104,7 @@ class EncodeJob:
     """What to encode and how.
 
     - `model`: its folder or hub id.
+    - `changes`: fields of `ModelConfig` that change it, such as `pooling`, `prompts` and `max_length`.
     - `files`: those of the texts, in their order.
     - `out`: the folder of the vectors.
     - `role`: whose prompt is put before the texts.
@@ -127,6 +128,7 @@ class EncodeJob:
     dtype: Compute | None = None
     block: Count = 4096
     processes: Count = 1
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def texts(self) -> Iterator[FileText]:
         """Of all files. In JSON lines a title stands in front of its text; in tables only the one column counts."""
@@ -195,7 +197,7 @@ class EncodeJob:
 
     def write_blocks(self, model: Embedder, count: int, blocks: Sequence[int], worker: int) -> Iterator[int]:
         """Encode the given blocks (rising); each is on the disk, then entered in this worker's progress file, then
-        yielded. The next one is read and tokenised, in a thread, while one is computed."""
+        yielded. While a GPU computes one the next is read and tokenised, in a thread."""
         ranges, array = self.ranges(model), self.array(model, count)
         done = self.progress(self.out / f"progress-{worker}.json", count)
         reading: deque[list[FileText]] = deque()  # blocks that are read and not yet written
@@ -336,7 +338,7 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
 
 
 def _encode(job: EncodeJob, show_progress: bool | None) -> int:
-    model = load(job.model)
+    model = load(job.model, **job.changes)
     job = replace(job, dtype=settled_dtype(job.dtype, model.device))  # what `auto` is belongs to the folder's identity
     meta = job.resume_or_start(model)
     if meta["state"] == "preparing":
@@ -380,7 +382,7 @@ def _worker(index: int, job: EncodeJob, count: int, shares: list[list[int]], thr
     device = best_device()
     if device == "cuda":
         device = f"cuda:{index % torch.cuda.device_count()}"
-    for _ in job.write_blocks(load(job.model, device=device), count, shares[index], worker=index + 1):
+    for _ in job.write_blocks(load(job.model, device=device, **job.changes), count, shares[index], worker=index + 1):
         pass
 
 

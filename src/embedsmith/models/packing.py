@@ -36,8 +36,9 @@ BUCKET = 64
 """Tokens to a multiple of which the row of a compiled model is filled up: few graphs, and sizes that kernels like."""
 
 
-def packed(padded: PaddedTokens, attention: Attention, backbone: Any) -> dict[str, Any]:
-    """The backbone's arguments for the real tokens of a chunk as one row; positions begin anew with every text.
+def packed(padded: PaddedTokens, attention: Attention, backbone: Any, first: int) -> dict[str, Any]:
+    """The backbone's arguments for the real tokens of a chunk as one row; positions begin anew with every text, at
+    `first`.
 
     The row of a compiled backbone ends with one more text, of made-up tokens, that fills it up to a bucket.
     """
@@ -52,7 +53,7 @@ def packed(padded: PaddedTokens, attention: Attention, backbone: Any) -> dict[st
         id_S, text_S = F.pad(id_S, (0, more)), F.pad(text_S, (0, more), value=len(length_N))
         column_S = torch.cat([column_S, torch.arange(more, device=id_S.device)])
         length_N = F.pad(length_N, (0, 1), value=more)
-    arguments: dict[str, Any] = {"input_ids": id_S[None], "position_ids": (column_S + _first_position(backbone))[None]}
+    arguments: dict[str, Any] = {"input_ids": id_S[None], "position_ids": (column_S + first)[None]}
     if implementation == VARLEN or implementation.startswith("flash"):
         end_P = F.pad(length_N.cumsum(0), (1, 0)).to(torch.int32)
         arguments |= dict(cu_seq_lens_q=end_P, cu_seq_lens_k=end_P, max_length_q=longest, max_length_k=longest)
@@ -82,7 +83,7 @@ def packed(padded: PaddedTokens, attention: Attention, backbone: Any) -> dict[st
     return arguments | {"attention_mask": as_mask(sees_SS[None, None], implementation, dtype)}
 
 
-def _first_position(backbone: Any) -> int:
+def first_position(backbone: Any) -> int:
     """0, or what follows the padding index in the position table of RoBERTa and its like."""
     table = position_table(backbone)
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
@@ -186,29 +187,30 @@ def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
             "model.attn_implementation=flash_attention_2",
         )
     length = LENGTH if window >= max_length else max(min(2 * window + 2, max_length), LENGTH)
-    if not takes(backbone, "position_ids") or not _same_states(backbone, attention, length):
-        raise ModelError(
-            f"{name} cannot be packed: a text's states depend on what else is in its row",
-            fix="set model.packing=false",
-        )
+    reason = "it takes no positions" if not takes(backbone, "position_ids") else None
+    if reason := reason or _difference(backbone, attention, length):
+        raise ModelError(f"{name} cannot be packed: {reason}", fix="set model.packing=false")
 
 
-def _same_states(backbone: Any, attention: Attention, length: int) -> bool:
-    """In the numbers of the weights, and in those of autocast where a kernel is used under it alone."""
-    with kernel_precision(backbone):
-        if not _same_in(backbone, attention, length, None):
-            return False
-    if backbone.config._attn_implementation != VARLEN or kernels_missing(backbone) is not None:
-        return True
-    if not dropout_agrees(backbone):
-        return False
-    if backbone.dtype != torch.float32:
-        return True
-    with torch.autocast(backbone.device.type, torch.bfloat16):
-        return _same_in(backbone, attention, length, torch.bfloat16)
+def _difference(backbone: Any, attention: Attention, length: int) -> str | None:
+    """What is different in a row, in words, in the numbers of the weights, and in those of autocast where a kernel is
+    used under it alone; `None` where nothing is."""
+    try:
+        with kernel_precision(backbone):
+            same = _same(backbone, attention, length, None)
+        if backbone.config._attn_implementation == VARLEN and kernels_missing(backbone) is None:
+            same = same and dropout_agrees(backbone)
+            if same and backbone.dtype == torch.float32:
+                with torch.autocast(backbone.device.type, torch.bfloat16):
+                    same = _same(backbone, attention, length, torch.bfloat16)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        # a family whose own code cannot take this mask or these positions
+        return f"its code fails on a row ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    return None if same else "a text's states depend on what else is in its row"
 
 
-def _same_in(backbone: Any, attention: Attention, length: int, dtype: torch.dtype | None) -> bool:
+def _same(backbone: Any, attention: Attention, length: int, dtype: torch.dtype | None) -> bool:
+    """Whether states and gradient agree within the rounding of `dtype`, or of what the backbone computes in."""
     id_NT = example_ids(backbone, backbone.device, length=length)
     mask_NT = torch.ones_like(id_NT, dtype=torch.bool)
     mask_NT[0, length - LENGTH + SHORTER :] = False
@@ -218,14 +220,12 @@ def _same_in(backbone: Any, attention: Attention, length: int, dtype: torch.dtyp
     apart: dict[str, Any] = {"input_ids": id_NT, "attention_mask": mask, **more}
     if attention.how == "mask4d":
         apart["position_ids"] = (mask_NT.cumsum(1) - 1).clamp_min(0)
+    row = packed(padded, attention, backbone, first_position(backbone)) | more
     weight, was_training = first_layer_weight(backbone), backbone.training
     backbone.eval()
     try:
         expected_SH, pull = states_and_gradient(backbone, apart, padded.place_S, weight)
-        row = packed(padded, attention, backbone) | more
         found_SH, found_pull = states_and_gradient(backbone, row, slice(None), weight)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
-        return False  # a family whose own code cannot take this mask or these positions
     finally:
         backbone.train(was_training)
     agree = states_agree(backbone, expected_SH, found_SH, dtype)

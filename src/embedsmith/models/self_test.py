@@ -174,7 +174,7 @@ def states_and_gradient(
     backbone: Any, arguments: Mapping[str, Any], place_S: Tensor | slice, weight: nn.Parameter | None
 ) -> tuple[Tensor, Tensor | None]:
     """The states [S, H] of some tokens, and what an uneven sum of them gives a weight."""
-    with torch.set_grad_enabled(weight is not None):
+    with torch.inference_mode(False), torch.set_grad_enabled(weight is not None):
         state_SH = backbone(**arguments, return_dict=True).last_hidden_state.flatten(0, 1)[place_S]
         if weight is None:
             return state_SH, None

@@ -146,7 +146,7 @@ class Meter:
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": speed,
-            "padding_share": 1 - self._tokens / self._padded,
+            "padding_share": 1 - self._tokens / max(self._padded, 1),
         }
         self.warn_of_empty_vectors(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))

@@ -34,6 +34,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
+from embedsmith.evaluate import Task
 from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.models import Embedder, load
 from embedsmith.models.config import ComputeType
@@ -52,6 +53,7 @@ from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.outcome import Trained
 from embedsmith.train.scoring import Development, load_tasks
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
+from embedsmith.train.told import sources_in_words, tell_of_cut
 
 _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path|cache)")
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
@@ -196,6 +198,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
     on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
+    on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies]))
     if has_adapter(run.model.backbone):
         log.info(
             "%s/model will hold whole weights with the adapter in them; should their precision change the vectors, the "
@@ -246,22 +249,32 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     run = build(recipe, accelerator)
     on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     output, rate, norm = update(run, run.feed.draw(0))
-    count = sum(parameter.numel() for module in (run.model, run.extras) for parameter in module.parameters())
-    lines = [f"model: {recipe.model.path}, {count:,} parameters"]
-    for lane in run.feed.lanes:
-        lines += [f"source {line}" for line in lane.plan.summary()]
-        lines += [f"loss of {supply.records.name}: {supply.loss}" for supply in lane.supplies]
-    lines.append(
-        f"steps: {run.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
-        f"{run.accelerator.device}, {run.precision}"
+    step = (
+        f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "
+        f"gradient norm {norm:.3f}, {output.tokens:,} tokens"
     )
-    lines.append(f"packing: {run.model.packs}; fused kernels: {run.model.fused}")
-    lines.append(f"memory: {run.memory}")
-    lines.append(
-        f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
-        f"{output.tokens} tokens"
-    )
-    return "\n".join(lines)
+    return "\n".join([*_in_words(run, tasks), step, f"nothing was written; a run would write to {recipe.output}"])
+
+
+def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
+    """What a run would do, a line a thing."""
+    config, count = run.recipe.train, sum(one.numel() for part in (run.model, run.extras) for one in part.parameters())
+    memory, kept = run.memory, run.memory.kept_tokens
+    bound = "all graphs of a step are kept" if kept is None else f"graphs of {kept:,} tokens are kept"
+    bound = bound if memory.max_rows is None else f"graphs of {memory.max_rows:,} texts are kept"
+    every = run.recipe.evaluate.every
+    when = f"every {every} steps and at the end" if every else "at the end"
+    scored = f"{', '.join(task.name for task in tasks)}, {when}" if tasks else "nothing: evaluate.tasks is empty"
+    return [
+        f"model: {run.recipe.model.path}, {count:,} parameters, texts of up to {run.model.max_length:,} tokens",
+        *sources_in_words(run.model, run.feed),
+        f"steps: {run.steps:,}, of which {run.feed.steps_per_epoch:,} are an epoch, at a learning rate of up to "
+        f"{config.learning_rate:g}",
+        f"on: {world_size()} process(es), {run.accelerator.device}, {run.precision}",
+        f"memory: {memory.chunk_tokens:,} padded tokens are encoded at once; {bound}",
+        f"packing: {run.model.packs}; fused kernels: {run.model.fused}",
+        f"evaluated: {scored}",
+    ]
 
 
 def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = None) -> Run:

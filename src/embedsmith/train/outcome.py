@@ -5,7 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from embedsmith.core.terminal import Printed
 from embedsmith.evaluate import Results
@@ -48,9 +50,13 @@ class Trained(Printed):
         """The main score of every task before the first step."""
         return {} if self.results_before is None else self.results_before.main_scores()
 
-    def table(self) -> Table:
-        """One row a task, times 100."""
-        table = Table(title=f"model: {self.folder}", title_justify="left")
+    def table(self) -> RenderableType:
+        """The model's folder, and a row a task with scores times 100."""
+        head = Text(f"model: {self.folder}")
+        return head if self.results is None else Group(self._scores(), head)
+
+    def _scores(self) -> Table:
+        table = Table()
         for name in ("task", "metric"):
             table.add_column(name)
         for name in ("before", "after", "change") if self.results_before else ("score",):

@@ -160,7 +160,7 @@ def run_step(
                 states.append(TorchRandom.capture())
                 with torch.set_grad_enabled(keep):
                     pieces.append(encode(tokens, heads, chunk.rows))
-            if not keep:  # a weight that was cast without a graph would get no gradient in a later chunk
+            if not keep:  # not every torch casts again what it cast without a graph: the weight would get no gradient
                 torch.clear_autocast_cache()
 
     def backward() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -16,6 +16,10 @@ def inspect_data(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Of a recipe: time a few training steps.")] = True,
+    model: Annotated[str | None, typer.Option(help="Of data: tell how much of it this model would cut.")] = None,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
     """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch.
 
@@ -41,11 +45,23 @@ def inspect_data(
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
         apply_override(tree, override)
-    found = inspect_source(parse(Source, tree, where="inspect"), samples)
+    source = parse(Source, tree, where="inspect")
+    found, cut = inspect_source(source, samples), None
+    if model is not None:
+        from embedsmith.data.read import read_source
+        from embedsmith.models.config import ModelConfig
+        from embedsmith.models.load import without_weights
+        from embedsmith.train.told import cut_at
+
+        reader = without_weights(ModelConfig(model, **model_options(pooling, prompts, max_length)))
+        cut = cut_at(reader, read_source(source))
     if as_json:
-        say(json.dumps(to_plain(found, exact=True), indent=2, ensure_ascii=False))
-    else:
-        show(found.tables())
+        plain = to_plain(found, exact=True) | ({"cut": to_plain(cut)} if model is not None else {})
+        say(json.dumps(plain, indent=2, ensure_ascii=False))
+        return
+    show(found.tables())
+    if cut is not None:
+        say(f"{model}: {cut}")
 
 
 @verbs.register("split")

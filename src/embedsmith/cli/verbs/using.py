@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -24,6 +24,9 @@ def encode_texts(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
     """Turn files of texts into memory-mapped vectors; the same command continues after a kill.
 
@@ -36,6 +39,7 @@ def encode_texts(
     options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
     tree = {
         "model": model,
+        "changes": model_options(pooling, prompts, max_length),
         "files": [local_path(file) for file in files],
         "out": out,
         "block": block,
@@ -58,6 +62,9 @@ def index_documents(
         list[str] | None, typer.Option("--head", help="dense, sparse, multivector; all by default.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
     """Index documents under every head of a model; the same command continues after a stop, and updates.
 
@@ -67,7 +74,8 @@ def index_documents(
     from embedsmith.index.commands import Place, run_index
 
     place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
-    written, size = run_index(model, documents, place, heads, batch)
+    options = model_options(pooling, prompts, max_length)
+    written, size = run_index(model, documents, place, heads, batch, options)
     say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
@@ -87,6 +95,9 @@ def search_index(
     filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
     """Search an index by all heads together, with the score of each.
 
@@ -105,7 +116,16 @@ def search_index(
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
     for found in indexing.run_search(
-        place, texts, k, model=model, weights=given, rrf=rrf, candidates=candidates, filter=where, explained=explain
+        place,
+        texts,
+        k,
+        model=model,
+        weights=given,
+        rrf=rrf,
+        candidates=candidates,
+        filter=where,
+        explained=explain,
+        options=model_options(pooling, prompts, max_length),
     ):
         if as_json:
             say(found.as_json())
@@ -119,6 +139,9 @@ def convert_model(
     out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
     """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise.
 
@@ -126,7 +149,8 @@ def convert_model(
     """
     from embedsmith.models.export import convert as run
 
-    say(run(model, out, changes or [], overwrite=overwrite))
+    options = model_options(pooling, prompts, max_length)
+    say(run(model, out, changes or [], overwrite=overwrite, options=options))
 
 
 @verbs.register("export")
@@ -135,6 +159,9 @@ def export_one_head(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
     """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores.
 
@@ -147,9 +174,10 @@ def export_one_head(
     from embedsmith.models.load import load
     from embedsmith.models.write import saved_model
 
+    options = model_options(pooling, prompts, max_length)
     with claimed(out, "export"):
         saved_model().refuse_other(out)
-        say(export_head(load(model, device="cpu"), out, cast("ExportedHead", head), overwrite=overwrite))
+        say(export_head(load(model, device="cpu", **options), out, cast("ExportedHead", head), overwrite=overwrite))
 
 
 @verbs.register("push")

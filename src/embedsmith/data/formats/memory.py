@@ -1,6 +1,9 @@
 """Rows that a Python program holds: a list of dicts, or a dataset of the package `datasets`, as a source."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from embedsmith.core.errors import DataError, RecipeError
@@ -9,13 +12,14 @@ from embedsmith.data.formats.datasets import choose_split, dataset_rows
 from embedsmith.data.formats.files import Row, Rows
 from embedsmith.data.record import RowError
 
-_HELD = "rows in memory"
+_HELD = "in memory"
 _LIKE = '[{"query": "...", "positive": "..."}, ...]'
 
 
 class HeldRows:
     """What `Source(rows=...)` was given. As text, which is all that a saved recipe keeps of it, it tells how many rows
-    there were. (Not a dataclass: those are written into recipes with all that they hold.)"""
+    there were and a hash of them, so that a run of other rows is another run. (Not a dataclass: those are written into
+    recipes with all that they hold.)"""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -24,7 +28,16 @@ class HeldRows:
         if isinstance(self.rows, str):
             return self.rows
         split = next(iter(self.rows.values()), ()) if isinstance(self.rows, dict) else self.rows
-        return f"{len(split)} {_HELD}"
+        return f"{len(split)} rows ({self.digest}) {_HELD}"
+
+    @cached_property
+    def digest(self) -> str:
+        """8 hexadecimal digits of the content."""
+        content = hashlib.blake2b(digest_size=4)
+        for part in self.rows.values() if isinstance(self.rows, dict) else [self.rows]:
+            for row in [part._fingerprint] if _is_dataset(part) else part:
+                content.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        return content.hexdigest()
 
     @property
     def name(self) -> str:
