@@ -1,5 +1,6 @@
 # setup: .venv with everything; demo: train, evaluate and search something real; test, test-slow: the two test tiers
 # (coverage: the default tier, and which lines it runs);
+# docs: the documentation as a site in site/, an error where a link or a name leads nowhere;
 # lint: style, types, import contracts; check: lint and test.
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +28,7 @@ test: export OMP_NUM_THREADS := 1
 coverage: export COVERAGE_CORE := sysmon
 coverage: export PYTEST_ADDOPTS := --cov --cov-report=term
 
-.PHONY: setup demo test coverage test-slow lint check clean
+.PHONY: setup demo test coverage test-slow lint check docs clean
 
 setup: $(INSTALLED)
 
@@ -57,5 +58,8 @@ lint: setup
 
 check: lint test
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

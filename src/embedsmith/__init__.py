@@ -1,18 +1,83 @@
 """embedsmith: make a text-embedding model from start to finish.
 
+Everything that the command line does is a function here, which takes the same keys as the verb's recipe:
+
+    import embedsmith as es
+
+    run = es.train(model="my-model", data="pairs.jsonl", steps=300, output="runs/first")
+    print(es.evaluate(run.folder, ["my-task"]))
+
 Names are loaded on first use, so that `import embedsmith` costs no torch; their types stand in `__init__.pyi`.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _HOMES = {
     "Embedder": "embedsmith.models",
+    "Recipe": "embedsmith.train",
+    "Source": "embedsmith.data",
+    "compare": "embedsmith.api.measuring",
     "load": "embedsmith.models",
-    "merge": "embedsmith.merge",
+    "mine": "embedsmith.api.making",
+    "tokenize": "embedsmith.api.making",
 }
+_VERBS = {
+    "curate": "embedsmith.api.making",
+    "evaluate": "embedsmith.api.measuring",
+    "index": "embedsmith.api.searching",
+    "merge": "embedsmith.api.making",
+    "search": "embedsmith.api.searching",
+    "train": "embedsmith.api.making",
+}
+"""Functions that share their name with a room of the package, and where they are."""
 
-__all__ = ["Embedder", "__version__", "load", "merge"]
+__all__ = [
+    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "evaluate", "index"),
+    *("load", "merge", "mine", "search", "tokenize", "train"),
+]
+
+
+class _Room(ModuleType):
+    """A room that is also a verb: `embedsmith.train` holds `embedsmith.train.loop`, and `embedsmith.train(...)` trains.
+
+    Both names are one object, whatever was imported first; its documentation and signature are those of the verb.
+    """
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return _verb(self.__name__)(*arguments, **settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return _verb(self.__name__).__doc__
+
+    @property
+    def __signature__(self) -> Any:
+        from inspect import signature
+
+        return signature(_verb(self.__name__))
+
+
+def _verb(room: str) -> Any:
+    name = room.rpartition(".")[2]
+    return getattr(import_module(_VERBS[name]), name)
+
+
+class _Package(ModuleType):
+    """The package, to which the import system adds each room when it was loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _VERBS and isinstance(value, ModuleType):
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +85,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version  # reading it costs more than everything else here
 
         return version("embedsmith")
+    if name in _VERBS:
+        return import_module(f"embedsmith.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'embedsmith' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,31 @@
-from embedsmith.merge import merge as merge
+from embedsmith.api.making import curate as curate
+from embedsmith.api.making import merge as merge
+from embedsmith.api.making import mine as mine
+from embedsmith.api.making import tokenize as tokenize
+from embedsmith.api.making import train as train
+from embedsmith.api.measuring import compare as compare
+from embedsmith.api.measuring import evaluate as evaluate
+from embedsmith.api.searching import index as index
+from embedsmith.api.searching import search as search
+from embedsmith.data import Source as Source
 from embedsmith.models import Embedder as Embedder
 from embedsmith.models import load as load
+from embedsmith.train import Recipe as Recipe
 
 __version__: str
-__all__ = ["Embedder", "__version__", "load", "merge"]
+__all__ = [
+    "Embedder",
+    "Recipe",
+    "Source",
+    "__version__",
+    "compare",
+    "curate",
+    "evaluate",
+    "index",
+    "load",
+    "merge",
+    "mine",
+    "search",
+    "tokenize",
+    "train",
+]

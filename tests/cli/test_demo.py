@@ -74,6 +74,8 @@ def test_the_whole_course(tmp_path, monkeypatch):
     assert [result.task for result in found.after] == ["faq-held-out", "titles-held-out"]
     assert found.before.main_scores() != found.after.main_scores()
     assert len(said) == 3
+    page = (tmp_path / "out" / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"{100 * found.after[0].main_score:.2f}" in page  # the run's own report has the scores too
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["after"]["tasks"][0]["main_score"] == found.after[0].main_score
     assert [answer["text"] for answer in report["answers"]] == [answer.text for answer in found.answers_after[:3]]

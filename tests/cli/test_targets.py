@@ -15,7 +15,7 @@ from embedsmith.models import load
 from embedsmith.train import Recipe, train
 from tests.ranks import on_ranks
 
-FOLDERS = ("train", "merge", "convert", "export", "tokenize", "run")
+FOLDERS = ("train", "merge", "convert", "export", "tokenize", "run", "split")
 FILES = ("curate", "mine", "evaluate", "compare", "geometry", "report")
 
 
@@ -56,6 +56,7 @@ def commands(model, files, tmp_path, monkeypatch):
         "convert": lambda out: [str(model), str(out)],
         "export": lambda out: [str(model), str(out)],
         "tokenize": lambda out: [pairs, "--model", str(model), "--out", str(out)],
+        "split": lambda out: [pairs, str(out)],
         "curate": lambda out: [pairs, str(out), "--step", "length"],
         "evaluate": lambda out: [str(model), scored, "--json", str(out)],
         "compare": lambda out: [str(model), f"{model}/.", "--tasks", scored, "--json", str(out)],
@@ -100,7 +101,9 @@ def test_what_others_wrote_is_refused_and_stays(commands, tmp_path, verb, what):
     if verb == "run" and what != "file":
         pytest.skip("a pipeline adds a journal to a folder, and replaces nothing there")
     before = seen(tmp_path)
-    for more in [[], ["--overwrite"]] if verb in ("train", "merge", "convert", "export", "curate", "mine") else [[]]:
+    for more in (
+        [[], ["--overwrite"]] if verb in ("train", "merge", "convert", "export", "split", "curate", "mine") else [[]]
+    ):
         refused(call(verb, commands[verb](out), *more), str(out))
         assert seen(tmp_path) == before
         assert sorted(path.name for path in out.parent.iterdir()) == [out.name]

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedsmith.api.tokenizing import TokenizeJob, adopt, tokenize
 from embedsmith.calibrate.probe import Probe
-from embedsmith.cli.tokenize import TokenizeJob, adopt, tokenize
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.curate import CurateRecipe, curate

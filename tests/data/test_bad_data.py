@@ -45,6 +45,7 @@ def error_of(path, kind=DataError, **more):
         ({"query": "q", "positives": ["p"], "positive_scores": ["NaN"]}, "text, not a number: 'NaN'"),
         ('{"query": "q", "positives": ["p"], "positive_scores": [NaN]}', "positive_scores hold nan"),
         ({"query": "q", "positives": ["p"], "positive_scores": [1, 0.5]}, "2 positive_scores for 1 texts"),
+        ({"query": "q", "positives": ["p", "r"], "positive_scores": [None, True]}, "true or false, not a number: True"),
         ({"query": "q", "positives": ["p"], "task": "sts"}, "no score for an sts pair"),
         ({"query": "q", "positives": ["p"], "task": "sts", "positive_scores": [1]}, "among those of task retrieval"),
         ({"query": "q", "positives": ["p"], "label": True}, "the label is true or false"),
@@ -136,7 +137,7 @@ def test_a_byte_order_mark_is_tolerated_and_other_encodings_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "found", "hint"),
     [
-        ({"query": "q", "positve": ["p"]}, "found: query, positve", "'positve' (did you mean 'positives'?)"),
+        ({"query": "q", "positve": ["p"]}, "found: query, positve", "'positve' (did you mean 'positive'?)"),
         ({"premise": "q", "hypothesis": "p"}, "found: premise, hypothesis", "columns: {"),
         ({}, "found: none", "text1, text2, score"),
     ],
@@ -185,12 +186,36 @@ def test_a_broken_parquet_file(tmp_path):
     assert "not a readable Parquet file" in error_of(path)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "known"),
+    [
+        *((0, 1, (0.0, 1.0)), (0.2, 0.7, (0.0, 1.0)), (-1, 1, (-1.0, 1.0)), (-0.1, 0.5, (-1.0, 1.0))),
+        *((1, 5, (1.0, 5.0)), (1, 1.5, (1.0, 5.0)), (0, 5, (0.0, 5.0)), (0.5, 1.5, (0.0, 5.0)), (1.5, 5, (0.0, 5.0))),
+        *((-1.1, 1, None), (-1, 1.1, None), (0, 5.1, None), (1, 5.1, None)),
+    ],
+)
+def test_the_range_that_scores_are_in_is_told_at_its_edges(tmp_path, low, high, known):
+    path = lines(tmp_path / "a.jsonl", *(PAIR | {"score": score} for score in (low, high, (low + high) / 2)))
+    if known is None:
+        error = error_of(path)
+        assert f"scores from {low:g} (line 1) to {high:g} (line 2) fit no known range" in error
+        assert "\n  expected: 0 to 1, -1 to 1, 1 to 5 or 0 to 5\n  to fix: declare it: score_range:" in error
+        return
+    found = read_source(Source(path=str(path)))
+    assert found.score_range == known
+    scores = [record.positive_scores[0] for record in found.records]
+    assert scores == pytest.approx(
+        [(score - known[0]) / (known[1] - known[0]) for score in (low, high, (low + high) / 2)]
+    )
+
+
 def test_score_ranges(tmp_path):
     path = lines(tmp_path / "a.jsonl", PAIR, PAIR | {"score": 17}, PAIR | {"score": -3})
     assert "scores from -3 (line 3) to 17 (line 2) fit no known range" in error_of(path)
     error = error_of(path, score_range=(0, 5))
     assert error.startswith(f"{path}:2: score 17 is outside the declared range")
     assert "(2 such rows: lines 2, 3)" in error
+    assert "\n  expected: 0 to 5\n  to fix: correct the row, or declare another score_range" in error
     assert "not [lowest, highest]" in error_of(path, RecipeError, score_range=(5, 0))
 
 

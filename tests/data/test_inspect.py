@@ -1,12 +1,14 @@
 """`embedsmith inspect`."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from embedsmith.cli import app
 from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.data import read_source
 from embedsmith.data.inspect import inspect_source
 from embedsmith.data.source import Source
 
@@ -56,6 +58,11 @@ def test_the_verb_prints_tables_and_json(path):
     assert shown.exit_code == 0
     assert "flagembedding" in shown.output
     assert "empty query" in shown.output
+    record = read_source(Source(path=str(path), on_error="skip")).records[0]
+    rows = [[cell.strip() for cell in re.split("[│┃|]", line)] for line in shown.output.splitlines()]
+    texts = [("query", record.query), ("positive", record.positives[0])]
+    for role, text in texts:
+        assert [row for row in rows if role in row and text in row], f"{role} of a sample"
     tree = json.loads(run(path, "on_error=skip", "--json").stdout)
     assert tree["records"] == 3
     assert tree["skipped"] == [{"kind": "empty query", "count": 1, "lines": [4]}]

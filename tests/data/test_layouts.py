@@ -10,7 +10,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import file_kinds, layouts
 from embedsmith.curate import Input, InputRecords
 from embedsmith.data import Record, Source, read_source, write_records
-from embedsmith.data.formats.columns import OWN, Layout, known_layouts
+from embedsmith.data.formats.columns import COMMON, OWN, Layout, known_layouts
 from embedsmith.data.formats.files import Rows, open_rows
 
 
@@ -31,14 +31,16 @@ def lines(path, *rows):
 
 
 def test_ours_are_all_on_the_shelf_and_tried_in_their_order():
-    assert sorted(OWN) == layouts.names()
-    assert [(one.name, one.required[-1]) for one in known_layouts(own=True)] == [
+    assert sorted(OWN + COMMON) == layouts.names()
+    assert [(one.name, one.required[-1]) for one in known_layouts("own")] == [
+        ("codiemb", "positives"),
         ("records", "positives"),
         ("records", "label"),
         ("flagembedding", "pos"),
         ("f2llm", "passage"),
         ("pairs", "score"),
         ("pairs", "score"),
+        ("labels", "label"),
         ("labels", "label"),
     ]
     assert file_kinds.names() == [".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt"]

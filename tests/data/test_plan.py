@@ -4,10 +4,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.plans import plan_from
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import BatchPlan
+from embedsmith.data.plan import separate
+from embedsmith.data.plan.config import _apportion
 
 RANKS = range(1, 9)
 SIZES = (1000, 257, 64)
@@ -129,3 +133,39 @@ def test_the_plan_of_a_step_is_what_it_was():
     """A checkpoint holds only the number of the next step: another order would repeat rows after a resume."""
     planned = plan_from((10, 6), (4, 3), seed=7).at(5)
     assert (planned.source, planned.epoch, planned.visit, planned.rows.tolist()) == (0, 1, 1, [4, 8, 5, 0])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shares=st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=1, max_size=6).filter(any), total=st.integers(1, 40)
+)
+def test_units_are_whole_proportional_and_leave_nobody_out(shares, total):
+    units = _apportion(shares, total)
+    positive = [share for share in shares if share > 0]
+    assert sum(units) == max(total, len(positive))
+    assert all((unit >= 1) == (share > 0) for unit, share in zip(units, shares, strict=True))
+    for unit, share in zip(units, shares, strict=True):
+        exact = share * total / sum(shares)
+        assert unit <= 1 or unit < exact + 1, "nobody gets more than the next whole number"
+    assert _apportion([5.0, 3.0, 2.0], 10) == [5, 3, 2]
+    assert _apportion([1000.0, 1.0, 0.0], 4) == [3, 1, 0]
+
+
+def test_rows_that_do_not_clash_are_looked_at_once_and_those_that_always_do_not_for_ever(monkeypatch):
+    looked = []
+    real = separate._clashing
+    monkeypatch.setattr(separate, "_clashing", lambda *given: looked.append(1) or real(*given))
+
+    def of(query_ids):
+        ids = np.asarray(query_ids)
+        count = len(ids)
+        facts = separate.RowFacts(ids, np.arange(100, 100 + count), np.arange(count + 1), np.ones(count, np.int32))
+        seating = separate.Seating(np.arange(count), np.arange(count) // 4, count // 4, np.asarray([count]))
+        looked.clear()
+        return seating.separate(separate.Shared.of(facts), np.random.default_rng(0)), len(looked)
+
+    left, rounds = of([0, 1, 2, 3, 0, 1, 2, 3])
+    assert (left.tolist(), rounds) == ([], 1)
+    left, rounds = of([0, 0, 0, 0, 1, 2, 3, 4])  # four rows of one text in two batches: two find no place
+    assert len(left) == 2
+    assert separate.PATIENCE_FOR_FEW <= rounds < 2 * separate.PATIENCE_FOR_FEW < separate.ROUNDS

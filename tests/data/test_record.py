@@ -1,11 +1,12 @@
 """Records and their ids."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.record import Record, text_id, validate
+from embedsmith.data.record import Record, text_id, validate, without_empty
 
 GOOD = Record("a question", ("an answer",), ("no answer", "nothing to do with it"))
 
@@ -62,3 +63,18 @@ def test_a_wrong_record_is_named_with_its_place(change, message):
 )
 def test_a_right_record_passes(record):
     validate(record)
+
+
+def test_each_role_loses_its_empty_texts_whatever_the_other_has():
+    left_out = Counter()
+    full = Record("q", ("p",), ("n", "", " "), negative_scores=(0.1, 0.2, 0.3), teacher_negative_scores=(1, 2, 3))
+    found = without_empty(full, left_out)
+    assert (found.positives, found.negatives) == (("p",), ("n",))
+    assert (found.negative_scores, found.teacher_negative_scores) == ((0.1,), (1,))
+    found = without_empty(Record("q", ("", "p"), ("n",), positive_scores=(0.4, 0.5)), left_out)
+    assert (found.positives, found.positive_scores, found.negatives) == (("p",), (0.5,), ("n",))
+    only = Record("q", ("",), ("",))
+    assert without_empty(only, left_out) == Record("q", ("",), ()), "an only positive is left for the check"
+    assert left_out == {"empty negative": 3, "empty positive": 1}
+    odd = Record("q", ("p",), ("n", ""), negative_scores=(0.1,))
+    assert without_empty(odd, left_out) is odd, "scores that fit no texts are left for the check"

@@ -87,6 +87,28 @@ def test_a_store_of_tokens_holds_the_tokens_of_every_text(tmp_path, small_blocks
     assert row_facts(found).query_id_N.tolist() == [100 + n for n in range(20)]
 
 
+def test_the_highest_token_and_the_longest_text_are_those_of_all_calls(tmp_path):
+    def counts(name, *calls):
+        writer = StoreWriter(tmp_path / name, tokens=True)
+        for ids in calls:
+            lengths, flat = np.asarray([len(one) for one in ids]), np.asarray([i for one in ids for i in one], np.int64)
+            writer.add_tokens(np.arange(len(ids)), lengths, flat, np.zeros(len(ids), np.int64))
+        writer.add(Record(0, (0,)))
+        writer.settle()
+        found = RecordStore(tmp_path / name).counts
+        return found.top_token, found.longest_text
+
+    assert counts("falls", [[7, 9, 2]], [[3], [4, 5]]) == (9, 3)
+    assert counts("rises", [[3], [4, 5]], [[7, 9, 2]]) == (9, 3)
+    assert counts("least", [[0]]) == (0, 1)
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.raises(CheckpointError, match="cache"):
+        on_disk(write(tmp_path / "a.jsonl", ROWS), tmp_path)
+
+
 def test_lines_are_those_of_the_file(tmp_path, small_blocks):
     path = tmp_path / "a.jsonl"
     path.write_text("".join("\n" + json.dumps(row) + "\n" for row in SCORED))
@@ -131,6 +153,19 @@ def test_a_file_that_grew_is_named_and_read_again(tmp_path, caplog):
     assert (len(before.records), len(after.records)) == (10, 50)
     assert f"{path} grew since it was read" in caplog.text
     assert len(list(before.records)) == 10  # what is in use is not replaced
+
+
+@pytest.mark.parametrize(("rows", "how"), [(ROWS[:3], "shrank"), ([ROWS[1], ROWS[0], *ROWS[2:10]], "changed")])
+def test_what_became_of_a_file_is_said_with_its_sizes(tmp_path, caplog, rows, how):
+    path = write(tmp_path / "a.jsonl", ROWS[:10])
+    on_disk(path, tmp_path)
+    before = path.stat().st_size
+    after = write(path, rows).stat().st_size
+    assert (after == before) == (how == "changed")
+    caplog.set_level("INFO", "embedsmith")
+    assert len(on_disk(path, tmp_path).records) == len(rows)
+    assert f"{path} {how} since it was read on 20" in caplog.text
+    assert f"({before:,} to {after:,} bytes): reading it again" in caplog.text
 
 
 def test_a_file_that_is_gone_is_named_with_when_it_was_there(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.shelf import task_kinds
-from embedsmith.evaluate import RetrievalTask, STSTask, data_folder, known_tasks, load_task, split_names
+from embedsmith.evaluate import RetrievalTask, STSTask, data_folder, known_tasks, load_task, load_tasks, split_names
 from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns
 
 CORPUS = [{"_id": "d1", "title": "Cats ", "text": "sleep"}, {"_id": 2, "title": "", "text": "dogs"}]
@@ -68,7 +68,7 @@ def test_sts_columns_may_be_called_sentence(tmp_path: Path) -> None:
         ([STS[0], {"text1": "a", "text2": 3, "score": 1}], r"f.jsonl:2: 'text2' is 3"),
         ([STS[0], [1, 2]], r"f.jsonl:2"),
         ([STS[0], "{"], r"f.jsonl:2"),
-        ([{"query": "a", "pos": ["b"]}], r"'text1' is missing\n  expected: found: query, pos"),
+        ([{"ask": "a", "reply": ["b"]}], r"'text1' is missing\n  expected: found: ask, reply"),
         ([], "no rows"),
     ],
 )
@@ -193,3 +193,12 @@ def test_a_kind_of_ones_own_is_found_by_its_files_and_named(tmp_path: Path, monk
         task = load_task(name, data_dir=tmp_path)
         assert isinstance(task, STSTask)
         assert list(task.score) == [1, 0]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [lines(tmp_path / f"{place}/mine.jsonl", STS) for place in ("a/dev", "b/dev", "c/test")]
+    other = lines(tmp_path / "other.jsonl", STS)
+    names = [task.name for task in load_tasks([*paths[:2], other])]
+    assert names == ["a/dev/mine", "b/dev/mine", "other"]
+    assert [task.name for task in load_tasks([paths[0], paths[2]])] == ["dev/mine", "test/mine"]
+    assert [task.name for task in load_tasks([paths[0], paths[0]])] == ["mine", "mine"]  # which evaluate refuses

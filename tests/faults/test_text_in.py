@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedsmith.api.tokenizing import TokenizeJob, tokenize
 from embedsmith.cli.curation import run_curate
 from embedsmith.cli.stages import PipelineRecipe
-from embedsmith.cli.tokenize import TokenizeJob, tokenize
 from embedsmith.compat.config import read_recipe
 from embedsmith.compat.scripts import _from_config
 from embedsmith.core.errors import EmbedsmithError

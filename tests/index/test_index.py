@@ -23,6 +23,7 @@ from embedsmith.index import (
     open_index,
     read_documents,
 )
+from embedsmith.index.engine import Request
 from embedsmith.search.hybrid import Hybrid
 from tests.index.words import Words
 
@@ -269,3 +270,82 @@ def test_documents_of_files(tmp_path):
         assert "docs.jsonl:2" in str(error.value)
     with pytest.raises(DataError, match="comes twice"):
         open_index(Words(), ServerStore(":memory:", "d", waits=()), create=True).add([Document("1", "a")] * 2)
+
+
+class Broken:
+    """In place of the engine's shard: whatever is asked, it says the same."""
+
+    def __getattr__(self, name):
+        def say(*given, **named):
+            raise RuntimeError("no such segment")
+
+        return say
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store, point: store.upsert([point]),
+        lambda store, point: store.delete([point.key]),
+        lambda store, point: store.payloads([point.key], ["id"]),
+        lambda store, point: store.search([Request("dense", point.vectors["dense"], 1)]),
+        lambda store, point: store.count(),
+        lambda store, point: store.optimize(),
+        lambda store, point: store.close(),
+    ],
+    ids=["upsert", "delete", "payloads", "search", "count", "optimize", "close"],
+)
+def test_whatever_the_engine_says_is_an_error_that_names_the_folder(tmp_path, ask):
+    store = EdgeStore(tmp_path / "index")
+    index = open_index(Words(), store, create=True)
+    (point,) = index._points([Document("a", "cat")])
+    shard, store._shard = store._shard, Broken()
+    with pytest.raises(SearchError, match=f"^{tmp_path / 'index'}: the index engine says: no such segment$"):
+        ask(store, point)
+    shard.close()
+
+
+def test_room_is_taken_before_the_engine_writes_and_as_much_as_it_may_need(tmp_path, monkeypatch):
+    store = EdgeStore(tmp_path / "index")
+    index = open_index(Words(), store, heads=HEADS, create=True)
+    points = index._points([Document("a", "cat dog", {"x": "y" * 500}), Document("b", "bird")])
+    events = []
+    monkeypatch.setattr(store, "_take_room", events.append)
+    shard = store._shard
+
+    class Shard:
+        def __getattr__(self, name):
+            events.append(name)
+            return getattr(shard, name)
+
+    store._shard = Shard()
+    store.upsert(points)
+    texts = sum(len(json.dumps(dict(point.payload))) for point in points)
+    numbers = sum(point.numbers for point in points)
+    assert events == [2**23 + 3 * texts + 24 * numbers, "update", "flush"]
+    assert texts > 500
+    assert numbers > 3 * 8
+    store.delete([points[0].key])
+    assert events[3:] == ["update", "flush"]
+    store.optimize()
+    assert events[5] >= 2**23
+    assert events[6:] == ["optimize"]
+    store._shard = shard
+    store.close()
+
+
+def test_documents_are_encoded_as_documents_and_queries_as_queries(tmp_path):
+    asked = []
+
+    class Asked(Words):
+        def represent(self, texts, *, role, **how):
+            asked.append((list(texts), role, tuple(how["outputs"])))
+            return super().represent(texts, role=role, **how)
+
+    store = EdgeStore(tmp_path / "index")
+    index = open_index(Asked(), store, heads=("dense", "sparse"), create=True)
+    index.add([Document("1", "cat")])
+    index.search(["dog"], k=1)
+    both = ("dense", "sparse")
+    assert asked == [(["a"], "document", both), (["cat"], "document", both), (["dog"], "query", both)]
+    store.close()

@@ -9,7 +9,7 @@ from embedsmith.core.collectives import rank, world_size
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import to_plain
 from embedsmith.core.shelf import losses
-from embedsmith.losses import CrossBatchBalance, InfoNCE, Uniformity
+from embedsmith.losses import CrossBatchBalance, Flops, InfoNCE, M3SelfDistillation, Uniformity, Weighted
 from tests.losses.cases import CASES, REFUSED, every_case, examples_for
 from tests.losses.examples import PAIRS, RETRIEVAL, WIDTH, Tiny, make_batch, make_extras, run
 from tests.losses.naive import REFERENCES, reference
@@ -46,6 +46,25 @@ def test_an_undefined_batch_gives_a_connected_zero(name, loss):
         value, gradients = run(loss, example)  # backward fails on a value without a graph
         assert value.item() == pytest.approx(expected, abs=1e-9), label
         assert all(torch.isfinite(gradient).all() for gradient in gradients), label
+
+
+RAMPS = [
+    M3SelfDistillation(0.2, start_step=2, ramp_steps=3),
+    M3SelfDistillation(0.2, start_step=2),
+    Flops(0.3, 0.7, ramp_steps=3),
+    Weighted(InfoNCE(), 2.0, warmup_steps=3),
+]
+
+
+@pytest.mark.parametrize("loss", RAMPS, ids=str)
+def test_what_grows_with_the_steps_ends_where_it_should(loss):
+    """Before it, at its first step, in it, at its end and long after."""
+    found = []
+    for step in (0, 1, 2, 3, 4, 5, 50):
+        example = replace(RETRIEVAL["plain"], step=step)
+        found.append(run(loss, example)[0].item())
+        assert found[-1] == pytest.approx(reference(loss, example), abs=1e-9), step
+    assert found[-1] == found[-2] != found[0]
 
 
 def has_fixed_weights(loss):
@@ -103,8 +122,11 @@ def test_bad_arguments_are_recipe_errors(name, arguments):
         with pytest.raises(ValueError):
             losses.build({"type": name, **arguments})
         return
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError) as caught:
         cls(**arguments)
+    place, _, what = str(caught.value).partition(": ")
+    assert place == name, "the loss is named where it stands"
+    assert what
     with pytest.raises(ValueError):
         losses.build({"type": name, **arguments})
 

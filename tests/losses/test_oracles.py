@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embedsmith.core.batch import PairBatch, Progress, RetrievalBatch, Side
+from embedsmith.core.batch import ABSENT, PairBatch, Progress, RetrievalBatch, Side
 from embedsmith.core.collectives import rank
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.reps import Dense
@@ -30,6 +30,7 @@ from embedsmith.losses import (
     Weighted,
     balance_weights,
 )
+from embedsmith.losses.candidates import swapped
 from embedsmith.losses.sts import complex_angles, ordering_loss, rank_targets
 from tests.losses.examples import PAIRS, RETRIEVAL, Retrieval, Tiny, make_batch, make_extras, run
 from tests.ranks import on_ranks
@@ -363,3 +364,16 @@ def test_the_local_form_is_each_ranks_own(tmp_path):
         alone, _ = run(CoSENT(), PAIRS["plain"].rows([4 * number + k for k in range(4)]))
         assert value.item() == pytest.approx(alone.item(), abs=1e-12)
     assert values[0].item() != values[1].item()
+
+
+def test_a_batch_seen_from_the_documents_has_a_slot_even_where_nobody_asks():
+    """Losses over slots take a maximum or a mean over them, which an empty axis has not."""
+    loss = InfoNCE()
+    for positive, slots in (([[-1], [-1]], 1), ([[10], [10]], 2), ([[10], [11]], 1)):
+        example = Retrieval([0, 1], positive, [[20], [21]])
+        batch, _ = make_batch(Tiny(), example, loss, make_extras(loss))
+        turned = swapped(batch)
+        assert turned.positive_id_QP.shape == (len(example.documents), slots)
+        assert turned.negative_id_QM.shape == (len(example.documents), 0)
+        asks = [document in {text for row in positive for text in row} for document in batch.document_id_N.tolist()]
+        assert (turned.query_id_Q != ABSENT).tolist() == asks

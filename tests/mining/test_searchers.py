@@ -1,7 +1,10 @@
 """What searchers are made of: BM25 tokens of any script, kept vectors of every head, an approximate index, pairs."""
 
 import random
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import bm25s
 import numpy as np
@@ -9,15 +12,25 @@ import pytest
 import torch
 
 from embedsmith.core.encoder import fingerprint
-from embedsmith.core.errors import DataError, SearchError
+from embedsmith.core.errors import DataError, ModelError, SearchError
 from embedsmith.core.reps import Dense
+from embedsmith.core.shelf import searchers, teachers
 from embedsmith.mining import Bm25Search, Limits
 from embedsmith.mining import searchers as module
-from embedsmith.mining.searchers import Bm25, EmbeddingSearcher, TextReps, top_of_pieces
-from embedsmith.mining.selection import loose_id, overlap, shingles
+from embedsmith.mining.searchers import (
+    Bm25,
+    EmbeddingSearch,
+    EmbeddingSearcher,
+    SearchTexts,
+    TextReps,
+    on_every_rank,
+    top_of_pieces,
+)
+from embedsmith.mining.selection import fuse, loose_id, overlap, shingles
 from embedsmith.search import exact_top_k
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.hybrid import M3_WEIGHTS
 from tests.mining.fakes import Words
 
 TEXTS = [f"{a} {b} {a}" for a in ("cat", "dog", "tree") for b in ("red", "blue", "old", "new")]
@@ -173,3 +186,127 @@ def test_loose_ids_and_overlap():
     assert loose_id("?!") != loose_id("...")
     assert overlap(shingles("same text"), shingles("Same  text")) == 1
     assert overlap(shingles("one thing"), shingles("unlike that")) < 0.2
+
+
+class Asked(Words):
+    """Notes under which role, task and instructions it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def represent(self, texts, *, role, task=None, outputs=("dense",), instruction=None):
+        self.asked.append((list(texts), role, task, tuple(outputs), instruction and list(instruction)))
+        return super().represent(texts, role=role, task=task, outputs=outputs)
+
+
+def opened(tmp_path, **settings):
+    model = Asked()
+    own = [None, "find"]
+    texts = SearchTexts(["red cat", "old dog"], TEXTS, own, "retrieval", {"words": model}.__getitem__, tmp_path)
+    return model, EmbeddingSearch(model="words", **settings).open(texts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "task", "own"),
+    [
+        ({}, "retrieval", [None, "find"]),
+        ({"task": "sts"}, "sts", [None, "find"]),
+        ({"instructions": False}, "retrieval", None),
+    ],
+)
+def test_a_model_is_asked_for_each_side_in_its_role_task_and_words(tmp_path, settings, task, own):
+    model, searcher = opened(tmp_path, **settings)
+    searcher.prepare(tmp_path)
+    assert model.asked == [
+        (["red cat", "old dog"], "query", task, ("dense",), own),
+        (TEXTS, "document", task, ("dense",), None),
+    ]
+
+
+@pytest.mark.parametrize("weights", [None, {"dense": 0.25, "sparse": 2.0}])
+def test_a_hybrid_search_has_the_weights_that_were_given_or_those_of_m3(tmp_path, weights):
+    _, searcher = opened(tmp_path, head="hybrid", weights=weights)
+    assert searcher.queries.encoder.weights == (weights or M3_WEIGHTS)
+
+
+def test_an_encoder_without_the_head_or_with_too_few_rows_is_named():
+    class Poor(Words):
+        def represent(self, texts, **how):
+            return {"dense": self._dense(texts[:1])}
+
+    with pytest.raises(ModelError, match="the model gave no 'sparse' output\n  expected: dense"):
+        TextReps(Poor(), ["a"], "query", None, "sparse").piece(0)
+    with pytest.raises(ModelError, match="the model gave 1 rows for 2 texts"):
+        TextReps(Poor(), ["a", "b"], "query", None, "dense").piece(0)
+
+
+def test_a_failure_on_one_rank_is_one_on_all_of_them_with_its_words(monkeypatch):
+    told = []
+    everyones = lambda mine: told.append(mine) or [None, mine, "rank 2 has no disk"]
+    monkeypatch.setattr(module, "objects_of_all_ranks", everyones)
+    with pytest.raises(SearchError) as caught:
+        on_every_rank(lambda: None, "mine", fix="try again")
+    assert str(caught.value) == "mine: another rank failed: rank 2 has no disk\n  to fix: try again"
+
+    def fail():
+        raise DataError("mine own")
+
+    with pytest.raises(DataError, match="mine own"):
+        on_every_rank(fail, "mine")
+    assert told == [None, "mine own"]
+    monkeypatch.setattr(module, "objects_of_all_ranks", lambda mine: [mine, None])
+    on_every_rank(lambda: None, "mine")
+
+
+@pytest.mark.parametrize("me", [0, 1])
+def test_a_rank_computes_its_share_of_the_pieces_and_says_how_far_it_is(monkeypatch, me):
+    bars = []
+
+    @contextmanager
+    def bar(label, total, done=0):
+        bars.append([label, total, done])
+        yield SimpleNamespace(advance=lambda: bars[-1].__setitem__(2, bars[-1][2] + 1))
+
+    for name, value in (("PIECE", 5), ("rank", lambda: me), ("world_size", lambda: 2), ("progress_bar", bar)):
+        monkeypatch.setattr(module, name, value)
+    model = Words()
+    TextReps(model, TEXTS, "document", None, "dense").compute("encode corpus")
+    assert model.encoded == (TEXTS[:5] + TEXTS[10:] if me == 0 else TEXTS[5:10])
+    assert bars == [["encode corpus", 2 - me, 2 - me]]
+
+
+def test_bm25_gives_as_many_as_there_are_and_ties_to_the_lower_place():
+    corpus = ["red cat", "dog", "red cat", "blue cat", "red cat"]
+    index = Bm25(Bm25Search(), ["red", "cat dog"], corpus)
+    index.prepare(Path())
+    score_Qk, index_Qk = index.top(0, 2, 9)
+    assert index_Qk.shape == score_Qk.shape == (2, 5)
+    assert index_Qk[0].tolist() == [0, 2, 4, -1, -1]
+    assert index.top(0, 1, 2)[1].tolist() == [[0, 2]]
+    assert index.top(1, 2, 1)[1].tolist() == [[1]]
+    pairs = index.pairs(np.array([1, 0, 1]), np.array([1, 4, 0]))
+    np.testing.assert_array_equal(
+        pairs, [index.scores("cat dog")[1], index.scores("red")[4], index.scores("cat dog")[0]]
+    )
+    assert index.models() == {}
+
+
+@pytest.mark.parametrize("shelf", [searchers, teachers], ids=["searchers", "teachers"])
+def test_settings_are_named_and_fixed(shelf):
+    for entry in shelf.entries():
+        kind = entry.thing
+        given = {"model": "m"} if "model" in kind.__dataclass_fields__ else {}
+        one = kind(**given)
+        assert hash(one) == hash(kind(**given))
+        with pytest.raises(FrozenInstanceError):
+            setattr(one, next(iter(kind.__dataclass_fields__)), "x")
+        with pytest.raises(TypeError, match="positional"):
+            kind("m")
+
+
+def test_fused_ranks_by_hand():
+    """1 / (60 + rank) summed: the second of both beats the first of one alone; what was not found counts nothing."""
+    both = [np.array([[5, 3, 2, -1]]), np.array([[7, 3, -1, -1]])]
+    assert [row.tolist() for row in fuse(both)] == [[3, 5, 7, 2]]
+    assert [row.tolist() for row in fuse([np.array([[4, 1, -1], [2, -1, -1]])])] == [[4, 1], [2]]

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models import embedder as embedder_module
 from embedsmith.models import encode as encode_module
 from tests.models import tiny
 
@@ -35,7 +34,7 @@ def test_vectors_do_not_depend_on_the_batch_or_the_padding_side(tmp_path, kind, 
 def test_blocks_keep_the_order_and_per_text_instructions(model, monkeypatch):
     instruction = [f"{'fox ' * n}" for n in range(len(tiny.TEXTS))]
     whole = model.encode(tiny.TEXTS, instruction=instruction)
-    monkeypatch.setattr(embedder_module, "BLOCK", 3)
+    monkeypatch.setattr(encode_module, "BLOCK", 3)
     np.testing.assert_allclose(model.encode(tiny.TEXTS, instruction=instruction), whole, atol=1e-6)
 
 

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedsmith.cli import app
+from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError, ModelError, RecipeError
 from embedsmith.models import encode_files as module
 from embedsmith.models import load
@@ -68,14 +69,24 @@ def test_smaller_numbers(tmp_path, model, text_file, stored):
     np.testing.assert_allclose(array, exact, atol=0.01)
 
 
+def test_the_folder_says_what_auto_chose_and_goes_on_under_that_name(tmp_path, model, text_file):
+    encode_files(job(model, text_file, out=tmp_path / "out", dtype="auto"))
+    chosen = json.loads((tmp_path / "out/meta.json").read_text())["dtype"]
+    assert chosen == ("bfloat16" if cpu_multiplies_bf16() else "float32")
+    assert encode_files(job(model, text_file, out=tmp_path / "out", dtype=chosen)) == 50
+    with pytest.raises(CheckpointError, match="made with another dtype"):
+        encode_files(job(model, text_file, out=tmp_path / "out", dtype="float16"))
+
+
 def test_an_interrupted_job_goes_on_with_the_blocks_that_are_missing(tmp_path, model, text_file, monkeypatch):
     out, real, calls = tmp_path / "out", EncodeJob.vectors, []
 
-    def failing(job, model, texts):
-        calls.append(len(texts))
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(job, model, texts)
+    def failing(job, model, windows):
+        for vectors in real(job, model, windows):
+            calls.append(len(vectors))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            yield vectors
 
     monkeypatch.setattr(EncodeJob, "vectors", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -231,10 +242,11 @@ def test_what_a_killed_run_left_of_its_state_goes_with_the_next(whole, again, tm
 def test_vectors_that_are_not_finite_are_refused_naming_the_text(tmp_path, model, text_file, monkeypatch, stored):
     real = EncodeJob.vectors
 
-    def broken(job, model, texts):
-        vectors = real(job, model, texts)
-        vectors[[n for n, text in enumerate(texts) if text == TEXTS[21]]] = np.inf
-        return vectors
+    def broken(job, model, windows):
+        read = [list(texts) for texts in windows]
+        for texts, vectors in zip(read, real(job, model, iter(read)), strict=True):
+            vectors[[n for n, text in enumerate(texts) if text == TEXTS[21]]] = np.inf
+            yield vectors
 
     monkeypatch.setattr(EncodeJob, "vectors", broken)
     first = TEXTS.index(TEXTS[21]) + 1
@@ -243,11 +255,12 @@ def test_vectors_that_are_not_finite_are_refused_naming_the_text(tmp_path, model
 
 
 def test_vectors_too_large_for_small_numbers_are_refused_and_zeros_are_kept(tmp_path, model, text_file, monkeypatch):
-    monkeypatch.setattr(EncodeJob, "vectors", lambda job, model, texts: np.full((len(texts), 16), 1e6, np.float32))
+    filled = lambda value: lambda job, model, windows: (np.full((len(t), 16), value, np.float32) for t in windows)
+    monkeypatch.setattr(EncodeJob, "vectors", filled(1e6))
     with pytest.raises(ModelError, match=r"texts.txt:1: .*not finite in float16\n.*give --stored float32"):
         encode_files(job(model, text_file, out=tmp_path / "out", stored="float16"))
     encode_files(job(model, text_file, out=tmp_path / "large", stored="float32"))
-    monkeypatch.setattr(EncodeJob, "vectors", lambda job, model, texts: np.zeros((len(texts), 16), np.float32))
+    monkeypatch.setattr(EncodeJob, "vectors", filled(0))
     encode_files(job(model, text_file, out=tmp_path / "zeros"))
     assert not np.load(tmp_path / "zeros/vectors.npy").any()
 

@@ -190,7 +190,7 @@ def browser():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark"), (768, "light")])
 @pytest.mark.parametrize("kind", ["run", "merge", "comparison", "geometry"])
 def test_the_page_in_a_browser_without_a_network(run, merged, tmp_path, kind, width, scheme):
     sync, path = browser()
@@ -213,12 +213,15 @@ def test_the_page_in_a_browser_without_a_network(run, merged, tmp_path, kind, wi
         view.wait_for_function("document.querySelectorAll('.chart .main-svg').length > 0")
         drawn = view.evaluate("[...document.querySelectorAll('.chart')].every(c => c.querySelector('.main-svg'))")
         fits = view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        boxes = "[...document.querySelectorAll('.wide, nav div, pre')]"
+        scrolls = view.evaluate(f"{boxes}.some(box => box.scrollWidth > box.clientWidth)")
         background = view.evaluate("getComputedStyle(document.body).backgroundColor")
         titles = view.locator("h2").all_inner_texts()
         chromium.close()
     assert problems == []
     assert drawn
     assert fits, "nothing is wider than the screen"
+    assert not scrolls or width > 600, "on a phone nothing scrolls sideways inside the page either"
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 150) == (scheme == "dark")
     assert {"run": "Geometry", "merge": "Merge", "comparison": "Scores", "geometry": "Geometry"}[kind] in titles
 

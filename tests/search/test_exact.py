@@ -11,6 +11,13 @@ from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
 from embedsmith.search import TopK, exact, exact_top_k
 
 
+@pytest.fixture(params=["cpu", "gpu"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both ways of keeping the best: that of CPUs and that of GPUs, here run by a CPU."""
+    if request.param == "gpu":
+        monkeypatch.setattr(exact, "_best_for", lambda device: exact._BestOnGpu)
+
+
 def naive(score_QK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """By score, then by index, in plain Python."""
     order = [sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[:k] for row in score_QK]
@@ -97,6 +104,48 @@ def test_pieces_of_a_stream_are_numbered_on() -> None:
     for piece in (document[:3], document[3:3], document[3:20], document[20:]):
         best.add(piece)
     np.testing.assert_array_equal(best.result()[1], naive(query @ document.T, 8)[1])
+
+
+def test_any_sequence_of_blocks_of_any_size_with_many_ties() -> None:
+    chance = np.random.default_rng(0)
+    for _ in range(60):
+        query, document = (chance.integers(0, 2, (rows, 2)).astype(np.float32) for rows in chance.integers(1, 40, 2))
+        k, place = int(chance.integers(1, 12)), 0
+        best = TopK(query, k, device="cpu")
+        while place < len(document):
+            size = int(chance.integers(1, 15))
+            best.add(document[place : place + size])
+            place += size
+        score, index = best.result()
+        expected_score, expected_index = naive(query @ document.T, k)
+        np.testing.assert_array_equal(index, expected_index)
+        np.testing.assert_array_equal(score, expected_score)
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_a_card_without_room_for_a_block_scores_it_by_halves(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, query, document = TopK._scores, whole_numbers(9, 4, 0), whole_numbers(50, 4, 1)
+
+    def small(best: TopK, part: Representation, block: Representation) -> torch.Tensor:
+        if len(block) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scores(best, part, block)
+
+    monkeypatch.setattr(TopK, "_scores", small)
+    np.testing.assert_array_equal(exact_top_k(query, document, 6, block=20)[1], naive(query @ document.T, 6)[1])
+    document[41] = np.nan
+    with pytest.raises(SearchError, match="query 0 with document 41"):
+        exact_top_k(query, document, 6, block=20)
+    room = 0
+    with pytest.raises(SearchError, match="cpu has no memory left to score one document"):
+        exact_top_k(query, document, 6, block=20)
+
+
+def test_where_scores_are_computed() -> None:
+    assert exact.search_device(np.ones((1, 2))).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert exact.search_device(np.ones((1, 2)), "cpu").type == "cpu"
+    assert exact.search_device(torch.ones(1, 2, device="meta")).type == "meta", "where the queries lie"
+    assert TopK(np.ones((1, 2)), 1, device="cpu").device.type == "cpu"
 
 
 def test_no_documents_and_no_queries_give_empty_answers() -> None:

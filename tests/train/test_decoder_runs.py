@@ -63,20 +63,24 @@ def test_a_run_that_dies_and_continues_ends_with_the_same_bits(tree, decoder, tm
         assert load(str(folder)).encode(TEXTS).shape == (5, 16)
 
 
-def test_a_packed_run_equals_the_padded_one(tree, decoder, tmp_path):
-    """With replayed chunks too; and no padding is computed."""
+def test_a_packed_run_equals_the_padded_one(tree, decoder, tmp_path, monkeypatch):
+    """With replayed chunks too; and no padding is computed. `auto` is decided when the model is loaded."""
     tree["train"] |= {"steps": 3, "token_budget": 256, "log_with": []}
-    for packing in (False, True):
+    monkeypatch.setattr("embedsmith.models.packing._is_fast", lambda backbone: packing == "auto")
+    for packing in (False, True, "auto"):
         model = {"path": str(decoder), "max_length": 48, "pooling": "last", "attention": "causal", "packing": packing}
         train(parse(Recipe, tree | {"model": model, "output": str(tmp_path / str(packing))}))
-    padded, packed = (load_file(tmp_path / name / "model/model.safetensors") for name in ("False", "True"))
-    for name, tensor in padded.items():
-        torch.testing.assert_close(packed[name], tensor, rtol=0, atol=2e-5)
-    assert metrics(tmp_path / "True") == pytest.approx(metrics(tmp_path / "False"), rel=1e-4)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[0] for name in ("False", "True")]
-    shares = [json.loads(line)["padding_share"] for line in lines]
-    assert shares[0] > 0.01
-    assert shares[1] == 0
+    padded = load_file(tmp_path / "False/model/model.safetensors")
+    shares = {}
+    for name in ("False", "True", "auto"):
+        weights = load_file(tmp_path / name / "model/model.safetensors")
+        for key, tensor in padded.items():
+            torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-5)
+        assert metrics(tmp_path / name) == pytest.approx(metrics(tmp_path / "False"), rel=1e-4)
+        line = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]
+        shares[name] = json.loads(line)["padding_share"]
+    assert shares["False"] > 0.01
+    assert shares["True"] == shares["auto"] == 0
 
 
 WIDTHS = [4, 8]

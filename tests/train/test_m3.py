@@ -83,9 +83,9 @@ def test_each_head_is_logged_and_scored(m3, tmp_path):
     steps = [line for line in lines if "loss/pairs" in line]
     wanted = [*HEADS, "ensemble", "distilled", "sparse_active", "sparse_empty", "sparse_zero"]
     assert all(f"{name}/pairs" in line for line in steps for name in wanted)
-    scored = [line for line in lines if f"score/{folder}" in line]
+    scored = [line for line in lines if "score/beir" in line]
     assert [line["step"] for line in scored] == [0, 4, 8]
-    assert all(f"score/{folder}/{head}" in line for line in scored for head in ("sparse", "multivector", "hybrid"))
+    assert all(f"score/beir/{head}" in line for line in scored for head in ("sparse", "multivector", "hybrid"))
 
 
 def test_the_activity_of_a_sparse_head():
@@ -94,6 +94,8 @@ def test_the_activity_of_a_sparse_head():
     assert {name: float(value) for name, value in sparse_activity(sides).items()} == pytest.approx(
         {"sparse_active": 1.0, "sparse_empty": 0.5, "sparse_zero": 4 / 6}
     )
+    none = [Side({"sparse": Sparse(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3))})]
+    assert float(sparse_activity(none)["sparse_zero"]) == 1
 
 
 def test_a_dead_sparse_head_is_told_once(m3, caplog):

@@ -26,8 +26,8 @@ def poisoned(steps, number=math.nan, on_rank=0):
     """One number of the gradient of some steps is not finite, the loss is."""
     real = loop.run_step
 
-    def run_step(encode, tokens, parts, memory, extras, progress):
-        output = real(encode, tokens, parts, memory, extras, progress)
+    def run_step(encode, tokens, parts, memory, extras, progress, **how):
+        output = real(encode, tokens, parts, memory, extras, progress, **how)
         if progress.step in steps and rank() == on_rank:
             gradient = next(p.grad for p in encode.__self__.model.parameters() if p.grad is not None)
             getattr(gradient, "_local_tensor", gradient).view(-1)[0] = number

@@ -1,5 +1,7 @@
 """Whatever the memory, and on however many ranks, the gradient is the same."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from embedsmith.core.collectives import average_gradients, rank, world_size
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.reps import Dense
 from embedsmith.losses import CoSENT, InfoNCE, M3SelfDistillation, Matryoshka
-from embedsmith.train.step import Memory, run_step
+from embedsmith.train.step import Memory, evaluate_parts, run_step
 from tests.ranks import on_ranks
 from tests.train.tiny import WHOLE, TinyHeads, assert_same, gradients, pair_part, retrieval_part, together, tokens
 
@@ -104,6 +106,45 @@ def test_chunks_are_of_similar_length_and_only_the_overflow_is_replayed():
     assert sum(sizes) < 1.2 * length_N.sum()
 
 
+def test_at_least_one_chunk_keeps_its_graph_and_the_others_are_encoded_without_one():
+    """A budget below every chunk keeps the last all the same: replaying it would save nothing."""
+    graphs, model = [], TinyHeads()
+
+    def encode(texts, heads, rows):
+        graphs.append(torch.is_grad_enabled())
+        return model(texts, heads, rows)
+
+    memory = Memory(30, 1)
+    planned = memory.plan(make_part("dense")[0].length_N)
+    assert [chunk.keep for chunk in planned] == [False] * (len(planned) - 1) + [True]
+    output = run_step(encode, *make_part("dense"), memory)
+    assert graphs == [False] * (len(planned) - 1) + [True] + [True] * (len(planned) - 1)
+    assert output.replayed_chunks == len(planned) - 1
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_a_step_reports_holds_no_graph(head):
+    output, _ = reference(head)
+    numbers = [output.value, *(number for part in output.parts.values() for number in part.values())]
+    assert len(numbers) > 1
+    assert not any(number.requires_grad for number in numbers)
+
+
+def test_validation_draws_no_graph_and_weighs_its_parts():
+    model, graphs = TinyHeads(), []
+
+    def encode(texts, heads, rows):
+        graphs.append(torch.is_grad_enabled())
+        return model(texts, heads, rows)
+
+    texts, parts = together(retrieval_part(InfoNCE(temperature=0.1), weight=0.5), pair_part(CoSENT(), weight=2.0))
+    loss = evaluate_parts(encode, texts, parts, Memory(30), {}, Progress())
+    first, second = (reference(head)[0].value.item() for head in ("dense", "pairs"))
+    assert loss.item() == pytest.approx(0.5 * first + 2.0 * second, abs=1e-12)
+    assert len(graphs) > 2
+    assert not any(graphs)
+
+
 def test_two_parts_add_up_with_their_weights():
     model = TinyHeads()
     both = together(retrieval_part(InfoNCE(temperature=0.1), weight=0.5), pair_part(CoSENT(), weight=2.0))
@@ -158,6 +199,7 @@ def test_a_value_that_is_not_finite_is_named_before_any_gradient_is_touched():
             return {"dense": Dense(reps["dense"].vector_ND * float("nan"))}
 
     model = Broken()
-    with pytest.raises(TrainingError, match=r"step 3, source retrieval.*representation"):
+    with warnings.catch_warnings(), pytest.raises(TrainingError, match=r"^step 3, source retrieval.*representation"):
+        warnings.simplefilter("error")  # of a number that is read with its graph
         run_step(model, *retrieval_part(InfoNCE()), WHOLE, progress=Progress(3, 10))
     assert all(p.grad is None for p in model.parameters())

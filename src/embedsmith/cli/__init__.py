@@ -4,13 +4,14 @@ The tree's own verbs are light: each imports its room inside the function, so th
 user's package is looked for when it is called, so that installed packages do not slow down the others.
 """
 
+import inspect
 import io
 import logging
 import os
 import sys
 import traceback
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -18,7 +19,7 @@ from typer.core import TyperGroup
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import Entry, verbs
-from embedsmith.core.text_out import printable, without_secrets
+from embedsmith.core.text_out import PrintableLines, printable, without_secrets
 
 
 class Verbs(TyperGroup):
@@ -41,11 +42,22 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
 def command(entry: Entry[Any]) -> Any:
     """A function on the shelf as a command by itself."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    alone.command(entry.name)(entry.thing)
+    _add(alone, entry)
     return typer.main.get_command(alone)
+
+
+def _add(to: typer.Typer, entry: Entry[Any]) -> None:
+    """A verb's help is its docstring; a last paragraph `Example: embedsmith ...` stands below its options, in one
+    line however long, so that it can be copied."""
+    text, _, example = inspect.cleandoc(entry.thing.__doc__ or "").partition("\n\nExample: ")
+    epilog = f"\b\nExample:\n  {' '.join(example.split())}" if example else None
+    to.command(entry.name, help=text, epilog=epilog, context_settings=_HELP)(entry.thing)
 
 
 app = typer.Typer(
@@ -53,7 +65,7 @@ app = typer.Typer(
     cls=Verbs,
     help="Make a text-embedding model from start to finish.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=_HELP,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes around the help would double what it costs to show it
 )
@@ -61,15 +73,25 @@ _OF_SEVERAL = ("train", "mine", "run")
 """Verbs that share their work among the ranks of a launcher."""
 _OF_ONE = set()
 for _entry in verbs.entries(plugins=False):
-    app.command(_entry.name)(_entry.thing)
+    _add(app, _entry)
     _OF_ONE |= {_entry.name} - set(_OF_SEVERAL)
 
 
-class _Printable(logging.Formatter):
-    """Log lines as a terminal may get them."""
+def _version(wanted: bool) -> None:
+    if wanted:
+        from embedsmith import __version__
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(without_secrets(super().format(record)))
+        typer.echo(f"embedsmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make a text-embedding model from start to finish."""
 
 
 def main() -> None:
@@ -78,7 +100,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal's encoding lacks is no reason to end
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(message)s"))
+    handler.setFormatter(PrintableLines("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("embedsmith").setLevel(logging.INFO)
     sys.excepthook = _show_failure

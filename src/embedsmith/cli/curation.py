@@ -1,13 +1,13 @@
-"""The verb `curate`: what its arguments mean, and the models and evaluation sets that its steps ask for."""
+"""The verb `curate`: what its arguments mean."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from embedsmith.core.encoder import Encoder, Role
+from embedsmith.api.curation import curation_tools
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import apply_override, parse, read_tree
-from embedsmith.curate import CurateRecipe, EvaluationText, Report, Tools, curate
+from embedsmith.curate import CurateRecipe, Report, curate
 
 
 def run_curate(
@@ -18,8 +18,7 @@ def run_curate(
     Errors: `RecipeError` for arguments that are neither, and all that a curation raises.
     """
     recipe = parse(CurateRecipe, tree_of(source, more, steps), where=source if _is_recipe(source) else "curate")
-    tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, data))
-    return curate(recipe, tools, overwrite=overwrite)
+    return curate(recipe, curation_tools(data), overwrite=overwrite)
 
 
 def tree_of(source: str, more: Sequence[str], steps: Sequence[str]) -> dict[str, Any]:
@@ -54,37 +53,3 @@ def step_of(text: str) -> dict[str, Any]:
 
 def _is_recipe(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
-
-
-def load_encoder(path: str) -> tuple[Encoder, str]:
-    """A model, and its fingerprint."""
-    from embedsmith.models import load
-
-    model = load(path)
-    return model, model.fingerprint()
-
-
-def evaluation_texts(names: Sequence[str], data: str | None) -> Iterator[EvaluationText]:
-    """The texts of evaluation tasks, named as for `embedsmith evaluate`: texts of pairs and texts to classify count as
-    queries; what a classifier is fitted on does not count. Errors: `EvaluationError` for unknown names."""
-    from embedsmith.evaluate import load_task, split_names
-
-    for name in split_names(names):
-        for role, texts in _texts_of(load_task(name, data_dir=data), name):
-            yield from (EvaluationText(text, name, role) for text in texts)
-
-
-def _texts_of(task: Any, name: str) -> list[tuple[Role, Iterable[str]]]:
-    from embedsmith import evaluate as room
-
-    match task:
-        case room.LongDocumentTask():
-            return _texts_of(task.task, name)
-        case room.RetrievalTask() | room.RerankingTask():
-            return [("query", task.queries.values()), ("document", task.corpus.values())]
-        case room.STSTask() | room.PairClassificationTask():
-            return [("query", task.text1), ("query", task.text2)]
-        case room.ClassificationTask() | room.ClusteringTask():
-            return [("query", task.text)]
-        case _:
-            raise RecipeError(f"decontaminate cannot read the texts of {name!r} ({task.kind})")

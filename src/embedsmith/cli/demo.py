@@ -25,11 +25,11 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.outputs import Kind, claimed
 from embedsmith.core.progress import log
 from embedsmith.data import Source
-from embedsmith.evaluate import Results, evaluate, load_task
+from embedsmith.evaluate import Results
 from embedsmith.losses import CoSENT, InfoNCE
 from embedsmith.models import Embedder, ModelConfig, load
 from embedsmith.search import exact_top_k
-from embedsmith.train import Recipe, TrainConfig, train
+from embedsmith.train import EvaluateConfig, Recipe, TrainConfig, train
 
 QUESTION = "My neighbour wants to build right next to my garden. Does the council have to approve that first?"
 HELD_OUT = 0.3
@@ -118,7 +118,7 @@ class Demonstration:
 def demonstrate(
     output: Path, steps: int = 80, question: str = QUESTION, say: Callable[[str], None] = log.info, top: int = 20
 ) -> Demonstration:
-    """Prepare the texts, score the encoder, fine-tune it on both tasks, score it again, answer `question`.
+    """Prepare the texts, fine-tune the encoder on both tasks, scored before and after, answer `question`.
 
     Everything is written under `output`: the texts, the run, the model and report.json. A run already there is
     replaced. `say` is called with a line about each stage. Errors: `MissingExtraError` when the packages are missing.
@@ -135,23 +135,19 @@ def _demonstrate(output: Path, steps: int, question: str, say: Callable[[str], N
     encoder = encoder_folder()
     questions, papers = read_faq(), read_papers()
     files = prepare(output / "data", questions, papers)
-    tasks = [load_task(files.held_out_questions), load_task(files.held_out_scored)]
     passages = distinct(each.answer for each in questions)
 
     say(f"{len(questions)} questions with answers, {len(papers)} papers; three tenths of both are held out")
-    untuned = load(str(encoder))
-    before = evaluate(untuned, tasks, about={"model": "all-MiniLM-L6-v2"})
-    answers_before = best_passages(untuned, question, passages, top)
+    answers_before = best_passages(load(str(encoder)), question, passages, top)
 
-    say(f"training {steps} steps, retrieval and similarity in turn")
+    say(f"training {steps} steps, retrieval and similarity in turn; scored before the first and after the last")
     started = time.perf_counter()
     folder = train(recipe(encoder, files, output / "run", steps), overwrite=True)
     minutes = (time.perf_counter() - started) / 60
+    before, after = (Results.load(output / "run" / "evaluation" / f"{when}.json") for when in ("before", "after"))
 
-    say("scoring the trained model")
-    tuned = load(str(folder))
-    after = evaluate(tuned, tasks, about={"model": str(folder)})
-    answers_after = best_passages(tuned, question, passages, top)
+    say("asking the trained model")
+    answers_after = best_passages(load(str(folder)), question, passages, top)
     found = Demonstration(before, after, question, answers_before, answers_after, folder, minutes)
     with atomic_file(output / "report.json") as file:
         json.dump(found.as_dict(), file, indent=2, ensure_ascii=False)
@@ -167,6 +163,7 @@ def recipe(encoder: Path, files: Files, output: Path, steps: int) -> Recipe:
             Source(path=str(files.scored), task="sts", loss=CoSENT(temperature=0.05), batch_size=32),
         ),
         train=TrainConfig(steps=steps, learning_rate=5e-5, precision="auto", log_with=(), checkpoint_every=40),
+        evaluate=EvaluateConfig(tasks=(str(files.held_out_questions), str(files.held_out_scored))),
         output=str(output),
     )
 

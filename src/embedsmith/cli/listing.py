@@ -13,6 +13,7 @@ from embedsmith.core.batch import PairBatch, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import descriptions, did_you_mean, to_plain
 from embedsmith.core.shelf import SHELVES, Entry, Shelf, losses
+from embedsmith.core.shipped import shipped_recipes
 
 _BATCHES = {RetrievalBatch: "retrieval", PairBatch: "pairs"}
 
@@ -34,6 +35,15 @@ def all_shelves() -> Table:
     view = Table("kind", "names", title="the shelf", show_lines=True)
     for shelf in SHELVES:
         view.add_row(shelf.kind, Text(", ".join(_name(entry) for entry in shelf.entries())))
+    view.add_row("recipe", Text(", ".join(shipped_recipes())))
+    return view
+
+
+def recipes() -> Table:
+    """The recipes that ship: what each is typed as, the verb it is for, and what it does."""
+    view = Table("name", "verb", "what it is", title="shipped recipes", show_lines=True)
+    for one in shipped_recipes().values():
+        view.add_row(*map(Text, (one.name, one.verb, one.summary)))
     return view
 
 

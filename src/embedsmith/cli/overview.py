@@ -17,10 +17,12 @@ from rich.text import Text
 from embedsmith.core.collectives import world_size
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import Account
+from embedsmith.models.cut import Cut
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Lane
 from embedsmith.train.loop import Run, build, update
+from embedsmith.train.told import cut_at
 
 SAMPLED_STEPS = 8
 TIMED_STEPS = 2
@@ -29,7 +31,8 @@ TIMED_STEPS = 2
 @dataclass(frozen=True)
 class SourceOverview:
     """One source in the first epoch. `tokens` and `padded_tokens` are of all ranks; `seconds` is `None` if not timed;
-    `sampled` is the number of its steps that were tokenized."""
+    `sampled` is the number of its steps that were tokenized; `cut` what of its texts is cut at `max_length`, `None`
+    where only the reading of them tells."""
 
     name: str
     task: str
@@ -38,6 +41,7 @@ class SourceOverview:
     padded_tokens: int
     sampled: int
     seconds: float | None
+    cut: Cut | None = None
 
     @property
     def padding_share(self) -> float:
@@ -69,6 +73,7 @@ class Overview:
         ]
         again = [one for one in self.sources if one.account.drawn > one.account.seen]
         lines += [f"{one.name}: {one.account.drawn - one.account.seen:,} rows are seen again" for one in again]
+        lines += [f"{one.name}: {one.cut}" for one in self.sources if one.cut is not None]
         lines.append(f"an epoch: {self.steps:,} steps, {_clock(self.seconds)}; the run: {self.run_steps:,} steps")
         lines.append(f"({self.how})")
         return Group(table, *(Text(line) for line in lines))
@@ -105,7 +110,8 @@ def _sources(run: Run, lane: Lane) -> list[SourceOverview]:
         scale = account.steps * lane.world / max(len(drawn), 1)
         real, padded = (scale * sum(each) for each in zip(*(_tokens(run, one) for one in drawn), (0, 0), strict=True))
         name, task = supply.records.name, supply.records.task
-        found.append(SourceOverview(name, task, account, round(real), round(padded), len(drawn), None))
+        cut = cut_at(run.model, supply.records)
+        found.append(SourceOverview(name, task, account, round(real), round(padded), len(drawn), None, cut))
     return found
 
 

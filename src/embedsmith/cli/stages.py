@@ -107,13 +107,12 @@ def _mine(tree: dict[str, Any], where: str) -> Path:
 
 @stage_of("curate", ".jsonl")
 def _curate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.cli.curation import evaluation_texts, load_encoder
-    from embedsmith.curate import CurateRecipe, Tools, curate
+    from embedsmith.api.curation import curation_tools
+    from embedsmith.curate import CurateRecipe, curate
 
     recipe = parse(CurateRecipe, tree, where)
-    tools = Tools(encoder=load_encoder, evaluation=lambda names: evaluation_texts(names, None))
     join_ranks()
-    on_first_rank(lambda: curate(recipe, tools).output)
+    on_first_rank(lambda: curate(recipe, curation_tools()).output)
     return Path(recipe.output)
 
 
@@ -157,14 +156,14 @@ class EvaluateStage:
 
 @stage_of("evaluate", ".json")
 def _evaluate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.evaluate import evaluate, load_task
+    from embedsmith.evaluate import evaluate, load_tasks
     from embedsmith.models import load
 
     stage = parse(EvaluateStage, tree, where)
 
     def score() -> None:
         refuse_foreign_file(Path(stage.output), '"tasks": [')
-        tasks = [load_task(name, data_dir=stage.data, split=stage.split) for name in stage.tasks]
+        tasks = load_tasks(stage.tasks, data_dir=stage.data, split=stage.split)
         evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
 
     join_ranks()
@@ -174,7 +173,7 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
 
 def recipe_of(verb: str) -> type:
     """The class of a verb's recipe. Errors: `RecipeError` for a verb without one."""
-    from embedsmith.cli.tokenize import TokenizeJob
+    from embedsmith.api.tokenizing import TokenizeJob
     from embedsmith.curate import CurateRecipe
     from embedsmith.merge import MergeRecipe
     from embedsmith.mining import MineRecipe

@@ -302,6 +302,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Errors: `RecipeError` naming the file and the key, with the nearest known key.
     """
+    return parse(Recipe, recipe_tree(path, overrides), where=str(path))
+
+
+def recipe_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain tree of the same."""
     tree = read_tree(path)
     if "model_path" in tree:
         flat = {f.name for f in fields(Reference)}
@@ -318,4 +323,4 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides = [override for override in overrides if override not in old]
     for override in overrides:
         apply_override(tree, override)
-    return parse(Recipe, tree, where=str(path))
+    return tree

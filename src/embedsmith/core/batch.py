@@ -32,6 +32,7 @@ from embedsmith.core.collectives import (
     world_size,
 )
 from embedsmith.core.reps import Representation, Reps, Widths
+from embedsmith.core.transfer import to_device
 
 ABSENT = -1
 """The id of a slot that holds nothing: a missing positive or negative, a row added to make ranks equal."""
@@ -68,7 +69,7 @@ class Side:
     def beside(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Tensors by name, on the device of the representations."""
         device = next(iter(self.local.values())).tensors()[0].device
-        return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        return {name: None if tensor is None else to_device(tensor, device) for name, tensor in tensors.items()}
 
     def all(self, head: str) -> Any:
         """The representation of all ranks' rows, in rank order. A collective on its first call for a head."""
@@ -185,6 +186,11 @@ class RetrievalBatch(Batch, RetrievalIds):
 
     def sides(self) -> tuple[Side, ...]:
         return (self.query, self.document)
+
+    def with_own_candidates(self) -> RetrievalBatch:
+        """The same batch where this rank's queries meet its own documents and queries, and nothing is gathered. Unlike
+        in `alone`, means still go over the rows of all ranks."""
+        return replace(self, query=self.query.alone(), document=self.document.alone())
 
     @cached_property
     def document_id_K(self) -> Tensor:

@@ -118,9 +118,22 @@ def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
 def max_over_ranks(value: int, device: torch.device | str = "cpu", group: Group = None) -> int:
     if world_size(group) == 1:
         return value
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return int(tensor)
+    return int(highest_over_ranks(torch.tensor(value, device=device), group))
+
+
+def highest_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
+    """Each number's maximum over the ranks, left on its device: nobody waits for it."""
+    if world_size(group) == 1:
+        return tensor
+    highest = tensor.detach().clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return highest
+
+
+def agreed_by_hosts(value: int) -> int:
+    """The maximum over the ranks, by way of the hosts where they can talk: no device is waited for."""
+    nccl = world_size() > 1 and dist.get_backend() == "nccl"  # ranks that somebody else has joined
+    return max_over_ranks(value, torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu")
 
 
 def objects_of_all_ranks(value: Any, group: Group = None) -> list[Any]:

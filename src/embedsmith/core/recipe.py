@@ -7,6 +7,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from embedsmith.core.aliases import name_here, other_verb
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import kind_of, read_text
@@ -144,58 +146,101 @@ def _index(node: list[Any], key: str, override: str) -> int:
 
 
 def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
-    """Check a plain tree against a dataclass. All problems are reported at once."""
+    """Check a plain tree against a dataclass. All problems are reported at once; a recipe of another verb is named."""
     try:
         return TypeAdapter(schema).validate_python(tree)
     except ValidationError as error:
-        lines = [line for detail in error.errors() for line in _explain(detail, schema, ())]
+        fields = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set()
+        if isinstance(tree, dict) and fields and (verb := other_verb(tree, fields)):
+            fix = f"embedsmith {verb} {where}" if where.endswith((".yaml", ".yml", ".json")) else f"embedsmith {verb}"
+            raise RecipeError(f"this looks like a recipe of {verb}", where=where, fix=fix) from None
+        details = error.errors()
+        deeper = {tuple(detail["loc"][:-2]) for detail in details if len(detail["loc"]) > 2}
+        kept = [one for one in details if one["type"] != "string_type" or tuple(one["loc"][:-1]) not in deeper]
+        lines = [_explain(detail, schema, tree) for detail in kept]
         raise RecipeError("\n  ".join(lines), where=where) from None  # whose words repeat the input
 
 
-def _explain(detail: Any, schema: Any, prefix: tuple[Any, ...]) -> list[str]:
-    location = prefix + tuple(detail["loc"])
+def _explain(detail: Any, schema: Any, tree: Any) -> str:
+    location = tuple(detail["loc"])
+    known, held = _walk(schema, tree, location[:-1])
+    place = ".".join(str(part) for part in (*held, *location[-1:])) or "the recipe"
     cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ValidationError):  # a component's own fields, checked inside the registry
-        return [line for inner in cause.errors() for line in _explain(inner, cause.title, location)]
-    place = ".".join(str(part) for part in location) or "the recipe"
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(schema, tuple(detail["loc"])[:-1])
-        hint = did_you_mean(str(location[-1]), known)
-        return [f"{place}: unknown key{hint or (f'; known here: {chr(44).join(known)}' if known else '')}"]
+        name = str(location[-1])
+        return f"{place}: unknown key{_hint(name, known, schema)}"
     if detail["type"] in ("missing", "missing_argument"):
-        return [f"{place}: this key is required"]
+        return f"{place}: this key is required"
     if isinstance(cause, Exception):
-        return [f"{place}: {cause}"]
-    return [f"{place}: {detail['msg']} (got {detail['input']!r})"]
+        return f"{place}: {cause}"
+    return f"{place}: {detail['msg']} (got {detail['input']!r})"
 
 
-def _known_keys(schema: Any, location: tuple[Any, ...]) -> list[str]:
-    """The fields of the dataclass found by walking `location` down the type hints."""
-    if isinstance(schema, str):
-        found = (shelf.class_named(schema) for shelf in SHELVES)  # an error carries only the class's name
-        schema = next((cls for cls in found if cls is not None), None)
+def _hint(name: str, known: Sequence[str], schema: Any) -> str:
+    """What was meant by an unknown key: a name of another tool, a near one, or a key that belongs elsewhere."""
+    if here := name_here("key", name):
+        return f" (it is {here} here)"
+    if near := did_you_mean(name, known):
+        return near
+    if elsewhere := _place_of(name, schema, ()):
+        return f" (it belongs in {'.'.join(elsewhere[:-1])}: {'.'.join(elsewhere)})"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _place_of(name: str, schema: Any, path: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Where below a section a key of this name is, the highest first; of sections in lists none."""
+    hints = typing.get_type_hints(schema) if dataclasses.is_dataclass(schema) else {}
+    if path and name in hints:
+        return (*path, name)
+    below = [(key, found) for key, hint in hints.items() if len(found := _dataclasses_in(hint, lists=False)) == 1]
+    return next((at for key, found in below if (at := _place_of(name, found[0], (*path, key)))), None)
+
+
+def _walk(schema: Any, tree: Any, location: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """The keys known at a place of a recipe, and the place itself, without the names that pydantic gives to the choices
+    of a union."""
+    held: list[Any] = []
     for part in location:
-        options = _dataclasses_in(schema)
-        if options and isinstance(part, str):
-            hints = typing.get_type_hints(options[0], include_extras=False)
-            schema = hints.get(part)
-    return sorted({f.name for option in _dataclasses_in(schema) for f in dataclasses.fields(option)})
+        inside = isinstance(tree, Mapping) and part in tree
+        if not inside and not (isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree)):
+            continue
+        tree = tree[part]
+        held.append(part)
+        if isinstance(part, str):
+            options = [hints for one in _dataclasses_in(schema) if part in (hints := _hints(one))]
+            schema = options[0][part] if options else None
+        schema = _component(schema, tree) or schema
+    return sorted({f.name for option in _dataclasses_in(schema) for f in dataclasses.fields(option)}), held
 
 
-def _dataclasses_in(hint: Any) -> list[type]:
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _component(hint: Any, value: Any) -> type | None:
+    """The class of the component that a value names, where a shelf stands in the hint."""
+    name = value.get("type") if isinstance(value, Mapping) else None
+    shelf = next((shelf for shelf in SHELVES if shelf in _extras(hint)), None)
+    if shelf is None or not isinstance(name, str):
+        return None
+    with suppress(RecipeError):
+        thing = shelf.get(name)
+        return thing if isinstance(thing, type) else None
+    return None
+
+
+def _extras(hint: Any) -> list[Any]:
+    """What is annotated in a hint, inside of containers too."""
+    here = list(getattr(hint, "__metadata__", ()))
+    return here + [extra for part in typing.get_args(hint) for extra in _extras(part)]
+
+
+def _dataclasses_in(hint: Any, lists: bool = True) -> list[type]:
     if dataclasses.is_dataclass(hint):
         return [hint] if isinstance(hint, type) else []
-    if typing.get_origin(hint) in (
-        typing.Union,
-        types.UnionType,
-        list,
-        tuple,
-        dict,
-        typing.Annotated,
-        Sequence,
-        Mapping,
-    ):
-        return [found for argument in typing.get_args(hint) for found in _dataclasses_in(argument)]
+    origins: tuple[Any, ...] = (typing.Union, types.UnionType, typing.Annotated)
+    if typing.get_origin(hint) in (*origins, *((list, tuple, dict, Sequence, Mapping) if lists else ())):
+        return [found for argument in typing.get_args(hint) for found in _dataclasses_in(argument, lists)]
     return []
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from embedsmith.core.aliases import name_here
 from embedsmith.core.errors import EmbedsmithError, RecipeError
 from embedsmith.core.settings import descriptions, did_you_mean, is_plain, section, to_plain
 
@@ -98,19 +99,16 @@ class Shelf(Generic[T]):
         for _ in self._loading():
             if name in self._entries:
                 return self._entries[name]
-        known = self.names()
+        known, here = self.names(), name_here(self.kind, name)
         raise RecipeError(
-            f"unknown {self.kind} {name!r}{did_you_mean(name, known)}", expected=f"one of {', '.join(known)}"
+            f"unknown {self.kind} {name!r}{'' if here else did_you_mean(name, known)}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"use {here}" if here else None,
         )
 
     def get(self, name: str) -> T:
         """Errors: `RecipeError` for an unknown name, with the nearest known one."""
         return self.entry(name).thing
-
-    def class_named(self, class_name: str) -> type | None:
-        """The component whose class has this name, among those registered so far."""
-        things = (entry.thing for entry in self._entries.values())
-        return next((one for one in things if isinstance(one, type) and one.__name__ == class_name), None)
 
     def _loading(self) -> Iterator[None]:
         """Import one place after the other; the user's packages last."""
@@ -128,9 +126,12 @@ class Shelf(Generic[T]):
         if isinstance(value, str):
             value = {"type": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+            keys = list(value) if isinstance(value, Mapping) else []
+            near = next((key for key in keys if key in ("name", "method") or did_you_mean(str(key), ["type"])), None)
             raise RecipeError(
                 f"{value!r} is not a {self.kind}",
                 expected=f"a name, or a mapping with a `type` key naming a {self.kind}",
+                fix=f"write type: {value[near]} in the place of {near}: {value[near]}" if near else None,
             )
         arguments = {key: item for key, item in value.items() if key != "type"}
         from pydantic import TypeAdapter
@@ -227,7 +228,7 @@ poolings: Shelf[Any] = Shelf("pooling", "embedsmith.models.pooling")
 heads: Shelf[Any] = Shelf("head", "embedsmith.models.heads", "embedsmith.pretrain")
 merge_methods: Shelf[Any] = Shelf("merge method", "embedsmith.merge.methods", "embedsmith.calibrate")
 file_kinds: Shelf[Any] = Shelf("file kind", "embedsmith.data.formats.files")
-layouts: Shelf[Any] = Shelf("column layout", "embedsmith.data.formats.columns")
+layouts: Shelf[Any] = Shelf("column layout", "embedsmith.data.formats.columns", "embedsmith.data.formats.common")
 task_kinds: Shelf[Any] = Shelf("task kind", "embedsmith.evaluate.tasks")
 metrics: Shelf[Any] = Shelf("metric", "embedsmith.evaluate.metrics")
 searchers: Shelf[Any] = Shelf("searcher", "embedsmith.mining.searchers")

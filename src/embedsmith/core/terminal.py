@@ -1,5 +1,6 @@
 """The terminal: whatever is printed passes here, so that no text from outside is read as markup or as a command."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,3 +30,25 @@ class Terminal(Console):
 def show(what: RenderableType, **options: Any) -> None:
     """Print a table or another thing of rich."""
     Terminal().print(what, **options)
+
+
+def text_of(what: RenderableType, width: int = 120) -> str:
+    """A table or another thing of rich as plain text, for logs and for Python."""
+    console = Terminal(width=width, color_system=None, force_terminal=False, force_jupyter=False)
+    with console.capture() as captured:
+        console.print(what)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
+
+
+class Printed(ABC):
+    """A result that prints as its table: by `print`, at the end of a notebook's cell, and in a session."""
+
+    @abstractmethod
+    def table(self) -> RenderableType:
+        """What is shown."""
+
+    def __str__(self) -> str:
+        return text_of(self.table())
+
+    def __repr__(self) -> str:
+        return str(self)

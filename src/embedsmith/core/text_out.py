@@ -3,6 +3,7 @@
 Imported by the errors, and so by `--help`: nothing heavy.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -61,3 +62,10 @@ def without_secrets(text: str) -> str:
     if "://" in text:
         text = _QUERY.sub(rf"\1{_HIDDEN}", _USER.sub(_HIDDEN, text))
     return text
+
+
+class PrintableLines(logging.Formatter):
+    """Log lines as a terminal may get them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(without_secrets(super().format(record)))

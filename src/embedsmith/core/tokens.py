@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from embedsmith.core.transfer import to_device
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -57,8 +59,8 @@ class TokenBatch:
         id_NT = np.full(mask_NT.shape, pad_id, dtype=np.int64)
         id_NT[mask_NT] = self.id_S[place_NT[mask_NT]]
         body_NT = mask_NT & (place_NT >= start_N1 + body_N1)
-        arrays = (id_NT, mask_NT, body_NT, is_query_N)
-        return PaddedTokens(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        arrays = (id_NT, mask_NT, body_NT, is_query_N, np.flatnonzero(mask_NT))
+        return PaddedTokens(*(to_device(array, device) for array in arrays))
 
     @staticmethod
     def concatenate(parts: Sequence[TokenBatch]) -> TokenBatch:
@@ -82,12 +84,26 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class PaddedTokens:
-    """One rectangular chunk, ready for a model: `mask_NT` marks real tokens, `body_NT` those after the instruction."""
+    """One rectangular chunk, ready for a model: `mask_NT` marks real tokens, `body_NT` those after the instruction.
+
+    `known_place_S`: what `place_S` gives, where it was counted on the host: a GPU is then not waited for.
+    """
 
     id_NT: Tensor
     mask_NT: Tensor
     body_NT: Tensor
     is_query_N: Tensor
+    known_place_S: Tensor | None = None
+
+    @property
+    def place_S(self) -> Tensor:
+        """The real tokens of all texts one after the other: `text * T + column` of each."""
+        return self.mask_NT.flatten().nonzero()[:, 0] if self.known_place_S is None else self.known_place_S
+
+    def spread(self, value_S: Tensor) -> Tensor:
+        """Values [S, ...] of the real tokens in the rows of the chunk, [N, T, ...]; zeros at the padding."""
+        flat = value_S.new_zeros(self.mask_NT.numel(), *value_S.shape[1:])
+        return flat.index_copy(0, self.place_S, value_S).view(*self.mask_NT.shape, *value_S.shape[1:])
 
 
 def chunk_rows(

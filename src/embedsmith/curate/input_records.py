@@ -14,7 +14,7 @@ from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import Count, Finite, section
 from embedsmith.curate.ledger import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, read_page, row_pairs
-from embedsmith.data.formats.columns import Extent, Range, check_range, known_layouts, rescaled
+from embedsmith.data.formats.columns import Extent, Range, Tier, check_range, known_layouts, rescaled
 from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.formats.texts import read_texts
@@ -95,7 +95,8 @@ class InputRecords:
             return "records"
         rows = open_source(self.input.source(self.paths[0])).rows
         row = next((row for _, row in rows if not isinstance(row, RowError)), {})
-        if any(layout.fits(row) for own in (True, False) for layout in known_layouts(own)):
+        tiers: tuple[Tier, ...] = ("own", "packages")  # what is common may be a structure to make pairs of
+        if any(layout.fits(row) for tier in tiers for layout in known_layouts(tier)):
             return "records"
         if self.wants_documents and "text" in row:
             return "documents"
@@ -125,10 +126,10 @@ class InputRecords:
             for line, row in rows.rows:
                 if isinstance(row, RowError):
                     continue
-                reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
-                if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
-                    break
                 try:
+                    reading = reading or reading_of(row, source, rows, f"{rows.path}:{line}")
+                    if not {"label", "positive_scores", "negative_scores"} & set(reading.layout.known.values()):
+                        break
                     record = reading.record(row)
                 except RowError:
                     continue
@@ -208,10 +209,10 @@ class InputRecords:
             source = self.input.source(path)
             rows, reading = open_source(source), None
             for line, row in self._sound(rows):
-                if reading is None:
-                    reading = reading_of(dict(row), source, rows, path)
-                    reading = replace(reading, labels=dict(number), left_out=empty)
                 try:
+                    if reading is None:
+                        reading = reading_of(dict(row), source, rows, path)
+                        reading = replace(reading, labels=dict(number), left_out=empty)
                     record = reading.record(row)
                     if reading.left_out:
                         self.ledger.notes["slots left out"] = dict(reading.left_out)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.shelf import curation_steps
+from embedsmith.core.terminal import Printed
 from embedsmith.curate.ledger import Departure, Ledger
 
 Left = dict[str, dict[str, Any]]
@@ -47,8 +48,8 @@ class StepReport:
         return ", ".join(f"{reason} {left['count']:,}" for reason, left in self.left.items())
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Printed):
     """A whole curation. `key` names recipe and input; `output_bytes` tells whether the output is still this one."""
 
     key: str

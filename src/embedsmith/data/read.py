@@ -25,14 +25,15 @@ def read_source(source: Source) -> RecordSet[Text]:
     """
     if source.streaming:
         return stream_source(source)
-    path = local_path(source.path)
-    if is_token_cache(path):
+    path = None if source.rows is not None else local_path(source.path)
+    if path is not None and is_token_cache(path):
         return read_tokens(source)
-    if path.exists():
+    if path is not None and path.exists():
         files, version, rows = files_of(path), None, None
         size = weight(files)
     else:
-        refuse_vanished(source)
+        if path is not None:
+            refuse_vanished(source)
         rows = open_source(source)
         files, version, size = {}, rows.version, rows.size
     if (rows is not None and version is None) or not belongs_on_disk(source, size):
@@ -176,7 +177,8 @@ class _Pass:
             parts[0] + "".join(f"\n  and {part}" for part in parts[1:]),
             where=first.where,
             expected=first.expected,
-            fix=f"{first.fix or 'correct the row'}; or leave such rows out with on_error: skip",
+            fix=f"{first.fix or 'correct the row'}; or leave such rows out with on_error: skip beside its path "
+            "(typed: data.N.on_error=skip, N its place from 0)",
         )
 
     def _range(self, declared: Range | None) -> tuple[Range | None, str]:

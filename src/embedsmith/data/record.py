@@ -192,12 +192,15 @@ def _faults(record: Record) -> Iterator[RowError]:
     yield from value_faults(record)
 
 
+_NO_SCORE = "give every pair a score, or declare `task: retrieval` (typed: data.N.task=retrieval, N its place from 0)"
+
+
 def value_faults(record: Record[Any]) -> Iterator[RowError]:
     """What is wrong with a record besides its texts, which may be tokens: positives, scores, the label."""
     if record.task in ("retrieval", "sts") and not record.positives:
         yield RowError("no positives", fix="give the row at least one positive text, or remove it")
     if record.task == "sts" and (record.positive_scores is None or None in record.positive_scores):
-        yield RowError("no score for an sts pair", fix="give every pair a score, or declare `task: retrieval`")
+        yield RowError("no score for an sts pair", fix=_NO_SCORE)
     if record.task in ("classification", "clustering") and record.label is None and not record.positives:
         yield RowError("neither a label nor positives", fix="give the row a label")
     if record.label is not None and not -(2**63) <= record.label < 2**63:

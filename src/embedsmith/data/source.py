@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Generic, Literal, cast
+from typing import Annotated, Any, Generic, Literal, cast
 
 from pydantic import Field
 
 from embedsmith.core.batch import Loss
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import Count, Finite, Share, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.columns import Range, Reading, choose_layout
 from embedsmith.data.formats.datasets import beir_rows, hub_rows, is_beir_folder
 from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
+from embedsmith.data.formats.memory import HeldRows, held_rows
 from embedsmith.data.record import OneByOne, Record, T, Task, Text
 
 Format = Annotated[str, Name(layouts)]
@@ -33,7 +34,9 @@ class Source:
     """One source of training or validation records. Everything but `path` can be left out.
 
     - `path`: a file (.jsonl, .json, .csv, .tsv, .parquet; text kinds also .gz), a BEIR folder, a saved dataset, or
-      the id of a dataset on the Hugging Face hub (`owner/name`);
+      the id of a dataset on the Hugging Face hub (`owner/name`); of `rows`, what messages call them;
+    - `rows`: from Python, in place of a file: a list of dicts, or a `datasets.Dataset`; columns are found by their
+      names as in a file;
     - `task`: what its records are for; `None` infers it from the columns;
     - `name`: what the source is called in logs and reports; `None` is the file's name;
     - `format`: the layout of its columns; `None` finds it by their names;
@@ -61,7 +64,8 @@ class Source:
     Errors: `RecipeError` for a format that is not known.
     """
 
-    path: str
+    path: str = ""
+    rows: Any = None
     task: Task | None = None
     name: str | None = None
     format: Format | None = None
@@ -87,6 +91,13 @@ class Source:
     def __post_init__(self) -> None:
         if self.format is not None:
             layouts.entry(self.format)
+        if self.rows is not None:
+            object.__setattr__(self, "rows", held_rows(self.rows))
+            object.__setattr__(self, "path", self.path or self.rows.name)
+        elif not self.path:
+            raise RecipeError(
+                "a source has no path", fix="name its file: path: pairs.jsonl, or data.0.path=pairs.jsonl"
+            )
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,10 @@ def source_name(source: Source) -> str:
 
 
 def open_source(source: Source) -> Rows:
-    """The rows of whatever `path` names. Errors: `DataError`."""
+    """The rows of whatever `path` names, or those in memory. Errors: `DataError`."""
+    if source.rows is not None:
+        held: HeldRows = source.rows
+        return held.opened(source.path, source.split)
     if source.path.startswith(_HUB):
         return hub_rows(source.path.removeprefix(_HUB), source.split)
     path = local_path(source.path)

@@ -52,6 +52,8 @@ def stream_source(source: Source) -> RecordSet:
     fingerprint is that of the files (footers of Parquet files), not of every record.
     Errors: `DataError` as in `open_blocks`, or for an empty stream.
     """
+    if source.rows is not None:
+        raise DataError("rows in memory are not streamed", where=source.path, fix="leave streaming out")
     blocks = open_blocks(source.path, source.split, source.limit)
     rows = min(sum(blocks.sizes), source.limit or sum(blocks.sizes))
     if rows == 0:
@@ -59,9 +61,9 @@ def stream_source(source: Source) -> RecordSet:
     first = next(block for block, size in enumerate(blocks.sizes) if size)
     try:
         head = dict(blocks.read(first)[0])
+        reading = reading_of(head, source, Rows(source.path, ()), blocks.place(first, 0))
     except RowError as error:
         raise error.at(blocks.place(first, 0)) from error
-    reading = reading_of(head, source, Rows(source.path, ()), blocks.place(first, 0))
     return RecordSet(
         name=source_name(source),
         task=reading.task,

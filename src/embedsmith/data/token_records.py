@@ -106,7 +106,7 @@ def _chosen(manifest: Manifest, source: Source, folder: Path) -> DatasetFacts:
             "several datasets" if source.split is None and names else f"no dataset {source.split!r}",
             where=folder,
             expected=f"one of those in its manifest: {', '.join(names) or 'none'}",
-            fix="set split to one of them",
+            fix=f"set split to one of them (typed: data.N.split={next(iter(names), 'NAME')}, N its place from 0)",
         )
     facts = manifest.datasets[name]
     if facts.task not in TASKS:

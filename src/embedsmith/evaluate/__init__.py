@@ -2,7 +2,7 @@
 
 from embedsmith.evaluate.result import Example, Results, TaskResult
 from embedsmith.evaluate.run import evaluate
-from embedsmith.evaluate.tasks.kinds import Task, data_folder, known_tasks, load_task, split_names
+from embedsmith.evaluate.tasks.kinds import Task, data_folder, known_tasks, load_task, load_tasks, split_names
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
 from embedsmith.evaluate.tasks.pairs import PairClassificationTask, STSTask
 from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RerankingTask, RetrievalTask, across_languages
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "known_tasks",
     "load_task",
+    "load_tasks",
     "score_heads",
     "score_widths",
     "split_names",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from embedsmith.core.errors import EvaluationError
+from embedsmith.core.terminal import Printed
 from embedsmith.evaluate.metrics import Floats, average_precision
 from embedsmith.evaluate.result import Results, TaskResult, finite_or_none, percent, short_names
 
@@ -149,8 +150,8 @@ def _choices(result: TaskResult, samples: int, seed: int) -> npt.NDArray[np.int6
     return np.random.default_rng(seed).integers(0, count, (samples, count))
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Printed):
     """Results of several models on the same tasks; the first model is the one the others are measured against."""
 
     models: tuple[str, ...]

@@ -16,6 +16,7 @@ from rich.table import Table
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
+from embedsmith.core.terminal import Printed
 from embedsmith.evaluate.metrics import added_metrics
 
 ItemValues = npt.NDArray[np.float64]
@@ -138,8 +139,8 @@ class _StoredResult:
     examples: list[_StoredExample] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Results(Sequence[TaskResult]):
+@dataclass(frozen=True, repr=False)
+class Results(Printed, Sequence[TaskResult]):
     """The results of several tasks, in the order they were asked for. `about` describes the model and the run."""
 
     tasks: tuple[TaskResult, ...]

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embedsmith.core.collectives import ALONE, Group, rank
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import EvaluationError
@@ -64,7 +66,15 @@ def _scored(task: Task, reader: Reader, cache: ResultCache | None) -> TaskResult
         result = reader.together(lambda: cache.find(task) if first else None)[0]
     if result is None:
         started = time.perf_counter()
-        result = replace(task.evaluate(reader), seconds=time.perf_counter() - started)
+        try:
+            result = replace(task.evaluate(reader), seconds=round(time.perf_counter() - started, 3))
+        except torch.OutOfMemoryError as error:
+            raise EvaluationError(
+                f"out of memory ({str(error).splitlines()[0]})",
+                where=f"task {task.name}",
+                fix="lower model.max_length, or leave the task out of evaluate.tasks and score the checkpoints "
+                "by themselves (embedsmith evaluate)",
+            ) from error
         if cache is not None and first:
             cache.write(task, result)
     for note in result.notes:

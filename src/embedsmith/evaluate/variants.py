@@ -24,6 +24,7 @@ from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
+from embedsmith.core.terminal import Printed
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Graded, Ranking, ndcg, spearman
 from embedsmith.evaluate.result import Results, percent
@@ -32,7 +33,7 @@ from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.pairs import STSTask
 from embedsmith.evaluate.tasks.ranking import RetrievalTask
 from embedsmith.search.cached import CachedEncoder
-from embedsmith.search.exact import top_of_block
+from embedsmith.search.exact import on_device, search_device, top_of_block
 from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
 
 FULL = "full"
@@ -46,8 +47,8 @@ DEV_QUERIES = 500
 Weights = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class HeadScores:
+@dataclass(frozen=True, repr=False)
+class HeadScores(Printed):
     """Results by column (heads, in the order of the paper's tables, or widths), and the weights of each column's
     heads."""
 
@@ -185,8 +186,11 @@ def _dev_scores(encoder: Encoder, task: Task, heads: Sequence[str]) -> _Ranking 
     score_HQK = []
     for reader in readers:  # a head alone as a hybrid, which is scored in blocks that bound memory
         query = Hybrid((reader.all(asked, role="query", task="retrieval", label=f"{task.name} queries"),), (1.0,))
-        pieces = reader.pieces(texts, role="document", task="retrieval", label=f"{task.name} corpus")
-        score_HQK.append(torch.cat([query.scores(Hybrid((piece,), (1.0,)))[0] for piece in pieces], dim=1))
+        device = search_device(query)
+        left, blocks = on_device(query, device), []
+        for piece in reader.pieces(texts, role="document", task="retrieval", label=f"{task.name} corpus"):
+            blocks.append(left.scores(on_device(Hybrid((piece,), (1.0,)), device))[0].cpu())
+        score_HQK.append(torch.cat(blocks, dim=1))
     return _Ranking(task, query_ids, document_ids, torch.stack(score_HQK))
 
 

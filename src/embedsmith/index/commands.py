@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError, SearchError
 from embedsmith.core.outputs import claimed
 from embedsmith.core.recipe import parse_value
+from embedsmith.core.terminal import Printed
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
-from embedsmith.index.index import Hit, Written, open_index, read_documents
+from embedsmith.index.index import Document, Hit, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
 from embedsmith.models import Embedder, load
 
@@ -47,34 +48,54 @@ class Place:
         return EdgeStore(self.folder, read_only=read_only)
 
 
-def run_index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
-    """Index the documents of a file or BEIR folder; what is there unchanged is left alone. Gives the size, too.
+def run_index(
+    model: str | Embedder,
+    documents: str | Sequence[Document],
+    place: Place,
+    heads: Sequence[str] | None,
+    batch: int,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Written, int]:
+    """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone. Gives the
+    size, too. `options`: of `load`, for a model by its path.
 
-    The documents are read twice: what is wrong with them is an error before anything is encoded.
+    A file is read twice: what is wrong with it is an error before anything is encoded.
     """
     refuse_launcher("index", "start it once, without the launcher")
     with nullcontext() if place.folder is None else claimed(place.folder, "index"):
-        return _index(model, documents, place, heads, batch)
+        return _index(model, documents, place, heads, batch, options or {})
 
 
-def _index(model: str, documents: str, place: Place, heads: Sequence[str] | None, batch: int) -> tuple[Written, int]:
-    total = sum(1 for _ in read_documents(documents))
+def _index(
+    model: str | Embedder,
+    documents: str | Sequence[Document],
+    place: Place,
+    heads: Sequence[str] | None,
+    batch: int,
+    options: Mapping[str, Any],
+) -> tuple[Written, int]:
+    def read() -> Iterator[Document]:
+        return read_documents(documents) if isinstance(documents, str) else iter(documents)
+
+    total = sum(1 for _ in read())
     if total == 0:
-        raise DataError("no document in this file", where=documents, expected="at least one row with an id and a text")
-    encoder = load(model)
+        where = documents if isinstance(documents, str) else None
+        raise DataError("no document in this file", where=where, expected="at least one row with an id and a text")
+    encoder = load(model, **options) if isinstance(model, str) else model
     store = place.open()
     try:
         fresh = store.settings() is None
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
-        place_of_model = os.path.realpath(model) if os.path.exists(model) else model
+        name = model if isinstance(model, str) else ""
+        place_of_model = os.path.realpath(name) if os.path.exists(name) else name
         index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
-        return index.add(read_documents(documents), batch=batch, total=total), len(index)
+        return index.add(read(), batch=batch, total=total), len(index)
     finally:
         store.close()
 
 
-@dataclass(frozen=True)
-class FoundHits:
+@dataclass(frozen=True, repr=False)
+class FoundHits(Printed):
     """The hits of one query, and how each came about where that was asked for."""
 
     query: str
@@ -121,17 +142,19 @@ def run_search(
     queries: Sequence[str],
     k: int = 10,
     *,
-    model: str | None = None,
+    model: str | Embedder | None = None,
     weights: Mapping[str, float] | None = None,
     rrf: bool = False,
     candidates: int = 100,
     filter: Filter | None = None,
     explained: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).
 
-    `model`: a new place of the model that made the index. `weights`: of the heads (`None`: M3's). `rrf`: fuse ranks
-    instead of scores. `explained`: say which tokens matched. Errors: `SearchError` for no query and no index.
+    `model`: a new place of the model that made the index, or that model. `weights`: of the heads (`None`: M3's).
+    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. `options`: of `load`, those that the
+    index was made with. Errors: `SearchError` for no query and no index.
     """
     if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
@@ -144,8 +167,8 @@ def run_search(
                 where=place.folder or place.url,
                 fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER",
             )
-        encoder = load(model or settings["model"])
-        index = open_index(encoder, store, model=model or "")
+        encoder = model if isinstance(model, Embedder) else _loaded(model, settings["model"], options or {})
+        index = open_index(encoder, store, model=model if isinstance(model, str) else "")
         fusion: Fusion | None = None if weights is None else WeightedSum(weights)
         if rrf:
             fusion = ReciprocalRank(weights or dict.fromkeys(index.heads, 1.0))
@@ -157,6 +180,13 @@ def run_search(
         return [FoundHits(*found) for found in zip(queries, hits, reasons, strict=True)]
     finally:
         store.close()
+
+
+def _loaded(given: str | None, kept: str, options: Mapping[str, Any]) -> Embedder:
+    """Errors: `SearchError` for an index of a model in memory, which has no place to load it from."""
+    if not given and not kept:
+        raise SearchError("this index was made by a model in memory", fix="name the model, or its folder: model=...")
+    return load(given or kept, **options)
 
 
 def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> HitExplanation:

@@ -139,9 +139,9 @@ def vectors_of(reps: Reps, count: int) -> list[dict[str, Vector]]:
     for head, rep in reps.items():
         rows: Iterable[Vector | None]
         if isinstance(rep, Dense):
-            rows = rep.vector_ND.float().tolist()
+            rows = rep.vector_ND.tolist()
         elif isinstance(rep, MultiVector):
-            pairs = zip(rep.vector_NTD.float(), rep.mask_NT, strict=True)
+            pairs = zip(rep.vector_NTD, rep.mask_NT, strict=True)
             rows = (vector_TD[mask_T].tolist() or None for vector_TD, mask_T in pairs)
         else:
             assert isinstance(rep, Sparse)

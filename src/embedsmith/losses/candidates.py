@@ -24,11 +24,20 @@ from torch.utils.checkpoint import checkpoint
 from embedsmith.core.batch import ABSENT, RetrievalBatch, Side
 from embedsmith.core.collectives import rank
 from embedsmith.core.reps import Representation, Widths
+from embedsmith.core.settings import Word
 
 R = TypeVar("R")
 
 NEVER = -1e30
 """The logit of a candidate that does not count. Finite, so that a row without candidates has no NaN gradient."""
+
+
+CrossDevice = bool | tuple[Word, ...]
+"""Whether candidates are those of all ranks: for every head, for none, or for the heads that are named."""
+
+
+def crosses(cross_device: CrossDevice, head: str) -> bool:
+    return cross_device if isinstance(cross_device, bool) else head in cross_device
 
 
 def rows_of(id_X: Tensor, id_K: Tensor) -> Tensor:

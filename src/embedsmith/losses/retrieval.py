@@ -21,9 +21,11 @@ from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import (
     NEVER,
     Candidates,
+    CrossDevice,
     Negatives,
     Relation,
     cross_entropy,
+    crosses,
     in_blocks,
     masked_logsumexp,
     mean_over_slots,
@@ -68,6 +70,9 @@ class InfoNCE(Loss):
     hardness_weight: add so many times s (without gradient) to the logits of negatives (EmbeddingGemma: 5).
     hardness_on: which negatives that is: the `hard` ones, the `in_batch` ones, or `all`.
     focal_gamma: weigh query i by (1 - P_i)^gamma with P_i = e^{-L_i}, weights divided by their mean (KaLM v2: 0.5).
+    cross_device: whether the candidates are those of all ranks, which is the default; `false`: a rank's own, as if its
+        rows were a batch of their own; or a list of heads whose candidates are those of all ranks, for a loss that is
+        used on several. Means go over the rows of all ranks in any case.
     learn_temperature: train log t.
     temperature_name: the name of the learned temperature; losses of one name share it.
 
@@ -90,6 +95,7 @@ class InfoNCE(Loss):
     hardness_weight: NotNegative = 0.0
     hardness_on: Literal["hard", "in_batch", "all"] = "hard"
     focal_gamma: NotNegative = 0.0
+    cross_device: CrossDevice = True
     learn_temperature: bool = False
     temperature_name: Word = "temperature"
     block_size: Count | None = None
@@ -105,6 +111,8 @@ class InfoNCE(Loss):
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
+        if not crosses(self.cross_device, self.head):
+            batch = batch.with_own_candidates()
         output = self._one_way(batch)
         if not self.symmetric:
             return output

@@ -1,5 +1,6 @@
 """M3-Embedding's joint objective: three heads, their weighted ensemble, and the ensemble as teacher of each head."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -10,7 +11,16 @@ from embedsmith.core.batch import Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import Count, Positive, Range, Weights, name_of
 from embedsmith.core.shelf import losses
-from embedsmith.losses.candidates import NEVER, Candidates, cross_entropy, in_blocks, mean_over_slots
+from embedsmith.losses.candidates import (
+    NEVER,
+    Candidates,
+    CrossDevice,
+    cross_entropy,
+    crosses,
+    in_blocks,
+    mean_over_slots,
+)
+from embedsmith.losses.retrieval import InfoNCE
 
 
 @losses.register(
@@ -32,11 +42,16 @@ class M3SelfDistillation(Loss):
     `ramp_steps` it is (1 - a) L + a L' instead, where a grows over so many steps from 0 to 1/2. Steps are optimizer
     steps, so a resumed run goes on where it was.
 
-    Every head's candidates come from all ranks (the published code gathers the dense head only).
+    Every head's candidates come from all ranks unless `cross_device` says otherwise; the published code gathers the
+    dense head only, which is `cross_device: [dense]`.
 
     temperature: the temperature t of student and teacher.
     weights: each head's weight w_h in the ensemble; any heads of the model.
     lambdas: each head's weight l_h in the loss; the same heads as in `weights`.
+    cross_device: whether candidates are those of all ranks, which is the default; `false`: a rank's own, as if its rows
+        were a batch of their own; or a list of the heads whose L_h has the candidates of all ranks. Then the other
+        heads, the ensemble and what it teaches have a rank's own, and the representations of the other heads never
+        leave their rank. Means go over the rows of all ranks in any case.
     start_step: the optimizer step from which on the ensemble teaches; from the first by default.
     ramp_steps: optimizer steps over which the teaching grows to its full share; at once by default.
 
@@ -52,6 +67,7 @@ class M3SelfDistillation(Loss):
     lambdas: Weights = field(default_factory=lambda: {"dense": 1.0, "sparse": 0.1, "multivector": 1.0})
     start_step: Annotated[int, Range(ge=0)] = 0
     ramp_steps: Annotated[int, Range(ge=0)] = 0
+    cross_device: CrossDevice = True
     mask_false_negatives: bool = True
     block_size: Count | None = None
 
@@ -62,12 +78,27 @@ class M3SelfDistillation(Loss):
                 where=name_of(self),
                 expected="the same heads",
             )
+        if not isinstance(self.cross_device, bool) and (unknown := set(self.cross_device) - set(self.weights)):
+            raise RecipeError(
+                f"cross_device names {', '.join(sorted(unknown))}",
+                where=name_of(self),
+                expected=f"heads of this loss: {', '.join(self.weights)}",
+            )
 
     def heads(self) -> frozenset[str]:
         return frozenset(self.weights)
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
+        crossing = [head for head in self.weights if crosses(self.cross_device, head)]
+        if len(crossing) == len(self.weights):
+            return self._together(batch, {})
+        masked, size = self.mask_false_negatives, self.block_size
+        alone = [InfoNCE(self.temperature, head, mask_false_negatives=masked, block_size=size) for head in crossing]
+        return self._together(batch.with_own_candidates(), {loss.head: loss(batch).value_W for loss in alone})
+
+    def _together(self, batch: RetrievalBatch, contrasts: Mapping[str, Tensor]) -> LossOutput:
+        """All terms over the candidates of `batch`, but for the heads whose L_h is given: `contrasts`, value_W each."""
         found = [Candidates.of(batch, head, self.mask_false_negatives, self.block_size) for head in self.weights]
         positive_XWQP = self._with_ensemble([one.scores_of(one.positive_row_QP) for one in found]) / self.temperature
         lse_XWQ, teacher_XWQ = self._negatives(batch, found)
@@ -82,7 +113,13 @@ class M3SelfDistillation(Loss):
         )
         heads = len(self.weights)
         scale_X1 = value_XW.new_tensor([self.lambdas[head] for head in self.weights])[:, None]
-        contrast_XW, ensemble_W, taught_XW = value_XW[:heads], value_XW[heads], value_XW[heads + 1 :]
+        ensemble_W, taught_XW = value_XW[heads], value_XW[heads + 1 :]
+        contrast_XW = torch.stack(
+            [
+                contrasts[head].expand_as(ensemble_W) if head in contrasts else own_W
+                for head, own_W in zip(self.weights, value_XW)
+            ]
+        )
         total_W = ((scale_X1 * contrast_XW).sum(0) + ensemble_W) / (heads + 1)
         distilled_W = (scale_X1 * taught_XW).sum(0) / heads
         parts = {head: contrast_XW[number, 0].detach() for number, head in enumerate(self.weights)}

@@ -87,9 +87,7 @@ class LiveState:
         """candidate_QS that the batch of `step` uses; `EMPTY` where there is none. Pure: the same at any time."""
         with self._lock:
             candidate_QS = self.active_NS[row_Q].astype(np.int64)
-            for change in reversed(self._changes):
-                if change.step <= step:
-                    continue
+            for change in (one for one in reversed(self._changes) if one.step > step):
                 for entry in np.flatnonzero(np.isin(change.row_E, row_Q)):
                     candidate_QS[row_Q == change.row_E[entry], change.slot_E[entry]] = change.old_E[entry]
             return candidate_QS
@@ -144,7 +142,7 @@ class LiveState:
         if len(row_E) == 0:
             return
         old_E = self.active_NS[row_E, slot_E].astype(np.int64)
-        self._changes.append(_Change(step + 1 + self.lag, row_E.copy(), slot_E.copy(), old_E))
+        self._changes.append(_Change(step + 1 + self.lag, row_E, slot_E, old_E))
         self.active_NS[row_E, slot_E] = candidate_E
         self.first_NS[row_E, slot_E] = self.last_NS[row_E, slot_E] = np.nan
         self.replaced += len(row_E)
@@ -291,7 +289,7 @@ def mine_pools(
     assert score_N is not None
     if config.guard is not None:
         index_N = _guarded(texts, query, documents, index_N, score_N, config.guard, group)
-    pool_NP = np.full((len(index_N), max(max(map(len, index_N)), 1)), -1, np.int32)
+    pool_NP = np.full((len(index_N), max(map(len, index_N))), EMPTY, np.int32)
     for row, index_C in enumerate(index_N):
         pool_NP[row, : len(index_C)] = index_C
     return pool_NP, np.array([len(index_C) for index_C in index_N], np.int64)

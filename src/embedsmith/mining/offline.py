@@ -383,6 +383,9 @@ class MineReport:
         except (OSError, DataError):
             return None
 
+    def __str__(self) -> str:
+        return self.lines()
+
     def lines(self) -> str:
         return (
             f"{self.records:,} records, {self.negatives:,} negatives from {self.corpus:,} texts in {self.output}\n"

@@ -170,15 +170,16 @@ class TextReps:
         on_every_rank(act, label)
 
 
-def top_of_pieces(query: Representation, pieces: Iterator[Representation], k: int) -> tuple[FloatArray, IndexArray]:
-    """The k best of all pieces, exactly, on the GPU where there is one; only one piece is held at a time (on a GPU as
-    many as fill it)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    best = TopK(query.map(lambda tensor: tensor.to(device)), k)
+def top_of_pieces(
+    query: Representation, pieces: Iterator[Representation], k: int, device: torch.device | str | None = None
+) -> tuple[FloatArray, IndexArray]:
+    """The k best of all pieces, exactly, on a GPU where there is one (`search.exact.search_device`); only one piece is
+    held at a time (on a GPU as many as fill it)."""
+    best = TopK(query, k, device=device)
     waiting: list[Representation] = []
     for piece in pieces:
         waiting.append(piece)
-        if device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
+        if best.device.type == "cpu" or sum(map(len, waiting)) >= best.block_rows(piece):
             # A piece of vectors is a block as it is; token vectors are cut further.
             rows = None if isinstance(piece, MultiVector) else max(best.block_rows(piece), len(piece))
             best.add_in_blocks(join(waiting), rows)

@@ -21,6 +21,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import log
 from embedsmith.core.settings import section
 from embedsmith.models.self_test import Probe, probe
+from embedsmith.models.varlen import VARLEN
 
 
 @section
@@ -65,19 +66,23 @@ class SoftMask:
         return bias_NTT.masked_fill(~mask_NT[:, None, :], lowest).to(dtype)[:, None]
 
 
+TAKES_MASKS = ("sdpa", "eager", VARLEN)
+"""Attention that takes masks of four dimensions."""
+
+
 def as_mask(sees_N1TT: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
     """What query i sees of key j, in the form an implementation takes: booleans for `sdpa`, an added bias for `eager`.
 
     Errors: `ModelError` for an attention that takes no such mask.
     """
     check_takes_masks(implementation)
-    if implementation == "sdpa":
+    if implementation in ("sdpa", VARLEN):
         return sees_N1TT
     return torch.zeros_like(sees_N1TT, dtype=dtype).masked_fill(~sees_N1TT, torch.finfo(dtype).min)
 
 
 def check_takes_masks(implementation: str) -> None:
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in TAKES_MASKS:
         raise ModelError(
             f"the attention {implementation!r} takes no mask of its own",
             expected="sdpa or eager",
@@ -166,7 +171,7 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
             )
         return Attention("causal", "config", causal=True)
     attempts: dict[How, Probe] = {}
-    takes_mask = backbone.config._attn_implementation in ("sdpa", "eager")
+    takes_mask = backbone.config._attn_implementation in TAKES_MASKS
     ways: tuple[How, ...] = ("config", "modules", "mask4d") if takes_mask else ("config", "modules")
     for how in ways:
         if how == "modules":

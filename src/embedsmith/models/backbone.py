@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 from embedsmith.core.device import check_fits, memory
 from embedsmith.core.errors import ModelError, foreign_errors
 from embedsmith.core.inputs import local_path
-from embedsmith.core.progress import transformers_silenced
+from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
@@ -439,3 +439,18 @@ def takes_positions(backbone: nn.Module) -> bool:
 def takes(backbone: nn.Module, argument: str) -> bool:
     """Whether the forward pass names this argument."""
     return argument in inspect.signature(backbone.forward).parameters
+
+
+def call_backbone(backbone: Any, arguments: Mapping[str, Any]) -> Any:
+    """Its output. A backbone that torch.compile cannot compile is run without, from here on, and a line says so."""
+    if backbone._compiled_call_impl is None:
+        return backbone(**arguments)
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        return backbone(**arguments)
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        log.warning("compile: off, %s cannot be compiled: %s", type(backbone).__name__, reason)
+        backbone._compiled_call_impl = None
+        return backbone(**arguments)

@@ -51,13 +51,16 @@ class ModelConfig:
     `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (see `extend_positions`).
     `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
         loading, not saved with the model (tokenize.py).
-    `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`); by default its own choice.
+    `attn_implementation`: as in transformers (`sdpa`, `eager`, `flash_attention_2`); by default its own choice, and
+        under packing on CUDA torch's kernels for texts in a row.
     `dtype`: of the weights in memory; keep float32 for training, bf16 there comes from autocast.
     `gradient_checkpointing`: computes layers again in the backward pass: less memory, about a third more time.
     `trust_remote_code`: runs Python code that lies in the model's folder.
-    `packing`: no padding is computed: the texts of a chunk stand in one row, kept apart; proven on the model when it is
-        loaded. Saves time under `flash_attention_2` and `flex_attention`, none under sdpa.
-    `compile`: the backbone through torch.compile with dynamic shapes; pays on GPUs and long runs.
+    `packing`: no padding is computed: the texts of a chunk stand in one row, kept apart (packing.py). `auto` does so on
+        CUDA where it is proven on the model when that is loaded, and says in one line if not; `true` refuses a model
+        that cannot; `false` pads.
+    `compile`: the backbone through torch.compile with dynamic shapes; pays on GPUs and long runs. Where it fails, a
+        line says so and the model runs without.
 
     For decoders (docs/decoders.md):
     `attention`: `native`, `causal`, `bidirectional` or `softmask`, proven on the model when it is loaded.
@@ -92,7 +95,7 @@ class ModelConfig:
     dtype: ComputeType = "float32"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
-    packing: bool = False
+    packing: bool | Literal["auto"] = "auto"
     compile: bool = False
     attention: Mode | None = None
     partial_attention: bool = False

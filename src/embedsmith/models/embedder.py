@@ -1,10 +1,12 @@
 """The model: a backbone, a pooling, optional heads, normalisation, and the texts' way in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,14 +18,26 @@ from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, conca
 from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
 from embedsmith.models.attention import Attention, SoftMask
-from embedsmith.models.backbone import takes, takes_positions
-from embedsmith.models.config import ComputeType, Settings
-from embedsmith.models.encode import BLOCK, AnyArray, FloatArray, Precision, compare, encode_block, quantize
+from embedsmith.models.backbone import call_backbone, takes, takes_positions
+from embedsmith.models.config import Settings
+from embedsmith.models.encode import (
+    AnyArray,
+    Compute,
+    Engine,
+    FloatArray,
+    Precision,
+    compare,
+    fitting_tokens,
+    quantize,
+    settled_dtype,
+    window_rows,
+)
 from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
 from embedsmith.models.heads.dense import Projection
-from embedsmith.models.packing import packed, unpacked
-from embedsmith.models.pooling import PoolerConfig, mean, pool_mask
+from embedsmith.models.packing import Packing, first_position, packed, unpacked
+from embedsmith.models.pooling import PoolerConfig, mean, pool_mask, pooled
 from embedsmith.models.self_test import kernel_precision
+from embedsmith.models.sentence_keywords import encode_with
 from embedsmith.models.tokenize import (
     Instruction,
     TextTokenizer,
@@ -73,7 +87,9 @@ class Embedder(nn.Module):
         self.pooler, self.pooler_config = pooler, pooler_config
         self.base: Mapping[str, Any] | None = None
         self.progress = 0.0
-        self.packing = False
+        self.packing, self.packs, self._first_position = False, Packing(), first_position(backbone)
+        self.fused = "off (no GPU)"
+        self._fitting: int | None = None  # tokens in a chunk, where the card was too small for more
         self._takes_positions, self._takes_cache = takes_positions(backbone), takes(backbone, "use_cache")
         # Of a text with many CLS the vector is the mean of their states; a middle layer has no trained weights.
         self._plain_pooling = mean if settings.mcls is not None or pooler is not None else pooling
@@ -163,39 +179,51 @@ class Embedder(nn.Module):
         own = {name: head(self, padded) for name, head in heads.items() if head.own_pass}
         if own and len(own) == len(set(outputs)):
             return own
-        states = self.states(padded, all_layers="middle" in outputs)
-        last_NTH = states.last_hidden_state
+        states = self._outputs(padded, all_layers="middle" in outputs)
+
+        def given(state_NTH: Tensor) -> Tensor:
+            """[N, T, H], or [S, H] of a packed chunk without what fills its row up."""
+            return state_NTH[0, : len(padded.place_S)] if self.packing else state_NTH
+
+        last = given(states.last_hidden_state)
         left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
         part_NT = pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, left_out_S)
         if settings.mcls is not None:
             pool_NT = padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
             part_NT = part_NT & ~(pool_NT & (pool_NT.int().cumsum(1) > 1))  # a CLS between blocks is no word
         reps: dict[str, Representation] = {}
-        with torch.autocast(last_NTH.device.type, enabled=False):
+        with torch.autocast(last.device.type, enabled=False):
             if "dense" in outputs:
                 pooling: Any = self._plain_pooling if self.pooler is None else self.pooler
-                vector_ND = pooling(in_fp32(last_NTH), pool_NT, padded.mask_NT)
+                vector_ND = pooled(pooling, in_fp32(last), pool_NT, padded)
                 for projection in self.projections:
                     vector_ND = projection(vector_ND)
                 reps["dense"] = Dense(F.normalize(vector_ND, dim=-1) if settings.normalize else vector_ND)
             if "middle" in outputs:
-                middle_NTH = in_fp32(states.hidden_states[len(states.hidden_states) // 2])
-                pooled_NH = self._plain_pooling(middle_NTH, pool_NT, padded.mask_NT)
-                reps["middle"] = Dense(F.normalize(pooled_NH, dim=-1))
+                middle = in_fp32(given(states.hidden_states[len(states.hidden_states) // 2]))
+                middle_NH = pooled(self._plain_pooling, middle, pool_NT, padded)
+                reps["middle"] = Dense(F.normalize(middle_NH, dim=-1))
             if "tokens" in outputs:
                 special_S = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
+                last_NTH = padded.spread(last) if self.packing else last
                 reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
             for name, head in heads.items():
                 if not head.own_pass:
-                    reps[name] = head(in_fp32(last_NTH), padded, part_NT)
+                    hidden = padded.spread(last) if self.packing and not head.reads_packed else last
+                    reps[name] = head(in_fp32(hidden), padded, part_NT)
         return reps | own
 
     def states(self, padded: PaddedTokens, all_layers: bool = False) -> Any:
         """The backbone's output for a padded chunk, under the model's attention: `last_hidden_state` [N, T, H], and
         `hidden_states` of all layers where they are asked for."""
+        states = self._outputs(padded, all_layers)
+        return unpacked(states, padded) if self.packing else states
+
+    def _outputs(self, padded: PaddedTokens, all_layers: bool) -> Any:
+        """The same as the backbone gives it: of a packed chunk one row, [1, S, H]."""
         dtype, implementation = next(self.backbone.parameters()).dtype, self.backbone.config._attn_implementation
         if self.packing:
-            arguments = packed(padded, self.attention, implementation, dtype)
+            arguments = packed(padded, self.attention, self.backbone, self._first_position)
         else:
             if self.attention.mode == "softmask" and self.training:  # as much of the future as the run is along
                 mask: Tensor | None = self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
@@ -209,8 +237,7 @@ class Embedder(nn.Module):
         if all_layers:
             arguments["output_hidden_states"] = True
         with kernel_precision(self.backbone):
-            states = self.backbone(**arguments, return_dict=True)
-        return unpacked(states, padded.mask_NT) if self.packing else states
+            return call_backbone(self.backbone, arguments | {"return_dict": True})
 
     def represent(
         self,
@@ -221,36 +248,102 @@ class Embedder(nn.Module):
         outputs: Sequence[str] = ("dense",),
         instruction: Instruction = None,
         token_budget: int | None = None,
-        dtype: ComputeType | None = None,
+        dtype: Compute | None = None,
         show_progress: bool | None = None,
     ) -> Reps:
         """Representations of N texts, in their order, on the CPU, without gradient; of no text, of zero rows.
 
-        `token_budget`: padded tokens in a chunk, `None` fits the device. `dtype`: computes under autocast.
+        `token_budget`: padded tokens in a chunk, `None` fits the device. `dtype`: computes under autocast; `auto` takes
+        16 bits where the hardware multiplies them, and says so.
         `show_progress=None` shows a bar on a terminal, where there are texts enough for it.
         """
         if len(texts) == 0:  # the shapes of one text, without its row
             one = self.represent([""], role=role, task=task, outputs=outputs, token_budget=token_budget, dtype=dtype)
             return each_head(one, lambda rep: rep.rows(slice(0, 0)))
 
+        def windows(size: int) -> Iterator[TokenBatch]:
+            for start in range(0, len(texts), size):
+                rows = slice(start, start + size)
+                own = instruction if instruction is None or isinstance(instruction, str) else instruction[rows]
+                yield self.tokenize(texts[rows], role, task, own)
+
+        visible = False if show_progress is None and len(texts) < 512 else show_progress
+        size = window_rows(self.device, with_tokens=any(name not in ("dense", "middle") for name in outputs))
+        with progress_bar("encode", len(texts), visible=visible) as bar:
+            parts = list(self.represent_windows(windows(size), outputs, token_budget, dtype, bar.advance))
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def represent_windows(
+        self,
+        windows: Iterator[TokenBatch],
+        outputs: Sequence[str] = ("dense",),
+        token_budget: int | None = None,
+        dtype: Compute | None = None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Iterator[Reps]:
+        """Representations of windows of tokenised texts, as `represent` gives them; a window is made, in a thread,
+        while a GPU computes the one before. `advance` is told how many rows are done."""
+
         def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
             made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows), outputs)
             return made
 
-        parts: list[Reps] = []
-        visible = False if show_progress is None and len(texts) < 512 else show_progress
+        device, chosen = self.device, settled_dtype(dtype, self.device)
+        known = self._fitting if token_budget is None else token_budget
+        size = known or fitting_tokens(device, self.backbone.config)
+        engine = Engine(compute, device, size, chosen, self.packing, advance)
         was_training = self.training  # training goes on after an evaluation
         self.eval()
         try:
-            with progress_bar("encode", len(texts), visible=visible) as bar:
-                for start in range(0, len(texts), BLOCK):
-                    rows = slice(start, start + BLOCK)
-                    own = instruction if instruction is None or isinstance(instruction, str) else instruction[rows]
-                    tokens = self.tokenize(texts[rows], role, task, own)
-                    parts.append(encode_block(tokens, compute, self.device, token_budget, dtype, bar.advance))
+            yield from engine.run(windows)
         finally:
             self.train(was_training)
-        return parts[0] if len(parts) == 1 else concatenate(parts)
+            if engine.chunk_tokens < size:
+                self._fitting = engine.chunk_tokens
+
+    def encode_windows(
+        self,
+        windows: Iterator[Sequence[str]],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        dim: int | None = None,
+        dtype: Compute | None = None,
+    ) -> Iterator[FloatArray]:
+        """What `encode` gives for each window of texts; the next one is read and tokenised while a GPU computes
+        one. For files: a window is to hold no more texts than may lie in memory together."""
+        size = window_rows(self.device, with_tokens=False)
+        lengths: deque[int] = deque()
+
+        def tokens() -> Iterator[TokenBatch]:
+            for texts in windows:
+                lengths.append(len(texts))
+                for start in range(0, len(texts), size):
+                    yield self.tokenize(texts[start : start + size], role, task)
+
+        parts: list[FloatArray] = []
+        for reps in self.represent_windows(tokens(), dtype=dtype):
+            parts.append(self._vectors(reps, dim))
+            if sum(map(len, parts)) == lengths[0]:
+                lengths.popleft()
+                yield np.concatenate(parts)
+                parts = []
+
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        role: Role = "document",
+        task: str | None = None,
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], role: Role = "document", task: str | None = None, **options: Any
+    ) -> AnyArray: ...
 
     def encode(
         self,
@@ -263,15 +356,24 @@ class Embedder(nn.Module):
         ranges: FloatArray | None = None,
         instruction: Instruction = None,
         token_budget: int | None = None,
-        dtype: ComputeType | None = None,
+        dtype: Compute | None = None,
         show_progress: bool | None = None,
-    ) -> AnyArray:
+        **keywords: Any,
+    ) -> Any:
         """Vectors of the dense head as numpy: [N, D], or [D] for a single text.
 
         `dim` keeps the leading coordinates and normalises again; by default what the folder says (`truncate_dim` of
         sentence-transformers), else all of them. `precision`: see `quantize`; `ranges` [2, D] holds
         the minimum and maximum of every coordinate for int8 and uint8, measured on the given vectors without it.
+
+        `keywords` are those of sentence-transformers, which mean what they mean there: `batch_size`, `prompt`,
+        `prompt_name`, `normalize_embeddings`, `convert_to_tensor`, `convert_to_numpy`, `device`, `show_progress_bar`,
+        `truncate_dim`. Errors: `ModelError` naming what to use here instead of another.
         """
+        if keywords:
+            options: dict[str, Any] = {"role": role, "task": task, "dim": dim, "precision": precision, "ranges": ranges}
+            options |= {"instruction": instruction, "token_budget": token_budget, "dtype": dtype}
+            return encode_with(self, texts, options | {"show_progress": show_progress}, keywords)
         reps = self.represent(
             [texts] if isinstance(texts, str) else texts,
             role=role,
@@ -281,6 +383,11 @@ class Embedder(nn.Module):
             dtype=dtype,
             show_progress=show_progress,
         )
+        made = quantize(self._vectors(reps, dim), precision, ranges)
+        return made[0] if isinstance(texts, str) else made
+
+    def _vectors(self, reps: Reps, dim: int | None) -> FloatArray:
+        """vector_ND of the dense head, cut to the leading `dim` coordinates or those of the folder."""
         vector_ND = in_fp32(reps["dense"].tensors()[0])
         if dim is not None and not 1 <= dim <= vector_ND.shape[1]:
             raise ModelError(f"dim={dim}", expected=f"from 1 to {vector_ND.shape[1]}, the model's dimension")
@@ -288,8 +395,16 @@ class Embedder(nn.Module):
         if width < vector_ND.shape[1] or dim is not None:
             vector_ND = vector_ND[:, :width]
             vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
-        made = quantize(vector_ND.numpy(), precision, ranges)
-        return made[0] if isinstance(texts, str) else made
+        vectors: FloatArray = vector_ND.numpy()
+        return vectors
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of queries."""
+        return self.encode(texts, "query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """`encode` with the prompt of documents."""
+        return self.encode(texts, "document", **options)
 
     def similarity(self, left: AnyArray | Tensor, right: AnyArray | Tensor) -> FloatArray:
         """Every row of `left` with every row of `right`, [N, M] in fp32; a single vector is one row. Cosine, or what

@@ -1,9 +1,16 @@
-"""Encoding without gradient: chunks of similar length, several at once on a CPU; and what is done to finished vectors
-(quantising, comparing). `Embedder.represent` and `Embedder.encode` are made of this."""
+"""Encoding without gradient, as a pipeline of windows of texts; and what is done to finished vectors (quantising,
+comparing). `Embedder.represent`, `Embedder.encode` and `encode` of files are made of this.
+
+While a GPU computes one window the next is read and tokenized in a thread (the tokenizer's own code uses all cores),
+and the results of the window before travel back and are used. Of the texts, tokens and results no more than three
+windows exist at a time. On a CPU all cores compute, and windows follow each other.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,38 +19,189 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedsmith.core.ahead import one_ahead
+from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import ModelError
+from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps, concatenate, each_head
-from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows
+from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
 from embedsmith.models.config import ComputeType, Similarity
 
 BLOCK = 8192
 """Texts tokenised and sorted together: enough for chunks of near-equal length, little enough memory to stream."""
+ON_GPU = 4096
+"""The same on a GPU, where chunks are large and the first window should not take long to tokenize."""
+WITH_TOKENS = 512
+"""The same on a GPU for a vector a token: what travels back lies in memory that is pinned."""
+
+Compute = Literal["auto", "float32", "bfloat16", "float16"]
+"""What a forward pass computes in; `auto` is `derive_dtype`."""
 
 
-def encode_block(
-    tokens: TokenBatch,
-    compute: Callable[[TokenBatch, IntArray], Reps],
-    device: torch.device,
-    token_budget: int | None,
-    dtype: ComputeType | None,
-    advance: Callable[[int], None],
-) -> Reps:
-    """Representations of one block on the CPU: computed longest chunk first, returned in row order."""
-    # A CPU is fastest while a chunk's states stay in its cache; a GPU wants to be filled.
-    chunks = chunk_rows(tokens.length_N, token_budget or (1024 if device.type == "cpu" else 32768))
+@dataclass
+class Engine:
+    """How windows are computed: `compute` gives the representations of some rows of one on `device`, in chunks of at
+    most `chunk_tokens` padded tokens (with `packing`, real ones). Where a card is out of memory the window is computed
+    again in chunks of half the size, and the new size is kept."""
 
-    def of(rows: IntArray) -> Reps:
-        with torch.inference_mode(), autocast(device, dtype):  # both are settings of the thread
-            return each_head(compute(tokens, rows), lambda rep: rep.map(torch.Tensor.cpu))
+    compute: Callable[[TokenBatch, IntArray], Reps]
+    device: torch.device
+    chunk_tokens: int
+    dtype: ComputeType | None = None
+    packing: bool = False
+    advance: Callable[[int], None] = lambda rows: None
 
-    parts: list[Reps] = []
-    for rows, part in zip(chunks, _spread(of, chunks, derive_workers(device, len(chunks))), strict=True):
-        parts.append(part)
-        advance(len(rows))
-    order = torch.from_numpy(np.argsort(np.concatenate(chunks), kind="stable"))
-    joined = concatenate(parts)  # outside inference mode: ordinary tensors, which a loss may use
-    return each_head(joined, lambda rep: rep.rows(order))
+    def run(self, windows: Iterator[TokenBatch]) -> Iterator[Reps]:
+        """Representations of each window in row order, on the CPU. On a GPU one window is used while the next is
+        computed."""
+        flying: Callable[[], Reps] | None = None
+        for tokens in one_ahead(windows) if works_ahead(self.device) else windows:
+            launched = self._launch(tokens)
+            if self.device.type != "cuda":
+                yield launched()
+                continue
+            if flying is not None:
+                yield flying()
+            flying = launched
+        if flying is not None:
+            yield flying()
+
+    def _launch(self, tokens: TokenBatch) -> Callable[[], Reps]:
+        """Compute a window, longest chunk first, and start the way back of its results; what is returned waits for
+        them, which is the one time a window that the host waits for a GPU."""
+        while True:
+            chunks = chunks_of(tokens.length_N, self.chunk_tokens, self.packing and self.device.type == "cuda")
+            try:
+                parts = self._computed(tokens, chunks)
+                break
+            except _TooLargeError as error:
+                length_R = tokens.length_N[error.rows]
+            self._halve(length_R)  # here, where the failed pass and all it held is gone
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self.device))
+
+        def landed() -> Reps:
+            if arrived is not None:
+                arrived.synchronize()
+            order = torch.from_numpy(np.argsort(np.concatenate(chunks), kind="stable"))
+            joined = concatenate(parts)  # outside inference mode: ordinary tensors, which a loss may use
+            return each_head(joined, lambda rep: rep.rows(order))
+
+        return landed
+
+    def _computed(self, tokens: TokenBatch, chunks: Sequence[IntArray]) -> list[Reps]:
+        def home(tensor: Tensor) -> Tensor:  # into pinned memory, without waiting, where it comes from a GPU
+            return tensor.to("cpu", non_blocking=tensor.device.type == "cuda")
+
+        def of(rows: IntArray) -> Reps:
+            with torch.inference_mode(), autocast(self.device, self.dtype):  # both are settings of the thread
+                try:
+                    return each_head(self.compute(tokens, rows), lambda rep: rep.map(home))
+                except torch.OutOfMemoryError as error:
+                    raise _TooLargeError(rows) from error
+
+        parts: list[Reps] = []
+        done = 0
+        try:  # an outer autocast keeps what it made of the weights from chunk to chunk
+            with autocast(self.device, self.dtype if self.device.type == "cuda" else None):
+                computed = _spread(of, chunks, derive_workers(self.device, len(chunks)))
+                for rows, part in zip(chunks, computed, strict=True):
+                    parts.append(part)
+                    done += len(rows)
+                    self.advance(len(rows))
+        except _TooLargeError:
+            self.advance(-done)
+            raise
+        return parts
+
+    def _halve(self, length_R: IntArray) -> None:
+        """Errors: `ModelError` where what did not fit is one text."""
+        if len(length_R) == 1:
+            raise ModelError(
+                f"one text of {length_R[0]:,} tokens does not fit the memory of {self.device}",
+                fix="lower max_length, compute in bfloat16, or free the memory that other programs hold there",
+            )
+        size = int(length_R.sum()) if self.packing else int(length_R.max()) * len(length_R)
+        self.chunk_tokens = max(size // 2, 1)
+        log.warning(
+            "%s is out of memory at a chunk of %s tokens: the window is computed again in chunks of at most %s",
+            self.device,
+            f"{size:,}",
+            f"{self.chunk_tokens:,}",
+        )
+
+
+class _TooLargeError(Exception):
+    """The card was out of memory at these rows."""
+
+    def __init__(self, rows: IntArray) -> None:
+        super().__init__(rows)
+        self.rows = rows
+
+
+def works_ahead(device: torch.device) -> bool:
+    """Whether the next window is made while one is computed: where the host's cores are free for it."""
+    return device.type != "cpu"
+
+
+def chunks_of(length_N: IntArray, chunk_tokens: int, packing: bool) -> list[IntArray]:
+    """Rows in chunks of similar length, by real tokens where no padding is computed."""
+    return packed_rows(length_N, chunk_tokens) if packing else chunk_rows(length_N, chunk_tokens)
+
+
+def window_rows(device: torch.device, with_tokens: bool) -> int:
+    """Texts in a window; `with_tokens`: something is given for every token."""
+    if device.type != "cuda":
+        return BLOCK
+    return WITH_TOKENS if with_tokens else ON_GPU
+
+
+def fitting_tokens(device: torch.device, config: Any) -> int:
+    """Tokens in a chunk. A CPU is fastest while a chunk's states stay in its cache; a GPU wants to be filled, with no
+    more than half of its free memory: a layer's states are about eight vectors of the width and three of the inner
+    width a token, in fp32."""
+    if device.type == "cpu":
+        return 1024
+    if device.type != "cuda":
+        return 32768
+    text = config.get_text_config()
+    width = int(getattr(text, "hidden_size", None) or 4096)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * width)
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(max(free // 2 // (4 * (8 * width + 3 * inner)), 512), 65536)
+
+
+def derive_dtype(device: torch.device) -> ComputeType:
+    """16 bits where the processor multiplies them itself: bfloat16, on a GPU without it float16; else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if device.type == "cpu" and cpu_multiplies_bf16() else "float32"
+
+
+def settled_dtype(dtype: Compute | None, device: torch.device) -> ComputeType | None:
+    """What is computed in; what `auto` chose is said, and a CPU on which bfloat16 is slow is warned of, once."""
+    if dtype == "auto":
+        dtype = derive_dtype(device)
+        _say_once(f"dtype=auto: computes in {dtype} on {device}")
+    elif dtype == "bfloat16" and device.type == "cpu" and cpu_multiplies_bf16() is False:
+        _warn_once(
+            "this processor has no arithmetic in bfloat16 (neither avx512_bf16 nor amx_bf16): it is several times "
+            "slower there than float32; leave dtype out, or give dtype=auto"
+        )
+    return dtype
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.info(text)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def derive_workers(device: torch.device, chunks: int) -> int:

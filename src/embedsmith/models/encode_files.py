@@ -11,8 +11,9 @@ import io
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -29,9 +30,8 @@ from embedsmith.core.outputs import claimed, files_of, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Count, section
 from embedsmith.data.formats.texts import FileText, read_texts
-from embedsmith.models.config import ComputeType
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.encode import AnyArray, FloatArray, quantize, value_ranges
+from embedsmith.models.encode import AnyArray, Compute, FloatArray, quantize, settled_dtype, value_ranges
 from embedsmith.models.load import best_device, load
 
 _CALIBRATION = 2048
@@ -104,6 +104,7 @@ class EncodeJob:
     """What to encode and how.
 
     - `model`: its folder or hub id.
+    - `changes`: fields of `ModelConfig` that change it, such as `pooling`, `prompts` and `max_length`.
     - `files`: those of the texts, in their order.
     - `out`: the folder of the vectors.
     - `role`: whose prompt is put before the texts.
@@ -111,7 +112,7 @@ class EncodeJob:
     - `column`: the column or key that holds the texts.
     - `dim`: leading coordinates that are kept.
     - `stored`: the type of the numbers on disk.
-    - `dtype`: computes under autocast.
+    - `dtype`: computes under autocast; `auto` takes 16 bits where the hardware multiplies them.
     - `block`: texts between two saves of the state.
     - `processes`: each takes contiguous blocks and its share of the CPU threads.
     """
@@ -124,9 +125,10 @@ class EncodeJob:
     column: str | None = None
     dim: Count | None = None
     stored: Literal["float32", "float16", "int8"] = "float32"
-    dtype: ComputeType | None = None
+    dtype: Compute | None = None
     block: Count = 4096
     processes: Count = 1
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def texts(self) -> Iterator[FileText]:
         """Of all files. In JSON lines a title stands in front of its text; in tables only the one column counts."""
@@ -165,7 +167,8 @@ class EncodeJob:
         if self.stored == "int8":
             sample = list(islice(self.texts(), 0, None, -(-count // _CALIBRATION)))
             with atomic_file(self.out / "ranges.npy", "wb") as file:
-                np.save(file, value_ranges(self.finite_vectors(model, sample)))
+                [vectors] = self.vectors(model, iter([[one.text for one in sample]]))
+                np.save(file, value_ranges(self.finite_vectors(vectors, sample)))
         self.array(model, count).allocate()
         return count
 
@@ -194,33 +197,45 @@ class EncodeJob:
 
     def write_blocks(self, model: Embedder, count: int, blocks: Sequence[int], worker: int) -> Iterator[int]:
         """Encode the given blocks (rising); each is on the disk, then entered in this worker's progress file, then
-        yielded."""
+        yielded. While a GPU computes one the next is read and tokenised, in a thread."""
         ranges, array = self.ranges(model), self.array(model, count)
         done = self.progress(self.out / f"progress-{worker}.json", count)
-        every, position = self.texts(), 0  # blocks ascend: one pass over the files
+        reading: deque[list[FileText]] = deque()  # blocks that are read and not yet written
+
+        def windows() -> Iterator[list[str]]:
+            for texts in self.blocks_of_texts(count, blocks):
+                reading.append(texts)
+                yield [one.text for one in texts]
+
         with disk_errors(array.path), array.path.open("r+b") as file:
-            for place in blocks:
-                start = place * self.block
-                texts = list(islice(every, start - position, start - position + self.block))
-                position = start + len(texts)
-                if position != min(start + self.block, count):
-                    raise DataError(
-                        f"{position} texts instead of {count}: the files changed while they were read",
-                        where=", ".join(map(str, self.files)),
-                        fix=f"delete {self.out}, then give the same command again",
-                    )
-                vectors: AnyArray = self.finite_vectors(model, texts)
+            for place, made in zip(blocks, self.vectors(model, windows()), strict=True):
+                vectors: AnyArray = self.finite_vectors(made, reading.popleft())
                 if self.stored == "int8":
                     vectors = quantize(vectors, "int8", ranges)
-                array.write(file, start, vectors)
+                array.write(file, place * self.block, vectors)
                 done.append(place)
                 _write_json(self.out / f"progress-{worker}.json", done)
                 yield place
 
-    def finite_vectors(self, model: Embedder, texts: Sequence[FileText]) -> AnyArray:
+    def blocks_of_texts(self, count: int, blocks: Sequence[int]) -> Iterator[list[FileText]]:
+        """The texts of the given blocks (rising), in one pass over the files. Errors: `DataError` for files that have
+        changed."""
+        every, position = self.texts(), 0
+        for place in blocks:
+            start = place * self.block
+            texts = list(islice(every, start - position, start - position + self.block))
+            position = start + len(texts)
+            if position != min(start + self.block, count):
+                raise DataError(
+                    f"{position} texts instead of {count}: the files changed while they were read",
+                    where=", ".join(map(str, self.files)),
+                    fix=f"delete {self.out}, then give the same command again",
+                )
+            yield texts
+
+    def finite_vectors(self, vectors: AnyArray, texts: Sequence[FileText]) -> AnyArray:
         """The vectors, as they are stored but for int8. Errors: `ModelError` naming the text whose vector is not
         finite."""
-        vectors: AnyArray = self.vectors(model, [one.text for one in texts])
         with np.errstate(over="ignore"):
             stored = vectors if self.stored == "int8" else vectors.astype(self.stored)
         if not np.isfinite(stored).all():
@@ -235,8 +250,9 @@ class EncodeJob:
             )
         return stored
 
-    def vectors(self, model: Embedder, texts: Sequence[str]) -> AnyArray:
-        return model.encode(texts, self.role, self.task, dim=self.dim, dtype=self.dtype, show_progress=False)
+    def vectors(self, model: Embedder, windows: Iterator[Sequence[str]]) -> Iterator[AnyArray]:
+        """Of each window of texts."""
+        return model.encode_windows(windows, self.role, self.task, dim=self.dim, dtype=self.dtype)
 
     def progress(self, path: Path, count: int) -> list[int]:
         """The blocks that a progress file names; none where it is not what was written."""
@@ -322,7 +338,8 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
 
 
 def _encode(job: EncodeJob, show_progress: bool | None) -> int:
-    model = load(job.model)
+    model = load(job.model, **job.changes)
+    job = replace(job, dtype=settled_dtype(job.dtype, model.device))  # what `auto` is belongs to the folder's identity
     meta = job.resume_or_start(model)
     if meta["state"] == "preparing":
         meta |= {"count": job.prepare(model), "state": "encoding"}
@@ -365,7 +382,7 @@ def _worker(index: int, job: EncodeJob, count: int, shares: list[list[int]], thr
     device = best_device()
     if device == "cuda":
         device = f"cuda:{index % torch.cuda.device_count()}"
-    for _ in job.write_blocks(load(job.model, device=device), count, shares[index], worker=index + 1):
+    for _ in job.write_blocks(load(job.model, device=device, **job.changes), count, shares[index], worker=index + 1):
         pass
 
 

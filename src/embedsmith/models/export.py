@@ -40,7 +40,8 @@ _MODULES = "sentence_transformers."
 
 def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, overwrite: bool = False) -> str:
     """Write one head of `model` to `folder`, which appears whole or not at all (`pylate`: multivector, for PyLate);
-    returns how to open the folder. `overwrite` replaces another saved model.
+    returns how to open the folder. `overwrite` replaces another saved model. `options` are changes
+    that are values already.
 
     Errors: `CheckpointError` for a folder with something else in it; `ModelError` for a head that the model has not
     (none is ever made up), and for what the form cannot express: prompts left out of the heads, attention by a mask,
@@ -167,7 +168,14 @@ def _name_model(root: Path, kind: str, similarity: str, **more: Any) -> None:
     write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
 
 
-def convert(model: str, out: Path, changes: Sequence[str] = (), *, overwrite: bool = False) -> str:
+def convert(
+    model: str,
+    out: Path,
+    changes: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     """What `embedsmith convert` does: load `model` as `ModelConfig` and the changes (`key=value`) say, and save it to
     `out`; returns what was made. `overwrite` replaces another saved model.
 
@@ -179,7 +187,7 @@ def convert(model: str, out: Path, changes: Sequence[str] = (), *, overwrite: bo
     with claimed(out, "convert"), tempfile.TemporaryDirectory() as scratch:
         saved_model().refuse_other(out)
         path = str(_from_gguf(Path(model), Path(scratch))) if model.endswith(".gguf") else model
-        tree: dict[str, Any] = {"path": path}
+        tree: dict[str, Any] = {"path": path, **(options or {})}
         for change in changes:
             apply_override(tree, change.removeprefix("model."))  # as a recipe and the messages call it
         config = parse(ModelConfig, tree, where="convert")

@@ -30,6 +30,7 @@ from embedsmith.models.backbone import (
 from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
+from embedsmith.models.fused import fuse
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
 from embedsmith.models.lora import (
@@ -41,7 +42,7 @@ from embedsmith.models.lora import (
     load_adapter,
     merged,
 )
-from embedsmith.models.packing import check_packing
+from embedsmith.models.packing import decide_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
 from embedsmith.models.tokenize import (
@@ -94,9 +95,12 @@ def load(
     embedder = source.assemble(backbone, tokenizer, settings, attention, new_heads)
     source.adapt(embedder)
     embedder.to(target).eval()
-    if config.packing:
-        check_packing(embedder.backbone, attention, settings.max_length)
-        embedder.packing = True
+    if target.type == "cuda":
+        embedder.fused = fuse(embedder.backbone)
+    embedder.packs = decide_packing(
+        embedder.backbone, attention, config.packing, config.attn_implementation, settings.max_length
+    )
+    embedder.packing = embedder.packs.on
     if config.compile:
         embedder.backbone.compile(dynamic=True)
     return embedder

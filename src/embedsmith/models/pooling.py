@@ -13,8 +13,9 @@ are kept in fp32; every pooling is computed in fp32, even under autocast.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,60 @@ def maximum(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     lowest = torch.finfo(hidden_NTH.dtype).min
     largest_NH = hidden_NTH.masked_fill(~pool_NT[..., None], lowest).amax(1)
     return largest_NH.masked_fill(~pool_NT.any(1, keepdim=True), 0.0)
+
+
+def _at(state_SH: Tensor, index_N: Tensor, padded: PaddedTokens) -> Tensor:
+    """The state of one token of every text, by its column in the padded chunk; 0 where padding stands there."""
+    real_NT = padded.mask_NT.flatten()
+    place_N = torch.arange(len(index_N), device=index_N.device) * padded.mask_NT.shape[1] + index_N
+    row_N = (real_NT.cumsum(0) - 1)[place_N].clamp_min(0)
+    return state_SH[row_N] * real_NT[place_N, None].to(state_SH.dtype)
+
+
+def _sums(state_SH: Tensor, share_NT: Tensor, padded: PaddedTokens) -> Tensor:
+    """sum_t share_nt state_nt of every text."""
+    texts, size = padded.mask_NT.shape
+    place_S = padded.place_S
+    weighted_SH = share_NT.flatten()[place_S, None] * state_SH
+    return state_SH.new_zeros(texts, state_SH.shape[1]).index_add(0, place_S // size, weighted_SH)
+
+
+def _packed_mean(state_SH: Tensor, pool_NT: Tensor, padded: PaddedTokens) -> Tensor:
+    weight_NT = pool_NT.to(state_SH.dtype)
+    return _sums(state_SH, weight_NT / weight_NT.sum(1, keepdim=True).clamp_min(1e-9), padded)
+
+
+def _packed_weighted_mean(state_SH: Tensor, pool_NT: Tensor, padded: PaddedTokens) -> Tensor:
+    weight_NT = padded.mask_NT.cumsum(1).masked_fill(~pool_NT, 0).to(state_SH.dtype)
+    return _sums(state_SH, weight_NT / weight_NT.sum(1, keepdim=True).clamp_min(1e-9), padded)
+
+
+def _packed_maximum(state_SH: Tensor, pool_NT: Tensor, padded: PaddedTokens) -> Tensor:
+    texts, size = padded.mask_NT.shape
+    lowest, place_S = torch.finfo(state_SH.dtype).min, padded.place_S
+    part_SH = state_SH.masked_fill(~pool_NT.flatten()[place_S, None], lowest)
+    text_SH = (place_S // size)[:, None].expand_as(part_SH)
+    start_NH = state_SH.new_full((texts, state_SH.shape[1]), lowest)
+    largest_NH = start_NH.scatter_reduce(0, text_SH, part_SH, "amax", include_self=False)
+    return largest_NH.masked_fill(~pool_NT.any(1, keepdim=True), 0.0)
+
+
+_PACKED: Mapping[Any, Callable[[Tensor, Tensor, PaddedTokens], Tensor]] = {
+    cls: lambda state_SH, pool_NT, padded: _at(state_SH, first_index(pool_NT), padded),
+    last: lambda state_SH, pool_NT, padded: _at(state_SH, last_index(pool_NT), padded),
+    mean: _packed_mean,
+    weighted_mean: _packed_weighted_mean,
+    maximum: _packed_maximum,
+}
+
+
+def pooled(pooling: Any, hidden: Tensor, pool_NT: Tensor, padded: PaddedTokens) -> Tensor:
+    """A pooling of states [N, T, H], or of those of a packed chunk, [S, H]: without a padded copy of these where the
+    pooling stands above, with one for any other."""
+    if hidden.dim() == 2 and pooling in _PACKED:
+        return _PACKED[pooling](hidden, pool_NT, padded)
+    vector_ND: Tensor = pooling(padded.spread(hidden) if hidden.dim() == 2 else hidden, pool_NT, padded.mask_NT)
+    return vector_ND
 
 
 def pool_mask(padded: PaddedTokens, include_prompt: bool, left_out_S: Tensor | None = None) -> Tensor:

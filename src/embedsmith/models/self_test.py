@@ -5,12 +5,13 @@ padded and unpadded batches. So every layer is run again with one later token ch
 earlier one; and a text alone must give the same states as in a padded batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Call = Callable[[Tensor, Tensor], Tensor]
@@ -64,11 +65,11 @@ def probe(backbone: Any, call: Call) -> Probe:
         backbone.train(was_training)
 
 
-def example_ids(backbone: Any, device: torch.device, rows: int = 2) -> Tensor:
+def example_ids(backbone: Any, device: torch.device, rows: int = 2, length: int = LENGTH) -> Tensor:
     """id_NT of made-up texts, the same in every run; clear of the lowest ids, where padding and its like are."""
     vocabulary = len(backbone.get_input_embeddings().weight)  # an adapter around the table has no num_embeddings
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(8, vocabulary // 2), vocabulary, (rows, LENGTH), generator=generator).to(device)
+    return torch.randint(min(8, vocabulary // 2), vocabulary, (rows, length), generator=generator).to(device)
 
 
 def _ahead(backbone: Any, call: Call, id_NT: Tensor, mask_NT: Tensor) -> list[bool]:
@@ -114,9 +115,29 @@ def _notices(before_NTH: Tensor, after_NTH: Tensor) -> bool:
     return bool(_distance(before_NTH[:, 0], after_NTH[:, 0]) > 1e-2 * _rounding(before_NTH.dtype))
 
 
-def states_agree(backbone: Any, left: Tensor, right: Tensor) -> bool:
-    """Whether states are equal, given the numbers the backbone computes with."""
-    return bool(_distance(left, right) < _rounding(torch.bfloat16 if is_flash(backbone) else backbone.dtype))
+def states_agree(backbone: Any, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether states are equal, given the numbers the backbone computes with, or `dtype`."""
+    return bool(_distance(left, right) < _rounding(dtype or _computes_in(backbone)))
+
+
+def gradients_agree(backbone: Any, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two gradients point the same way, given those numbers. (NaN agrees with nothing.)"""
+    cosine = F.cosine_similarity(left.double().flatten(), right.double().flatten(), dim=0)
+    near = 0.9999 if _rounding(dtype or _computes_in(backbone)) < 1e-3 else 0.99
+    return bool(cosine >= near) or bool((left == 0).all() and (right == 0).all())
+
+
+def _computes_in(backbone: Any) -> torch.dtype:
+    dtype: torch.dtype = torch.bfloat16 if is_flash(backbone) else backbone.dtype
+    return dtype
+
+
+def first_layer_weight(backbone: Any) -> nn.Parameter | None:
+    """The smallest trained matrix of the first layer, whose gradient comes through all the others; `None` if none is
+    trained. (A vector may be a bias of keys, whose gradient is nothing but rounding.)"""
+    layers = layers_of(backbone) or [backbone]
+    trained = [one for one in layers[0].parameters() if one.requires_grad and one.is_floating_point() and one.dim() > 1]
+    return min(trained, key=lambda one: one.numel(), default=None)
 
 
 def _distance(left: Tensor, right: Tensor) -> Tensor:
@@ -147,3 +168,16 @@ def layers_of(backbone: Any) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     return []
+
+
+def states_and_gradient(
+    backbone: Any, arguments: Mapping[str, Any], place_S: Tensor | slice, weight: nn.Parameter | None
+) -> tuple[Tensor, Tensor | None]:
+    """The states [S, H] of some tokens, and what an uneven sum of them gives a weight."""
+    with torch.inference_mode(False), torch.set_grad_enabled(weight is not None):
+        state_SH = backbone(**arguments, return_dict=True).last_hidden_state.flatten(0, 1)[place_S]
+        if weight is None:
+            return state_SH, None
+        share = torch.arange(state_SH.numel(), device=state_SH.device).remainder(7).sub(3).view_as(state_SH)
+        gradient = torch.autograd.grad((state_SH.float() * share).sum(), weight)[0]
+    return state_SH.detach(), gradient

@@ -75,8 +75,8 @@ def chart(
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int = 1, numbers_to: int | None = None
 ) -> str:
-    """A table that scrolls sideways where it does not fit. Cells are HTML; columns from `numbers_from` to before
-    `numbers_to` (the end by default) are aligned to the right."""
+    """A table. Cells are HTML; columns from `numbers_from` to before `numbers_to` (the end by default) are aligned to
+    the right. With `numbers_to` the last column is words about the row; on a phone they stand below its numbers."""
     stop = len(head) if numbers_to is None else numbers_to
     if not rows:
         return ""
@@ -87,7 +87,8 @@ def table(
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     names = line([html.escape(name) for name in head], "th")
-    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "" if numbers_to is None else ' class="told"'
+    return f'<div class="wide"><table{kind}><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def finite(values: Sequence[float]) -> list[float | None]:
@@ -156,9 +157,17 @@ overflow-wrap:anywhere}
 .text{margin:4px 0 10px;padding-left:10px;border-left:3px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 .label{color:var(--soft);font-size:.85rem;margin:8px 0 0}pre{overflow:auto;max-height:26rem;font-size:.84rem;
 line-height:1.45;margin:6px 0}
+.steps{margin:0;padding-left:1.3rem}.steps li{margin:.5rem 0}.command{white-space:pre-wrap;overflow-wrap:anywhere;
+border:1px solid var(--line);border-radius:6px;padding:8px 10px}
 footer{max-width:1080px;margin:0 auto;padding:6px 20px 40px;color:var(--soft);font-size:.85rem}
 @media (max-width:600px){header,main{padding-left:12px;padding-right:12px}section{padding:10px 12px 14px}
-h1{font-size:1.3rem}nav div{padding:8px 12px}th,td{padding:5px 7px}}
+h1{font-size:1.3rem}nav{position:static}nav div{padding:8px 12px;flex-wrap:wrap;white-space:normal}
+html{scroll-padding-top:.5rem}th,td{padding:5px 7px;overflow-wrap:anywhere}
+th.n,td.n{white-space:normal;overflow-wrap:normal}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}
+.told tr{display:flex;flex-wrap:wrap;border-bottom:1px solid var(--line)}
+.told th,.told td{border:0}.told tr>:first-child{flex:1 1 0}.told tr>:last-child{flex:1 0 100%;padding-top:0}
+.told thead th:last-child{display:none}}
 """
 
 _DRAW = """

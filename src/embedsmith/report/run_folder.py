@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+import yaml
 from typing_extensions import TypedDict
 
 from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError
@@ -23,6 +24,7 @@ from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
+from embedsmith.report.changes import change_section, texts_of
 from embedsmith.report.comparison import (
     example_section,
     geometry_section,
@@ -31,6 +33,7 @@ from embedsmith.report.comparison import (
     words_about,
 )
 from embedsmith.report.model_card import TrainingFacts
+from embedsmith.report.next_steps import Evidence, next_steps
 from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
 
 Line = Mapping[str, float]
@@ -75,8 +78,10 @@ def folder_page(folder: str | Path) -> str:
         sections.append(geometry_section(list(found.geometries.values()), list(found.geometries)))
     if made is not None:
         last, name = made.results[-1], f"the model {made.models[-1]} training"
-        sections = [score_section(made), *sections, similarity_section(last, name), example_section(last)]
-    recipe = Section("recipe", "Recipe", _PRE.format(html.escape(found.recipe)) if found.recipe else "")
+        first = [change_section(made, texts_of(found.tasks())), score_section(made)]
+        sections = [*first, *sections, similarity_section(last, name), example_section(last)]
+    sections.insert(0, found.next_section(made))
+    recipe = Section("recipe", "Recipe", _PRE.format(html.escape(_said(found.recipe))) if found.recipe else "")
     sections += [found.data_section(), found.merge_section(), recipe, environment_section(found.environment)]
     kind = "Merge" if found.merge is not None else "Training run"
     return page(f"{kind}: {found.path.resolve().name}", found.lead(), found.summary(made), sections)
@@ -182,6 +187,27 @@ class Folder:
             words.append(f"No task was scored: {advice}.")
         return words + [html.escape(problem) for problem in self.problems]
 
+    def tasks(self) -> list[str]:
+        """What the recipe scores, as it stands there."""
+        recipe = _tree(self.recipe)
+        found = (recipe.get("evaluate") or {}).get("tasks") if isinstance(recipe, dict) else None
+        return [str(each) for each in found] if isinstance(found, list) else []
+
+    def next_section(self, made: Comparison | None) -> Section:
+        """Steps that the figures ask for, each with its command."""
+        recipe = _tree(self.recipe)
+        if self.merge is not None or not isinstance(recipe, dict):
+            return Section("next", "What to try next", "")
+        changes = made.differences(len(made.models) - 1) if made is not None and len(made.models) > 1 else ()
+        finished, after = self.finished is not None, self.results.get("after")
+        evidence = Evidence(str(self.path), recipe, self.lines, finished, changes, after)
+        steps = "".join(
+            f"<li><b>{html.escape(step.what)}.</b> {html.escape(step.why)}"
+            f'<pre class="command"><code>{html.escape(step.command)}</code></pre></li>'
+            for step in next_steps(evidence)
+        )
+        return Section("next", "What to try next", f'<ol class="steps">{steps}</ol>' if steps else "")
+
     def data_section(self) -> Section:
         """A row a source: what it is, and how much of it was seen."""
         rows = []
@@ -227,10 +253,11 @@ class Folder:
         return Section("negatives", "Negatives", charts(curves))
 
     def throughput_section(self) -> Section:
-        """Tokens a second and the share of padding."""
+        """Tokens a second, the share of padding, and of the time that data were waited for."""
         speed = self._curves(["tokens_per_second"], "Tokens a second, all ranks", "")
         padding = self._curves(["padding_share"], "Share of padding", "", least=0.0)
-        return Section("throughput", "Padding and speed", charts([speed, padding]))
+        wait = self._curves(["wait"], "Share of the time spent waiting for data", "", least=0.0)
+        return Section("throughput", "Padding and speed", charts([speed, padding, wait]))
 
     def _curves(self, keys: Sequence[str], title: str, y: str, *, strip: str = "", least: float | None = None) -> str:
         """One line a key over steps; empty without any value."""
@@ -265,6 +292,27 @@ class Folder:
         body += "<h3>Settings</h3>" + table(("what", "value"), plain, numbers_from=9)
         body += _PRE.format(html.escape(json.dumps(deep, indent=2, ensure_ascii=False))) if deep else ""
         return Section("merge", "Merge", body)
+
+
+def _tree(recipe: str) -> Any:
+    """The recipe's tree; None for a text that is no YAML."""
+    try:
+        return yaml.safe_load(recipe)
+    except (yaml.YAMLError, RecursionError):
+        return None
+
+
+def _said(recipe: str) -> str:
+    """The recipe without what is not set: keys that hold nothing."""
+    tree = _tree(recipe)
+    return yaml.safe_dump(_set(tree), sort_keys=False, allow_unicode=True) if isinstance(tree, dict) else recipe
+
+
+def _set(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _set(each) for key, each in value.items()}
+        return {key: each for key, each in kept.items() if each is not None and each != {} and each != []}
+    return [_set(each) for each in value] if isinstance(value, list) else value
 
 
 def _lines(path: Path, problems: list[str]) -> list[Line]:

@@ -1,5 +1,9 @@
-"""The best k documents of every query, by scoring them all: exact, repeatable, in bounded memory."""
+"""The best k documents of every query, by scoring them all: exact, repeatable, in bounded memory, on a GPU where there
+is one."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedsmith.core.ahead import one_ahead
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
 
@@ -16,36 +21,50 @@ IndexArray = npt.NDArray[np.int64]
 Vectors = npt.NDArray[Any] | Tensor | Representation
 """A matrix [N, D] (NumPy, memory-mapped or torch), or a representation of any kind."""
 
-_BUDGET = {"cpu": 2**20, "cuda": 2**26}  # numbers of a block of scores: 4 MB stay in a CPU's cache, 256 MB fill a GPU
+_BUDGET = {"cpu": 2**20, "cuda": 2**27}  # numbers of a block of scores: 4 MB stay in a CPU's cache, 512 MB fill a GPU
 _TOKEN_BUDGET = {"cpu": 2**24, "cuda": 2**29}  # the same for heads of tokens: 64 MB and 2 GB
 _QUERIES = {Dense: 512, Sparse: 256, MultiVector: 32}  # queries scored together
+_SENT = 2**26  # numbers of vectors that are sent to a GPU at once
 _SPARE = 256  # places for candidates beyond the best k, before the best k are chosen again
 
 
 def exact_top_k(
-    query: Vectors, document: Vectors, k: int, *, block: int | None = None
+    query: Vectors, document: Vectors, k: int, *, block: int | None = None, device: torch.device | str | None = None
 ) -> tuple[FloatArray, IndexArray]:
     """score_Qk and index_Qk of the `min(k, K)` best documents of each query, best first; ties go to the lower index.
 
     The score is the inner product of dense vectors, or whatever `Representation.scores` says. Documents are read in
-    blocks of `block` rows (derived from a budget of 4 MB by default, 256 MB on a GPU), so neither [Q, K] nor a
-    memory-mapped matrix is ever held whole.
+    blocks of `block` rows (derived from a budget of 4 MB by default, 512 MB on a GPU), so neither [Q, K] nor a
+    memory-mapped matrix is ever held whole. `device`: where scores are computed; by default where the queries lie,
+    if that is no CPU, else on a GPU where there is one. There every block is sent once, for all queries.
     Errors: `SearchError` for shapes that do not match, `k` below 1, and scores that are not a number.
     """
-    rows = _QUERIES[Dense]
-    if isinstance(query, Representation) or isinstance(document, np.memmap) or len(query) <= rows:
-        return _searched(query, document, k, block)
+    rows, device = _QUERIES[Dense], search_device(query, device)
+    if device.type != "cpu" or isinstance(query, Representation):
+        return _searched(query, document, k, block, device)
+    if isinstance(document, np.memmap) or len(query) <= rows:
+        return _searched(query, document, k, block, device)
     # Documents in memory may be read again for every part of the queries: what is kept of one part fits the cache.
     _check(query, "the queries")
     starts = range(0, len(query), rows)
-    parts = [_searched(query[start : start + rows], document, k, block, start) for start in starts]
+    parts = [_searched(query[start : start + rows], document, k, block, device, start) for start in starts]
     return np.concatenate([score for score, _ in parts]), np.concatenate([index for _, index in parts])
 
 
+def search_device(query: Vectors, device: torch.device | str | None = None) -> torch.device:
+    """The device that was asked for; else that of the queries; for queries on the CPU a GPU where there is one."""
+    if device is not None:
+        return torch.device(device)
+    tensors = query.tensors() if isinstance(query, Representation) else [query] if isinstance(query, Tensor) else []
+    if tensors and tensors[0].device.type != "cpu":
+        return tensors[0].device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _searched(
-    query: Vectors, document: Vectors, k: int, block: int | None, first: int = 0
+    query: Vectors, document: Vectors, k: int, block: int | None, device: torch.device, first: int = 0
 ) -> tuple[FloatArray, IndexArray]:
-    best = TopK(query, k, first)
+    best = TopK(query, k, first, device)
     best.add_in_blocks(document, block)
     return best.result()
 
@@ -53,47 +72,72 @@ def _searched(
 class TopK:
     """The running best of documents that arrive in pieces, for a corpus that is never held whole.
 
-    `add` numbers the documents from 0 in the order they come. Scores are computed where the queries lie.
+    `add` numbers the documents from 0 in the order they come. Scores are computed on `device`, by default as
+    `search_device` says.
     """
 
-    def __init__(self, query: Vectors, k: int, first: int = 0) -> None:
+    def __init__(self, query: Vectors, k: int, first: int = 0, device: torch.device | str | None = None) -> None:
         """`first`: the number of the first query, for messages."""
         if k < 1:
             raise SearchError(f"k is {k}", expected="a number of documents, 1 or more")
         _check(query, "the queries")
+        self.device = search_device(query, device)
         self._query, self._k, self._seen, self._first = query, k, 0, first
         rows = _QUERIES.get(type(query), 32) if isinstance(query, Representation) else _QUERIES[Dense]
-        self._parts = [_part(query, start, start + rows) for start in range(0, len(query), rows)]
-        self._best = [_Best(len(part), k, part.tensors()[0].device) for part in self._parts]
+        starts = range(0, len(query), rows)
+        self._parts = [on_device(_part(query, start, start + rows), self.device) for start in starts]
+        self._best = [_best_for(self.device)(len(part), k, self.device) for part in self._parts]
         self._bounded = [_bounded(part) for part in self._parts]
         self._buffer: FloatArray = np.empty(0, np.float32)
 
     def add(self, document: Vectors) -> None:
         """Score the next documents, given as one block."""
         _check(document, "the documents")
-        block = _part(document, 0, len(document))
+        block = on_device(_part(document, 0, len(document)), self.device)
         if len(block) == 0:
             return
         start, bounded = self._first, _bounded(block)
         for part, best, also in zip(self._parts, self._best, self._bounded, strict=True):
-            score_QB = self._scores(part, block)
-            # Of bounded blocks no score can be NaN; of others one pass finds that nothing is wrong.
-            if not (bounded and also) and bool(score_QB.sum().isnan()) and bool(score_QB.isnan().any()):
-                row, column = (int(place) for place in score_QB.isnan().nonzero()[0])
-                raise SearchError(
-                    f"the score of query {start + row} with document {self._seen + column} is not a number",
-                    fix="look for NaN or infinite values in the vectors",
-                )
-            best.add(score_QB, self._seen)
+            self._score_into(best, part, block, start, self._seen, bounded and also)
             start += len(part)
         self._seen += len(block)
+
+    def _score_into(
+        self, best: _Best | _BestOnGpu, part: Representation, block: Representation, row: int, first: int, sound: bool
+    ) -> None:
+        """Score the documents from `first` on by the queries from `row` on; `sound`: no score can be NaN. Where a card
+        has no room for so many at once, by halves."""
+        half = len(block) // 2
+        try:
+            score_QB = self._scores(part, block)
+            # One pass finds that nothing is wrong; on a GPU the best scores show it.
+            suspect = isinstance(best, _Best) and not sound and bool(score_QB.sum().isnan())
+            if (suspect and bool(score_QB.isnan().any())) or not best.add(score_QB, first):
+                query, document = (int(place) for place in score_QB.isnan().nonzero()[0])
+                raise SearchError(
+                    f"the score of query {row + query} with document {first + document} is not a number",
+                    fix="look for NaN or infinite values in the vectors",
+                )
+            return
+        except torch.OutOfMemoryError as error:
+            if half == 0:
+                raise SearchError(
+                    f"{self.device} has no memory left to score one document", fix="free some, or search on the CPU"
+                ) from error
+        for start, stop in ((0, half), (half, len(block))):
+            self._score_into(best, part, block.rows(slice(start, stop)), row, first + start, sound)
 
     def add_in_blocks(self, document: Vectors, block: int | None = None) -> None:
         """Score the next documents, `block` rows at a time (derived from the budget by default)."""
         _check(document, "the documents")
         rows = block or self.block_rows(document)
-        for start in range(0, len(document), rows):
-            self.add(_part(document, start, start + rows))
+        blocks: Iterator[Representation] = (
+            _part(document, start, start + rows) for start in range(0, len(document), rows)
+        )
+        if self.device.type == "cuda":  # the next block is read and pinned while one is scored
+            blocks = one_ahead(block.map(_pinned) for block in blocks)
+        for one in blocks:
+            self.add(one)
 
     def result(self) -> tuple[FloatArray, IndexArray]:
         """score_Qk and index_Qk so far."""
@@ -107,12 +151,15 @@ class TopK:
         kind = type(document) if isinstance(document, Representation) else Dense
         queries = min(_QUERIES.get(kind, 32), max(len(self._query), 1))
         tokens = self._query.token_count if isinstance(self._query, Representation) else 1
-        device = self._parts[0].tensors()[0].device.type if self._parts else "cpu"
+        device = self.device.type
         if kind is not Dense and isinstance(document, Representation):
             budget = _TOKEN_BUDGET.get(device, _TOKEN_BUDGET["cuda"])
             each = queries * max(tokens, 1) * (1 if isinstance(document, Sparse) else max(document.token_count, 1))
             return max(budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
-        return max(_BUDGET.get(device, _BUDGET["cuda"]) // queries, 1)
+        rows = max(_BUDGET.get(device, _BUDGET["cuda"]) // queries, 1)
+        if device == "cpu" or isinstance(document, Representation):
+            return rows
+        return max(min(rows, _SENT // max(document.shape[1], 1)), 1)
 
     def _scores(self, query: Representation, document: Representation) -> Tensor:
         """score_QB; on a CPU in a buffer that the next block overwrites."""
@@ -121,15 +168,14 @@ class TopK:
         if isinstance(query, Dense) and query.vector_ND.shape[1] != document.tensors()[0].shape[1]:
             sizes = f"{query.vector_ND.shape[1]} and {document.tensors()[0].shape[1]}"
             raise SearchError(f"queries and documents have vectors of {sizes} numbers", expected="the same model")
-        device = query.tensors()[0].device
         with torch.no_grad():
-            if isinstance(query, Dense) and isinstance(document, Dense) and device.type == "cpu":
+            if isinstance(query, Dense) and isinstance(document, Dense) and self.device.type == "cpu":
                 if self._buffer.size < len(query) * len(document):
                     self._buffer = np.empty(len(query) * len(document), np.float32)
                 score = self._buffer[: len(query) * len(document)].reshape(len(query), len(document))
                 _inner_products(query.vector_ND, document.vector_ND, score)
                 return torch.from_numpy(score)
-            return query.scores(document.map(lambda tensor: tensor.to(device)))[0].float()
+            return query.scores(document)[0].float()
 
 
 def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> None:
@@ -167,11 +213,11 @@ class _Best:
         self._floor_Q1: Tensor | None = None
         self._above = np.empty(0, bool)
 
-    def add(self, score_QB: Tensor, first: int) -> None:
-        """Score the documents `first`, `first + 1`, ..."""
-        if self._floor_Q1 is None or score_QB.device.type != "cpu":
+    def add(self, score_QB: Tensor, first: int) -> bool:
+        """Take the scores of the documents `first`, `first + 1`, ..., which are numbers all."""
+        if self._floor_Q1 is None:
             self._choose_with(score_QB, first)
-            return
+            return True
         if self._above.size < score_QB.numel():
             self._above = np.empty(score_QB.numel(), bool)
         above_QB = self._above[: score_QB.numel()].reshape(score_QB.shape)
@@ -182,8 +228,7 @@ class _Best:
         missing = int((self._count_Q + hits_Q).max()) - self._score_QC.shape[1]
         if missing > 0 and int(self._count_Q.max()) > self._k:
             self._choose_with(score_QB[:, :0], first)  # a higher floor lets fewer in
-            self.add(score_QB, first)
-            return
+            return self.add(score_QB, first)
         if missing > 0:
             self._score_QC = F.pad(self._score_QC, (0, missing), value=float("-inf"))
             self._index_QC = F.pad(self._index_QC, (0, missing))
@@ -195,6 +240,7 @@ class _Best:
         self._count_Q += hits_Q
         if missing > 0:
             self._choose_with(score_QB[:, :0], first)
+        return True
 
     def chosen(self) -> tuple[Tensor, Tensor]:
         """score_Qk and index_Qk, best first. Places that were never filled hold -inf behind k entries at least."""
@@ -215,36 +261,73 @@ class _Best:
         if known:
             old_Qk = self._index_QC.gather(1, place_Qk.clamp_max(known - 1))
             index_Qk = torch.where(place_Qk < known, old_Qk, index_Qk)
-        spare = _SPARE if score_QX.device.type == "cpu" else 0
-        self._score_QC = F.pad(score_QX.gather(1, place_Qk), (0, spare), value=float("-inf"))
-        self._index_QC = F.pad(index_Qk, (0, spare))
+        self._score_QC = F.pad(score_QX.gather(1, place_Qk), (0, _SPARE), value=float("-inf"))
+        self._index_QC = F.pad(index_Qk, (0, _SPARE))
         self._count_Q[:] = self._k
 
 
+class _BestOnGpu:
+    """The best k documents of some queries, best first, by kernels that read a block of scores as seldom as may be, and
+    one wait a block."""
+
+    def __init__(self, queries: int, k: int, device: torch.device) -> None:
+        self._k = k
+        self._score_QC = torch.empty(queries, 0, device=device)
+        self._index_QC = torch.empty(queries, 0, dtype=torch.int64, device=device)
+
+    def add(self, score_QB: Tensor, first: int) -> bool:
+        """Take the scores of the documents `first`, `first + 1`, ...; false where one of them is not a number."""
+        k = self._k
+        value_QC, place_QC = score_QB.topk(min(k + 1, score_QB.shape[1]), dim=1)  # NaN counts as the largest
+        # Which of several documents with the k-th score are among the k, `topk` leaves open.
+        open_Q = torch.zeros(len(score_QB), dtype=torch.bool, device=score_QB.device)
+        if value_QC.shape[1] > k:
+            open_Q = value_QC[:, k - 1] == value_QC[:, k]
+            if self._score_QC.shape[1] == k:  # later documents with the worst score so far do not come in
+                open_Q &= value_QC[:, k] > self._score_QC[:, -1]
+            value_QC, place_QC = value_QC[:, :k], place_QC[:, :k]
+        wrong, unsettled = torch.stack([value_QC[:, 0].isnan().any(), open_Q.any()]).tolist()
+        if wrong:
+            return False
+        if unsettled:
+            place_QC = place_QC.clone()
+            place_QC[open_Q] = _places_of_first(score_QB[open_Q], value_QC[open_Q, -1:], k)
+        place_QC = place_QC.sort(dim=1).values
+        value_QC = score_QB.gather(1, place_QC) + 0.0  # which makes -0.0 the 0.0 that it ties with
+        score_QX, index_QX = torch.cat([self._score_QC, value_QC], 1), torch.cat([self._index_QC, place_QC + first], 1)
+        score_QX, order_QX = score_QX.sort(dim=1, descending=True, stable=True)
+        self._score_QC, self._index_QC = score_QX[:, :k], index_QX.gather(1, order_QX[:, :k])
+        return True
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        return self._score_QC, self._index_QC
+
+
+def _best_for(device: torch.device) -> type[_Best | _BestOnGpu]:
+    return _Best if device.type == "cpu" else _BestOnGpu
+
+
+def _places_of_first(score_QB: Tensor, floor_Q1: Tensor, k: int) -> Tensor:
+    """place_Qk of what is above the k-th score, and of the first that have it."""
+    above_QB, tied_QB = score_QB > floor_Q1, score_QB == floor_Q1
+    room_Q1 = k - above_QB.sum(1, keepdim=True)
+    kept_QB = above_QB | (tied_QB & (tied_QB.cumsum(1, dtype=torch.int32) <= room_Q1))
+    return kept_QB.nonzero()[:, 1].view(-1, k)
+
+
 def _places_of_top(score_QX: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """place_Qk of the k best columns in ascending order, ties to the lower column, and the k-th score, floor_Q1."""
-    floor_Q1 = _kth_best(score_QX, k)
+    """place_Qk of the k best columns in ascending order, ties to the lower column, and the k-th score, floor_Q1. On a
+    CPU: NumPy's partition is eight times as fast as torch's topk there."""
+    place = score_QX.shape[1] - k
+    floor_Q1 = torch.from_numpy(np.partition(score_QX.numpy(), place, axis=1)[:, place, None].copy())
     kept_QX = score_QX >= floor_Q1
     if int(kept_QX.count_nonzero()) > k * len(kept_QX):
-        if kept_QX.device.type == "cpu":  # NumPy adds bytes eight times as fast as torch counts truths
-            count_Q = torch.from_numpy(np.add.reduce(kept_QX.numpy().view(np.uint8), axis=1, dtype=np.int64))
-        else:
-            count_Q = kept_QX.sum(1)
-        tied_Q = count_Q > k
+        # NumPy adds bytes eight times as fast as torch counts truths
+        tied_Q = torch.from_numpy(np.add.reduce(kept_QX.numpy().view(np.uint8), axis=1, dtype=np.int64)) > k
         order = score_QX[tied_Q].sort(dim=1, descending=True, stable=True).indices[:, :k]
         kept_QX[tied_Q] = torch.zeros_like(kept_QX[tied_Q]).scatter(1, order, True)
-    if kept_QX.device.type == "cpu":  # NumPy finds them several times as fast
-        flat = np.flatnonzero(kept_QX.numpy()).reshape(-1, k)
-        return torch.from_numpy(flat - np.arange(len(flat))[:, None] * kept_QX.shape[1]), floor_Q1
-    return kept_QX.nonzero()[:, 1].view(-1, k), floor_Q1
-
-
-def _kth_best(score_QX: Tensor, k: int) -> Tensor:
-    """floor_Q1. NumPy's partition is eight times as fast as torch's topk on a CPU."""
-    if score_QX.device.type != "cpu":
-        return score_QX.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    place = score_QX.shape[1] - k
-    return torch.from_numpy(np.partition(score_QX.numpy(), place, axis=1)[:, place, None].copy())
+    flat = np.flatnonzero(kept_QX.numpy()).reshape(-1, k)  # NumPy finds them several times as fast
+    return torch.from_numpy(flat - np.arange(len(flat))[:, None] * kept_QX.shape[1]), floor_Q1
 
 
 def top_of_block(score_QB: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -271,3 +354,11 @@ def _part(value: Vectors, start: int, stop: int) -> Representation:
     part = value[start:stop]
     plain = part.dtype == np.float32 and part.flags.writeable and not isinstance(part, np.memmap)
     return Dense(torch.from_numpy(part if plain else np.array(part, dtype=np.float32)))
+
+
+def on_device(rep: Representation, device: torch.device) -> Representation:
+    return rep.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from embedsmith.data.store import RecordStore, StoreCounts
 from embedsmith.losses import balance_weights
 from embedsmith.models import Embedder, load
 from embedsmith.models.tokenize import added_tokens
+from embedsmith.train.budget import WORTH
 from embedsmith.train.config import Balance, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
@@ -35,9 +37,11 @@ DEFAULT_LOSSES = {"retrieval": "infonce", "sts": "cosent"}
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, ranks and trackers. Precision is autocast over fp32 parameters, never bf16 parameters.
+    """Device, ranks and trackers. Precision is not its business: it is autocast over fp32 parameters (`Run.encode`),
+    never parameters of 16 bits.
 
-    Errors: `RecipeError` under a launch whose engine would wait for a model that it is never given.
+    Errors: those of `choose_precision`, before anything is read; `RecipeError` under a launch whose engine would wait
+    for a model that it is never given.
     """
     # Engines that want to own the model and its backward pass. Left alone they would do nothing without a word, and
     # every rank would hold everything.
@@ -52,23 +56,36 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             )
     join_ranks()
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    precision = recipe.train.precision
-    if precision == "auto":
-        on_gpu = torch.cuda.is_available()
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_multiplies_bf16()
-        precision = "bf16" if fast else "fp32"
-    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process
+    choose_precision(recipe.train)
+    AcceleratorState._reset_state()  # accelerate keeps the first run's device for the whole process
     return Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="no",
         log_with=list(recipe.train.log_with) or None,
         project_dir=recipe.output,
     )
 
 
+def choose_precision(config: TrainConfig) -> Literal["fp32", "bf16", "fp16"]:
+    """What matrices are multiplied in. Errors: `RecipeError` for bf16 on a card that does not multiply it."""
+    on_gpu = torch.cuda.is_available()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_multiplies_bf16()
+    if config.precision == "auto":
+        return "bf16" if fast else "fp32"
+    if config.precision == "bf16" and on_gpu and not fast:
+        raise RecipeError(
+            f"train.precision=bf16: {torch.cuda.get_device_name()} does not multiply bf16",
+            fix="set train.precision=fp16, which scales the loss, or train.precision=fp32",
+        )
+    return config.precision
+
+
 def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
-    """Chunks are small on a CPU, where padding costs more than it hides, and large on a GPU."""
+    """Chunks are small on a CPU, where padding costs more than it hides, and large on a GPU. On a CUDA card the run's
+    first step measures what fits (`budget.py`), unless the recipe says it."""
     chunk, least = (2048, 128) if device.type == "cpu" else (32768, 8192)
+    if device.type == "cuda" and (config.micro_batch or config.token_budget):
+        chunk, least = 2**31, WORTH
     if config.micro_batch is not None:
         return Memory(chunk, None, config.micro_batch, least)
     if config.token_budget is not None:
@@ -146,7 +163,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     records = part_of(whole, source.part)
     if source.loss is None and records.task not in DEFAULT_LOSSES:
         what = f"the task {records.task!r} has no default loss"
-        raise RecipeError(f"{source.path}: {what}", fix="set `loss` for this source")
+        raise RecipeError(f"{source.path}: {what}", fix="say what is minimised: data.N.loss=NAME, N its place from 0")
     loss: Loss = source.loss or losses.build(DEFAULT_LOSSES[records.task])
     loss.check(model.dimension)
     if missing := sorted(loss.heads() - set(model.outputs)):

@@ -46,12 +46,19 @@ _FOLDERS = ("checkpoints/**", "evaluation/*.json", "model/**", "embedsmith/**") 
 RUN = Kind("run", (*_FILES, *_FOLDERS), ("recipe.yaml", "train:"))
 FILES = "files.json"
 Steps = Annotated[int, Range(ge=0)]
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
+"""The loss scale of a run's first step under fp16, and after how many steps without an overflow it doubles."""
 
 
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands after `step` optimizer steps. Everything else about its position is a function of this.
-    `skipped_steps`: steps so far whose gradient was not finite, `skipped_in_a_row`: the last ones among them."""
+
+    `skipped_steps`: steps so far whose gradient was not finite, `skipped_in_a_row`: the last ones among them.
+    `token_budget`: tokens encoded at once on `card`, as measured there or halved since; `None` where nothing was.
+    `loss_scale`: by what the loss is multiplied under fp16, `scaled_steps`: steps since it changed, `overflowed_steps`:
+    those that were left out because the scaled gradient was too large for fp16, which is how the scale is found.
+    """
 
     step: Steps = 0
     best_score: Finite | None = None
@@ -59,10 +66,30 @@ class RunState:
     evaluations_without_gain: Steps = 0
     skipped_steps: Steps = 0
     skipped_in_a_row: Steps = 0
+    token_budget: Annotated[int, Range(ge=1)] | None = None
+    card: str | None = None
+    loss_scale: Finite | None = None
+    scaled_steps: Steps = 0
+    overflowed_steps: Steps = 0
 
     def after(self, norm: float) -> "RunState":
-        """The state after one more step, whose gradient had that norm."""
+        """The state after one more step, whose gradient had that norm.
+
+        The loss scale follows torch's GradScaler: halved after a norm that is not finite, doubled after 2,000 others.
+        A norm that is not finite at a scale of 1 is a fault of the run and no overflow.
+        """
         bad = not math.isfinite(norm)
+        if self.loss_scale is not None:
+            if bad and self.loss_scale > 1:
+                changed = replace(self, loss_scale=self.loss_scale / 2, scaled_steps=0)
+                return replace(changed, step=self.step + 1, overflowed_steps=self.overflowed_steps + 1)
+            grown = not bad and self.scaled_steps + 1 == GROWTH_STEPS
+            scale = self.loss_scale * (2 if grown else 1)
+            steps = 0 if bad or grown else self.scaled_steps + 1
+            return replace(self, loss_scale=scale, scaled_steps=steps)._counted(bad)
+        return self._counted(bad)
+
+    def _counted(self, bad: bool) -> "RunState":
         in_a_row = self.skipped_in_a_row + 1 if bad else 0
         return replace(self, step=self.step + 1, skipped_steps=self.skipped_steps + bad, skipped_in_a_row=in_a_row)
 

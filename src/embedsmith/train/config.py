@@ -52,19 +52,23 @@ class TrainConfig:
     - `min_learning_rate`: the rate at which the schedule ends.
     - `schedule`: how the rate falls after the warm-up: in a straight line, as a cosine, or not at all.
     - `warmup`: how long the rate rises, as a share of the run below 1, else as a number of steps.
-    - `weight_decay`: AdamW's decay of matrices; vectors (norms, biases, temperatures) are not decayed.
+    - `optimizer`: `adamw`; `adamw8bit`, the same with its state in 8 bits (bitsandbytes, extra `optim`); `muon` for the
+      matrices of the backbone's layers, with AdamW for the rest.
+    - `weight_decay`: the optimizer's decay of matrices; vectors (norms, biases, temperatures) are not decayed.
     - `betas`: AdamW's decay rates of its two averages of the gradient.
     - `clip_norm`: the norm to which larger gradients are scaled down; `None` leaves them as they are.
     - `max_skipped_steps`: how many steps in a row may be left out because their gradient is not finite; one more ends
       the run.
-    - `precision`: `bf16` is autocast over fp32 weights; `auto` takes it where the hardware multiplies bf16.
+    - `precision`: `bf16` is autocast over fp32 weights; `auto` takes it where the hardware multiplies bf16. `fp16` is
+      autocast with a scaled loss, for cards that do not multiply bf16.
     - `shard`: `true` spreads the backbone's weights, gradients and optimizer state over the ranks (FSDP2), `zero2` the
       optimizer's state and gradients alone (DeepSpeed, extra `deepspeed`).
     - `balance`: retrieval and similarity in every step, as Conan does it; `None` draws one source a step.
     - `mining`: replaces hard negatives while the model trains; `None` keeps those of the data.
     - `plan`: which rows meet in a batch, and in which order batches come.
     - `micro_batch`: texts encoded at once, to bound memory; `None` does not limit them.
-    - `token_budget`: padded tokens whose graphs may be in memory together; `None` keeps all of them.
+    - `token_budget`: padded tokens whose graphs may be in memory together; `None` keeps all of them on a CPU, and on a
+      CUDA card as many as its memory holds, which is measured.
     - `seed`: of everything that is drawn.
     - `log_every`: steps between two lines of numbers.
     - `checkpoint_every`: steps between two checkpoints; `None` is a tenth of the run.
@@ -81,11 +85,12 @@ class TrainConfig:
     min_learning_rate: NotNegative = 0.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: NotNegative = 0.1
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     weight_decay: NotNegative = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: Positive | None = 1.0
     max_skipped_steps: Annotated[int, Range(ge=0)] = 10
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     shard: bool | Literal["zero2"] = False
     balance: Balance | None = None
     mining: LiveNegatives | None = None

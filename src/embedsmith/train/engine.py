@@ -1,5 +1,5 @@
-"""What updates the weights: AdamW, its learning rate, and how a run is spread over ranks. Whole copies, FSDP2 and
-DeepSpeed's ZeRO-2 stand behind one protocol (`Engine`).
+"""What updates the weights: the optimizer (`optimizers.py`) with its learning rate, and how a run is spread over ranks.
+Whole copies, FSDP2 and DeepSpeed's ZeRO-2 stand behind one protocol (`Engine`).
 
 The rate is a pure function of the step: there is no scheduler to prepare, to step once too often on several ranks, or
 to checkpoint.
@@ -22,7 +22,6 @@ import copy
 import importlib.util
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -38,40 +37,13 @@ from torch.distributed.tensor import DTensor
 from embedsmith.core.collectives import average_gradients, complete_gradients, max_over_ranks, rank, world_size
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.tokens import IntArray
+from embedsmith.core.transfer import read
 from embedsmith.models import Embedder
 from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
 from embedsmith.train.config import Recipe, TrainConfig
-from embedsmith.train.step import Chunk
-
-
-def adamw(model: nn.Module, extras: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW for all parameters that are trained. Vectors (norms, biases, a temperature) are not decayed; a name that
-    matches a pattern of `group_learning_rates` gets that rate, the first match wins. Parameters of the losses' extras
-    are named `extras.NAME`."""
-    named = [*model.named_parameters(), *((f"extras.{name}", p) for name, p in extras.named_parameters())]
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    unmatched = set(config.group_learning_rates)
-    for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
-        rate = config.learning_rate
-        for pattern, own_rate in config.group_learning_rates.items():
-            if re.search(pattern, name):
-                rate = own_rate
-                unmatched.discard(pattern)
-                break
-        decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
-    if unmatched:
-        raise RecipeError(
-            f"train.group_learning_rates: no parameter matches {sorted(unmatched)}", fix="correct the pattern"
-        )
-    settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-        for (rate, decay, _), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(settings, betas=config.betas, fused=True)
+from embedsmith.train.optimizers import make_optimizer
+from embedsmith.train.step import Chunk, Health
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int, peak: float) -> float:
@@ -79,7 +51,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int, peak: float) -> fl
     warm = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
     if step < warm:
         return peak * (step + 1) / warm
-    done = (step - warm) / max(steps - warm, 1)
+    done = (step - warm) / (steps - warm)
     left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config.schedule]
     floor = min(config.min_learning_rate, peak)
     return floor + (peak - floor) * left
@@ -98,15 +70,20 @@ Agreement = Callable[[list[Chunk], IntArray], list[Chunk]]
 class Engine(Protocol):
     """What differs between the ways of spreading a run. `optimizer` updates the weights of the model and of the extras
     of its losses. `agreed`: makes the chunks of all ranks alike, where a forward pass is a collective (see `Memory`).
-    `backward()` is around all backward passes of a step."""
+    `backward()` is around all backward passes of a step. `repeats`: whether a step may be begun anew in its midst, with
+    its gradients thrown away: not where a collective is part of its passes."""
 
     optimizer: torch.optim.Optimizer
     agreed: Agreement | None
     backward: Callable[[], AbstractContextManager[None]]
+    repeats: bool
 
-    def step(self) -> float:
-        """Average the gradients over ranks, clip them, and update the weights where their norm is finite. Returns the
-        norm before clipping, the same on every rank."""
+    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
+        """Average the gradients over ranks, divide them by `scale`, clip them, and update the weights where their norm
+        is finite. Returns the norm before clipping, the same on every rank.
+
+        Errors: `TrainingError` where `health` tells of a value that is not finite, before any weight is changed.
+        """
         ...
 
     def whole_model(self) -> Embedder:
@@ -117,7 +94,17 @@ class Engine(Protocol):
 def check_shard(recipe: Recipe) -> None:
     """Errors: `RecipeError` for a single process, or for what needs the whole model in the middle of a sharded run;
     `MissingExtraError` for ZeRO-2 without DeepSpeed."""
+    if recipe.train.shard and recipe.train.optimizer != "adamw":
+        raise RecipeError(
+            f"train.optimizer={recipe.train.optimizer} under train.shard: its state cannot be cut over the ranks",
+            fix="set train.optimizer=adamw, or train.shard=false",
+        )
     if recipe.train.shard == "zero2":
+        if recipe.train.precision == "fp16":
+            raise RecipeError(
+                "train.precision=fp16 under train.shard=zero2: DeepSpeed would clip and judge scaled gradients",
+                fix="set train.shard=true or train.shard=false, or train.precision=bf16",
+            )
         if importlib.util.find_spec("deepspeed") is None:
             raise MissingExtraError("deepspeed", "deepspeed")
         if not dist.is_initialized():
@@ -156,17 +143,24 @@ class WholeCopies:
     def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
         self.model, self.limit = model, config.clip_norm or float("inf")
         self.parameters = [*model.parameters(), *extras.parameters()]
-        self.optimizer: torch.optim.Optimizer = adamw(model, extras, config)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(model, extras, config)
         self.agreed: Agreement | None = None
         self.backward: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.repeats = True
 
-    def step(self) -> float:
+    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
         average_gradients(self.parameters)
-        return self.update(nn.utils.clip_grad_norm_(self.parameters, self.limit))
+        _divide([p.grad for p in self.parameters if p.grad is not None], scale)
+        return self.update(nn.utils.clip_grad_norm_(self.parameters, self.limit), health)
 
-    def update(self, norm: Tensor) -> float:
+    def update(self, norm: Tensor, health: Health | None) -> float:
         """The optimizer's step, unless the norm is not finite. The only time a step waits for the device."""
-        value = float(norm)
+        if health is None:
+            value = read(norm[None])[0]
+        else:
+            fault_F = health.fault_F
+            value, *faults = read(torch.cat([norm.to(fault_F)[None], fault_F]))
+            health.check(faults)
         if math.isfinite(value):
             self.optimizer.step()
         return value
@@ -190,19 +184,22 @@ class Fsdp2(WholeCopies):
         fully_shard(model.backbone, mesh=mesh)
         super().__init__(model, extras, config)
         self.agreed = self.same_chunks
+        self.repeats = False
 
-    def step(self) -> float:
+    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
         average_gradients(p for p in self.parameters if not isinstance(p, DTensor))  # FSDP2 averages its own
         groups: tuple[list[Tensor], list[Tensor]] = ([], [])  # one norm cannot be taken of shards and whole tensors
         for parameter in self.parameters:
             if parameter.grad is not None:
                 groups[not isinstance(parameter, DTensor)].append(parameter.grad)
+        for group in groups:
+            _divide(group, scale)
         norms = [nn.utils.get_total_norm(group) for group in groups if group]
         full: list[Tensor] = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
         total: Tensor = torch.linalg.vector_norm(torch.stack(full))
         for gradient in (*groups[0], *groups[1]):
             gradient.mul_((self.limit / (total + 1e-6)).clamp(max=1.0))
-        return self.update(total)
+        return self.update(total, health)
 
     def same_chunks(self, chunks: list[Chunk], length_N: IntArray) -> list[Chunk]:
         """The same number of chunks on every rank, all kept or all replayed; idle ones encode one text for nothing."""
@@ -218,6 +215,12 @@ class Fsdp2(WholeCopies):
             return self.model
         self.copy.load_state_dict(state)
         return self.copy
+
+
+def _divide(gradients: list[Tensor], scale: float) -> None:
+    """Take a loss scale out of gradients again, in few kernels."""
+    if scale != 1 and gradients:
+        torch._foreach_mul_(gradients, 1 / scale)
 
 
 def _refuse_heads(words: list[str]) -> None:
@@ -240,8 +243,11 @@ class Zero2(WholeCopies):
         assert isinstance(inner, torch.optim.AdamW)
         self.zero = ZeroAdamW(nn.ModuleList([model, extras]), inner, config.clip_norm)
         self.optimizer, self.backward = self.zero, self.zero.reducing
+        self.repeats = False
 
-    def step(self) -> float:
+    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
+        if health is not None:
+            health.check(read(health.fault_F))
         self.zero.step()  # DeepSpeed leaves out the update where the norm is not finite, and says inf
         return self.zero.norm
 

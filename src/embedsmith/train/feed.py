@@ -326,12 +326,19 @@ class Feed:
         texts, parts = [tokens for tokens, _ in drawn], [part for _, part in drawn]
         return texts[0] if len(texts) == 1 else TokenBatch.concatenate(texts), parts
 
-    def run_ahead(self, start: int, stop: int, ahead: int = AHEAD) -> Iterator[Draw]:
-        """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains. Where pools of
-        negatives were mined anew, what was drawn ahead is void and drawn again."""
+    def run_ahead(self, start: int, stop: int, workers: int = 1) -> Iterator[Draw]:
+        """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains, `workers` of them
+        side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
+        was drawn ahead is void and drawn again."""
+        shared = any(supply.live or supply.teacher or supply.streamed for supply in self.supplies)
+        if workers > 1 and (shared or self.model.settings.echo is not None):  # echo changes the tokenizer's settings
+            workers = 1
+        if workers > 1:
+            self.model.tokenize([""])  # sets the tokenizer up, which only one thread may do
+        ahead = AHEAD if workers == 1 else 2 * workers
         live = [supply.live for supply in self.supplies if supply.live is not None]
         generations = [negatives.generation for negatives in live]
-        with ThreadPoolExecutor(max_workers=1) as worker:
+        with ThreadPoolExecutor(workers) as worker:
             waiting: deque[Future[Draw]] = deque()
             for step in range(start, stop):
                 if generations != (now := [negatives.generation for negatives in live]):

@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
 from embedsmith.core.errors import CheckpointError, DataError
@@ -27,9 +28,12 @@ from embedsmith.core.inputs import read_typed
 from embedsmith.core.progress import Bar, log
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray
+from embedsmith.core.transfer import read
 from embedsmith.data import Joined
 from embedsmith.train.feed import Feed, Lane
 from embedsmith.train.step import StepOutput
+
+Drawn = TypeVar("Drawn")
 
 
 class Journal:
@@ -46,6 +50,10 @@ class Journal:
         self._path = output / "metrics.jsonl"
         cut_back(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
+        known = {tracker.value for tracker in get_available_trackers()}
+        if missing := [name for name in log_with if name not in known]:
+            fix = f"pip install {' '.join(missing)}"
+            log.info("no curves in %s, which is not installed (%s); metrics.jsonl has all", ", ".join(missing), fix)
         if log_with:
             purge = {"tensorboard": {"purge_step": start}} if "tensorboard" in log_with else {}
             accelerator.init_trackers("embedsmith", config=_scalars(to_plain(recipe)), init_kwargs=purge)
@@ -94,7 +102,8 @@ def _scalars(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Meter:
-    """Sums the numbers of steps, and reports their means since the last report."""
+    """Sums the numbers of steps, and reports their means since the last report, with the share of the time that was
+    spent waiting for data (`wait`)."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -102,7 +111,18 @@ class Meter:
 
     def _reset(self) -> None:
         self._losses: dict[str, list[torch.Tensor]] = {}
-        self._tokens, self._padded, self._since = 0, 0, time.perf_counter()
+        self._tokens, self._padded, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+
+    def waiting(self, draws: Iterator[Drawn]) -> Iterator[Drawn]:
+        """The same draws; how long each was waited for is summed."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                draw = next(draws)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            yield draw
 
     def add(self, output: StepOutput) -> None:
         for name, parts in output.parts.items():
@@ -114,7 +134,7 @@ class Meter:
     def report(self, rate: float, norm: float, bar: Bar) -> dict[str, float]:
         """The values since the last call, averaged over ranks, and a note on the bar. Collective."""
         seconds = time.perf_counter() - self._since
-        mine = {key: float(torch.stack(values).mean()) for key, values in self._losses.items()}
+        mine = dict(zip(self._losses, self._means(), strict=True)) | {"wait": self._waited / seconds}
         means: dict[str, list[float]] = {}
         for theirs in objects_of_all_ranks(mine):  # ranks may hold parts of different sources
             for key, value in theirs.items():
@@ -130,9 +150,14 @@ class Meter:
         }
         self.warn_of_empty_vectors(averages)
         losses = " ".join(f"{key.split('/', 1)[1]} {v:.3f}" for key, v in averages.items() if key.startswith("loss/"))
-        bar.note(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s")
+        bar.note(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s · {averages['wait']:.0%} waiting for data")
         self._reset()
         return report
+
+    def _means(self) -> list[float]:
+        """Of every number, in one read of the device."""
+        means = [torch.stack(values).mean() for values in self._losses.values()]
+        return read(torch.stack([mean.to(means[0].device) for mean in means])) if means else []
 
     def warn_of_empty_vectors(self, report: Mapping[str, float]) -> None:
         """Once for each head and source of which most vectors are empty; `report` names them `HEAD_empty/SOURCE`."""
@@ -219,7 +244,7 @@ class RunManifest:
                 seen[planned.source].add(planned.rows)
             for supply, one in zip(lane.supplies, seen, strict=True):
                 sources[supply.records.name]["seen"] = one.entry(supply.records.records)
-        self._step = max(self._step, step)
+        self._step = step
         sources = _of_all_ranks(sources)
         if rank() == 0:
             starts = [{"step": start, "ranks": ranks} for start, ranks in self.starts]
@@ -233,7 +258,7 @@ class RunManifest:
         ends = [start for start, _ in self.starts[1:]] + [wanted.stop]
         for (start, ranks), end in zip(self.starts, ends, strict=True):
             sharing = ranks if ranks != world_size() else lane.plan.world
-            for step in range(max(start, wanted.start), min(end, wanted.stop)):
+            for step in range(max(start, wanted.start), end):
                 yield step, sharing
 
 

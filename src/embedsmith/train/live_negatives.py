@@ -89,8 +89,7 @@ class LiveSource:
 
     def _see(self, batch: Batch, id_QS: Tensor) -> None:
         assert isinstance(batch, RetrievalBatch)
-        with torch.no_grad():
-            self.seen = slot_scores(batch, self.head, id_QS)
+        self.seen = slot_scores(batch, self.head, id_QS)
 
 
 def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
         negative_QM, id_QM = negative_QM[:, :0], id_QM[:, :0]
     same_QSM = (id_QS.to(id_QM.device)[:, :, None] == id_QM[:, None, :]) & ~negative_QM.isnan()[:, None, :]
     score_QS = negative_QM.nan_to_num()[:, None, :].mul(same_QSM).sum(-1) / same_QSM.sum(-1)  # 0 / 0 is NaN
-    return torch.cat([score_QS, positive_QP.amin(1, keepdim=True)], 1).float().cpu()
+    return torch.cat([score_QS, positive_QP.amin(1, keepdim=True)], 1).cpu()
 
 
 @dataclass

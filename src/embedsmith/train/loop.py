@@ -6,46 +6,71 @@ from __future__ import annotations
 import math
 import re
 import signal
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Progress
-from embedsmith.core.collectives import lost_ranks, max_over_ranks, on_first_rank, rank, refuse_different, world_size
+from embedsmith.core.collectives import (
+    agreed_by_hosts,
+    lost_ranks,
+    on_first_rank,
+    rank,
+    refuse_different,
+    world_size,
+)
+from embedsmith.core.device import cores
 from embedsmith.core.errors import ModelError, TrainingError
 from embedsmith.core.outputs import check_claim, claimed
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Reps
-from embedsmith.core.seeds import derive_seed, seed_everything
+from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
+from embedsmith.evaluate import Task
+from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.models import Embedder, load
+from embedsmith.models.config import ComputeType
+from embedsmith.models.encode import autocast
 from embedsmith.models.lora import has_adapter
 from embedsmith.report.page import save_environment
 from embedsmith.report.run_folder import report_run
-from embedsmith.train.build import build_extras, build_feed, derive_memory, make_accelerator
-from embedsmith.train.checkpoint import Checkpoints, RunState, base_of, flat
+from embedsmith.train.budget import Card, at_most, card_of, halved, measured_budget
+from embedsmith.train.build import build_extras, build_feed, choose_precision, derive_memory, make_accelerator
+from embedsmith.train.checkpoint import FIRST_SCALE, Checkpoints, RunState, base_of, flat
 from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.journal import Journal, Meter, RunManifest
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
+from embedsmith.train.outcome import Trained
 from embedsmith.train.scoring import Development, load_tasks
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
+from embedsmith.train.told import sources_in_words, tell_of_cut
 
 _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path|cache)")
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
 
+_DTYPE: Mapping[str, ComputeType | None] = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+WORKERS = 4
+"""Threads that draw and tokenize steps ahead of a card."""
+
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
+"""What an optimizer holds of a weight, at most."""
+
 
 @dataclass
 class Run:
-    """Everything a step touches. `steps`: of the whole run."""
+    """Everything a step touches. `steps`: of the whole run. `card`: what bounds the memory of a step, if anything does;
+    `fitted`: whether it has been asked. `deferred`: whether values are checked together with the norm, in one read of
+    the device."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -57,18 +82,78 @@ class Run:
     steps: int
     state: RunState
     mining: LiveMining | None
+    precision: str = "fp32"
+    card: Card | None = None
+    fitted: bool = False
+    deferred: bool = False
 
     def encode(self, tokens: TokenBatch, heads: Any, rows: IntArray | None = None) -> Reps:
         """The model's forward pass on some rows of a ragged batch, under autocast."""
         padded = tokens.pad(self.model.pad_id, self.accelerator.device, left=self.model.padding_left, rows=rows)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator.device, _DTYPE[self.precision]):
             reps: Reps = self.model(padded, heads)
         return reps
 
+    def draws(self) -> Iterator[Draw]:
+        """The draws of the steps to come. A card leaves the cores to the tokenizer; a CPU needs them itself."""
+        workers = 1 if self.card is None else min(WORKERS, cores())
+        return self.feed.run_ahead(self.state.step, self.steps, workers)
+
+    def one_cast(self) -> AbstractContextManager[None]:
+        """Around a step: what autocast made of the weights is kept from chunk to chunk, for which an outermost context
+        must stay open. Weights in shards are not kept whole."""
+        if self.precision == "fp32" or self.engine.agreed is not None:
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, enabled=False)
+
+    def together(self, act: Callable[[], None]) -> None:
+        """Do a part of a step. Errors: `OutOfMemoryError` on all ranks where one of them lacks memory."""
+        if self.card is None or not self.engine.repeats:
+            act()
+            return
+        lacking = None
+        try:
+            act()
+        except torch.OutOfMemoryError as error:
+            lacking = str(error)
+        if agreed_by_hosts(int(lacking is not None)):
+            raise torch.OutOfMemoryError(lacking or "another rank is out of memory")
+
+    def probe(self, texts: int) -> int:
+        """A forward and backward pass of texts of full length, as a step would do it; returns their tokens."""
+        tokens = self.model.tokenize(["a " * self.model.max_length] * texts)
+        heads = sorted(frozenset().union(*(supply.loss.heads() for supply in self.feed.supplies)))
+        try:
+            with self.one_cast():
+                made = self.encode(tokens, heads).values()
+                torch.stack([t.float().sum() for rep in made for t in rep.floating()]).sum().backward()
+        finally:
+            self.engine.optimizer.zero_grad(set_to_none=True)
+        return len(tokens.id_S)
+
     def loss(self, tokens: TokenBatch, parts: Sequence[Part]) -> Tensor:
         """The loss of some parts by the model as it is, without gradient."""
-        progress = Progress(self.state.step, self.steps)
-        return evaluate_parts(self.encode, tokens, parts, self.memory, dict(self.extras.items()), progress)
+        progress, extras = Progress(self.state.step, self.steps), dict(self.extras.items())
+        while True:
+            try:
+                return evaluate_parts(self.encode, tokens, parts, self.memory, extras, progress)
+            except torch.OutOfMemoryError:
+                if self.card is None or world_size() > 1:  # the others wait in a collective of the loss
+                    raise
+            self.halve(self.card, tokens)
+
+    def halve(self, card: Card, tokens: TokenBatch) -> None:
+        """After a lack of memory: encode half as much at once, from here on and after a resume. Collective.
+
+        Errors: `TrainingError` where texts were encoded one by one already.
+        """
+        card.free()  # gives back what lies in pieces of the old size
+        self.memory = halved(self.memory, tokens.length_N, card)
+        self.state = replace(self.state, token_budget=self.memory.chunk_tokens, card=card.name)
+        log.warning(
+            "step %d: out of memory on %s; it is done again with at most %s tokens at once, as are all steps from here",
+            *(self.state.step, card.name, f"{self.memory.chunk_tokens:,}"),
+        )
 
     @property
     def out_of_patience(self) -> bool:
@@ -112,6 +197,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
+    on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies]))
     if has_adapter(run.model.backbone):
         log.info(
             "%s/model will hold whole weights with the adapter in them; should their precision change the vectors, the "
@@ -140,8 +227,12 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
     if run.state.skipped_steps:
         summary["skipped_steps"] = run.state.skipped_steps
+    if run.state.overflowed_steps:
+        summary["overflowed_steps"] = run.state.overflowed_steps
     folder = checkpoints.finish(model, summary)
     on_first_rank(lambda: report_run(output, folder))
+    if tasks:
+        on_first_rank(lambda: log.info("%s", Trained.of(output)))
     return folder
 
 
@@ -154,24 +245,36 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     accelerator = make_accelerator(recipe)
     on_first_rank(lambda: check_claim(recipe.output, "train"))
     on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
-    load_tasks(recipe.evaluate)
+    tasks = load_tasks(recipe.evaluate)
     run = build(recipe, accelerator)
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     output, rate, norm = update(run, run.feed.draw(0))
-    count = sum(parameter.numel() for module in (run.model, run.extras) for parameter in module.parameters())
-    lines = [f"model: {recipe.model.path}, {count:,} parameters"]
-    for lane in run.feed.lanes:
-        lines += [f"source {line}" for line in lane.plan.summary()]
-        lines += [f"loss of {supply.records.name}: {supply.loss}" for supply in lane.supplies]
-    lines.append(
-        f"steps: {run.steps} ({run.feed.steps_per_epoch} an epoch), on {world_size()} process(es), "
-        f"{run.accelerator.device}, {run.accelerator.mixed_precision}"
+    step = (
+        f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "
+        f"gradient norm {norm:.3f}, {output.tokens:,} tokens"
     )
-    lines.append(f"memory: {run.memory}")
-    lines.append(
-        f"first step: loss {float(output.value):.4f}, learning rate {rate:.2e}, gradient norm {norm:.3f}, "
-        f"{output.tokens} tokens"
-    )
-    return "\n".join(lines)
+    return "\n".join([*_in_words(run, tasks), step, f"nothing was written; a run would write to {recipe.output}"])
+
+
+def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
+    """What a run would do, a line a thing."""
+    config, count = run.recipe.train, sum(one.numel() for part in (run.model, run.extras) for one in part.parameters())
+    memory, kept = run.memory, run.memory.kept_tokens
+    bound = "all graphs of a step are kept" if kept is None else f"graphs of {kept:,} tokens are kept"
+    bound = bound if memory.max_rows is None else f"graphs of {memory.max_rows:,} texts are kept"
+    every = run.recipe.evaluate.every
+    when = f"every {every} steps and at the end" if every else "at the end"
+    scored = f"{', '.join(task.name for task in tasks)}, {when}" if tasks else "nothing: evaluate.tasks is empty"
+    return [
+        f"model: {run.recipe.model.path}, {count:,} parameters, texts of up to {run.model.max_length:,} tokens",
+        *sources_in_words(run.model, run.feed),
+        f"steps: {run.steps:,}, of which {run.feed.steps_per_epoch:,} are an epoch, at a learning rate of up to "
+        f"{config.learning_rate:g}",
+        f"on: {world_size()} process(es), {run.accelerator.device}, {run.precision}",
+        f"memory: {memory.chunk_tokens:,} padded tokens are encoded at once; {bound}",
+        f"packing: {run.model.packs}; fused kernels: {run.model.fused}",
+        f"evaluated: {scored}",
+    ]
 
 
 def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = None) -> Run:
@@ -181,8 +284,10 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     origin = recipe.model if model_folder is None else recipe.model.continued(str(model_folder))
     model = load(origin, new_heads=model_folder is None)
     model.to(accelerator.device).train()
+    precision = choose_precision(config)
     if world_size() > 1:
-        facts = {"the model (weights, settings, tokenizer)": model.fingerprint(), **_hardware(accelerator)}
+        facts: dict[str, object] = {"the model (weights, settings, tokenizer)": model.fingerprint()}
+        facts |= {"the device": accelerator.device.type, "train.precision": precision}
         refuse_different(facts, fix="give every machine the same model, and set train.precision")
     check_shard(recipe)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)
@@ -190,13 +295,11 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     engine = make_engine(model, extras, config)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(config.seed, rank()))
-    memory = replace(derive_memory(config, accelerator.device), packed=recipe.model.packing, agreed=engine.agreed)
+    memory = replace(derive_memory(config, accelerator.device), packed=model.packing, agreed=engine.agreed)
     steps = config.steps or math.ceil((config.epochs or 1) * feed.steps_per_epoch)
-    return Run(recipe, accelerator, model, extras, engine, feed, memory, steps, RunState(), LiveMining.of(feed))
-
-
-def _hardware(accelerator: Accelerator) -> dict[str, object]:
-    return {"the device": accelerator.device.type, "train.precision": accelerator.mixed_precision}
+    state = RunState(loss_scale=FIRST_SCALE if precision == "fp16" else None)
+    run = Run(recipe, accelerator, model, extras, engine, feed, memory, steps, state, LiveMining.of(feed), precision)
+    return replace(run, card=card_of(accelerator.device), deferred=accelerator.device.type != "cpu")
 
 
 def run_steps(
@@ -216,7 +319,7 @@ def run_steps(
         run.mining.begin(run.state.step)
     meter = Meter()
     with progress_bar("train", total=steps, done=run.state.step) as bar:
-        for draw in run.feed.run_ahead(run.state.step, steps):
+        for draw in meter.waiting(run.draws()):
             output, rate, norm = update(run, draw)
             meter.add(output)
             bar.advance()
@@ -224,15 +327,22 @@ def run_steps(
             if run.mining is not None:  # mine: how hard were the negatives of this step, and which ones come next?
                 run.mining.after_step(run.state.step, run.loss)
 
-            run.state = run.state.after(norm)
+            before, run.state = run.state.overflowed_steps, run.state.after(norm)
+            overflowed = run.state.overflowed_steps > before
             step, last = run.state.step, run.state.step == steps
+            if overflowed:
+                journal.write(step, {"overflowed_steps": run.state.overflowed_steps})
             if run.state.skipped_in_a_row:
                 journal.write(step, {"skipped_steps": run.state.skipped_steps})
                 refuse_more_skipped(run.state, config.max_skipped_steps)
 
             if step % config.log_every == 0 or last:
                 found = {} if run.mining is None else run.mining.curves()
-                journal.write(step, meter.report(rate, norm, bar) | found)
+                found |= {} if run.state.loss_scale is None else {"loss_scale": run.state.loss_scale}
+                report = meter.report(rate, norm, bar)
+                if overflowed:  # that is no news of the model
+                    del report["gradient_norm"]
+                journal.write(step, report | found)
 
             evaluated = last or (evaluate.every is not None and step % evaluate.every == 0)
             evaluated = evaluated and bool(evaluate.tasks or evaluate.validation)
@@ -240,7 +350,7 @@ def run_steps(
                 run.state, scores = development.run(run.state)
                 journal.write(step, scores)
 
-            stopping = bool(max_over_ranks(int(stop.asked), run.accelerator.device))  # whether any rank was asked to
+            stopping = bool(agreed_by_hosts(int(stop.asked)))  # whether any rank was asked to
             if stopping or evaluated or last or step % (config.checkpoint_every or tenth) == 0:
                 negatives = None if run.mining is None else run.mining.state_dict()
                 model, optimizer = run.engine.whole_model(), run.engine.optimizer
@@ -257,14 +367,62 @@ def run_steps(
 
 def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:
     """One optimizer step; returns its output, learning rate and gradient norm (before clipping)."""
-    step, steps, optimizer = run.state.step, run.steps, run.engine.optimizer
-    rate = set_learning_rate(optimizer, run.recipe.train, step, steps)
-    optimizer.zero_grad(set_to_none=True)
-    run.model.progress = step / steps
-    with run.engine.backward():
-        output = run_step(run.encode, *draw, run.memory, dict(run.extras.items()), Progress(step, steps))
-    norm = run.engine.step()
+    if run.card is not None and not run.fitted:
+        fit_to_card(run, run.card)
+    rate = set_learning_rate(run.engine.optimizer, run.recipe.train, run.state.step, run.steps)
+    run.model.progress = run.state.step / run.steps
+    output = differentiated(run, draw)
+    try:
+        norm = run.engine.step(output.health, run.state.loss_scale or 1.0)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory while the weights are updated ({str(error).splitlines()[0]})",
+            where=f"step {run.state.step}",
+            fix="set train.optimizer=adamw8bit, a smaller train.token_budget, or train.shard=true on several cards",
+        ) from error
     return output, rate, norm
+
+
+def differentiated(run: Run, draw: Draw) -> StepOutput:
+    """The gradients of a step and its output. Where the card runs out of memory, the step is begun anew with half as
+    much of it at once, which gives the same gradient.
+
+    Errors: `TrainingError` where texts are encoded one by one already, or where the step cannot be begun anew.
+    """
+    progress, random = Progress(run.state.step, run.steps), TorchRandom.capture()
+    how: dict[str, Any] = dict(scale=run.state.loss_scale or 1.0, deferred=run.deferred, together=run.together)
+    while True:
+        run.engine.optimizer.zero_grad(set_to_none=True)
+        try:
+            with run.engine.backward(), run.one_cast():
+                return run_step(run.encode, *draw, run.memory, dict(run.extras.items()), progress, **how)
+        except torch.OutOfMemoryError as error:
+            if run.card is None or not run.engine.repeats:
+                raise TrainingError(
+                    f"out of memory ({str(error).splitlines()[0]})",
+                    where=f"step {run.state.step}",
+                    fix=f"set train.token_budget={max(run.memory.chunk_tokens // 2, 1)}, and half of it if need be",
+                ) from error
+        run.engine.optimizer.zero_grad(set_to_none=True)  # outside the handler: what the error held is free again
+        run.halve(run.card, draw[0])
+        random.restore()
+
+
+def fit_to_card(run: Run, card: Card) -> None:
+    """Before the first step on a card: let a step be one chunk unless it does not fit. A run that goes on takes what it
+    had on such a card before; the recipe's own budget is taken as it is. Collective."""
+    run.fitted, config = True, run.recipe.train
+    before = run.state.token_budget if run.state.card == card.name else None
+    if not agreed_by_hosts(int(before is None)):
+        assert before is not None
+        run.memory = at_most(run.memory, before)
+    elif run.engine.repeats and config.micro_batch is None and config.token_budget is None:
+        longest = len(run.model.tokenize(["a " * run.model.max_length]).id_S)
+        optimizer = run.engine.optimizer
+        weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+        held = 0 if optimizer.state else _STATE_BYTES[config.optimizer] * weights
+        budget = measured_budget(card, run.probe, longest, held)
+        run.memory, run.state = at_most(run.memory, budget), replace(run.state, token_budget=budget, card=card.name)
 
 
 def refuse_more_skipped(state: RunState, limit: int) -> None:

@@ -5,6 +5,9 @@ loss is computed once on all of them, whatever the memory; its gradient is then 
 that fit the budget keep their graph from the forward pass, the others are encoded without one and replayed under the
 same random state (GradCache, Gao et al. 2021). So plain, accumulated and cached training are one mechanism and give
 the same gradient (proof: tests/train/test_step.py).
+
+Nothing here waits for the device where `deferred` is asked for: whether all values are finite is then read once, with
+the norm of the gradient, before the weights are updated (`Health`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Batch, Loss, PairIds, Progress, RetrievalIds, Side
-from embedsmith.core.collectives import Group, max_over_ranks
+from embedsmith.core.collectives import Group, highest_over_ranks, world_size
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.reps import TEACHER, Representation, Reps, Sparse
 from embedsmith.core.seeds import TorchRandom
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
+from embedsmith.core.transfer import read, to_device
 
 Encode = Callable[[TokenBatch, Sequence[str], IntArray], Reps]
 """A model's forward pass: the wanted heads of some rows of a ragged batch of tokens."""
+
+Together = Callable[[Callable[[], None]], None]
+"""Does a part of a step that holds no collective, so that all ranks learn of it where one of them lacked memory."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,32 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Health:
+    """Whether the values of a step are finite, on the device and not read yet. `fault_F`: 1 where a representation is
+    not finite on any rank, 1 where the loss is not, and this rank's loss. `where`: the step and its sources."""
+
+    fault_F: Tensor
+    where: str
+
+    def check(self, faults: Sequence[float]) -> None:
+        """Errors: `TrainingError` where the numbers of `fault_F` tell of one, on every rank at once."""
+        representation, loss, value = faults
+        if representation or loss:
+            what = "a representation" if representation else "the loss"
+            raise TrainingError(f"{what} is not finite (loss {value:g})", where=self.where)
+
+
+@dataclass(frozen=True)
 class StepOutput:
-    """`value` is this rank's share of the loss (the mean over ranks is the loss), `parts` its named terms by source."""
+    """`value` is this rank's share of the loss (the mean over ranks is the loss), `parts` its named terms by source.
+    `health`: what is left to be checked before the weights are updated, of a step that has not checked it."""
 
     value: Tensor
     parts: dict[str, dict[str, Tensor]]
     tokens: int
     padded_tokens: int
     replayed_chunks: int
+    health: Health | None = None
 
 
 def run_step(
@@ -112,35 +137,50 @@ def run_step(
     memory: Memory,
     extras: Mapping[str, nn.Module] | None = None,
     progress: Progress = Progress(),  # noqa: B008  (frozen)
+    *,
+    scale: float = 1.0,
+    deferred: bool = False,
+    together: Together = lambda act: act(),
 ) -> StepOutput:
-    """Add the gradient of the parts' weighted losses to the parameters.
+    """Add the gradient of the parts' weighted losses, times `scale`, to the parameters.
 
     `tokens`: the texts of all parts, side after side. Gradients are this rank's; the caller averages them over ranks.
+    `deferred`: leave the check of the values to the caller, in the output's `health`.
     Errors: `TrainingError` when a representation or a loss is not finite, on every rank at once, before any gradient
-    is touched.
+    is touched (unless `deferred`); and where the loss of several ranks lacks memory.
     """
     heads = sorted(frozenset().union(*(part.loss.heads() for part in parts)))
     chunks = memory.plan(tokens.length_N)
     states: list[TorchRandom] = []
     pieces: list[Reps] = []
-    for chunk in chunks:
-        states.append(TorchRandom.capture())
-        with torch.set_grad_enabled(chunk.keep):
-            pieces.append(encode(tokens, heads, chunk.rows))
+
+    def forward() -> None:
+        for keep in (False, True):  # those without a graph come first in the plan too
+            for chunk in (chunk for chunk in chunks if chunk.keep is keep):
+                states.append(TorchRandom.capture())
+                with torch.set_grad_enabled(keep):
+                    pieces.append(encode(tokens, heads, chunk.rows))
+            if not keep:  # not every torch casts again what it cast without a graph: the weight would get no gradient
+                torch.clear_autocast_cache()
+
+    def backward() -> None:
+        after = TorchRandom.capture()
+        for chunk, piece in zip(chunks, pieces, strict=True):  # kept graphs first: none is alive beside a replayed one
+            if chunk.keep:
+                _push(piece, chunk, gradient)
+        for chunk, state in zip(chunks, states, strict=True):
+            if not chunk.keep:
+                state.restore()
+                _push(encode(tokens, heads, chunk.rows), chunk, gradient)
+        after.restore()
+
+    together(forward)
     batches = _batches(pieces, chunks, parts, extras or {}, progress)
-    value, named = _loss(parts, batches)
+    value, named, health = _loss(parts, batches, scale, deferred)
     gradient = _row_gradients(batches)
-    after = TorchRandom.capture()
-    for chunk, piece in zip(chunks, pieces, strict=True):  # kept graphs first: none is alive beside a replayed one
-        if chunk.keep:
-            _push(piece, chunk, gradient)
-    for chunk, state in zip(chunks, states, strict=True):
-        if not chunk.keep:
-            state.restore()
-            _push(encode(tokens, heads, chunk.rows), chunk, gradient)
-    after.restore()
+    together(backward)
     computed, replayed = sum(chunk.tokens for chunk in chunks), sum(not chunk.keep for chunk in chunks)
-    return StepOutput(value, named, len(tokens.id_S), computed, replayed)
+    return StepOutput(value, named, len(tokens.id_S), computed, replayed, health)
 
 
 def evaluate_parts(
@@ -167,7 +207,8 @@ def _batches(
 ) -> list[Batch]:
     """Representations back in row order, cut from their graphs and into the sides of each part's batch."""
     busy = [place for place, chunk in enumerate(chunks) if not chunk.idle]
-    place_N = torch.from_numpy(np.argsort(np.concatenate([chunks[place].rows for place in busy]), kind="stable"))
+    device = next(iter(pieces[0].values())).tensors()[0].device
+    place_N = to_device(np.argsort(np.concatenate([chunks[place].rows for place in busy]), kind="stable"), device)
     made = {head: [pieces[place][head] for place in busy] for head in pieces[0]}
     batches: list[Batch] = []
     start = 0
@@ -176,7 +217,6 @@ def _batches(
         for number, size in enumerate(part.ids.sizes):
             local = {head: each[0].of_pieces(each, place_N[start : start + size]) for head, each in made.items()}
             if part.teacher is not None:
-                device = next(iter(local.values())).tensors()[0].device
                 local[TEACHER] = part.teacher[number].map(partial(torch.Tensor.to, device=device))
             sides.append(Side(local, part.group))
             start += size
@@ -188,8 +228,29 @@ def _batches(
     return batches
 
 
-def _loss(parts: Sequence[Part], batches: list[Batch]) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-    """The weighted sum of the parts' losses, differentiated down to the leaves, gathered rows settled."""
+def _loss(
+    parts: Sequence[Part], batches: list[Batch], scale: float, deferred: bool
+) -> tuple[Tensor, dict[str, dict[str, Tensor]], Health | None]:
+    """The weighted sum of the parts' losses, differentiated down to the leaves, gathered rows settled.
+
+    Errors: `TrainingError` in place of a lack of memory on several ranks: the others wait in a collective of the loss,
+    and no rank can tell them to begin anew.
+    """
+    try:
+        return _differentiated(parts, batches, scale, deferred)
+    except torch.OutOfMemoryError as error:
+        if world_size() == 1:
+            raise
+        raise TrainingError(
+            f"the loss needs more memory than this rank's device has ({str(error).splitlines()[0]})",
+            where=f"step {batches[0].progress.step}",
+            fix="lower train.token_budget or train.batch_size, or block_size of the loss",
+        ) from error
+
+
+def _differentiated(
+    parts: Sequence[Part], batches: list[Batch], scale: float, deferred: bool
+) -> tuple[Tensor, dict[str, dict[str, Tensor]], Health | None]:
     values: list[Tensor] = []
     named: dict[str, dict[str, Tensor]] = {}
     for part, batch in zip(parts, batches, strict=True):
@@ -198,11 +259,13 @@ def _loss(parts: Sequence[Part], batches: list[Batch]) -> tuple[Tensor, dict[str
         values.append(part.weight * value)
         named[part.source] = {"loss": value.detach(), **output.parts, **sparse_activity(batch.sides())}
     total = torch.stack(values).sum()
-    _check_finite(batches, total)
-    total.backward()
+    health = _health(batches, total.detach())
+    if not deferred:
+        health.check(read(health.fault_F))
+    (total if scale == 1 else total * scale).backward()
     for side in (side for batch in batches for side in batch.sides()):
         side.settle()
-    return total.detach(), named
+    return total.detach(), named, health if deferred else None
 
 
 def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
@@ -212,7 +275,7 @@ def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
     for side in sides:
         for head, rep in side.local.items():
             if isinstance(rep, Sparse):
-                found.setdefault(head, []).append(rep.weight_NT.detach())
+                found.setdefault(head, []).append(rep.weight_NT)
     values: dict[str, Tensor] = {}
     for head, weights in found.items():
         active_N = torch.cat([(weight_NT > 0).sum(1) for weight_NT in weights]).float()
@@ -223,18 +286,13 @@ def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
     return values
 
 
-def _check_finite(batches: list[Batch], total: Tensor) -> None:
+def _health(batches: list[Batch], total: Tensor) -> Health:
     made = [r for batch in batches for side in batch.sides() for head, r in side.local.items() if head != TEACHER]
     tensors = [tensor for representation in made for tensor in representation.floating()]
-    healthy = [torch.isfinite(tensor).all() for tensor in tensors]
-    fine = torch.isfinite(total) & torch.stack(healthy).all()
-    if max_over_ranks(int(not fine), total.device):
-        names = ", ".join(batch.source for batch in batches)
-        what = "the loss" if all(healthy) else "a representation"
-        raise TrainingError(
-            f"{what} is not finite (loss {float(total.detach()):g})",
-            where=f"step {batches[0].progress.step}, source {names}",
-        )
+    healthy = torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
+    fault_2 = highest_over_ranks(torch.stack([~healthy, ~torch.isfinite(total)]).to(total.dtype))
+    names = ", ".join(batch.source for batch in batches)
+    return Health(torch.cat([fault_2, total[None]]), f"step {batches[0].progress.step}, source {names}")
 
 
 def _row_gradients(batches: list[Batch]) -> dict[str, list[Tensor]]:
@@ -257,9 +315,10 @@ def _push(piece: Reps, chunk: Chunk, gradient: dict[str, list[Tensor]]) -> None:
     idle one takes zeros."""
     tensors: list[Tensor] = []
     gradients: list[Tensor] = []
+    row_N = to_device(chunk.rows, next(iter(gradient.values()))[0].device)
     for head, representation in piece.items():
         for tensor, whole in zip(representation.floating(), gradient[head], strict=True):
-            own = whole[torch.from_numpy(chunk.rows).to(whole.device)]
+            own = whole[row_N]
             own = torch.zeros_like(own) if chunk.idle else own
             tensors.append(tensor)
             gradients.append(own[:, : tensor.shape[1]].to(tensor.dtype))

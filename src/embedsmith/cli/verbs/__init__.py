@@ -2,9 +2,31 @@
 torch; what they print passes through `show` and `say`."""
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from embedsmith.core.errors import ModelError
 from embedsmith.core.text_out import printable
+
+# How a model is read, wherever the command line names one.
+
+Pooling = Annotated[
+    str | None, typer.Option(help="How token states become a vector, where the folder does not say: mean, cls, last.")
+]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", "--prompts", help="Text before every text of a role: 'query=query: '")
+]
+MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
+
+
+def model_options(pooling: str | None, prompts: list[str] | None, max_length: int | None) -> dict[str, Any]:
+    """These options as `embedsmith.load` has them; what was not given is left out. Errors: `ModelError`."""
+    if wrong := [text for text in prompts or () if not text.partition("=")[1]]:
+        raise ModelError(f"--prompt {wrong[0]!r}", expected="ROLE=TEXT, such as --prompt 'query=query: '")
+    given: dict[str, Any] = {"pooling": pooling, "max_length": max_length}
+    given["prompts"] = dict(text.split("=", 1) for text in prompts) if prompts else None
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def show(what: Any, **options: Any) -> None:

@@ -11,14 +11,23 @@ from embedsmith.core.shelf import verbs
 
 @verbs.register("list")
 def list_things(
-    kind: Annotated[str | None, typer.Argument(help="A kind: loss, pooling, merge-method, metric and so on.")] = None,
+    kind: Annotated[str | None, typer.Argument(help="A kind: recipe, loss, pooling, metric and so on.")] = None,
     name: Annotated[str | None, typer.Argument(help="One of that kind: print all that is known about it.")] = None,
 ) -> None:
-    """List everything that has a name in a recipe or on the command line, users' packages included; KIND lists one."""
-    from embedsmith.cli.listing import all_shelves, everything_about, one_shelf, shelf_named
+    """List everything that has a name in a recipe or on the command line, users' packages included; KIND lists one.
+
+    Example: embedsmith list loss infonce
+    """
+    from embedsmith.cli.listing import all_shelves, everything_about, one_shelf, recipes, shelf_named
 
     if kind is None:
         show(all_shelves())
+    elif kind in ("recipe", "recipes") and name is not None:
+        from embedsmith.core.shipped import shipped_named
+
+        say(shipped_named(name).path.read_text(encoding="utf-8").rstrip())
+    elif kind in ("recipe", "recipes"):
+        show(recipes())
     elif name is None:
         show(one_shelf(shelf_named(kind)))
     else:
@@ -29,7 +38,10 @@ def list_things(
 def list_losses(
     name: Annotated[str | None, typer.Argument(help="One loss: print all that is known about it.")] = None,
 ) -> None:
-    """List the losses a recipe can name, with formula, settings and source; NAME explains one."""
+    """List the losses a recipe can name, with formula, settings and source; NAME explains one.
+
+    Example: embedsmith losses cosent
+    """
     list_things("loss", name)
 
 
@@ -37,7 +49,10 @@ def list_losses(
 def print_schema(
     verb: Annotated[str, typer.Argument(help="Whose recipe: train, mine, merge, curate, tokenize or run.")] = "train",
 ) -> None:
-    """Print the JSON Schema of a recipe with the meaning of every key, for your editor."""
+    """Print the JSON Schema of a recipe with the meaning of every key, for your editor.
+
+    Example: embedsmith schema mine
+    """
     from embedsmith.cli.stages import recipe_of
     from embedsmith.core.recipe import schema_json
 
@@ -48,7 +63,10 @@ def print_schema(
 def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Print versions, devices and disk space, what is missing and how to get it; exit 1 if it is needed."""
+    """Print versions, devices and disk space, what is missing and how to get it; exit 1 if it is needed.
+
+    Example: embedsmith doctor --json
+    """
     from embedsmith.cli.doctor import diagnose
 
     found = diagnose()

@@ -1,11 +1,11 @@
-"""The verbs of data: inspect, curate and tokenize."""
+"""The verbs of data: inspect, split, curate and tokenize."""
 
 import json
 from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -16,8 +16,15 @@ def inspect_data(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
     timed: Annotated[bool, typer.Option("--time/--no-time", help="Of a recipe: time a few training steps.")] = True,
+    model: Annotated[str | None, typer.Option(help="Of data: tell how much of it this model would cut.")] = None,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch."""
+    """Print what is understood of a data file (counts, fields, lengths, samples), or the plan of a recipe's epoch.
+
+    Example: embedsmith inspect faq.csv columns.query=title columns.positives=body
+    """
     from embedsmith.core.recipe import apply_override, parse
     from embedsmith.core.settings import to_plain
     from embedsmith.data.inspect import inspect_source
@@ -26,9 +33,10 @@ def inspect_data(
     if path.endswith((".yaml", ".yml")):
         from embedsmith.cli.overview import overview
         from embedsmith.core.recipe import load_recipe
+        from embedsmith.core.shipped import recipe_file
         from embedsmith.train import Recipe
 
-        plan = overview(load_recipe(path, Recipe, overrides or []), timed=timed)
+        plan = overview(load_recipe(recipe_file(path, "train"), Recipe, overrides or []), timed=timed)
         if as_json:
             say(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
         else:
@@ -37,16 +45,62 @@ def inspect_data(
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
         apply_override(tree, override)
-    found = inspect_source(parse(Source, tree, where="inspect"), samples)
+    source = parse(Source, tree, where="inspect")
+    found, cut = inspect_source(source, samples), None
+    if model is not None:
+        from embedsmith.data.read import read_source
+        from embedsmith.models.config import ModelConfig
+        from embedsmith.models.load import without_weights
+        from embedsmith.train.told import cut_at
+
+        reader = without_weights(ModelConfig(model, **model_options(pooling, prompts, max_length)))
+        cut = cut_at(reader, read_source(source))
     if as_json:
-        say(json.dumps(to_plain(found, exact=True), indent=2, ensure_ascii=False))
-    else:
-        show(found.tables())
+        plain = to_plain(found, exact=True) | ({"cut": to_plain(cut)} if model is not None else {})
+        say(json.dumps(plain, indent=2, ensure_ascii=False))
+        return
+    show(found.tables())
+    if cut is not None:
+        say(f"{model}: {cut}")
+
+
+@verbs.register("split")
+def split_data(
+    path: Annotated[str, typer.Argument(help="A data file or dataset: pairs, scored pairs or labelled texts.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[OUT] [KEY=VALUE]...", help="Folder (NAME-split); how to read it.")
+    ] = None,
+    test: Annotated[float, typer.Option(help="Rows to hold out: a share below 1, or their number.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed holds out other rows.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a split that is already there.")] = False,
+) -> None:
+    """Split a data file into a part to train on and a part to be scored on, which share no text.
+
+    Example: embedsmith split pairs.jsonl --test 0.1 --seed 0
+    """
+    from embedsmith.core.errors import RecipeError
+    from embedsmith.core.recipe import apply_override, parse
+    from embedsmith.data.source import Source, source_name
+    from embedsmith.data.split import split_source
+
+    tree: dict[str, Any] = {"path": path}
+    places = [text for text in more or [] if "=" not in text]
+    for override in (text for text in more or [] if "=" in text):
+        apply_override(tree, override)
+    if len(places) > 1:
+        raise RecipeError(f"{len(places)} outputs: {', '.join(places)}", expected="embedsmith split FILE [OUT]")
+    if not test > 0:
+        raise RecipeError(f"--test {test:g}", expected="a share such as 0.1, or a number of rows from 1")
+    source = parse(Source, tree, where="split")
+    out = places[0] if places else f"{source_name(source)}-split"
+    say(split_source(source, out, test=test, seed=seed, overwrite=overwrite).lines())
 
 
 @verbs.register("curate")
 def curate_data(
-    source: Annotated[str | None, typer.Argument(help="A YAML recipe; or a file, folder or pattern.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="A YAML or shipped recipe; or a file, folder or pattern.")
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[OUT] [KEY=VALUE]...", help="Result; changes.")] = None,
     steps: Annotated[
         list[str] | None, typer.Option("--step", "-s", help="A step and its settings: 'length query_min=3'")
@@ -55,14 +109,20 @@ def curate_data(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do it again; scores and answers stay.")] = False,
     list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their settings.")] = False,
 ) -> None:
-    """Clean, filter and make training data: `embedsmith curate IN OUT --step length --step exact_duplicates`."""
+    """Clean, filter and make training data.
+
+    Example: embedsmith curate pairs.jsonl clean.jsonl --step 'length query_min=3' --step exact_duplicates
+    """
     from embedsmith.curate.outcome import table_of_steps
 
     if list_steps or source is None:
         show(table_of_steps())
         return
     from embedsmith.cli.curation import run_curate
+    from embedsmith.core.shipped import recipe_file, shipped_recipes
 
+    if f"curate-{source}" in shipped_recipes() or source.endswith((".yaml", ".yml")):
+        source = str(recipe_file(source, "curate"))
     show(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite).table())
 
 
@@ -78,8 +138,11 @@ def tokenize_data(
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
     adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
 ) -> None:
-    """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on."""
-    from embedsmith.cli.tokenize import run_tokenize
+    """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on.
+
+    Example: embedsmith tokenize pairs.jsonl --model runs/mine/model --out tokens
+    """
+    from embedsmith.api.tokenizing import run_tokenize
 
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
     tree["pooling"] = pooling

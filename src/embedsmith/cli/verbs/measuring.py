@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -36,9 +36,6 @@ Dims = Annotated[list[str] | None, typer.Option(help="Widths of the vectors that
 
 
 Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results: a stopped command continues.")]
-
-
-MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
 
 @contextmanager
@@ -69,6 +66,8 @@ def evaluate_model(
     data: Data = None,
     json_file: JsonFile = None,
     split: Split = "test",
+    pooling: Pooling = None,
+    prompts: Prompts = None,
     max_length: MaxLength = None,
     engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
@@ -81,23 +80,28 @@ def evaluate_model(
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
 ) -> None:
-    """Score a model: `embedsmith evaluate MODEL --tasks stsb-en cranfield path/to/mine`."""
+    """Score a model.
+
+    Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
+    """
     from embedsmith import __version__
-    from embedsmith.cli.evaluation import Scoring
+    from embedsmith.api.measuring import Scoring
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
     ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
     weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])
+    options |= model_options(pooling, prompts, None)
     widths, more = _widths(dims, more)
-    scoring = Scoring(tuple(split_names([*(tasks or []), *more])), data, split, head, keep, weights)
+    names = split_names([*(tasks or []), *more])
+    scoring = Scoring(tuple(names), data, split, head, keep, weights)
     _check_side_by_side(head, engine, mteb, tune, weights)
     _check_widths(widths, head, mteb)
     if limits is not None and mteb is None:
         raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
     if mteb is None:
-        for name in scoring.tasks:  # wrong names are told before a model is loaded
+        for name in names:  # wrong names are told before a model is loaded
             load_task(name, data_dir=data, split=split)
     encoder = _encoder(model, engine, max_length, batch_size, options)
     if mteb is not None:
@@ -182,10 +186,17 @@ def compare_results(
     head: Head = "dense",
     dims: Dims = None,
     keep: Keep = None,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
     report: Annotated[Path | None, typer.Option(help="Write the table and charts to this HTML file.")] = None,
 ) -> None:
-    """Score models side by side, with the confidence of their differences: `embedsmith compare A B -t stsb-en`."""
-    from embedsmith.cli.evaluation import Scoring, compare_models
+    """Score models side by side, with the confidence of their differences.
+
+    Example: embedsmith compare my/encoder runs/mine/model --tasks pairs-split/pairs-test --report
+    comparison.html
+    """
+    from embedsmith.api.measuring import Scoring, compare_models
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
     from embedsmith.models import load
@@ -193,10 +204,14 @@ def compare_results(
 
     ctx.with_resource(_claimed("compare", keep, (json_file, '"differences": {'), (report, PAGE_MARK)))
     options, models = _model_options(models)
+    options |= model_options(pooling, prompts, max_length)
     widths, models = _widths(dims, models)
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
-    made = compare_models(named, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
+    by_name = dict(zip(named, named, strict=True))
+    if len(by_name) < len(named):
+        raise EvaluationError("two models have the same name", fix="give each model once")
+    made = compare_models(by_name, Scoring(tuple(asked), data, split, head, keep), partial(load, **options), widths)
     if json_file is not None:
         with atomic_file(json_file) as file:
             json.dump(made.as_dict(), file, indent=2, ensure_ascii=False, allow_nan=False)
@@ -232,10 +247,16 @@ def show_geometry(
     against: Annotated[str | None, typer.Option(help="A second model on the same texts.")] = None,
     texts: Annotated[int, typer.Option(min=3, help="How many texts.")] = 1000,
     data: Data = None,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
     json_file: JsonFile = None,
     report: Annotated[Path | None, typer.Option(help="Write the pictures to this HTML file.")] = None,
 ) -> None:
-    """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states."""
+    """Look at the shape of a model's space: directions in use, hubs, widths, prompts, token states.
+
+    Example: embedsmith geometry runs/mine/model --task stsb-en-test --report geometry.html
+    """
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import load_task
     from embedsmith.evaluate.model_geometry import Geometry, Sample, geometry_table
@@ -247,7 +268,7 @@ def show_geometry(
     path = Path(task)
     sample = Sample.read(path, texts) if path.suffix == ".txt" else Sample.of(load_task(task, data_dir=data), texts)
     names = [model] if against is None else [model, against]
-    encoders = [load(name) for name in names]
+    encoders = [load(name, **model_options(pooling, prompts, max_length)) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
     together = sample.agreement(encoders[0], encoders[1]) if against is not None else {}
     if json_file is not None:
@@ -271,7 +292,10 @@ def write_page(
     folder: Annotated[Path, typer.Argument(help="The output of a run, finished or not, or of a merge.")],
     output: Annotated[Path | None, typer.Option(help="Where to write it; FOLDER/report.html by default.")] = None,
 ) -> None:
-    """Write a folder's report: one HTML file that opens without a network."""
+    """Write a folder's report: one HTML file that opens without a network.
+
+    Example: embedsmith report runs/mine
+    """
     from embedsmith.report import write_report
 
     say(f"report: {write_report(folder, output)}")

@@ -12,18 +12,23 @@ from embedsmith.core.shelf import verbs
 
 @verbs.register("train")
 def train_model(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, run one step.")] = False,
 ) -> None:
-    """Train a model as a recipe says. The same command continues a run that was stopped."""
+    """Train a model as a recipe says. The same command continues a run that was stopped.
+
+    Example: embedsmith train joint model.path=my/encoder data.0.path=pairs.jsonl data.1.path=scored.jsonl
+    output=runs/mine
+    """
     from embedsmith.compat.config import read_recipe
     from embedsmith.core.collectives import rank
+    from embedsmith.core.shipped import recipe_file
     from embedsmith.train import rehearse
     from embedsmith.train import train as run
 
-    loaded = read_recipe(recipe, overrides or [])
+    loaded = read_recipe(recipe_file(recipe, "train"), overrides or [])
     outcome = rehearse(loaded, overwrite=overwrite) if dry_run else f"model: {run(loaded, overwrite=overwrite)}"
     if rank() == 0:
         say(outcome)
@@ -31,15 +36,19 @@ def train_model(
 
 @verbs.register("mine")
 def mine_negatives(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Mine again; kept vectors stay.")] = False,
 ) -> None:
-    """Find hard negatives for records. The same command continues a run that was stopped; torchrun shares the work."""
+    """Find hard negatives for records. The same command continues a run that was stopped; torchrun shares the work.
+
+    Example: embedsmith mine mine data.path=pairs.jsonl searchers.1.model=runs/mine/model output=mined.jsonl
+    """
     from embedsmith.cli.stages import run_mine
     from embedsmith.core.recipe import apply_override, read_tree
+    from embedsmith.core.shipped import recipe_file
 
-    tree = read_tree(recipe)
+    tree = read_tree(recipe_file(recipe, "mine"))
     for override in overrides or []:
         apply_override(tree, override)
     report = run_mine(tree, str(recipe), overwrite)
@@ -49,7 +58,7 @@ def mine_negatives(
 
 @verbs.register("merge")
 def merge_models(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merge that is already there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare the models and print the plan.")] = False,
@@ -58,13 +67,18 @@ def merge_models(
     strict: Annotated[bool, typer.Option("--strict", help="As --verify; what fails is not written.")] = False,
     probe: Annotated[list[str] | None, typer.Option(help="Texts to look at: one file a parent, or one.")] = None,
 ) -> None:
-    """Merge models as a recipe says."""
+    """Merge models as a recipe says.
+
+    Example: embedsmith merge merge base=my/encoder parents.0.path=runs/a/model parents.1.path=runs/b/model
+    output=runs/merged
+    """
     share_one_heap()
     from embedsmith.core.recipe import load_recipe
+    from embedsmith.core.shipped import recipe_file
     from embedsmith.merge import MergeRecipe, merge
     from embedsmith.merge.run import plan_in_words
 
-    loaded = load_recipe(recipe, MergeRecipe, overrides or [])
+    loaded = load_recipe(recipe_file(recipe, "merge"), MergeRecipe, overrides or [])
     if dry_run:
         say(plan_in_words(loaded, overwrite=overwrite))
     elif explain is not None:
@@ -92,14 +106,19 @@ def share_one_heap() -> None:
 
 @verbs.register("run")
 def run_stages(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe with stages.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe with stages, or a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes: stages.0.recipe.output=...")] = None,
 ) -> None:
-    """Run stages in order: curate, mine, train, merge, evaluate. The same command goes on after a stop."""
+    """Run stages in order: curate, mine, train, merge, evaluate. The same command goes on after a stop.
+
+    Example: embedsmith run conan-weak stages.0.recipe.input.path=pairs.jsonl
+    stages.1.recipe.model.path=my/encoder
+    """
     from embedsmith.cli.stages import PipelineRecipe, run
     from embedsmith.core.recipe import load_recipe
+    from embedsmith.core.shipped import recipe_file
 
-    made = run(load_recipe(recipe, PipelineRecipe, overrides or []))
+    made = run(load_recipe(recipe_file(recipe, "run"), PipelineRecipe, overrides or []))
     if os.environ.get("RANK", "0") == "0":
         say("\n".join(f"{name}: {result}" for name, result in made.items()))
 
@@ -110,7 +129,10 @@ def run_demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
     ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
 ) -> None:
-    """Train, score and search something real, offline, in minutes."""
+    """Train, score and search something real, offline, in minutes.
+
+    Example: embedsmith demo --output runs/demo --steps 80
+    """
     from embedsmith.cli.demo import QUESTION, demonstrate
 
     show(demonstrate(output, steps, ask or QUESTION, say).table())

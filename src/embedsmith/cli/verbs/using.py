@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -19,11 +19,19 @@ def encode_texts(
     column: Annotated[str | None, typer.Option(help="Column or JSON key that holds the texts.")] = None,
     dim: Annotated[int | None, typer.Option(help="Keep this many leading coordinates.")] = None,
     stored: Annotated[str, typer.Option(help="Numbers on disk: float32, float16 or int8.")] = "float32",
-    dtype: Annotated[str | None, typer.Option(help="Compute in bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute in bfloat16, float16, or auto: as the hardware can.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Turn files of texts into memory-mapped vectors; the same command continues after a kill."""
+    """Turn files of texts into memory-mapped vectors; the same command continues after a kill.
+
+    Example: embedsmith encode passages.jsonl vectors --model runs/mine/model --role document
+    """
     from embedsmith.core.inputs import local_path
     from embedsmith.core.recipe import parse
     from embedsmith.models.encode_files import EncodeJob, encode_files
@@ -31,6 +39,7 @@ def encode_texts(
     options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
     tree = {
         "model": model,
+        "changes": model_options(pooling, prompts, max_length),
         "files": [local_path(file) for file in files],
         "out": out,
         "block": block,
@@ -53,13 +62,20 @@ def index_documents(
         list[str] | None, typer.Option("--head", help="dense, sparse, multivector; all by default.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Index documents under every head of a model; the same command continues after a stop, and updates."""
+    """Index documents under every head of a model; the same command continues after a stop, and updates.
+
+    Example: embedsmith index runs/mine/model passages.jsonl --to my-index
+    """
     from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index.commands import Place, run_index
 
     place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
-    written, size = run_index(model, documents, place, heads, batch)
+    options = model_options(pooling, prompts, max_length)
+    written, size = run_index(model, documents, place, heads, batch, options)
     say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
@@ -79,8 +95,14 @@ def search_index(
     filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Search an index by all heads together, with the score of each."""
+    """Search an index by all heads together, with the score of each.
+
+    Example: embedsmith search 'how do I reset my password' --index my-index -k 5
+    """
     from embedsmith.core.errors import DataError
     from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index import commands as indexing
@@ -94,7 +116,16 @@ def search_index(
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
     for found in indexing.run_search(
-        place, texts, k, model=model, weights=given, rrf=rrf, candidates=candidates, filter=where, explained=explain
+        place,
+        texts,
+        k,
+        model=model,
+        weights=given,
+        rrf=rrf,
+        candidates=candidates,
+        filter=where,
+        explained=explain,
+        options=model_options(pooling, prompts, max_length),
     ):
         if as_json:
             say(found.as_json())
@@ -108,11 +139,18 @@ def convert_model(
     out: Annotated[Path, typer.Argument(help="The embedder's folder.")],
     changes: Annotated[list[str] | None, typer.Argument(help="key=value: pooling=mean attention=bidirectional")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise."""
+    """Make an (untrained) embedder of any model: a decoder gets last-token pooling unless you say otherwise.
+
+    Example: embedsmith convert Qwen/Qwen3-0.6B my-embedder pooling=last
+    """
     from embedsmith.models.export import convert as run
 
-    say(run(model, out, changes or [], overwrite=overwrite))
+    options = model_options(pooling, prompts, max_length)
+    say(run(model, out, changes or [], overwrite=overwrite, options=options))
 
 
 @verbs.register("export")
@@ -121,8 +159,14 @@ def export_one_head(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
+    pooling: Pooling = None,
+    prompts: Prompts = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores."""
+    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores.
+
+    Example: embedsmith export runs/mine/model sparse-model --head sparse
+    """
     from typing import cast
 
     from embedsmith.core.outputs import claimed
@@ -130,9 +174,10 @@ def export_one_head(
     from embedsmith.models.load import load
     from embedsmith.models.write import saved_model
 
+    options = model_options(pooling, prompts, max_length)
     with claimed(out, "export"):
         saved_model().refuse_other(out)
-        say(export_head(load(model, device="cpu"), out, cast("ExportedHead", head), overwrite=overwrite))
+        say(export_head(load(model, device="cpu", **options), out, cast("ExportedHead", head), overwrite=overwrite))
 
 
 @verbs.register("push")
@@ -141,7 +186,10 @@ def push_model(
     repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if need be.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
 ) -> None:
-    """Upload a saved model with its card to the hub you are logged in to."""
+    """Upload a saved model with its card to the hub you are logged in to.
+
+    Example: embedsmith push runs/mine/model my-name/my-model
+    """
     from embedsmith.report.model_card import push as upload
 
     say(f"pushed: {upload(folder, repository, private=not public)}")

@@ -2,10 +2,11 @@
 in, declared or inferred from a whole file, which is moved to [0, 1]."""
 
 import math
+import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import kind_of
@@ -39,6 +40,7 @@ F2LLM_NEGATIVES = 24
 """Columns `negative_1` to `negative_24` of F2LLM's published Parquet files."""
 
 Columns = Mapping[str, str | Sequence[str]]
+Row = Mapping[str, Any]
 Found = dict[str, list[Any]]
 
 
@@ -46,7 +48,8 @@ Found = dict[str, list[Any]]
 class Layout:
     """How the rows of one format name things. `columns`: role (a key of `ROLES`) to column or columns; `required`:
     columns every row has; `strict`: another column is an error rather than left alone; `task`: what such rows are
-    unless a source says otherwise, `None` where it depends on the row. `name`: the one it is registered under.
+    unless a source says otherwise, `None` where it depends on the row; `unfold`: makes the columns that `columns` names
+    of a row that has them otherwise (nested, numbered), or raises `RowError`. `name`: the one it is registered under.
 
     A layout is registered as a function without arguments that returns it, or several, tried in their order, where
     files of one format name things in several ways:
@@ -61,6 +64,7 @@ class Layout:
     required: tuple[str, ...]
     strict: bool = False
     task: str | None = None
+    unfold: Callable[[Row], Row] | None = None
     name: str = "columns"
     known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -90,8 +94,9 @@ class Layout:
                 found = ", ".join(row) or "none"
                 raise RowError(kind, f"{kind}{did_you_mean(name, list(row))}; found: {found}")
 
-    def found(self, row: Mapping[str, Any]) -> Found:
-        """What a row holds, by role; a missing column or a null is left out."""
+    def found(self, row: Row) -> Found:
+        """What a row holds, by role; a missing column or a null is left out. Errors: `RowError` of `unfold`."""
+        row = row if self.unfold is None else self.unfold(row)
         found: Found = {}
         for name, role in self.known.items():
             value = row.get(name)
@@ -151,9 +156,10 @@ def scored_pairs() -> tuple[Layout, ...]:
 
 
 @layouts.register("labels")
-def labelled_texts() -> Layout:
+def labelled_texts() -> tuple[Layout, ...]:
     """A text and its class."""
-    return Layout({"text": "text", "label": "label"}, ("text", "label"), task="classification")
+    names = ("text", "sentence")
+    return tuple(Layout({"text": n, "label": "label"}, (n, "label"), task="classification") for n in names)
 
 
 @layouts.register("beir")
@@ -162,46 +168,81 @@ def beir_folder() -> tuple[Layout, ...]:
     return ()
 
 
-OWN = ("records", "flagembedding", "f2llm", "pairs", "labels", "beir")
-"""The layouts of this file, in the order in which they are tried; those of other packages come after them."""
+OWN = ("codiemb", "records", "flagembedding", "f2llm", "pairs", "labels", "beir")
+"""The layouts of which the first that fits is taken."""
+COMMON = ("anchors", "answers", "scored", "nli", "tevatron", "swift")
+"""Those of `formats/common.py`, tried where none of `OWN` fits: exactly one of them must, since a file that fits two
+can be read in two ways. Layouts of other packages come after them, in the same way."""
+
+Tier = Literal["own", "common", "packages"]
 
 
-def known_layouts(own: bool) -> list[Layout]:
+def known_layouts(tier: Tier) -> list[Layout]:
     """By the columns that give them away: ours in the order in which they are tried, or those of other packages, which
     are imported for that."""
+    names = {"own": OWN, "common": COMMON}.get(tier) or [n for n in layouts.names() if n not in OWN + COMMON]
     found: list[Layout] = []
-    for name in OWN if own else (name for name in layouts.names() if name not in OWN):
+    for name in names:
         made = layouts.get(name)()
         found += [replace(layout, name=name) for layout in (made if isinstance(made, tuple) else (made,))]
     return found
 
 
 def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None, where: object) -> Layout:
-    """The layout of a file whose first row has `keys`: as declared, or the first of ours that fits; only where none of
-    ours does, the one of another package. Errors: `DataError` that lists what was found, where none fits, or several
-    of other packages.
+    """The layout of a file whose first row has `keys`: as declared, or the first of `OWN` that fits; where none does,
+    the only one of `COMMON`; only where none of ours does, the one of another package. Errors: `DataError` that lists
+    what was found, where none fits, or several that read the row in other ways.
     """
     if columns is not None:
-        declared = Layout(columns, ())
-        if missing := [name for name in declared.known if name not in keys]:
-            hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
-            raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
-        if "query" not in declared.known.values():
-            raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
-        return declared
+        return _declared(keys, columns, where)
     tried: list[Layout] = []
-    for own in (True, False):
-        tried += [layout for layout in known_layouts(own) if name in (None, layout.name)]
-        fitting = [layout for layout in tried if layout.fits(keys)]
-        names = dict.fromkeys(layout.name for layout in fitting)
-        if fitting and (own or len(names) == 1):
+    for tier in typing.get_args(Tier):
+        tried += [layout for layout in known_layouts(tier) if name in (None, layout.name)]
+        if fitting := [layout for layout in tried if layout.fits(keys)]:
+            if tier != "own":
+                _refuse_several(fitting, where, by_name=tier == "packages")
             return fitting[0]
-        if name in OWN:
+        if name in {"own": OWN, "common": COMMON}.get(tier, ()):
             break
-    if fitting:
-        what = f"the columns fit several formats: {', '.join(names)}"
-        raise DataError(what, where=where, expected="one", fix="name it, for example format: " + fitting[0].name)
     raise _no_layout(tried, list(keys), where)
+
+
+def _declared(keys: Sequence[str], columns: Columns, where: object) -> Layout:
+    declared = Layout(columns, ())
+    if missing := [name for name in declared.known if name not in keys]:
+        hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
+        raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
+    if "query" not in declared.known.values():
+        raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
+    return declared
+
+
+def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> None:
+    """Errors: `DataError` for layouts of several names (`by_name`), or that take other columns of a row, or the same
+    for another task. A file with both a score and a label is read by its score."""
+
+    def way(layout: Layout) -> tuple[str | None, ...]:
+        texts = (name for name in layout.required if name not in ("score", "label"))
+        return (layout.name,) if by_name else (layout.task, *texts)
+
+    ways = {way(layout): layout for layout in reversed(fitting)}
+    if len(ways) == 1:
+        return
+    names = dict.fromkeys(layout.name for layout in fitting)
+    first = fitting[0]
+    roles = list(zip(("query", "positives", "score"), first.required))
+    declared = ", ".join(f"{role}: {name}" for role, name in roles)
+    typed = " ".join(f"data.N.columns.{role}={name}" for role, name in roles)
+    raise DataError(
+        f"the columns fit several formats: {', '.join(names)}",
+        where=where,
+        expected="; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in reversed(ways.values())),
+        fix=f"name it, for example format: {first.name} beside its path (typed: data.N.format={first.name}, "
+        "N its place from 0)"
+        if len(names) == len(ways)
+        else f"say what they are, for example columns: {{{declared}}} beside the path (typed: {typed}, "
+        "N its place from 0)",
+    )
 
 
 def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
@@ -213,7 +254,8 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
         f"the columns fit no known format; found: {', '.join(keys) or 'none'}{hint}",
         where=where,
         expected=shapes,
-        fix="rename them, or say what they are, for example columns: {query: title, positives: body}",
+        fix="rename them, or say what they are, for example columns: {query: title, positives: body} beside the path "
+        "(typed: data.N.columns.query=title data.N.columns.positives=body, N its place from 0)",
     )
 
 
@@ -264,7 +306,7 @@ class Reading:
             if isinstance(value, str):
                 texts += [value] if value or not self.cells else []
             elif isinstance(value, list | tuple):
-                texts += value
+                texts += [text for text in value if text or not self.cells]
             else:
                 kind = f"{role} are {kind_of(value)}, not texts"
                 raise RowError(kind, f"{kind}: {str(value)[:60]}", expected="a text or a list of texts")
@@ -360,7 +402,8 @@ class Extent:
             f"scores from {low:g} (line {self.low_line}) to {high:g} (line {self.high_line}) fit no known range",
             where=path,
             expected="0 to 1, -1 to 1, 1 to 5 or 0 to 5",
-            fix="declare it: score_range: [lowest, highest]",
+            fix=f"declare it: score_range: [{low:g}, {high:g}] or wider beside its path (typed: data.N.score_range="
+            f"[{low:g},{high:g}], N its place from 0)",
         )
 
 
@@ -398,6 +441,7 @@ def rescaled(record: Record, known: Range | None) -> Record:
         record = replace(record, positive_scores=positive_scores, negative_scores=negative_scores)
     if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
         raise RowError(
-            "a positive with the lowest possible score is not a positive", fix="declare task: sts, or remove the rows"
+            "a positive with the lowest possible score is not a positive",
+            fix="declare task: sts beside its path (typed: data.N.task=sts, N its place from 0), or remove the rows",
         )
     return record

@@ -105,11 +105,15 @@ def hub_rows(name: str, split: str | None) -> Rows:
     datasets = load_datasets()
     with refused(name):
         found = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name)
-    chosen = choose_split(found, split, name)
-    return Rows(name, _hub_rows(chosen, name), version=chosen._fingerprint, size=chosen.data.nbytes)
+    return dataset_rows(choose_split(found, split, name), name)
 
 
-def _hub_rows(dataset: Any, name: str) -> Iterator[Row]:
+def dataset_rows(dataset: Any, name: str) -> Rows:
+    """Rows of a loaded dataset, numbered from 1."""
+    return Rows(name, _decoded(dataset, name), version=dataset._fingerprint, size=dataset.data.nbytes)
+
+
+def _decoded(dataset: Any, name: str) -> Iterator[Row]:
     """Rows of a loaded dataset; their values are decoded only now."""
     rows = iter(dataset)
     for number in count(1):
@@ -155,6 +159,7 @@ def choose_split(found: Any, split: str | None, name: object) -> Any:
             f"no split {split!r}" if split else "several splits",
             where=name,
             expected=f"one of those found: {', '.join(found)}",
-            fix="set split to one of them",
+            fix=f"say which: split: {next(iter(found), 'train')} beside its path (typed: data.N.split="
+            f"{next(iter(found), 'train')}, N its place from 0)",
         )
     return found[chosen]

@@ -59,7 +59,7 @@ def open_rows(path: Path, columns: Sequence[str] | None = None) -> Rows:
     if path.is_dir():
         raise DataError("this is a folder, not a file", where=path, fix="name a file in it")
     if not path.exists():
-        near = sorted(other.name for other in path.parent.glob("*"))[:8] if path.parent.is_dir() else []
+        near = sorted(other.name for other in path.parent.glob("[!.]*"))[:8] if path.parent.is_dir() else []
         raise DataError(
             "no such file",
             where=path,
@@ -221,6 +221,7 @@ def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[R
                 if broken:
                     raise broken.pop().at(f"{path}:{lines.line_num}")
                 header = [cell.strip() for cell in cells]
+                _refuse_other_delimiter(path, header, delimiter)
                 if twice := sorted(name for name, count in Counter(header).items() if count > 1):
                     what = f"the header names {', '.join(twice)} twice"
                     raise DataError(what, where=f"{path}:1", fix="rename one of them")
@@ -235,6 +236,26 @@ def _separated(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[R
     except csv.Error as error:
         fix = "close quotes, and double those inside a quoted cell"
         raise DataError(f"not valid CSV ({error})", where=f"{path}:{lines.line_num}", fix=fix) from error
+
+
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+
+def _refuse_other_delimiter(path: Path, header: list[str], delimiter: str) -> None:
+    """Errors: `DataError` for a header of one cell that has another delimiter in it."""
+    other = next((mark for mark in _DELIMITERS if len(header) == 1 and mark != delimiter and mark in header[0]), None)
+    if other is None:
+        return
+    rename = {"\t": f"mv '{path}' '{path.with_suffix('.tsv')}'", ",": f"mv '{path}' '{path.with_suffix('.csv')}'"}
+    if path.suffix == ".gz":
+        rename = dict.fromkeys(_DELIMITERS, f"unpack it first: gunzip '{path}'")
+    convert = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={other!r}))"
+    raise DataError(
+        f"the cells of the header stand between {_DELIMITERS[other]}: {header[0][:80]!r}",
+        where=f"{path}:1",
+        expected=f"{_DELIMITERS[delimiter]}, since the name ends in {_kind(path.name)}",
+        fix=rename.get(other, f"python -c \"{convert}\" < '{path}' > '{path.with_suffix('.commas.csv')}'"),
+    )
 
 
 def _whole_lines(path: Path, broken: list[RowError]) -> Iterator[str]:

@@ -6,6 +6,7 @@ A new kind is one more frozen dataclass on the shelf `task_kinds`, in this folde
 its path or name and asks the formats of all kinds.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -42,11 +43,13 @@ class Task(Protocol):
 @dataclass(frozen=True)
 class Format:
     """A form that the files of a kind may have: recognised by `matches(path)`, read by `read(path, name, split)`. All
-    forms are tried in the order of `order`; those of other packages come last unless they say otherwise."""
+    forms are tried in the order of `order`; those of other packages come last unless they say otherwise. `listed`:
+    whether such files in a data folder have names, besides their paths."""
 
     matches: Callable[[Path], bool]
     read: Callable[[Path, str, str], Task]
     order: int = 100
+    listed: bool = True
 
 
 class TaskKind:
@@ -91,8 +94,38 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
         as_pairs: Task = task_kinds.get("sts").read(path, task_name_of(path), split)
         return as_pairs
     raise DataError(
-        "not a task", where=path, expected="an STS file, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)"
+        "not a task",
+        where=path,
+        expected="a file of pairs, with scores or without, or a BEIR folder (corpus.jsonl, queries.jsonl, qrels/)",
     )
+
+
+def load_tasks(names: Sequence[str | Path], *, data_dir: str | Path | None = None, split: str = "test") -> list[Task]:
+    """Several tasks, each under a name of its own: files of one name are told apart by the folders they lie in, as in
+    `dev/questions` and `test/questions`. Errors: those of `load_task`."""
+    tasks = [load_task(name, data_dir=data_dir, split=split) for name in names]
+    paths = [local_path(str(name).rpartition(":")[2], EvaluationError).resolve() for name in names]
+    named = zip(tasks, _apart([task.name for task in tasks], paths), strict=True)
+    return [_called(task, name) for task, name in named]
+
+
+def _called(task: Any, name: str) -> Any:
+    """The task under another name; one that makes its name of something else keeps it."""
+    settable = dataclasses.is_dataclass(task) and "name" in {f.name for f in dataclasses.fields(task)}
+    return dataclasses.replace(task, name=name) if settable and name != task.name else task
+
+
+def _apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """The names, and before those that stand for several paths as many of their folders as tell these apart."""
+    made = list(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        places = [place for place, other in enumerate(names) if other == name]
+        for depth in range(1, max(len(paths[place].parts) for place in places)):
+            longer = ["/".join((*paths[place].parts[-1 - depth : -1], name)) for place in places]
+            if len(set(longer)) == len({paths[place] for place in places}) > 1:
+                made = [longer[places.index(n)] if n in places else old for n, old in enumerate(made)]
+                break
+    return made
 
 
 def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -> Path:
@@ -133,7 +166,7 @@ def data_folder(given: str | Path | None = None) -> Path | None:
 
 def known_tasks(folder: str | Path) -> dict[str, Path]:
     """Name to path of every task in a data folder. A name that two tasks share is qualified by its folder."""
-    forms = formats()
+    forms = [form for form in formats() if form.listed]
     paths = [path for path in _candidates(Path(folder), _DEPTH) if any(form.matches(path) for form in forms)]
     names = [task_name_of(path) for path in paths]
     qualified = (f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(paths, names))

@@ -18,6 +18,7 @@ from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Floats, pair_scores, paired_cosines
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns, is_number, refuse_empty
+from embedsmith.evaluate.tasks.rows import read_rows, task_in
 
 
 @task_kinds.register("sts")
@@ -65,7 +66,19 @@ class STSTask(TaskKind):
         refuse_empty(score, path, "text1, text2, score")
         return STSTask(name, text1, text2, score)
 
+    @staticmethod
+    def read_rows(path: Path, name: str, split: str) -> STSTask:
+        """Scored pairs in any other layout that training reads, their scores as training sees them, in [0, 1]."""
+        pairs = [
+            (record.query, text, score)
+            for record in read_rows(path)
+            for text, score in zip(record.positives, record.positive_scores or ())
+            if score is not None
+        ]
+        return STSTask(name, *zip(*pairs))
+
     formats: ClassVar[tuple[Format, ...]] = (
+        Format(lambda path: task_in(path) == "sts", read_rows, 21, listed=False),
         Format(has_columns({"text1", "text2", "score"}, {"sentence1", "sentence2", "score"}), read, 3),
     )
 

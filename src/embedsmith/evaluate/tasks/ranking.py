@@ -31,6 +31,7 @@ from embedsmith.evaluate.tasks.kinds import (
     refuse_empty,
     task_name_of,
 )
+from embedsmith.evaluate.tasks.rows import judged_texts, read_rows, task_in
 from embedsmith.search import TopK
 from embedsmith.search.exact import top_of_block
 
@@ -156,7 +157,16 @@ class RetrievalTask(RankingTask):
             raise DataError("no judged query is in queries.jsonl", where=qrels_path, fix="check the ids of both files")
         return RetrievalTask(name, queries, corpus, qrels)
 
-    formats: ClassVar[tuple[Format, ...]] = (Format(is_beir, read, 2),)
+    @staticmethod
+    def read_rows(path: Path, name: str, split: str) -> RetrievalTask:
+        """Rows of a query and its positives, in any layout that training reads: the positives of each query are to be
+        found among all texts of the file but the queries."""
+        return RetrievalTask(name, *judged_texts(read_rows(path)))
+
+    formats: ClassVar[tuple[Format, ...]] = (
+        Format(is_beir, read, 2),
+        Format(lambda path: task_in(path) == "retrieval", read_rows, 20, listed=False),
+    )
 
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()

@@ -104,11 +104,14 @@ class Head(nn.Module):
 
     With `own_pass` it is called with the model and the tokens instead, to read the text changed (masked, say) in a
     pass of its own; it is then a head of pre-training, which is neither exported nor named in the model card.
+    With `reads_packed` the states of a packed chunk come as they are, [S, H] in the order of `padded.place_S`, and the
+    head spreads what it makes of them over the texts itself (`padded.spread`).
     `reads_words`: its output layer may be the backbone's word embeddings, so the two cannot be sharded apart.
     """
 
     file: ClassVar[str]
     own_pass: ClassVar[bool] = False
+    reads_packed: ClassVar[bool] = False
     reads_words: ClassVar[bool] = False
 
     @classmethod

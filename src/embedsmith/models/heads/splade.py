@@ -213,6 +213,7 @@ class SpladeHead(Head):
     """The sparse head through the language model. `terms`: how many words a text may have."""
 
     file = SPLADE_FILE
+    reads_packed = True
     reads_words = True
 
     def __init__(self, lm: LmHead, terms: int = TERMS) -> None:
@@ -232,10 +233,11 @@ class SpladeHead(Head):
             head.lm.weight_VH.requires_grad_(False)
         return head
 
-    def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
-        score_NK, word_NK = top_words(
-            self.lm.states(hidden_NTH), self.lm.output_VH, self.lm.bias_V, part_NT, self.terms
-        )
+    def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
+        state_NTH = self.lm.states(hidden)
+        if hidden.dim() == 2:  # the search for the best words wants its rows
+            state_NTH = padded.spread(state_NTH)
+        score_NK, word_NK = top_words(state_NTH, self.lm.output_VH, self.lm.bias_V, part_NT, self.terms)
         return Sparse(word_NK, torch.log1p(torch.relu(score_NK)))
 
     def save(self, folder: Path) -> None:

@@ -37,6 +37,7 @@ class SparseHead(Head):
     """
 
     file = FILES["sparse"]
+    reads_packed = True
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
@@ -68,8 +69,10 @@ class SparseHead(Head):
     def is_in(cls, folder: Path) -> bool:
         return super().is_in(folder) or SpladeHead.is_in(folder)
 
-    def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
-        weight_NT = torch.relu(self.linear(hidden_NTH))[..., 0]
+    def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
+        weight_NT = torch.relu(self.linear(hidden))[..., 0]
+        if hidden.dim() == 2:
+            weight_NT = padded.spread(weight_NT)
         counts_NT = part_NT & ~torch.isin(padded.id_NT, self.marks_S)
         return Sparse(padded.id_NT, weight_NT.masked_fill(~counts_NT, 0.0))
 
@@ -86,6 +89,7 @@ class MultiVectorHead(Head):
     """
 
     file = FILES["multivector"]
+    reads_packed = True
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
@@ -99,14 +103,16 @@ class MultiVectorHead(Head):
         linear = _read(source.folder / cls.file, source.hidden_size, width)
         return cls(linear or nn.Linear(source.hidden_size, width or source.hidden_size), cls_ids(source.tokenizer))
 
-    def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> MultiVector:
+    def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> MultiVector:
         column_T = torch.arange(part_NT.shape[1], device=part_NT.device)
         # The first real token is left out where it is a CLS: a tokenizer that adds none loses no word.
         is_first_NT = column_T == first_index(padded.mask_NT)[:, None]
         mask_NT = part_NT & ~(is_first_NT & torch.isin(padded.id_NT, self.marks_S))
         last_NT = padded.mask_NT & (column_T == last_index(padded.mask_NT)[:, None])
         mask_NT = mask_NT | (last_NT & ~mask_NT.any(1, keepdim=True))
-        vector_NTD = F.normalize(self.linear(hidden_NTH), dim=-1)
+        vector_NTD = F.normalize(self.linear(hidden), dim=-1)
+        if hidden.dim() == 2:
+            vector_NTD = padded.spread(vector_NTD)
         return MultiVector(vector_NTD.masked_fill(~mask_NT[..., None], 0.0), mask_NT)
 
     def save(self, folder: Path) -> None:

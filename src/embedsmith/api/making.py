@@ -1,0 +1,237 @@
+"""What makes models and data, from Python: `train`, `mine`, `curate`, `merge` and `tokenize`.
+
+Each takes the keys of its verb's recipe as keywords, with texts and dicts where the recipe has them; or a recipe that
+lies in a file, with keywords that change it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from embedsmith.api.curation import curation_tools
+from embedsmith.api.keywords import keyed, model_tree, recipe_of, source_tree, source_trees
+from embedsmith.api.tokenizing import TokenizeJob
+from embedsmith.api.tokenizing import tokenize as run_tokenize
+from embedsmith.compat.config import recipe_tree
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.progress import lines_shown
+from embedsmith.core.recipe import parse
+from embedsmith.core.settings import did_you_mean, to_plain
+from embedsmith.curate import CurateRecipe
+from embedsmith.curate import Report as CurationReport
+from embedsmith.curate import curate as run_curate
+from embedsmith.data.token_cache import Manifest
+from embedsmith.merge import Merged, MergeRecipe
+from embedsmith.merge import merge as run_merge
+from embedsmith.mining import MineRecipe, MineReport
+from embedsmith.mining import mine as run_mine
+from embedsmith.models import ModelConfig, load
+from embedsmith.train import EvaluateConfig, Recipe, TrainConfig
+from embedsmith.train import train as run_train
+from embedsmith.train.outcome import Trained
+
+R = TypeVar("R")
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    /,
+    *,
+    model: str | Path | Mapping[str, Any] | ModelConfig | None = None,
+    data: Any = None,
+    output: str | Path | None = None,
+    evaluate: str | Sequence[str] | Mapping[str, Any] | EvaluateConfig | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Trained:
+    """Train a model, or continue where the same call was stopped.
+
+    >>> import embedsmith as es
+    >>> run = es.train(model="my-model", data="pairs.jsonl", steps=4, batch_size=8, output="runs/first")
+    >>> run.folder.as_posix()
+    'runs/first/model'
+    >>> run.model.encode("a cat on the mat").shape
+    (16,)
+
+    `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a whole `Recipe`.
+    `model`: a folder or hub id, or the keys of `model` as a dict: `{"path": "my-model", "pooling": "mean"}`.
+    `data`: a path, the keys of a source as a dict (`{"path": "scored.jsonl", "task": "sts"}`), a `Source`, or a list of
+    these. `output`: the run's folder; without it a folder below `runs`, named after all the other arguments.
+    `evaluate`: tasks to score before and after, or the keys of `evaluate` as a dict. `overwrite`: replaces a run that
+    is there. `settings`: the keys of `train`, such as `steps`, `epochs`, `batch_size`, `learning_rate`.
+    Errors: `RecipeError` naming the keyword and the nearest known one; those of `embedsmith train`.
+    """
+    changes = {"model": model_tree(model), "data": None if data is None else source_trees(data), "output": output}
+    changes |= {"train": _of_train(settings) if settings else None, "evaluate": _of_evaluate(evaluate)}
+    if isinstance(recipe, Recipe):
+        whole = recipe_of(Recipe, recipe, changes, where="train")
+    else:
+        tree = keyed(recipe_tree(recipe) if isinstance(recipe, str | Path) else recipe, changes)
+        whole = parse(
+            Recipe, {"output": "runs", **tree}, where=str(recipe) if isinstance(recipe, str | Path) else "train"
+        )
+        whole = whole if "output" in tree else dataclasses.replace(whole, output=_named_after(whole))
+    with lines_shown():
+        folder = run_train(whole, overwrite=overwrite)
+    return Trained.of(folder.parent)
+
+
+def _of_train(settings: Mapping[str, Any]) -> Any:
+    """The keys of `train`, given one by one or together as `train={...}`. Errors: `RecipeError` for unknown ones."""
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    together = settings.get("train") or {}
+    if isinstance(together, TrainConfig) and len(settings) == 1:
+        return together
+    for key in settings:
+        if key not in (*known, "train"):
+            choices = [*known, "model", "data", "output", "evaluate", "overwrite"]
+            raise RecipeError(
+                f"{key}: unknown key{did_you_mean(key, choices)}",
+                where="train",
+                expected=f"one of {', '.join(choices)}",
+            )
+    single = {key: value for key, value in settings.items() if key != "train"}
+    return {**to_plain(together), **single} if isinstance(together, TrainConfig) else {**together, **single}
+
+
+def _of_evaluate(given: Any) -> Any:
+    if isinstance(given, str):
+        return {"tasks": [given]}
+    return {"tasks": [str(task) for task in given]} if isinstance(given, list | tuple) else given
+
+
+def _named_after(recipe: Recipe) -> str:
+    """A folder that the same arguments always have, and no others."""
+    content = json.dumps(to_plain(recipe), sort_keys=True, ensure_ascii=False)
+    return f"runs/{Path(recipe.model.path).name}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
+
+
+def mine(
+    recipe: MineRecipe | str | Path | Mapping[str, Any] | None = None,
+    /,
+    *,
+    data: Any = None,
+    searchers: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> MineReport:
+    """Find hard negatives for records, and write the records with them.
+
+    >>> import embedsmith as es
+    >>> report = es.mine(data="pairs.jsonl", searchers="my-model", output="mined.jsonl", select={"negatives": 2})
+    >>> report.records
+    40
+
+    `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a `MineRecipe`.
+    `data`: a path, the keys of a source as a dict, or a `Source`. `searchers`: who proposes candidates: the folder or
+    hub id of a model, `"bm25"`, a dict (`{"type": "embedding", "model": "my-model"}`), or a list of these. `output`:
+    the file that is written. `overwrite`: mines again. `settings`: the other keys of the recipe.
+    Errors: those of `embedsmith mine`.
+    """
+    changes = {"data": None if data is None else source_tree(data), "searchers": _searchers(searchers)}
+    whole = recipe_of(MineRecipe, recipe, changes | {"output": output} | settings, where="mine")
+    with lines_shown():
+        return run_mine(whole, load, overwrite=overwrite)
+
+
+def _searchers(given: Any) -> Any:
+    if given is None:
+        return None
+    listed = given if isinstance(given, list | tuple) else [given]
+    models = [isinstance(one, Path) or (isinstance(one, str) and one != "bm25") for one in listed]
+    return [{"type": "embedding", "model": str(one)} if is_model else one for one, is_model in zip(listed, models)]
+
+
+def curate(
+    recipe: CurateRecipe | str | Path | Mapping[str, Any] | None = None,
+    /,
+    *,
+    input: Any = None,
+    steps: Sequence[Any] | None = None,
+    output: str | Path | None = None,
+    tasks_folder: str | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> CurationReport:
+    """Clean, filter and make training data.
+
+    >>> import embedsmith as es
+    >>> report = es.curate(input="pairs.jsonl", steps=["exact_duplicates"], output="kept.jsonl")
+    >>> report.records
+    40
+
+    `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a `CurateRecipe`.
+    `input`: a path or the keys of `input` as a dict. `steps`: in their order, each a name or a dict
+    (`{"type": "length", "query_min": 3}`). `output`: the file that is written. `tasks_folder`: where the names of
+    evaluation tasks are looked up. `overwrite`: does it again. `settings`: the other keys of the recipe.
+    Errors: those of `embedsmith curate`.
+    """
+    changes = {"input": {"path": str(input)} if isinstance(input, str | Path) else input, "steps": steps}
+    whole = recipe_of(CurateRecipe, recipe, changes | {"output": output} | settings, where="curate")
+    with lines_shown():
+        return run_curate(whole, curation_tools(tasks_folder), overwrite=overwrite)
+
+
+def merge(
+    recipe: MergeRecipe | str | Path | Mapping[str, Any] | None = None,
+    /,
+    *,
+    parents: Sequence[Any] | None = None,
+    method: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Merged:
+    """Merge models into one.
+
+    >>> import embedsmith as es
+    >>> merged = es.merge(parents=["my-model", "other-model"], method="average", output="merged")
+    >>> es.load(str(merged)).encode("a cat on the mat").shape
+    (16,)
+
+    `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a `MergeRecipe`.
+    `parents`: folders or hub ids, or dicts (`{"path": "my-model", "weight": 0.3}`). `method`: a name or a dict
+    (`{"type": "ties", "density": 0.2}`; `embedsmith list merge-method`). `output`: the folder that is written.
+    `overwrite`: replaces a merge that is there. `settings`: the other keys of the recipe, such as `base`.
+    Errors: those of `embedsmith merge`.
+    """
+    check = settings.pop("check", None)
+    changes = {"parents": None if parents is None else [_path_text(parent) for parent in parents], "method": method}
+    whole = recipe_of(MergeRecipe, recipe, changes | {"output": output} | settings, where="merge")
+    with lines_shown():
+        return run_merge(whole, overwrite=overwrite, check=check)
+
+
+def _path_text(given: Any) -> Any:
+    return str(given) if isinstance(given, Path) else given
+
+
+def tokenize(
+    recipe: TokenizeJob | str | Path | Mapping[str, Any] | None = None,
+    /,
+    *,
+    model: str | Path | Mapping[str, Any] | ModelConfig | None = None,
+    data: Any = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Manifest:
+    """Tokenize sources once, for training without the tokenizer.
+
+    >>> import embedsmith as es
+    >>> es.tokenize(model="my-model", data="pairs.jsonl", out="tokens").datasets["pairs"].rows
+    40
+
+    `recipe`: the path of a YAML recipe of this verb or a recipe as a dict, which the other arguments change; or a
+    `TokenizeJob`. `model`, `data`: as for `train`. `out`: the folder of the token cache, which is then a source's path.
+    `settings`: the other keys of the recipe. Errors: those of `embedsmith tokenize`.
+    """
+    changes = {"model": model_tree(model), "data": None if data is None else source_trees(data), "out": out}
+    whole = recipe_of(TokenizeJob, recipe, changes | settings, where="tokenize")
+    with lines_shown():
+        return run_tokenize(whole)

@@ -1,0 +1,213 @@
+"""How models are scored and compared, for Python (`evaluate`, `compare`) and for the verbs. Costs torch, so that the
+verbs import it inside their functions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from embedsmith.core.encoder import Encoder
+from embedsmith.core.errors import EmbedsmithError, EvaluationError
+from embedsmith.core.progress import lines_shown, log
+from embedsmith.core.recipe import parse, read_tree
+from embedsmith.data import RecordSet, Source, part_of, read_source
+from embedsmith.data.record import Text
+from embedsmith.evaluate.compare import Comparison
+from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
+from embedsmith.evaluate.mteb.tasks import SampleLimits
+from embedsmith.evaluate.result import Results
+from embedsmith.evaluate.run import evaluate as score
+from embedsmith.evaluate.seen import warn_of_seen
+from embedsmith.evaluate.tasks.kinds import Task, load_tasks
+from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, score_widths
+from embedsmith.models import load
+from embedsmith.search.cached import CachedEncoder
+from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
+
+Load = Callable[..., Encoder]
+Tasks = str | Path | Task | Sequence[str | Path | Task]
+
+
+def evaluate(
+    model: str | Path | Encoder,
+    tasks: Tasks,
+    *,
+    data: str | Path | None = None,
+    split: str = "test",
+    head: str = "dense",
+    dims: Sequence[int] = (),
+    weights: Mapping[str, float] | None = None,
+    cache: str | Path | None = None,
+    **options: Any,
+) -> Results | HeadScores:
+    """Score a model on tasks.
+
+    >>> import embedsmith as es
+    >>> scores = es.evaluate("my-model", "scored.jsonl")
+    >>> list(scores.main_scores())
+    ['scored']
+
+    `model`: a folder, a hub id, or a model that is loaded. `tasks`: names or paths of tasks, or tasks, one or several.
+    `data`: the folder where names are looked up. `split`: which judgements of a BEIR folder. `head`: `dense`, `sparse`,
+    `multivector` or `hybrid`, the latter with `weights`; `all` for these side by side. `dims`: widths of the vectors
+    that are scored too. `cache`: a folder for vectors and results, so that a stopped call continues. `options`: of
+    `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
+    Errors: `EvaluationError` for unknown tasks and scores that cannot be had; those of `load`.
+    """
+    named, encoder = _loaded(model, options)
+    scoring = Scoring(_listed(tasks), None if data is None else Path(data), split, head, _path(cache), weights)
+    about = {"model": named, "split": split, "head": head, **options}
+    with lines_shown():
+        if dims and head != "dense":
+            raise EvaluationError(f"dims with head={head!r}", fix="leave one of them out: dims are of dense vectors")
+        if head == "all":
+            return scoring.side_by_side(encoder, [name for name in HEADS if name in encoder.outputs], (), about)
+        return scoring.at_widths(encoder, dims, about) if dims else scoring.score(encoder, about)
+
+
+def compare(
+    models: Sequence[str | Path] | Mapping[str, str | Path | Encoder | Results],
+    tasks: Tasks = (),
+    *,
+    data: str | Path | None = None,
+    split: str = "test",
+    head: str = "dense",
+    dims: Sequence[int] = (),
+    cache: str | Path | None = None,
+    **options: Any,
+) -> Comparison:
+    """Score models side by side, with the confidence of their differences to the first.
+
+    >>> import embedsmith as es
+    >>> compared = es.compare(["my-model", "other-model"], ["scored.jsonl"])
+    >>> [str(name) for name in compared.models]
+    ['my-model', 'other-model']
+
+    `models`: folders, hub ids or files of results, or a dict of names to these, to loaded models or to results of
+    `evaluate`; the baseline first. The other arguments are those of `evaluate`.
+    Errors: `EvaluationError` for fewer than two to compare, and for results of other tasks.
+    """
+    scoring = Scoring(_listed(tasks), None if data is None else Path(data), split, head, _path(cache))
+    named = models if isinstance(models, Mapping) else {str(model): model for model in models}
+    with lines_shown():
+        return compare_models(named, scoring, partial(load, **options), dims)
+
+
+def _loaded(model: str | Path | Encoder, options: Mapping[str, Any]) -> tuple[str, Any]:
+    if isinstance(model, str | Path):
+        return str(model), load(str(model), **options)
+    if options:
+        raise EvaluationError(
+            f"{next(iter(options))} of a model that is loaded", fix="give it to load: embedsmith.load(FOLDER, ...)"
+        )
+    return type(model).__name__, model
+
+
+def _listed(tasks: Tasks) -> tuple[Any, ...]:
+    return tuple(tasks) if isinstance(tasks, list | tuple) else (tasks,)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the verbs score a model. `cache`: a folder for results and vectors, so that a stopped command continues."""
+
+    tasks: tuple[str | Path | Task, ...]
+    data: Path | None = None
+    split: str = "test"
+    head: str = "dense"
+    cache: Path | None = None
+    weights: Mapping[str, float] | None = None
+
+    def score(self, encoder: Encoder, about: Mapping[str, Any]) -> Results:
+        """The model on all tasks, with our own evaluator."""
+        loaded = self._load(self.tasks)
+        warn_of_seen(loaded, trained_on(str(about.get("model", ""))))
+        if self.head == "hybrid":
+            encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
+        if self.cache is None:
+            return score(encoder, loaded, head=self.head, about=about)
+        cached = CachedEncoder.of(encoder, self.cache / "vectors")
+        return score(cached, loaded, head=self.head, about=about, cache=self.cache / "results")
+
+    def side_by_side(
+        self, encoder: Encoder, heads: Sequence[str], tune_on: Sequence[str], about: Mapping[str, Any]
+    ) -> HeadScores:
+        """Every head alone and heads together, on all tasks; weights tuned on the dev split of `tune_on`."""
+        loaded, dev = self._load(self.tasks), self._load(tune_on, "dev")
+        if same := [one.name for one in dev if one in loaded]:
+            raise EvaluationError(f"weights tuned on {same[0]} and reported on it", fix="tune on another task")
+        return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, cache=self.cache)
+
+    def at_widths(self, encoder: Encoder, widths: Sequence[int], about: Mapping[str, Any]) -> HeadScores:
+        """The whole vectors and their first numbers, on all tasks."""
+        return score_widths(encoder, self._load(self.tasks), widths, about=about, cache=self.cache)
+
+    def chosen(self, results: Results, where: str) -> Results:
+        """The asked tasks of a file with results; all of them where none was asked for."""
+        wanted = [
+            Path(task).name.removesuffix(".jsonl") if isinstance(task, str | Path) else task.name for task in self.tasks
+        ]
+        found = {result.task: result for result in results}
+        if missing := [task for task in wanted if task not in found]:
+            raise EvaluationError(f"no result for {missing[0]!r}", where=where, expected=", ".join(found))
+        return Results(tuple(found[task] for task in wanted) or results.tasks, results.about)
+
+    def _load(self, tasks: Sequence[str | Path | Task], split: str | None = None) -> list[Task]:
+        names = [task for task in tasks if isinstance(task, str | Path)]
+        loaded = iter(load_tasks(names, data_dir=self.data, split=split or self.split))
+        return [next(loaded) if isinstance(task, str | Path) else task for task in tasks]
+
+    def with_mteb(self, encoder: Encoder, model: str, output: Path, limits: SampleLimits | None) -> Results:
+        """The model on all tasks, with mteb."""
+        chosen = find_mteb_tasks([str(task) for task in self.tasks], data=self.data, split=self.split)
+        if self.head == "hybrid":
+            encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
+        return mteb_evaluate(encoder, chosen, output, name=model, head=self.head, limits=limits)
+
+
+def trained_on(model: str) -> list[RecordSet[Text]]:
+    """What a model was trained on, where its run's folder is still around it and its sources can be read; empty for any
+    other model. Streams, and what was never on this disk, are left out."""
+    places = Path(model).absolute().parents[:3] if (Path(model) / "config.json").is_file() else ()
+    recipe = next((place / "recipe.yaml" for place in places if (place / "manifest.json").is_file()), None)
+    found: list[RecordSet[Text]] = []
+    try:
+        tree = {} if recipe is None else read_tree(recipe)
+        given = [parse(Source, one) for one in tree.get("data") or []] if "train" in tree else []
+    except (EmbedsmithError, TypeError):
+        return []
+    for source in given:
+        if source.rows is None and not source.streaming and Path(source.path).exists():
+            try:
+                found.append(part_of(read_source(source), source.part))
+            except EmbedsmithError as error:
+                log.info("not compared with the evaluated texts: %s", error)
+    return found
+
+
+def compare_models(models: Mapping[str, Any], scoring: Scoring, load: Load, widths: Sequence[int] = ()) -> Comparison:
+    """Names to models by folder or hub id, loaded models, results or their files (`evaluate --items --json`), the one
+    to measure against first. With `widths` every model is scored at those widths too.
+
+    Errors: `EvaluationError` for fewer than two to compare, and results of other tasks.
+    """
+    if len(models) < 2 and not widths:
+        raise EvaluationError(f"{len(models)} model given", expected="two or more")
+    scored: list[tuple[str, Results]] = []
+    for name, model in models.items():
+        if isinstance(model, Results) or str(model).endswith(".json"):
+            results = model if isinstance(model, Results) else Results.load(model)
+            scored.append((name, scoring.chosen(results, name)))
+            continue
+        encoder = load(str(model)) if isinstance(model, str | Path) else model
+        if widths:
+            columns = scoring.at_widths(encoder, widths, {"model": name}).columns
+            scored += [(name if width == FULL else f"{name} at {width}", each) for width, each in columns.items()]
+        else:
+            scored.append((name, scoring.score(encoder, {"model": name})))
+    return Comparison.of(scored)

@@ -1,0 +1,82 @@
+"""The recipes that come with the package, found by name where no such file exists. In a checkout they lie in
+`recipes/`, in an installed package beside its code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedsmith.core.errors import RecipeError
+from embedsmith.core.settings import did_you_mean
+
+_HERE = Path(__file__).parents[1]
+FOLDER = _HERE / "recipes" if (_HERE / "recipes").is_dir() else _HERE.parents[1] / "recipes"
+_ENDINGS = (".yaml", ".yml")
+_FIRST_KEYS = {"stages": "run", "parents": "merge", "searchers": "mine", "steps": "curate", "out": "tokenize"}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One recipe: `name` as it is typed, the verb it is for, and what its first comment says."""
+
+    name: str
+    verb: str
+    summary: str
+    path: Path
+
+
+def shipped_recipes() -> dict[str, Shipped]:
+    """All of them by name: the path in the folder without its ending, as in `decoder/full`."""
+    paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path.name))
+    return {one.name: one for one in map(_described, paths)}
+
+
+def _described(path: Path) -> Shipped:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    name = path.relative_to(FOLDER).with_suffix("").as_posix()
+    keys = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
+    verb = next((verb for key, verb in _FIRST_KEYS.items() if key in keys), "train")
+    comment = []
+    for line in lines:
+        if not line.startswith("# "):
+            break
+        comment.append(line.removeprefix("# "))
+    summary = " ".join(comment).partition(". ")[0].partition(" Run: ")[0].rstrip(".")
+    return Shipped(name, "accelerate launch" if name.startswith("accelerate/") else verb, summary, path)
+
+
+def shipped_named(name: str) -> Shipped:
+    """One by its name, with or without its verb in front. Errors: `RecipeError` with the nearest name."""
+    known = shipped_recipes()
+    short = {one.name.removeprefix(f"{one.verb}-"): one for one in known.values()} | known
+    if name not in short:
+        expected = f"one of {', '.join(known)}"
+        raise RecipeError(f"no shipped recipe is called {name!r}{did_you_mean(name, short)}", expected=expected)
+    return short[name]
+
+
+def recipe_file(given: str | Path, verb: str) -> Path:
+    """The file that a verb's recipe is read from: the path itself where there is such a file, else the shipped recipe
+    of this name, with or without the verb in front (`merge ties` is `merge-ties`) and the ending.
+
+    Errors: `RecipeError` for neither, with the nearest name.
+    """
+    path = Path(given)
+    try:
+        if path.exists():
+            return path
+    except OSError:  # longer than any name may be
+        return path
+    known = shipped_recipes()
+    name = path.as_posix().removeprefix("recipes/")
+    name = next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
+    for each in (f"{verb}-{name}", name):
+        if each in known:
+            return known[each].path
+    mine = [one.name for one in known.values() if one.verb == verb]
+    short = [one.removeprefix(f"{verb}-") for one in mine]
+    nearest = did_you_mean(name, short)
+    raise RecipeError(
+        f"cannot read the file (No such file or directory), and no recipe of this name ships{nearest}",
+        where=given,
+        expected=f"a file, or one of {', '.join(short)}",
+        fix="check the path; embedsmith list recipe shows what ships",
+    )

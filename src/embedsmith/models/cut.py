@@ -1,0 +1,64 @@
+"""How much of the texts a model does not read: what its `max_length` cuts off, in tokens."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from embedsmith.core.encoder import Role
+from embedsmith.models.embedder import Embedder
+
+SAMPLED_ROWS = 1000
+_CHARACTERS = 2_000_000
+"""Of a role at most: a few books need no more to be told apart from short texts."""
+_NO_END = 10**9
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is cut of the texts of some rows, `rows` of `of_rows`, prompts counted: `cut` of `texts` texts lose `lost`
+    of their `tokens` tokens at `max_length`; the longest text has `longest`."""
+
+    rows: int
+    of_rows: int
+    texts: int
+    cut: int
+    tokens: int
+    lost: int
+    longest: int
+    max_length: int
+
+    def __str__(self) -> str:
+        sample = "" if self.rows == self.of_rows else f" (of {self.rows:,} rows spread over it)"
+        if self.cut == 0:
+            return f"no text is longer than the {self.max_length:,} tokens of max_length{sample}"
+        share, lost = self.cut / self.texts, self.lost / self.tokens
+        return (
+            f"{share:.1%} of the texts are longer than the {self.max_length:,} tokens of max_length and are cut; "
+            f"{lost:.1%} of all tokens are not read; the longest text has {self.longest:,}{sample}"
+        )
+
+
+def cut_of(model: Embedder, records: Sequence[Any], task: str) -> Cut:
+    """Of records of texts; of many, some that are spread over them."""
+    places = np.linspace(0, len(records) - 1, min(len(records), SAMPLED_ROWS)).astype(int)
+    rows = [records[int(place)] for place in places]
+    documents: Role = "query" if task == "sts" else "document"
+    sides: tuple[tuple[Role, list[str]], ...] = (
+        ("query", [row.query for row in rows]),
+        (documents, [text for row in rows for text in (*row.positives, *row.negatives)]),
+    )
+    reader = copy.copy(model)  # the same weights and tokenizer
+    reader.settings = replace(model.settings, max_length=_NO_END, mcls=None)
+    length_N = np.concatenate([reader.tokenize(_within(texts), role, task).length_N for role, texts in sides if texts])
+    over_N = np.maximum(length_N - model.max_length, 0)
+    counts = (len(length_N), int((over_N > 0).sum()), int(length_N.sum()), int(over_N.sum()))
+    return Cut(len(rows), len(records), *counts, int(length_N.max(initial=0)), model.max_length)
+
+
+def _within(texts: list[str]) -> list[str]:
+    """The first of the texts that together have so many characters as are looked at; one in any case."""
+    total = np.cumsum([len(text) for text in texts])
+    return texts[: max(int(np.searchsorted(total, _CHARACTERS)), 1)]
