@@ -1,5 +1,6 @@
 """What a report proposes: each rule answers to its figures, and each command can be typed as it stands."""
 
+import json
 import math
 import shlex
 from dataclasses import replace
@@ -52,6 +53,11 @@ CASES = {
         "train.steps=20",
     ),
     "best before the end": (replace(QUIET, lines=curve("score/t", 0.5, 0.7, 0.6)), "Keep the best", "final=best"),
+    "cut": (
+        replace(QUIET, cut={"p": {"texts": 10, "cut": 2, "longest": 900, "max_length": 128}}),
+        "Read more of each text",
+        "model.max_length=256",
+    ),
     "easy": (replace(QUIET, lines=curve("loss/p", 0.1, 0.1, 0.1)), "harder negatives", "data.0.negatives=4"),
     "confused": (
         replace(QUIET, after=found([0.5, 0.6, 0.7], [0.55, 0.2, 0.1])),
@@ -92,7 +98,7 @@ def run(files, bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     pairs = {"path": str(files / "pairs.jsonl"), "task": "retrieval", "batch_size": 8, "negatives": 1}
     tree = {
-        "model": {"path": str(bert), "pooling": "mean"},
+        "model": {"path": str(bert), "pooling": "mean", "max_length": 6},
         "data": [{**pairs, "loss": {"type": "infonce", "temperature": 0.05}}],
         "train": {"steps": 4, "learning_rate": 1e-3, "checkpoint_every": 1, "log_every": 1, "precision": "fp32"},
         "evaluate": {"tasks": [str(files / "scored.jsonl")], "every": 2},
@@ -108,7 +114,8 @@ def test_every_command_of_every_rule_can_be_typed(run, typed):
     lines = curve("loss/pairs", 0.04, 0.03, 0.02, 0.01) + curve("score/t", 0.5, 0.9, 0.5)
     lines += curve("validation_loss/pairs", 2.0, 1.0, 1.5)
     worse, unsure = change(-0.1, -0.2, -0.05), change(0.01, -0.1, 0.1)
-    base = Evidence(str(run), recipe, lines, True, (worse,), found([0.5], [0.6]))
+    cut = json.loads((run / "cut.json").read_text())
+    base = Evidence(str(run), recipe, lines, True, (worse,), found([0.5], [0.6]), cut)
     unscored = {**recipe, "evaluate": {}}
     others = (
         replace(base, changes=(), recipe=unscored),

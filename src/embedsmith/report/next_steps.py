@@ -4,11 +4,14 @@ The rules stand in the order in which they matter: a run that is not whole or no
 wrong, then what is left to gain. A rule that sees no evidence gives nothing.
 """
 
+import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from embedsmith.evaluate.result import Results
 SHOWN = 3
 _CONFUSED = 0.25  # queries whose best wrong text comes as near as the right one
 _EASY = 0.1  # a contrastive loss below this share of that of chance
+_CUT = 0.05  # of a source's texts
 _RISES = 1.02
 _FALLS = 0.97
 _SMALL_BATCH = 32
@@ -36,7 +40,8 @@ class NextStep:
 @dataclass(frozen=True)
 class Evidence:
     """What is known of a run: its folder, the resolved recipe, the lines of metrics.jsonl, whether it finished, the
-    differences of its scores to those before it, and the results after it."""
+    differences of its scores to those before it, the results after it, and by source what `max_length` cuts: `cut` of
+    `texts` texts, the longest of `longest` tokens."""
 
     folder: str
     recipe: Mapping[str, Any]
@@ -44,6 +49,7 @@ class Evidence:
     finished: bool
     changes: Sequence[Difference] = ()
     after: Results | None = None
+    cut: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def value(self, section: str, key: str, default: Any = None) -> Any:
         """A setting of the recipe; the default where it says nothing."""
@@ -64,6 +70,14 @@ class Evidence:
         """Places of the sources of retrieval in the recipe."""
         kinds = [(source.get("task"), (source.get("loss") or {}).get("type")) for source in self.recipe.get("data", ())]
         return [place for place, (task, loss) in enumerate(kinds) if task in (None, "retrieval") and loss != "cosent"]
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the trained model has places for, two of which some families keep; 512 where it does not say."""
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            config = json.loads((Path(self.folder) / "model" / "config.json").read_text(encoding="utf-8"))
+            return int(config.get("max_position_embeddings", 514)) - 2
+        return 512
 
     @property
     def last_step(self) -> int:
@@ -159,6 +173,24 @@ def _best_checkpoint(evidence: Evidence) -> NextStep | None:
         f"The mean score was {100 * best:.2f} at step {step} and {100 * curve[-1][1]:.2f} at the end. Choose by one "
         "set of texts and report another.",
         evidence.again("best", "train.final=best"),
+    )
+
+
+def _longer_texts(evidence: Evidence) -> NextStep | None:
+    """Twice the length, or less where that is enough for all or more than the model has positions for."""
+    shares = {name: found["cut"] / found["texts"] for name, found in evidence.cut.items() if found.get("texts")}
+    if not shares or max(shares.values()) < _CUT:
+        return None
+    name = max(shares, key=lambda one: shares[one])
+    now, longest = evidence.cut[name]["max_length"], max(found["longest"] for found in evidence.cut.values())
+    wanted = min(longest, 2 * now, evidence.positions)
+    if wanted <= now:
+        return None
+    return NextStep(
+        "Read more of each text",
+        f"{shares[name]:.0%} of the texts of {name} are longer than the {now} tokens that are read; the longest has "
+        f"{longest}.",
+        evidence.again("longer-texts", f"model.max_length={wanted}"),
     )
 
 
@@ -287,6 +319,7 @@ RULES: Sequence[Callable[[Evidence], NextStep | None]] = (
     _against_forgetting,
     _fewer_steps,
     _best_checkpoint,
+    _longer_texts,
     _harder_negatives,
     _temperature,
     _longer,

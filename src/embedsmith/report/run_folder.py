@@ -1,7 +1,8 @@
 """The report of a folder: a training run, finished or not, or a merge. What is not there is left out.
 
-Read are `recipe.yaml`, `metrics.jsonl`, `manifest.json`, `finished.json`, `environment.json`, `merge.json`, and in
-`evaluation/` `before.json`, `after.json` (`Results.save(items=True)`), `geometry-before.json`, `geometry-after.json`.
+Read are `recipe.yaml`, `metrics.jsonl`, `manifest.json`, `finished.json`, `environment.json`, `cut.json`, `merge.json`,
+and in `evaluation/` `before.json`, `after.json` (`Results.save(items=True)`), `geometry-before.json` and
+`geometry-after.json`.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Folder:
     environment: Mapping[str, Any] | None = None
     merge: Mapping[str, Any] | None = None
     manifest: Mapping[str, Any] | None = None
+    cut: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     results: Mapping[str, Results] = field(default_factory=dict)
     geometries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
@@ -117,6 +119,7 @@ class Folder:
         environment, merge = (_json(path / f"{name}.json", problems) for name in ("environment", "merge"))
         finished = _json(path / "finished.json", problems, _Finished)
         manifest = _json(path / "manifest.json", problems, _Manifest)
+        cut = _json(path / "cut.json", problems, dict[str, _Cut]) or {}
         results: dict[str, Results] = {}
         geometries: dict[str, Mapping[str, Any]] = {}
         for name in ("before", "after"):
@@ -132,7 +135,7 @@ class Folder:
             if geometry is not None:
                 geometries[name] = geometry
         found = Folder(
-            path, text, tuple(lines), finished, environment, merge, manifest, results, geometries, tuple(problems)
+            path, text, tuple(lines), finished, environment, merge, manifest, cut, results, geometries, tuple(problems)
         )
         if not any((found.recipe, found.lines, found.finished, found.merge, found.results)):
             raise EvaluationError("nothing to report on", where=path, expected="the output of a run or a merge")
@@ -200,7 +203,7 @@ class Folder:
             return Section("next", "What to try next", "")
         changes = made.differences(len(made.models) - 1) if made is not None and len(made.models) > 1 else ()
         finished, after = self.finished is not None, self.results.get("after")
-        evidence = Evidence(str(self.path), recipe, self.lines, finished, changes, after)
+        evidence = Evidence(str(self.path), recipe, self.lines, finished, changes, after, self.cut)
         steps = "".join(
             f"<li><b>{html.escape(step.what)}.</b> {html.escape(step.why)}"
             f'<pre class="command"><code>{html.escape(step.command)}</code></pre></li>'
@@ -352,6 +355,13 @@ class _Finished(TypedDict, total=False):
     steps: int
     best_step: int | None
     best_score: float | None
+
+
+class _Cut(TypedDict):
+    texts: int
+    cut: int
+    longest: int
+    max_length: int
 
 
 class _Seen(TypedDict, total=False):

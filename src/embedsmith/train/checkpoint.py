@@ -41,7 +41,7 @@ FINISHED = "finished.json"
 CHECKPOINT = Kind(
     "checkpoint", ("model/**", "training.pt", "mining.pt", "*.json"), ("state.json", "evaluations_without_gain")
 )
-_FILES = ("recipe.yaml", "manifest.json", "environment.json", "metrics.jsonl", "report.html", FINISHED)
+_FILES = ("recipe.yaml", "manifest.json", "environment.json", "cut.json", "metrics.jsonl", "report.html", FINISHED)
 _FOLDERS = ("checkpoints/**", "evaluation/*.json", "model/**", "embedsmith/**")  # the last is TensorBoard's
 RUN = Kind("run", (*_FILES, *_FOLDERS), ("recipe.yaml", "train:"))
 FILES = "files.json"

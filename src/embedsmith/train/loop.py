@@ -198,7 +198,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
     on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
-    on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies]))
+    on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies], output))
     if has_adapter(run.model.backbone):
         log.info(
             "%s/model will hold whole weights with the adapter in them; should their precision change the vectors, the "

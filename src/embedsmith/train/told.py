@@ -1,9 +1,12 @@
 """What a run says in words before its first step: what it reads and how, and what of the texts is cut."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
 from embedsmith.core.settings import name_of, to_plain
 from embedsmith.data import RecordSet
@@ -13,6 +16,8 @@ from embedsmith.models import Embedder
 from embedsmith.models.cut import Cut, cut_of
 from embedsmith.train.feed import Feed, Supply
 
+CUT = "cut.json"
+
 
 def cut_at(model: Embedder, records: RecordSet[Text]) -> Cut | None:
     """What of a source is cut at `max_length`; `None` of one that holds tokens, or is streamed and not read before."""
@@ -21,12 +26,18 @@ def cut_at(model: Embedder, records: RecordSet[Text]) -> Cut | None:
     return cut_of(model, records.records, records.task)
 
 
-def tell_of_cut(model: Embedder, sets: Sequence[RecordSet[Text]]) -> None:
-    """A line for each source some of whose texts are cut."""
+def tell_of_cut(model: Embedder, sets: Sequence[RecordSet[Text]], output: Path) -> None:
+    """A line for each source some of whose texts are cut, and the counts of all of them for the report, as
+    `cut.json`."""
+    counted: dict[str, Any] = {}
     for records in sets:
         found = cut_at(model, records)
         if found is not None and found.cut:
             log.info("source %s: %s", records.name, found)
+        if found is not None:
+            counted[records.name] = dataclasses.asdict(found)
+    with atomic_file(output / CUT) as file:
+        json.dump(counted, file, indent=2, ensure_ascii=False)
 
 
 def sources_in_words(model: Embedder, feed: Feed) -> list[str]:
