@@ -44,6 +44,7 @@ def test_the_first_pieces_train_and_each_later_one_is_added(monkeypatch, rows, f
 def test_effort_is_how_many_candidates_a_query_looks_at():
     found = pieces(vectors(40), [40])
     assert ApproximateIndex.build(found, "HNSW8,Flat", effort=33)._index.hnsw.efSearch == 33
+    assert ApproximateIndex.build(found, "HNSW8,Flat")._index.hnsw.efSearch == 128
     assert ApproximateIndex.build(found, "IVF2,Flat", effort=2)._index.nprobe == 2
     assert ApproximateIndex.build(found, "Flat", effort=2)._index.ntotal == 40
 

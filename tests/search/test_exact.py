@@ -1,5 +1,6 @@
 """Exact search equals a full sort, whatever the blocks, and breaks ties by index."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,10 @@ def test_a_piece_that_is_no_matrix_is_refused() -> None:
 def test_vectors_that_are_not_finite_give_the_error_alone() -> None:
     with pytest.raises(SearchError, match="not a number"):
         exact_top_k(np.full((1, 2), np.inf, np.float32), np.array([[1.0, -1.0]], np.float32), 1)
+
+
+def test_products_beyond_fp32_are_scores_and_no_warnings():
+    huge = torch.full((3, 2), 1e30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isinf(exact_top_k(huge, huge, 2)[0]).all()
