@@ -39,7 +39,7 @@ def read(path, **more):
 def test_what_is_understood(path, format_, task, count, negatives, score_range):
     found = read(path)
     assert (found.format, found.task, len(found.records), found.skipped) == (format_, task, count, ())
-    assert negatives_per_query(Source(path=""), found.records) == negatives
+    assert negatives_per_query(Source(path=path), found.records) == negatives
     assert found.score_range == score_range
 
 

@@ -1,6 +1,6 @@
 """A reader who does what a page says: writes its files, runs its Python, types its commands.
 
-`Quick` does so in this process and cuts every training to two steps; `Patient` gives the blocks to bash and to a new
+`Quick` does so in this process and cuts every training to a few steps; `Patient` gives the blocks to bash and to a new
 Python, as they stand.
 """
 
@@ -17,15 +17,14 @@ from embedsmith.core.shipped import recipe_file
 from tests.docs.blocks import Block
 from tests.docs.prepare import Pool, write_rows
 
-SHORT = ("train.steps=2", "train.epochs=null")
-
 
 @dataclass(frozen=True)
 class Quick:
-    """`typed`: the fixture of this name. The current folder is the reader's."""
+    """`typed`: the fixture of this name. `steps`: how many a training takes. The current folder is the reader's."""
 
     pool: Pool
     typed: Callable[..., tuple[str, str, Any]]
+    steps: int = 2
 
     def do(self, block: Block) -> None:
         """Errors: `AssertionError` for what does not run, with its place."""
@@ -38,10 +37,21 @@ class Quick:
             for command in block.commands:
                 words = shlex.split(command, comments=True)
                 assert words[0] == "embedsmith", f"{place}: {command!r} is no command of ours: give a reason not to run"
-                out, err, code = self.typed(*words[1:], *_shortened(words[1:]))
+                out, err, code = self.typed(*words[1:], *self._shortened(words[1:]))
                 assert code in (0, None), f"{place}: {command}\n{out}\n{err}"
         else:
             raise AssertionError(f"{place}: a block of {block.language} without a title")
+
+    def _shortened(self, words: list[str]) -> list[str]:
+        """What is typed behind a command that trains."""
+        short = (f"train.steps={self.steps}", "train.epochs=null")
+        if words[0] == "train":
+            return list(short)
+        if words[0] != "run":
+            return []
+        stages = read_tree(recipe_file(words[1], "run"))["stages"]
+        places = [place for place, stage in enumerate(stages) if stage["verb"] == "train"]
+        return [f"stages.{place}.recipe.{change}" for place in places for change in short]
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,3 @@ def _write(block: Block, pool: Pool) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text, encoding="utf-8")
-
-
-def _shortened(words: list[str]) -> list[str]:
-    """What is typed behind a command that trains."""
-    if words[0] == "train":
-        return list(SHORT)
-    if words[0] != "run":
-        return []
-    stages = read_tree(recipe_file(words[1], "run"))["stages"]
-    places = [place for place, stage in enumerate(stages) if stage["verb"] == "train"]
-    return [f"stages.{place}.recipe.{change}" for place in places for change in SHORT]

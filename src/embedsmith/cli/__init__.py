@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from embedsmith.cli.verbs import say
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import Entry, verbs
@@ -81,7 +82,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from embedsmith import __version__
 
-        typer.echo(f"embedsmith {__version__}")
+        say(f"embedsmith {__version__}")
         raise typer.Exit
 
 
