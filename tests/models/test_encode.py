@@ -15,7 +15,7 @@ from embedsmith.core.errors import DataError, ModelError
 from embedsmith.core.reps import Dense
 from embedsmith.core.tokens import TokenBatch, chunk_rows
 from embedsmith.models import encode as module
-from embedsmith.models.encode import Engine, chunks_of
+from embedsmith.models.encode import WindowEncoder, chunks_of
 from tests.models import tiny
 
 TEXTS = [f"{text} {'fox ' * n}" for n in range(6) for text in tiny.TEXTS]
@@ -159,7 +159,7 @@ def test_on_a_card_a_window_is_launched_before_the_one_before_is_waited_for(monk
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    engine = Engine(
+    engine = WindowEncoder(
         lambda tokens, rows: {"dense": Dense(torch.from_numpy(tokens.id_S[rows, None]).float())},
         torch.device("cuda"),
         chunk_tokens=2,

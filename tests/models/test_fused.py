@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.qwen3 import modeling_qwen3
 
-from embedsmith.models.fused import fuse
+from embedsmith.models.fused import fuse_kernels
 from tests.models.families import tiny
 
 
@@ -47,7 +47,7 @@ def test_kernels_that_agree_stay_in_the_model_and_nowhere_else(liger, caplog):
     model = tiny("qwen3")
     before = model(IDS).last_hidden_state
     with caplog.at_level(logging.INFO, "embedsmith"):
-        assert fuse(model) == "on (liger-kernel, proven on this model)"
+        assert fuse_kernels(model) == "on (liger-kernel, proven on this model)"
     assert liger["calls"] == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
     assert "forward" in model.norm.__dict__
     assert modeling_qwen3.Qwen3RMSNorm is norm_class
@@ -55,7 +55,7 @@ def test_kernels_that_agree_stay_in_the_model_and_nowhere_else(liger, caplog):
     assert torch.equal(model(IDS).last_hidden_state, before)
     assert [r.message for r in caplog.records] == ["fused kernels: on, liger-kernel, proven on this model"]
     again = modeling_qwen3.apply_rotary_pos_emb
-    fuse(tiny("qwen3"))
+    fuse_kernels(tiny("qwen3"))
     assert modeling_qwen3.apply_rotary_pos_emb is again
 
 
@@ -72,7 +72,7 @@ def test_kernels_that_do_not_are_taken_out_and_it_is_said(liger, caplog, told, r
     norm_class, rotation = modeling_qwen3.Qwen3RMSNorm, modeling_qwen3.apply_rotary_pos_emb
     model = tiny("qwen3")
     before = model(IDS).last_hidden_state
-    assert fuse(model) == f"off ({reason})"
+    assert fuse_kernels(model) == f"off ({reason})"
     assert [r.message for r in caplog.records] == [
         f"fused kernels: off, liger-kernel does not fit Qwen3Model: {reason}"
     ]
@@ -81,12 +81,12 @@ def test_kernels_that_do_not_are_taken_out_and_it_is_said(liger, caplog, told, r
 
 
 def test_a_family_that_liger_does_not_know_is_left_alone(liger, caplog):
-    assert fuse(tiny("mistral")) == "off (liger-kernel does not know MistralModel)"
+    assert fuse_kernels(tiny("mistral")) == "off (liger-kernel does not know MistralModel)"
     assert not liger["calls"]
     assert not caplog.records
 
 
 def test_without_liger_nothing_happens(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
-    assert fuse(tiny("qwen3")) == "off (liger-kernel is not installed)"
+    assert fuse_kernels(tiny("qwen3")) == "off (liger-kernel is not installed)"
     assert not caplog.records

@@ -17,7 +17,7 @@ from rich.text import Text
 from embedsmith.core.collectives import world_size
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import Account
-from embedsmith.models.cut import Cut
+from embedsmith.models.cut import CutTexts
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Lane
@@ -41,7 +41,7 @@ class SourceOverview:
     padded_tokens: int
     sampled: int
     seconds: float | None
-    cut: Cut | None = None
+    cut: CutTexts | None = None
 
     @property
     def padding_share(self) -> float:

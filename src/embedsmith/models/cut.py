@@ -17,7 +17,7 @@ _NO_END = 10**9
 
 
 @dataclass(frozen=True)
-class Cut:
+class CutTexts:
     """What is cut of the texts of some rows, `rows` of `of_rows`, prompts counted: `cut` of `texts` texts lose `lost`
     of their `tokens` tokens at `max_length`; the longest text has `longest`."""
 
@@ -41,7 +41,7 @@ class Cut:
         )
 
 
-def cut_of(model: Embedder, records: Sequence[Any], task: str) -> Cut:
+def cut_of(model: Embedder, records: Sequence[Any], task: str) -> CutTexts:
     """Of records of texts; of many, some that are spread over them."""
     places = np.linspace(0, len(records) - 1, min(len(records), SAMPLED_ROWS)).astype(int)
     rows = [records[int(place)] for place in places]
@@ -55,7 +55,7 @@ def cut_of(model: Embedder, records: Sequence[Any], task: str) -> Cut:
     length_N = np.concatenate([reader.tokenize(_within(texts), role, task).length_N for role, texts in sides if texts])
     over_N = np.maximum(length_N - model.max_length, 0)
     counts = (len(length_N), int((over_N > 0).sum()), int(length_N.sum()), int(over_N.sum()))
-    return Cut(len(rows), len(records), *counts, int(length_N.max(initial=0)), model.max_length)
+    return CutTexts(len(rows), len(records), *counts, int(length_N.max(initial=0)), model.max_length)
 
 
 def _within(texts: list[str]) -> list[str]:

@@ -23,9 +23,9 @@ from embedsmith.models.config import Settings
 from embedsmith.models.encode import (
     AnyArray,
     Compute,
-    Engine,
     FloatArray,
     Precision,
+    WindowEncoder,
     compare,
     fitting_tokens,
     quantize,
@@ -291,7 +291,7 @@ class Embedder(nn.Module):
         device, chosen = self.device, settled_dtype(dtype, self.device)
         known = self._fitting if token_budget is None else token_budget
         size = known or fitting_tokens(device, self.backbone.config)
-        engine = Engine(compute, device, size, chosen, self.packing, advance)
+        engine = WindowEncoder(compute, device, size, chosen, self.packing, advance)
         was_training = self.training  # training goes on after an evaluation
         self.eval()
         try:

@@ -39,7 +39,7 @@ Compute = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass
-class Engine:
+class WindowEncoder:
     """How windows are computed: `compute` gives the representations of some rows of one on `device`, in chunks of at
     most `chunk_tokens` padded tokens (with `packing`, real ones). Where a card is out of memory the window is computed
     again in chunks of half the size, and the new size is kept."""

@@ -31,7 +31,7 @@ _FAILURES = (
 )
 
 
-def fuse(backbone: Any) -> str:
+def fuse_kernels(backbone: Any) -> str:
     """Put liger's kernels into a backbone if they are installed, know it, and change nothing; says what was done.
 
     The backbone is left as it was where they fail; one line of the log says so.

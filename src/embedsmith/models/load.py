@@ -31,7 +31,7 @@ from embedsmith.models.backbone import (
 from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
-from embedsmith.models.fused import fuse
+from embedsmith.models.fused import fuse_kernels
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
 from embedsmith.models.lora import (
@@ -97,7 +97,7 @@ def load(
     source.adapt(embedder)
     embedder.to(target).eval()
     if target.type == "cuda":
-        embedder.fused = fuse(embedder.backbone)
+        embedder.fused = fuse_kernels(embedder.backbone)
     embedder.packs = decide_packing(
         embedder.backbone, attention, config.packing, config.attn_implementation, settings.max_length
     )

@@ -25,7 +25,7 @@ _LARGEST = 2**26  # bytes of a task's files; above, only the texts that the resu
 Texts = Mapping[str, Mapping[str, str]]
 
 
-def texts_of(tasks: Sequence[str]) -> Texts:
+def items_texts(tasks: Sequence[str]) -> Texts:
     """By task and item the text that an item is known by, of tasks given as paths whose files are still there."""
     found: dict[str, Mapping[str, str]] = {}
     for given in tasks:

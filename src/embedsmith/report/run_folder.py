@@ -25,7 +25,7 @@ from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
-from embedsmith.report.changes import change_section, texts_of
+from embedsmith.report.changes import change_section, items_texts
 from embedsmith.report.comparison import (
     example_section,
     geometry_section,
@@ -79,7 +79,7 @@ def folder_page(folder: str | Path) -> str:
         sections.append(geometry_section(list(found.geometries.values()), list(found.geometries)))
     if made is not None:
         last, name = made.results[-1], f"the model {made.models[-1]} training"
-        first = [change_section(made, texts_of(found.tasks())), score_section(made)]
+        first = [change_section(made, items_texts(found.tasks())), score_section(made)]
         sections = [*first, *sections, similarity_section(last, name), example_section(last)]
     sections.insert(0, found.next_section(made))
     recipe = Section("recipe", "Recipe", _PRE.format(html.escape(_said(found.recipe))) if found.recipe else "")

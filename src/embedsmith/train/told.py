@@ -13,13 +13,13 @@ from embedsmith.data import RecordSet
 from embedsmith.data.record import Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.models import Embedder
-from embedsmith.models.cut import Cut, cut_of
+from embedsmith.models.cut import CutTexts, cut_of
 from embedsmith.train.feed import Feed, Supply
 
 CUT = "cut.json"
 
 
-def cut_at(model: Embedder, records: RecordSet[Text]) -> Cut | None:
+def cut_at(model: Embedder, records: RecordSet[Text]) -> CutTexts | None:
     """What of a source is cut at `max_length`; `None` of one that holds tokens, or is streamed and not read before."""
     if records.tokens is not None or isinstance(records.records, HasOrder) or len(records.records) == 0:
         return None
