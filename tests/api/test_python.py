@@ -15,7 +15,7 @@ import pytest
 import embedsmith
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
-FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "tokenize", "train")
+FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "split", "tokenize", "train")
 
 
 def verb(name):
