@@ -229,6 +229,8 @@ def split(
     `-split`. `test`: the share of the rows to hold out, or from 1 on their number. `seed`: another draw of what is held
     out. `overwrite`: replaces a split that is there. Errors: those of `embedsmith split`.
     """
+    if not test > 0:
+        raise RecipeError(f"test is {test:g}", expected="a share such as 0.1, or a number of rows from 1")
     source = parse(Source, source_tree(data), "data")
     with lines_shown():
         return split_source(source, output or f"{source_name(source)}-split", test=test, seed=seed, overwrite=overwrite)
