@@ -1,6 +1,8 @@
 """Every recipe in recipes/ is valid and takes two steps on a tiny model."""
 
 import json
+import re
+from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,9 @@ from tests.tinybert import WORDS, tiny_bert
 
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPES = [path for path in FILES if {"model", "output"} <= read_tree(path).keys()]  # others: their rooms' tests
+TRAINING = sorted(
+    path for path in FILES[0].parent.rglob("*.yaml") if {"model", "output", "data"} <= read_tree(path).keys()
+)
 ROWS = {
     "retrieval": lambda i: {"query": f"{WORDS[i]} cat", "pos": [f"the {WORDS[i]} dog"], "neg": [f"{WORDS[-i]} tree"]},
     "sts": lambda i: {"text1": f"{WORDS[i]} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16},
@@ -44,3 +49,15 @@ def test_recipe_takes_two_steps(path, tmp_path):
     model = train(load_recipe(path, Recipe, [*changes, f"output={tmp_path / 'run'}"]))
     assert (model / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_the_header_of_a_training_recipe_says_how_it_is_scored(path):
+    """The part that is held out is one that the split of the file writes, and all settings are keys of the recipe."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    words = " ".join(line.lstrip("# ") for line in lines)
+    (split,) = re.findall(r"embedsmith split ([\w-]+)\.jsonl", words)
+    settings = re.findall(r"(?:data\.\d\.path|evaluate\.\w+)=\S*[\w\]]", words[words.index("embedsmith split") :])
+    recipe = load_recipe(path, Recipe, settings)
+    assert recipe.evaluate.tasks == (f"{split}-split/{split}-test",)
+    assert all(setting in settings for setting in re.findall(r"data\.\d\.path=\S+-split/\S+", words))

@@ -22,6 +22,7 @@ _HOMES = {
     "compare": "embedsmith.api.measuring",
     "load": "embedsmith.models",
     "mine": "embedsmith.api.making",
+    "split": "embedsmith.api.making",
     "tokenize": "embedsmith.api.making",
 }
 _VERBS = {
@@ -36,7 +37,7 @@ _VERBS = {
 
 __all__ = [
     *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "evaluate", "index"),
-    *("load", "merge", "mine", "search", "tokenize", "train"),
+    *("load", "merge", "mine", "search", "split", "tokenize", "train"),
 ]
 
 

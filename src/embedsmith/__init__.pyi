@@ -1,6 +1,7 @@
 from embedsmith.api.making import curate as curate
 from embedsmith.api.making import merge as merge
 from embedsmith.api.making import mine as mine
+from embedsmith.api.making import split as split
 from embedsmith.api.making import tokenize as tokenize
 from embedsmith.api.making import train as train
 from embedsmith.api.measuring import compare as compare
@@ -26,6 +27,7 @@ __all__ = [
     "merge",
     "mine",
     "search",
+    "split",
     "tokenize",
     "train",
 ]

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import embedsmith
+from embedsmith.api.tokenizing import job_of
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
-FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "tokenize", "train")
+FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "split", "tokenize", "train")
 
 
 def verb(name):
@@ -34,6 +35,15 @@ def test_help_shows_an_example_that_runs(name, workplace):
         runner.run(test)
     assert runner.tries >= 2
     assert runner.failures == 0
+
+
+def test_a_shipped_recipe_of_tokens_and_a_split_that_holds_nothing(workplace):
+    assert job_of(["tokenize"], {"out": "here"}, ["data.0.path=mine.jsonl"]).data[0].path == "mine.jsonl"
+    (workplace / "tokenize").mkdir()  # what is there goes first
+    with pytest.raises(RecipeError, match="--model"):
+        job_of(["tokenize"], {"out": "here"}, [])
+    with pytest.raises(RecipeError, match="test is 0"):
+        embedsmith.split("pairs.jsonl", test=0)
 
 
 def test_a_room_and_its_verb_are_one_whatever_is_imported_first():

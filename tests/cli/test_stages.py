@@ -61,6 +61,16 @@ def test_stages_run_in_order_and_hand_on_what_they_made(calls, tmp_path):
     assert calls.list[2][1]["note"] == f"in {tmp_path / 'p'}"
 
 
+def test_a_stage_takes_a_shipped_recipe_by_name(calls, tmp_path):
+    stages = [{"name": "hard", "verb": "mine", "recipe": "mine", "set": ["data.path=raw.jsonl"]}]
+    run(parse(PipelineRecipe, {"output": str(tmp_path / "p"), "stages": stages}))
+    assert calls.list[0][1]["data"]["path"] == "raw.jsonl"
+    assert calls.list[0][1]["searchers"]
+    stages[0]["recipe"] = "nine"
+    with pytest.raises(RecipeError, match="no recipe of this name ships"):
+        run(parse(PipelineRecipe, {"output": str(tmp_path / "q"), "stages": stages}))
+
+
 def test_a_stopped_pipeline_goes_on_with_the_stage_that_failed(calls, tmp_path):
     calls.broken.append("stage hard")
     with pytest.raises(RecipeError, match="broken"):

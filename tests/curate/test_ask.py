@@ -21,7 +21,7 @@ from embedsmith.curate import (
     apply,
     curate,
 )
-from embedsmith.curate.ask import lines_of
+from embedsmith.curate.ask import Spending, lines_of
 from embedsmith.curate.generators import EndpointError
 from embedsmith.curate.synthesize import paragraphs
 from embedsmith.data import Record
@@ -260,6 +260,17 @@ def test_translations(server):
 def test_lines_of_an_answer():
     said = "<think>hm\nhm</think>Sure:\n1. One?\n- “Two?”\n\n**Three?**\n问题4：四？\nQ: One?\n2001 was what year?"
     assert lines_of(said) == ["One?", "Two?", "Three?", "四？", "2001 was what year?"]
+
+
+def test_nothing_is_asked_far_ahead_of_what_was_kept(server):
+    """Answers that came while a slow disk kept another would be asked for again after a kill."""
+    taken = 0
+    prompts = [f"Number {place}?" for place in range(12)]
+    for _ in endpoint(server, parallel=3).answers(prompts, lines_of, Spending()):
+        time.sleep(0.02)
+        assert sum(server.asked.values()) <= taken + 3
+        taken += 1
+    assert taken == 12
 
 
 def test_killed_in_the_middle_and_resumed(server, tmp_path):

@@ -9,6 +9,7 @@ from tests.plans import epoch_of, plan_from
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import PlanConfig, RowFacts
+from embedsmith.data.plan import passes
 
 RANKS = range(1, 9)
 SIZES = (900, 257, 140)
@@ -151,11 +152,93 @@ def test_rows_that_can_not_be_set_apart_are_left_out_of_a_pass_and_counted(caplo
     assert len(used) == 200  # others are left out in other epochs
 
 
-def test_a_source_of_which_most_rows_would_be_left_out_is_refused():
-    known = RowFacts(np.arange(100), np.arange(100) % 2 + 1000, np.arange(101), np.full(100, 9, np.int32))
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_source_of_one_text_is_refused_with_its_name_and_a_remedy(size):
+    known = RowFacts(np.arange(size), np.full(size, 1000), np.arange(size + 1), np.full(size, 9, np.int32))
+    with pytest.raises(RecipeError, match=r"source 'faq'.* rows find no batch(.|\n)*plan.duplicates=allow") as caught:
+        plan_from((size,), (50,), facts=(known,), names=("faq",))
+    assert f"of {size} rows" in str(caught.value)
+    assert plan_from((size,), (50,), facts=(known,), apart=(False,)).unused_rows == (0,)
+
+
+def test_a_large_source_of_which_most_rows_would_be_left_out_is_refused(monkeypatch):
+    monkeypatch.setattr(passes, "SMALL", 99)
     with pytest.raises(RecipeError, match=r"96 of 100 rows find no batch(.|\n)*plan.duplicates=allow"):
-        plan_from((100,), (50,), facts=(known,))
-    assert plan_from((100,), (50,), facts=(known,), apart=(False,)).unused_rows == (0,)
+        plan_from((100,), (50,), facts=(repeated(np.arange(100) % 2),))
+
+
+def repeated(query_id_N, positive_id_N=None):
+    """Rows of these queries, with positives of their own where none are given."""
+    size = len(query_id_N)
+    positive_id_N = np.arange(size) if positive_id_N is None else positive_id_N
+    return RowFacts(query_id_N, positive_id_N + 10_000, np.arange(size + 1), np.full(size, 9, np.int32))
+
+
+TENS, ODD = np.arange(40) % 10, np.arange(40) % 7
+SMALL_SOURCES = {  # query ids, positive ids, batch size, rows of a reduced batch, rows left out of an epoch
+    "10 queries": (TENS, None, 32, 10, 0),
+    "10 positives": (np.arange(40), TENS, 32, 10, 0),
+    "fewer rows than a batch": (TENS, None, 64, 10, 0),
+    "2 queries, which tie": (np.asarray([0, 0, 1, 1]), None, 4, 2, 0),
+    "one row twice": (np.asarray([0, 0, 1]), None, 32, 2, 1),
+    "an uneven number": (ODD, None, 32, 7, 5),
+    "one query in most rows": (np.where(np.arange(40) < 31, 99, np.arange(40)), None, 32, 3, 18),
+    "one query in half of the rows": (np.where(np.arange(40) < 20, 99, np.arange(40)), None, 32, 21, 19),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_SOURCES)
+def test_a_batch_larger_than_the_distinct_texts_is_reduced_and_said_and_counts_add_up(name, caplog):
+    query_id_N, positive_id_N, batch, rows, left = SMALL_SOURCES[name]
+    known, size = repeated(query_id_N, positive_id_N), len(query_id_N)
+    plan = plan_from((size,), (batch,), facts=(known,), names=("faq",))
+    wanted = min(batch, size)
+    assert f"source 'faq': its batches have {rows} rows instead of {wanted}" in caplog.text
+    assert plan.unused_rows == (left,)
+    for epoch in range(4):
+        account, steps = plan.account(epoch)[0], epoch_of(plan, epoch)
+        assert account.steps == len(steps)
+        assert account.drawn == account.seen == sum(len(planned.rows) for planned in steps)
+        assert account.seen + sum(account.unseen.values()) == size
+        for planned in steps:
+            texts = Counter(text for row in planned.rows for text in texts_of(known, row))
+            assert max(texts.values()) == 1
+    used = {row for epoch in range(60) for planned in epoch_of(plan, epoch) for row in planned.rows.tolist()}
+    assert len(used) >= 0.9 * size  # others are left out in other epochs
+
+
+def test_reduced_batches_are_the_same_on_two_ranks_and_cut_to_their_multiple():
+    one, two, four = (plan_from((40,), (32,), world=world, facts=(repeated(TENS),)) for world in (1, 2, 4))
+    assert [p.rows.tolist() for p in epoch_of(one)] == [p.rows.tolist() for p in epoch_of(two)]
+    assert [len(planned.rows) for planned in epoch_of(four)] == [8] * 4
+    assert four.account(0)[0].unseen == {"ranks": 8}
+    assert four.summary() == [": , 40 rows, 4 steps of 8 an epoch, 8 rows left out (ranks)"]
+    with pytest.raises(RecipeError, match=r"batches of 10 rows, of which no two share a text, .* by 16 ranks"):
+        plan_from((40,), (32,), world=16, facts=(repeated(TENS),))
+
+
+def test_batches_of_unlike_size_are_counted_in_words():
+    """One query has 30 rows, and a pass 20 batches: some have a row less."""
+    query_id_N = np.where(np.arange(200) < 30, 7, np.arange(200) + 100)
+    said = plan_from((200,), (10,), facts=(repeated(query_id_N),), names=("faq",)).summary()[0]
+    assert "200 rows, 20 steps of" in said
+    assert "to 10 an epoch (190 rows), 10 rows left out (shares a text)" in said
+
+
+@pytest.mark.parametrize(("small", "why"), [("drop", "too small"), ("pad", None)])
+def test_a_source_that_is_dropped_or_padded_is_not_reduced(small, why):
+    others = repeated(np.arange(64))
+    one_twice = repeated(np.where(np.arange(50) < 2, 0, np.arange(50)))
+    plan = plan_from((64, 50), (64, 64), facts=(others, one_twice), config=PlanConfig(small=small))
+    assert plan.cuts[1].instead_of is None
+    assert (why in plan.account(0)[1].unseen) if why else plan.cuts[1].padded
+
+
+def test_batches_by_length_are_reduced_too():
+    known = replace(repeated(np.arange(400) % 10), length_N=np.where(np.arange(400) % 2, 10, 90).astype(np.int32))
+    plan = plan_from((400,), (None,), facts=(known,), config=PlanConfig(batch_tokens=9600))
+    assert max(plan.cuts[0].rows_G) <= 10
+    assert plan.account(0)[0].unseen.get("shares a text", 0) == 0
 
 
 def test_two_rows_that_are_one_text_both_ways_count_as_sharing():

@@ -1,4 +1,4 @@
-"""What makes models and data, from Python: `train`, `mine`, `curate`, `merge` and `tokenize`.
+"""What makes models and data, from Python: `train`, `mine`, `curate`, `split`, `merge` and `tokenize`.
 
 Each takes the keys of its verb's recipe as keywords, with texts and dicts where the recipe has them; or a recipe that
 lies in a file, with keywords that change it.
@@ -25,6 +25,9 @@ from embedsmith.core.settings import did_you_mean, to_plain
 from embedsmith.curate import CurateRecipe
 from embedsmith.curate import Report as CurationReport
 from embedsmith.curate import curate as run_curate
+from embedsmith.data import Source
+from embedsmith.data.source import source_name
+from embedsmith.data.split import Split, split_source
 from embedsmith.data.token_cache import Manifest
 from embedsmith.merge import Merged, MergeRecipe
 from embedsmith.merge import merge as run_merge
@@ -206,6 +209,31 @@ def merge(
     whole = recipe_of(MergeRecipe, recipe, changes | {"output": output} | settings, where="merge")
     with lines_shown():
         return run_merge(whole, overwrite=overwrite, check=check)
+
+
+def split(
+    data: Any, /, *, output: str | Path | None = None, test: float = 0.1, seed: int = 0, overwrite: bool = False
+) -> Split:
+    """Split data into a training part and a part for scoring that shares no text with it.
+
+    >>> import embedsmith as es
+    >>> parts = es.split("pairs.jsonl", test=0.2)
+    >>> parts.train_rows, parts.test_rows
+    (32, 8)
+    >>> run = es.train(model="my-model", data=parts.train, evaluate=parts.test, steps=4, batch_size=8)
+    >>> list(run.scores)
+    ['pairs-test']
+
+    `data`: one source, as in a recipe: a file, folder or pattern, a dict (`{"path": "pairs.jsonl", "task": "sts"}`), a
+    `Source`, or rows in memory. `output`: the folder that gets both parts; otherwise the name of the data with
+    `-split`. `test`: the share of the rows to hold out, or from 1 on their number. `seed`: another draw of what is held
+    out. `overwrite`: replaces a split that is there. Errors: those of `embedsmith split`.
+    """
+    if not test > 0:
+        raise RecipeError(f"test is {test:g}", expected="a share such as 0.1, or a number of rows from 1")
+    source = parse(Source, source_tree(data), "data")
+    with lines_shown():
+        return split_source(source, output or f"{source_name(source)}-split", test=test, seed=seed, overwrite=overwrite)
 
 
 def _path_text(given: Any) -> Any:

@@ -14,6 +14,7 @@ from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, swee
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
+from embedsmith.core.shipped import recipe_file, shipped_recipes
 from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
@@ -123,10 +124,17 @@ def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence
     return ["\n".join([f"tokens in {out}, of the tokenizer {manifest.tokenizer.sha256[:16]}:", *lines])]
 
 
+def _names_a_recipe(given: str) -> bool:
+    shipped = shipped_recipes().get(given)
+    return shipped is not None and shipped.verb == "tokenize" and not Path(given).exists()
+
+
 def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -> TokenizeJob:
     """A job from a recipe and changes to it, or from paths and options."""
-    recipe = len(data) == 1 and data[0].endswith((".yaml", ".yml"))
-    tree: dict[str, Any] = read_tree(data[0]) if recipe else {"data": [{"path": path} for path in data]}
+    recipe = len(data) == 1 and (data[0].endswith((".yaml", ".yml")) or _names_a_recipe(data[0]))
+    tree: dict[str, Any] = (
+        read_tree(recipe_file(data[0], "tokenize")) if recipe else {"data": [{"path": path} for path in data]}
+    )
     for target in [tree] if recipe else tree["data"]:
         for change in changes:
             apply_override(target, change)

@@ -23,6 +23,7 @@ from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import Word, did_you_mean, section
+from embedsmith.core.shipped import recipe_file
 
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -34,7 +35,8 @@ class Stage:
     """One step of a pipeline: the recipe of one verb.
 
     `name`: what later stages call it by. `verb`: curate, mine, train, merge or evaluate. `recipe`: the fields of the
-    verb's own recipe, or the path of a file that holds them. `set`: changes to it, key.path=value.
+    verb's own recipe, or the path of a file that holds them, or the name of a shipped one. `set`: changes to it,
+    key.path=value.
 
     In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
     train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the pipeline's folder.
@@ -250,7 +252,8 @@ def check_stages(recipe: PipelineRecipe) -> None:
 
 def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
     """The tree of the stage's verb, with changes made and references filled in."""
-    tree = read_tree(stage.recipe) if isinstance(stage.recipe, str) else copy.deepcopy(stage.recipe)
+    given = stage.recipe
+    tree = read_tree(recipe_file(given, stage.verb)) if isinstance(given, str) else copy.deepcopy(given)
     for change in stage.set:
         apply_override(tree, change)
     tree.setdefault("output", f"${{output}}/{stage.name}{VERBS[stage.verb].suffix}")

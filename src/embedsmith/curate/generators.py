@@ -4,11 +4,12 @@ Ollama and others on your machines), and a model that runs here, through transfo
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,38 +96,39 @@ class Endpoint:
     def answers(
         self, prompts: Sequence[str], accept: Accept, spent: Spending
     ) -> Iterator[tuple[int, Answer | Refusal]]:
-        """As they come. After an error nothing more is sent, but what is under way is waited for: it is paid."""
+        """As they come. After an error nothing more is sent, but what is under way is waited for: it is paid.
+
+        The next prompt is sent when an answer was taken, and kept: so a kill loses `parallel` answers at most, however
+        slow the disk.
+        """
         if not prompts:
             return
         window = _Window(self, _key(self.key_env), spent.requests, spent.cost)
         failed: EndpointError | None = None
+        to_send = enumerate(prompts)
+        under_way: dict[Future[Answer | Refusal], int] = {}
         with ThreadPoolExecutor(self.parallel) as pool:
-            places = {pool.submit(window.ask, prompt, accept): place for place, prompt in enumerate(prompts)}
             try:
-                for future in as_completed(places):
-                    if future.cancelled():
-                        continue
-                    error = future.exception()
+                while True:
+                    for place, prompt in islice(to_send, 0 if failed else self.parallel - len(under_way)):
+                        under_way[pool.submit(window.ask, prompt, accept)] = place
+                    if not under_way:
+                        break
+                    future = next(as_completed(under_way))
+                    place, error = under_way.pop(future), future.exception()
                     if error is None:
-                        yield places[future], future.result()
+                        yield place, future.result()
                     elif isinstance(error, EndpointError):
                         failed = failed or error
-                        _cancel(places)
                     else:
                         raise error
             finally:
                 window.stopped.set()
-                _cancel(places)
         if failed is not None:
             raise failed
 
     def price(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
-
-
-def _cancel(futures: Iterable[Future[Any]]) -> None:
-    for future in futures:
-        future.cancel()
 
 
 def _key(variable: str | None) -> Callable[[Any], Any]:

@@ -128,7 +128,7 @@ def curate_data(
 
 @verbs.register("tokenize")
 def tokenize_data(
-    data: Annotated[list[str], typer.Argument(help="Data files or datasets; or one YAML recipe of this verb.")],
+    data: Annotated[list[str], typer.Argument(help="Data files or datasets; or a YAML or shipped recipe.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="For every source: key=value")] = None,

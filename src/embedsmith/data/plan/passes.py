@@ -5,7 +5,7 @@ in its pass is arithmetic. Which rows meet is drawn anew for every pass. Nothing
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,12 @@ GROWTH = 1.15
 """From one edge of automatic length groups to the next: texts of a group differ in length by 15 % at most."""
 BATCHES_OF_A_GROUP = 4
 """An automatic group with fewer batches is put together with the next: its rows would meet each other every epoch."""
+TRIED, ATTEMPTS = 4, 8
+"""Passes that a reduced batch is tried on before it is taken, and how often the rows of such a pass are seated anew
+where so few clash (`ATTEMPTS` at most): where all batches must hold all texts, not every order finds a place for all.
+"""
+SMALL = 20_000
+"""Rows of a source up to which its batches are reduced: every size that is tried seats all rows anew."""
 RowsOfLength = Callable[[int], int]
 Order = Callable[[np.random.Generator], Ints]
 """A permutation of all rows, drawn with a generator alone: of records that do not come in any order alike."""
@@ -35,6 +41,11 @@ class Pass:
     kept: Ints
     sequence: Ints
 
+    @property
+    def clashing(self) -> int:
+        """Rows that are left out because they share a text with another of their batch."""
+        return int(self.start[-1]) - int(np.sum(self.kept))
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -42,7 +53,8 @@ class Cut:
 
     What does not fill a batch of a group goes to the next group; what the last group has left over is left out of
     the pass (other rows each time). `group_N` is `None` where there is one group. `small`: there are fewer rows than a
-    batch should have, and the one batch has what there is, or (`padded`) repeats rows.
+    batch should have, and the one batch has what there is, or (`padded`) repeats rows. `instead_of`: the rows that
+    the largest batch should have had, where too many share a text for that (`fitted`).
     """
 
     size: int
@@ -53,6 +65,7 @@ class Cut:
     small: bool = False
     padded: bool = False
     order: Order | None = None
+    instead_of: int | None = None
 
     @cached_property
     def batches(self) -> int:
@@ -63,6 +76,16 @@ class Cut:
         chance = np.random.default_rng(derive_seed(seed, "rows", source, visit))
         rows_B = np.repeat(self.rows_G, self.batches_G)
         start = np.concatenate([[0], np.cumsum(rows_B)]).astype(np.int64)
+        row_P, kept = self._seated(rows_B, start, chance)
+        for _ in range(ATTEMPTS if self.instead_of else 0):
+            if not 0 < start[-1] - kept.sum() <= ATTEMPTS:
+                break
+            row_P, kept = max((row_P, kept), self._seated(rows_B, start, chance), key=lambda one: int(one[1].sum()))
+        sequence = np.arange(len(rows_B)) if self.group_N is None else chance.permutation(len(rows_B))
+        return Pass(row_P, start, kept, sequence)
+
+    def _seated(self, rows_B: Ints, start: IntArray, chance: np.random.Generator) -> tuple[Ints, Ints]:
+        """(rows in the order of batches, how many of each batch are kept): all of them in a new order."""
         if self.order is None:  # row numbers in four bytes where they fit: a permutation is kept for every source
             order_N: Ints = np.arange(self.size, dtype=np.int32 if self.size < 2**31 else np.int64)
             chance.shuffle(order_N)
@@ -77,8 +100,7 @@ class Cut:
             batch_P[: start[-1]] = np.repeat(np.arange(len(rows_B), dtype=np.int32), rows_B)
             seating = Seating(row_P, batch_P, len(rows_B), stop_X)
             row_P, kept = _set_apart(seating, rows_B, seating.separate(self.shared, chance))
-        sequence = np.arange(len(rows_B)) if self.group_N is None else chance.permutation(len(rows_B))
-        return Pass(row_P, start, kept, sequence)
+        return row_P, kept
 
     def _by_group(self, order_N: Ints) -> tuple[Ints, IntArray]:
         """(rows in the order of groups, where the rows of each group end). What a group has left over comes first in
@@ -96,14 +118,23 @@ class Cut:
         return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
 
 
-def cut(size: int, batch_size: int | None, texts: int, config: PlanConfig, facts: RowFacts | None, apart: bool) -> Cut:
+def cut(
+    size: int,
+    batch_size: int | None,
+    texts: int,
+    config: PlanConfig,
+    facts: RowFacts | None,
+    apart: bool,
+    at_most: int | None = None,
+) -> Cut:
     """The shape of the passes over a source. `batch_size=None`: from the token budget; `texts`: those of a row;
-    `apart`: rows of a batch share no text. Lengths are those of `facts`, cut by the caller at the model's maximum."""
+    `apart`: rows of a batch share no text; `at_most`: of which a batch has so many. Lengths are those of `facts`, cut
+    by the caller at the model's maximum."""
     shared = Shared.of(facts) if facts is not None and apart else None
     if facts is None or not config.by_length:
         assert batch_size is not None
-        return _whole(size, batch_size, config, shared)
-    rows_of = _rows_of_length(batch_size, texts, config)
+        return _whole(size, min(batch_size, at_most or batch_size), config, shared)
+    rows_of = _rows_of_length(batch_size, texts, config, at_most)
     edges = config.lengths if isinstance(config.lengths, tuple) else _auto_edges(facts.length_N)
     least = 1 if isinstance(config.lengths, tuple) else BATCHES_OF_A_GROUP
     group_N, longest_G = _groups(facts.length_N, edges, rows_of, least)
@@ -131,8 +162,42 @@ def _whole(size: int, batch_size: int, config: PlanConfig, shared: Shared | None
     return Cut(size, (size,), (1,), None, shared, small=True)
 
 
-def _rows_of_length(batch_size: int | None, texts: int, config: PlanConfig) -> RowsOfLength:
+def fitted(whole: Cut, clashing: int, reduced: Callable[[int], Cut], seed: int, source: int) -> Cut:
+    """The shape of the passes over a source whose rows share texts: `whole`, the first pass of which leaves out so many
+    rows as `clashing` for their texts; or `reduced(rows)`, of smaller batches.
+
+    They are reduced where no batch of that size can be without a text that repeats, or more than half of the rows
+    would be left out of a pass: to the most rows of which no pass tried leaves one out for its texts; where there is
+    no such number above 1 (a text is in too many rows), to the most of which half of the rows are seen. It stays
+    `whole` where nothing helps, and for a source of more rows than `SMALL`. It depends on the source and the seed
+    alone, so all ranks agree.
+    """
+    assert whole.shared is not None
+    wanted, most = max(whole.rows_G), whole.shared.most
+    if whole.size > SMALL or (wanted <= most and clashing <= whole.size / 2):
+        return whole
+    most_repeated = int(np.bincount(whole.shared.text_E).max())
+    second: Cut | None = None
+    rows = min(wanted, most)
+    while rows > 1:
+        shape = replace(reduced(rows), instead_of=wanted)
+        in_a_batch = int(np.dot(shape.rows_G, shape.batches_G))
+        at_least = most_repeated - shape.batches - (whole.size - in_a_batch)
+        if at_least <= (0 if second else whole.size / 2):
+            clashing = shape.draw(seed, source, 0).clashing
+            if clashing == 0 and not any(shape.draw(seed, source, visit).clashing for visit in range(1, TRIED)):
+                return shape
+            if second is None and clashing <= whole.size / 2:
+                second = shape
+        rows -= max(rows // 8, 1)
+    return second or whole
+
+
+def _rows_of_length(batch_size: int | None, texts: int, config: PlanConfig, at_most: int | None) -> RowsOfLength:
     """Rows of a batch whose longest text has so many tokens."""
+    if at_most is not None:
+        rows_of = _rows_of_length(batch_size, texts, config, None)
+        return lambda length: min(rows_of(length), at_most)
     if config.batch_sizes is not None and isinstance(config.lengths, tuple):
         edges, table = np.asarray(config.lengths), config.batch_sizes
         return lambda length: table[int(np.searchsorted(edges, length, side="right"))]

@@ -7,7 +7,7 @@ the next step.
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.config import PlanConfig
-from embedsmith.data.plan.passes import Cut, Order, Pass, cut
+from embedsmith.data.plan.passes import Cut, Order, Pass, cut, fitted
 from embedsmith.data.plan.separate import RowFacts
 
 
@@ -71,8 +71,14 @@ class PlannedSource:
                 fix="merge it with another source of its task (train.plan.small=merge), pad or drop it, "
                 "or use fewer ranks",
             )
+        if shape.instead_of and min(shape.rows_G) < world:
+            raise RecipeError(
+                f"batches of {min(shape.rows_G)} rows, of which no two share a text, cannot be shared by {world} ranks",
+                where=where,
+                fix="set train.plan.duplicates=allow (losses count a text that repeats once), or use fewer ranks",
+            )
         for rows in shape.rows_G:
-            if not dropped and not shape.small and rows % world:
+            if not (dropped or shape.small or shape.instead_of) and rows % world:
                 raise RecipeError(
                     f"batches of {rows} rows, by length, cannot be shared equally by {world} ranks",
                     where=where,
@@ -115,14 +121,16 @@ class PlannedStep:
 @dataclass(frozen=True)
 class Account:
     """What an epoch does with the rows of one source: `rows` = `seen` + the sum of `unseen`, by reason; `drawn` counts
-    a row that is seen twice twice. Reasons: `no full batch`, `shares a text`, `ranks` (a batch is not a multiple of
-    them), `not reached` (a weight, a cap or the schedule ends the epoch before), `too small`."""
+    a row that is seen twice twice, `rows_of_steps` are the fewest and the most rows of a step. Reasons: `no full
+    batch`, `shares a text`, `ranks` (a batch is not a multiple of them), `not reached` (a weight, a cap or the schedule
+    ends the epoch before), `too small`."""
 
     rows: int
     steps: int
     drawn: int
     seen: int
     unseen: dict[str, int]
+    rows_of_steps: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -158,13 +166,13 @@ class BatchPlan:
             raise RecipeError(
                 "every source is too small for a batch", where="sources", fix="set train.plan.small=shrink"
             )
-        for source, clashing in zip(self.sources, self._clashing, strict=True):
-            if clashing > source.rows / 2:
+        for source, shape, clashing in zip(self.sources, self.cuts, self._clashing, strict=True):
+            if clashing > source.rows / 2 or (clashing and shape.shared is not None and shape.shared.most == 1):
                 raise RecipeError(
                     f"{clashing} of {source.rows} rows find no batch without another row of the same query or positive",
                     where=f"source {source.name!r}",
-                    fix="set train.plan.duplicates=allow (losses count a text that repeats once), or use smaller "
-                    "batches",
+                    fix="add rows of other queries and positives; or set train.plan.duplicates=allow (losses count a "
+                    "text that repeats once), where rows have negatives of their own or there are other positives",
                 )
         for note in self.notes:
             log.warning(note)
@@ -172,10 +180,20 @@ class BatchPlan:
     @cached_property
     def cuts(self) -> tuple[Cut, ...]:
         """The shape of every source's passes."""
-        return tuple(
-            replace(cut(s.rows, s.batch_size, s.texts, self.config, s.facts, s.apart), order=s.order)
-            for s in self.sources
-        )
+        return tuple(self._shape(place) for place in range(len(self.sources)))
+
+    def _shape(self, place: int) -> Cut:
+        s = self.sources[place]
+        of_at_most = partial(cut, s.rows, s.batch_size, s.texts, self.config, s.facts, s.apart)
+        whole = replace(of_at_most(None), order=s.order)
+        kept_as_it_is = whole.small and self.config.small in ("drop", "pad")
+        if kept_as_it_is or whole.shared is None or whole.shared.texts == 0:
+            return whole
+        first = whole.draw(self.seed, place, 0)
+        shape = fitted(whole, first.clashing, of_at_most, self.seed, place)
+        if shape is whole:
+            self._passes[place] = (0, first)
+        return shape
 
     def _is_dropped(self, source: int) -> bool:
         return self.config.small == "drop" and self.cuts[source].small
@@ -199,10 +217,16 @@ class BatchPlan:
                     f"source {source.name!r} has {source.rows} rows, fewer than its batch_size "
                     f"{source.batch_size or 'by tokens'}: {remedy.format(self.rows_per_step[place])}"
                 )
+            if wanted := self.cuts[place].instead_of:
+                clashing.append(
+                    f"source {source.name!r}: its batches have {self.rows_per_step[place]} rows instead of {wanted}, "
+                    f"because many of its {source.rows} rows have the same query or positive, and a batch has each "
+                    "once; train.plan.duplicates=allow keeps the larger batches"
+                )
             if left := self._clashing[place]:
                 clashing.append(
                     f"source {source.name!r}: {left} of {source.rows} rows find no batch in a pass without another row "
-                    "of the same query or positive, and are left out of it; plan.duplicates=allow keeps them"
+                    "of the same query or positive, and are left out of it; train.plan.duplicates=allow keeps them"
                 )
         return (*small, *clashing)
 
@@ -210,7 +234,7 @@ class BatchPlan:
     def _clashing(self) -> tuple[int, ...]:
         """Rows that the first pass over each source leaves out because they share a text with others."""
         firsts = [None if self._is_dropped(place) else self._pass(place, 0) for place in range(len(self.sources))]
-        return tuple(0 if each is None else int(each.start[-1]) - int(np.sum(each.kept)) for each in firsts)
+        return tuple(0 if each is None else each.clashing for each in firsts)
 
     @cached_property
     def steps_of(self) -> tuple[int, ...]:
@@ -263,13 +287,13 @@ class BatchPlan:
     def summary(self) -> list[str]:
         """A line a source: rows, steps of an epoch and their size, rows that the first epoch does not see and why."""
         lines = []
-        for source, shape, steps, account in zip(self.sources, self.cuts, self.steps_of, self.account(0), strict=True):
-            cuts = zip(shape.rows_G, shape.batches_G, strict=True)
-            used = [rows // self.world * self.world for rows, batches in cuts if batches]
-            size = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
+        for source, steps, account in zip(self.sources, self.steps_of, self.account(0), strict=True):
+            fewest, most = account.rows_of_steps
+            size = f"{most}" if fewest == most else f"{fewest} to {most}"
             unseen = "".join(f", {count:,} rows left out ({why})" for why, count in account.unseen.items())
             rows = f"{source.name}: {source.task}, {account.rows:,} rows"
-            lines.append(f"{rows}, {steps:,} steps of {size} an epoch{unseen}")
+            drawn = f" ({account.drawn:,} rows)" if fewest != most else ""
+            lines.append(f"{rows}, {steps:,} steps of {size} an epoch{drawn}{unseen}")
         return lines
 
     def steps_with(self, source: int, epoch: int = 0) -> IntArray:
@@ -290,7 +314,7 @@ class BatchPlan:
         if steps == 0:
             return Account(size, 0, 0, 0, {"too small": size})
         seen_N, why_N = np.zeros(size, bool), np.zeros(size, np.int8)
-        drawn, batches = 0, self.cuts[source].batches
+        drawn_S, batches = list[int](), self.cuts[source].batches
         for visit in range(epoch * steps // batches, ((epoch + 1) * steps - 1) // batches + 1):
             made = self.cuts[source].draw(self.seed, source, visit)
             why_N[made.row_P] = _NOT_REACHED
@@ -302,10 +326,10 @@ class BatchPlan:
                 why_N[made.row_P[start : start + kept]] = _RANKS
                 why_N[made.row_P[start + kept : stop]] = _CLASHES
                 seen_N[rows] = True
-                drawn += len(rows)
+                drawn_S.append(len(rows))
         counts = np.bincount(why_N[~seen_N], minlength=len(_REASONS))
         unseen = {reason: int(count) for reason, count in zip(_REASONS, counts, strict=True) if count}
-        return Account(size, steps, drawn, int(seen_N.sum()), unseen)
+        return Account(size, steps, sum(drawn_S), int(seen_N.sum()), unseen, (min(drawn_S), max(drawn_S)))
 
 
 _REASONS = ("not reached", "no full batch", "shares a text", "ranks")

@@ -97,13 +97,15 @@ class Shared:
     """The texts that several of N rows have among their queries and positives, numbered from 0 to `texts` - 1.
 
     Row n has `text_E[offset_N1[n]:offset_N1[n + 1]]`, each once; `row_E` is the row of each entry. Queries and
-    positives count alike: a query that is another row's positive would be contrasted with itself.
+    positives count alike: a query that is another row's positive would be contrasted with itself. `most`: no batch
+    without a text that repeats has more rows, because there are no more distinct queries, or positives.
     """
 
     texts: int
     row_E: npt.NDArray[np.int32]
     text_E: npt.NDArray[np.int32]
     offset_N1: npt.NDArray[np.int32]
+    most: int
 
     @staticmethod
     def of(facts: RowFacts) -> Shared:
@@ -113,7 +115,7 @@ class Shared:
         sorted_E = np.sort(id_E)
         repeated = np.unique(sorted_E[1:][sorted_E[1:] == sorted_E[:-1]])
         if len(repeated) == 0:
-            return Shared(0, rows[:0], rows[:0], np.zeros(len(facts) + 1, np.int32))
+            return Shared(0, rows[:0], rows[:0], np.zeros(len(facts) + 1, np.int32), len(facts))
         place_E = np.searchsorted(repeated, id_E)
         found_E = repeated[np.minimum(place_E, len(repeated) - 1)] == id_E
         # One number a (row, text): `unique` leaves each once, rows ascending.
@@ -123,7 +125,11 @@ class Shared:
         row_E, text_E = row_E[several_E], text_E[several_E]
         offset_N1 = np.zeros(len(facts) + 1, np.int32)
         np.cumsum(np.bincount(row_E, minlength=len(facts)), out=offset_N1[1:])
-        return Shared(len(repeated) if len(row_E) else 0, row_E, text_E, offset_N1)
+        count_N = np.diff(facts.offset_N1)
+        most = len(np.unique(facts.query_id_N))
+        if count_N.all():
+            most = min(most, len(np.unique(facts.positive_id_P)))
+        return Shared(len(repeated) if len(row_E) else 0, row_E, text_E, offset_N1, most)
 
     def clashes(self, rows: Ints, batch_R: Ints, seated_E: IntArray) -> npt.NDArray[np.bool_]:
         """Whether each row would find one of its texts in the batch it goes to."""
