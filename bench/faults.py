@@ -2,7 +2,6 @@
 
     python -m bench.faults                         # everything: about an hour of one core
     python -m bench.faults --parts kills --share 0.1
-    python -m bench.faults --parts memory --rows 2000000
 
 Every input and moment follows from the seed. One table is printed, verb by kind; what was wrong stands in
 bench/results/faults.json with its input, and can be done again with --verbs and the same seed.
