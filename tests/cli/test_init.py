@@ -114,7 +114,7 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
     assert all(one.summary for one in names.values() if one.verb != "accelerate launch")
     for verb, name, found in [
         ("train", "joint", "joint"),
-        ("train", "recipes/joint.yaml", "joint"),
+        ("train", "recipes/joint", "joint"),
         ("merge", "ties", "merge-ties"),
         ("merge", "merge", "merge"),
         ("curate", "clean", "curate-clean"),
@@ -128,6 +128,9 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
     assert recipe_file("joint", "train") == Path("joint")
     with pytest.raises(RecipeError, match=r"cannot read the file.*did you mean 'ties'"):
         recipe_file("tie", "merge")
+    for missing in ("joint.yaml", "recipes/joint.yml"):
+        with pytest.raises(RecipeError, match=r"No such file(.|\n)*embedsmith train joint takes the recipe that ships"):
+            recipe_file(missing, "train")
     for words, told in [
         (("list", "recipe"), "decoder/full"),
         (("list", "recipe", "joint"), "cosent"),

@@ -55,7 +55,8 @@ def shipped_named(name: str) -> Shipped:
 
 def recipe_file(given: str | Path, verb: str) -> Path:
     """The file that a verb's recipe is read from: the path itself where there is such a file, else the shipped recipe
-    of this name, with or without the verb in front (`merge ties` is `merge-ties`) and the ending.
+    of this name, with or without the verb in front (`merge ties` is `merge-ties`). What ends in `.yaml` is meant to be
+    a file: one that is missing is never replaced by a recipe that happens to have its name.
 
     Errors: `RecipeError` for neither, with the nearest name.
     """
@@ -68,9 +69,15 @@ def recipe_file(given: str | Path, verb: str) -> Path:
     known = shipped_recipes()
     name = path.as_posix().removeprefix("recipes/")
     name = next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
-    for each in (f"{verb}-{name}", name):
-        if each in known:
-            return known[each].path
+    ships = next((each for each in (f"{verb}-{name}", name) if each in known), None)
+    if ships is not None and path.suffix not in _ENDINGS:
+        return known[ships].path
+    if ships is not None:
+        raise RecipeError(
+            "cannot read the file (No such file or directory)",
+            where=given,
+            fix=f"check the path; embedsmith {verb} {name} takes the recipe that ships under this name",
+        )
     mine = [one.name for one in known.values() if one.verb == verb]
     short = [one.removeprefix(f"{verb}-") for one in mine]
     nearest = did_you_mean(name, short)
