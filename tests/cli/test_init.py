@@ -13,7 +13,7 @@ from embedsmith.cli import app
 from embedsmith.cli.verbs.starting import start_recipe
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.shelf import verbs
-from embedsmith.core.shipped import recipe_file, shipped_recipes
+from embedsmith.core.shipped import names_recipe, recipe_file, shipped_recipes
 
 ROWS = {
     "pairs.csv": ["question,answer", *(f"the cat {n},a dog number {n}" for n in range(60))],
@@ -124,7 +124,11 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
     ]:
         assert recipe_file(name, verb) == names[found].path
         assert names[found].verb == verb
+    for verb, name in [("train", "mixture"), ("curate", "curate-clean"), ("curate", "clean"), ("tokenize", "tokenize")]:
+        assert names_recipe(name, verb), "where data may stand too"
+        assert not names_recipe(name, "mine")
     Path("joint").write_text("a: 1")
+    assert not names_recipe("joint", "train")
     assert recipe_file("joint", "train") == Path("joint")
     with pytest.raises(RecipeError, match=r"cannot read the file.*did you mean 'ties'"):
         recipe_file("tie", "merge")
@@ -137,7 +141,13 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
         (("init",), "joint"),
     ]:
         assert told in typed(*words)[0]
-    for words in [("train", "streaming"), ("mine", "mine"), ("curate", "clean"), ("run", "conan-weak")]:
+    for words in [
+        ("train", "streaming"),
+        ("mine", "mine"),
+        ("curate", "clean"),
+        ("run", "conan-weak"),
+        ("inspect", "mixture"),
+    ]:
         _, err, code = typed(*words)
         assert code == 1
         assert "data/" in err or "jsonl" in err or "hub id" in err  # it is read: what it names is not here

@@ -14,7 +14,7 @@ from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, swee
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
-from embedsmith.core.shipped import recipe_file, shipped_recipes
+from embedsmith.core.shipped import names_recipe, recipe_file
 from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
@@ -124,14 +124,9 @@ def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence
     return ["\n".join([f"tokens in {out}, of the tokenizer {manifest.tokenizer.sha256[:16]}:", *lines])]
 
 
-def _names_a_recipe(given: str) -> bool:
-    shipped = shipped_recipes().get(given)
-    return shipped is not None and shipped.verb == "tokenize" and not Path(given).exists()
-
-
 def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -> TokenizeJob:
     """A job from a recipe and changes to it, or from paths and options."""
-    recipe = len(data) == 1 and (data[0].endswith((".yaml", ".yml")) or _names_a_recipe(data[0]))
+    recipe = len(data) == 1 and names_recipe(data[0], "tokenize")
     tree: dict[str, Any] = (
         read_tree(recipe_file(data[0], "tokenize")) if recipe else {"data": [{"path": path} for path in data]}
     )

@@ -53,6 +53,16 @@ def shipped_named(name: str) -> Shipped:
     return short[name]
 
 
+def names_recipe(given: str, verb: str) -> bool:
+    """Whether a verb that reads data files too is given a recipe: a `.yaml`, or the name of a shipped recipe of this
+    verb where no file or folder has it."""
+    if given.endswith(_ENDINGS):
+        return True
+    known = shipped_recipes()
+    found = known.get(f"{verb}-{given}") or known.get(given)
+    return found is not None and found.verb == verb and not Path(given).exists()
+
+
 def recipe_file(given: str | Path, verb: str) -> Path:
     """The file that a verb's recipe is read from: the path itself where there is such a file, else the shipped recipe
     of this name, with or without the verb in front (`merge ties` is `merge-ties`). What ends in `.yaml` is meant to be
@@ -76,7 +86,7 @@ def recipe_file(given: str | Path, verb: str) -> Path:
         raise RecipeError(
             "cannot read the file (No such file or directory)",
             where=given,
-            fix=f"check the path; embedsmith {verb} {name} takes the recipe that ships under this name",
+            fix=f"check the path; embedsmith {known[ships].verb} {name} takes the recipe that ships under this name",
         )
     mine = [one.name for one in known.values() if one.verb == verb]
     short = [one.removeprefix(f"{verb}-") for one in mine]

@@ -27,13 +27,13 @@ def inspect_data(
     """
     from embedsmith.core.recipe import apply_override, parse
     from embedsmith.core.settings import to_plain
+    from embedsmith.core.shipped import names_recipe, recipe_file
     from embedsmith.data.inspect import inspect_source
     from embedsmith.data.source import Source
 
-    if path.endswith((".yaml", ".yml")):
+    if names_recipe(path, "train"):
         from embedsmith.cli.overview import overview
         from embedsmith.core.recipe import load_recipe
-        from embedsmith.core.shipped import recipe_file
         from embedsmith.train import Recipe
 
         plan = overview(load_recipe(recipe_file(path, "train"), Recipe, overrides or []), timed=timed)
@@ -119,9 +119,9 @@ def curate_data(
         show(table_of_steps())
         return
     from embedsmith.cli.curation import run_curate
-    from embedsmith.core.shipped import recipe_file, shipped_recipes
+    from embedsmith.core.shipped import names_recipe, recipe_file
 
-    if f"curate-{source}" in shipped_recipes() or source.endswith((".yaml", ".yml")):
+    if names_recipe(source, "curate"):
         source = str(recipe_file(source, "curate"))
     show(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite).table())
 
