@@ -212,7 +212,7 @@ def merge(
 
 
 def split(
-    data: Any, /, *, output: str | Path | None = None, test: float = 0.1, seed: int = 0, overwrite: bool = False
+    data: Any, /, output: str | Path | None = None, *, test: float = 0.1, seed: int = 0, overwrite: bool = False
 ) -> Split:
     """Split data into a training part and a part for scoring that shares no text with it.
 
