@@ -98,9 +98,9 @@ def evaluate_model(
     scoring = Scoring(tuple(names), data, split, head, keep, weights)
     _check_side_by_side(head, engine, mteb, tune, weights)
     _check_widths(widths, head, mteb)
-    if limits is not None and mteb is None:
-        raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
     if mteb is None:
+        if limits is not None:
+            raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
         for name in names:  # wrong names are told before a model is loaded
             load_task(name, data_dir=data, split=split)
     encoder = _encoder(model, engine, max_length, batch_size, options)
@@ -109,16 +109,14 @@ def evaluate_model(
 
         results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else SampleLimits(limits))
     else:
-        about = {"model": model, "engine": engine, "max_length": max_length, "split": split, "head": head, **options}
+        about: dict[str, Any] = {"model": model, "engine": engine, "max_length": max_length, "split": split}
+        about |= {"head": head, **options, "embedsmith": __version__}
         if head == "all":
             from embedsmith.evaluate.variants import HEADS
 
-            heads = [name for name in HEADS if name in encoder.outputs]
-            results = scoring.side_by_side(encoder, heads, tune or [], about | {"embedsmith": __version__})
-        elif widths:
-            results = scoring.at_widths(encoder, widths, about | {"embedsmith": __version__})
+            results = scoring.side_by_side(encoder, [n for n in HEADS if n in encoder.outputs], tune or [], about)
         else:
-            results = scoring.score(encoder, about | {"embedsmith": __version__})
+            results = scoring.at_widths(encoder, widths, about) if widths else scoring.score(encoder, about)
     if json_file is not None:
         results.save(json_file, items=items)
     show(results.table())
