@@ -12,12 +12,12 @@ from embedsmith.core.collectives import rank
 from embedsmith.core.errors import EvaluationError, TrainingError
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import evaluate, load_task
+from embedsmith.models import load
 from embedsmith.train import Recipe, loop
 from embedsmith.train import step as step_module
 from embedsmith.train.budget import WORTH, at_most, measured_budget
 from embedsmith.train.build import derive_memory, make_accelerator
 from embedsmith.train.config import TrainConfig
-from embedsmith.train.scoring import Frugal
 from embedsmith.train.step import Memory
 from tests.ranks import on_ranks
 from tests.tinybert import tiny_bert
@@ -229,31 +229,25 @@ def test_the_chunks_of_a_cpu_are_as_they_were():
     assert derive_memory(TrainConfig(token_budget=50), cpu) == Memory(50, 50, None, 128)
 
 
-class Full:
-    """A model that lacks memory for more than so many tokens at once."""
-
-    max_length = 16
-
-    def __init__(self, model, limit):
-        self.model, self.limit, self.budgets = model, limit, []
-
-    def represent(self, texts, *, token_budget, **about):
-        self.budgets.append(token_budget)
-        if token_budget is None or token_budget > self.limit:
-            out_of_memory()
-        return self.model.represent(texts, token_budget=token_budget, **about)
-
-
-def test_an_evaluation_without_memory_goes_on_with_less_or_names_the_task(bert, files):
-    import embedsmith
-
+def test_an_evaluation_without_memory_goes_on_with_less_or_names_the_task(bert, files, monkeypatch):
     task = load_task(str(files / "scored.jsonl"))
-    model = embedsmith.load(str(bert), pooling="mean")
-    frugal = Frugal(Full(model, 5000))
-    assert evaluate(frugal, [task])[0].main_score == pytest.approx(evaluate(model, [task])[0].main_score, abs=1e-6)
-    assert frugal.model.budgets == [None, 16384, 8192, 4096]
-    with pytest.raises(EvaluationError, match=rf"(?s)task {task.name}.*full.*max_length.*evaluate.tasks"):
-        evaluate(Frugal(Full(model, 3)), [task])
+    model = load(str(bert), pooling="mean")
+    expected = evaluate(model, [task])[0].main_score
+    forward, sizes = model.forward, []
+
+    def on_a_card_with_room_for(most):
+        def lacking(padded, outputs):
+            sizes.append(padded.id_NT.numel())
+            return forward(padded, outputs) if sizes[-1] <= most else out_of_memory()
+
+        monkeypatch.setattr(model, "forward", lacking)
+
+    on_a_card_with_room_for(100)
+    assert evaluate(model, [task])[0].main_score == pytest.approx(expected, abs=1e-6)
+    assert max(sizes) > 100 >= sizes[-1]
+    on_a_card_with_room_for(3)
+    with pytest.raises(EvaluationError, match=rf"(?s)task {task.name}.*one text.*max_length.*evaluate.tasks"):
+        evaluate(model, [task])
 
 
 def test_a_validation_loss_without_memory_is_computed_with_less(built, monkeypatch):

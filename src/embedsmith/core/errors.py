@@ -30,6 +30,10 @@ class ModelError(EmbedsmithError):
     """A model folder or id cannot be loaded, or cannot do what is asked of it."""
 
 
+class DeviceMemoryError(ModelError):
+    """A device has too little memory for the least that can be computed at once."""
+
+
 class CheckpointError(EmbedsmithError):
     """A checkpoint or an output folder is incomplete, incompatible or cannot be written."""
 

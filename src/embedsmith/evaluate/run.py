@@ -20,7 +20,7 @@ import torch
 
 from embedsmith.core.collectives import ALONE, Group, rank
 from embedsmith.core.encoder import Encoder, fingerprint
-from embedsmith.core.errors import EvaluationError
+from embedsmith.core.errors import DeviceMemoryError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json
 from embedsmith.core.progress import log
@@ -68,7 +68,7 @@ def _scored(task: Task, reader: Reader, cache: ResultCache | None) -> TaskResult
         started = time.perf_counter()
         try:
             result = replace(task.evaluate(reader), seconds=round(time.perf_counter() - started, 3))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, DeviceMemoryError) as error:
             raise EvaluationError(
                 f"out of memory ({str(error).splitlines()[0]})",
                 where=f"task {task.name}",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from embedsmith.core.ahead import one_ahead
 from embedsmith.core.device import cpu_multiplies_bf16
-from embedsmith.core.errors import ModelError
+from embedsmith.core.errors import DeviceMemoryError, ModelError
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps, concatenate, each_head
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
@@ -117,9 +117,9 @@ class WindowEncoder:
         return parts
 
     def _halve(self, length_R: IntArray) -> None:
-        """Errors: `ModelError` where what did not fit is one text."""
+        """Errors: `DeviceMemoryError` where what did not fit is one text."""
         if len(length_R) == 1:
-            raise ModelError(
+            raise DeviceMemoryError(
                 f"one text of {length_R[0]:,} tokens does not fit the memory of {self.device}",
                 fix="lower max_length, compute in bfloat16, or free the memory that other programs hold there",
             )

@@ -34,7 +34,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.evaluate import Task
+from embedsmith.evaluate import Task, load_tasks
 from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.models import Embedder, load
 from embedsmith.models.config import ComputeType
@@ -51,7 +51,7 @@ from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.journal import Journal, Meter, RunManifest
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.outcome import Trained
-from embedsmith.train.scoring import Development, load_tasks
+from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 from embedsmith.train.told import sources_in_words, tell_of_cut
 
@@ -188,7 +188,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
             on_first_rank(lambda: report_run(output, output / "model"))
         return output / "model"
     resume = on_first_rank(lambda: checkpoints.open(recipe, overwrite))
-    tasks = load_tasks(recipe.evaluate)
+    tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
     run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
     if resume is not None:
         run.state = checkpoints.load(resume, run.extras, run.engine.optimizer)
@@ -245,7 +245,7 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     accelerator = make_accelerator(recipe)
     on_first_rank(lambda: check_claim(recipe.output, "train"))
     on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
-    tasks = load_tasks(recipe.evaluate)
+    tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
     run = build(recipe, accelerator)
     on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
     output, rate, norm = update(run, run.feed.draw(0))

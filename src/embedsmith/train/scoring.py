@@ -5,20 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from embedsmith.core.collectives import mean_over_ranks, on_first_rank, rank
-from embedsmith.core.encoder import Role
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.evaluate import Results, Task, evaluate
-from embedsmith.evaluate import load_tasks as named_tasks
 from embedsmith.evaluate.model_geometry import Geometry, Sample
 from embedsmith.evaluate.variants import FULL, score_widths
 from embedsmith.models import Embedder
@@ -27,46 +23,6 @@ from embedsmith.train.checkpoint import RunState
 from embedsmith.train.config import EvaluateConfig
 from embedsmith.train.feed import Feed
 from embedsmith.train.step import Part
-
-MOST_TOKENS = 32768
-"""Tokens that a card is given at once by an encoder that has no budget."""
-
-
-def load_tasks(config: EvaluateConfig) -> list[Task]:
-    """The tasks a run is scored on, so that what is wrong with them is told before its first step."""
-    return named_tasks(config.tasks, data_dir=config.data)
-
-
-@dataclass
-class Frugal:
-    """A model that is being trained as an encoder that fits beside what training holds on the card: where memory runs
-    out, texts are encoded again with half as many tokens at once, and later ones too. `budget`: tokens at once."""
-
-    model: Embedder
-    budget: int | None = None
-
-    def fingerprint(self) -> str:
-        return self.model.fingerprint()
-
-    def represent(
-        self,
-        texts: Sequence[str],
-        *,
-        role: Role,
-        task: str | None = None,
-        outputs: Sequence[str] = ("dense",),
-        instruction: Sequence[str | None] | None = None,
-    ) -> Reps:
-        """See `Encoder`. Errors: `OutOfMemoryError` where texts were encoded one by one already."""
-        about: dict[str, Any] = {"role": role, "task": task, "outputs": outputs, "instruction": instruction}
-        while True:
-            try:
-                return self.model.represent(texts, **about, token_budget=self.budget)
-            except torch.OutOfMemoryError:
-                if self.budget is not None and self.budget <= self.model.max_length:
-                    raise
-            self.budget = max((self.budget or MOST_TOKENS) // 2, self.model.max_length)
-            log.warning("evaluation is out of memory: from here on at most %s tokens are encoded at once", self.budget)
 
 
 @dataclass(frozen=True)
@@ -81,10 +37,6 @@ class Development:
     validation: Feed | None
     output: Path
     only_best: bool = False
-
-    @cached_property
-    def encoder(self) -> Frugal:
-        return Frugal(self.model)
 
     @cached_property
     def sample(self) -> Sample | None:
@@ -132,13 +84,13 @@ class Development:
         self.model.eval()
         about = {"when": name}
         if self.config.dims:
-            columns = dict(score_widths(self.encoder, self.tasks, self.config.dims, about=about, group=None).columns)
+            columns = dict(score_widths(self.model, self.tasks, self.config.dims, about=about, group=None).columns)
         else:
-            columns = {FULL: evaluate(self.encoder, self.tasks, group=None, about=about)}
+            columns = {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
         results = columns.pop(FULL)
-        geometry = {} if (sample := self.sample) is None else on_first_rank(partial(sample.logged, self.encoder))
+        geometry = {} if (sample := self.sample) is None else on_first_rank(partial(sample.logged, self.model))
         for head in self.config.heads:
-            encoder = HybridEncoder(self.encoder) if head == "hybrid" else self.encoder
+            encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
             columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)
         values = {f"score/{task}": score for task, score in results.main_scores().items()}
         values |= {f"geometry/{key}": value for key, value in geometry.items()}
@@ -154,7 +106,7 @@ class Development:
         folder = self.output / "evaluation"
         results.save(folder / f"{name}.json", items=True)
         try:
-            geometry = Geometry.of(self.encoder, self.sample or Sample.of(self.tasks[0], 300))
+            geometry = Geometry.of(self.model, self.sample or Sample.of(self.tasks[0], 300))
         except EvaluationError as error:  # a handful of texts, or a task of one's own: the run goes on without
             log.warning("no geometry: %s", error)
             return
