@@ -17,12 +17,11 @@ from rich.text import Text
 from embedsmith.core.collectives import world_size
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import Account
-from embedsmith.models.cut import CutTexts
+from embedsmith.models.cut import CutTexts, cut_of
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Lane
 from embedsmith.train.loop import Run, build, update
-from embedsmith.train.told import cut_at
 
 SAMPLED_STEPS = 8
 TIMED_STEPS = 2
@@ -110,7 +109,7 @@ def _sources(run: Run, lane: Lane) -> list[SourceOverview]:
         scale = account.steps * lane.world / max(len(drawn), 1)
         real, padded = (scale * sum(each) for each in zip(*(_tokens(run, one) for one in drawn), (0, 0), strict=True))
         name, task = supply.records.name, supply.records.task
-        cut = cut_at(run.model, supply.records)
+        cut = cut_of(run.model, supply.records)
         found.append(SourceOverview(name, task, account, round(real), round(padded), len(drawn), None, cut))
     return found
 

@@ -1,13 +1,15 @@
 """How much of the texts a model does not read: what its `max_length` cuts off, in tokens."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from embedsmith.core.encoder import Role
+from embedsmith.data import RecordSet
+from embedsmith.data.record import Record, Text
+from embedsmith.data.stream import HasOrder
 from embedsmith.models.embedder import Embedder
 
 SAMPLED_ROWS = 1000
@@ -41,10 +43,14 @@ class CutTexts:
         )
 
 
-def cut_of(model: Embedder, records: Sequence[Any], task: str) -> CutTexts:
-    """Of records of texts; of many, some that are spread over them."""
+def cut_of(model: Embedder, found: RecordSet[Text]) -> CutTexts | None:
+    """Of a source, or of rows that are spread over it where it has many; `None` of one that holds tokens, or is
+    streamed and not read before."""
+    records, task = found.records, found.task
+    if found.tokens is not None or isinstance(records, HasOrder) or len(records) == 0:
+        return None
     places = np.linspace(0, len(records) - 1, min(len(records), SAMPLED_ROWS)).astype(int)
-    rows = [records[int(place)] for place in places]
+    rows = [cast(Record, records[int(place)]) for place in places]
     documents: Role = "query" if task == "sts" else "document"
     sides: tuple[tuple[Role, list[str]], ...] = (
         ("query", [row.query for row in rows]),

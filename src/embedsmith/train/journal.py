@@ -1,6 +1,7 @@
 """What a run writes about itself, in its folder and to the trackers that accelerate knows (TensorBoard and others).
 
 metrics.jsonl   one line of numbers at a time (`Journal`, from a `Meter`)
+cut.json        what `max_length` cuts of the texts of each source (`tell_of_cut`)
 manifest.json   what the run reads, and what it saw up to its last checkpoint: counts and hashes (`RunManifest`)
 """
 
@@ -11,8 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -29,7 +30,10 @@ from embedsmith.core.progress import Bar, log
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray
 from embedsmith.core.transfer import read
-from embedsmith.data import Joined
+from embedsmith.data import Joined, RecordSet
+from embedsmith.data.record import Text
+from embedsmith.models import Embedder
+from embedsmith.models.cut import cut_of
 from embedsmith.train.feed import Feed, Lane
 from embedsmith.train.step import StepOutput
 
@@ -312,3 +316,17 @@ def _sources(feed: Feed) -> dict[str, dict[str, Any]]:
 
 def _of_all_ranks(mine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}
+
+
+def tell_of_cut(model: Embedder, sets: Sequence[RecordSet[Text]], output: Path) -> None:
+    """A line for each source some of whose texts are cut, and the counts of all of them for the report, as
+    `cut.json`."""
+    counted: dict[str, Any] = {}
+    for records in sets:
+        found = cut_of(model, records)
+        if found is not None and found.cut:
+            log.info("source %s: %s", records.name, found)
+        if found is not None:
+            counted[records.name] = asdict(found)
+    with atomic_file(output / "cut.json") as file:
+        json.dump(counted, file, indent=2, ensure_ascii=False)

@@ -28,13 +28,13 @@ from embedsmith.core.collectives import (
 )
 from embedsmith.core.device import cores
 from embedsmith.core.errors import ModelError, TrainingError
-from embedsmith.core.outputs import check_claim, claimed
+from embedsmith.core.outputs import claimed
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.evaluate import Task, load_tasks
+from embedsmith.evaluate import load_tasks
 from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.models import Embedder, load
 from embedsmith.models.config import ComputeType
@@ -48,12 +48,11 @@ from embedsmith.train.checkpoint import FIRST_SCALE, Checkpoints, RunState, base
 from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
-from embedsmith.train.journal import Journal, Meter, RunManifest
+from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.outcome import Trained
 from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
-from embedsmith.train.told import sources_in_words, tell_of_cut
 
 _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path|cache)")
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
@@ -234,47 +233,6 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     if tasks:
         on_first_rank(lambda: log.info("%s", Trained.of(output)))
     return folder
-
-
-def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
-    """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done.
-
-    Errors: those of `train` before its first step, also for tasks that cannot be read and an output that it would not
-    write to.
-    """
-    accelerator = make_accelerator(recipe)
-    on_first_rank(lambda: check_claim(recipe.output, "train"))
-    on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
-    tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
-    run = build(recipe, accelerator)
-    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
-    output, rate, norm = update(run, run.feed.draw(0))
-    step = (
-        f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "
-        f"gradient norm {norm:.3f}, {output.tokens:,} tokens"
-    )
-    return "\n".join([*_in_words(run, tasks), step, f"nothing was written; a run would write to {recipe.output}"])
-
-
-def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
-    """What a run would do, a line a thing."""
-    config, count = run.recipe.train, sum(one.numel() for part in (run.model, run.extras) for one in part.parameters())
-    memory, kept = run.memory, run.memory.kept_tokens
-    bound = "all graphs of a step are kept" if kept is None else f"graphs of {kept:,} tokens are kept"
-    bound = bound if memory.max_rows is None else f"graphs of {memory.max_rows:,} texts are kept"
-    every = run.recipe.evaluate.every
-    when = f"every {every} steps and at the end" if every else "at the end"
-    scored = f"{', '.join(task.name for task in tasks)}, {when}" if tasks else "nothing: evaluate.tasks is empty"
-    return [
-        f"model: {run.recipe.model.path}, {count:,} parameters, texts of up to {run.model.max_length:,} tokens",
-        *sources_in_words(run.model, run.feed),
-        f"steps: {run.steps:,}, of which {run.feed.steps_per_epoch:,} are an epoch, at a learning rate of up to "
-        f"{config.learning_rate:g}",
-        f"on: {world_size()} process(es), {run.accelerator.device}, {run.precision}",
-        f"memory: {memory.chunk_tokens:,} padded tokens are encoded at once; {bound}",
-        f"packing: {run.model.packs}; fused kernels: {run.model.fused}",
-        f"evaluated: {scored}",
-    ]
 
 
 def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = None) -> Run:

@@ -50,11 +50,11 @@ def inspect_data(
     if model is not None:
         from embedsmith.data.read import read_source
         from embedsmith.models.config import ModelConfig
+        from embedsmith.models.cut import cut_of
         from embedsmith.models.load import without_weights
-        from embedsmith.train.told import cut_at
 
         reader = without_weights(ModelConfig(model, **model_options(pooling, prompts, max_length)))
-        cut = cut_at(reader, read_source(source))
+        cut = cut_of(reader, read_source(source))
     if as_json:
         plain = to_plain(found, exact=True) | ({"cut": to_plain(cut)} if model is not None else {})
         say(json.dumps(plain, indent=2, ensure_ascii=False))

@@ -1,0 +1,79 @@
+"""A dry run: everything is built, one step is taken, nothing is written, and what a run would do is said in words."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embedsmith.core.collectives import on_first_rank, world_size
+from embedsmith.core.outputs import check_claim
+from embedsmith.core.settings import name_of, to_plain
+from embedsmith.evaluate import Task, load_tasks
+from embedsmith.evaluate.seen import warn_of_seen
+from embedsmith.models import Embedder
+from embedsmith.models.cut import cut_of
+from embedsmith.train.build import make_accelerator
+from embedsmith.train.checkpoint import Checkpoints
+from embedsmith.train.config import Recipe
+from embedsmith.train.feed import Feed, Supply
+from embedsmith.train.loop import Run, build, update
+
+
+def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
+    """A dry run: everything is built and one step is taken, nothing is written. Returns what would be done.
+
+    Errors: those of `train` before its first step, also for tasks that cannot be read and an output that it would not
+    write to.
+    """
+    accelerator = make_accelerator(recipe)
+    on_first_rank(lambda: check_claim(recipe.output, "train"))
+    on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
+    tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
+    run = build(recipe, accelerator)
+    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
+    output, rate, norm = update(run, run.feed.draw(0))
+    step = (
+        f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "
+        f"gradient norm {norm:.3f}, {output.tokens:,} tokens"
+    )
+    return "\n".join([*_in_words(run, tasks), step, f"nothing was written; a run would write to {recipe.output}"])
+
+
+def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
+    """What a run would do, a line a thing."""
+    config, count = run.recipe.train, sum(one.numel() for part in (run.model, run.extras) for one in part.parameters())
+    memory, kept = run.memory, run.memory.kept_tokens
+    bound = "all graphs of a step are kept" if kept is None else f"graphs of {kept:,} tokens are kept"
+    bound = bound if memory.max_rows is None else f"graphs of {memory.max_rows:,} texts are kept"
+    every = run.recipe.evaluate.every
+    when = f"every {every} steps and at the end" if every else "at the end"
+    scored = f"{', '.join(task.name for task in tasks)}, {when}" if tasks else "nothing: evaluate.tasks is empty"
+    return [
+        f"model: {run.recipe.model.path}, {count:,} parameters, texts of up to {run.model.max_length:,} tokens",
+        *_sources_in_words(run.model, run.feed),
+        f"steps: {run.steps:,}, of which {run.feed.steps_per_epoch:,} are an epoch, at a learning rate of up to "
+        f"{config.learning_rate:g}",
+        f"on: {world_size()} process(es), {run.accelerator.device}, {run.precision}",
+        f"memory: {memory.chunk_tokens:,} padded tokens are encoded at once; {bound}",
+        f"packing: {run.model.packs}; fused kernels: {run.model.fused}",
+        f"evaluated: {scored}",
+    ]
+
+
+def _sources_in_words(model: Embedder, feed: Feed) -> list[str]:
+    """What every source gives to an epoch, the loss on its batches, and what of its texts is cut."""
+    lines = []
+    for lane in feed.lanes:
+        for supply, line in zip(lane.supplies, lane.plan.summary(), strict=True):
+            found = cut_of(model, supply.records)
+            lines += [f"source {line}", f"  loss: {_loss_in_words(supply)}", *([f"  {found}"] if found else [])]
+    return lines
+
+
+def _loss_in_words(supply: Supply) -> str:
+    """The name of a loss and the settings that are not its defaults."""
+    plain = to_plain(supply.loss)
+    settings: Any = supply.loss
+    usual = {field.name: field.default for field in dataclasses.fields(settings)}
+    changed = [f"{key} {value}" for key, value in plain.items() if key != "type" and value != to_plain(usual.get(key))]
+    return ", ".join([name_of(supply.loss), *changed])
