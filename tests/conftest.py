@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-import embedsmith.api.measuring
+import embedsmith.api.evaluating
 import embedsmith.index.commands  # noqa: F401  (both know the real `load` before a test puts another in its place)
 from embedsmith.cli import main
 from tests.disks import read_only, small_disk

@@ -41,7 +41,7 @@ def weak_pairs(study: Study, seed: int) -> Path:
 
 def filtered_pairs(study: Study, seed: int) -> Path:
     """The pairs that all-MiniLM-L6-v2 scores at least 0.4."""
-    from embedsmith.api.curation import load_encoder
+    from embedsmith.api.curating import load_encoder
     from embedsmith.core.recipe import parse
     from embedsmith.curate import CurateRecipe, Tools, curate
 

@@ -19,7 +19,7 @@ _HOMES = {
     "Embedder": "embedsmith.models",
     "Recipe": "embedsmith.train",
     "Source": "embedsmith.data",
-    "compare": "embedsmith.api.measuring",
+    "compare": "embedsmith.api.evaluating",
     "load": "embedsmith.models",
     "mine": "embedsmith.api.making",
     "split": "embedsmith.api.making",
@@ -27,7 +27,7 @@ _HOMES = {
 }
 _VERBS = {
     "curate": "embedsmith.api.making",
-    "evaluate": "embedsmith.api.measuring",
+    "evaluate": "embedsmith.api.evaluating",
     "index": "embedsmith.api.searching",
     "merge": "embedsmith.api.making",
     "search": "embedsmith.api.searching",

@@ -1,11 +1,11 @@
+from embedsmith.api.evaluating import compare as compare
+from embedsmith.api.evaluating import evaluate as evaluate
 from embedsmith.api.making import curate as curate
 from embedsmith.api.making import merge as merge
 from embedsmith.api.making import mine as mine
 from embedsmith.api.making import split as split
 from embedsmith.api.making import tokenize as tokenize
 from embedsmith.api.making import train as train
-from embedsmith.api.measuring import compare as compare
-from embedsmith.api.measuring import evaluate as evaluate
 from embedsmith.api.searching import index as index
 from embedsmith.api.searching import search as search
 from embedsmith.data import Source as Source

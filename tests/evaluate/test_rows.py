@@ -9,7 +9,7 @@ import pytest
 from embedsmith.core.errors import DataError
 from embedsmith.data import Source, read_source
 from embedsmith.evaluate import RetrievalTask, STSTask, known_tasks, load_task
-from embedsmith.evaluate.seen import warn_of_seen
+from embedsmith.evaluate.overlap import warn_of_overlap
 from tests.evaluate.test_load import lines
 
 PAIRS = [
@@ -67,7 +67,7 @@ def test_texts_that_were_trained_on_are_counted(tmp_path: Path, caplog: Any) -> 
     scored = load_task(lines(tmp_path / "scored.jsonl", [{"text1": "cats", "text2": "b", "score": 1}]))
     other = load_task(lines(tmp_path / "other.jsonl", [{"query": "other", "pos": ["text"]}]))
     with caplog.at_level("INFO", "embedsmith"):
-        warn_of_seen([same, documents, scored, other], [trained])
+        warn_of_overlap([same, documents, scored, other], [trained])
     told = [(record.levelname, record.getMessage().partition(";")[0]) for record in caplog.records]
     assert told == [
         ("WARNING", "same: 2 of 2 queries and 3 of 3 documents are in the training data (faq)"),

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from embedsmith.api.curation import curation_tools
+from embedsmith.api.curating import curation_tools
 from embedsmith.api.keywords import keyed, model_tree, recipe_of, source_tree, source_trees
 from embedsmith.api.tokenizing import TokenizeJob
 from embedsmith.api.tokenizing import tokenize as run_tokenize
@@ -36,7 +36,7 @@ from embedsmith.mining import mine as run_mine
 from embedsmith.models import ModelConfig, load
 from embedsmith.train import EvaluateConfig, Recipe, TrainConfig
 from embedsmith.train import train as run_train
-from embedsmith.train.outcome import Trained
+from embedsmith.train.trained import Trained
 
 R = TypeVar("R")
 

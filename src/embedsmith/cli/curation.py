@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from embedsmith.api.curation import curation_tools
+from embedsmith.api.curating import curation_tools
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.curate import CurateRecipe, Report, curate

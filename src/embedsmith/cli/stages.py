@@ -109,7 +109,7 @@ def _mine(tree: dict[str, Any], where: str) -> Path:
 
 @stage_of("curate", ".jsonl")
 def _curate(tree: dict[str, Any], where: str) -> Path:
-    from embedsmith.api.curation import curation_tools
+    from embedsmith.api.curating import curation_tools
     from embedsmith.curate import CurateRecipe, curate
 
     recipe = parse(CurateRecipe, tree, where)

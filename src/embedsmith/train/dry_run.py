@@ -9,7 +9,7 @@ from embedsmith.core.collectives import on_first_rank, world_size
 from embedsmith.core.outputs import check_claim
 from embedsmith.core.settings import name_of, to_plain
 from embedsmith.evaluate import Task, load_tasks
-from embedsmith.evaluate.seen import warn_of_seen
+from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.models import Embedder
 from embedsmith.models.cut import cut_of
 from embedsmith.train.build import make_accelerator
@@ -30,7 +30,7 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
     tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
     run = build(recipe, accelerator)
-    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
+    on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
     output, rate, norm = update(run, run.feed.draw(0))
     step = (
         f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "

@@ -35,7 +35,7 @@ from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.evaluate import load_tasks
-from embedsmith.evaluate.seen import warn_of_seen
+from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.models import Embedder, load
 from embedsmith.models.config import ComputeType
 from embedsmith.models.encode import autocast
@@ -50,9 +50,9 @@ from embedsmith.train.engine import Engine, check_shard, make_engine, set_learni
 from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
-from embedsmith.train.outcome import Trained
 from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
+from embedsmith.train.trained import Trained
 
 _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path|cache)")
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
@@ -196,7 +196,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(recipe)
     on_first_rank(lambda: save_environment(output))
-    on_first_rank(lambda: warn_of_seen(tasks, [supply.records for supply in run.feed.supplies]))
+    on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
     on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies], output))
     if has_adapter(run.model.backbone):
         log.info(

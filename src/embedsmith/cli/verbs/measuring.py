@@ -85,7 +85,7 @@ def evaluate_model(
     Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
     """
     from embedsmith import __version__
-    from embedsmith.api.measuring import Scoring
+    from embedsmith.api.evaluating import Scoring
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
@@ -194,7 +194,7 @@ def compare_results(
     Example: embedsmith compare my/encoder runs/mine/model --tasks pairs-split/pairs-test --report
     comparison.html
     """
-    from embedsmith.api.measuring import Scoring, compare_models
+    from embedsmith.api.evaluating import Scoring, compare_models
     from embedsmith.core.files import atomic_file
     from embedsmith.evaluate import split_names
     from embedsmith.models import load

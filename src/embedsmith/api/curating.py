@@ -6,7 +6,7 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import RecipeError
 from embedsmith.curate import EvaluationText, Tools
 from embedsmith.evaluate import load_task, split_names
-from embedsmith.evaluate.seen import texts_of
+from embedsmith.evaluate.overlap import texts_of
 from embedsmith.models import load
 
 

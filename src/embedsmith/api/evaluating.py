@@ -16,9 +16,9 @@ from embedsmith.data.record import Text
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
+from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate as score
-from embedsmith.evaluate.seen import warn_of_seen
 from embedsmith.evaluate.tasks.kinds import Task, load_tasks
 from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, score_widths
 from embedsmith.models import load
@@ -126,7 +126,7 @@ class Scoring:
     def score(self, encoder: Encoder, about: Mapping[str, Any]) -> Results:
         """The model on all tasks, with our own evaluator."""
         loaded = self._load(self.tasks)
-        warn_of_seen(loaded, trained_on(str(about.get("model", ""))))
+        warn_of_overlap(loaded, trained_on(str(about.get("model", ""))))
         if self.head == "hybrid":
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
         if self.cache is None:

@@ -35,7 +35,7 @@ def texts_of(task: Task) -> list[tuple[Role, Iterable[str]]] | None:
             return None
 
 
-def warn_of_seen(tasks: Sequence[Task], trained_on: Sequence[RecordSet[Text]]) -> None:
+def warn_of_overlap(tasks: Sequence[Task], trained_on: Sequence[RecordSet[Text]]) -> None:
     """Tell how many of a task's texts are queries or positives of the training data. A corpus may share documents with
     it without giving answers away; queries and scored pairs that were trained on are a warning. Streams, which would be
     read whole, are not looked at."""
