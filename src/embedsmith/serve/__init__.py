@@ -1,0 +1,1 @@
+"""A model and an index over HTTP: `embedsmith serve`."""
