@@ -52,12 +52,14 @@ def test_recipe_takes_two_steps(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
-def test_the_header_of_a_training_recipe_says_how_it_is_scored(path):
-    """The part that is held out is one that the split of the file writes, and all settings are keys of the recipe."""
-    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+def test_a_training_recipe_scores_rows_that_are_not_trained_on_or_says_what_to_score(path):
+    """A stream cannot hold anything out, SimCSE's rows are their own answers, and MNTP makes no embeddings yet."""
+    text = path.read_text(encoding="utf-8")
+    if path.stem not in ("streaming", "simcse", "mntp"):
+        assert load_recipe(path, Recipe).evaluate.held_out == 500
+        return
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
     words = " ".join(line.lstrip("# ") for line in lines)
     (split,) = re.findall(r"embedsmith split ([\w-]+)\.jsonl", words)
     settings = re.findall(r"(?:data\.\d\.path|evaluate\.\w+)=\S*[\w\]]", words[words.index("embedsmith split") :])
-    recipe = load_recipe(path, Recipe, settings)
-    assert recipe.evaluate.tasks == (f"{split}-split/{split}-test",)
-    assert all(setting in settings for setting in re.findall(r"data\.\d\.path=\S+-split/\S+", words))
+    assert load_recipe(path, Recipe, settings).evaluate.tasks == (f"{split}-split/{split}-test",)

@@ -139,7 +139,7 @@ def metrics(run):
 @pytest.mark.parametrize(
     ("key", "changes", "message"),
     [
-        ("evaluate", {"tasks": ["x"]}, "evaluate.tasks under train.shard"),
+        ("evaluate", {"tasks": ["x"]}, "scores under train.shard"),
         ("train", {"mining": {}}, "train.mining under train.shard"),
         ("model", {"heads": ["mntp"]}, "the head mntp under train.shard"),
         ("train", {}, "train.shard needs several processes"),

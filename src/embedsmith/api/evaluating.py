@@ -13,6 +13,7 @@ from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
 from embedsmith.data import RecordSet, Source, part_of, read_source
 from embedsmith.data.record import Text
+from embedsmith.data.split import HELD_OUT
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
@@ -24,6 +25,7 @@ from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, s
 from embedsmith.models import load
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
+from embedsmith.train.held_out import training_parts
 
 Load = Callable[..., Encoder]
 Tasks = str | Path | Task | Sequence[str | Path | Task]
@@ -179,7 +181,10 @@ def trained_on(model: str) -> list[RecordSet[Text]]:
     try:
         tree = {} if recipe is None else read_tree(recipe)
         given = [parse(Source, one) for one in tree.get("data") or []] if "train" in tree else []
-    except (EmbedsmithError, TypeError):
+        evaluated = tree.get("evaluate") or {}
+        if recipe is not None and evaluated.get("held_out") and not evaluated.get("tasks"):
+            given = training_parts(given, recipe.parent / HELD_OUT)
+    except (EmbedsmithError, TypeError, AttributeError):
         return []
     for source in given:
         if source.rows is None and not source.streaming and Path(source.path).exists():

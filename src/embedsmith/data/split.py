@@ -8,7 +8,7 @@ is a text of the other part is left out of its row.
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from embedsmith.core.errors import DataError
+from embedsmith.core.inputs import read_json
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
+from embedsmith.data.mixture import part_of
 from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.read import read_source
 from embedsmith.data.record import Record, Scores, text_id
 from embedsmith.data.source import RecordSet, Source
 from embedsmith.data.writers import write_records
+
+HELD_OUT = "held-out"
+"""The folder in a run's where the parts of its sources are (`evaluate.held_out`)."""
 
 _FACTS = "split.json"
 _KIND = Kind("split", (_FACTS, "*-train.jsonl", "*-test.jsonl", "*-test/**"), (_FACTS, '"test_rows"'))
@@ -53,22 +58,39 @@ class Split:
             f"while training: evaluate.tasks=[{self.test}]"
         )
 
+    @classmethod
+    def read(cls, folder: Path) -> "Split":
+        """What the folder holds, wherever it has been moved to. Errors: `DataError` where it holds no split."""
+        told = read_json(folder / _FACTS)
+        if not told.keys() >= {field.name for field in fields(cls)}:
+            raise DataError("no split", where=folder / _FACTS, fix="split the source again: embedsmith split FILE")
+        parts = {part: str(folder / Path(told[part]).name) for part in ("train", "test")}
+        return cls(**{field.name: told[field.name] for field in fields(cls)} | parts)
+
 
 def split_source(
-    source: Source, output: str | Path, *, test: float = 0.1, seed: int = 0, overwrite: bool = False
+    source: Source,
+    output: str | Path,
+    *,
+    test: float = 0.1,
+    most: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> Split:
     """Write both parts of a source to the folder `output`: `NAME-train.jsonl`; and `NAME-test`, a BEIR folder for
     retrieval, `NAME-test.jsonl` for scored pairs and labelled texts.
 
-    `test`: the share of the rows that is held out, or from 1 on their number. Errors: `DataError` where all rows hang
-    together, or a share that holds nothing; those of `read_source`; `CheckpointError` for an output that is there.
+    `test`: the share of the rows that is held out, or from 1 on their number; `most`: rows that are held out at most.
+    Errors: `DataError` where all rows hang together, or a share that holds nothing; those of `read_source`;
+    `CheckpointError` for an output that is there.
     """
     output = Path(output)
     with claimed(output, "split"):
         _KIND.refuse_other(output)
-        found = read_source(source).texts_only("a split", source.path)
+        found = part_of(read_source(source), source.part).texts_only("a split", source.path)
         facts = row_facts(found.records)
-        held_N, largest = _held_out(facts, test, seed, source.path)
+        wanted = max(min(round(test * len(facts)) if test < 1 else int(test), most or len(facts)), 1)
+        held_N, largest = _held_out(facts, wanted, seed, source.path)
         parts = _Parts(found, facts, held_N)
         with atomic_folder(output, _KIND, overwrite=overwrite) as folder:
             train, held = f"{found.name}-train.jsonl", f"{found.name}-test"
@@ -91,9 +113,13 @@ def split_source(
     return made
 
 
-def _held_out(facts: RowFacts, test: float, seed: int, where: str) -> tuple[npt.NDArray[np.bool_], int]:
+def held_out_tasks(run: Path) -> list[str]:
+    """The parts that a run scores of its own sources; empty where it holds nothing out."""
+    return [str(path) for path in sorted(run.glob(f"{HELD_OUT}/*/*-test*"))]
+
+
+def _held_out(facts: RowFacts, wanted: int, seed: int, where: str) -> tuple[npt.NDArray[np.bool_], int]:
     """(whether each row is held out, rows of the largest component)."""
-    wanted = max(round(test * len(facts)) if test < 1 else int(test), 1)
     component_N, least_C = _components(facts)
     rows_C = np.bincount(component_N)
     keys = (blake2b(b"%d %d" % (seed, least), digest_size=8).digest() for least in least_C.tolist())

@@ -110,7 +110,7 @@ def _finish(evidence: Evidence) -> NextStep | None:
 
 def _score_it(evidence: Evidence) -> NextStep | None:
     """Without a task nothing is known; the first source's own file is better than nothing to look at."""
-    if evidence.changes or evidence.value("evaluate", "tasks"):
+    if evidence.changes or evidence.value("evaluate", "tasks") or evidence.value("evaluate", "held_out"):
         return None
     read = [
         str(source["path"]) for source in evidence.recipe["data"] if source.get("task") in ("sts", "retrieval", None)

@@ -23,6 +23,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import refuse_foreign_file
 from embedsmith.core.progress import log
+from embedsmith.data.split import held_out_tasks
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import Results
 from embedsmith.report.changes import change_section, items_texts
@@ -191,10 +192,10 @@ class Folder:
         return words + [html.escape(problem) for problem in self.problems]
 
     def tasks(self) -> list[str]:
-        """What the recipe scores, as it stands there."""
+        """What the run scores: the recipe's tasks, as they stand there, and what is held out of its sources."""
         recipe = _tree(self.recipe)
         found = (recipe.get("evaluate") or {}).get("tasks") if isinstance(recipe, dict) else None
-        return [str(each) for each in found] if isinstance(found, list) else []
+        return [str(each) for each in found or () if isinstance(found, list)] + held_out_tasks(self.path)
 
     def next_section(self, made: Comparison | None) -> Section:
         """Steps that the figures ask for, each with its command."""

@@ -33,6 +33,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse, read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import Finite, Range, to_plain
+from embedsmith.data.split import HELD_OUT
 from embedsmith.models import Embedder
 from embedsmith.models.lora import UnmergedError
 from embedsmith.models.write import refuse_not_finite, saved_model
@@ -42,7 +43,13 @@ CHECKPOINT = Kind(
     "checkpoint", ("model/**", "training.pt", "mining.pt", "*.json"), ("state.json", "evaluations_without_gain")
 )
 _FILES = ("recipe.yaml", "manifest.json", "environment.json", "cut.json", "metrics.jsonl", "report.html", FINISHED)
-_FOLDERS = ("checkpoints/**", "evaluation/*.json", "model/**", "embedsmith/**")  # the last is TensorBoard's
+_FOLDERS = (
+    "checkpoints/**",
+    "evaluation/*.json",
+    "model/**",
+    f"{HELD_OUT}/**",
+    "embedsmith/**",
+)  # the last is TensorBoard's
 RUN = Kind("run", (*_FILES, *_FOLDERS), ("recipe.yaml", "train:"))
 FILES = "files.json"
 Steps = Annotated[int, Range(ge=0)]
@@ -299,8 +306,8 @@ def _hash(path: Path) -> str:
 
 
 def _is_empty(output: Path) -> bool:
-    """Nothing there, or no more than the temporary files of a run that was killed at its very start."""
-    return not output.exists() or all(path.name.startswith(".") for path in output.iterdir())
+    """Nothing there, or no more than what a run leaves that was killed at its very start."""
+    return not output.exists() or all(path.name.startswith(".") or path.name == HELD_OUT for path in output.iterdir())
 
 
 def _refuse_other_recipe(output: Path, recipe: Any) -> None:

@@ -127,6 +127,8 @@ class EvaluateConfig:
     """What to measure while training.
 
     - `tasks`: names or paths for `embedsmith evaluate`, scored at every evaluation; none by default.
+    - `held_out`: where no `tasks` are named, rows of every source of `data` that are scored instead of being trained
+      on, at most a tenth of it and so that no text is in both parts (those of `embedsmith split`); `None` trains on all.
     - `data`: the folder in which the tasks are looked up; `None` is that of `embedsmith evaluate`.
     - `every`: steps between evaluations; `None` measures only at the end.
     - `metric`: the task whose main score chooses the best checkpoint; `None` is the mean over tasks.
@@ -139,6 +141,7 @@ class EvaluateConfig:
     """
 
     tasks: tuple[str, ...] = ()
+    held_out: Count | None = None
     data: str | None = None
     every: Count | None = None
     metric: str | None = None
@@ -150,12 +153,17 @@ class EvaluateConfig:
     dims: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.geometry is not None and not self.tasks:
-            raise RecipeError("geometry needs texts to look at", fix="set evaluate.tasks")
-        if self.patience is not None and not (self.tasks and self.every):
-            raise RecipeError("patience needs a score to watch", fix="set evaluate.tasks and evaluate.every")
+        if self.geometry is not None and not self.scores:
+            raise RecipeError("geometry needs texts to look at", fix="set evaluate.tasks or evaluate.held_out")
+        if self.patience is not None and not (self.scores and self.every):
+            raise RecipeError("patience needs a score to watch", fix="set evaluate.held_out and evaluate.every")
         if self.metric is not None and self.metric not in self.tasks:
             raise RecipeError(f"metric {self.metric!r} is not one of evaluate.tasks", expected=", ".join(self.tasks))
+
+    @property
+    def scores(self) -> bool:
+        """Whether anything is scored."""
+        return bool(self.tasks) or self.held_out is not None
 
 
 @section
@@ -179,5 +187,5 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data:
             raise RecipeError("data: at least one source is needed")
-        if self.train.final == "best" and not self.evaluate.tasks:
-            raise RecipeError("train.final=best needs a score", fix="set evaluate.tasks, or train.final=last")
+        if self.train.final == "best" and not self.evaluate.scores:
+            raise RecipeError("train.final=best needs a score", fix="set evaluate.held_out, or train.final=last")

@@ -1,6 +1,8 @@
 """A dry run: everything is built, one step is taken, nothing is written, and what a run would do is said in words."""
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from embedsmith.train.build import make_accelerator
 from embedsmith.train.checkpoint import Checkpoints
 from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Feed, Supply
+from embedsmith.train.held_out import with_held_out
 from embedsmith.train.loop import Run, build, update
 
 
@@ -28,10 +31,15 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
     accelerator = make_accelerator(recipe)
     on_first_rank(lambda: check_claim(recipe.output, "train"))
     on_first_rank(lambda: Checkpoints(Path(recipe.output), recipe.train.keep_checkpoints).check(recipe, overwrite))
-    tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
-    run = build(recipe, accelerator)
-    on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
-    output, rate, norm = update(run, run.feed.draw(0))
+    parts = on_first_rank(lambda: tempfile.mkdtemp(prefix="embedsmith-"))
+    try:
+        recipe = with_held_out(recipe, Path(parts))
+        tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
+        run = build(recipe, accelerator)
+        on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
+        output, rate, norm = update(run, run.feed.draw(0))
+    finally:
+        on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
     step = (
         f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "
         f"gradient norm {norm:.3f}, {output.tokens:,} tokens"

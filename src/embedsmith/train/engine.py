@@ -114,8 +114,9 @@ def check_shard(recipe: Recipe) -> None:
         return
     if recipe.evaluate.tasks:
         raise RecipeError(
-            "evaluate.tasks under train.shard: one rank alone cannot encode with a sharded model",
-            fix="remove evaluate.tasks and score the checkpoints afterwards; validation sources work",
+            "scores under train.shard: one rank alone cannot encode with a sharded model",
+            fix="set evaluate.tasks=[] evaluate.held_out=null and score the checkpoints afterwards; validation sources "
+            "work",
         )
     if recipe.train.mining is not None:
         raise RecipeError(

@@ -34,6 +34,7 @@ from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
 from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
+from embedsmith.data.split import HELD_OUT
 from embedsmith.evaluate import load_tasks
 from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.models import Embedder, load
@@ -48,6 +49,7 @@ from embedsmith.train.checkpoint import FIRST_SCALE, Checkpoints, RunState, base
 from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
+from embedsmith.train.held_out import with_held_out
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.scoring import Development
@@ -187,6 +189,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
             on_first_rank(lambda: report_run(output, output / "model"))
         return output / "model"
     resume = on_first_rank(lambda: checkpoints.open(recipe, overwrite))
+    begun = on_first_rank((output / "recipe.yaml").exists)
+    stated, recipe = recipe, with_held_out(recipe, output / HELD_OUT, begun=begun)
     tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
     run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
     if resume is not None:
@@ -194,7 +198,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         if run.mining is not None:
             run.mining.load_state_dict(checkpoints.load_mining(resume))
         log.info("continuing %s at step %d", output, resume)
-    checkpoints.claim(recipe)
+    checkpoints.claim(stated)
     on_first_rank(lambda: save_environment(output))
     on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
     on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies], output))
