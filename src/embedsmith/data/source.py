@@ -54,6 +54,7 @@ class Source:
     - `negatives`: texts drawn as negatives of a query in a step; `None` derives it (`negatives_per_query`);
     - `shuffle`: the probability that a positive is given with its thirds in another order (M3 uses 0.002);
     - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
+    - `guide`: a model by whose scores a loss drops false negatives (`gist_embed`, `guide_margin` of `infonce`);
     - `loss`: what is minimised on its batches; `None` is the default of the task;
     - `on_error`: `stop` at faulty rows, or `skip`, count and name them;
     - `cache`: the folder where the converted source is kept on disk; `None` derives it: small sources stay in memory,
@@ -82,6 +83,7 @@ class Source:
     negatives: Annotated[int, Field(ge=0, le=MOST)] | None = None
     shuffle: Share = 0.0
     teacher: str | None = None
+    guide: str | None = None
     loss: Annotated[Loss, losses] | None = None
     on_error: Literal["stop", "skip"] = "stop"
     cache: str | None = None

@@ -32,9 +32,10 @@ import numpy as np
 
 from embedsmith.core.batch import Batch, Loss, PairBatch, PairIds, RetrievalBatch, RetrievalIds
 from embedsmith.core.collectives import Group
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
+from embedsmith.core.reps import GUIDE, TEACHER, Dense, Representation
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import (
@@ -84,6 +85,7 @@ class Supply:
     positives: int
     negatives: int
     teacher: Embedder | None = None
+    guide: Encoder | None = None
     shuffle: float = 0.0
     live: Negatives | None = None
 
@@ -109,7 +111,9 @@ class Supply:
 
     def like(self, other: Supply) -> bool:
         """Whether rows of both may be in one batch: same task, loss and draw."""
-        mine, theirs = ((one.records.task, one.loss, one.positives, one.shuffle, one.teacher) for one in (self, other))
+        mine, theirs = (
+            (one.records.task, one.loss, one.positives, one.shuffle, one.teacher, one.guide) for one in (self, other)
+        )
         return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
 
     @staticmethod
@@ -154,13 +158,21 @@ class Supply:
         first_role: Role = "query"
         roles = [first_role] * len(first) + [second_role] * len(second)
         tokens = tokens_of(model.tokenize, [*first, *second], roles, task, instructions)
-        teacher = None
-        if self.teacher is not None:
-            left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no teacher
-            represent = partial(self.teacher.represent, task=task)
-            teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
+        given: dict[str, tuple[Representation, Representation]] = {}
+        for name, other in ((TEACHER, self.teacher), (GUIDE, self.guide)):
+            if other is not None:
+                left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no such model
+                represent = partial(other.represent, task=task)
+                given[name] = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
+        if GUIDE in given:  # its scores are cosines
+            given[GUIDE] = (_of_length_1(given[GUIDE][0]), _of_length_1(given[GUIDE][1]))
         watch = self.live.watch(records) if self.live else None
-        return tokens, Part(self.records.name, task, ids, self.loss, teacher=teacher, watch=watch)
+        return tokens, Part(self.records.name, task, ids, self.loss, given=given, watch=watch)
+
+
+def _of_length_1(vectors: Representation) -> Dense:
+    assert isinstance(vectors, Dense)
+    return vectors.truncate(vectors.vector_ND.shape[1])
 
 
 def plan_of(
@@ -330,7 +342,8 @@ class Feed:
         """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains, `workers` of them
         side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
         was drawn ahead is void and drawn again."""
-        shared = any(supply.live or supply.teacher or supply.streamed for supply in self.supplies)
+        models = any(supply.teacher or supply.guide for supply in self.supplies)
+        shared = models or any(supply.live or supply.streamed for supply in self.supplies)
         if workers > 1 and (shared or self.model.settings.echo is not None):  # echo changes the tokenizer's settings
             workers = 1
         if workers > 1:
