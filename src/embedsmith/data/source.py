@@ -50,6 +50,8 @@ class Source:
     - `weight`: how often an epoch sees each row, at most 10,000 times;
     - `cap`: rows that an epoch sees of it at most (others in the next); `None` sets no limit;
     - `batch_size`: rows a step, all ranks together; `None` is that of the run;
+    - `per_class`: of rows with a class, so many of each class that is in a batch, which has batch_size / per_class
+      classes; for losses by label. `None` draws rows whatever their class;
     - `positives`: texts drawn as positives of a query in a step, at most 10,000, like the negatives;
     - `negatives`: texts drawn as negatives of a query in a step; `None` derives it (`negatives_per_query`);
     - `shuffle`: the probability that a positive is given with its thirds in another order (M3 uses 0.002);
@@ -79,6 +81,7 @@ class Source:
     weight: Annotated[float, Field(gt=0, le=MOST)] = 1.0
     cap: Count | None = None
     batch_size: Count | None = None
+    per_class: Annotated[int, Field(ge=2, le=MOST)] | None = None
     positives: Annotated[int, Field(ge=1, le=MOST)] = 1
     negatives: Annotated[int, Field(ge=0, le=MOST)] | None = None
     shuffle: Share = 0.0

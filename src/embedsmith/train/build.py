@@ -184,6 +184,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
         positives=source.positives,
         negatives=negatives_per_query(source, whole.records),
         shuffle=source.shuffle,
+        per_class=source.per_class,
         teacher=None if source.teacher is None else load(source.teacher).requires_grad_(False),
         guide=None if source.guide is None else load(source.guide).requires_grad_(False),
     )

@@ -48,6 +48,8 @@ from embedsmith.data import (
     retrieval_texts,
     row_facts,
 )
+from embedsmith.data.plan.classes import ClassBatches
+from embedsmith.data.plan.passes import Order
 from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
@@ -76,7 +78,7 @@ class Negatives(Protocol):
 class Supply:
     """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together; `None`: as the
     plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
-    chooses its negatives while the model trains."""
+    chooses its negatives while the model trains. `per_class`: rows of each class in a batch."""
 
     records: RecordSet[Text]
     loss: Loss
@@ -88,6 +90,7 @@ class Supply:
     guide: Encoder | None = None
     shuffle: float = 0.0
     live: Negatives | None = None
+    per_class: int | None = None
 
     @cached_property
     def in_pairs(self) -> bool:
@@ -112,7 +115,8 @@ class Supply:
     def like(self, other: Supply) -> bool:
         """Whether rows of both may be in one batch: same task, loss and draw."""
         mine, theirs = (
-            (one.records.task, one.loss, one.positives, one.shuffle, one.teacher, one.guide) for one in (self, other)
+            (one.records.task, one.loss, one.positives, one.shuffle, one.teacher, one.guide, one.per_class)
+            for one in (self, other)
         )
         return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
 
@@ -203,14 +207,34 @@ def plan_of(
                 supply.texts_a_row,
                 apart,
                 facts,
-                records.order if isinstance(records, HasOrder) else None,
+                _order(supply, config),
             )
         )
     return BatchPlan(tuple(sources), seed, world, config)
 
 
+def _order(supply: Supply, config: PlanConfig) -> Order | None:
+    """The order in which the records of a source come, where not any will do.
+
+    Errors: `RecipeError` for batches by class that cannot be made, or not of what the plan asks for besides."""
+    records, name = supply.records.records, supply.records.name
+    if supply.per_class is None:
+        return records.order if isinstance(records, HasOrder) else None
+    if supply.streamed or config.by_length or config.duplicates == "forbid":
+        raise RecipeError(
+            f"per_class={supply.per_class} and another rule of which rows meet in a batch",
+            where=f"source {name!r}",
+            fix="leave out per_class; or streaming, train.plan.lengths, train.plan.batch_tokens and "
+            "train.plan.duplicates",
+        )
+    return ClassBatches.of(records, supply.batch_size, supply.per_class, name)
+
+
 def _is_apart(supply: Supply, config: PlanConfig) -> bool:
-    """Whether rows of a batch must share no text: by default where they are contrasted with each other."""
+    """Whether rows of a batch must share no text: by default where they are contrasted with each other. Not in batches
+    by class: a text that repeats counts once there."""
+    if supply.per_class is not None:
+        return False
     if not supply.streamed:
         return config.duplicates == "forbid" or (config.duplicates is None and not supply.in_pairs)
     if config.by_length or config.duplicates == "forbid":
