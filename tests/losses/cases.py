@@ -35,7 +35,7 @@ from embedsmith.losses import (
     Uniformity,
     Weighted,
 )
-from embedsmith.pretrain.losses import MNTP, RetroMAE
+from embedsmith.pretrain.losses import MNTP, TSDAE, RetroMAE
 from tests.losses.examples import PAIRS, RETRIEVAL, UNDEFINED_PAIRS, UNDEFINED_RETRIEVAL
 
 T = 0.2  # temperature of the examples: few candidates, so that no softmax is saturated
@@ -114,6 +114,7 @@ CASES = {
     "flops": [Flops(0.3, 0.7), Flops(1.0, 0.0, ramp_steps=10)],
     "retromae": [RetroMAE(), RetroMAE("both"), RetroMAE("queries")],
     "mntp": [MNTP(), MNTP("both"), MNTP("queries")],
+    "tsdae": [TSDAE(), TSDAE("both"), TSDAE("queries")],
     "matryoshka": [
         Matryoshka(InfoNCE(T), (4, 2)),
         Matryoshka(InfoNCE(T, symmetric=True, margin=0.1, include_qq=True, include_dd=True), (5, 8)),
@@ -148,6 +149,7 @@ REFUSED = {
     "flops": [dict(query=-1.0), dict(document=float("nan")), dict(ramp_steps=-1), dict(head="")],
     "retromae": [dict(sides="all"), dict(head="")],
     "mntp": [dict(sides="all"), dict(head="")],
+    "tsdae": [dict(sides="all"), dict(head="")],
     "infonce": [
         dict(temperature=0),
         dict(temperature=-0.1),

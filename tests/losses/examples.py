@@ -50,7 +50,7 @@ class Tiny(nn.Module):
             "multivector": lambda: MultiVector(F.normalize(self.token(feature), dim=-1), mask),
         }
         every["retromae"] = lambda: self._pretraining(feature)
-        every["mntp"] = lambda: Dense(self._pretraining(feature).vector_ND[:, :2])
+        every["mntp"] = every["tsdae"] = lambda: Dense(self._pretraining(feature).vector_ND[:, :2])
         return {head: every[head]() for head in heads}
 
     def _pretraining(self, feature):

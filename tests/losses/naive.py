@@ -211,6 +211,7 @@ REFERENCES = {
     "flops": flops,
     "retromae": retromae,
     "mntp": mntp,
+    "tsdae": mntp,
     "gor": gor,
     "gor_st": gor_st,
     "infonce": infonce,

@@ -186,11 +186,7 @@ class Embedder(nn.Module):
             return state_NTH[0, : len(padded.place_S)] if self.packing else state_NTH
 
         last = given(states.last_hidden_state)
-        left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
-        part_NT = pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, left_out_S)
-        if settings.mcls is not None:
-            pool_NT = padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
-            part_NT = part_NT & ~(pool_NT & (pool_NT.int().cumsum(1) > 1))  # a CLS between blocks is no word
+        part_NT, pool_NT = self._masks(padded)
         reps: dict[str, Representation] = {}
         with torch.autocast(last.device.type, enabled=False):
             if "dense" in outputs:
@@ -218,6 +214,23 @@ class Embedder(nn.Module):
         `hidden_states` of all layers where they are asked for."""
         states = self._outputs(padded, all_layers)
         return unpacked(states, padded) if self.packing else states
+
+    def pooled_states(self, padded: PaddedTokens) -> Tensor:
+        """The last layer's states as the model pools them [N, H], before any layer behind the pooling; in fp32."""
+        states = self.states(padded).last_hidden_state
+        with torch.autocast(states.device.type, enabled=False):
+            pooling: Any = self._plain_pooling if self.pooler is None else self.pooler
+            return pooled(pooling, in_fp32(states), self._masks(padded)[1], padded)
+
+    def _masks(self, padded: PaddedTokens) -> tuple[Tensor, Tensor]:
+        """(part_NT, pool_NT): the tokens that the heads read, and those that are pooled."""
+        left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
+        with_prompt = self.settings.include_prompt and self.settings.echo is None
+        part_NT = pool_NT = pool_mask(padded, with_prompt, left_out_S)
+        if self.settings.mcls is not None:
+            pool_NT = padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
+            part_NT = part_NT & ~(pool_NT & (pool_NT.int().cumsum(1) > 1))  # a CLS between blocks is no word
+        return part_NT, pool_NT
 
     def _outputs(self, padded: PaddedTokens, all_layers: bool) -> Any:
         """The same as the backbone gives it: of a packed chunk one row, [1, S, H]."""

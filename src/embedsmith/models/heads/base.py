@@ -97,6 +97,9 @@ class Reader(Protocol):
     def states(self, padded: PaddedTokens) -> Any:
         """The backbone's output for a padded chunk, with `last_hidden_state` [N, T, H]."""
 
+    def pooled_states(self, padded: PaddedTokens) -> Tensor:
+        """vector_NH: the last layer's states as the model pools them, before any layer behind the pooling."""
+
 
 class Head(nn.Module):
     """A head is called with the last layer's states in fp32, the tokens and `part_NT`, the tokens that take part, and
