@@ -103,7 +103,7 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
     supplies = [
         make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=True)
     ]
-    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length)
+    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length, model=model)
     if balance is not None:
         lanes, steps = _balanced_lanes(balance, merge_small(supplies, config.plan), planner)
     elif config.plan.batches == "mixed":

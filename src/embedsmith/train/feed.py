@@ -29,6 +29,7 @@ from functools import cached_property, partial
 from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from embedsmith.core.batch import Batch, Loss, PairBatch, PairIds, RetrievalBatch, RetrievalIds
 from embedsmith.core.collectives import Group
@@ -185,8 +186,10 @@ def plan_of(
     config: PlanConfig = PlanConfig(),  # noqa: B008  (frozen)
     seed: int = 0,
     max_length: int | None = None,
+    model: Embedder | None = None,
 ) -> BatchPlan:
-    """The plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text.
+    """The plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text. `model`: by
+    whose tokenizer lengths are counted where the plan goes by them; without it they are estimated.
 
     Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates.
     """
@@ -194,7 +197,8 @@ def plan_of(
     for supply in supplies:
         apart, facts, records = _is_apart(supply, config), None, supply.records.records
         if apart or config.by_length:
-            facts = row_facts(records)
+            counting = model is not None and config.by_length
+            facts = row_facts(records, partial(_lengths, supply, model) if counting else None)
         if facts is not None and max_length is not None:
             facts = replace(facts, length_N=np.minimum(facts.length_N, max_length))
         sources.append(
@@ -245,6 +249,23 @@ def _is_apart(supply: Supply, config: PlanConfig) -> bool:
             "source",
         )
     return False
+
+
+def _lengths(supply: Supply, model: Embedder, records: Sequence[Record[str]]) -> npt.NDArray[np.int32]:
+    """Tokens of the longest text of each record, with its prompt and special tokens, as a step tokenizes them."""
+    second: Role = "query" if supply.in_pairs else "document"
+    texts: list[str] = []
+    roles: list[Role] = []
+    instructions: list[str | None] = []
+    starts: list[int] = []
+    for record in records:
+        others = (*record.positives, *record.negatives)
+        starts.append(len(texts))
+        texts += [record.query, *others]
+        roles += ["query", *[second] * len(others)]
+        instructions += [record.instruction, *[record.instruction if supply.in_pairs else None] * len(others)]
+    length_N = model.tokenize(texts, roles, supply.records.task, instructions).length_N
+    return np.maximum.reduceat(length_N, starts).astype(np.int32)
 
 
 def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:

@@ -290,8 +290,8 @@ def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
 
 
 def _health(batches: list[Batch], total: Tensor) -> Health:
-    own = lambda side: [rep for head, rep in side.local.items() if head not in (TEACHER, GUIDE)]
-    made = [rep for batch in batches for side in batch.sides() for rep in own(side)]
+    every = [pair for batch in batches for side in batch.sides() for pair in side.local.items()]
+    made = [representation for head, representation in every if head not in (TEACHER, GUIDE)]
     tensors = [tensor for representation in made for tensor in representation.floating()]
     healthy = torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
     fault_2 = highest_over_ranks(torch.stack([~healthy, ~torch.isfinite(total)]).to(total.dtype))
