@@ -57,7 +57,7 @@ def test_more_bits_come_nearer_and_take_more_room():
     found, sizes, errors = [], [], []
     for bits in BITS:
         store = ResidualStore.build([rep], bits)
-        back = store.rows(0, len(store))
+        back = store.rows(0, len(store)).pad_tokens(rep.token_count)
         errors.append(float((back.vector_NTD - rep.vector_NTD)[rep.mask_NT].norm(dim=-1).mean()))
         _, best = store.top(query, 10)
         found.append(recall(best, exact))

@@ -68,7 +68,7 @@ class Codebook:
         residual = (vector_SD - centroid_CD[_nearest(vector_SD, centroid_CD)]).flatten()
         share = torch.arange(2 * 2**bits + 1, dtype=torch.float64)[1:-1] / (2 * 2**bits)
         quantiles = torch.from_numpy(np.quantile(residual.double().numpy(), share.numpy())).float()
-        return Codebook(centroid_CD, quantiles[0::2], quantiles[1::2])
+        return Codebook(centroid_CD, quantiles[0::2].contiguous(), quantiles[1::2].contiguous())
 
     def encode(self, vector_SD: Tensor) -> tuple[Tensor, Tensor]:
         """code_S, the centroid of each vector, and packed_SB, its residual in bytes."""
