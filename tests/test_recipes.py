@@ -20,6 +20,7 @@ TRAINING = sorted(
 )
 ROWS = {
     "retrieval": lambda i: {"query": f"{WORDS[i]} cat", "pos": [f"the {WORDS[i]} dog"], "neg": [f"{WORDS[-i]} tree"]},
+    "texts": lambda i: {"text": f"the {WORDS[i]} cat and a {WORDS[-i]} tree"},
     "sts": lambda i: {"text1": f"{WORDS[i]} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16},
 }
 
@@ -37,7 +38,7 @@ def test_recipe_takes_two_steps(path, tmp_path):
     ]
     for place, source in enumerate(read_tree(path)["data"]):
         file = tmp_path / f"{place}.jsonl"
-        rows = [ROWS[source["task"]](number) for number in range(16)]
+        rows = [ROWS[source.get("format", source["task"])](number) for number in range(16)]
         if source.get("streaming"):
             file = file.with_suffix(".parquet")
             pq.write_table(pa.Table.from_pylist(rows), file)

@@ -27,6 +27,7 @@ _HOMES = {
 }
 _VERBS = {
     "curate": "embedsmith.api.making",
+    "distil": "embedsmith.api.making",
     "evaluate": "embedsmith.api.evaluating",
     "index": "embedsmith.api.searching",
     "merge": "embedsmith.api.making",
@@ -36,7 +37,7 @@ _VERBS = {
 """Functions that share their name with a room of the package, and where they are."""
 
 __all__ = [
-    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "evaluate", "index"),
+    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "distil", "evaluate", "index"),
     *("load", "merge", "mine", "search", "split", "tokenize", "train"),
 ]
 

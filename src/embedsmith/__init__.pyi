@@ -1,6 +1,7 @@
 from embedsmith.api.evaluating import compare as compare
 from embedsmith.api.evaluating import evaluate as evaluate
 from embedsmith.api.making import curate as curate
+from embedsmith.api.making import distil as distil
 from embedsmith.api.making import merge as merge
 from embedsmith.api.making import mine as mine
 from embedsmith.api.making import split as split
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "compare",
     "curate",
+    "distil",
     "evaluate",
     "index",
     "load",

@@ -16,6 +16,7 @@ from embedsmith.losses import (
     CosineConsistency,
     CrossBatchBalance,
     Flops,
+    GISTEmbed,
     InfoNCE,
     M3RankedKD,
     M3SelfDistillation,
@@ -34,7 +35,7 @@ from embedsmith.losses import (
     Uniformity,
     Weighted,
 )
-from embedsmith.pretrain.losses import MNTP, RetroMAE
+from embedsmith.pretrain.losses import MNTP, TSDAE, RetroMAE
 from tests.losses.examples import PAIRS, RETRIEVAL, UNDEFINED_PAIRS, UNDEFINED_RETRIEVAL
 
 T = 0.2  # temperature of the examples: few candidates, so that no softmax is saturated
@@ -64,7 +65,17 @@ CASES = {
         InfoNCE(T, focal_gamma=0.5),
         InfoNCE(T, focal_gamma=2.0, symmetric=True, margin=0.1),
         InfoNCE(T, learn_temperature=True, temperature_name="tau"),
+        InfoNCE(T, guide_margin=0.0),
+        InfoNCE(T, "sparse", guide_margin=-0.1, guide_relative_margin=0.2, margin=0.2, negatives="own"),
+        InfoNCE(T, multi_positive="inside", guide_relative_margin=0.1, symmetric=True),
+        InfoNCE(T, grades="weights"),
+        InfoNCE(T, "multivector", grades="weights", focal_gamma=0.5),
+        InfoNCE(T, grades="soft"),
+        InfoNCE(T, grades="soft", guide_margin=0.1, margin=0.3, symmetric=True),
+        InfoNCE(T, grades="soft", negatives="own", mask_false_negatives=False),
+        InfoNCE(T, memory=4),
     ],
+    "gist_embed": [GISTEmbed(T), GISTEmbed(T, 0.1, queries=False), GISTEmbed(T, relative_margin=0.3, positives=False)],
     "conan_weak": [ConanWeak(T), ConanWeak(T, symmetric=True)],
     "f2llm": [F2LLM(T), F2LLM(T, in_batch=False)],
     "qwen3": [Qwen3(T), Qwen3(T, margin=0.0, hardness_weight=2.0)],
@@ -103,10 +114,13 @@ CASES = {
     "flops": [Flops(0.3, 0.7), Flops(1.0, 0.0, ramp_steps=10)],
     "retromae": [RetroMAE(), RetroMAE("both"), RetroMAE("queries")],
     "mntp": [MNTP(), MNTP("both"), MNTP("queries")],
+    "tsdae": [TSDAE(), TSDAE("both"), TSDAE("queries")],
     "matryoshka": [
         Matryoshka(InfoNCE(T), (4, 2)),
         Matryoshka(InfoNCE(T, symmetric=True, margin=0.1, include_qq=True, include_dd=True), (5, 8)),
         Matryoshka(InfoNCE(T, negatives="own", focal_gamma=0.5), (3,), (0.5,), normalise=False),
+        Matryoshka(GISTEmbed(T), (4, 2)),
+        Matryoshka(InfoNCE(T, grades="soft"), (4,)),
         Matryoshka(CoSENT(T), (4, 1), weighting="f2llm", normalise=False),
         Matryoshka(AnglE(T), (2, 6)),
         Matryoshka(CoDiEmbSTS(rank_temperature=T, mid_temperature=T), (4,)),
@@ -135,6 +149,7 @@ REFUSED = {
     "flops": [dict(query=-1.0), dict(document=float("nan")), dict(ramp_steps=-1), dict(head="")],
     "retromae": [dict(sides="all"), dict(head="")],
     "mntp": [dict(sides="all"), dict(head="")],
+    "tsdae": [dict(sides="all"), dict(head="")],
     "infonce": [
         dict(temperature=0),
         dict(temperature=-0.1),
@@ -149,7 +164,16 @@ REFUSED = {
         dict(negatives="some"),
         dict(hardness_on="none"),
         dict(include_dd=True, multi_positive="inside"),
+        dict(grades="weights", multi_positive="inside"),
+        dict(grades="soft", include_dd=True),
+        dict(grades="hard"),
+        dict(guide_relative_margin=-0.1),
+        dict(guide_margin=float("nan")),
+        dict(memory=-1),
+        dict(memory=8, guide_margin=0.0),
+        dict(memory=8, cross_device=False),
     ],
+    "gist_embed": [dict(temperature=0), dict(relative_margin=-1.0)],
     "conan_weak": [dict(temperature=0)],
     "f2llm": [dict(temperature=0)],
     "qwen3": [dict(temperature=0), dict(margin=-0.1)],

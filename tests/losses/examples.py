@@ -35,7 +35,8 @@ class Tiny(nn.Module):
         self.mask[:, 0] = True
         self.teacher = torch.randn(TEXTS, 12, generator=generator, dtype=torch.float64)
         self.teacher[5::9] = float("nan")
-        for table in (self.feature, self.coordinate, self.mask):
+        self.guide = F.normalize(torch.randn(TEXTS, 5, generator=generator, dtype=torch.float64), dim=-1)
+        for table in (self.feature, self.coordinate, self.mask, self.guide):
             table[41] = table[40]
         self.double()
 
@@ -49,7 +50,7 @@ class Tiny(nn.Module):
             "multivector": lambda: MultiVector(F.normalize(self.token(feature), dim=-1), mask),
         }
         every["retromae"] = lambda: self._pretraining(feature)
-        every["mntp"] = lambda: Dense(self._pretraining(feature).vector_ND[:, :2])
+        every["mntp"] = every["tsdae"] = lambda: Dense(self._pretraining(feature).vector_ND[:, :2])
         return {head: every[head]() for head in heads}
 
     def _pretraining(self, feature):
@@ -108,6 +109,12 @@ def teacher_score(query: int, document: int) -> float:
     return float("nan") if unknown else 2 * math.sin(7.0 * query + 3.0 * document)
 
 
+def graded_relevance(query: int, document: int) -> float:
+    """How relevant a document is, from 0 to 1; NaN where nobody said it."""
+    unknown = query < 0 or document < 0 or (query + document) % 5 == 0
+    return float("nan") if unknown else max(math.sin(2.0 * query + document), 0.0)
+
+
 RETRIEVAL = {
     "plain": Retrieval(list(range(6)), [[10 + i] for i in range(6)], [[20 + 2 * i, 21 + 2 * i] for i in range(6)]),
     # a query twice with different positives, a document positive for two queries, a hard negative that is another
@@ -164,9 +171,10 @@ def make_batch(model: Tiny, example, loss: Loss, extras=None, dtype=torch.float6
     for text in (first, second):
         text_N = torch.tensor(text)
         made = {head: _cast(rep, dtype) for head, rep in model(text_N, heads).items()}
-        side = Side({**made, "teacher": Dense(model.teacher[text_N.clamp_min(0)])})
+        others = {"teacher": model.teacher, "guide": model.guide}
+        side = Side({**made, **{name: Dense(table[text_N.clamp_min(0)]) for name, table in others.items()}})
         if not leaves:
-            side.local = {**made, "teacher": side.local["teacher"]}
+            side.local = {**made, **{name: side.local[name] for name in others}}
         sides.append(side)
         reps.append(made)
     shared = {"extras": extras or {}, "progress": Progress(example.step, 100)}
@@ -188,8 +196,8 @@ def _assemble(example, sides, shared):
             label_N=torch.tensor(example.label, dtype=torch.float64),
             **shared,
         )
-    scored = lambda slots: torch.tensor(
-        [[teacher_score(q, d) for d in row] for q, row in zip(example.query, slots, strict=True)], dtype=torch.float64
+    scored = lambda slots, score=teacher_score: torch.tensor(
+        [[score(q, d) for d in row] for q, row in zip(example.query, slots, strict=True)], dtype=torch.float64
     )
     return RetrievalBatch(
         task="retrieval",
@@ -202,6 +210,8 @@ def _assemble(example, sides, shared):
         label_Q=None if example.label is None else torch.tensor(example.label),
         positive_score_QP=scored(example.positive),
         negative_score_QM=scored(example.negative),
+        positive_grade_QP=scored(example.positive, graded_relevance),
+        negative_grade_QM=scored(example.negative, graded_relevance),
         **shared,
     )
 

@@ -9,8 +9,9 @@ from itertools import chain
 import torch
 
 from embedsmith.core.reps import exceeds
-from tests.losses.examples import Pairs, Retrieval, teacher_score
+from tests.losses.examples import Pairs, Retrieval, graded_relevance, teacher_score
 from tests.losses.world import (
+    Extra,
     all_positives,
     dot,
     everything,
@@ -39,6 +40,12 @@ def one_way(loss, world):
             continue
         known = known_positives(world, row, loss.mask_false_negatives)
         own = [d for d in negatives if d not in known]
+        grades = {d: grade(e, query, d, unknown=1.0) for d in positives}
+        if loss.grades == "soft":
+            listed = [d for d in own if grade(e, query, d, unknown=0.0) > 0]
+            grades |= {d: grade(e, query, d, unknown=0.0) for d in listed}
+            own, positives = [d for d in own if d not in listed], [*positives, *listed]
+            known = {*known, *listed}
         pool = {
             "all": unique([*everything(world), *getattr(e, "more", [])]),
             "positives": all_positives(world),
@@ -46,42 +53,79 @@ def one_way(loss, world):
             "own": own,
         }[loss.negatives]
         pool = [d for d in pool if d not in known]
+        together = loss.multi_positive == "inside" or loss.grades == "soft"
         positive_scores = [world.score(h, query, d) for d in positives]
-        terms = []
-        targets = positive_scores if loss.multi_positive == "outside" else [max(positive_scores)]
-        for number, target in enumerate(targets):
-            limit = math.inf
+        guides = [guide(world, query, d) for d in positives]
+        terms, slots = [], range(len(positives))
+        for number in slots[:1] if together else slots:
+            target = max(positive_scores) if together else positive_scores[number]
+            guided = max(guides) if together else guides[number]
+            limit = guide_limit = math.inf
             if loss.margin is not None:
                 limit = min(limit, target + loss.margin)
             if loss.relative_margin is not None:
                 limit = min(limit, target * loss.relative_margin)
+            if loss.guide_margin is not None:
+                guide_limit = min(guide_limit, guided - loss.guide_margin)
+            if loss.guide_relative_margin is not None:
+                guide_limit = min(guide_limit, guided - loss.guide_relative_margin * abs(guided))
+
+            def dropped(score, a, b, limit=limit, guide_limit=guide_limit):
+                return exceeds(score, limit) or exceeds(guide(world, a, b), guide_limit)
+
             z = 0.0
             for d in pool:
                 s = world.score(h, query, d)
                 kind = "hard" if d in own else "in_batch"
                 bonus = loss.hardness_weight * s if loss.hardness_on in (kind, "all") else 0.0
-                z += math.exp(s / t + bonus) if not exceeds(s, limit) else 0.0
+                z += 0.0 if dropped(s, query, d) else math.exp(s / t + bonus)
             if loss.include_qq:
                 for other in unique(e.query):
                     rows = [r for r in range(len(e)) if e.query[r] == other]
                     shares = any(set(unique(e.positive[r])) & set(positives) for r in rows)
                     s = world.score(h, query, other)
-                    if other != query and not exceeds(s, limit) and not (shares and loss.mask_false_negatives):
+                    if other != query and not dropped(s, query, other) and not (shares and loss.mask_false_negatives):
                         z += math.exp(s / t)
             if loss.include_dd:
                 for d in all_positives(world):
                     s = world.score(h, positives[number], d)
-                    z += math.exp(s / t) if d not in known and not exceeds(s, limit) else 0.0
-            up = (
-                math.fsum(math.exp(s / t) for s in positive_scores)
-                if loss.multi_positive == "inside"
-                else math.exp(target / t)
-            )
-            terms.append(-math.log(up / (up + z)))
-        focal = [(1 - math.exp(-term)) ** loss.focal_gamma for term in terms]
-        losses.append(mean([w * term for w, term in zip(focal, terms, strict=True)]))
-        weights.append(mean(focal))
-    return mean(losses) / mean(weights) if loss.focal_gamma and mean(weights) else mean(losses)
+                    z += 0.0 if d in known or dropped(s, positives[number], d) else math.exp(s / t)
+            ups = [math.exp(s / t) for s in positive_scores]
+            if loss.grades == "soft":
+                total = math.fsum(grades.values())
+                shares = [grades[d] / total if total else 0.0 for d in positives]
+                all_ups = math.fsum(ups) + z
+                terms.append(-math.fsum(y * math.log(up / all_ups) for y, up in zip(shares, ups, strict=True)))
+            else:
+                up = math.fsum(ups) if together else ups[number]
+                terms.append(-math.log(up / (up + z)))
+        if loss.grades == "soft" and not any(grades.values()):
+            continue
+        weight = [(1 - math.exp(-term)) ** loss.focal_gamma if loss.focal_gamma else 1.0 for term in terms]
+        if loss.grades == "weights":
+            weight = [w * grades[d] for w, d in zip(weight, positives, strict=True)]
+        losses.append(mean([w * term for w, term in zip(weight, terms, strict=True)]))
+        weights.append(mean(weight))
+    weighted = loss.focal_gamma or loss.grades == "weights"
+    return mean(losses) / mean(weights) if weighted and mean(weights) else mean(losses)
+
+
+def grade(example, query, document, unknown):
+    """Graded relevance; nobody gave any for a batch that is seen from its documents."""
+    found = math.nan if isinstance(example, Extra) else graded_relevance(query, document)
+    return unknown if math.isnan(found) else found
+
+
+def guide(world, a, b):
+    return dot(world.model.guide[a].tolist(), world.model.guide[b].tolist())
+
+
+def gist_embed(loss, world):
+    relative = loss.relative_margin
+    margins = {"guide_margin": loss.margin} if relative is None else {"guide_relative_margin": relative}
+    return plain_infonce(
+        world, loss.temperature, loss.head, **margins, include_qq=loss.queries, include_dd=loss.positives
+    )
 
 
 def plain_infonce(world, temperature, head, **options):

@@ -25,6 +25,7 @@ def model_of(path, kind="bert", **options):
     torch.manual_seed(1)
     pooling = "last" if "llama" in kind else "cls"
     options = {"heads": ("sparse", "multivector"), "multivector_dim": 6, "prompts": PROMPTS, **options}
+    options = {"heads_include_prompt": True, **options}
     return load(str(lm.folder(path / "lm", kind)), pooling=pooling, device="cpu", new_heads=True, **options)
 
 
@@ -157,3 +158,12 @@ def test_what_a_form_cannot_do_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="cannot do what this model does"):
         export_head(model, tmp_path / "multi", "multivector")
     assert not (tmp_path / "multi").exists()
+
+
+def test_prompts_that_a_head_leaves_out_stay_out_where_that_can_be_said(tmp_path):
+    model = model_of(tmp_path, heads_include_prompt=None)
+    export_head(model, tmp_path / "sparse", "sparse")
+    peer = SparseEncoder(str(tmp_path / "sparse"), trust_remote_code=True)
+    np.testing.assert_allclose(peer_scores(peer), scores(model, "sparse"), atol=1e-5)
+    with pytest.raises(ModelError, match=r"take no part in this head(?s:.*)heads_include_prompt=true"):
+        export_head(model, tmp_path / "multi", "multivector")

@@ -1,5 +1,6 @@
 """A weight a token and a vector a token: by hand, alone and in a batch, to a file and back."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -164,6 +165,25 @@ def test_a_prompt_that_is_left_out_of_the_pooling_is_left_out_here(tmp_path, mod
     assert len(ids) == 6  # [CLS] query : fox dog [SEP]
     assert reps["multivector"].mask_NT.tolist() == [[False, False, False, True, True, True]]
     assert (weights(reps["sparse"])[0, ids[1:3]] == 0).all()
+
+
+def test_a_prompt_is_left_out_by_default_though_it_is_pooled(tmp_path, model):
+    """E5's prompts take part in the dense vector; in heads of tokens they would match in every text."""
+    prompts = {"query": "query: ", "document": "passage: "}
+    model.settings = type(model.settings)("mean", 40, prompts)
+    before = model.fingerprint()
+    ids = model.tokenize(["fox dog"], "query").id_S.tolist()
+    reps = model.represent(["fox dog"], role="query", outputs=("dense", *BOTH))
+    assert reps["multivector"].mask_NT.tolist() == [[False, False, False, True, True, True]]
+    assert (weights(reps["sparse"])[0, ids[1:3]] == 0).all()
+    model.settings = dataclasses.replace(model.settings, heads_include_prompt=True)
+    whole = model.represent(["fox dog"], role="query", outputs=("dense", *BOTH))
+    assert whole["multivector"].mask_NT.tolist() == [[False, True, True, True, True, True]]
+    assert torch.equal(whole["dense"].vector_ND, reps["dense"].vector_ND)
+    assert model.fingerprint() != before
+    model.save(tmp_path / "saved")
+    assert load(str(tmp_path / "saved"), device="cpu").settings.heads_include_prompt is True
+    assert load(str(tmp_path / "saved"), device="cpu", heads_include_prompt=False).fingerprint() == before
 
 
 @pytest.mark.parametrize("heads", [("sparse",), ("multivector",), BOTH])

@@ -24,6 +24,7 @@ NEEDS = {
     "flops": {"heads": ["sparse"]},
     "retromae": {"heads": ["retromae"], "max_length": 32},
     "mntp": {"heads": ["mntp"], "max_length": 32},
+    "tsdae": {"heads": ["tsdae"], "max_length": 32},
     "m3_self_distillation": {"heads": ALL_HEADS},
     "per_head": {"heads": ["dense", "sparse"]},
 }
@@ -48,8 +49,8 @@ def test_a_loss_trains_from_a_recipe(name, bert, rows, tmp_path):
     source = {"path": str(rows[kind]), "batch_size": 8, "loss": loss}
     if kind == "scored":
         source |= {"task": "sts", "score_range": [0, 1]}
-    if name == "teacher_vectors":
-        source |= {"teacher": str(bert_with_pooling(bert, tmp_path))}
+    if other := {"teacher_vectors": "teacher", "gist_embed": "guide"}.get(name):
+        source |= {other: str(bert_with_pooling(bert, tmp_path))}
     tree = {
         "model": {"path": str(bert), "pooling": "mean", **NEEDS.get(name, {})},
         "data": [source],

@@ -29,6 +29,8 @@ from embedsmith.data import Source
 from embedsmith.data.source import source_name
 from embedsmith.data.split import Split, split_source
 from embedsmith.data.token_cache import Manifest
+from embedsmith.distil.run import Distilled, DistilRecipe
+from embedsmith.distil.run import distil as run_distil
 from embedsmith.merge import Merged, MergeRecipe
 from embedsmith.merge import merge as run_merge
 from embedsmith.mining import MineRecipe, MineReport
@@ -141,6 +143,41 @@ def mine(
     whole = recipe_of(MineRecipe, recipe, changes | {"output": output} | settings, where="mine")
     with lines_shown():
         return run_mine(whole, load, overwrite=overwrite)
+
+
+def distil(
+    teacher: str | Path | DistilRecipe,
+    output: str | Path | None = None,
+    /,
+    *,
+    data: Any = None,
+    tasks: str | Sequence[str] | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Distilled:
+    """A small student of a model: fewer layers, narrower ones, or a static table of token vectors.
+
+    >>> import embedsmith as es
+    >>> small = es.distil("my-model", "runs/small", data="pairs.jsonl", layers=1, steps=2)
+    >>> small.student.parameters < small.teacher.parameters
+    True
+    >>> print(es.distil("my-model", "runs/static", static=True, dims=8).student.dimension)
+    8
+
+    `teacher`: a folder or hub id; or a whole `DistilRecipe`. `output`: the student's folder. `data`: whose texts it
+    learns from: a path, the keys of a source as a dict, or a list of these. `tasks`: what both are scored on.
+    `overwrite`: replaces a student that is there. `settings`: the other keys of `DistilRecipe`, such as `layers`,
+    `hidden`, `static`, `dims`, `steps`.
+    Errors: those of `embedsmith distil`.
+    """
+    changes = {"output": output, "data": None if data is None else source_trees(data)} | settings
+    changes |= {"tasks": [tasks] if isinstance(tasks, str) else tasks}
+    if isinstance(teacher, DistilRecipe):
+        whole = recipe_of(DistilRecipe, teacher, changes, where="distil")
+    else:
+        whole = recipe_of(DistilRecipe, None, {"teacher": str(teacher), **changes}, where="distil")
+    with lines_shown():
+        return run_distil(whole, overwrite=overwrite)
 
 
 def _searchers(given: Any) -> Any:

@@ -155,8 +155,8 @@ class RetrievalIds:
 
     Everything is matched by id (a hash of the text): `positive_id_QP` and `negative_id_QM` name a query's own
     documents, `ABSENT` where a slot is empty; `document_id_N` are this rank's candidates, each distinct text once.
-    `label_Q`: class of each query's text, or `None` unless every query has one. Teacher scores align with the id
-    slots, NaN where unknown; `None` where no query has any.
+    `label_Q`: class of each query's text, or `None` unless every query has one. Teacher scores (`score`) and graded
+    relevance (`grade`, from 0 to 1) align with the id slots, NaN where unknown; `None` where no query has any.
     """
 
     query_id_Q: Tensor
@@ -166,6 +166,8 @@ class RetrievalIds:
     label_Q: Tensor | None = None
     positive_score_QP: Tensor | None = None
     negative_score_QM: Tensor | None = None
+    positive_grade_QP: Tensor | None = None
+    negative_grade_QM: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -286,7 +288,7 @@ class _GatherScores(torch.autograd.Function):
 @dataclass(frozen=True)
 class LossOutput:
     """`value_W` to differentiate, one entry a Matryoshka width (one entry without Matryoshka), and detached named
-    terms for logs, mining and the report."""
+    terms for logs, mining and the report: part_W as the value has them, or one number that has no widths."""
 
     value_W: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
@@ -327,4 +329,13 @@ class Loss(ABC):
 
     def check(self, dimension: int) -> None:
         """Raise `RecipeError` if it cannot work with embeddings of this dimension."""
+        return None
+
+    def reads(self) -> frozenset[str]:
+        """What it reads beside the model's heads: vectors of another model, `teacher` or `guide`."""
+        return frozenset()
+
+    def remember(self, batch: Batch) -> None:
+        """Called once a training step, when its gradient is known: what later steps need of this batch goes into the
+        loss's extras. Collective, like the loss."""
         return None

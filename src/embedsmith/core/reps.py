@@ -208,6 +208,8 @@ Reps = Mapping[str, Representation]
 
 TEACHER = "teacher"
 """The head under which a teacher's vectors stand beside the model's own. A row of NaN is unknown."""
+GUIDE = "guide"
+"""The same for a guide, a model that says which negatives are false."""
 
 
 def each_head(reps: Reps, change: Callable[[Any], Any]) -> dict[str, Any]:

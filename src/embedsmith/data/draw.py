@@ -37,22 +37,28 @@ def retrieval_texts(
     negative_id_QM = np.full((len(records), negatives), ABSENT)
     positive_score_QP = np.full(positive_id_QP.shape, np.nan, np.float32)
     negative_score_QM = np.full(negative_id_QM.shape, np.nan, np.float32)
+    positive_grade_QP, negative_grade_QM = positive_score_QP.copy(), negative_score_QM.copy()
     for q, (record, seed) in enumerate(zip(records, seeds, strict=True)):
         known = {text_id(text) for text in record.positives} if negatives and record.negatives else set()
         chance = random.Random(seed)
         scores = record.teacher_positive_scores or (None,) * len(record.positives)
+        grades = record.positive_scores or (None,) * len(record.positives)
         for p, (slot, id_) in enumerate(draw_texts(record.positives, positives, chance)):
             positive_id_QP[q, p] = id_
             positive_score_QP[q, p] = math.nan if (score := scores[slot]) is None else score
+            positive_grade_QP[q, p] = math.nan if (grade := grades[slot]) is None else grade
             text = record.positives[slot]
             documents.setdefault(id_, parts_shuffled(text, shuffle, seed) if shuffle > 0 else text)
         scores = record.teacher_negative_scores or (None,) * len(record.negatives)
+        grades = record.negative_scores or (None,) * len(record.negatives)
         drawn = enumerate(draw_texts(record.negatives, negatives, chance, banned=known))
         for m, (slot, id_) in islice(drawn, share[0], None, share[1]):
             negative_id_QM[q, m] = id_
             negative_score_QM[q, m] = math.nan if (score := scores[slot]) is None else score
+            negative_grade_QM[q, m] = math.nan if (grade := grades[slot]) is None else grade
             documents.setdefault(id_, record.negatives[slot])
     taught = any(record.teacher_positive_scores or record.teacher_negative_scores for record in records)
+    graded = any(record.positive_scores or record.negative_scores for record in records)
     labels = [record.label for record in records if record.label is not None]
     ids = RetrievalIds(
         query_id_Q=torch.tensor([text_id(query) for query in queries], dtype=torch.int64),
@@ -62,25 +68,33 @@ def retrieval_texts(
         label_Q=torch.tensor(labels) if len(labels) == len(records) else None,
         positive_score_QP=torch.from_numpy(positive_score_QP) if taught else None,
         negative_score_QM=torch.from_numpy(negative_score_QM) if taught else None,
+        positive_grade_QP=torch.from_numpy(positive_grade_QP) if graded else None,
+        negative_grade_QM=torch.from_numpy(negative_grade_QM) if graded else None,
     )
     return queries, list(documents.values()), ids
 
 
 def pair_texts(records: Sequence[Record[Text]], *, seeds: Sequence[int]) -> tuple[list[Text], list[Text], PairIds]:
-    """(left, right, ids) of the pairs of a batch, with labels in [0, 1]; a record with several scored positives gives
-    one of them, drawn with its seed.
+    """(left, right, ids) of the pairs of a batch, with labels in [0, 1]; a record with several scored texts, among its
+    positives and negatives, gives one of them, drawn with its seed.
 
     Errors: `DataError` for a record without a scored pair.
     """
     right: list[Text] = []
     labels: list[float] = []
     for record, seed in zip(records, seeds, strict=True):
-        scored = {slot: s for slot, s in enumerate(record.positive_scores or ()) if s is not None and not math.isnan(s)}
+        sides = ((record.positives, record.positive_scores), (record.negatives, record.negative_scores))
+        scored = [
+            (text, score)
+            for texts, scores in sides
+            for text, score in zip(texts, scores or ())
+            if score is not None and not math.isnan(score)
+        ]
         if not scored:
             raise DataError(f"no scored pair in the record of {record.query!r:.60}", fix="give every sts row a score")
-        slot = list(scored)[shuffled(len(scored), random.Random(seed))[0] if len(scored) > 1 else 0]
-        right.append(record.positives[slot])
-        labels.append(scored[slot])
+        text, score = scored[shuffled(len(scored), random.Random(seed))[0] if len(scored) > 1 else 0]
+        right.append(text)
+        labels.append(score)
     left = [record.query for record in records]
     ids = PairIds(
         left_id_N=torch.tensor([text_id(text) for text in left], dtype=torch.int64),

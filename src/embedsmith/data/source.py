@@ -50,10 +50,13 @@ class Source:
     - `weight`: how often an epoch sees each row, at most 10,000 times;
     - `cap`: rows that an epoch sees of it at most (others in the next); `None` sets no limit;
     - `batch_size`: rows a step, all ranks together; `None` is that of the run;
+    - `per_class`: of rows with a class, so many of each class that is in a batch, which has batch_size / per_class
+      classes; for losses by label. `None` draws rows whatever their class;
     - `positives`: texts drawn as positives of a query in a step, at most 10,000, like the negatives;
     - `negatives`: texts drawn as negatives of a query in a step; `None` derives it (`negatives_per_query`);
     - `shuffle`: the probability that a positive is given with its thirds in another order (M3 uses 0.002);
     - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
+    - `guide`: a model by whose scores a loss drops false negatives (`gist_embed`, `guide_margin` of `infonce`);
     - `loss`: what is minimised on its batches; `None` is the default of the task;
     - `on_error`: `stop` at faulty rows, or `skip`, count and name them;
     - `cache`: the folder where the converted source is kept on disk; `None` derives it: small sources stay in memory,
@@ -78,10 +81,12 @@ class Source:
     weight: Annotated[float, Field(gt=0, le=MOST)] = 1.0
     cap: Count | None = None
     batch_size: Count | None = None
+    per_class: Annotated[int, Field(ge=2, le=MOST)] | None = None
     positives: Annotated[int, Field(ge=1, le=MOST)] = 1
     negatives: Annotated[int, Field(ge=0, le=MOST)] | None = None
     shuffle: Share = 0.0
     teacher: str | None = None
+    guide: str | None = None
     loss: Annotated[Loss, losses] | None = None
     on_error: Literal["stop", "skip"] = "stop"
     cache: str | None = None

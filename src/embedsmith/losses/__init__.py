@@ -4,8 +4,9 @@ from embedsmith.losses.codiemb import CoDiEmbSTS, MidNCE
 from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balance_weights
 from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
 from embedsmith.losses.labels import Classifier, SupervisedContrastive
+from embedsmith.losses.published import F2LLM, ConanWeak, GISTEmbed, Qwen3
 from embedsmith.losses.regularisers import GOR, GORST, Flops, Uniformity
-from embedsmith.losses.retrieval import F2LLM, ConanWeak, InfoNCE, Qwen3
+from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.self_distill import M3SelfDistillation
 from embedsmith.losses.sts import PRO, AnglE, CoSENT, Pearson, RankKL
 from embedsmith.losses.wrappers import Matryoshka, PerHead, Sum, Symmetric, Weighted
@@ -23,6 +24,7 @@ __all__ = [
     "CosineConsistency",
     "CrossBatchBalance",
     "Flops",
+    "GISTEmbed",
     "InfoNCE",
     "M3RankedKD",
     "M3SelfDistillation",

@@ -12,7 +12,7 @@ in the backward pass, so that neither the score matrix nor its mask ever exists 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -115,7 +115,7 @@ class Candidates:
 
     `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count;
     `valid_QP`: which slots of positives do.
-    `excluded`: candidates that are never negatives of a query.
+    `excluded`: candidates that are never negatives of a query, by each of these relations.
     `countable_K`: a document that several ranks hold counts once. `positive_K`: it is somebody's positive.
     """
 
@@ -124,7 +124,7 @@ class Candidates:
     positive_row_QP: Tensor
     negative_row_QM: Tensor
     valid_QP: Tensor
-    excluded: Relation
+    excluded: tuple[Relation, ...]
     countable_K: Tensor
     positive_K: Tensor
     widths: Widths | None
@@ -161,11 +161,29 @@ class Candidates:
             positive_row_QP=positive_row_QP,
             negative_row_QM=negative_row_QM,
             valid_QP=positive_row_QP != ABSENT,
-            excluded=excluded,
+            excluded=(excluded,),
             countable_K=batch.first_of_its_id_K,
             positive_K=torch.zeros_like(batch.first_of_its_id_K).index_fill(0, row_GP[row_GP != ABSENT], True),
             widths=batch.widths,
             block_size=block_size,
+        )
+
+    def seen_by(self, batch: RetrievalBatch, head: str) -> Candidates:
+        """The same candidates as another head sees them that stands beside the model's, at its whole width."""
+        side = batch.query.local[head]
+        return replace(self, query=side, document=batch.document.all(head), widths=None)
+
+    def listing(self, chosen_QM: Tensor) -> Candidates:
+        """Some of a query's own hard negatives among its positives, behind them, and no longer among its negatives."""
+        chosen_QM = F.pad(chosen_QM, (0, self.negative_row_QM.shape[1] - chosen_QM.shape[1]))
+        listed_QM = self.negative_row_QM.masked_fill(~chosen_QM, ABSENT)
+        row_QP = torch.cat([self.positive_row_QP, listed_QM], 1)
+        return replace(
+            self,
+            positive_row_QP=row_QP,
+            negative_row_QM=self.negative_row_QM.masked_fill(chosen_QM, ABSENT),
+            valid_QP=row_QP != ABSENT,
+            excluded=(*self.excluded, Relation.by_position(listed_QM)),
         )
 
     @cached_property
@@ -198,26 +216,24 @@ class Candidates:
         mask_QB = counts_B.expand(len(self.valid_QP), size).clone()
         if negatives == "positives_and_own":
             self.own.mark(mask_QB, start, True)
-        self.excluded.mark(mask_QB, start, False)
+        for relation in self.excluded:
+            relation.mark(mask_QB, start, False)
         return mask_QB
 
 
-def in_blocks(
-    pairs: Sequence[tuple[Representation, Representation]],
-    widths: Widths | None,
-    block_size: int | None,
-    reduce: Callable[..., R],
-) -> list[R]:
-    """`reduce(start, *scores)` of every block of candidates, in order.
+Pair = tuple[Representation, Representation, Widths | None]
+"""Queries and candidates of one head, and the widths at which they are compared."""
 
-    `pairs` are the queries and candidates of one head or of several; each gives one score_WQB of the block that
-    begins at row `start`.
-    """
+
+def in_blocks(pairs: Sequence[Pair], block_size: int | None, reduce: Callable[..., R]) -> list[R]:
+    """`reduce(start, *scores)` of every block of candidates, in order: one score_WQB of the block that begins at row
+    `start` for each of the pairs."""
 
     def scored(start: int, *blocks: Representation) -> R:
-        return reduce(start, *(query.scores(block, widths) for (query, _), block in zip(pairs, blocks, strict=True)))
+        both = zip(pairs, blocks, strict=True)
+        return reduce(start, *(query.scores(block, widths) for (query, _, widths), block in both))
 
-    documents = [document for _, document in pairs]
+    documents = [document for _, document, _ in pairs]
     if block_size is None or block_size >= len(documents[0]):
         return [scored(0, *documents)]
     blocks = zip(*(document.split(block_size) for document in documents), strict=True)

@@ -126,5 +126,5 @@ class CoDiEmbSTS(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         outputs = {name: term(batch) for name, term in self.terms().items()}
         values: list[Tensor] = [self.weights[name] * output.value_W for name, output in outputs.items()]
-        parts: dict[str, Tensor] = {name: output.value_W[0].detach() for name, output in outputs.items()}
+        parts: dict[str, Tensor] = {name: output.value_W.detach() for name, output in outputs.items()}
         return LossOutput(sum(values[1:], values[0]), parts)

@@ -38,6 +38,8 @@ class CrossBatchBalance(Loss):
 
     temperature: the temperature t, not published; 0.02 is reconstructed.
 
+    Parts: `negatives`, how many a query has, those of all ranks together.
+
     Batches: retrieval. A query without negatives: 0, connected. Source: 2408.15710, section 3.3.
     """
 
@@ -61,8 +63,11 @@ class CrossBatchBalance(Loss):
         loss_WGP = cross_entropy(lse_WG[..., None], positive_WGP / self.temperature)
         valid_GP = positive_id_GP != ABSENT
         value_WG = mean_over_slots(loss_WGP, valid_GP)
-        value_W = value_WG.sum(-1) / valid_GP.any(-1).sum().clamp_min(1)
-        return LossOutput(value_W, {"negatives": negative_GM.sum() / valid_GP.any(-1).sum().clamp_min(1)})
+        valid_G = valid_GP.any(-1)
+        value_W = value_WG.sum(-1) / valid_G.sum().clamp_min(1)
+        pooled_V = torch.zeros_like(query_G).index_add(0, query_G, negative_GM.sum(1))
+        pooled = pooled_V[query_G][valid_G].sum() / valid_G.sum().clamp_min(1)
+        return LossOutput(value_W, {"negatives": pooled})
 
 
 def _kept(id_QX: Tensor, row_QX: Tensor) -> Tensor:

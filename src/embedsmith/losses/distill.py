@@ -160,7 +160,7 @@ class M3RankedKD(Loss):
             found.own.mark(mask_QB, start, False)
             return masked_logsumexp(score_WQB / self.temperature, mask_QB)
 
-        blocks = in_blocks([(found.query, found.document)], batch.widths, self.block_size, block)
+        blocks = in_blocks([(found.query, found.document, batch.widths)], self.block_size, block)
         others_WQ = torch.stack(blocks).logsumexp(0)
         order_QX = torch.argsort(own.teacher_QX.masked_fill(~own.known_QX, NEVER), dim=-1, descending=True, stable=True)
         rank_QX = torch.argsort(order_QX, dim=-1)
@@ -214,6 +214,9 @@ class TeacherVectors(Loss):
             raise RecipeError(
                 "project without teacher_dimension", where=name_of(self), expected="the width of the teacher's vectors"
             )
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({TEACHER})
 
     def extras(self, dimension: int) -> Mapping[str, nn.Module]:
         if not self.project or self.teacher_dimension is None:

@@ -55,7 +55,7 @@ class SupervisedContrastive(Loss):
             logit_WQB = score_WQB / self.temperature
             return masked_logsumexp(logit_WQB, other_QB), (logit_WQB * same_QB).sum(-1), same_QB.sum(-1)
 
-        blocks = in_blocks([(batch.query.local[self.head], everyone)], batch.widths, self.block_size, block)
+        blocks = in_blocks([(batch.query.local[self.head], everyone, batch.widths)], self.block_size, block)
         lse_XWQ, total_XWQ, count_XQ = (torch.stack(list(column)) for column in zip(*blocks, strict=True))
         count_Q = count_XQ.sum(0)
         value_WQ = lse_XWQ.logsumexp(0) - total_XWQ.sum(0) / count_Q.clamp_min(1)

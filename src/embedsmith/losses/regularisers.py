@@ -156,8 +156,8 @@ class _OneSide:
                 relation.mark(mask_NB, start, False)
             return of(score_WNB).masked_fill(~mask_NB, 0.0).sum((1, 2)), mask_NB.sum()
 
-        pairs = [(self.side.local[self.head], self.side.all(self.head))]
-        sums, counts = zip(*in_blocks(pairs, batch.widths, block_size, block), strict=True)
+        pairs = [(self.side.local[self.head], self.side.all(self.head), batch.widths)]
+        sums, counts = zip(*in_blocks(pairs, block_size, block), strict=True)
         total_W = torch.stack(list(sums)).sum(0)
         count = sum_over_ranks(torch.stack(list(counts)).sum(), batch.group)
         return total_W * world_size(batch.group) / count.clamp_min(1), count

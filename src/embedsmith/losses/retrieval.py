@@ -1,22 +1,20 @@
 """InfoNCE: separate a query's positives from the other candidates. One implementation for every head, with several
 positives, hard and in-batch negatives, Matryoshka widths, any number of ranks, and scores in blocks.
-
-Below it, published retrieval objectives as settings of InfoNCE, under the names people look for.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.collectives import mean_over_ranks
-from embedsmith.core.errors import RecipeError
-from embedsmith.core.reps import Representation, exceeds
-from embedsmith.core.settings import Count, NotNegative, Positive, Word, name_of
+from embedsmith.core.errors import DataError, RecipeError
+from embedsmith.core.reps import GUIDE, exceeds
+from embedsmith.core.settings import Count, Finite, NotNegative, Positive, Range, Word, name_of
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import (
     NEVER,
@@ -29,9 +27,9 @@ from embedsmith.losses.candidates import (
     in_blocks,
     masked_logsumexp,
     mean_over_slots,
-    rows_of,
     swapped,
 )
+from embedsmith.losses.terms import CrossBatchMemory, Term, other_positives, other_queries, without_memory
 
 
 @losses.register(
@@ -69,6 +67,17 @@ class InfoNCE(Loss):
     include_dd: add the similarity of the positive to other queries' positives to the denominator (Qwen3-Embedding).
     hardness_weight: add so many times s (without gradient) to the logits of negatives (EmbeddingGemma: 5).
     hardness_on: which negatives that is: the `hard` ones, the `in_batch` ones, or `all`.
+    guide_margin: of a source with a guide, a model that knows which negatives are false, drop negatives with
+        G(q,n) > G(q,p) - guide_margin, G the cosine of the guide's vectors (GISTEmbed: 0); decided as with `margin`.
+    guide_relative_margin: drop negatives with G(q,n) > G(q,p) - guide_relative_margin |G(q,p)|.
+    grades: what graded positives (`positive_scores` of a record, from 0 to 1) are worth. `weights`: the loss of each
+        positive counts by its grade, divided by the mean grade of the batch; an unknown grade is 1. `soft`: the query's
+        positives, and its own negatives with a grade above 0, are one list, on which the model's distribution over all
+        candidates is to put the share of each grade: L_i = -sum_c y_c log softmax(s_i/t)_c, y_c = grade / sum of grades
+        (listwise soft labels). Where not given, all positives are alike.
+    memory: so many document vectors of earlier steps are further negatives (cross-batch memory); 0 is none.
+    memory_after: the optimizer step from which on they count: vectors move too fast in the beginning.
+    memory_name: the name of the memory; losses of one name share it, and keep their sources apart.
     focal_gamma: weigh query i by (1 - P_i)^gamma with P_i = e^{-L_i}, weights divided by their mean (KaLM v2: 0.5).
     cross_device: whether the candidates are those of all ranks, which is the default; `false`: a rank's own, as if its
         rows were a batch of their own; or a list of heads whose candidates are those of all ranks, for a loss that is
@@ -76,8 +85,9 @@ class InfoNCE(Loss):
     learn_temperature: train log t.
     temperature_name: the name of the learned temperature; losses of one name share it.
 
-    Batches: retrieval. Errors: `RecipeError` for a value outside its range. Source: 1807.03748; several positives
-    and the masks as in CoDiEmb (2508.11442, released code) and Qwen3-Embedding (2506.05176).
+    Batches: retrieval. Errors: `RecipeError` for a value outside its range, `DataError` for a guide that is missing.
+    Source: 1807.03748; several positives and the masks as in CoDiEmb (2508.11442, released code) and Qwen3-Embedding
+    (2506.05176); guide: GISTEmbed (2402.16829); memory: 1912.06798; soft labels: ListNet (Cao et al. 2007).
     """
 
     batches = (RetrievalBatch,)
@@ -89,6 +99,12 @@ class InfoNCE(Loss):
     mask_false_negatives: bool = True
     margin: NotNegative | None = None
     relative_margin: Positive | None = None
+    guide_margin: Finite | None = None
+    guide_relative_margin: NotNegative | None = None
+    grades: Literal["weights", "soft"] | None = None
+    memory: Annotated[int, Range(ge=0)] = 0
+    memory_after: Annotated[int, Range(ge=0)] = 0
+    memory_name: Word = "memory"
     symmetric: bool = False
     include_qq: bool = False
     include_dd: bool = False
@@ -101,13 +117,44 @@ class InfoNCE(Loss):
     block_size: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.include_dd and self.multi_positive == "inside":
-            raise RecipeError(
-                "include_dd with multi_positive inside", where=name_of(self), expected="multi_positive: outside"
-            )
+        apart = "one positive at a time, outside the logarithm"
+        for wrong, what, expected in (
+            (self.include_dd and self.multi_positive == "inside", "include_dd with multi_positive inside", apart),
+            (
+                self.grades and self.multi_positive == "inside",
+                "grades with multi_positive inside",
+                apart,
+            ),
+            (self.grades == "soft" and self.include_dd, "include_dd with soft grades", apart),
+            (self.memory and self.guided, "memory with a guide, which has not seen what is kept", "one of the two"),
+            (self.memory and self.cross_device is not True, "memory of a rank's own", "cross_device: true"),
+        ):
+            if wrong:
+                raise RecipeError(what, where=name_of(self), expected=expected)
+
+    @property
+    def guided(self) -> bool:
+        return self.guide_margin is not None or self.guide_relative_margin is not None
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({GUIDE} if self.guided else ())
 
     def extras(self, dimension: int) -> Mapping[str, nn.Module]:
-        return {self.temperature_name: LogTemperature(self.temperature)} if self.learn_temperature else {}
+        made: dict[str, nn.Module] = {}
+        if self.learn_temperature:
+            made[self.temperature_name] = LogTemperature(self.temperature)
+        if self.memory:
+            made[self.memory_name] = CrossBatchMemory(self.memory, dimension)
+        return made
+
+    def remember(self, batch: Batch) -> None:
+        if self.memory and isinstance(batch, RetrievalBatch):
+            self._kept(batch).add(batch, self.head)
+
+    def _kept(self, batch: Batch) -> CrossBatchMemory:
+        kept = batch.extras[self.memory_name]
+        assert isinstance(kept, CrossBatchMemory)
+        return kept
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
@@ -116,114 +163,143 @@ class InfoNCE(Loss):
         output = self._one_way(batch)
         if not self.symmetric:
             return output
-        back = self._one_way(swapped(batch))
+        back = self._one_way(replace(swapped(batch), extras=without_memory(batch.extras)))
         return LossOutput((output.value_W + back.value_W) / 2, output.parts)
 
     def _one_way(self, batch: RetrievalBatch) -> LossOutput:
         found = Candidates.of(batch, self.head, self.mask_false_negatives, self.block_size)
+        grade_QX = _grades(batch.positive_grade_QP, found.positive_row_QP, unknown=1.0)
+        if self.grades == "soft":
+            grade_QM = _grades(batch.negative_grade_QM, found.negative_row_QM, unknown=0.0)
+            found, grade_QX = found.listing(grade_QM > 0), torch.cat([grade_QX, grade_QM], 1)
         temperature = batch.extras[self.temperature_name]() if self.learn_temperature else self.temperature
-        score_WQP, valid_QP, valid_Q = found.scores_of(found.positive_row_QP), found.valid_QP, found.valid_QP.any(-1)
-        inside = self.multi_positive == "inside"
-        limit_WQP = None  # the score above which a candidate is taken for a false negative; one slot where all agree
-        if self.margin is not None or self.relative_margin is not None:
-            target_WQP = score_WQP.detach()
-            if inside:
-                target_WQP = target_WQP.masked_fill(~valid_QP, NEVER).amax(-1, keepdim=True)
-            limits = [target_WQP + self.margin] if self.margin is not None else []
-            limits += [target_WQP * self.relative_margin] if self.relative_margin is not None else []
-            limit_WQP = torch.stack(limits).amin(0)
-        negative_WQP = self._negatives(batch, found, temperature, limit_WQP)
-        positive_WQX, valid_QX = score_WQP / temperature, valid_QP
-        if inside:
-            positive_WQX, valid_QX = masked_logsumexp(positive_WQX, valid_QP)[..., None], valid_Q[:, None]
-        loss_WQX = cross_entropy(negative_WQP, positive_WQX)
-        if self.focal_gamma == 0:
+        score_WQX, valid_QX = found.scores_of(found.positive_row_QP), found.valid_QP
+        valid_Q = valid_QX.any(-1)
+        views = [found, *([self._guide(batch, found)] if self.guided else [])]
+        target_WQX, limits = self._target(score_WQX.detach(), valid_QX), list[Tensor | None]()
+        limits.append(_lowest(target_WQX, self.margin, self.relative_margin, lambda one, r: one * r))
+        if self.guided:
+            target_WQX = self._target(views[1].scores_of(found.positive_row_QP), valid_QX)
+            below = None if self.guide_margin is None else -self.guide_margin
+            limits.append(_lowest(target_WQX, below, self.guide_relative_margin, lambda one, r: one - r * one.abs()))
+        negative_WQX = self._negatives(batch, views, temperature, limits)
+        logit_WQX = score_WQX / temperature
+        positive_W = batch.mean_over_rows(mean_over_slots(score_WQX.detach(), valid_QX), valid_Q)
+        if self._together:  # the positives of a query are one
+            together_WQ1 = masked_logsumexp(logit_WQX, valid_QX)[..., None]
+            loss_WQX = cross_entropy(negative_WQX, together_WQ1)
+            if self.grades == "soft":
+                grade_QX = grade_QX.masked_fill(~valid_QX, 0.0)
+                share_QX = grade_QX / grade_QX.sum(-1, keepdim=True).clamp_min(1e-9)
+                over_WQX = (share_QX * (together_WQ1 - logit_WQX)).sum(-1, keepdim=True)  # what each wants of the sum
+                loss_WQX, valid_Q = loss_WQX + over_WQX, valid_Q & (grade_QX.sum(-1) > 0)
+            valid_QX = valid_Q[:, None]
+        else:
+            loss_WQX = cross_entropy(negative_WQX, logit_WQX)
+        weight_WQX = grade_QX.expand_as(loss_WQX) if self.grades == "weights" else None
+        if self.focal_gamma:
+            focal_WQX = (-torch.expm1(-loss_WQX.detach())).pow(self.focal_gamma)
+            weight_WQX = focal_WQX if weight_WQX is None else focal_WQX * weight_WQX
+        if weight_WQX is None:
             value_W = batch.mean_over_rows(mean_over_slots(loss_WQX, valid_QX), valid_Q)
         else:  # weights are divided by their mean over all ranks
-            weight_WQX = (-torch.expm1(-loss_WQX.detach())).pow(self.focal_gamma)
             mean_W = batch.mean_over_rows(mean_over_slots(weight_WQX, valid_QX), valid_Q)
             value_W = batch.mean_over_rows(mean_over_slots(loss_WQX * weight_WQX, valid_QX), valid_Q)
             value_W = value_W / mean_over_ranks(mean_W, batch.group).clamp_min(1e-12)
-        positive_W = batch.mean_over_rows(mean_over_slots(score_WQP.detach(), valid_QP), valid_Q)
-        return LossOutput(value_W, {"positive_score": positive_W[0]})
+        return LossOutput(value_W, {"positive_score": positive_W})
+
+    @property
+    def _together(self) -> bool:
+        return self.multi_positive == "inside" or self.grades == "soft"
+
+    def _guide(self, batch: RetrievalBatch, found: Candidates) -> Candidates:
+        if GUIDE not in batch.query.local:
+            raise DataError("no guide for this batch", where=batch.source or None, fix="set `guide` for this source")
+        return found.seen_by(batch, GUIDE)
+
+    def _target(self, score_WQX: Tensor, valid_QX: Tensor) -> Tensor:
+        """The scores of the positives by which negatives are judged; the best alone where positives stand together."""
+        return score_WQX.masked_fill(~valid_QX, NEVER).amax(-1, keepdim=True) if self._together else score_WQX
 
     def _negatives(
-        self, batch: RetrievalBatch, found: Candidates, temperature: float | Tensor, limit_WQP: Tensor | None
+        self,
+        batch: RetrievalBatch,
+        views: Sequence[Candidates],
+        temperature: float | Tensor,
+        limits: Sequence[Tensor | None],
     ) -> Tensor:
-        """The logsumexp of the denominator without the positive: one slot, or one a positive when it depends on it."""
+        """The logsumexp of the denominator without the positive: one slot, or one a positive when it depends on it.
 
-        def lse(score_WQB: Tensor, mask_QB: Tensor, own_QB: Tensor | None, limit_WQP: Tensor | None) -> Tensor:
+        `views`: the candidates as the scored head sees them, then as the guide does; `limits` of each, by which they
+        are dropped."""
+        found = views[0]
+
+        def lse(
+            scores: Sequence[Tensor], mask_QB: Tensor, own_QB: Tensor | None, limits: Sequence[Tensor | None]
+        ) -> Tensor:
+            score_WQB = scores[0]
             logit_WQB = score_WQB / temperature
             if own_QB is not None:
                 chosen_QB = torch.ones_like(own_QB) if self.hardness_on == "all" else own_QB
                 chosen_QB = ~own_QB if self.hardness_on == "in_batch" else chosen_QB
                 logit_WQB = logit_WQB + self.hardness_weight * score_WQB.detach() * chosen_QB
-            if limit_WQP is None:
+            set_limits = [(score, limit) for score, limit in zip(scores, limits) if limit is not None]
+            if not set_limits:
                 return masked_logsumexp(logit_WQB, mask_QB)[..., None]
-            within = [~exceeds(score_WQB.detach(), limit_WQ[..., None]) for limit_WQ in limit_WQP.unbind(-1)]
-            return torch.stack([masked_logsumexp(logit_WQB, mask_QB & within_WQB) for within_WQB in within], -1)
+            slots: list[Tensor] = []
+            for slot in range(set_limits[0][1].shape[-1]):
+                within_WQB = mask_QB
+                for score, limit_WQX in set_limits:
+                    within_WQB = within_WQB & ~exceeds(score.detach(), limit_WQX[..., slot, None])
+                slots.append(masked_logsumexp(logit_WQB, within_WQB))
+            return torch.stack(slots, -1)
 
-        def of_term(term: Term, limit_WQP: Tensor | None, own: Relation | None = None) -> list[Tensor]:
-            def block(start: int, score_WQB: Tensor) -> Tensor:
-                mask_QB, own_QB = term.mask(start, score_WQB.shape[-1]), None
+        def of_term(term: Term, limits: Sequence[Tensor | None], own: Relation | None = None) -> list[Tensor]:
+            def block(start: int, *scores: Tensor) -> Tensor:
+                mask_QB, own_QB = term.mask(start, scores[0].shape[-1]), None
                 if own is not None:
                     own_QB = torch.zeros_like(mask_QB)
                     own.mark(own_QB, start, True)
-                return lse(score_WQB, mask_QB, own_QB, limit_WQP)
+                return lse(scores, mask_QB, own_QB, limits)
 
-            return in_blocks([(term.left, term.right)], batch.widths, self.block_size, block)
+            return in_blocks(term.pairs, self.block_size, block)
 
         if self.negatives == "own":
             mask_QM = found.negative_row_QM != ABSENT
             own_QM = mask_QM if self.hardness_weight else None
-            parts = [lse(found.scores_of(found.negative_row_QM), mask_QM, own_QM, limit_WQP)]
+            parts = [lse([view.scores_of(found.negative_row_QM) for view in views], mask_QM, own_QM, limits)]
         else:
             allowed = lambda start, size: found.allowed(start, size, self.negatives)
             own = found.own if self.hardness_weight else None
-            parts = of_term(Term(found.query, found.document, allowed), limit_WQP, own)
+            parts = of_term(Term([(v.query, v.document, v.widths) for v in views], allowed), limits, own)
+        if self.memory_name in batch.extras and self.memory and batch.progress.step >= self.memory_after:
+            parts += of_term(self._kept(batch).term(batch, found, self.mask_false_negatives), limits)
         if self.include_qq:
-            parts += of_term(other_queries(batch, self.head, self.mask_false_negatives), limit_WQP)
+            heads = [self.head, *([GUIDE] if self.guided else [])]
+            parts += of_term(other_queries(batch, heads, self.mask_false_negatives), limits)
         if self.include_dd:
-            limits = None if limit_WQP is None else limit_WQP.split(1, -1)
-            slots = [of_term(one, limits and limits[slot]) for slot, one in enumerate(other_positives(found))]
-            parts.append(torch.cat([torch.stack(blocks).logsumexp(0) for blocks in slots], -1))
+            slots = range(found.positive_row_QP.shape[1])
+            each = [[None if limit is None else limit[..., slot, None] for limit in limits] for slot in slots]
+            made = [of_term(one, own_limits) for own_limits, one in zip(each, other_positives(views), strict=True)]
+            parts.append(torch.cat([torch.stack(blocks).logsumexp(0) for blocks in made], -1))
         return torch.stack(torch.broadcast_tensors(*parts)).logsumexp(0)
 
 
-@dataclass(frozen=True)
-class Term:
-    """A term of the denominator beside the candidates: each row of `left` against all rows of `right`, of which
-    `mask(start, size)` says which count in a block."""
-
-    left: Representation
-    right: Representation
-    mask: Callable[[int, int], Tensor]
-
-
-def other_queries(batch: RetrievalBatch, head: str, mask_false_negatives: bool) -> Term:
-    """Queries against other queries: not the same text, nor (masking false negatives) one with a positive in common."""
-    id_G, id_GP = batch.query_id_G, batch.positive_id_GP
-    place_G = torch.arange(len(id_G), device=id_G.device)
-    counts_G = rows_of(id_G, id_G) == place_G
-    excluded = [Relation.between(batch.query_id_Q[:, None], place_G[:, None], id_G)]
-    if mask_false_negatives:
-        place_E = place_G.repeat_interleave(id_GP.shape[1])
-        excluded.append(Relation.between(batch.positive_id_QP, place_E[:, None], id_GP.flatten()))
-
-    def mask(start: int, size: int) -> Tensor:
-        mask_QB = counts_G[start : start + size].expand(len(batch.query), size).clone()
-        for relation in excluded:
-            relation.mark(mask_QB, start, False)
-        return mask_QB
-
-    return Term(batch.query.local[head], batch.query.all(head), mask)
+def _lowest(
+    target_WQX: Tensor, margin: float | None, relative: float | None, scaled: Callable[[Tensor, float], Tensor]
+) -> Tensor | None:
+    """limit_WQX: the score above which a candidate is taken for a false negative."""
+    limits = [target_WQX + margin] if margin is not None else []
+    limits += [scaled(target_WQX, relative)] if relative is not None else []
+    return torch.stack(limits).amin(0) if limits else None
 
 
-def other_positives(found: Candidates) -> Iterator[Term]:
-    """For each slot, its positive against other queries' positives."""
-    for row_Q in found.positive_row_QP.clamp_min(0).unbind(1):
-        mask = lambda start, size: found.allowed(start, size, "positives")
-        yield Term(found.document.rows(row_Q), found.document, mask)
+def _grades(grade_QX: Tensor | None, row_QX: Tensor, unknown: float) -> Tensor:
+    """Graded relevance, as wide as the row slots."""
+    if grade_QX is None:
+        return torch.full(row_QX.shape, unknown, device=row_QX.device)
+    grade_QX = torch.nn.functional.pad(grade_QX, (0, row_QX.shape[1] - grade_QX.shape[1]), value=float("nan"))
+    return grade_QX.nan_to_num(nan=unknown)
 
 
 class LogTemperature(nn.Module):
@@ -236,117 +312,3 @@ class LogTemperature(nn.Module):
 
     def forward(self) -> Tensor:
         return self.log.exp().clamp_min(self.minimum)
-
-
-@losses.register(
-    "conan_weak",
-    formula="-log( e^{s(x_i,y_i)/t} / sum_j e^{s(x_i,y_j)/t} ), mean over i",
-    source="Conan-embedding (2408.15710), eq. 1; the temperature is reconstructed",
-)
-@dataclass(frozen=True)
-class ConanWeak(Loss):
-    """Conan's first stage, on weakly related pairs: in-batch contrast in one direction, no hard negatives.
-
-        L = mean_i -log( e^{s(x_i,y_i)/t} / sum_j e^{s(x_i,y_j)/t} ),   y_j the positives of all rows, all ranks
-
-    The same as `infonce` with `negatives: positives`. The paper prints a sum and no temperature; the mean and
-    t = 0.02 are reconstructed.
-
-    symmetric: both directions, as in `infonce`.
-
-    Batches: retrieval. Source: 2408.15710, eq. 1.
-    """
-
-    batches = (RetrievalBatch,)
-
-    temperature: Positive = 0.02
-    symmetric: bool = False
-    head: Word = "dense"
-    block_size: Count | None = None
-
-    def __call__(self, batch: Batch) -> LossOutput:
-        contrast = InfoNCE(
-            self.temperature, self.head, negatives="positives", symmetric=self.symmetric, block_size=self.block_size
-        )
-        return contrast(batch)
-
-
-@losses.register(
-    "f2llm",
-    formula="L_hard + L_inbatch: softmax over own hard negatives, plus softmax over all positives",
-    source="F2LLM (2510.02294), released code",
-)
-@dataclass(frozen=True)
-class F2LLM(Loss):
-    """The split form: one softmax over a query's hard negatives, another over the positives of the batch.
-
-        L_hard    = mean_i -log( e^{s(q_i,p_i)/t} / ( e^{s(q_i,p_i)/t} + sum_k e^{s(q_i,n_ik)/t} ) )
-        L_inbatch = mean_i -log( e^{s(q_i,p_i)/t} / sum_j e^{s(q_i,p_j)/t} ),   j over all ranks
-        L         = L_hard + L_inbatch
-
-    in_batch: whether the second term counts; leave it out for sources that are not retrieval (rows of one class are
-        no negatives of each other).
-
-    Parts: `hard`, `in_batch`.
-
-    Batches: retrieval. Source: F2LLM's code. Its gather carries no gradient; this one does.
-    """
-
-    batches = (RetrievalBatch,)
-
-    temperature: Positive = 0.05
-    in_batch: bool = True
-    head: Word = "dense"
-    block_size: Count | None = None
-
-    def __call__(self, batch: Batch) -> LossOutput:
-        hard = InfoNCE(self.temperature, self.head, negatives="own", block_size=self.block_size)(batch)
-        if not self.in_batch:
-            return LossOutput(hard.value_W, {"hard": hard.value.detach()})
-        in_batch = InfoNCE(self.temperature, self.head, negatives="positives", block_size=self.block_size)(batch)
-        parts = {"hard": hard.value.detach(), "in_batch": in_batch.value.detach()}
-        return LossOutput(hard.value_W + in_batch.value_W, parts)
-
-
-@losses.register(
-    "qwen3",
-    formula="-log( e^{s(q,p)/t} / Z ), Z over own hard negatives, other positives, q-q and p-p; margin mask 0.1",
-    source="Qwen3-Embedding (2506.05176), section 3; details of the term list reconstructed",
-)
-@dataclass(frozen=True)
-class Qwen3(Loss):
-    """Qwen3-Embedding's contrastive loss.
-
-        Z_i = e^{s(q_i,p_i)/t} + sum_k m e^{s(q_i,n_ik)/t} + sum_j m e^{s(q_i,p_j)/t}
-                               + sum_j m e^{s(q_i,q_j)/t} + sum_j m e^{s(p_i,p_j)/t},      j != i, all ranks
-        L   = mean_i -log( e^{s(q_i,p_i)/t} / Z_i )
-
-    with m = 0 where that similarity is above s(q_i,p_i) + margin, or the documents are the same. The same as `infonce`
-    with `negatives: positives_and_own`, `include_qq`, `include_dd` and `margin`.
-
-    temperature: the temperature t; the published one is not known, and 0.01 is the default of public fine-tuning code.
-    margin: by how much a score may be above that of the positive before it is taken for a false negative.
-    hardness_weight: as in `infonce`, on the query's own hard negatives.
-
-    Batches: retrieval. Source: 2506.05176, section 3.
-    """
-
-    batches = (RetrievalBatch,)
-
-    temperature: Positive = 0.01
-    margin: NotNegative = 0.1
-    hardness_weight: NotNegative = 0.0
-    head: Word = "dense"
-    block_size: Count | None = None
-
-    def __call__(self, batch: Batch) -> LossOutput:
-        return InfoNCE(
-            self.temperature,
-            self.head,
-            negatives="positives_and_own",
-            margin=self.margin,
-            include_qq=True,
-            include_dd=True,
-            hardness_weight=self.hardness_weight,
-            block_size=self.block_size,
-        )(batch)

@@ -122,8 +122,8 @@ class M3SelfDistillation(Loss):
         )
         total_W = ((scale_X1 * contrast_XW).sum(0) + ensemble_W) / (heads + 1)
         distilled_W = (scale_X1 * taught_XW).sum(0) / heads
-        parts = {head: contrast_XW[number, 0].detach() for number, head in enumerate(self.weights)}
-        parts |= {"ensemble": ensemble_W[0].detach(), "distilled": distilled_W[0].detach()}
+        parts = {head: contrast_XW[number].detach() for number, head in enumerate(self.weights)}
+        parts |= {"ensemble": ensemble_W.detach(), "distilled": distilled_W.detach()}
         done = batch.progress.step - self.start_step + 1
         share = 0.5 * min(max(done, 0) / max(self.ramp_steps, 1), 1.0)  # of the distillation: 1/2 in the end
         return LossOutput((1 - share) * total_W + share * distilled_W, parts)
@@ -144,7 +144,7 @@ class M3SelfDistillation(Loss):
             teacher_WQB = logit_XWQB[-1].detach().masked_fill(~mask_QB, NEVER).softmax(-1)
             return logit_XWQB.masked_fill(~mask_QB, NEVER).logsumexp(-1), (logit_XWQB[:-1] * teacher_WQB).sum(-1)
 
-        blocks = in_blocks([(one.query, one.document) for one in found], batch.widths, self.block_size, block)
+        blocks = in_blocks([(one.query, one.document, batch.widths) for one in found], self.block_size, block)
         lse_YXWQ, mean_YXWQ = (torch.stack(list(column)) for column in zip(*blocks, strict=True))
         share_YWQ = lse_YXWQ[:, -1].detach().softmax(0)
         return lse_YXWQ.logsumexp(0), (share_YWQ[:, None] * mean_YXWQ).sum(0)

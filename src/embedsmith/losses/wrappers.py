@@ -14,6 +14,7 @@ from embedsmith.core.reps import Dense, Widths
 from embedsmith.core.settings import Count, NotNegative, Range, Weights, name_of
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import swapped
+from embedsmith.losses.terms import without_memory
 
 Inner = Annotated[Loss, losses]
 """A loss, or in a recipe its name or mapping."""
@@ -41,6 +42,12 @@ class _Wrapper(Loss):
     def check(self, dimension: int) -> None:
         self.inner.check(dimension)
 
+    def reads(self) -> frozenset[str]:
+        return self.inner.reads()
+
+    def remember(self, batch: Batch) -> None:
+        self.inner.remember(batch)
+
 
 @losses.register(
     "matryoshka",
@@ -63,7 +70,8 @@ class Matryoshka(_Wrapper):
     normalise: divide by the sum of weights, so that the scale of the loss does not depend on `dims` (F2LLM and
         sentence-transformers do not).
 
-    Parts: those of the inner loss, and `width_d` for every width.
+    Parts: those of the inner loss, as their mean over the widths with the weights of the loss, and `width_d` for every
+    width.
 
     Errors: `RecipeError` for widths that are empty, repeated, below 1 or above the model's, and for weights that are
     negative or do not match.
@@ -119,8 +127,10 @@ class Matryoshka(_Wrapper):
         output = self.inner(replace(batch, widths=widths))
         value_W = output.value_W.expand(len(widths))
         weight_W = value_W.new_tensor(self.width_weights(dimension))
+        share_W = weight_W / weight_W.sum()
+        parts = {name: part if part.dim() == 0 else (part * share_W).sum() for name, part in output.parts.items()}
         named = {f"width_{width}": value.detach() for width, value in zip(widths, value_W.unbind(), strict=True)}
-        return LossOutput((value_W * weight_W).sum()[None], {**output.parts, **named})
+        return LossOutput((value_W * weight_W).sum()[None], {**parts, **named})
 
 
 @losses.register("weighted", formula="weight * L", source="-")
@@ -159,7 +169,7 @@ class Symmetric(_Wrapper):
     def __call__(self, batch: Batch) -> LossOutput:
         there = self.inner(batch)
         if isinstance(batch, RetrievalBatch):
-            back = self.inner(swapped(batch))
+            back = self.inner(replace(swapped(batch), extras=without_memory(batch.extras)))
         else:
             assert isinstance(batch, PairBatch)
             left, right, left_id_N, right_id_N = batch.right, batch.left, batch.right_id_N, batch.left_id_N
@@ -198,7 +208,7 @@ class PerHead(_Wrapper):
     def __call__(self, batch: Batch) -> LossOutput:
         outputs = {head: self._on(head)(batch) for head in self.weights}
         values = [self.weights[head] * output.value_W for head, output in outputs.items()]
-        parts = {head: output.value_W[0].detach() for head, output in outputs.items()}
+        parts = {head: output.value_W.detach() for head, output in outputs.items()}
         return LossOutput(_total(values), parts)
 
 
@@ -245,13 +255,20 @@ class Sum(Loss):
         for part in self.parts:
             part.check(dimension)
 
+    def reads(self) -> frozenset[str]:
+        return frozenset().union(*(part.reads() for part in self.parts))
+
+    def remember(self, batch: Batch) -> None:
+        for part in self.parts:
+            part.remember(batch)
+
     def __call__(self, batch: Batch) -> LossOutput:
         names = [name_of(part) for part in self.parts]
         names = [n if names.count(n) == 1 else f"{n}_{names[:place].count(n) + 1}" for place, n in enumerate(names)]
         outputs = {name: part(batch) for name, part in zip(names, self.parts, strict=True)}
         weights = self.weights or (1.0,) * len(self.parts)
         values = [weight * output.value_W for weight, output in zip(weights, outputs.values(), strict=True)]
-        named = {name: output.value_W[0].detach() for name, output in outputs.items()}
+        named = {name: output.value_W.detach() for name, output in outputs.items()}
         inner = {f"{name}/{key}": value for name, output in outputs.items() for key, value in output.parts.items()}
         return LossOutput(_total(values), named | inner)
 

@@ -37,6 +37,8 @@ class ModelConfig:
     `template`: makes the prompts: a published one (`qwen3`, `e5`, ...), or texts of your own by role (see tokenize.py).
     `instructions`: what the template asks for, by task; `default` is for texts without a task.
     `include_prompt`: whether prompt tokens take part in the pooling; false leaves the instruction out.
+    `heads_include_prompt`: the same for heads of tokens; by default M3's `sparse` and `multivector` leave prompts out,
+        which would match in all texts of a role, and others do as `include_prompt` says.
     `normalize`: whether vectors get length 1; a plain transformers folder is normalised.
     `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
     `head`: a new dense head, where its width is not all there is to say.
@@ -108,6 +110,7 @@ class ModelConfig:
     template: str | Mapping[str, str] | None = None
     instructions: Mapping[str, str] | None = None
     include_prompt: bool | None = None
+    heads_include_prompt: bool | None = None
     append_eos: bool | None = None
     eos_token: str | None = None
     cls_token: str | None = None
@@ -134,6 +137,8 @@ class Settings:
     """How an embedder turns texts into vectors, everything decided. What `save` writes and `load` reads back.
 
     `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer makes texts lower-case.
+    `heads_include_prompt`: prompt tokens take part in heads of tokens; `None` is as each has it by itself, and stays out
+    of `repr`, and so of hashes that were made before it was there.
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
     `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
     `similarity`: how two vectors are compared. `truncate_dim`: the leading numbers that `encode` keeps by default. Both
@@ -154,6 +159,7 @@ class Settings:
     mcls: int | None = None
     similarity: Similarity = field(default="cosine", repr=False)
     truncate_dim: int | None = field(default=None, repr=False)
+    heads_include_prompt: bool | None = field(default=None, repr=False)
 
     def prompt_for(self, role: Role, task: str | None = None) -> str:
         """The prompt of a text: the first of `task-role`, `task`, role (for documents also `passage` and `corpus`), the

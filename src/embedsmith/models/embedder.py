@@ -138,7 +138,15 @@ class Embedder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of everything a vector depends on: weights, settings, tokenizer."""
-        return hash_with_weights(repr(self.settings) + tokenizer_json(self.tokenizer), self)
+        about = repr(self.settings) + tokenizer_json(self.tokenizer)
+        left_out = [name for name, head in self.token_heads.items() if self._leaves_prompt_out(head)]
+        if left_out and any(self.settings.prompts.values()):  # models without prompts keep the hashes that they had
+            about += f" no prompt in {left_out}"
+        return hash_with_weights(about, self)
+
+    def _leaves_prompt_out(self, head: Any) -> bool:
+        settings = self.settings
+        return settings.include_prompt and not head.reads_prompt(True, settings.heads_include_prompt)
 
     def tokenize(
         self,
@@ -186,11 +194,7 @@ class Embedder(nn.Module):
             return state_NTH[0, : len(padded.place_S)] if self.packing else state_NTH
 
         last = given(states.last_hidden_state)
-        left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
-        part_NT = pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, left_out_S)
-        if settings.mcls is not None:
-            pool_NT = padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
-            part_NT = part_NT & ~(pool_NT & (pool_NT.int().cumsum(1) > 1))  # a CLS between blocks is no word
+        pool_NT = self._pool_mask(padded)
         reps: dict[str, Representation] = {}
         with torch.autocast(last.device.type, enabled=False):
             if "dense" in outputs:
@@ -210,7 +214,7 @@ class Embedder(nn.Module):
             for name, head in heads.items():
                 if not head.own_pass:
                     hidden = padded.spread(last) if self.packing and not head.reads_packed else last
-                    reps[name] = head(in_fp32(hidden), padded, part_NT)
+                    reps[name] = head(in_fp32(hidden), padded, self._part_of(head, padded))
         return reps | own
 
     def states(self, padded: PaddedTokens, all_layers: bool = False) -> Any:
@@ -218,6 +222,36 @@ class Embedder(nn.Module):
         `hidden_states` of all layers where they are asked for."""
         states = self._outputs(padded, all_layers)
         return unpacked(states, padded) if self.packing else states
+
+    def pooled_states(self, padded: PaddedTokens) -> Tensor:
+        """The last layer's states as the model pools them [N, H], before any layer behind the pooling; in fp32."""
+        states = self.states(padded).last_hidden_state
+        with torch.autocast(states.device.type, enabled=False):
+            pooling: Any = self._plain_pooling if self.pooler is None else self.pooler
+            return pooled(pooling, in_fp32(states), self._pool_mask(padded), padded)
+
+    def _part(self, padded: PaddedTokens, with_prompt: bool) -> Tensor:
+        """part_NT: the tokens of a text that say something of it."""
+        left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
+        return pool_mask(padded, with_prompt and self.settings.echo is None, left_out_S)
+
+    def _pool_mask(self, padded: PaddedTokens) -> Tensor:
+        """pool_NT: the tokens that are pooled."""
+        if self.settings.mcls is not None:
+            return self._cls_mask(padded)
+        return self._part(padded, self.settings.include_prompt)
+
+    def _part_of(self, head: Any, padded: PaddedTokens) -> Tensor:
+        """part_NT: the tokens that a head reads; a CLS between blocks is no word."""
+        settings = self.settings
+        part_NT = self._part(padded, head.reads_prompt(settings.include_prompt, settings.heads_include_prompt))
+        if settings.mcls is None:
+            return part_NT
+        cls_NT = self._cls_mask(padded)
+        return part_NT & ~(cls_NT & (cls_NT.int().cumsum(1) > 1))
+
+    def _cls_mask(self, padded: PaddedTokens) -> Tensor:
+        return padded.mask_NT & (padded.id_NT == added_tokens(self.tokenizer)[0][0])
 
     def _outputs(self, padded: PaddedTokens, all_layers: bool) -> Any:
         """The same as the backbone gives it: of a packed chunk one row, [1, S, H]."""

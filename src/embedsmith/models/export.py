@@ -98,10 +98,17 @@ def _multivector(saved: Saved) -> MultiVectorHead:
     """The head, where other libraries can do what this model does."""
     head = saved.heads["multivector"]
     assert isinstance(head, MultiVectorHead)
-    if not (saved.settings.include_prompt and saved.embedding_config().standard):
+    settings = saved.settings
+    if not (settings.include_prompt and saved.embedding_config().standard):
         raise ModelError(
             "the multi-vector models of other libraries cannot do what this model does",
             expected="prompts that take part, all tokens pooled, attention as its config says",
+        )
+    if any(settings.prompts.values()) and not head.reads_prompt(True, settings.heads_include_prompt):
+        raise ModelError(
+            "the tokens of its prompts take no part in this head, which other libraries cannot do",
+            expected="a model without prompts, or a head that reads them",
+            fix="train it with model.heads_include_prompt=true, or without prompts",
         )
     return head
 

@@ -41,6 +41,7 @@ class EmbeddingConfig:
     `echo`: the text with which a text is put in twice.
     `pool_special_tokens`: whether bos and its like take part in the pooling.
     `base`: what an adapter belongs to.
+    `heads_include_prompt`: whether the tokens of a prompt take part in heads of tokens, where that was said.
     `modules`: the modules, where modules.json names sentence.py's.
     """
 
@@ -53,6 +54,7 @@ class EmbeddingConfig:
     echo: str | None = None
     pool_special_tokens: bool = True
     base: Mapping[str, Any] | None = None
+    heads_include_prompt: bool | None = None
     modules: tuple[Mapping[str, Any], ...] = ()
 
     @property

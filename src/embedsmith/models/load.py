@@ -264,6 +264,9 @@ class ModelSource:
             prompts=facts.prompts,
             default_prompt=facts.default_prompt,
             include_prompt=facts.include_prompt if config.include_prompt is None else config.include_prompt,
+            heads_include_prompt=(
+                saved.heads_include_prompt if config.heads_include_prompt is None else config.heads_include_prompt
+            ),
             normalize=facts.normalize is not False if config.normalize is None else config.normalize,
             lower_case=facts.lower_case,
             templates=saved.templates,

@@ -107,6 +107,7 @@ class Saved:
             echo=settings.echo,
             pool_special_tokens=settings.pool_special_tokens,
             base=self.base if apart else None,
+            heads_include_prompt=settings.heads_include_prompt,
         )
 
     def save(self, folder: str | Path, merge: bool = True, *, overwrite: bool = True) -> None:

@@ -81,6 +81,38 @@ class MNTP(Loss):
         return LossOutput(value[None], {"masked": value.detach()})
 
 
+@losses.register(
+    "tsdae",
+    formula="CE of each token given those before and the vector of the thinned text, mean over all tokens",
+    source="TSDAE (2104.06979)",
+)
+@dataclass(frozen=True)
+class TSDAE(Loss):
+    """Denoising auto-encoding, with a model that has the head `tsdae` (pretrain/tsdae.py).
+
+        L = sum CE of the tokens of all texts / their number
+
+    over the texts of all ranks. The batch needs no negatives; rows of a single text (format `texts`) serve.
+
+    sides: which texts are learned from: the `documents`, the `queries`, or `both`.
+    head: the head that computes the cross-entropies.
+
+    Parts: `said`.
+
+    Batches: retrieval.
+    """
+
+    batches = (RetrievalBatch,)
+
+    sides: Texts = "documents"
+    head: Word = "tsdae"
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        total, count = _sums(batch, self.sides, self.head).unbind()
+        value = total / mean_over_ranks(count.detach(), batch.group).clamp_min(1e-9)
+        return LossOutput(value[None], {"said": value.detach()})
+
+
 def _sums(batch: Batch, sides: Texts, head: str) -> torch.Tensor:
     """The head's numbers, added up over this rank's texts of the sides."""
     assert isinstance(batch, RetrievalBatch)

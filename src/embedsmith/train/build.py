@@ -20,6 +20,8 @@ from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
+from embedsmith.core.reps import GUIDE, TEACHER
+from embedsmith.core.settings import name_of
 from embedsmith.core.shelf import losses
 from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, part_of, read_source
 from embedsmith.data.record import Text
@@ -101,7 +103,7 @@ def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balan
     supplies = [
         make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=True)
     ]
-    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length)
+    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length, model=model)
     if balance is not None:
         lanes, steps = _balanced_lanes(balance, merge_small(supplies, config.plan), planner)
     elif config.plan.batches == "mixed":
@@ -173,6 +175,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
             expected=f"one of {', '.join(model.outputs)}",
             fix=f"add it: model.heads=[{', '.join(sorted({*loss.heads(), 'dense'}))}]",
         )
+    _check_models(source, loss, records.name)
     supply = Supply(
         records,
         loss,
@@ -181,9 +184,11 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
         positives=source.positives,
         negatives=negatives_per_query(source, whole.records),
         shuffle=source.shuffle,
+        per_class=source.per_class,
         teacher=None if source.teacher is None else load(source.teacher).requires_grad_(False),
+        guide=None if source.guide is None else load(source.guide).requires_grad_(False),
     )
-    wants = {"teacher": source.teacher is not None, "shuffle": source.shuffle > 0}
+    wants = {"teacher": source.teacher, "guide": source.guide, "shuffle": source.shuffle}
     check_tokens(whole, model, in_pairs=supply.in_pairs, needs_text=[name for name, wanted in wants.items() if wanted])
     if supply.in_pairs and records.records[0].positive_scores is None:
         raise RecipeError(
@@ -192,6 +197,23 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
             fix="use a retrieval loss, or give the rows scores",
         )
     return supply
+
+
+def _check_models(source: Source, loss: Loss, name: str) -> None:
+    """Errors: `RecipeError` where the loss reads another model that the source has not, or reads no guide."""
+    for other, given in ((TEACHER, source.teacher), (GUIDE, source.guide)):
+        if other in loss.reads() and given is None:
+            raise RecipeError(
+                f"the loss {name_of(loss)} reads a {other}",
+                where=name,
+                fix=f"name its folder beside the path, data.N.{other}=FOLDER, N the place of the source from 0",
+            )
+    if source.guide is not None and GUIDE not in loss.reads():
+        raise RecipeError(
+            f"the loss {name_of(loss)} reads no guide",
+            where=name,
+            fix="take the loss gist_embed, or set guide_margin: 0 of infonce; or leave guide out",
+        )
 
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:

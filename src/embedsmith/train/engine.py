@@ -123,7 +123,7 @@ def check_shard(recipe: Recipe) -> None:
             "train.mining under train.shard: ranks would encode different numbers of texts with a sharded model",
             fix="remove train.mining and mine beforehand (embedsmith mine), or train without train.shard",
         )
-    words = sorted({"retromae", "mntp"} & set(recipe.model.heads or ())) + ["splade"] * (
+    words = sorted({"retromae", "mntp", "tsdae"} & set(recipe.model.heads or ())) + ["splade"] * (
         recipe.model.sparse == "splade"
     )
     _refuse_heads(words)

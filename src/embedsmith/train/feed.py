@@ -29,12 +29,14 @@ from functools import cached_property, partial
 from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from embedsmith.core.batch import Batch, Loss, PairBatch, PairIds, RetrievalBatch, RetrievalIds
 from embedsmith.core.collectives import Group
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
+from embedsmith.core.reps import GUIDE, TEACHER, Dense, Representation
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data import (
@@ -47,6 +49,8 @@ from embedsmith.data import (
     retrieval_texts,
     row_facts,
 )
+from embedsmith.data.plan.classes import ClassBatches
+from embedsmith.data.plan.passes import Order
 from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
@@ -75,7 +79,7 @@ class Negatives(Protocol):
 class Supply:
     """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together; `None`: as the
     plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
-    chooses its negatives while the model trains."""
+    chooses its negatives while the model trains. `per_class`: rows of each class in a batch."""
 
     records: RecordSet[Text]
     loss: Loss
@@ -84,8 +88,10 @@ class Supply:
     positives: int
     negatives: int
     teacher: Embedder | None = None
+    guide: Encoder | None = None
     shuffle: float = 0.0
     live: Negatives | None = None
+    per_class: int | None = None
 
     @cached_property
     def in_pairs(self) -> bool:
@@ -109,7 +115,10 @@ class Supply:
 
     def like(self, other: Supply) -> bool:
         """Whether rows of both may be in one batch: same task, loss and draw."""
-        mine, theirs = ((one.records.task, one.loss, one.positives, one.shuffle, one.teacher) for one in (self, other))
+        mine, theirs = (
+            (one.records.task, one.loss, one.positives, one.shuffle, one.teacher, one.guide, one.per_class)
+            for one in (self, other)
+        )
         return mine == theirs and self.in_pairs == other.in_pairs and not (self.streamed or other.streamed)
 
     @staticmethod
@@ -154,13 +163,21 @@ class Supply:
         first_role: Role = "query"
         roles = [first_role] * len(first) + [second_role] * len(second)
         tokens = tokens_of(model.tokenize, [*first, *second], roles, task, instructions)
-        teacher = None
-        if self.teacher is not None:
-            left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no teacher
-            represent = partial(self.teacher.represent, task=task)
-            teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
+        given: dict[str, tuple[Representation, Representation]] = {}
+        for name, other in ((TEACHER, self.teacher), (GUIDE, self.guide)):
+            if other is not None:
+                left, right = cast(list[str], first), cast(list[str], second)  # a source of tokens has no such model
+                represent = partial(other.represent, task=task)
+                given[name] = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
+        if GUIDE in given:  # its scores are cosines
+            given[GUIDE] = (_of_length_1(given[GUIDE][0]), _of_length_1(given[GUIDE][1]))
         watch = self.live.watch(records) if self.live else None
-        return tokens, Part(self.records.name, task, ids, self.loss, teacher=teacher, watch=watch)
+        return tokens, Part(self.records.name, task, ids, self.loss, given=given, watch=watch)
+
+
+def _of_length_1(vectors: Representation) -> Dense:
+    assert isinstance(vectors, Dense)
+    return vectors.truncate(vectors.vector_ND.shape[1])
 
 
 def plan_of(
@@ -169,8 +186,10 @@ def plan_of(
     config: PlanConfig = PlanConfig(),  # noqa: B008  (frozen)
     seed: int = 0,
     max_length: int | None = None,
+    model: Embedder | None = None,
 ) -> BatchPlan:
-    """The plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text.
+    """The plan of some sources for a number of ranks. `max_length`: tokens at which the model cuts a text. `model`: by
+    whose tokenizer lengths are counted where the plan goes by them; without it they are estimated.
 
     Errors: `RecipeError` of `BatchPlan`; for a stream that should go by length or be free of duplicates.
     """
@@ -178,7 +197,8 @@ def plan_of(
     for supply in supplies:
         apart, facts, records = _is_apart(supply, config), None, supply.records.records
         if apart or config.by_length:
-            facts = row_facts(records)
+            counting = model is not None and config.by_length
+            facts = row_facts(records, partial(_lengths, supply, model) if counting else None)
         if facts is not None and max_length is not None:
             facts = replace(facts, length_N=np.minimum(facts.length_N, max_length))
         sources.append(
@@ -191,14 +211,34 @@ def plan_of(
                 supply.texts_a_row,
                 apart,
                 facts,
-                records.order if isinstance(records, HasOrder) else None,
+                _order(supply, config),
             )
         )
     return BatchPlan(tuple(sources), seed, world, config)
 
 
+def _order(supply: Supply, config: PlanConfig) -> Order | None:
+    """The order in which the records of a source come, where not any will do.
+
+    Errors: `RecipeError` for batches by class that cannot be made, or not of what the plan asks for besides."""
+    records, name = supply.records.records, supply.records.name
+    if supply.per_class is None:
+        return records.order if isinstance(records, HasOrder) else None
+    if supply.streamed or config.by_length or config.duplicates == "forbid":
+        raise RecipeError(
+            f"per_class={supply.per_class} and another rule of which rows meet in a batch",
+            where=f"source {name!r}",
+            fix="leave out per_class; or streaming, train.plan.lengths, train.plan.batch_tokens and "
+            "train.plan.duplicates",
+        )
+    return ClassBatches.of(records, supply.batch_size, supply.per_class, name)
+
+
 def _is_apart(supply: Supply, config: PlanConfig) -> bool:
-    """Whether rows of a batch must share no text: by default where they are contrasted with each other."""
+    """Whether rows of a batch must share no text: by default where they are contrasted with each other. Not in batches
+    by class: a text that repeats counts once there."""
+    if supply.per_class is not None:
+        return False
     if not supply.streamed:
         return config.duplicates == "forbid" or (config.duplicates is None and not supply.in_pairs)
     if config.by_length or config.duplicates == "forbid":
@@ -209,6 +249,23 @@ def _is_apart(supply: Supply, config: PlanConfig) -> bool:
             "source",
         )
     return False
+
+
+def _lengths(supply: Supply, model: Embedder, records: Sequence[Record[str]]) -> npt.NDArray[np.int32]:
+    """Tokens of the longest text of each record, with its prompt and special tokens, as a step tokenizes them."""
+    second: Role = "query" if supply.in_pairs else "document"
+    texts: list[str] = []
+    roles: list[Role] = []
+    instructions: list[str | None] = []
+    starts: list[int] = []
+    for record in records:
+        others = (*record.positives, *record.negatives)
+        starts.append(len(texts))
+        texts += [record.query, *others]
+        roles += ["query", *[second] * len(others)]
+        instructions += [record.instruction, *[record.instruction if supply.in_pairs else None] * len(others)]
+    length_N = model.tokenize(texts, roles, supply.records.task, instructions).length_N
+    return np.maximum.reduceat(length_N, starts).astype(np.int32)
 
 
 def merge_small(supplies: Sequence[Supply], config: PlanConfig) -> list[Supply]:
@@ -330,7 +387,8 @@ class Feed:
         """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains, `workers` of them
         side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
         was drawn ahead is void and drawn again."""
-        shared = any(supply.live or supply.teacher or supply.streamed for supply in self.supplies)
+        models = any(supply.teacher or supply.guide for supply in self.supplies)
+        shared = models or any(supply.live or supply.streamed for supply in self.supplies)
         if workers > 1 and (shared or self.model.settings.echo is not None):  # echo changes the tokenizer's settings
             workers = 1
         if workers > 1:

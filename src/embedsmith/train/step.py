@@ -11,7 +11,7 @@ the norm of the gradient, before the weights are updated (`Health`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from embedsmith.core.batch import Batch, Loss, PairIds, Progress, RetrievalIds, Side
 from embedsmith.core.collectives import Group, highest_over_ranks, world_size
 from embedsmith.core.errors import TrainingError
-from embedsmith.core.reps import TEACHER, Representation, Reps, Sparse
+from embedsmith.core.reps import GUIDE, TEACHER, Representation, Reps, Sparse
 from embedsmith.core.seeds import TorchRandom
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
 from embedsmith.core.transfer import read, to_device
+from embedsmith.losses.terms import without_memory
 
 Encode = Callable[[TokenBatch, Sequence[str], IntArray], Reps]
 """A model's forward pass: the wanted heads of some rows of a ragged batch of tokens."""
@@ -40,8 +41,8 @@ class Part:
 
     A step usually has one part. It has several, each with a weight and a group of ranks, where losses of different
     tasks must move the model together (Conan's cross-GPU balance). The texts stand in the step's tokens, part after
-    part, the first side (queries, or what stands left in pairs) before the second. `teacher`: a teacher's vectors of
-    both sides. `watch`: shown the batch once it is encoded.
+    part, the first side (queries, or what stands left in pairs) before the second. `given`: vectors of other
+    models of both sides (`teacher`, `guide`). `watch`: shown the batch once it is encoded.
     """
 
     source: str
@@ -50,7 +51,7 @@ class Part:
     loss: Loss
     weight: float = 1.0
     group: Group = None
-    teacher: tuple[Representation, Representation] | None = None
+    given: Mapping[str, tuple[Representation, Representation]] = field(default_factory=dict)
     watch: Callable[[Batch], None] | None = None
 
 
@@ -177,8 +178,10 @@ def run_step(
     together(forward)
     batches = _batches(pieces, chunks, parts, extras or {}, progress)
     value, named, health = _loss(parts, batches, scale, deferred)
-    gradient = _row_gradients(batches)
+    gradient = _row_gradients(batches, heads)
     together(backward)
+    for part, batch in zip(parts, batches, strict=True):
+        part.loss.remember(batch)
     computed, replayed = sum(chunk.tokens for chunk in chunks), sum(not chunk.keep for chunk in chunks)
     return StepOutput(value, named, len(tokens.id_S), computed, replayed, health)
 
@@ -197,7 +200,7 @@ def evaluate_parts(
         chunks = memory.chunks(tokens.length_N, None)
         chunks = chunks if memory.agreed is None else memory.agreed(chunks, tokens.length_N)
         pieces = [encode(tokens, heads, chunk.rows) for chunk in chunks]
-        batches = _batches(pieces, chunks, parts, extras, progress)
+        batches = _batches(pieces, chunks, parts, without_memory(extras), progress)
         return torch.stack([p.weight * p.loss(b).value for p, b in zip(parts, batches, strict=True)]).sum()
 
 
@@ -216,8 +219,8 @@ def _batches(
         sides: list[Side] = []
         for number, size in enumerate(part.ids.sizes):
             local = {head: each[0].of_pieces(each, place_N[start : start + size]) for head, each in made.items()}
-            if part.teacher is not None:
-                local[TEACHER] = part.teacher[number].map(partial(torch.Tensor.to, device=device))
+            for name, given in part.given.items():
+                local[name] = given[number].map(partial(torch.Tensor.to, device=device))
             sides.append(Side(local, part.group))
             start += size
         about: dict[str, Any] = {"task": part.task, "source": part.source, "group": part.group}
@@ -287,7 +290,8 @@ def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
 
 
 def _health(batches: list[Batch], total: Tensor) -> Health:
-    made = [r for batch in batches for side in batch.sides() for head, r in side.local.items() if head != TEACHER]
+    every = [pair for batch in batches for side in batch.sides() for pair in side.local.items()]
+    made = [representation for head, representation in every if head not in (TEACHER, GUIDE)]
     tensors = [tensor for representation in made for tensor in representation.floating()]
     healthy = torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
     fault_2 = highest_over_ranks(torch.stack([~healthy, ~torch.isfinite(total)]).to(total.dtype))
@@ -295,8 +299,8 @@ def _health(batches: list[Batch], total: Tensor) -> Health:
     return Health(torch.cat([fault_2, total[None]]), f"step {batches[0].progress.step}, source {names}")
 
 
-def _row_gradients(batches: list[Batch]) -> dict[str, list[Tensor]]:
-    """Gradient of every floating field of every head, rows of all sides in order; a missing one is zero."""
+def _row_gradients(batches: list[Batch], heads: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Gradient of every floating field of the model's heads, rows of all sides in order; a missing one is zero."""
 
     def of(tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
@@ -306,7 +310,7 @@ def _row_gradients(batches: list[Batch]) -> dict[str, list[Tensor]]:
         head: [
             torch.cat(column) for column in zip(*([of(t) for t in s.local[head].floating()] for s in flat), strict=True)
         ]
-        for head in flat[0].local
+        for head in heads
     }
 
 

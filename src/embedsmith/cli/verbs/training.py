@@ -56,6 +56,49 @@ def mine_negatives(
         say(report.lines())
 
 
+@verbs.register("distil")
+def distil_model(
+    teacher: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The student's folder.")],
+    data: Annotated[list[str] | None, typer.Option(help="Files whose texts it learns from: texts or pairs.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers that it keeps, at even distances.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Its hidden width.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="A table of token vectors, no transformer.")] = False,
+    dims: Annotated[int, typer.Option(min=1, help="With --static: numbers of a text's vector.")] = 256,
+    tasks: Annotated[list[str] | None, typer.Option(help="Score both on these.")] = None,
+    tasks_folder: Annotated[str | None, typer.Option("--tasks-folder", help="Where tasks are looked up.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, in place of one pass.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="The highest rate.")] = 1e-4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a student that is there.")] = False,
+) -> None:
+    """Make a small student of a model: fewer layers, narrower ones, or a static table.
+
+    Example: embedsmith distil my/encoder runs/static --static --data texts.jsonl --tasks pairs-split/pairs-test
+    """
+    from embedsmith.data import Source
+    from embedsmith.distil.run import DistilRecipe, distil
+    from embedsmith.evaluate import split_names
+
+    recipe = DistilRecipe(
+        teacher=teacher,
+        output=str(out),
+        data=tuple(Source(path=path) for path in data or ()),
+        layers=layers,
+        hidden=hidden,
+        static=static,
+        dims=dims,
+        tasks=tuple(split_names(tasks or [])),
+        tasks_folder=tasks_folder,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+    show(distil(recipe, overwrite=overwrite).table())
+
+
 @verbs.register("merge")
 def merge_models(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],

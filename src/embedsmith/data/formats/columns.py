@@ -49,7 +49,8 @@ class Layout:
     """How the rows of one format name things. `columns`: role (a key of `ROLES`) to column or columns; `required`:
     columns every row has; `strict`: another column is an error rather than left alone; `task`: what such rows are
     unless a source says otherwise, `None` where it depends on the row; `unfold`: makes the columns that `columns` names
-    of a row that has them otherwise (nested, numbered), or raises `RowError`. `name`: the one it is registered under.
+    of a row that has them otherwise (nested, numbered), or raises `RowError`. `by_name`: only where the format is
+    named, since its columns are those of other files too. `name`: the one it is registered under.
 
     A layout is registered as a function without arguments that returns it, or several, tried in their order, where
     files of one format name things in several ways:
@@ -65,6 +66,7 @@ class Layout:
     strict: bool = False
     task: str | None = None
     unfold: Callable[[Row], Row] | None = None
+    by_name: bool = False
     name: str = "columns"
     known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -170,7 +172,7 @@ def beir_folder() -> tuple[Layout, ...]:
 
 OWN = ("codiemb", "records", "flagembedding", "f2llm", "pairs", "labels", "beir")
 """The layouts of which the first that fits is taken."""
-COMMON = ("anchors", "answers", "scored", "nli", "tevatron", "swift")
+COMMON = ("anchors", "answers", "scored", "nli", "tevatron", "swift", "texts")
 """Those of `formats/common.py`, tried where none of `OWN` fits: exactly one of them must, since a file that fits two
 can be read in two ways. Layouts of other packages come after them, in the same way."""
 
@@ -197,7 +199,7 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
         return _declared(keys, columns, where)
     tried: list[Layout] = []
     for tier in typing.get_args(Tier):
-        tried += [layout for layout in known_layouts(tier) if name in (None, layout.name)]
+        tried += [one for one in known_layouts(tier) if one.name == name or (name is None and not one.by_name)]
         if fitting := [layout for layout in tried if layout.fits(keys)]:
             if tier != "own":
                 _refuse_several(fitting, where, by_name=tier == "packages")

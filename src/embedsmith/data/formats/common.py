@@ -103,6 +103,14 @@ def _passages(row: Row) -> Row:
     return {**row, **{name: list(texts(name)) for name in ("positive_passages", "negative_passages")}}
 
 
+@layouts.register("texts")
+def texts() -> Layout:
+    """A text alone in `text`, which is its own positive: for training without labels (SimCSE, TSDAE). Only where the
+    format is named: a file of documents looks the same."""
+    columns = {"query": "text", "positives": "same"}
+    return Layout(columns, ("text",), task="retrieval", unfold=lambda row: {**row, "same": row["text"]}, by_name=True)
+
+
 @layouts.register("swift")
 def swift() -> Layout:
     """ms-swift's rows for embedding: `messages`, with the messages of each positive and negative in a list of their own

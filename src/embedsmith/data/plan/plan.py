@@ -15,6 +15,7 @@ import numpy.typing as npt
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.tokens import IntArray
+from embedsmith.data.plan.classes import ClassBatches
 from embedsmith.data.plan.config import PlanConfig
 from embedsmith.data.plan.passes import Cut, Order, Pass, cut, fitted
 from embedsmith.data.plan.separate import RowFacts
@@ -30,7 +31,7 @@ class PlannedSource:
     - `name`: for messages; `task`: for schedules by task;
     - `facts`: of its rows, or `None` where neither lengths nor shared texts matter; `apart`: whether rows of a batch
       must share no text;
-    - `order`: how its rows are permuted, where not any order will do (streams).
+    - `order`: how its rows are permuted, where not any order will do (streams, batches by class).
     """
 
     rows: int
@@ -184,6 +185,8 @@ class BatchPlan:
 
     def _shape(self, place: int) -> Cut:
         s = self.sources[place]
+        if isinstance(s.order, ClassBatches):
+            return Cut(s.rows, (s.order.classes * s.order.texts,), (s.order.batches,), order=s.order)
         of_at_most = partial(cut, s.rows, s.batch_size, s.texts, self.config, s.facts, s.apart)
         whole = replace(of_at_most(None), order=s.order)
         kept_as_it_is = whole.small and self.config.small in ("drop", "pad")

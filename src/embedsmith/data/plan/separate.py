@@ -4,13 +4,14 @@ others until no two rows of a batch share a text."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from embedsmith.core.progress import progress_bar
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.record import Record, Text, TokenIds, text_id
 
@@ -25,7 +26,8 @@ class RowFacts:
     - `query_id_N`: text id of each query;
     - `positive_id_P[offset_N1[n]:offset_N1[n + 1]]`: text ids of the positives of row n; `offset_N1` has N + 1 entries;
     - `length_N`: tokens of the longest text of the row (query, positives, negatives), as M3 groups rows: counted
-      where a token cache knows them, otherwise estimated by `estimated_tokens`. Not cut at any maximum.
+      where a token cache knows them or a tokenizer is given, otherwise estimated by `estimated_tokens`, not cut at any
+      maximum.
     """
 
     query_id_N: IntArray
@@ -62,8 +64,23 @@ class HasFacts(Protocol):
     def facts(self) -> RowFacts: ...
 
 
-def row_facts(records: Sequence[Record[Text]]) -> RowFacts:
-    """The facts of all rows: those that the records bring, otherwise from one pass over the texts."""
+Lengths = Callable[[Sequence[Record[str]]], npt.NDArray[np.int32]]
+"""Tokens of the longest text of each of some records."""
+_COUNTED = 512  # records whose tokens are counted together
+
+
+def row_facts(records: Sequence[Record[Text]], lengths: Lengths | None = None) -> RowFacts:
+    """The facts of all rows: those that the records bring, otherwise from one pass over the texts. `lengths`: counts
+    the tokens of records that are not tokens already; without it they are estimated."""
+    if lengths is not None and len(records) and not isinstance(records[0].query, TokenIds):
+        facts, texts = row_facts(records), cast(Sequence[Record[str]], records)
+        counted: list[npt.NDArray[np.int32]] = []
+        with progress_bar("count tokens", len(records), visible=None if len(records) > 10_000 else False) as bar:
+            for start in range(0, len(records), _COUNTED):
+                some = [texts[row] for row in range(start, min(start + _COUNTED, len(records)))]
+                counted.append(lengths(some))
+                bar.advance(len(some))
+        return replace(facts, length_N=np.concatenate(counted))
     if isinstance(records, HasFacts):
         return records.facts()
     query_ids, positive_ids, ends, lengths = array("q"), array("q"), array("q", [0]), array("i")

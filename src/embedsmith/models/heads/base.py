@@ -97,6 +97,9 @@ class Reader(Protocol):
     def states(self, padded: PaddedTokens) -> Any:
         """The backbone's output for a padded chunk, with `last_hidden_state` [N, T, H]."""
 
+    def pooled_states(self, padded: PaddedTokens) -> Tensor:
+        """vector_NH: the last layer's states as the model pools them, before any layer behind the pooling."""
+
 
 class Head(nn.Module):
     """A head is called with the last layer's states in fp32, the tokens and `part_NT`, the tokens that take part, and
@@ -106,12 +109,14 @@ class Head(nn.Module):
     pass of its own; it is then a head of pre-training, which is neither exported nor named in the model card.
     With `reads_packed` the states of a packed chunk come as they are, [S, H] in the order of `padded.place_S`, and the
     head spreads what it makes of them over the texts itself (`padded.spread`).
+    With `with_prompt` the tokens of a prompt take part, unless the model's settings say otherwise.
     `reads_words`: its output layer may be the backbone's word embeddings, so the two cannot be sharded apart.
     """
 
     file: ClassVar[str]
     own_pass: ClassVar[bool] = False
     reads_packed: ClassVar[bool] = False
+    with_prompt: ClassVar[bool] = True
     reads_words: ClassVar[bool] = False
 
     @classmethod
@@ -122,6 +127,10 @@ class Head(nn.Module):
     @classmethod
     def is_in(cls, folder: Path) -> bool:
         return (folder / cls.file).exists()
+
+    def reads_prompt(self, include_prompt: bool, said: bool | None) -> bool:
+        """Whether the tokens of a prompt take part, in a model whose pooling does so or not; `said` settles it."""
+        return (self.with_prompt and include_prompt) if said is None else said
 
     def read(self, folder: Path) -> None:
         """Take the weights of the head's file. Errors: `ModelError` for a damaged one or one of another shape."""

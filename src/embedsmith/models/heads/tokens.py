@@ -1,8 +1,9 @@
 """The heads that keep a token axis, as in M3-Embedding: a weight a token (`sparse`), a vector a token (`multivector`).
 
 Their weights lie beside the backbone under BGE-M3's names, so folders go both ways. Either file may be there without
-the other. Sources: M3-Embedding (Chen et al., 2024), section 3.2; FlagEmbedding for the biases, the special tokens, the
-dropped first position and the files.
+the other. The tokens of a prompt, such as `query: `, take no part: they stand in every text of a role and say nothing
+of it. Sources: M3-Embedding (Chen et al., 2024), section 3.2, whose model has no prompts; FlagEmbedding for the biases,
+the special tokens, the dropped first position and the files.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class SparseHead(Head):
 
     file = FILES["sparse"]
     reads_packed = True
+    with_prompt = False
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
@@ -90,6 +92,7 @@ class MultiVectorHead(Head):
 
     file = FILES["multivector"]
     reads_packed = True
+    with_prompt = False
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:

@@ -1,0 +1,1 @@
+"""Small students of a teacher: fewer layers, a narrower backbone, or a table of token vectors."""
