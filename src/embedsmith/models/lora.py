@@ -31,8 +31,9 @@ SAME = 0.9999
 _WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
 _PREFIX = "base_model.model."
-_NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "lm_head"}
-"""Routers decide, they do not represent: adapting them, or layers in them, unsettles a mixture of experts."""
+_NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "indexer", "lm_head"}
+"""Routers of experts and indexers of sparse attention decide, they do not represent: adapting them, or layers in them,
+unsettles a mixture, and an indexer has no gradient."""
 _SAMPLED = 64
 """Of how many weights of its base an adapter remembers numbers."""
 _OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -101,7 +102,9 @@ def add_adapter(backbone: Any, config: LoraConfig, new_ids: Sequence[int] = ()) 
     embeddings of new tokens (`new_ids`). Errors: `ModelError` where nothing fits."""
     from peft import LoraConfig as PeftConfig
 
-    paths = _auto_paths(backbone) if config.targets == "auto" else _named_paths(backbone, config.targets)
+    paths = _auto_paths(backbone, config.experts)
+    if config.targets != "auto":
+        paths = _named_paths(backbone, config.targets)
     if not paths:
         raise ModelError(f"{type(backbone).__name__} has no linear layer that could be adapted")
     experts = expert_weights(backbone) if config.experts else []
@@ -173,19 +176,21 @@ def auto_targets(backbone: Any) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in _auto_paths(backbone)})
 
 
-def _auto_paths(backbone: Any) -> list[str]:
+def _auto_paths(backbone: Any, experts: bool = False) -> list[str]:
     inside = {id(module) for layer in layers_of(backbone) for module in layer.modules()}
+    left_out = _NOT_ADAPTED | (set() if experts else {"experts"})  # a few families have a module for each
     paths = (path for path in _linear_paths(backbone) if id(backbone.get_submodule(path)) in inside)
-    return [path for path in paths if _NOT_ADAPTED.isdisjoint(path.split("."))]
+    return [path for path in paths if left_out.isdisjoint(path.split("."))]
 
 
 def expert_weights(backbone: Any) -> list[str]:
     """Weights of experts, which transformers keep as one tensor [E, out, in] for all experts of a layer."""
     found = {
-        ".".join(name.split(".")[-2:])
+        ".".join(f"{path}.{name}".split(".")[-2:])
         for layer in layers_of(backbone)
-        for name, parameter in layer.named_parameters()
-        if parameter.dim() == 3 and "experts" in name
+        for path, module in layer.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and ("experts" in path or "Experts" in type(module).__name__)
     }
     return sorted(found)
 
