@@ -63,6 +63,29 @@ FAMILIES: dict[str, dict[str, Any]] = {name: _HEADS for name in DENSE.split()} |
 OTHER_MIXTURES: dict[str, dict[str, Any]] = dict.fromkeys(
     ["glm4_moe", "ernie4_5_moe", "qwen2_moe", "mixtral", "hunyuan_v1_moe"], _HEADS | _MIXTURE
 )
+_QUERIES = {"q_lora_rank": 8}
+ALL_MIXTURES: dict[str, dict[str, Any]] = {
+    **{name: shape for name, shape in (FAMILIES | OTHER_MIXTURES).items() if "num_experts" in shape},
+    **dict.fromkeys(
+        "afmoe aria_text cohere2_moe dots1 exaone_moe flex_olmo gpt_oss granitemoe granitemoeshared hy_v3 inkling_text"
+        " jamba jetmoe kolibri1 laguna llama4_text mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text"
+        " muse_spark_text nemotron_h olmoe phimoe qwen3_5_moe_text qwen3_vl_moe_text qwen4_exp_text solar_open".split(),
+        _HEADS | _MIXTURE,
+    ),
+    **dict.fromkeys(
+        "bailing_hybrid glm4_moe_lite kimi_linear mistral4 mistral_large4_text".split(),
+        _HEADS | _MIXTURE | _LATENT,
+    ),
+    **dict.fromkeys(
+        "axk1 axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4 longcat_flash".split(), _HEADS | _MIXTURE | _LATENT | _QUERIES
+    ),
+    "lfm2_moe": _HEADS | _MIXTURE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "granitemoehybrid": _HEADS
+    | _MIXTURE
+    | {"mamba_n_heads": 4, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
+    "zaya": _HEADS | _MIXTURE | {"num_experts_per_tok": 1},
+}
+"""Mixtures of experts of transformers 5.23 that read texts, by the config of a tiny one."""
 MIXTURES = ("deepseek_v2", "deepseek_v3", "qwen3_moe", "llama4_text", "qwen3_next", *OTHER_MIXTURES)
 NO_SDPA = ("gemma2",)
 """Families whose soft-capped scores transformers computes under eager only."""
@@ -72,6 +95,6 @@ def tiny(family: str, implementation: str = "sdpa", mode: str = "native", **chan
     """The backbone of a family, built for an attention mode and not yet switched to it."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[family](
-        **{**_SHAPE, **(FAMILIES | OTHER_MIXTURES)[family], "initializer_range": 0.3, **changes}
+        **{**_SHAPE, **(ALL_MIXTURES | FAMILIES)[family], "initializer_range": 0.3, **changes}
     )
     return AutoModel.from_config(prepare_config(config, mode), attn_implementation=implementation).eval()

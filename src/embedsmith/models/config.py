@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
-from embedsmith.core.settings import Count, Width, section
+from embedsmith.core.settings import Count, Width, Word, section
 from embedsmith.core.shelf import Name, heads, poolings
 from embedsmith.models.attention import Mode, SoftMask
 from embedsmith.models.heads.dense import HeadConfig
@@ -50,6 +50,8 @@ class ModelConfig:
         a word of the vocabulary through the language-model head.
     `sparse_terms`: words that a text keeps of a `splade` head; by default what the folder says, or 256.
     `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
+    `new_tokens`: texts that become tokens, with embeddings that start as the mean of those of their pieces
+        (new_tokens.py); one that is a token already is an error.
     `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (see `extend_positions`).
     `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
         loading, not saved with the model (tokenize.py).
@@ -91,6 +93,7 @@ class ModelConfig:
     multivector_dim: Width | None = None
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: Count | None = None
+    new_tokens: tuple[Word, ...] = ()
     positions: Count | None = None
     mcls: int | None = None
     attn_implementation: str | None = None

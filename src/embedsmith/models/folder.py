@@ -97,6 +97,9 @@ class _Base:
     revision: str | None = None
     layers: tuple[int, ...] | None = None
     cls_token: Word | None = None
+    new_tokens: tuple[Word, ...] = ()
+    dtype: str | None = None
+    numbers: Mapping[str, tuple[Finite, ...]] = field(default_factory=dict)
 
 
 POOLING_NAMES: Mapping[str, str] = {

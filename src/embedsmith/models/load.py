@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -43,6 +44,7 @@ from embedsmith.models.lora import (
     load_adapter,
     merged,
 )
+from embedsmith.models.new_tokens import add_new_tokens, grow_table
 from embedsmith.models.packing import decide_packing
 from embedsmith.models.pooling import PoolerConfig
 from embedsmith.models.self_test import is_flash
@@ -88,13 +90,13 @@ def load(
                 fix="extend the base first: embedsmith convert BASE NEW_FOLDER model.positions=COUNT",
             )
         extend_positions(backbone, config.positions)
-    source.prepare_tokenizer(tokenizer, backbone)
+    new_ids = source.prepare_tokenizer(tokenizer, backbone)
     if is_flash(backbone):  # the self-test runs the kernel, which is only there
         backbone.to(target)
     attention = switch_attention(backbone, mode, config.partial_attention or bool(saved.causal_layers))
     settings = source.settings(tokenizer, positions_of(backbone), attention)
     embedder = source.assemble(backbone, tokenizer, settings, attention, new_heads)
-    source.adapt(embedder)
+    source.adapt(embedder, new_ids)
     embedder.to(target).eval()
     if target.type == "cuda":
         embedder.fused = fuse_kernels(embedder.backbone)
@@ -173,8 +175,9 @@ class ModelSource:
         folder = self.facts.backbone if has_tokenizer(self.facts.backbone) else self.base
         return TextTokenizer(load_tokenizer(folder, self.config.trust_remote_code), str(folder)).tokenizer
 
-    def prepare_tokenizer(self, tokenizer: Any, backbone: Any) -> None:
-        """Padding side, first and end tokens: as asked, else as the folder was saved."""
+    def prepare_tokenizer(self, tokenizer: Any, backbone: Any) -> list[int]:
+        """Padding side, new tokens (whose ids are returned), first and end tokens: as asked, else as the folder was
+        saved."""
         config, facts = self.config, self.facts
         if config.padding_side is not None:
             tokenizer.padding_side = config.padding_side
@@ -185,6 +188,11 @@ class ModelSource:
                 steps = [normalizer[place] for place in range(len(normalizer))]
             if not any(isinstance(step, normalizers.Lowercase) for step in steps):
                 tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+        new_ids: list[int] = []
+        if self.adapter is not None:
+            self._as_adapted(tokenizer, backbone)
+        elif config.new_tokens:
+            new_ids = add_new_tokens(tokenizer, backbone, config.new_tokens)
         if config.cls_token is not None:
             put_first_token(tokenizer, backbone, config.cls_token)
         if self.append_eos:
@@ -198,6 +206,21 @@ class ModelSource:
                     fix="copy the folder again, as a whole",
                 )
             put_end_token(tokenizer, tokenizer.convert_ids_to_tokens(number))
+        return new_ids
+
+    def _as_adapted(self, tokenizer: Any, backbone: Any) -> None:
+        """Room in the base for the new tokens of its adapter, which has their embeddings.
+
+        Errors: `ModelError` where further ones are asked for.
+        """
+        if self.config.new_tokens:
+            raise ModelError(
+                "new_tokens of a model with an adapter",
+                where=self.adapter,
+                fix="merge it first: embedsmith convert FOLDER NEW_FOLDER, and start from there",
+            )
+        if added := (self.facts.embedding_config.base or {}).get("new_tokens"):
+            grow_table(backbone, max(tokenizer.convert_tokens_to_ids(added)) + 1)
 
     @property
     def append_eos(self) -> bool:
@@ -372,8 +395,12 @@ class ModelSource:
             pooler_config=shape,
         )
 
-    def adapt(self, model: Embedder) -> None:
-        """The folder's adapter, or a new one where the config asks for it. One that nobody asks to train is merged."""
+    def adapt(self, model: Embedder, new_ids: Sequence[int]) -> None:
+        """The folder's adapter, or a new one where the config asks for it. One that nobody asks to train is merged.
+        Beside a new one the embeddings of new tokens are trained.
+
+        Errors: `ModelError` for new tokens beside a head that scores words.
+        """
         config, saved = self.config, self.facts.embedding_config.base
         if self.adapter is not None:
             load_adapter(model.backbone, self.adapter, saved)
@@ -394,7 +421,14 @@ class ModelSource:
                 "layers": list(range(layers)) if isinstance(layers, int) else layers and list(layers),
                 "cls_token": config.cls_token,
             }
-            add_adapter(model.backbone, config.lora)
+            if new_ids:
+                model.base |= {"new_tokens": list(config.new_tokens)}
+                if words := [name for name, head in model.token_heads.items() if head.reads_words]:
+                    raise ModelError(
+                        f"new_tokens with model.lora and the head {words[0]}, which reads frozen embeddings",
+                        fix="train the weights (no model.lora), or leave the head out (model.heads)",
+                    )
+            add_adapter(model.backbone, config.lora, new_ids)
 
 
 def _similarity(named: str | None) -> Similarity:

@@ -5,16 +5,14 @@ checkpoint holds the adapter alone (peft's files, which transformers reads too);
 """
 
 import copy
-import hashlib
 import importlib.util
+import math
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ from embedsmith.core.errors import MissingExtraError, ModelError, foreign_errors
 from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Positive, Share, Width, section
 from embedsmith.models.folder import AdapterFile, read_typed
+from embedsmith.models.new_tokens import grow_table
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
 ADAPTER = "adapter_config.json"
@@ -32,8 +31,11 @@ SAME = 0.9999
 _WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
 _PREFIX = "base_model.model."
-_NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "lm_head"}
-"""Routers decide, they do not represent: adapting them, or layers in them, unsettles a mixture of experts."""
+_NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "indexer", "lm_head"}
+"""Routers of experts and indexers of sparse attention decide, they do not represent: adapting them, or layers in them,
+unsettles a mixture, and an indexer has no gradient."""
+_SAMPLED = 64
+"""Of how many weights of its base an adapter remembers numbers."""
 _OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -95,48 +97,75 @@ def keep_trainable(backbone: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapter(backbone: Any, config: LoraConfig) -> None:
-    """New adapters; everything else in the backbone is frozen. Errors: `ModelError` where nothing fits."""
+def add_adapter(backbone: Any, config: LoraConfig, new_ids: Sequence[int] = ()) -> None:
+    """New adapters on exactly the layers that the config names; everything else in the backbone is frozen, but the
+    embeddings of new tokens (`new_ids`). Errors: `ModelError` where nothing fits."""
     from peft import LoraConfig as PeftConfig
 
-    targets = auto_targets(backbone) if config.targets == "auto" else list(config.targets)
-    if not targets:
+    paths = _auto_paths(backbone, config.experts)
+    if config.targets != "auto":
+        paths = _named_paths(backbone, config.targets)
+    if not paths:
         raise ModelError(f"{type(backbone).__name__} has no linear layer that could be adapted")
-    layers = layers_of(backbone)
-    reached = sum(any(path.rpartition(".")[2] in targets for path in _linear_paths(layer)) for layer in layers)
-    if 2 * reached < len(layers):  # names that exist in fewer than half of the layers are another family's
-        raise ModelError(
-            f"the targets {', '.join(targets)} are found in {reached} of {len(layers)} layers",
-            expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
-            fix="set model.lora.targets=auto",
-        )
     experts = expert_weights(backbone) if config.experts else []
+    words = next(name for name, module in backbone.named_modules() if module is backbone.get_input_embeddings())
     peft_config = PeftConfig(
         task_type="FEATURE_EXTRACTION",
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=0.0 if experts else config.dropout,  # peft has no dropout for bare weights
         bias=config.bias,
-        target_modules=targets,
+        target_modules=paths,
         target_parameters=experts or None,
+        trainable_token_indices={words: list(new_ids)} if new_ids else None,
         use_rslora=config.kind == "rslora",
         use_dora=config.kind == "dora",
     )
     _inject(backbone, peft_config)
 
 
+def _named_paths(backbone: Any, names: Sequence[str]) -> list[str]:
+    """The linear layers that are called by one of these names: their own, or the end of their path.
+
+    Errors: `ModelError` where fewer than half of the transformer's layers have any: the names are another family's.
+    """
+
+    def named(path: str, name: str) -> bool:
+        return f".{path}".endswith(f".{name}")
+
+    layers = layers_of(backbone)
+    reached = sum(any(named(path, name) for path in _linear_paths(layer) for name in names) for layer in layers)
+    if 2 * reached < len(layers):
+        raise ModelError(
+            f"the targets {', '.join(names)} are found in {reached} of {len(layers)} layers",
+            expected=f"linear layers of {type(backbone).__name__}: {', '.join(auto_targets(backbone))}",
+            fix="set model.lora.targets=auto",
+        )
+    everywhere = _linear_paths(backbone)
+    if absent := [name for name in names if not any(named(path, name) for path in everywhere)]:
+        log.warning("lora.targets: %s has no linear layer %s", type(backbone).__name__, ", ".join(absent))
+    return [path for path in everywhere if any(named(path, name) for name in names)]
+
+
+class _NoFamily(nn.Module):
+    """A backbone as peft sees a model of a family that it does not know: without a config. It would take `gate_proj`
+    and its like in a mixture for those of single experts, as transformers 4 had them, and adapt the weights of all
+    experts in place of the dense and shared layers that have these names today."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.is_loaded_in_4bit = getattr(backbone, "is_loaded_in_4bit", False)  # by which peft knows QLoRA
+
+
 def _inject(backbone: Any, peft_config: Any, as_named: bool = True) -> None:
-    """`as_named`: on the layers with these names. peft takes `gate_proj` and its like in a mixture for those of single
-    experts, as transformers 4 had them, and would adapt the weights of all experts in place of the dense and shared
-    layers that have these names today."""
+    """`as_named`: on the layers with these names, which is not what peft does in a family that it knows."""
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
-    from peft.utils import transformers_weight_conversion as conversion
 
-    kept = mock.patch.object(conversion, "convert_peft_config_for_transformers") if as_named else nullcontext()
-    with warnings.catch_warnings(), transformers_silenced(), kept:
+    with warnings.catch_warnings(), transformers_silenced():
         warnings.simplefilter("ignore")  # about GPT-2's transposed layers, which peft then sets right by itself
-        inject_adapter_in_model(peft_config, backbone)
+        inject_adapter_in_model(peft_config, _NoFamily(backbone) if as_named else backbone)
         cast_adapter_dtype(backbone, _NAME)  # in bf16, as the frozen weights may be, it would barely move
     backbone.peft_config = {_NAME: peft_config}
 
@@ -144,24 +173,31 @@ def _inject(backbone: Any, peft_config: Any, as_named: bool = True) -> None:
 def auto_targets(backbone: Any) -> list[str]:
     """Names of the linear layers inside the transformer's layers, without routers; MLA's factors included, as are the
     dense and shared layers of a mixture."""
-    paths = [path.split(".") for layer in layers_of(backbone) for path in _linear_paths(layer)]
-    return sorted({path[-1] for path in paths if _NOT_ADAPTED.isdisjoint(path)})
+    return sorted({path.rpartition(".")[2] for path in _auto_paths(backbone)})
+
+
+def _auto_paths(backbone: Any, experts: bool = False) -> list[str]:
+    inside = {id(module) for layer in layers_of(backbone) for module in layer.modules()}
+    left_out = _NOT_ADAPTED | (set() if experts else {"experts"})  # a few families have a module for each
+    paths = (path for path in _linear_paths(backbone) if id(backbone.get_submodule(path)) in inside)
+    return [path for path in paths if left_out.isdisjoint(path.split("."))]
 
 
 def expert_weights(backbone: Any) -> list[str]:
     """Weights of experts, which transformers keep as one tensor [E, out, in] for all experts of a layer."""
     found = {
-        ".".join(name.split(".")[-2:])
+        ".".join(f"{path}.{name}".split(".")[-2:])
         for layer in layers_of(backbone)
-        for name, parameter in layer.named_parameters()
-        if parameter.dim() == 3 and "experts" in name
+        for path, module in layer.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and ("experts" in path or "Experts" in type(module).__name__)
     }
     return sorted(found)
 
 
-def _linear_paths(layer: nn.Module) -> list[str]:
+def _linear_paths(module: nn.Module) -> list[str]:
     # GPT-2's Conv1D is a linear layer with its weight lying the other way
-    return [name for name, m in layer.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return [name for name, m in module.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
 def has_adapter(backbone: Any) -> bool:
@@ -169,16 +205,41 @@ def has_adapter(backbone: Any) -> bool:
 
 
 def base_facts(backbone: Any) -> dict[str, Any]:
-    """Tells one base from another: its shape, and a hash of some of its frozen numbers. Equal with and without an
-    adapter in it."""
-    sample = backbone.get_input_embeddings().weight.detach()[:64].float().cpu().numpy().tobytes()
+    """Tells one base from another: its shape, and some of its frozen numbers by the names of their weights. Equal with
+    and without an adapter in it."""
     config = backbone.config.get_text_config()
+    frozen = {
+        re.sub(r"\.(base_layer|token_adapter)(?=\.)", "", name): weight.detach()
+        for name, weight in backbone.named_parameters()
+        if not re.search(r"\.(lora_|trainable_tokens_)", name)
+    }
+    some = {name: frozen[name] for name in list(frozen)[:: -(-len(frozen) // _SAMPLED)]}
+    numbers = {n: one.flatten()[:100:37].float().tolist() for n, one in some.items() if one.is_floating_point()}
     return {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "embeddings": hashlib.sha256(sample).hexdigest()[:16],
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "numbers": numbers,  # of weights in 4 bits there are none
     }
+
+
+def _changed(base: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """What differs between the base of an adapter and the one at hand, whose weights may be of another dtype."""
+    found = [
+        f"{key} {base.get(key)}, not {mine[key]}"
+        for key in ("model_type", "hidden_size", "num_hidden_layers")
+        if base.get(key) != mine[key]
+    ]
+    rounding = 0.0 if base.get("dtype") == mine["dtype"] else 2.0**-7
+
+    def same(theirs: Sequence[float], here: Sequence[float]) -> bool:
+        near = (math.isclose(a, b, rel_tol=rounding, abs_tol=rounding * 1e-4) for a, b in zip(theirs, here))
+        return len(theirs) == len(here) and all(near)
+
+    known = {} if found else base.get("numbers", {})
+    found += [f"{n} is changed" for n in known if n in mine["numbers"] and not same(known[n], mine["numbers"][n])]
+    return found
 
 
 def save_adapter(backbone: Any, folder: Path, base: str) -> None:
@@ -197,11 +258,10 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
     """Put the adapter of `folder` into its base. Errors: `ModelError` for an adapter of another base, or damaged."""
     from peft import PeftConfig, set_peft_model_state_dict
 
-    mine = base_facts(backbone)
-    if base is not None and (different := [key for key in mine if base.get(key) != mine[key]]):
+    if base is not None and (different := _changed(base, base_facts(backbone))):
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise ModelError(
-            "this adapter belongs to another base: "
-            + ", ".join(f"{k} {base.get(k)}, not {mine[k]}" for k in different),
+            f"this adapter belongs to another base: {', '.join(different[:3])}{more}",
             where=folder,
             expected=f"the base it was trained on ({base.get('path')})",
             fix="put that model back, or say where it is with model.base=FOLDER",
@@ -211,7 +271,8 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
         state = load_file(folder / _WEIGHTS)
         peft_config = PeftConfig.from_pretrained(str(folder))
         peft_config.inference_mode = False
-        _inject(backbone, peft_config, as_named=not any(map(_OF_ONE_EXPERT.search, state)))
+        foreign = isinstance(peft_config.target_modules, str) or any(map(_OF_ONE_EXPERT.search, state))
+        _inject(backbone, peft_config, as_named=not foreign)
         plain = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
         report = set_peft_model_state_dict(backbone, plain, adapter_name=_NAME)
     if report.unexpected_keys:
@@ -225,6 +286,10 @@ def transplanted(backbone: Any, plain: Any) -> Any:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     state = get_peft_model_state_dict(backbone, adapter_name=_NAME, save_embedding_layers=False)
+    with torch.no_grad():  # with the rows of new tokens; a table is not quantised
+        table_VH = backbone.get_input_embeddings().weight
+        grow_table(plain, len(table_VH))
+        plain.get_input_embeddings().weight.copy_(table_VH)
     _inject(plain, copy.deepcopy(backbone.peft_config[_NAME]))
     set_peft_model_state_dict(plain, {name: t.detach().cpu() for name, t in state.items()}, adapter_name=_NAME)
     return plain.eval()
@@ -255,7 +320,13 @@ def merged(backbone: Any) -> Any:
 
 def _merge_layers(whole: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
 
+    for name, module in list(whole.named_modules()):
+        if isinstance(module, TrainableTokensWrapper):
+            parent, _, leaf = name.rpartition(".")
+            table = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            setattr(whole.get_submodule(parent), leaf, table)
     adapted = {name: module for name, module in whole.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, outermost in adapted.items():
         if any(name.startswith(f"{other}.") for other in adapted):

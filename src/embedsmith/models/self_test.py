@@ -163,9 +163,10 @@ def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
 
 def layers_of(backbone: Any) -> list[nn.Module]:
     """The transformer's layers in order; empty where they cannot be found."""
-    count = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
+    config = backbone.config.get_text_config()
+    counts = [getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")]  # LongCat counts halves first
     for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) in counts:
             return list(module)
     return []
 

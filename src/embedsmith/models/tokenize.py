@@ -30,6 +30,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.config import Settings
+from embedsmith.models.new_tokens import grow_table
 
 PLACE = "{instruction}"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -264,7 +265,7 @@ def put_first_token(tokenizer: Any, backbone: Any, token: str) -> None:
     table = backbone.get_input_embeddings()
     if number >= table.num_embeddings:
         mean_H = table.weight.detach().float().mean(0)
-        backbone.resize_token_embeddings(number + 1, mean_resizing=False)
+        grow_table(backbone, number + 1)
         with torch.no_grad():
             backbone.get_input_embeddings().weight[number] = mean_H
     front, tail = added_tokens(tokenizer)

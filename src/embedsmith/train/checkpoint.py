@@ -35,7 +35,7 @@ from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import Finite, Range, to_plain
 from embedsmith.data.split import HELD_OUT
 from embedsmith.models import Embedder
-from embedsmith.models.lora import UnmergedError
+from embedsmith.models.lora import ADAPTER, UnmergedError
 from embedsmith.models.write import refuse_not_finite, saved_model
 
 FINISHED = "finished.json"
@@ -142,7 +142,7 @@ class Checkpoints:
         if not (self.output / FINISHED).exists():
             return False
         self.check(recipe)
-        if not (self.output / "model" / "config.json").exists():
+        if not any((self.output / "model" / name).exists() for name in ("config.json", ADAPTER)):
             what, fix = "this run is finished, but its model is gone", "train it again with --overwrite"
             raise CheckpointError(what, where=self.output / "model", fix=fix)
         sweep(self.output)  # of a kill after its end

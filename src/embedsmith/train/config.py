@@ -8,6 +8,7 @@ from embedsmith.core.settings import Count, NotNegative, Positive, Range, Word, 
 from embedsmith.data import PlanConfig, Source
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
+from embedsmith.train.freeze import check_grammar
 
 Beta = Annotated[float, Range(ge=0, lt=1)]
 
@@ -46,6 +47,7 @@ class TrainConfig:
     - `epochs`: passes over the data, fractions allowed; `None` is one where `steps` is not given either.
     - `batch_size`: rows of an optimizer step, all ranks together, and so the pool of in-batch negatives; a source may
       have its own.
+    - `freeze`: what is not trained: `backbone`, `embeddings`, `layers 0-5` (from 0, both included), or a list of them.
     - `learning_rate`: the highest rate, reached after the warm-up.
     - `group_learning_rates`: a rate of their own for parameters whose name matches a regular expression; the first
       match wins.
@@ -80,6 +82,7 @@ class TrainConfig:
     steps: Count | None = None
     epochs: Positive | None = None
     batch_size: Count = 64
+    freeze: str | tuple[Word, ...] = ()
     learning_rate: Positive = 2e-5
     group_learning_rates: dict[str, NotNegative] = field(default_factory=dict)
     min_learning_rate: NotNegative = 0.0
@@ -105,6 +108,8 @@ class TrainConfig:
     log_with: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "freeze", (self.freeze,) if isinstance(self.freeze, str) else self.freeze)
+        check_grammar(self.freeze)
         if self.steps is not None and self.epochs is not None:
             raise RecipeError("steps and epochs are both set", fix="keep one of them")
         if self.micro_batch is not None and self.token_budget is not None:
@@ -189,3 +194,13 @@ class Recipe:
             raise RecipeError("data: at least one source is needed")
         if self.train.final == "best" and not self.evaluate.scores:
             raise RecipeError("train.final=best needs a score", fix="set evaluate.held_out, or train.final=last")
+        if self.train.freeze and self.model.lora is not None:
+            raise RecipeError(
+                "train.freeze with model.lora: under adapters all weights of the backbone are frozen",
+                fix="remove one of the two",
+            )
+        if self.model.new_tokens and {"backbone", "embeddings"} & set(self.train.freeze):
+            raise RecipeError(
+                f"train.freeze={self.train.freeze[0]} with model.new_tokens: what new tokens mean would not be learned",
+                fix="freeze layers alone, or leave new_tokens out",
+            )

@@ -50,6 +50,7 @@ from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
 from embedsmith.train.held_out import with_held_out
+from embedsmith.train.freeze import freeze, trained_in_words
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.scoring import Development
@@ -246,6 +247,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     origin = recipe.model if model_folder is None else recipe.model.continued(str(model_folder))
     model = load(origin, new_heads=model_folder is None)
     model.to(accelerator.device).train()
+    freeze(model, config.freeze)
     precision = choose_precision(config)
     if world_size() > 1:
         facts: dict[str, object] = {"the model (weights, settings, tokenizer)": model.fingerprint()}
@@ -254,6 +256,8 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     check_shard(recipe)
     feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)
     extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
+    trained = trained_in_words(model, extras)
+    on_first_rank(lambda: log.info("%s", trained))
     engine = make_engine(model, extras, config)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(config.seed, rank()))

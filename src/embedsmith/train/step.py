@@ -324,6 +324,8 @@ def _push(piece: Reps, chunk: Chunk, gradient: dict[str, list[Tensor]]) -> None:
         for tensor, whole in zip(representation.floating(), gradient[head], strict=True):
             own = whole[row_N]
             own = torch.zeros_like(own) if chunk.idle else own
-            tensors.append(tensor)
-            gradients.append(own[:, : tensor.shape[1]].to(tensor.dtype))
-    torch.autograd.backward(tensors, gradients)
+            if tensor.requires_grad:  # not where all that a head is made of is frozen
+                tensors.append(tensor)
+                gradients.append(own[:, : tensor.shape[1]].to(tensor.dtype))
+    if tensors:
+        torch.autograd.backward(tensors, gradients)

@@ -203,7 +203,10 @@ def _split(model: Any, backbone: Any) -> LmHead:
             f"{type(model).__name__} does more with its scores than a linear layer",
             fix="use the lexical sparse head: model.sparse=lexical",
         )
-    if head.bias_V is not None and len(head.bias_V) < len(head.output_VH):  # words were added
+    if head.weight_VH is not None and (more := len(table.weight) - len(weight_VH)) > 0:  # words were added
+        mean_H = weight_VH.float().mean(0).to(weight_VH.dtype)
+        head.weight_VH = nn.Parameter(torch.cat([weight_VH, mean_H.expand(more, -1)]))
+    if head.bias_V is not None and len(head.bias_V) < len(head.output_VH):
         more = len(head.output_VH) - len(head.bias_V)
         head.bias_V = nn.Parameter(F.pad(head.bias_V.detach(), (0, more)))
     return head
