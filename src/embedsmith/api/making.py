@@ -33,7 +33,7 @@ from embedsmith.merge import Merged, MergeRecipe
 from embedsmith.merge import merge as run_merge
 from embedsmith.mining import MineRecipe, MineReport
 from embedsmith.mining import mine as run_mine
-from embedsmith.models import ModelConfig, load
+from embedsmith.models import ModelConfig, load, load_reranker
 from embedsmith.train import EvaluateConfig, Recipe, TrainConfig
 from embedsmith.train import train as run_train
 from embedsmith.train.trained import Trained
@@ -142,7 +142,7 @@ def mine(
     changes = {"data": None if data is None else source_tree(data), "searchers": _searchers(searchers)}
     whole = recipe_of(MineRecipe, recipe, changes | {"output": output} | settings, where="mine")
     with lines_shown():
-        return run_mine(whole, load, overwrite=overwrite)
+        return run_mine(whole, load, load_reranker, overwrite=overwrite)
 
 
 def _searchers(given: Any) -> Any:
