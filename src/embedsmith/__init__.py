@@ -16,11 +16,13 @@ from types import ModuleType
 from typing import Any
 
 _HOMES = {
+    "CrossEncoder": "embedsmith.models",
     "Embedder": "embedsmith.models",
     "Recipe": "embedsmith.train",
     "Source": "embedsmith.data",
     "compare": "embedsmith.api.evaluating",
     "load": "embedsmith.models",
+    "load_reranker": "embedsmith.models",
     "mine": "embedsmith.api.making",
     "split": "embedsmith.api.making",
     "tokenize": "embedsmith.api.making",
@@ -37,8 +39,8 @@ _VERBS = {
 """Functions that share their name with a room of the package, and where they are."""
 
 __all__ = [
-    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "distil", "evaluate", "index"),
-    *("load", "merge", "mine", "search", "split", "tokenize", "train"),
+    *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "compare", "curate", "distil", "evaluate"),
+    *("index", "load", "load_reranker", "merge", "mine", "search", "split", "tokenize", "train"),
 ]
 
 

@@ -5,6 +5,7 @@ from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balanc
 from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
 from embedsmith.losses.labels import Classifier, SupervisedContrastive
 from embedsmith.losses.published import F2LLM, ConanWeak, GISTEmbed, Qwen3
+from embedsmith.losses.ranking import Binary, LambdaLoss, ListNet
 from embedsmith.losses.regularisers import GOR, GORST, Flops, Uniformity
 from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.self_distill import M3SelfDistillation
@@ -17,6 +18,7 @@ __all__ = [
     "GORST",
     "PRO",
     "AnglE",
+    "Binary",
     "Classifier",
     "CoDiEmbSTS",
     "CoSENT",
@@ -26,6 +28,8 @@ __all__ = [
     "Flops",
     "GISTEmbed",
     "InfoNCE",
+    "LambdaLoss",
+    "ListNet",
     "M3RankedKD",
     "M3SelfDistillation",
     "MarginMSE",
