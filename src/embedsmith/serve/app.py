@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
@@ -144,8 +143,8 @@ def _add_search(app: FastAPI, service: Service) -> None:
             raise UnknownModelError(f"no reranker {asked.model!r} is served here", expected=service.reranker.name)
         texts: list[str] = asked.documents if asked.texts is None else asked.texts  # type: ignore[assignment]
         _check_count(texts, service.limits.inputs)
-        raw = await service.rerank(asked.query, texts)
-        scores = raw if asked.raw_scores else torch.tensor(raw).sigmoid().tolist()
+        made = await service.rerank(asked.query, texts)
+        scores = (made.score_N if asked.raw_scores else made.relevance_N).tolist()
         if asked.texts is not None:
             return _json(answers.reranked_tei(scores, texts, asked.return_text))
         assert service.reranker is not None

@@ -156,11 +156,11 @@ class Searcher:
 
 
 def _reranked(query: str, hits: Sequence[Hit], reranker: ServedReranker) -> list[Hit]:
-    """The hits in the reranker's order, under its scores."""
-    score_N = reranker.submit(query, [hit.text for hit in hits]).result().score_N.tolist()
+    """The hits in the reranker's order, under the relevance that it gives."""
+    relevance_N = reranker.submit(query, [hit.text for hit in hits]).result().relevance_N.tolist()
     rescored = [
         replace(hit, score=score, scores={**hit.scores, "reranker": score})
-        for hit, score in zip(hits, score_N, strict=True)
+        for hit, score in zip(hits, relevance_N, strict=True)
     ]
     return sorted(rescored, key=lambda hit: (-hit.score, hit.id))
 

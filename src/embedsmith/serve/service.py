@@ -21,7 +21,7 @@ from embedsmith.serve.batching import RetiredError
 from embedsmith.serve.errors import ClosedError, ReloadingError, RequestError, UnknownModelError
 from embedsmith.serve.limits import Limits
 from embedsmith.serve.metrics import Metrics
-from embedsmith.serve.model import Encoded, Model, ServedReranker, Text
+from embedsmith.serve.model import Encoded, Model, Scores, ServedReranker, Text
 from embedsmith.serve.searcher import Found, Question, Searcher, open_searcher
 
 T = TypeVar("T")
@@ -142,17 +142,16 @@ class Service:
             except RetiredError:  # in the middle of a search, which begins anew
                 continue
 
-    async def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+    async def rerank(self, query: str, documents: Sequence[str]) -> Scores:
         """Scores of the documents. Errors: `RequestError` where there is no reranker."""
 
-        def ask() -> "tuple[None, Future[Any]]":
+        def ask() -> "tuple[None, Future[Scores]]":
             if self.reranker is None:
                 raise RequestError(_NO_RERANKER, fix=_WITH_RERANKER)
             return None, self.reranker.submit(query, documents)
 
         _, made = self._of_the_present(ask)
-        scores: list[float] = (await asyncio.wrap_future(made)).score_N.tolist()
-        return scores
+        return await asyncio.wrap_future(made)
 
     def reload(self, names: Iterable[str] = ()) -> list[str]:
         """Load models anew (all, or those named), the indexes and the reranker; then put them in the place of the old
