@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.encoder import Encoder
-from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, RecipeError
+from embedsmith.core.errors import EmbedsmithError, MissingExtraError, RecipeError
 from embedsmith.core.inputs import local_path, read_text
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.reranker import Reranker
 from embedsmith.index import Store
 from embedsmith.index.commands import Place
-from embedsmith.models import load
+from embedsmith.models import CrossEncoder, load, load_reranker
 from embedsmith.serve.limits import Limits
 
 Models = str | Path | Encoder | Sequence[str | Path | Encoder] | Mapping[str, str | Path | Encoder]
@@ -170,12 +172,22 @@ def _folder_opener(folder: str | Path) -> Callable[[], Store]:
 
 
 def reranker_named(reranker: Any) -> tuple[str, Callable[[], Reranker] | None]:
-    """A reranker's name, and how to get it."""
+    """A reranker's name, and how to get it: its scores as they are before the activation that its folder names, since
+    the server answers with relevance from 0 to 1."""
     if reranker is None:
         return "", None
     if not isinstance(reranker, str | Path):
-        return "reranker", lambda: reranker
-    raise ModelError("rerankers cannot be loaded yet", where=reranker)
+        return "reranker", lambda: _as_logits(reranker)
+    name, path = _named(reranker)
+    return name, lambda: _as_logits(load_reranker(path))
+
+
+def _as_logits(reranker: Reranker) -> Reranker:
+    if not isinstance(reranker, CrossEncoder):
+        return reranker
+    twin = copy.copy(reranker)  # the weights are shared
+    twin.settings = dataclasses.replace(reranker.settings, activation="torch.nn.Identity")
+    return twin
 
 
 @contextmanager

@@ -28,14 +28,12 @@ T = TypeVar("T")
 
 _THREADS = 8
 """Searches at a time: their queries meet in one batch of the model."""
-RERANKED = 50
-"""Hits that a reranker reads, at least."""
 
 
 @dataclass(frozen=True)
 class Question:
     """What is looked for. `weights`: of the heads (`None`: M3's). `rrf`: fuse ranks instead of scores. `candidates`:
-    documents that each head proposes. `rerank`: let the reranker order the best hits."""
+    documents that each head proposes. `rerank`: let the reranker order as many of the best hits."""
 
     query: str
     k: int = 10
@@ -105,7 +103,7 @@ class Searcher:
         return None if weights is None else WeightedSum(weights)
 
     def _search(self, question: Question, fusion: Fusion | None, reranker: ServedReranker | None) -> list[Found]:
-        count = max(question.k, RERANKED) if reranker is not None else question.k
+        count = max(question.k, question.candidates) if reranker is not None else question.k
         (hits,) = self.index.search(
             [question.query],
             count,
@@ -156,13 +154,13 @@ class Searcher:
 
 
 def _reranked(query: str, hits: Sequence[Hit], reranker: ServedReranker) -> list[Hit]:
-    """The hits in the reranker's order, under the relevance that it gives."""
+    """The hits by the relevance that the reranker gives. What was a hit's score stands among the others as `first`."""
     relevance_N = reranker.submit(query, [hit.text for hit in hits]).result().relevance_N.tolist()
     rescored = [
-        replace(hit, score=score, scores={**hit.scores, "reranker": score})
+        replace(hit, score=score, scores={**hit.scores, "first": hit.score})
         for hit, score in zip(hits, relevance_N, strict=True)
     ]
-    return sorted(rescored, key=lambda hit: (-hit.score, hit.id))
+    return sorted(rescored, key=lambda hit: -hit.score)
 
 
 def open_searcher(store: Store, models: Sequence[Model]) -> Searcher:
