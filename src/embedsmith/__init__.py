@@ -20,6 +20,7 @@ _HOMES = {
     "Embedder": "embedsmith.models",
     "Recipe": "embedsmith.train",
     "Source": "embedsmith.data",
+    "application": "embedsmith.api.serving",
     "compare": "embedsmith.api.evaluating",
     "load": "embedsmith.models",
     "load_reranker": "embedsmith.models",
@@ -34,13 +35,14 @@ _VERBS = {
     "index": "embedsmith.api.searching",
     "merge": "embedsmith.api.making",
     "search": "embedsmith.api.searching",
+    "serve": "embedsmith.api.serving",
     "train": "embedsmith.api.making",
 }
 """Functions that share their name with a room of the package, and where they are."""
 
 __all__ = [
-    *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "compare", "curate", "distil", "evaluate"),
-    *("index", "load", "load_reranker", "merge", "mine", "search", "split", "tokenize", "train"),
+    *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "distil"),
+    *("evaluate", "index", "load", "load_reranker", "merge", "mine", "search", "serve", "split", "tokenize", "train"),
 ]
 
 

@@ -9,6 +9,8 @@ from embedsmith.api.making import tokenize as tokenize
 from embedsmith.api.making import train as train
 from embedsmith.api.searching import index as index
 from embedsmith.api.searching import search as search
+from embedsmith.api.serving import application as application
+from embedsmith.api.serving import serve as serve
 from embedsmith.data import Source as Source
 from embedsmith.models import CrossEncoder as CrossEncoder
 from embedsmith.models import Embedder as Embedder
@@ -23,6 +25,7 @@ __all__ = [
     "Recipe",
     "Source",
     "__version__",
+    "application",
     "compare",
     "curate",
     "distil",
@@ -33,6 +36,7 @@ __all__ = [
     "merge",
     "mine",
     "search",
+    "serve",
     "split",
     "tokenize",
     "train",
