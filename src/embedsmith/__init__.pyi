@@ -8,6 +8,8 @@ from embedsmith.api.making import tokenize as tokenize
 from embedsmith.api.making import train as train
 from embedsmith.api.searching import index as index
 from embedsmith.api.searching import search as search
+from embedsmith.api.serving import application as application
+from embedsmith.api.serving import serve as serve
 from embedsmith.data import Source as Source
 from embedsmith.models import Embedder as Embedder
 from embedsmith.models import load as load
@@ -19,6 +21,7 @@ __all__ = [
     "Recipe",
     "Source",
     "__version__",
+    "application",
     "compare",
     "curate",
     "evaluate",
@@ -27,6 +30,7 @@ __all__ = [
     "merge",
     "mine",
     "search",
+    "serve",
     "split",
     "tokenize",
     "train",
