@@ -1,4 +1,4 @@
-"""A service to explore: a tiny model of three heads with an index of hostile and of plain texts, and one of one head."""
+"""A service to explore: a tiny model of three heads with an index of hostile and plain texts, and one of one head."""
 
 import json
 
@@ -46,7 +46,9 @@ def run_folder(folder):
     """What a run leaves that scored a retrieval task and one of pairs before and after."""
     path = folder / "a-run"
     (path / "evaluation").mkdir(parents=True)
-    for name, ndcg, relevant in (("before", [1.0, 0.63, 0.0], [0.9, 0.5, 0.2]), ("after", [0.5, 0.63, 1.0], [0.4, 0.5, 0.8])):
+    figures = {"before": ([1.0, 0.63, 0.0], [0.9, 0.5, 0.2]), "after": ([0.5, 0.63, 1.0], [0.4, 0.5, 0.8])}
+    for name, (ndcg, relevant) in figures.items():
+        shown = {"query": HOSTILE[0], "relevant": HOSTILE[1], "found before it": HOSTILE[2]}
         retrieval = {
             "task": "search",
             "kind": "retrieval",
@@ -60,9 +62,7 @@ def run_folder(folder):
                 "similarity_relevant": relevant,
                 "similarity_other": [0.6, 0.6, 0.6],
             },
-            "examples": [
-                {"id": "q1", "value": ndcg[0], "numbers": {}, "texts": {"query": HOSTILE[0], "relevant": HOSTILE[1], "found before it": HOSTILE[2]}},
-            ],
+            "examples": [{"id": "q1", "value": ndcg[0], "numbers": {}, "texts": shown}],
         }
         pairs = {
             "task": "alike",

@@ -77,7 +77,9 @@ def test_both_languages_have_every_word_that_the_page_uses():
     assert words[0].keys() == words[1].keys()
     for key, english in words[0].items():
         assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", words[1][key])), key
-    used = set(re.findall(r'data-t(?:-label|-placeholder)?="(\w+)"', (STATIC / "index.html").read_text(encoding="utf-8")))
+    used = set(
+        re.findall(r'data-t(?:-label|-placeholder)?="(\w+)"', (STATIC / "index.html").read_text(encoding="utf-8"))
+    )
     for script in SCRIPTS:
         used |= set(re.findall(r'\bt\("(\w+)"', script.read_text(encoding="utf-8")))
     assert used <= words[0].keys()
@@ -136,7 +138,8 @@ def test_pca_is_that_of_the_whole_matrix_and_the_same_every_time():
     for axis in (0, 1):
         assert abs(np.corrcoef(point_N2[:, axis], u[:, axis] * s[axis])[0, 1]) == pytest.approx(1)
     assert share == pytest.approx((s[:2] ** 2).sum() / (s**2).sum())
-    assert np.ptp(point_N2[:, 0]) / np.ptp(point_N2[:, 1]) == pytest.approx(np.ptp(u[:, 0] * s[0]) / np.ptp(u[:, 1] * s[1]))
+    wide, high = (np.ptp(u[:, axis] * s[axis]) for axis in (0, 1))
+    assert np.ptp(point_N2[:, 0]) / np.ptp(point_N2[:, 1]) == pytest.approx(wide / high)
     again_N2, _ = atlas.pca(vector_ND.copy())
     assert (again_N2 == point_N2).all()
 
@@ -153,9 +156,14 @@ def test_a_map_of_next_to_nothing(vectors):
 
 
 def test_fields_are_kinds_numbers_or_left_out():
-    rows = [{"lang": "en" if n % 2 else "zh", "year": n, "id": f"x{n}", "flag": n < 3, "tags": ["a"], "one": "1"} for n in range(20)]
+    def row(n):
+        shared = {"lang": "en" if n % 2 else "zh", "year": n, "flag": n < 3}
+        return {**shared, "id": f"x{n}", "tags": ["a"], "one": "1"}
+
+    rows = [row(n) for n in range(20)]
     found = atlas.fields_of([Document(str(n), "a", row if n else {}) for n, row in enumerate(rows)])
-    assert {name: field["kind"] for name, field in found.items()} == {"lang": "kinds", "year": "numbers", "flag": "kinds"}
+    kinds = {name: field["kind"] for name, field in found.items()}
+    assert kinds == {"lang": "kinds", "year": "numbers", "flag": "kinds"}
     assert found["lang"]["values"][:3] == [None, "en", "zh"]
 
 
@@ -190,7 +198,8 @@ def marks(client, query, votes, **more):
 
 def test_marks_become_records_that_training_reads(client, tree, tmp_path):
     path = tmp_path / "feedback.jsonl"
-    assert marks(client, " the cat ", {"d0": 1, "d1": -1, "d7": 0}).json() == {"saved": True, "records": 1, "file": path.name}
+    first = marks(client, " the cat ", {"d0": 1, "d1": -1, "d7": 0}).json()
+    assert first == {"saved": True, "records": 1, "file": path.name}
     assert marks(client, "the mat", {"d5": 1, "d8": 1}).json()["records"] == 2
     assert marks(client, "the dog", {"d4": -1}).json() == {"saved": False, "records": 2, "file": path.name}
     for query in ("a tree", "red", "blue"):
@@ -270,9 +279,8 @@ def test_marks_that_are_refused(client, served, tmp_path):
         assert answer.status_code == 400, body
         assert answer.json()["error"]["message"]
     other = marks(client, "q", {"d1": 1}, headers={"Sec-Fetch-Site": "cross-site"})
-    form = client.post(
-        "/explorer/feedback", content=json.dumps({"query": "q", "marks": [{"id": "d1", "vote": 1}]}), headers={"Content-Type": "text/plain"}
-    )
+    text = json.dumps({"query": "q", "marks": [{"id": "d1", "vote": 1}]})
+    form = client.post("/explorer/feedback", content=text, headers={"Content-Type": "text/plain"})
     assert (other.status_code, form.status_code) == (400, 400)
     assert not path.exists()
     assert "takes no marks" in marks(TestClient(application(served)), "q", {"d1": 1}).json()["error"]["message"]

@@ -2,7 +2,7 @@
 
 import importlib.util
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,9 @@ def _umap(vector_ND: Floats) -> Floats:
         return pca(vector_ND)[0]
     nearby = min(15, len(vector_ND) - 1)
     start = "spectral" if len(vector_ND) > 32 else "random"
-    found = umap.UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1).fit_transform(vector_ND)
+    found = umap.UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1).fit_transform(
+        vector_ND
+    )
     return _framed(np.asarray(found, np.float64))
 
 
@@ -152,7 +154,7 @@ def fields_of(documents: Sequence[Document]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _field(values: Sequence[Any]) -> Mapping[str, Any] | None:
+def _field(values: Sequence[Any]) -> dict[str, Any] | None:
     plain = [value if isinstance(value, str | int | float) else None for value in values]
     known = [value for value in plain if value is not None]
     different = len(set(known))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from embedsmith.core.errors import EmbedsmithError
+from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.index import HybridIndex
 from embedsmith.report import run_facts
 from embedsmith.search.hybrid import M3_WEIGHTS
@@ -51,10 +51,19 @@ _MARKS = 200
 @dataclass(frozen=True)
 class Explorer:
     """What the page may read and write beside the models. `run`: the folder of a run, for its report. `feedback`: the
-    file that marks are written to; without one, none are taken."""
+    file that marks are written to; without one, none are taken.
+
+    Errors: `EvaluationError` for a run that is no folder; those of `FeedbackFile.check`.
+    """
 
     run: Path | None = None
     feedback: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.run is not None and not self.run.is_dir():
+            raise EvaluationError("there is no such folder", where=self.run, expected="the output of a run or a merge")
+        if self.feedback is not None:
+            FeedbackFile(self.feedback).check()
 
 
 class Mark(Body):
@@ -105,9 +114,9 @@ def _add_facts(made: APIRouter, service: Service, explorer: Explorer) -> None:
     def about() -> Response:
         indexes = service.indexes
         first = next(iter(indexes), None)
+        weights = lambda index: {head: M3_WEIGHTS.get(head, 1.0) for head in index.heads}
         models = [
-            {"name": name, "heads": list(index.heads), "weights": {head: M3_WEIGHTS.get(head, 1.0) for head in index.heads}}
-            for name, index in indexes.items()
+            {"name": name, "heads": list(index.heads), "weights": weights(index)} for name, index in indexes.items()
         ]
         facts = {
             "version": version("embedsmith"),

@@ -10,7 +10,7 @@ from typing import Any
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_text
-from embedsmith.core.outputs import claimed
+from embedsmith.core.outputs import check_claim, claimed, refuse_foreign_file
 
 LARGEST = 2**26
 """Bytes of a file, which is written anew with every mark: beyond that a server would be busy with it alone."""
@@ -24,6 +24,12 @@ class FeedbackFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Errors: those of `mark`, before there is one."""
+        check_claim(self.path, "serve")
+        refuse_foreign_file(self.path, True)
+        self._read()
 
     def mark(self, query: str, vote_of: Mapping[str, int]) -> tuple[bool, int]:
         """Take marks of one question: 1 for a text that answers it, -1 for one that does not, 0 to take a mark back.
