@@ -20,6 +20,7 @@ _HOMES = {
     "Recipe": "embedsmith.train",
     "Source": "embedsmith.data",
     "compare": "embedsmith.api.evaluating",
+    "export": "embedsmith.api.exporting",
     "load": "embedsmith.models",
     "mine": "embedsmith.api.making",
     "split": "embedsmith.api.making",
@@ -36,7 +37,7 @@ _VERBS = {
 """Functions that share their name with a room of the package, and where they are."""
 
 __all__ = [
-    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "evaluate", "index"),
+    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "evaluate", "export", "index"),
     *("load", "merge", "mine", "search", "split", "tokenize", "train"),
 ]
 

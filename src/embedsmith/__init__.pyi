@@ -1,5 +1,6 @@
 from embedsmith.api.evaluating import compare as compare
 from embedsmith.api.evaluating import evaluate as evaluate
+from embedsmith.api.exporting import export as export
 from embedsmith.api.making import curate as curate
 from embedsmith.api.making import merge as merge
 from embedsmith.api.making import mine as mine
@@ -22,6 +23,7 @@ __all__ = [
     "compare",
     "curate",
     "evaluate",
+    "export",
     "index",
     "load",
     "merge",
