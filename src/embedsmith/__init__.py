@@ -22,6 +22,7 @@ _HOMES = {
     "Source": "embedsmith.data",
     "application": "embedsmith.api.serving",
     "compare": "embedsmith.api.evaluating",
+    "export": "embedsmith.api.exporting",
     "load": "embedsmith.models",
     "load_reranker": "embedsmith.models",
     "mine": "embedsmith.api.making",
@@ -42,7 +43,8 @@ _VERBS = {
 
 __all__ = [
     *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "distil"),
-    *("evaluate", "index", "load", "load_reranker", "merge", "mine", "search", "serve", "split", "tokenize", "train"),
+    *("evaluate", "export", "index", "load", "load_reranker", "merge", "mine", "search", "serve", "split"),
+    *("tokenize", "train"),
 ]
 
 

@@ -1,5 +1,6 @@
 from embedsmith.api.evaluating import compare as compare
 from embedsmith.api.evaluating import evaluate as evaluate
+from embedsmith.api.exporting import export as export
 from embedsmith.api.making import curate as curate
 from embedsmith.api.making import distil as distil
 from embedsmith.api.making import merge as merge
@@ -30,6 +31,7 @@ __all__ = [
     "curate",
     "distil",
     "evaluate",
+    "export",
     "index",
     "load",
     "load_reranker",

@@ -38,8 +38,9 @@ UNUSED = re.compile(r"(^|\.)(pooler\.|position_ids$|token_type_ids$|rotary_emb\.
 """Weights no vector depends on: absent or extra, they change nothing."""
 
 
-def locate(path: str, revision: str | None = None) -> Path:
-    """The local folder of a folder name or a hub id; a hub id is downloaded (or found in the cache).
+def locate(path: str, revision: str | None = None, backend: str | None = None) -> Path:
+    """The local folder of a folder name or a hub id; a hub id is downloaded (or found in the cache), with the graph of
+    a `backend` where one is asked for.
 
     Errors: `ModelError` when there is no such folder, when a pipe, a device or a link to nothing stands in it, and when
     the hub has no such model or cannot be reached.
@@ -59,6 +60,7 @@ def locate(path: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*_HUB_FILES, *(kind.file for kind in known_heads().values())]
+    patterns += [f"{backend}/{name}*" for name in ("model.onnx", "openvino_model.", "graph.json") if backend]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:

@@ -29,6 +29,8 @@ class ModelConfig:
 
     `path`: a transformers or sentence-transformers folder, or a hub id.
     `revision`: of a hub id, a branch, tag or commit; by default its main branch.
+    `backend`: what computes: `torch`, or the graph that `embedsmith export` put into the folder, on `onnx` (ONNX
+        Runtime) or `openvino`. By default torch where the folder has weights, else the graph. A graph is not trained.
     `pooling`: how token states become one vector: `cls`, `mean`, `weighted_mean`, `last`, `max`, `attention`, `latent`,
         or one of an installed package; required for a folder that does not say.
     `pooler`: the shape of a pooling with weights, such as the last two.
@@ -84,6 +86,7 @@ class ModelConfig:
 
     path: str
     revision: str | None = None
+    backend: Literal["torch", "onnx", "openvino"] | None = None
     pooling: PoolingName | None = None
     max_length: int | None = None
     prompts: Mapping[str, str] | None = None

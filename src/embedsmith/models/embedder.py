@@ -57,6 +57,7 @@ class Embedder(nn.Module):
     """
 
     backbone: Any
+    side_by_side = True  # chunks on a CPU, one a core (see `WindowEncoder`)
 
     def __init__(
         self,
@@ -336,7 +337,7 @@ class Embedder(nn.Module):
         device, chosen = self.device, settled_dtype(dtype, self.device)
         known = self._fitting if token_budget is None else token_budget
         size = known or fitting_tokens(device, self.backbone.config)
-        engine = WindowEncoder(compute, device, size, chosen, self.packing, advance)
+        engine = WindowEncoder(compute, device, size, chosen, self.packing, advance, self.side_by_side)
         was_training = self.training  # training goes on after an evaluation
         self.eval()
         try:

@@ -42,7 +42,8 @@ Compute = Literal["auto", "float32", "bfloat16", "float16"]
 class WindowEncoder:
     """How windows are computed: `compute` gives the representations of some rows of one on `device`, in chunks of at
     most `chunk_tokens` padded tokens (with `packing`, real ones). Where a card is out of memory the window is computed
-    again in chunks of half the size, and the new size is kept."""
+    again in chunks of half the size, and the new size is kept. `side_by_side`: on a CPU every core computes a chunk of
+    its own, unless `compute` takes all of them by itself."""
 
     compute: Callable[[TokenBatch, IntArray], Reps]
     device: torch.device
@@ -50,6 +51,7 @@ class WindowEncoder:
     dtype: ComputeType | None = None
     packing: bool = False
     advance: Callable[[int], None] = lambda rows: None
+    side_by_side: bool = True
 
     def run(self, windows: Iterator[TokenBatch]) -> Iterator[Reps]:
         """Representations of each window in row order, on the CPU. On a GPU one window is used while the next is
@@ -106,7 +108,8 @@ class WindowEncoder:
         done = 0
         try:  # an outer autocast keeps what it made of the weights from chunk to chunk
             with autocast(self.device, self.dtype if self.device.type == "cuda" else None):
-                computed = _spread(of, chunks, derive_workers(self.device, len(chunks)))
+                workers = derive_workers(self.device, len(chunks)) if self.side_by_side else 1
+                computed = _spread(of, chunks, workers)
                 for rows, part in zip(chunks, computed, strict=True):
                     parts.append(part)
                     done += len(rows)

@@ -33,6 +33,8 @@ from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_m
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.fused import fuse_kernels
+from embedsmith.models.graphs.encoder import GraphEmbedder
+from embedsmith.models.graphs.layout import FILES, GraphBackend, GraphFacts, backend_of
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig, Projection
 from embedsmith.models.lora import (
@@ -67,18 +69,21 @@ def load(
     new_heads: bool = False,
     **overrides: Any,
 ) -> Embedder:
-    """An embedder in eval mode from a transformers folder, a sentence-transformers folder or a hub id.
+    """An embedder in eval mode from a transformers folder, a sentence-transformers folder or a hub id; of a folder that
+    `embedsmith export` made, the graph in it (`backend`).
 
     `overrides` are the fields of `ModelConfig`. `device=None` is the current GPU where there is one, else the CPU.
     `new_heads`: heads that are asked for and not in the folder are made, random, for you to train them.
     Errors: `ModelError` naming the file and the fix; `RecipeError` for an unknown override.
     """
-    target = device_named(best_device() if device is None else device)
     if isinstance(path, ModelConfig):
         config = dataclasses.replace(path, **overrides)
     else:
         config = parse(ModelConfig, {"path": str(path), **overrides}, where="load")
     source = ModelSource.find(config)
+    if source.graph is not None:
+        return _running(source, source.graph, device, new_heads)
+    target = device_named(best_device() if device is None else device)
     config, saved = source.config, source.facts.embedding_config.attention
     mode = config.attention or saved.mode
     tokenizer = source.tokenizer()
@@ -107,6 +112,43 @@ def load(
     if config.compile:
         embedder.backbone.compile(dynamic=True)
     return embedder
+
+
+_OF_A_GRAPH = ("path", "revision", "backend", "heads", "max_length", "prompts", "template", "instructions")
+"""Keys of `ModelConfig` that mean something where the model is a graph; the others are settled when it is exported."""
+
+
+def _running(
+    source: ModelSource, backend: GraphBackend, device: str | torch.device | None, new_heads: bool
+) -> GraphEmbedder:
+    """The graph of a folder. Errors: `ModelError` for what would change it, and for training."""
+    config, folder = source.config, source.facts.backbone
+    facts = GraphFacts.read(folder, backend)
+    plain = ModelConfig(path=config.path)
+    more = ("padding_side", "trust_remote_code", *_OF_A_GRAPH)
+    changed = [one.name for one in dataclasses.fields(config) if one.name not in more]
+    changed = [f"model.{name}" for name in changed if getattr(config, name) != getattr(plain, name)]
+    if device is not None and device_named(device).type != "cpu":
+        changed.append(f"device={device}")
+    if changed or new_heads:
+        raise ModelError(
+            "an exported graph cannot be trained" if new_heads else f"{changed[0]} of an exported graph",
+            where=folder / FILES[backend],
+            expected=None
+            if new_heads
+            else f"of the keys of model at most {', '.join(_OF_A_GRAPH)}; it runs on the CPU",
+            fix="use the model that it was made from" + ("" if new_heads else f", and export that with {changed[0]}"),
+        )
+    wanted = facts.heads if config.heads is None else dict.fromkeys(("dense", *config.heads))
+    if absent := [name for name in wanted if name not in facts.heads]:
+        raise ModelError(
+            f"this graph has no head {absent[0]!r}", where=folder, expected=f"some of {', '.join(facts.heads)}"
+        )
+    tokenizer = source.tokenizer()
+    frame = skeleton(source.base, config.trust_remote_code)
+    source.prepare_tokenizer(tokenizer, frame)
+    settings = source.settings(tokenizer, facts.max_length, Attention())
+    return GraphEmbedder(folder, backend, frame, tokenizer, settings, facts, tuple(wanted)).eval()
 
 
 def without_weights(config: ModelConfig) -> Embedder:
@@ -138,12 +180,14 @@ class ModelSource:
     """What an embedder is built from: as the user asks (`config`), else as the folder says (`facts`).
 
     `base`: the folder of the backbone, which is another one where the folder holds an adapter alone (`adapter`).
+    `graph`: the exported graph that runs in the place of the weights.
     """
 
     config: ModelConfig
     facts: FolderFacts
     base: Path
     adapter: Path | None = None
+    graph: GraphBackend | None = None
 
     @classmethod
     def find(cls, config: ModelConfig, with_weights: bool = True) -> ModelSource:
@@ -151,8 +195,10 @@ class ModelSource:
 
         Errors: `ModelError` naming the file; `MissingExtraError` where adapters need a package (`with_weights`).
         """
-        folder = locate(config.path, config.revision)
+        folder = locate(config.path, config.revision, config.backend)
         facts = FolderFacts.read(folder)
+        if (graph := backend_of(facts.backbone, config.backend)) is not None:
+            return cls(config, facts, facts.backbone, graph=graph)
         adapter = (folder / ADAPTER).exists()
         if with_weights and (adapter or config.lora is not None):
             check_installed(config.lora)

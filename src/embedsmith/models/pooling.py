@@ -4,7 +4,8 @@
     def first_two(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor: ...
 
 `mask_NT` marks real tokens, `pool_NT` those that take part (a prompt may be left out). Both padding sides are right:
-positions come from the masks, never from the ends of the row. Formulas: sentence-transformers' `Pooling`, which a
+positions come from the masks, never from the ends of the row. Sizes are read from `shape` and not by `len`, which a
+graph that is exported would keep for ever (exports/trace.py). Formulas: sentence-transformers' `Pooling`, which a
 saved model must agree with; a pooling that sentence-transformers lacks is loaded there through embedsmith.
 
 A pooling with weights of its own is an `nn.Module` made from the backbone's width and a `PoolerConfig`, with the width
@@ -30,13 +31,13 @@ from embedsmith.core.tokens import PaddedTokens
 @poolings.register("cls")
 def cls(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The first token that takes part."""
-    return hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), first_index(pool_NT)]
+    return hidden_NTH[torch.arange(hidden_NTH.shape[0], device=hidden_NTH.device), first_index(pool_NT)]
 
 
 @poolings.register("last")
 def last(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """The last token that takes part."""
-    return hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), last_index(pool_NT)]
+    return hidden_NTH[torch.arange(hidden_NTH.shape[0], device=hidden_NTH.device), last_index(pool_NT)]
 
 
 @poolings.register("mean", formula="sum_t m_t h_t / sum_t m_t")
@@ -234,7 +235,7 @@ class LatentPooling(nn.Module):
         query_NHTD = self.query(self.norm_tokens(hidden_NTH)).unflatten(-1, split).transpose(1, 2)
         key_value = self.key_value(self.norm_latents(self.latent_RH)).chunk(2, dim=-1)
         key_1HRD, value_1HRD = (tensor.unflatten(-1, split).transpose(0, 1)[None] for tensor in key_value)
-        rows = len(hidden_NTH)
+        rows = hidden_NTH.shape[0]
         seen_NHTD = F.scaled_dot_product_attention(
             query_NHTD, key_1HRD.expand(rows, -1, -1, -1), value_1HRD.expand(rows, -1, -1, -1)
         )

@@ -53,10 +53,13 @@ def saved_model() -> Kind:
     code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
     layout = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", EMBEDDING_CONFIG)
     modules = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
+    graphs = ("onnx/model.onnx", "onnx/model.onnx_data", "openvino/openvino_model.*", "*/graph.json")
     heads = {head.file for head in known_heads().values()}
     more = ("README.md", "config.json", "generation_config.json", "*.model", *heads)
     return Kind(
-        "model saved by embedsmith", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith")
+        "model saved by embedsmith",
+        tokenizer + weights + code + layout + modules + graphs + more,
+        ("README.md", "embedsmith"),
     )
 
 
@@ -121,14 +124,18 @@ class Saved:
         with claimed(folder, "model.save"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
             self.write(root, merge)
 
-    def write(self, root: Path, merge: bool = True) -> None:
-        """All files of `save`, into an empty folder."""
+    def write(self, root: Path, merge: bool = True, weights: bool = True) -> None:
+        """All files of `save`, into an empty folder. Without `weights` those of the backbone, of a pooling and of token
+        heads are left out, for a folder that holds a graph in their place."""
         settings = self.settings
         for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
             refuse_not_finite(part)
         with transformers_silenced():
-            apart = has_adapter(self.backbone) and not merge
-            if apart:
+            apart = weights and has_adapter(self.backbone) and not merge
+            if not weights:
+                self.backbone.config.architectures = [type(self.backbone).__name__]
+                self.backbone.config.save_pretrained(root)
+            elif apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
             else:
                 self._whole_backbone().save_pretrained(root)
@@ -145,15 +152,16 @@ class Saved:
             write_json(root / "modules.json", modules)
             more.write(root)
             self._save_settings(root)
-            if self.pooler is not None:
+            if weights and self.pooler is not None:
                 save_file(cpu_state(self.pooler), root / POOLER_FILE)
             for place, projection in enumerate(self.projections, start=2):
                 projection.save(root / f"{place}_Dense")
             if settings.normalize:
                 (root / f"{len(kinds) - 1}_Normalize").mkdir()
-            for head in self.heads.values():
+            for head in self.heads.values() if weights else ():
                 head.save(root)
-            (root / "README.md").write_text(self.model_card(), encoding="utf-8")
+            if weights:
+                (root / "README.md").write_text(self.model_card(), encoding="utf-8")
 
     def _save_settings(self, root: Path) -> None:
         """Lengths, prompts and the pooling, as sentence-transformers reads them."""
@@ -214,9 +222,10 @@ class Saved:
             path = root / "tokenizer_config.json"
             write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
-    def model_card(self) -> str:
+    def model_card(self, backend: str | None = None, graph: str = "") -> str:
         """The README.md written beside a model: what it is, its prompts, and how to load it anywhere; Markdown with the
-        metadata block that model hubs read."""
+        metadata block that model hubs read. `graph`: what is said of the graph for `backend` that is in the place of
+        the weights."""
         settings = self.settings
         normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
         if self.projections:
@@ -227,8 +236,8 @@ class Saved:
         foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
         foreign = "" if package == "embedsmith" else foreign
         return _CARD.format(
-            alone=plain if standard else _ATTENDED + foreign,
-            trust="" if standard else ", trust_remote_code=True",
+            alone=graph if backend else plain if standard else _ATTENDED + foreign,
+            trust=("" if standard else ", trust_remote_code=True") + (f', backend="{backend}"' if backend else ""),
             attention=_attention(self.attention),
             architecture=type(self.backbone).__name__,
             pooling=settings.pooling.replace("_", " "),
@@ -236,7 +245,7 @@ class Saved:
             dimension=self.dimension,
             normalised=", normalised to length 1" if settings.normalize else "",
             prompts=_prompts(settings),
-            token_heads=_token_heads(self.heads),
+            token_heads=_token_heads(self.heads, with_files=backend is None),
         )
 
 
@@ -333,12 +342,13 @@ def _attention(found: Attention) -> str:
     return f" Attention is {kind} ({how.get(found.how, found.how)}{left}), proven on the model by a self-test."
 
 
-def _token_heads(heads: Mapping[str, Head]) -> str:
+def _token_heads(heads: Mapping[str, Head], with_files: bool = True) -> str:
     shown = {name: head for name, head in heads.items() if not head.own_pass}  # without what only pre-training reads
     if not shown:
         return ""
     made = {name: _MADE.get(name, "see its package") for name in shown}
-    rows = "\n".join(f"- `{name}`: {made[name]} (`{head.file}`)" for name, head in shown.items())
+    files = {name: f" (`{head.file}`)" if with_files else "" for name, head in shown.items()}
+    rows = "\n".join(f"- `{name}`: {made[name]}{files[name]}" for name in shown)
     outputs = ", ".join(f'"{name}"' for name in ("dense", *shown))
     code = f'reps = model.represent(["a text"], role="document", outputs=({outputs}))'
     return f"\n## A text in other ways\n\n{rows}\n\n```python\n{code}\n```\n"

@@ -19,12 +19,18 @@ Prompts = Annotated[
 ]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
+Backend = Annotated[
+    str | None, typer.Option(help="What computes: torch, or a folder's graph on onnx or openvino (see export).")
+]
 
-def model_options(pooling: str | None, prompts: list[str] | None, max_length: int | None) -> dict[str, Any]:
+
+def model_options(
+    pooling: str | None, prompts: list[str] | None, max_length: int | None, backend: str | None = None
+) -> dict[str, Any]:
     """These options as `embedsmith.load` has them; what was not given is left out. Errors: `ModelError`."""
     if wrong := [text for text in prompts or () if not text.partition("=")[1]]:
         raise ModelError(f"--prompt {wrong[0]!r}", expected="ROLE=TEXT, such as --prompt 'query=query: '")
-    given: dict[str, Any] = {"pooling": pooling, "max_length": max_length}
+    given: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "backend": backend}
     given["prompts"] = dict(text.split("=", 1) for text in prompts) if prompts else None
     return {name: value for name, value in given.items() if value is not None}
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import Backend, MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -69,6 +69,7 @@ def evaluate_model(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
     engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
     items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
@@ -96,7 +97,7 @@ def evaluate_model(
     ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
     weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])
-    options |= model_options(pooling, prompts, None)
+    options |= model_options(pooling, prompts, None, backend)
     widths, more = _widths(dims, more)
     names = split_names([*(tasks or []), *more])
     _check_side_by_side(head, engine, mteb, tune, weights)
@@ -200,6 +201,7 @@ def compare_results(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
     report: Annotated[Path | None, typer.Option(help="Write the table and charts to this HTML file.")] = None,
 ) -> None:
     """Score models side by side, with the confidence of their differences.
@@ -215,7 +217,7 @@ def compare_results(
 
     ctx.with_resource(_claimed("compare", keep, (json_file, '"differences": {'), (report, PAGE_MARK)))
     options, models = _model_options(models)
-    options |= model_options(pooling, prompts, max_length)
+    options |= model_options(pooling, prompts, max_length, backend)
     widths, models = _widths(dims, models)
     _check_widths(widths, head)
     named, asked = _models_and_tasks(models, split_names(tasks or []))
@@ -261,6 +263,7 @@ def show_geometry(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
     json_file: JsonFile = None,
     report: Annotated[Path | None, typer.Option(help="Write the pictures to this HTML file.")] = None,
 ) -> None:
@@ -279,7 +282,7 @@ def show_geometry(
     path = Path(task)
     sample = Sample.read(path, texts) if path.suffix == ".txt" else Sample.of(load_task(task, data_dir=data), texts)
     names = [model] if against is None else [model, against]
-    encoders = [load(name, **model_options(pooling, prompts, max_length)) for name in names]
+    encoders = [load(name, **model_options(pooling, prompts, max_length, backend)) for name in names]
     geometries = [Geometry.of(encoder, sample, about={"model": name}) for encoder, name in zip(encoders, names)]
     together = sample.agreement(encoders[0], encoders[1]) if against is not None else {}
     if json_file is not None:

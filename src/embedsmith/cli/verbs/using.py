@@ -1,11 +1,11 @@
 """The verbs that use a model: encode, index and search, and those that take it elsewhere: convert, export and push."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import Backend, MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -27,6 +27,7 @@ def encode_texts(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
 ) -> None:
     """Turn files of texts into memory-mapped vectors; the same command continues after a kill.
 
@@ -39,7 +40,7 @@ def encode_texts(
     options = {"role": role, "task": task, "column": column, "dim": dim, "stored": stored, "dtype": dtype}
     tree = {
         "model": model,
-        "changes": model_options(pooling, prompts, max_length),
+        "changes": model_options(pooling, prompts, max_length, backend),
         "files": [local_path(file) for file in files],
         "out": out,
         "block": block,
@@ -65,6 +66,7 @@ def index_documents(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
 ) -> None:
     """Index documents under every head of a model; the same command continues after a stop, and updates.
 
@@ -74,7 +76,7 @@ def index_documents(
     from embedsmith.index.commands import Place, run_index
 
     place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
-    options = model_options(pooling, prompts, max_length)
+    options = model_options(pooling, prompts, max_length, backend)
     written, size = run_index(model, documents, place, heads, batch, options)
     say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
@@ -99,6 +101,7 @@ def search_index(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
 ) -> None:
     """Search an index by all heads together, with the score of each.
 
@@ -127,7 +130,7 @@ def search_index(
         filter=where,
         explained=explain,
         rerank=rerank,
-        options=model_options(pooling, prompts, max_length),
+        options=model_options(pooling, prompts, max_length, backend),
     ):
         if as_json:
             say(found.as_json())
@@ -156,30 +159,61 @@ def convert_model(
 
 
 @verbs.register("export")
-def export_one_head(
+def export_model(
     model: Annotated[str, typer.Argument(help="A model folder or hub id.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    head: Annotated[str, typer.Option(help="dense, sparse, multivector, or pylate (multivector there).")] = "dense",
+    out: Annotated[Path, typer.Argument(help="The folder to write; with --to gguf a file.")],
+    to: Annotated[
+        str | None, typer.Option(help="onnx, openvino or gguf: the whole model, for another runtime.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="With --to: fp32, fp16 or int8.")] = "fp32",
+    texts: Annotated[str | None, typer.Option(help="A file of texts on which int8 is calibrated and measured.")] = None,
+    floor: Annotated[float | None, typer.Option(help="Refuse a mean cosine to the model's below this: 0.98.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Score it on this, beside the model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder where names of tasks are looked up.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Without --to: dense (the default), sparse, multivector, or pylate.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another saved model.")] = False,
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
 ) -> None:
-    """Write one head of a model as a folder for sentence-transformers or PyLate, with the same scores.
+    """Write a model as a graph for ONNX Runtime or OpenVINO, or for llama.cpp; or one head of it as a folder for
+    sentence-transformers or PyLate, with the same scores.
 
-    Example: embedsmith export runs/mine/model sparse-model --head sparse
+    Example: embedsmith export runs/mine/model my-graph --to onnx --dtype int8 --texts passages.jsonl
     """
     from typing import cast
 
+    from embedsmith.core.errors import ModelError
     from embedsmith.core.outputs import claimed
     from embedsmith.models.export import ExportedHead, export_head
     from embedsmith.models.load import load
     from embedsmith.models.write import saved_model
 
     options = model_options(pooling, prompts, max_length)
+    if to is not None:
+        if head is not None:
+            raise ModelError(
+                f"--head {head} with --to {to}", fix="leave --head out: a graph has all heads of the model"
+            )
+        from embedsmith.api.exporting import export
+
+        asked: dict[str, Any] = {
+            "dtype": dtype,
+            "texts": texts or (),
+            "floor": floor,
+            "tasks": task or (),
+            "data": data,
+        }
+        say(export(model, out, cast(Any, to), overwrite=overwrite, **asked, **options))
+        return
+    if given := [name for name, value in (("--texts", texts), ("--floor", floor), ("--task", task)) if value]:
+        raise ModelError(f"{given[0]} without --to", fix="add --to onnx or --to openvino")
+    name = cast("ExportedHead", head or "dense")
     with claimed(out, "export"):
         saved_model().refuse_other(out)
-        say(export_head(load(model, device="cpu", **options), out, cast("ExportedHead", head), overwrite=overwrite))
+        say(export_head(load(model, device="cpu", **options), out, name, overwrite=overwrite))
 
 
 @verbs.register("push")

@@ -37,6 +37,7 @@ TERMS = 256
 """Words a text may have, unless a recipe says otherwise."""
 _NUMBERS = 2**23  # scores alive at once: 32 MB
 _TERMS_AT_ONCE = 2048  # rows of W that the backward pass copies together
+_WORDS_OF_A_GRAPH = 16384  # a block of the vocabulary in an exported graph
 
 
 class LmHead(nn.Module):
@@ -253,6 +254,9 @@ def top_words(
     """score_NK and word_NK of the K = min(terms, V) words with the largest max_t (W state_t + b)_v; -inf where a row
     has no tokens. The gradient goes to the token that had the maximum (the first of equal ones)."""
     bias_V = state_NTH.new_zeros(len(weight_VH)) if bias_V is None else bias_V
+    if torch.compiler.is_exporting():  # blocks whose number does not depend on the batch, and no backward pass
+        score_NK, word_NK, _ = _search(state_NTH, weight_VH, bias_V, part_NT, terms, _WORDS_OF_A_GRAPH)
+        return score_NK, word_NK
     score_NK, word_NK = _TopWords.apply(state_NTH, weight_VH, bias_V, part_NT, terms)  # type: ignore[no-untyped-call]
     return score_NK, word_NK
 
@@ -288,11 +292,11 @@ class _TopWords(torch.autograd.Function):
 
 
 def _search(
-    state_NTH: Tensor, weight_VH: Tensor, bias_V: Tensor, part_NT: Tensor, terms: int
+    state_NTH: Tensor, weight_VH: Tensor, bias_V: Tensor, part_NT: Tensor, terms: int, block: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """score_NK, word_NK, token_NK of the best words, a block of the vocabulary at a time."""
+    """score_NK, word_NK, token_NK of the best words, a `block` of the vocabulary at a time."""
     rows, tokens = part_NT.shape
-    size = max(_NUMBERS // max(rows * tokens, 1), 64)
+    size = block or max(_NUMBERS // max(rows * tokens, 1), 64)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for start in range(0, len(weight_VH), size):
         score_NTB = state_NTH @ in_fp32(weight_VH[start : start + size]).T
