@@ -76,6 +76,12 @@ def evaluate_model(
     weight: Weight = None,
     tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
     dims: Dims = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="int8, binary: retrieval by such codes too, beside the full vectors.")
+    ] = None,
+    rescore: Annotated[
+        int, typer.Option(min=0, help="With --precision: how many times as many documents are scored in full.")
+    ] = 4,
     keep: Keep = None,
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
@@ -85,7 +91,7 @@ def evaluate_model(
     Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
     """
     from embedsmith import __version__
-    from embedsmith.api.evaluating import Scoring
+    from embedsmith.api.evaluating import Scoring, checked_precisions
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
@@ -97,7 +103,12 @@ def evaluate_model(
     names = split_names([*(tasks or []), *more])
     scoring = Scoring(tuple(names), data, split, head, keep, weights)
     _check_side_by_side(head, engine, mteb, tune, weights)
+    precisions = checked_precisions([part for text in precision or [] for part in text.replace(",", " ").split()])
     _check_widths(widths, head, mteb)
+    if precision and (head != "dense" or mteb is not None):
+        raise EvaluationError(
+            "--precision is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb"
+        )
     if mteb is None:
         if limits is not None:
             raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
@@ -116,7 +127,12 @@ def evaluate_model(
 
             results = scoring.side_by_side(encoder, [n for n in HEADS if n in encoder.outputs], tune or [], about)
         else:
-            results = scoring.at_widths(encoder, widths, about) if widths else scoring.score(encoder, about)
+            beside = bool(widths or precisions)
+            results = (
+                scoring.at_widths(encoder, widths, about, precisions, rescore)
+                if beside
+                else scoring.score(encoder, about)
+            )
     if json_file is not None:
         results.save(json_file, items=items)
     show(results.table())
