@@ -23,6 +23,7 @@ from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, Weight
 from embedsmith.index.index import Document, Hit, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
 from embedsmith.models import Embedder, load
+from embedsmith.search.quantised import RESCORE, SearchPrecision
 
 _TEXT = 120
 """Characters of a text that a table shows."""
@@ -55,15 +56,16 @@ def run_index(
     heads: Sequence[str] | None,
     batch: int,
     options: Mapping[str, Any] | None = None,
+    precision: SearchPrecision | None = None,
 ) -> tuple[Written, int]:
     """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone. Gives the
-    size, too. `options`: of `load`, for a model by its path.
+    size, too. `options`: of `load`, for a model by its path. `precision`: see `open_index`.
 
     A file is read twice: what is wrong with it is an error before anything is encoded.
     """
     refuse_launcher("index", "start it once, without the launcher")
     with nullcontext() if place.folder is None else claimed(place.folder, "index"):
-        return _index(model, documents, place, heads, batch, options or {})
+        return _index(model, documents, place, heads, batch, options or {}, precision)
 
 
 def _index(
@@ -73,6 +75,7 @@ def _index(
     heads: Sequence[str] | None,
     batch: int,
     options: Mapping[str, Any],
+    precision: SearchPrecision | None,
 ) -> tuple[Written, int]:
     def read() -> Iterator[Document]:
         return read_documents(documents) if isinstance(documents, str) else iter(documents)
@@ -88,10 +91,17 @@ def _index(
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
         name = model if isinstance(model, str) else ""
         place_of_model = os.path.realpath(name) if os.path.exists(name) else name
-        index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
+        index = open_index(encoder, store, heads=names, precision=precision, model=place_of_model, create=True)
         return index.add(read(), batch=batch, total=total), len(index)
     finally:
         store.close()
+
+
+def checked_precision(given: str | None) -> SearchPrecision | None:
+    """Errors: `SearchError` for one that no index has."""
+    if given is None or given == "float32" or given == "int8" or given == "binary":
+        return given
+    raise SearchError(f"the precision is {given!r}", expected="float32, int8 or binary")
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,6 +158,7 @@ def run_search(
     candidates: int = 100,
     filter: Filter | None = None,
     explained: bool = False,
+    rescore: int = RESCORE,
     options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).
@@ -172,7 +183,7 @@ def run_search(
         fusion: Fusion | None = None if weights is None else WeightedSum(weights)
         if rrf:
             fusion = ReciprocalRank(weights or dict.fromkeys(index.heads, 1.0))
-        hits = index.search(queries, k, fusion=fusion, candidates=candidates, filter=filter)
+        hits = index.search(queries, k, fusion=fusion, candidates=candidates, filter=filter, rescore=rescore)
         reasons = [
             [_explain(encoder, index.heads, query, hit) for hit in found] if explained else []
             for query, found in zip(queries, hits, strict=True)
