@@ -6,7 +6,8 @@ from sentence_transformers.similarity_functions import SimilarityFunction
 from sentence_transformers.util import quantize_embeddings
 
 from embedsmith.core.errors import ModelError
-from embedsmith.models.encode import compare, quantize, value_ranges
+from embedsmith.core.quantize import quantize, value_ranges
+from embedsmith.models.encode import compare
 
 VECTORS = np.random.default_rng(0).normal(size=(50, 24)).astype(np.float32)
 

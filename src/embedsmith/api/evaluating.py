@@ -27,6 +27,7 @@ from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, s
 from embedsmith.models import CrossEncoder, Embedder, is_reranker, load, load_reranker
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
+from embedsmith.search.quantised import RESCORE, SearchPrecision
 from embedsmith.train.held_out import training_parts
 
 Load = Callable[..., Encoder]
@@ -41,6 +42,8 @@ def evaluate(
     split: str = "test",
     head: str = "dense",
     dims: Sequence[int] = (),
+    precision: SearchPrecision | Sequence[SearchPrecision] = (),
+    rescore: int = RESCORE,
     weights: Mapping[str, float] | None = None,
     cache: str | Path | None = None,
     rerank: str | Path | Reranker | None = None,
@@ -57,9 +60,11 @@ def evaluate(
     `model`: a folder, a hub id, or a model that is loaded; of a reranker, reranking tasks are scored. `tasks`: names or
     paths of tasks, or tasks, one or several. `data`: the folder where names are looked up. `split`: which judgements of
     a BEIR folder. `head`: `dense`, `sparse`, `multivector` or `hybrid`, the latter with `weights`; `all` for these side
-    by side. `dims`: widths of the vectors that are scored too. `cache`: a folder for vectors and results, so that a
-    stopped call continues. `rerank`: a reranker, or its folder or hub id, that orders the first `depth` documents of
-    the model's rankings anew. `options`: of `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
+    by side. `dims`: widths of the vectors that are scored too. `precision`: `int8`, `binary` or both: retrieval tasks
+    are searched by such codes too, and `rescore` times as many documents then by their full vectors. `cache`: a folder
+    for vectors and results, so that a stopped call continues. `rerank`: a reranker, or its folder or hub id, that orders
+    the first `depth` documents of the model's rankings anew. `options`: of `embedsmith.load`, such as `pooling`,
+    `prompts` and `max_length`.
     Errors: `EvaluationError` for unknown tasks and scores that cannot be had; those of `load`.
     """
     named, encoder = _loaded(model, options)
@@ -69,18 +74,29 @@ def evaluate(
             raise EvaluationError("rerank of a reranker", fix="name the embedding model first, and its reranker there")
         ranker = Rerank(encoder, depth)
         encoder = None
-    if ranker is not None and (dims or head == "all"):
-        raise EvaluationError("a reranker with dims or head='all'", fix="leave one of them out")
+    if ranker is not None and (dims or precision or head == "all"):
+        raise EvaluationError("a reranker with dims, precision or head='all'", fix="leave one of them out")
     place = None if data is None else Path(data)
     scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker)
     about = {"model": named, "split": split, "head": head, **options}
     about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
     with lines_shown():
-        if dims and head != "dense":
-            raise EvaluationError(f"dims with head={head!r}", fix="leave one of them out: dims are of dense vectors")
+        precisions = (precision,) if isinstance(precision, str) else tuple(precision)
+        if (dims or precisions) and head != "dense":
+            given = "dims" if dims else "precision"
+            raise EvaluationError(f"{given} with head={head!r}", fix="leave one of them out: it is of dense vectors")
         if head == "all":
             return scoring.side_by_side(encoder, [name for name in HEADS if name in encoder.outputs], (), about)
-        return scoring.at_widths(encoder, dims, about) if dims else scoring.score(encoder, about)
+        if dims or precisions:
+            return scoring.at_widths(encoder, dims, about, checked_precisions(precisions), rescore)
+        return scoring.score(encoder, about)
+
+
+def checked_precisions(given: Sequence[str]) -> tuple[SearchPrecision, ...]:
+    """Those that are searched beside the full vectors. Errors: `EvaluationError` for another one."""
+    if wrong := [one for one in given if one not in ("float32", "int8", "binary")]:
+        raise EvaluationError(f"the precision is {wrong[0]!r}", expected="int8, binary or both")
+    return tuple(one for one in ("int8", "binary") if one in given)
 
 
 def compare(
@@ -179,9 +195,19 @@ class Scoring:
             raise EvaluationError(f"weights tuned on {same[0]} and reported on it", fix="tune on another task")
         return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, cache=self.cache)
 
-    def at_widths(self, encoder: Encoder, widths: Sequence[int], about: Mapping[str, Any]) -> HeadScores:
-        """The whole vectors and their first numbers, on all tasks."""
-        return score_widths(encoder, self._load(self.tasks), widths, about=about, cache=self.cache)
+    def at_widths(
+        self,
+        encoder: Encoder,
+        widths: Sequence[int],
+        about: Mapping[str, Any],
+        precisions: Sequence[SearchPrecision] = (),
+        rescore: int = RESCORE,
+    ) -> HeadScores:
+        """The whole vectors and their first numbers, in full and as codes, on all tasks."""
+        loaded = self._load(self.tasks)
+        return score_widths(
+            encoder, loaded, widths, precisions=precisions, rescore=rescore, about=about, cache=self.cache
+        )
 
     def chosen(self, results: Results, where: str) -> Results:
         """The asked tasks of a file with results; all of them where none was asked for."""

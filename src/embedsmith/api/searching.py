@@ -12,7 +12,7 @@ from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.reranker import Reranker
 from embedsmith.index import Document, Filter, Written
-from embedsmith.index.commands import FoundHits, Place, run_index, run_search
+from embedsmith.index.commands import FoundHits, Place, checked_precision, run_index, run_search
 from embedsmith.models import Embedder
 
 
@@ -35,6 +35,7 @@ def index(
     collection: str = "embedsmith",
     api_key_env: str | None = None,
     heads: Sequence[str] | None = None,
+    precision: str | None = None,
     batch: int = 256,
 ) -> Indexed:
     """Index documents under every head of a model; an index that is there is updated.
@@ -46,7 +47,8 @@ def index(
     `model`: a folder, a hub id, or a model that is loaded. `documents`: a file, a BEIR folder, or texts, dicts
     (`{"id": "a", "text": "...", "lang": "en"}`; what is neither is metadata) and `Document`s; texts are named by their
     numbers. `to`: the index's folder; or `url`, `collection` and `api_key_env` (an environment variable) of a Qdrant
-    server. `heads`: all by default. `batch`: documents written together.
+    server. `heads`: all by default. `precision`: `int8` or `binary` finds dense vectors by such codes, kept in memory.
+    `batch`: documents written together.
     Errors: those of `embedsmith index`.
     """
     place = _place(to, url, collection, api_key_env)
@@ -54,7 +56,8 @@ def index(
         str(documents) if isinstance(documents, str | Path) else [_document(n, one) for n, one in enumerate(documents)]
     )
     with lines_shown():
-        written, size = run_index(str(model) if isinstance(model, Path) else model, held, place, heads, batch)
+        known = str(model) if isinstance(model, Path) else model
+        written, size = run_index(known, held, place, heads, batch, precision=checked_precision(precision))
     return Indexed(written.new, written.changed, written.unchanged, size)
 
 
@@ -70,6 +73,7 @@ def search(
     weights: Mapping[str, float] | None = None,
     rrf: bool = False,
     candidates: int = 100,
+    rescore: int = 4,
     filter: Filter | None = None,
     explain: bool = False,
     rerank: str | Path | Reranker | None = None,
@@ -84,9 +88,10 @@ def search(
 
     `queries`: one or several. `index`: the index's folder; or `url`, `collection` and `api_key_env` of a Qdrant
     server. `model`: the model, where it is not where it was when the index was made. `weights`: of the heads, such as
-    `{"dense": 1, "sparse": 0.3}`. `rrf`: fuse ranks instead of scores. `candidates`: documents each head proposes.
-    `filter`: of metadata, such as `{"lang": "en"}`. `explain`: say which tokens matched. `rerank`: a reranker, or its
-    folder or hub id, that reads the first `candidates` hits and orders them anew.
+    `{"dense": 1, "sparse": 0.3}`. `rrf`: fuse ranks instead of scores. `candidates`: documents each head proposes;
+    `rescore`: of an index with codes, how many times as many of these are scored in full. `filter`: of metadata, such as
+    `{"lang": "en"}`. `explain`: say which tokens matched. `rerank`: a reranker, or its folder or hub id, that reads the
+    first `candidates` hits and orders them anew.
     Errors: those of `embedsmith search`.
     """
     place = _place(index, url, collection, api_key_env)
@@ -101,6 +106,7 @@ def search(
             weights=weights,
             rrf=rrf,
             candidates=candidates,
+            rescore=rescore,
             filter=filter,
             explained=explain,
             rerank=str(rerank) if isinstance(rerank, Path) else rerank,

@@ -1,5 +1,6 @@
 """A model in several variants, side by side: each head alone and heads together with given or tuned weights, or its
-vectors at several widths, which is what Matryoshka training is for. Every text is encoded once for all of them."""
+vectors at several widths, which is what Matryoshka training is for, and as codes of a byte or a bit a number. Every
+text is encoded once for all of them."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ from embedsmith.evaluate.result import Results, percent
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.pairs import STSTask
-from embedsmith.evaluate.tasks.ranking import RetrievalTask
+from embedsmith.evaluate.tasks.ranking import RetrievalTask, searched_by_codes
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import on_device, search_device, top_of_block
 from embedsmith.search.hybrid import M3_WEIGHTS, Hybrid, HybridEncoder
+from embedsmith.search.quantised import RESCORE, SearchPrecision
 
 FULL = "full"
 """The column of the whole vectors, beside those of their widths."""
@@ -50,11 +52,12 @@ Weights = Mapping[str, float]
 @dataclass(frozen=True, repr=False)
 class HeadScores(Printed):
     """Results by column (heads, in the order of the paper's tables, or widths), and the weights of each column's
-    heads."""
+    heads. `sizes`: the table also tells what the vectors take."""
 
     columns: Mapping[str, Results]
     weights: Mapping[str, Weights]
     about: Mapping[str, Any] = field(default_factory=dict)
+    sizes: bool = False
 
     def table(self) -> Table:
         """One row a task: its main score in every column, times 100."""
@@ -70,6 +73,16 @@ class HeadScores(Printed):
         mixed = {name: weights for name, weights in self.weights.items() if len(weights) > 1}
         words = {name: " ".join(f"{head} {w:g}" for head, w in weights.items()) for name, weights in mixed.items()}
         table.caption = "; ".join(f"{name}: {text}" for name, text in words.items()) or None
+        for place, result in enumerate(first):
+            if self.sizes:
+                held = (results[place].counts.get("bytes", 0) / 2**20 for results in self.columns.values())
+                table.add_row(result.task, "MiB of vectors", *(f"{mebibytes:.3g}" for mebibytes in held))
+        if self.sizes:
+            table.add_row(
+                "",
+                "bytes a vector",
+                *(str(results[0].counts.get("bytes_per_vector", "")) for results in self.columns.values()),
+            )
         return table
 
     def as_dict(self, *, items: bool = False) -> dict[str, Any]:
@@ -252,6 +265,8 @@ def score_widths(
     tasks: Sequence[Task],
     widths: Sequence[int],
     *,
+    precisions: Sequence[SearchPrecision] = (),
+    rescore: int = RESCORE,
     about: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     group: Group = ALONE,
@@ -259,16 +274,25 @@ def score_widths(
     """Score the whole vectors (the column `full`), then their first numbers at every width, from wide to narrow. Each
     text is encoded once.
 
-    `cache`: a folder for vectors and results, so that a stopped command continues; `group`: see `evaluate`.
-    Errors: `EvaluationError` for no width, and one that the vectors do not have.
+    `precisions`: int8, binary: all are also searched as such codes, with `rescore` times as many documents scored by
+    their full vectors (the columns `int8`, `64 int8`); the tasks are retrieval then. `cache`: a folder for vectors and
+    results, so that a stopped command continues; `group`: see `evaluate`.
+    Errors: `EvaluationError` for no width and no precision, a width that the vectors do not have, and other tasks.
     """
-    if not widths or min(widths) < 1:
+    if not (widths or precisions) or min(widths, default=1) < 1:
         raise EvaluationError(f"the widths are {list(widths)}", expected="numbers from 1, such as 64 128 256")
+    as_codes = {
+        precision: [searched_by_codes(task, precision, rescore) for task in tasks]
+        for precision in dict.fromkeys(precisions)
+    }
     folder = None if cache is None else Path(cache) / "results"
     with _encoded_once(encoder, ("dense",), cache) as shared:
         encoders: dict[str, Encoder] = {FULL: shared}
         encoders |= {str(width): NarrowEncoder(shared, width) for width in sorted(set(widths), reverse=True)}
-        columns: dict[str, Results] = {
-            name: evaluate(each, tasks, about=about, cache=folder, group=group) for name, each in encoders.items()
-        }
-    return HeadScores(columns, {}, dict(about or {}))
+        columns: dict[str, Results] = {}
+        for name, each in encoders.items():
+            columns[name] = evaluate(each, tasks, about=about, cache=folder, group=group)
+            for precision, searched in as_codes.items():
+                column = precision if name == FULL else f"{name} {precision}"
+                columns[column] = evaluate(each, searched, about=about, cache=folder, group=group)
+    return HeadScores(columns, {}, dict(about or {}), sizes=bool(precisions))

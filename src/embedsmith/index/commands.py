@@ -24,6 +24,7 @@ from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, Weight
 from embedsmith.index.index import Document, Hit, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
 from embedsmith.models import Embedder, load, load_reranker
+from embedsmith.search.quantised import RESCORE, SearchPrecision
 
 _TEXT = 120
 """Characters of a text that a table shows."""
@@ -56,15 +57,16 @@ def run_index(
     heads: Sequence[str] | None,
     batch: int,
     options: Mapping[str, Any] | None = None,
+    precision: SearchPrecision | None = None,
 ) -> tuple[Written, int]:
     """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone. Gives the
-    size, too. `options`: of `load`, for a model by its path.
+    size, too. `options`: of `load`, for a model by its path. `precision`: see `open_index`.
 
     A file is read twice: what is wrong with it is an error before anything is encoded.
     """
     refuse_launcher("index", "start it once, without the launcher")
     with nullcontext() if place.folder is None else claimed(place.folder, "index"):
-        return _index(model, documents, place, heads, batch, options or {})
+        return _index(model, documents, place, heads, batch, options or {}, precision)
 
 
 def _index(
@@ -74,6 +76,7 @@ def _index(
     heads: Sequence[str] | None,
     batch: int,
     options: Mapping[str, Any],
+    precision: SearchPrecision | None,
 ) -> tuple[Written, int]:
     def read() -> Iterator[Document]:
         return read_documents(documents) if isinstance(documents, str) else iter(documents)
@@ -89,10 +92,17 @@ def _index(
         names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
         name = model if isinstance(model, str) else ""
         place_of_model = os.path.realpath(name) if os.path.exists(name) else name
-        index = open_index(encoder, store, heads=names, model=place_of_model, create=True)
+        index = open_index(encoder, store, heads=names, precision=precision, model=place_of_model, create=True)
         return index.add(read(), batch=batch, total=total), len(index)
     finally:
         store.close()
+
+
+def checked_precision(given: str | None) -> SearchPrecision | None:
+    """Errors: `SearchError` for one that no index has."""
+    if given is None or given == "float32" or given == "int8" or given == "binary":
+        return given
+    raise SearchError(f"the precision is {given!r}", expected="float32, int8 or binary")
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,6 +160,7 @@ def run_search(
     filter: Filter | None = None,
     explained: bool = False,
     rerank: str | Reranker | None = None,
+    rescore: int = RESCORE,
     options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).
@@ -177,7 +188,7 @@ def run_search(
             fusion = ReciprocalRank(weights or dict.fromkeys(index.heads, 1.0))
         reranker = load_reranker(rerank) if isinstance(rerank, str) else rerank
         wanted = k if reranker is None else max(k, candidates)
-        hits = index.search(queries, wanted, fusion=fusion, candidates=candidates, filter=filter)
+        hits = index.search(queries, wanted, fusion=fusion, candidates=candidates, filter=filter, rescore=rescore)
         if reranker is not None:
             hits = [found[:k] for found in _reranked(reranker, queries, hits)]
         reasons = [

@@ -169,8 +169,14 @@ class EdgeStore:
     def _params(self, spec: FieldSpec) -> Any:
         """Scores are inner products; token vectors get no graph: they re-rank, or are compared one by one."""
         engine = self._engine
-        if spec.kind == "dense":
+        if spec.kind == "dense" and spec.precision == "float32":
             return engine.EdgeVectorParams(spec.width, engine.Distance.Dot)
+        if spec.kind == "dense":
+            codes: Any = engine.ScalarQuantizationConfig(engine.ScalarType.Int8, always_ram=True)
+            if spec.precision == "binary":  # signs of documents; of a query 8 bits a number
+                asked = engine.BinaryQuantizationQueryEncoding.Scalar8Bits
+                codes = engine.BinaryQuantizationConfig(always_ram=True, query_encoding=asked)
+            return engine.EdgeVectorParams(spec.width, engine.Distance.Dot, on_disk=True, quantization_config=codes)
         by_token = engine.MultiVectorConfig(engine.MultiVectorComparator.MaxSim)
         no_graph = engine.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10)
         return engine.EdgeVectorParams(
@@ -214,12 +220,16 @@ class EdgeStore:
                 must.append(engine.FieldCondition(f"{METADATA}.{key}", match=match))
         if request.among is not None:
             must.append(engine.HasIdCondition(set(request.among)))
-        exact = request.among is not None
+        exact, codes = request.among is not None, None
+        if request.rescore is not None:
+            codes = engine.QuantizationSearchParams(
+                rescore=request.rescore > 0, oversampling=float(max(request.rescore, 1))
+            )
         return engine.QueryRequest(
             request.limit,
             query=engine.Query.Nearest(self._vector(request.vector), using=request.head),
             filter=engine.Filter(must=must) if must else None,
-            params=engine.SearchParams(hnsw_ef=request.ef, exact=exact),
+            params=engine.SearchParams(hnsw_ef=request.ef, exact=exact, quantization=codes),
         )
 
     def _vector(self, vector: Vector) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, Sparse
+from embedsmith.search.quantised import SearchPrecision
 
 Kind = Literal["dense", "sparse", "multivector"]
 Vector = list[float] | list[list[float]] | tuple[list[int], list[float]]
@@ -25,16 +26,18 @@ METADATA = "metadata"
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One named field of every document; `width` is D, and None for a sparse field."""
+    """One named field of every document; `width` is D, and None for a sparse field. `precision`: of the codes by which
+    the engine looks for dense vectors; the full ones stay beside them, on the disk."""
 
     kind: Kind
     width: int | None = None
+    precision: SearchPrecision = "float32"
 
     @staticmethod
-    def of(representation: Representation) -> FieldSpec:
+    def of(representation: Representation, precision: SearchPrecision = "float32") -> FieldSpec:
         """Errors: `SearchError` for a kind of representation that no engine holds."""
         if isinstance(representation, Dense):
-            return FieldSpec("dense", representation.vector_ND.shape[1])
+            return FieldSpec("dense", representation.vector_ND.shape[1], precision)
         if isinstance(representation, MultiVector):
             return FieldSpec("multivector", representation.vector_NTD.shape[2])
         if isinstance(representation, Sparse):
@@ -66,7 +69,8 @@ class StoredPoint:
 @dataclass(frozen=True)
 class Request:
     """The best `limit` documents of one field. `among`: only these keys, scored exactly. `ef`: how many neighbours the
-    graph search keeps in view (`None`: the engine's default)."""
+    graph search keeps in view (`None`: the engine's default). `rescore`: of a field with codes, how many times `limit`
+    are scored by their full vectors (0: the codes decide)."""
 
     head: str
     vector: Vector
@@ -74,6 +78,7 @@ class Request:
     filter: Filter = field(default_factory=dict)
     among: frozenset[str] | None = None
     ef: int | None = None
+    rescore: int | None = None
 
 
 class Store(Protocol):
@@ -112,7 +117,8 @@ def checked_settings(found: Any, where: object) -> dict[str, Any]:
     texts = isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("model", "fingerprint"))
     heads = found.get("heads") if texts else None
     named = isinstance(heads, list) and heads and all(isinstance(head, str) for head in heads)
-    if not named or found.get("format") != 1:
+    known = texts and found.get("precision", "float32") in ("float32", "int8", "binary")
+    if not named or not known or found.get("format") != 1:
         raise SearchError(
             "not what embedsmith writes of an index", where=where, fix="delete the index, then make it again"
         )

@@ -30,6 +30,7 @@ from embedsmith.index.engine import (
 )
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
 from embedsmith.search.hybrid import M3_WEIGHTS
+from embedsmith.search.quantised import RESCORE, SearchPrecision
 
 _QUERIES = 64
 """Queries in one call of the engine."""
@@ -90,6 +91,7 @@ class HybridIndex:
     encoder: Encoder
     store: Store
     heads: tuple[str, ...]
+    precision: SearchPrecision = "float32"
 
     def add(
         self, documents: Iterable[Document], *, batch: int = 256, total: int | None = None, show: bool | None = None
@@ -147,16 +149,18 @@ class HybridIndex:
         candidates: int = 100,
         filter: Filter | None = None,
         ef: int | None = None,
+        rescore: int = RESCORE,
         show: bool | None = None,
     ) -> list[list[Hit]]:
         """The best `k` documents of every query.
 
         Dense and sparse heads propose `candidates` documents each (token vectors only where they are the only head);
         every candidate is then scored exactly by every head, and `fusion` orders them (by default the weighted sum
-        with M3's weights of the heads there are).
+        with M3's weights of the heads there are). In an index with codes, the dense candidates are the best by their
+        full vectors of `rescore` times as many by codes (0: the codes choose them).
         """
-        if k < 1 or candidates < 1:
-            raise SearchError(f"k is {k}, candidates is {candidates}", expected="1 or more")
+        if k < 1 or candidates < 1 or rescore < 0:
+            raise SearchError(f"k is {k}, candidates is {candidates}, rescore is {rescore}", expected="1 or more")
         fusion = fusion or WeightedSum({head: M3_WEIGHTS.get(head, 1.0) for head in self.heads})
         heads = tuple(head for head, weight in fusion.weights.items() if weight > 0)
         if unknown := [head for head in heads if head not in self.heads]:
@@ -167,7 +171,7 @@ class HybridIndex:
                 reps = self.encoder.represent(block, role="query", outputs=heads)
                 check_finite(reps, [f"the query {text[:80]!r}" for text in block])
                 asked = vectors_of(reps, len(block))
-                union = self._candidates(asked, max(candidates, k), filter or {}, ef)
+                union = self._candidates(asked, max(candidates, k), filter or {}, ef, rescore)
                 scored = self._exact(asked, union, reps)
                 found += self._hits(scored, [fusion(scores) for scores in scored], k)
                 bar.advance(len(block))
@@ -183,13 +187,15 @@ class HybridIndex:
         ]
 
     def _candidates(
-        self, queries: list[dict[str, Vector]], count: int, filter_: Filter, ef: int | None
+        self, queries: list[dict[str, Vector]], count: int, filter_: Filter, ef: int | None, rescore: int
     ) -> list[frozenset[str]]:
         """The documents worth an exact score, for every query."""
         requests: list[tuple[int, Request]] = []
         for row, vectors in enumerate(queries):
             proposing = [head for head in vectors if head != "multivector"] or list(vectors)
-            requests += [(row, Request(head, vectors[head], count, filter_, ef=ef)) for head in proposing]
+            for head in proposing:
+                codes = rescore if head == "dense" and self.precision != "float32" else None
+                requests.append((row, Request(head, vectors[head], count, filter_, ef=ef, rescore=codes)))
         union: list[set[str]] = [set() for _ in queries]
         answers = self.store.search([request for _, request in requests]) if requests else []
         for (row, _), answer in zip(requests, answers, strict=True):
@@ -231,12 +237,21 @@ class HybridIndex:
 
 
 def open_index(
-    encoder: Encoder, store: Store, *, heads: Sequence[str] | None = None, model: str = "", create: bool = False
+    encoder: Encoder,
+    store: Store,
+    *,
+    heads: Sequence[str] | None = None,
+    precision: SearchPrecision | None = None,
+    model: str = "",
+    create: bool = False,
 ) -> HybridIndex:
     """The index in `store`, made now if `create` and there is none.
 
-    `heads`: those of a new index (`dense` by default), or those that the index must have. `model`: its name, for
-    messages. Errors: `SearchError` where there is no index, or it was made by another model or with other heads.
+    `heads`: those of a new index (`dense` by default), or those that the index must have. `precision`: of a new index
+    (`float32` by default), or what the index must have; int8 and binary look for dense vectors by such codes, kept in
+    memory, and leave the full ones on the disk. `model`: its name, for messages.
+    Errors: `SearchError` where there is no index, or it was made by another model, with other heads or in another
+    precision.
     """
     mine, settings = fingerprint(encoder), store.settings()
     if settings is None:
@@ -244,8 +259,11 @@ def open_index(
             raise SearchError("there is no index here", fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER")
         names = tuple(heads or ("dense",))
         reps = encoder.represent(["a"], role="document", outputs=names)
-        fields = {name: FieldSpec.of(reps[name]) for name in names}
+        if precision not in (None, "float32") and "dense" not in names:
+            raise SearchError(f"{precision} codes are of dense vectors", fix="leave --precision out")
+        fields = {name: FieldSpec.of(reps[name], precision or "float32") for name in names}
         settings = {"format": 1, "model": model, "fingerprint": mine, "heads": list(names)}
+        settings["precision"] = precision or "float32"
         store.create(fields, settings)
     made_by: str = settings["fingerprint"]
     if made_by != mine:
@@ -260,4 +278,11 @@ def open_index(
             expected=", ".join(heads),
             fix="leave --head out, or index the documents again in a new place",
         )
-    return HybridIndex(encoder, store, tuple(settings["heads"]))
+    kept = settings.get("precision", "float32")  # an index of an earlier version does not say
+    if precision not in (None, kept):
+        raise SearchError(
+            f"the index was made with precision {kept}",
+            expected=precision,
+            fix="leave --precision out, or index the documents again in a new place",
+        )
+    return HybridIndex(encoder, store, tuple(settings["heads"]), kept)

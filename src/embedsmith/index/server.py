@@ -64,8 +64,20 @@ class ServerStore:
 
     def _params(self, spec: FieldSpec) -> Any:
         models = self._models
-        if spec.kind == "dense":
+        if spec.kind == "dense" and spec.precision == "float32":
             return models.VectorParams(size=spec.width, distance=models.Distance.DOT)
+        if spec.kind == "dense":
+            codes: Any = models.ScalarQuantization(
+                scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
+            )
+            if spec.precision == "binary":  # signs of documents; of a query 8 bits a number
+                asked = models.BinaryQuantizationQueryEncoding.SCALAR8BITS
+                codes = models.BinaryQuantization(
+                    binary=models.BinaryQuantizationConfig(always_ram=True, query_encoding=asked)
+                )
+            return models.VectorParams(
+                size=spec.width, distance=models.Distance.DOT, on_disk=True, quantization_config=codes
+            )
         by_token = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
         no_graph = models.HnswConfigDiff(m=0)
         return models.VectorParams(
@@ -109,12 +121,17 @@ class ServerStore:
                 must.append(models.FieldCondition(key=f"{METADATA}.{key}", match=match))
         if request.among is not None:
             must.append(models.HasIdCondition(has_id=sorted(request.among)))
+        codes = None
+        if request.rescore is not None:
+            codes = models.QuantizationSearchParams(
+                rescore=request.rescore > 0, oversampling=float(max(request.rescore, 1))
+            )
         return models.QueryRequest(
             query=self._vector(request.vector),
             using=request.head,
             limit=request.limit,
             filter=models.Filter(must=must) if must else None,
-            params=models.SearchParams(hnsw_ef=request.ef, exact=request.among is not None),
+            params=models.SearchParams(hnsw_ef=request.ef, exact=request.among is not None, quantization=codes),
         )
 
     def _vector(self, vector: Vector) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from embedsmith.core.encoder import Role, hash_with_weights, tokenizer_json
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
+from embedsmith.core.quantize import AnyArray, FloatArray, Precision, quantize
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
 from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
@@ -21,14 +22,10 @@ from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
 from embedsmith.models.config import Settings
 from embedsmith.models.encode import (
-    AnyArray,
     Compute,
-    FloatArray,
-    Precision,
     WindowEncoder,
     compare,
     fitting_tokens,
-    quantize,
     settled_dtype,
     window_rows,
 )

@@ -28,10 +28,11 @@ from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
 from embedsmith.core.outputs import claimed, files_of, sweep
 from embedsmith.core.progress import progress_bar
+from embedsmith.core.quantize import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.core.settings import Count, section
 from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.encode import AnyArray, Compute, FloatArray, quantize, settled_dtype, value_ranges
+from embedsmith.models.encode import Compute, settled_dtype
 from embedsmith.models.load import best_device, load
 
 _CALIBRATION = 2048

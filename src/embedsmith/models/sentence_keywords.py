@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from embedsmith.core.device import device_named
 from embedsmith.core.errors import ModelError
+from embedsmith.core.quantize import quantize
 from embedsmith.core.settings import did_you_mean
 from embedsmith.models.config import ROLE_NAMES
-from embedsmith.models.encode import quantize
 
 KNOWN = (
     *("batch_size", "convert_to_numpy", "convert_to_tensor", "device", "normalize_embeddings", "output_value"),

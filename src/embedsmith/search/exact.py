@@ -1,5 +1,5 @@
-"""The best k documents of every query, by scoring them all: exact, repeatable, in bounded memory, on a GPU where there
-is one."""
+"""The running best of documents that are scored all: exact, repeatable, in bounded memory, on a GPU where there is
+one."""
 
 from __future__ import annotations
 
@@ -28,29 +28,6 @@ _SENT = 2**26  # numbers of vectors that are sent to a GPU at once
 _SPARE = 256  # places for candidates beyond the best k, before the best k are chosen again
 
 
-def exact_top_k(
-    query: Vectors, document: Vectors, k: int, *, block: int | None = None, device: torch.device | str | None = None
-) -> tuple[FloatArray, IndexArray]:
-    """score_Qk and index_Qk of the `min(k, K)` best documents of each query, best first; ties go to the lower index.
-
-    The score is the inner product of dense vectors, or whatever `Representation.scores` says. Documents are read in
-    blocks of `block` rows (derived from a budget of 4 MB by default, 512 MB on a GPU), so neither [Q, K] nor a
-    memory-mapped matrix is ever held whole. `device`: where scores are computed; by default where the queries lie,
-    if that is no CPU, else on a GPU where there is one. There every block is sent once, for all queries.
-    Errors: `SearchError` for shapes that do not match, `k` below 1, and scores that are not a number.
-    """
-    rows, device = _QUERIES[Dense], search_device(query, device)
-    if device.type != "cpu" or isinstance(query, Representation):
-        return _searched(query, document, k, block, device)
-    if isinstance(document, np.memmap) or len(query) <= rows:
-        return _searched(query, document, k, block, device)
-    # Documents in memory may be read again for every part of the queries: what is kept of one part fits the cache.
-    _check(query, "the queries")
-    starts = range(0, len(query), rows)
-    parts = [_searched(query[start : start + rows], document, k, block, device, start) for start in starts]
-    return np.concatenate([score for score, _ in parts]), np.concatenate([index for _, index in parts])
-
-
 def search_device(query: Vectors, device: torch.device | str | None = None) -> torch.device:
     """The device that was asked for; else that of the queries; for queries on the CPU a GPU where there is one."""
     if device is not None:
@@ -59,14 +36,6 @@ def search_device(query: Vectors, device: torch.device | str | None = None) -> t
     if tensors and tensors[0].device.type != "cpu":
         return tensors[0].device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _searched(
-    query: Vectors, document: Vectors, k: int, block: int | None, device: torch.device, first: int = 0
-) -> tuple[FloatArray, IndexArray]:
-    best = TopK(query, k, first, device)
-    best.add_in_blocks(document, block)
-    return best.result()
 
 
 class TopK:
@@ -80,20 +49,20 @@ class TopK:
         """`first`: the number of the first query, for messages."""
         if k < 1:
             raise SearchError(f"k is {k}", expected="a number of documents, 1 or more")
-        _check(query, "the queries")
+        check_matrix(query, "the queries")
         self.device = search_device(query, device)
         self._query, self._k, self._seen, self._first = query, k, 0, first
         rows = _QUERIES.get(type(query), 32) if isinstance(query, Representation) else _QUERIES[Dense]
         starts = range(0, len(query), rows)
-        self._parts = [on_device(_part(query, start, start + rows), self.device) for start in starts]
+        self._parts = [on_device(rows_of(query, start, start + rows), self.device) for start in starts]
         self._best = [_best_for(self.device)(len(part), k, self.device) for part in self._parts]
         self._bounded = [_bounded(part) for part in self._parts]
         self._buffer: FloatArray = np.empty(0, np.float32)
 
     def add(self, document: Vectors) -> None:
         """Score the next documents, given as one block."""
-        _check(document, "the documents")
-        block = on_device(_part(document, 0, len(document)), self.device)
+        check_matrix(document, "the documents")
+        block = on_device(rows_of(document, 0, len(document)), self.device)
         if len(block) == 0:
             return
         start, bounded = self._first, _bounded(block)
@@ -129,10 +98,10 @@ class TopK:
 
     def add_in_blocks(self, document: Vectors, block: int | None = None) -> None:
         """Score the next documents, `block` rows at a time (derived from the budget by default)."""
-        _check(document, "the documents")
+        check_matrix(document, "the documents")
         rows = block or self.block_rows(document)
         blocks: Iterator[Representation] = (
-            _part(document, start, start + rows) for start in range(0, len(document), rows)
+            rows_of(document, start, start + rows) for start in range(0, len(document), rows)
         )
         if self.device.type == "cuda":  # the next block is read and pinned while one is scored
             blocks = one_ahead(block.map(_pinned) for block in blocks)
@@ -340,12 +309,12 @@ def top_of_block(score_QB: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return score_Qk, place_Qk.gather(1, order)
 
 
-def _check(value: Vectors, name: str) -> None:
+def check_matrix(value: Vectors, name: str) -> None:
     if not isinstance(value, Representation) and value.ndim != 2:
         raise SearchError(f"{name} have the shape {tuple(value.shape)}", expected="a matrix [N, D]")
 
 
-def _part(value: Vectors, start: int, stop: int) -> Representation:
+def rows_of(value: Vectors, start: int, stop: int) -> Representation:
     """Rows `start` to `stop` as a representation; only they are read from a memory-mapped matrix."""
     if isinstance(value, Representation):
         return value.rows(slice(start, stop))

@@ -77,6 +77,12 @@ def evaluate_model(
     weight: Weight = None,
     tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
     dims: Dims = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="int8, binary: retrieval by such codes too, beside the full vectors.")
+    ] = None,
+    rescore: Annotated[
+        int, typer.Option(min=0, help="With --precision: how many times as many documents are scored in full.")
+    ] = 4,
     keep: Keep = None,
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
@@ -88,7 +94,7 @@ def evaluate_model(
     Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
     """
     from embedsmith import __version__
-    from embedsmith.api.evaluating import Scoring, rerank_of
+    from embedsmith.api.evaluating import Scoring, checked_precisions, rerank_of
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.evaluate.rerank import Rerank
     from embedsmith.index.commands import parse_weights
@@ -101,9 +107,14 @@ def evaluate_model(
     widths, more = _widths(dims, more)
     names = split_names([*(tasks or []), *more])
     _check_side_by_side(head, engine, mteb, tune, weights)
+    precisions = checked_precisions([part for text in precision or [] for part in text.replace(",", " ").split()])
     _check_widths(widths, head, mteb)
-    if rerank is not None and (widths or head == "all" or mteb is not None):
-        raise EvaluationError("--rerank with --dims, --head all or --mteb", fix="leave one of them out")
+    if rerank is not None and (widths or precisions or head == "all" or mteb is not None):
+        raise EvaluationError("--rerank with --dims, --precision, --head all or --mteb", fix="leave one of them out")
+    if precision and (head != "dense" or mteb is not None):
+        raise EvaluationError(
+            "--precision is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb"
+        )
     if mteb is None:
         if limits is not None:
             raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
@@ -130,7 +141,12 @@ def evaluate_model(
 
             results = scoring.side_by_side(encoder, [n for n in HEADS if n in encoder.outputs], tune or [], about)
         else:
-            results = scoring.at_widths(encoder, widths, about) if widths else scoring.score(encoder, about)
+            beside = bool(widths or precisions)
+            results = (
+                scoring.at_widths(encoder, widths, about, precisions, rescore)
+                if beside
+                else scoring.score(encoder, about)
+            )
     if json_file is not None:
         results.save(json_file, items=items)
     show(results.table())

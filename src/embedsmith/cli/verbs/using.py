@@ -63,6 +63,9 @@ def index_documents(
         list[str] | None, typer.Option("--head", help="dense, sparse, multivector; all by default.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents written together.")] = 256,
+    precision: Annotated[
+        str | None, typer.Option(help="int8 or binary: find dense vectors by such codes, kept in memory.")
+    ] = None,
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
@@ -73,11 +76,11 @@ def index_documents(
     Example: embedsmith index runs/mine/model passages.jsonl --to my-index
     """
     from embedsmith.core.keys import checked_variable, key_from
-    from embedsmith.index.commands import Place, run_index
+    from embedsmith.index.commands import Place, checked_precision, run_index
 
     place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
     options = model_options(pooling, prompts, max_length, backend)
-    written, size = run_index(model, documents, place, heads, batch, options)
+    written, size = run_index(model, documents, place, heads, batch, options, checked_precision(precision))
     say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
@@ -94,6 +97,9 @@ def search_index(
     weights: Annotated[list[str] | None, typer.Option("--weight", help="Weight of a head: sparse=0.3")] = None,
     rrf: Annotated[bool, typer.Option("--rrf", help="Fuse ranks instead of scores.")] = False,
     candidates: Annotated[int, typer.Option(min=1, help="Documents each head proposes.")] = 100,
+    rescore: Annotated[
+        int, typer.Option(min=0, help="Index with codes: how many times as many candidates are scored in full.")
+    ] = 4,
     filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
     rerank: Annotated[str | None, typer.Option(help="A reranker that orders the candidates anew.")] = None,
@@ -130,6 +136,7 @@ def search_index(
         filter=where,
         explained=explain,
         rerank=rerank,
+        rescore=rescore,
         options=model_options(pooling, prompts, max_length, backend),
     ):
         if as_json:

@@ -13,6 +13,7 @@ import torch
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
+from embedsmith.core.reps import Dense, Representation
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
@@ -32,8 +33,9 @@ from embedsmith.evaluate.tasks.kinds import (
     task_name_of,
 )
 from embedsmith.evaluate.tasks.rows import judged_texts, read_rows, task_in
-from embedsmith.search import TopK
+from embedsmith.search import Quantised, TopK
 from embedsmith.search.exact import top_of_block
+from embedsmith.search.quantised import RESCORE, SearchPrecision
 
 _CANDIDATE_COLUMNS = (("positive", "negative"), ("pos", "neg"), ("positives", "negatives"))
 _QRELS = {"query-id", "corpus-id", "score"}
@@ -64,12 +66,19 @@ class RankingTask(TaskKind):
         return [query for query in self.queries if any(grade > 0 for grade in self.qrels.get(query, {}).values())]
 
     def _result(
-        self, query_ids: list[str], document_ids: list[str], ranking: Ranking, metric: str, cuts: tuple[int, ...]
+        self,
+        query_ids: list[str],
+        document_ids: list[str],
+        ranking_by_cuts: Mapping[tuple[int, ...], Ranking],
+        metric: str,
     ) -> TaskResult:
-        """Scores of a ranking, with the best relevant and the best other document of every query beside them."""
+        """Scores of rankings, each at its cuts, with the best relevant and the best other document of every query in
+        the last one beside them."""
         place = {document: number for number, document in enumerate(document_ids)}
-        graded = Graded.of(ranking, self.qrels, query_ids, place)
-        items = graded.scores(cuts)
+        items: dict[str, Floats] = {}
+        for cuts, ranking in ranking_by_cuts.items():
+            graded = Graded.of(ranking, self.qrels, query_ids, place)
+            items |= graded.scores(cuts)
         scores = {name: float(values.mean()) for name, values in items.items()}
         judged = {document for query in query_ids for document in self.qrels[query]}
         counts = {
@@ -117,10 +126,14 @@ class RetrievalTask(RankingTask):
 
     ignore_identical_ids: remove the document with the query's own id from its ranking.
     cuts: the numbers of documents at which figures are given.
+    precision: int8 or binary: search by codes of the vectors, as for every cut a search for so many documents would.
+    rescore: with these, how many times as many documents are scored by their full vectors.
     """
 
     ignore_identical_ids: bool = False
     cuts: tuple[int, ...] = CUTS
+    precision: SearchPrecision = "float32"
+    rescore: int = RESCORE
     kind: ClassVar[str] = "retrieval"
 
     def __post_init__(self) -> None:
@@ -171,24 +184,38 @@ class RetrievalTask(RankingTask):
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
         document_ids = sorted(self.corpus, reverse=True)
-        ranking = self._ranking(reader, query_ids, document_ids)
-        if reader.rerank is not None:
-            ranking = _reranked(reader, self, ranking, query_ids, document_ids)
         metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
-        return self._result(query_ids, document_ids, ranking, metric, self.cuts)
+        if reader.rerank is not None:
+            found = reader.rerank.found
+            if self.name not in found:
+                query_reps, wanted = self._asked(reader, query_ids), max(*self.cuts, reader.rerank.depth)
+                found[self.name] = self._ranking(reader, query_reps, query_ids, document_ids, wanted)
+            ranking = _reranked(reader, self, found[self.name], query_ids, document_ids)
+            return self._result(query_ids, document_ids, {self.cuts: ranking}, metric)
+        query_reps = self._asked(reader, query_ids)
+        if self.precision == "float32":
+            size = 4 * query_reps.vector_ND.shape[1] if isinstance(query_reps, Dense) else None
+            rankings = {self.cuts: self._ranking(reader, query_reps, query_ids, document_ids, max(self.cuts))}
+        else:
+            size, rankings = self._by_codes(reader, query_reps, query_ids, document_ids)
+        result = self._result(query_ids, document_ids, rankings, metric)
+        if size is None:
+            return result
+        return replace(result, counts={**result.counts, "bytes_per_vector": size, "bytes": size * len(document_ids)})
 
-    def _ranking(self, reader: Reader, query_ids: list[str], document_ids: list[str]) -> Ranking:
-        """The best documents of every query.
+    def _asked(self, reader: Reader, query_ids: list[str]) -> Representation:
+        asked = [self.queries[query] for query in query_ids]
+        return reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
+
+    def _ranking(
+        self, reader: Reader, query_reps: Representation, query_ids: list[str], document_ids: list[str], wanted: int
+    ) -> Ranking:
+        """The `wanted` best documents of every query.
 
         The corpus is read in descending order of id, so that the search's rule for ties (the earlier document) is
         trec_eval's (the larger id) and a tie across the cut is decided as in the complete ranking. Every rank searches
         its own share of the corpus.
         """
-        if reader.rerank is not None and self.name in reader.rerank.found:
-            return reader.rerank.found[self.name]
-        asked = [self.queries[query] for query in query_ids]
-        query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
-        wanted = max(*self.cuts, 0 if reader.rerank is None else reader.rerank.depth)
         depth = wanted + int(self.ignore_identical_ids)
         share = reader.share(len(document_ids))
         texts = [self.corpus[document] for document in document_ids[share]]
@@ -207,13 +234,29 @@ class RetrievalTask(RankingTask):
             score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
             order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
             ranking = Ranking(*(np.take_along_axis(each, order_Qk, 1) for each in (score_QK, index_QK)))
-        if self.ignore_identical_ids:
-            place = {document: number for number, document in enumerate(document_ids)}
-            ranking = ranking.without(np.array([place.get(query, -1) for query in query_ids]))
-        ranking = ranking.first(wanted)
-        if reader.rerank is not None:
-            reader.rerank.found[self.name] = ranking
-        return ranking
+        return self._without_own(ranking, query_ids, document_ids).first(wanted)
+
+    def _by_codes(
+        self, reader: Reader, query_reps: Representation, query_ids: list[str], document_ids: list[str]
+    ) -> tuple[int, dict[tuple[int, ...], Ranking]]:
+        """The bytes of a document's code, and the ranking at each cut: that of a search for so many documents. Every
+        rank searches the whole corpus, since the ranges of int8 are those of all documents."""
+        texts = [self.corpus[document] for document in document_ids]
+        codes = Quantised.of(
+            reader.all(texts, role="document", task="retrieval", label=f"{self.name} corpus"), self.precision
+        )
+        rankings: dict[tuple[int, ...], Ranking] = {}
+        for cut in sorted(self.cuts):
+            ranking = Ranking(*codes.top_k(query_reps, cut + int(self.ignore_identical_ids), self.rescore))
+            rankings[(cut,)] = self._without_own(ranking, query_ids, document_ids).first(cut)
+        return codes.bytes_per_vector, rankings
+
+    def _without_own(self, ranking: Ranking, query_ids: list[str], document_ids: list[str]) -> Ranking:
+        """The document with the query's own id is left out where the collection asks for it."""
+        if not self.ignore_identical_ids:
+            return ranking
+        place = {document: number for number, document in enumerate(document_ids)}
+        return ranking.without(np.array([place.get(query, -1) for query in query_ids]))
 
 
 @task_kinds.register("reranking")
@@ -311,7 +354,19 @@ class RerankingTask(RankingTask):
             score_K = query_reps.rows(slice(number, number + 1)).scores(reps.rows(index_K))[0, 0].float()
             best = top_of_block(score_K[None], max(self.cuts))
             rows.append((best[0][0].numpy(), index_K[best[1][0]].numpy()))
-        return self._result(query_ids, wanted, Ranking.of(rows), f"map_at_{max(self.cuts)}", self.cuts)
+        return self._result(query_ids, wanted, {self.cuts: Ranking.of(rows)}, f"map_at_{max(self.cuts)}")
+
+
+def searched_by_codes(task: Task, precision: SearchPrecision, rescore: int = RESCORE) -> Task:
+    """A retrieval task whose documents are searched as int8 or binary codes. Errors: `EvaluationError` for other
+    tasks."""
+    if isinstance(task, LongDocumentTask):
+        return replace(task, task=replace(task.task, precision=precision, rescore=rescore))
+    if not isinstance(task, RetrievalTask):
+        raise EvaluationError(
+            f"precision {precision} is for retrieval, not {task.kind}", where=task.name, fix="leave the task out"
+        )
+    return replace(task, precision=precision, rescore=rescore)
 
 
 def _reranked(
