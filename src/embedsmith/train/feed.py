@@ -331,7 +331,8 @@ class Feed:
         side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
         was drawn ahead is void and drawn again."""
         shared = any(supply.live or supply.teacher or supply.streamed for supply in self.supplies)
-        if workers > 1 and (shared or self.model.settings.echo is not None):  # echo changes the tokenizer's settings
+        settings = self.model.settings
+        if workers > 1 and (shared or settings.echo is not None or settings.lengths):  # these set the tokenizer anew
             workers = 1
         if workers > 1:
             self.model.tokenize([""])  # sets the tokenizer up, which only one thread may do
