@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.encoder import Encoder, fingerprint
+from embedsmith.core.encoder import Encoder, fingerprint, main_head
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MaxSim, MultiVector, Reps
@@ -222,14 +222,15 @@ def open_index(
 ) -> HybridIndex:
     """The index in `store`, made now if `create` and there is none.
 
-    `heads`: those of a new index (`dense` by default), or those that the index must have. `model`: its name, for
-    messages. Errors: `SearchError` where there is no index, or it was made by another model or with other heads.
+    `heads`: those of a new index (by default the one that the encoder is made for), or those that the index must have.
+    `model`: its name, for messages.
+    Errors: `SearchError` where there is no index, or it was made by another model or with other heads.
     """
     mine, settings = fingerprint(encoder), store.settings()
     if settings is None:
         if not create:
             raise SearchError("there is no index here", fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER")
-        names = tuple(heads or ("dense",))
+        names = tuple(heads or (main_head(encoder),))
         reps = encoder.represent(["a"], role="document", outputs=names)
         fields = {name: FieldSpec.of(reps[name]) for name in names}
         settings = {"format": 1, "model": model, "fingerprint": mine, "heads": list(names)}

@@ -333,6 +333,18 @@ class FolderFiles:
             "expansion": self.more.expansion,
         }
 
+    def shared_of_sparse(self, backbone: Path) -> dict[str, Any]:
+        """The same for a SparseEncoder. Errors: `ModelError` for one that does not compare by inner products."""
+        named = self.general.similarity_fn_name
+        if named not in (None, "dot"):
+            raise ModelError(
+                f"similarity_fn_name is {named!r}, and sparse vectors are compared by inner products",
+                where=self.folder / "config_sentence_transformers.json",
+                expected="dot",
+                fix=f"write dot there if that ranks as well; {ELSEWHERE}",
+            )
+        return {**self.shared(backbone), "similarity": None, "main": "sparse"}
+
 
 def module_of(name: str, path: Path, folder: Path, where: Path) -> Module:
     """A module by the name of its class. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from embedsmith.core.encoder import Encoder, Role, fingerprint, represent
+from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
 from embedsmith.core.errors import SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
@@ -91,6 +91,10 @@ class CachedEncoder:
 
     def fingerprint(self) -> str:
         return self.key
+
+    @property
+    def main_head(self) -> str:
+        return main_head(self.encoder)
 
     @staticmethod
     def write(path: Path, rep: Representation) -> None:

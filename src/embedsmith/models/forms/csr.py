@@ -41,7 +41,7 @@ class Csr:
         pooling, include_prompt = read_pooling(files.modules[1].path / "config.json", files.more.pooling)
         layers = tuple(LAYERS[module.kind](module.path) for module in files.modules[2:-1])
         return FolderFacts(
-            **{**files.shared(files.modules[0].path), "main": "sparse"},
+            **files.shared_of_sparse(files.modules[0].path),
             pooling=pooling,
             include_prompt=include_prompt,
             projections=layers,

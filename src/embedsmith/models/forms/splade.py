@@ -35,7 +35,7 @@ class Splade:
             return None
         said = read_typed(_SpladeFile, files.modules[1].path / "config.json")
         spec = SpladeSpec(files.general.max_active_dims, said.pooling_strategy, _LOGS[said.activation_function])
-        shared = {**files.shared(files.modules[0].path), "main": "sparse"}
+        shared = files.shared_of_sparse(files.modules[0].path)
         return FolderFacts(**shared, form="splade", heads={"sparse": spec})
 
     @staticmethod

@@ -46,7 +46,7 @@ class SparseStatic:
     def facts(files: FolderFiles) -> FolderFacts | None:
         if files.kinds != ("SparseStaticEmbedding",):
             return None
-        shared = {**files.shared(files.modules[0].path), "main": "sparse"}
+        shared = files.shared_of_sparse(files.modules[0].path)
         return FolderFacts(**shared, form="sparse_static", heads={"sparse": StaticWeights()})
 
     @staticmethod

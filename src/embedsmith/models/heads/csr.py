@@ -56,6 +56,8 @@ class CsrSpec:
         head = CsrHead(self)
         try:
             tensors = load_file(self.file)
+            if "decoder.linear.weight" in tensors:  # the encoder's own, of which a file may hold either name
+                tensors.setdefault("encoder.weight", tensors["decoder.linear.weight"])
             head.load_state_dict({name: tensors[name] for name in head.state_dict()})
         except (OSError, LookupError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"cannot read this head ({error})", where=self.file, fix="copy the file again") from error
