@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.encoder import Encoder
+from embedsmith.core.encoder import Encoder, main_head
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
@@ -40,7 +40,7 @@ def evaluate(
     *,
     data: str | Path | None = None,
     split: str = "test",
-    head: str = "dense",
+    head: str | None = None,
     dims: Sequence[int] = (),
     precision: SearchPrecision | Sequence[SearchPrecision] = (),
     rescore: int = RESCORE,
@@ -60,11 +60,11 @@ def evaluate(
     `model`: a folder, a hub id, or a model that is loaded; of a reranker, reranking tasks are scored. `tasks`: names or
     paths of tasks, or tasks, one or several. `data`: the folder where names are looked up. `split`: which judgements of
     a BEIR folder. `head`: `dense`, `sparse`, `multivector` or `hybrid`, the latter with `weights`; `all` for these side
-    by side. `dims`: widths of the vectors that are scored too. `precision`: `int8`, `binary` or both: retrieval tasks
-    are searched by such codes too, and `rescore` times as many documents then by their full vectors. `cache`: a folder
-    for vectors and results, so that a stopped call continues. `rerank`: a reranker, or its folder or hub id, that orders
-    the first `depth` documents of the model's rankings anew. `options`: of `embedsmith.load`, such as `pooling`,
-    `prompts` and `max_length`.
+    by side; by default what the model is made for. `dims`: widths of the vectors that are scored too. `precision`:
+    `int8`, `binary` or both: retrieval tasks are searched by such codes too, and `rescore` times as many documents then
+    by their full vectors. `cache`: a folder for vectors and results, so that a stopped call continues. `rerank`: a
+    reranker, or its folder or hub id, that orders the first `depth` documents of the model's rankings anew. `options`:
+    of `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
     Errors: `EvaluationError` for unknown tasks and scores that cannot be had; those of `load`.
     """
     named, encoder = _loaded(model, options)
@@ -78,11 +78,16 @@ def evaluate(
         raise EvaluationError("a reranker with dims, precision or head='all'", fix="leave one of them out")
     place = None if data is None else Path(data)
     scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker)
-    about = {"model": named, "split": split, "head": head, **options}
+    about = {
+        "model": named,
+        "split": split,
+        "head": head or ("dense" if encoder is None else main_head(encoder)),
+        **options,
+    }
     about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
     with lines_shown():
         precisions = (precision,) if isinstance(precision, str) else tuple(precision)
-        if (dims or precisions) and head != "dense":
+        if (dims or precisions) and head not in (None, "dense"):
             given = "dims" if dims else "precision"
             raise EvaluationError(f"{given} with head={head!r}", fix="leave one of them out: it is of dense vectors")
         if head == "all":
@@ -105,7 +110,7 @@ def compare(
     *,
     data: str | Path | None = None,
     split: str = "test",
-    head: str = "dense",
+    head: str | None = None,
     dims: Sequence[int] = (),
     cache: str | Path | None = None,
     **options: Any,
@@ -163,13 +168,13 @@ def _path(given: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the verbs score a model. `cache`: a folder for results and vectors, so that a stopped command continues.
-    `rerank`: what orders the model's rankings anew."""
+    """How the verbs score a model. `head`: `None` for the one that it is made for. `cache`: a folder for results and
+    vectors, so that a stopped command continues. `rerank`: what orders the model's rankings anew."""
 
     tasks: tuple[str | Path | Task, ...]
     data: Path | None = None
     split: str = "test"
-    head: str = "dense"
+    head: str | None = None
     cache: Path | None = None
     weights: Mapping[str, float] | None = None
     rerank: Rerank | None = None

@@ -89,9 +89,9 @@ def search(
     `queries`: one or several. `index`: the index's folder; or `url`, `collection` and `api_key_env` of a Qdrant
     server. `model`: the model, where it is not where it was when the index was made. `weights`: of the heads, such as
     `{"dense": 1, "sparse": 0.3}`. `rrf`: fuse ranks instead of scores. `candidates`: documents each head proposes;
-    `rescore`: of an index with codes, how many times as many of these are scored in full. `filter`: of metadata, such as
-    `{"lang": "en"}`. `explain`: say which tokens matched. `rerank`: a reranker, or its folder or hub id, that reads the
-    first `candidates` hits and orders them anew.
+    `rescore`: of an index with codes, how many times as many of these are scored in full. `filter`: of metadata, such
+    as `{"lang": "en"}`. `explain`: say which tokens matched. `rerank`: a reranker, or its folder or hub id, that reads
+    the first `candidates` hits and orders them anew.
     Errors: those of `embedsmith search`.
     """
     place = _place(index, url, collection, api_key_env)

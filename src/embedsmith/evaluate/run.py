@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from embedsmith.core.collectives import ALONE, Group, rank
-from embedsmith.core.encoder import Encoder, fingerprint
+from embedsmith.core.encoder import Encoder, fingerprint, main_head
 from embedsmith.core.errors import DeviceMemoryError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json
@@ -37,14 +37,15 @@ def evaluate(
     tasks: Sequence[Task],
     *,
     rerank: Rerank | None = None,
-    head: str = "dense",
+    head: str | None = None,
     progress: bool | None = None,
     about: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     group: Group = ALONE,
 ) -> Results:
-    """Score `encoder` on every task, with the outputs of one head; or a reranker, on reranking tasks and on the first
-    documents that `encoder` finds in retrieval tasks (`None`: reranking tasks alone).
+    """Score `encoder` on every task, with the outputs of one head (`None`: the one that it is made for); or a reranker,
+    on reranking tasks and on the first documents that `encoder` finds in retrieval tasks (`None`: reranking tasks
+    alone).
 
     `progress`: show a bar (`None`: where a terminal watches). `about`: what to store beside the scores, such as the
     model's name. `cache`: a folder for the results of single tasks; a task that was scored there before by the same
@@ -65,6 +66,8 @@ def evaluate(
         raise EvaluationError(
             f"{wrong[0]} is no task that a reranker could be scored on", expected="retrieval and reranking tasks"
         )
+    if head is None:
+        head = "dense" if encoder is None else main_head(encoder)
     reader = Reader(encoder, head, progress, group, rerank)
     known = None
     if cache is not None:

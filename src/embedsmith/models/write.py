@@ -5,6 +5,8 @@ schema that sentence-transformers 5.4+ writes is refused or misread by the serve
 Heads lie beside the backbone as in BGE-M3; a program that does not know them sees the dense model.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.markdown import code, row
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
-from embedsmith.core.shelf import poolings
+from embedsmith.core.shelf import forms, poolings
 from embedsmith.models.attention import Attention
 from embedsmith.models.backbone import load_backbone, locate
 from embedsmith.models.config import ModelConfig, Settings
@@ -34,9 +36,9 @@ from embedsmith.models.folder import (
     write_json,
 )
 from embedsmith.models.heads.base import Head, cpu_state, known_heads
-from embedsmith.models.heads.dense import Projection
+from embedsmith.models.layers import kind_of, width_after
 from embedsmith.models.lora import has_adapter, merged, save_adapter, transplanted
-from embedsmith.models.pooling import PoolerConfig
+from embedsmith.models.pooling import PoolerConfig, pooled_width
 
 
 def saved_model() -> Kind:
@@ -54,11 +56,12 @@ def saved_model() -> Kind:
     layout = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", EMBEDDING_CONFIG)
     modules = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
     graphs = ("onnx/model.onnx", "onnx/model.onnx_data", "openvino/openvino_model.*", "*/graph.json")
+    routes = ("router_config.json", "query_[0-9]*_*/*", "document_[0-9]*_*/*")
     heads = {head.file for head in known_heads().values()}
     more = ("README.md", "config.json", "generation_config.json", "*.model", *heads)
     return Kind(
         "model saved by embedsmith",
-        tokenizer + weights + code + layout + modules + graphs + more,
+        tokenizer + weights + code + layout + modules + graphs + routes + more,
         ("README.md", "embedsmith"),
     )
 
@@ -74,36 +77,38 @@ def refuse_not_finite(module: nn.Module | None) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a saved model is made of. `base`: what an adapter in the backbone belongs to."""
+    """What a saved model is made of. `base`: what an adapter in the backbone belongs to. `query`: what reads queries,
+    where that is another model."""
 
     backbone: Any
     tokenizer: Any
     settings: Settings
-    projections: Sequence[Projection] = ()
+    projections: Sequence[Any] = ()
     heads: Mapping[str, Head] = field(default_factory=dict)
     pooler: nn.Module | None = None
     pooler_config: PoolerConfig | None = None
     attention: Attention = Attention()
     base: Mapping[str, Any] | None = None
+    query: Saved | None = None
 
     @property
     def pooled_width(self) -> int:
         """Width of what the pooling gives."""
-        if self.pooler is not None:
-            return int(self.pooler.width)  # type: ignore[arg-type]
-        return int(self.backbone.config.get_text_config().hidden_size)
+        hidden_size = int(self.backbone.config.get_text_config().hidden_size)
+        return pooled_width(self.settings.pooling, self.pooler, hidden_size)
 
     @property
     def dimension(self) -> int:
         """D of the dense head."""
-        return self.projections[-1].linear.out_features if self.projections else self.pooled_width
+        return width_after(self.projections, self.pooled_width)
 
     def embedding_config(self, apart: bool = False) -> EmbeddingConfig:
         """What the standard files cannot say of this model. `apart`: its adapter stays apart from its base."""
         settings = self.settings
+        known = all(part in POOLING_NAMES.values() for part in (settings.pooling or "cls").split("+"))
         return EmbeddingConfig(
             attention=Attention() if self.attention.mode == "native" else self.attention,
-            pooling=None if settings.pooling in POOLING_NAMES.values() else settings.pooling,
+            pooling=None if known else settings.pooling,
             pooler=None if self.pooler is None else self.pooler_config,
             eos_id=settings.eos_id,
             templates=settings.templates,
@@ -111,6 +116,9 @@ class Saved:
             pool_special_tokens=settings.pool_special_tokens,
             base=self.base if apart else None,
             heads_include_prompt=settings.heads_include_prompt,
+            main=settings.main,
+            lengths=settings.lengths,
+            expansion=settings.expansion,
         )
 
     def save(self, folder: str | Path, merge: bool = True, *, overwrite: bool = True) -> None:
@@ -125,8 +133,25 @@ class Saved:
             self.write(root, merge)
 
     def write(self, root: Path, merge: bool = True, weights: bool = True) -> None:
-        """All files of `save`, into an empty folder. Without `weights` those of the backbone, of a pooling and of token
-        heads are left out, for a folder that holds a graph in their place."""
+        """All files of `save`, into an empty folder: the form of the model, made of the dense one. Without `weights`
+        those of the backbone, of a pooling and of token heads are left out, for a folder that holds a graph in their
+        place.
+
+        Errors: `ModelError` where the model can no longer be said in its form.
+        """
+        self.write_dense(root, merge, weights)
+        if has_adapter(self.backbone) and not merge and (self.query is not None or self.settings.form != "dense"):
+            raise ModelError(
+                f"an adapter apart from its base, of a model of the form {self.settings.form}",
+                fix="save it merged, or say how to pool (model.pooling=mean) and save all heads in one folder",
+            )
+        if self.query is not None:
+            forms.get("router").write(self, root)
+        elif self.settings.form != "dense":
+            forms.get(self.settings.form).write(self, root)
+
+    def write_dense(self, root: Path, merge: bool = True, weights: bool = True) -> None:
+        """The legacy layout, with the heads' files beside the backbone."""
         settings = self.settings
         for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
             refuse_not_finite(part)
@@ -140,7 +165,7 @@ class Saved:
             else:
                 self._whole_backbone().save_pretrained(root)
             self._save_tokenizer(root)
-            kinds = ["Transformer", "Pooling", *("Dense" for _ in self.projections)]
+            kinds = ["Transformer", "Pooling", *map(kind_of, self.projections)]
             kinds += ["Normalize"] if settings.normalize else []
             modules = [_module(place, kind) for place, kind in enumerate(kinds)]
             more = self.embedding_config(apart)
@@ -154,8 +179,8 @@ class Saved:
             self._save_settings(root)
             if weights and self.pooler is not None:
                 save_file(cpu_state(self.pooler), root / POOLER_FILE)
-            for place, projection in enumerate(self.projections, start=2):
-                projection.save(root / f"{place}_Dense")
+            for place, layer in enumerate(self.projections, start=2):
+                layer.save(root / f"{place}_{kind_of(layer)}")
             if settings.normalize:
                 (root / f"{len(kinds) - 1}_Normalize").mkdir()
             for head in self.heads.values() if weights else ():
@@ -181,13 +206,18 @@ class Saved:
         }
         general |= {} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}
         write_json(root / "config_sentence_transformers.json", general)
-        theirs = next((name for name, ours in POOLING_NAMES.items() if ours == settings.pooling), None)
-        pooling = {
-            "word_embedding_dimension": self.pooled_width,
-            **{switch: mode == theirs for switch, mode in POOLING_SWITCHES.items()},
-            "include_prompt": settings.include_prompt,
-        }
-        write_json(root / "1_Pooling" / "config.json", pooling)
+        write_json(root / "1_Pooling" / "config.json", self._pooling_file())
+
+    def _pooling_file(self) -> dict[str, Any]:
+        """In the legacy schema; poolings side by side in another order than that has are said in the newer one."""
+        wanted = (self.settings.pooling or "").split("+")
+        theirs = [name for name, ours in POOLING_NAMES.items() if ours in wanted]
+        width, prompt = self.pooled_width // max(len(wanted), 1), {"include_prompt": self.settings.include_prompt}
+        if theirs and [POOLING_NAMES[name] for name in theirs] != wanted and len(wanted) > 1:
+            names = {ours: name for name, ours in POOLING_NAMES.items()}
+            return {"embedding_dimension": width, "pooling_mode": [names[one] for one in wanted], **prompt}
+        switches = {switch: mode in theirs for switch, mode in POOLING_SWITCHES.items()}
+        return {"word_embedding_dimension": width, **switches, **prompt}
 
     def _whole_backbone(self) -> Any:
         """The backbone with its adapter merged. The base of a quantised one is loaded at full precision: an adapter is
@@ -230,9 +260,12 @@ class Saved:
         normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
         if self.projections:
             normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
-        plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
+        plain = _ALONE.format(
+            max_length=settings.max_length, pooled=_POOLED.get(settings.pooling or "", ""), head=normalise
+        )
         standard = self.embedding_config().standard
-        package = poolings.entry(settings.pooling).package
+        pooling = settings.pooling or "no"
+        package = next((poolings.entry(part).package for part in pooling.split("+") if pooling != "no"), "embedsmith")
         foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
         foreign = "" if package == "embedsmith" else foreign
         return _CARD.format(
@@ -240,7 +273,7 @@ class Saved:
             trust=("" if standard else ", trust_remote_code=True") + (f', backend="{backend}"' if backend else ""),
             attention=_attention(self.attention),
             architecture=type(self.backbone).__name__,
-            pooling=settings.pooling.replace("_", " "),
+            pooling=pooling.replace("_", " ").replace("+", " and "),
             max_length=settings.max_length,
             dimension=self.dimension,
             normalised=", normalised to length 1" if settings.normalize else "",

@@ -103,7 +103,9 @@ def build_feed(recipe: Recipe, model: Model, sources: Sequence[Source], balance:
     supplies = [
         make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=True)
     ]
-    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length, model=model)
+    planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length)
+    if isinstance(model, Embedder):
+        planner = partial(planner, model=model)
     if balance is not None:
         lanes, steps = _balanced_lanes(balance, merge_small(supplies, config.plan), planner)
     elif config.plan.batches == "mixed":
@@ -216,6 +218,8 @@ def _check_models(source: Source, loss: Loss, name: str) -> None:
             where=name,
             fix="take the loss gist_embed, or set guide_margin: 0 of infonce; or leave guide out",
         )
+
+
 def _group_supply(source: Source, whole: RecordSet[Text], batch_size: int | None) -> Supply:
     """A source for a reranker, which reads every query beside its own documents. Errors: `RecipeError` for a loss of
     vectors, options that mean nothing here, labels, and queries with nothing to be told apart; `DataError` for tokens.

@@ -181,11 +181,6 @@ class Supply:
         watch = self.live.watch(records) if self.live else None
         return tokens, Part(self.records.name, task, ids, self.loss, given=given, watch=watch)
 
-
-def _of_length_1(vectors: Representation) -> Dense:
-    assert isinstance(vectors, Dense)
-    return vectors.truncate(vectors.vector_ND.shape[1])
-
     def _groups(self, model: CrossEncoder, records: list[Record], seeds: Sequence[int]) -> tuple[TokenBatch, Part]:
         """Each query beside each of its own documents."""
         counts = {"positives": self.positives, "negatives": self.negatives}
@@ -193,6 +188,11 @@ def _of_length_1(vectors: Representation) -> Dense:
         texts = cast(tuple[list[str], list[str]], (queries, documents))
         tokens = model.tokenize(*texts, [records[row].instruction for row in rows])
         return tokens, Part(self.records.name, self.records.task, ids, self.loss)
+
+
+def _of_length_1(vectors: Representation) -> Dense:
+    assert isinstance(vectors, Dense)
+    return vectors.truncate(vectors.vector_ND.shape[1])
 
 
 def plan_of(
@@ -407,8 +407,8 @@ class Feed:
         models = any(supply.teacher or supply.guide for supply in self.supplies)
         shared = models or any(supply.live or supply.streamed for supply in self.supplies)
         embedder = self.model if isinstance(self.model, Embedder) else None
-        if embedder is not None and embedder.settings.echo is not None:  # it changes the tokenizer's settings
-            shared = True
+        if embedder is not None and (embedder.settings.echo is not None or embedder.settings.lengths):
+            shared = True  # these set the tokenizer anew
         workers = 1 if shared else workers
         if workers > 1 and embedder is not None:
             embedder.tokenize([""])  # sets the tokenizer up, which only one thread may do

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.models import Embedder
+from embedsmith.models import Model
 from embedsmith.models.self_test import layers_of
 
 _LAYERS = re.compile(r"layers (\d{1,5})(?:-(\d{1,5}))?")
@@ -30,7 +30,7 @@ def check_grammar(parts: Sequence[str]) -> None:
             raise RecipeError(f"freeze: {part!r}", expected=_GRAMMAR)
 
 
-def freeze(model: Embedder, parts: Sequence[str]) -> None:
+def freeze(model: Model, parts: Sequence[str]) -> None:
     """Errors: `RecipeError` for layers that the model has not."""
     for part in parts:
         for parameter in _weights(model.backbone, part):
@@ -49,12 +49,13 @@ def _weights(backbone: nn.Module, part: str) -> Iterator[nn.Parameter]:
         first, last = int(named[1]), int(named[2] or named[1])
         if last >= len(layers):
             raise RecipeError(
-                f"train.freeze: {part!r} of a model with {len(layers)} layers", expected=f"layers 0 to {len(layers) - 1}"
+                f"train.freeze: {part!r} of a model with {len(layers)} layers",
+                expected=f"layers 0 to {len(layers) - 1}",
             )
         yield from (parameter for layer in layers[first : last + 1] for parameter in layer.parameters())
 
 
-def trained_in_words(model: Embedder, extras: nn.Module) -> str:
+def trained_in_words(model: Model, extras: nn.Module) -> str:
     """How many parameters are trained, of the model and of what its losses bring.
 
     Errors: `RecipeError` where nothing of the model is.

@@ -49,8 +49,8 @@ from embedsmith.train.checkpoint import FIRST_SCALE, Checkpoints, RunState, base
 from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
 from embedsmith.train.feed import Draw, Feed
-from embedsmith.train.held_out import with_held_out
 from embedsmith.train.freeze import freeze, trained_in_words
+from embedsmith.train.held_out import with_held_out
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.scoring import Development

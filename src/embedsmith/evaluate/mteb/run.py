@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.reps import Dense, Representation
 from embedsmith.data.record import titled
@@ -39,7 +39,7 @@ def mteb_evaluate(
     *,
     name: str | Path,
     revision: str | None = None,
-    head: str = "dense",
+    head: str | None = None,
     limits: SampleLimits | None = None,
     progress: bool | None = None,
 ) -> Results:
@@ -53,6 +53,7 @@ def mteb_evaluate(
     from datasets.exceptions import DatasetNotFoundError
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
+    head = head or main_head(encoder)
     experiment = None if limits is None else limits.as_dict()
     kind = MtebEncoder if head == "dense" else MtebSearch
     model = kind.of(encoder, mteb_name(name), revision, head, experiment, progress)

@@ -344,7 +344,7 @@ class RerankingTask(RankingTask):
             given = Ranking.of([(np.zeros(len(index), np.float32), index) for index in candidates])
             everything = replace(reader, rerank=replace(reader.rerank, depth=given.index_Qk.shape[1]))
             ranking = _reranked(everything, self, given, query_ids, wanted).first(max(self.cuts))
-            return self._result(query_ids, wanted, ranking, f"map_at_{max(self.cuts)}", self.cuts)
+            return self._result(query_ids, wanted, {self.cuts: ranking}, f"map_at_{max(self.cuts)}")
         asked, texts = [self.queries[query] for query in query_ids], [self.corpus[document] for document in wanted]
         query_reps = reader.all(asked, role="query", task=self.kind, label=f"{self.name} queries")
         reps = reader.all(texts, role="document", task=self.kind, label=f"{self.name} candidates")

@@ -23,6 +23,7 @@ from embedsmith.core.reps import MultiVector, Sparse
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource
+from embedsmith.models.heads.colbert import ColbertHead
 from embedsmith.models.heads.splade import SpladeHead
 from embedsmith.models.pooling import first_index, last_index
 
@@ -87,7 +88,7 @@ class MultiVectorHead(Head):
     """e_t = normalise(W h_t + b) of every token that takes part, without the CLS; 0 and masked elsewhere.
 
     `marks`: ids of what may be a CLS, not saved with the head. A text of which nothing would be left keeps its last
-    token.
+    token. The name stands for `ColbertHead` too.
     """
 
     file = FILES["multivector"]
@@ -101,10 +102,17 @@ class MultiVectorHead(Head):
         self.register_buffer("marks_S", torch.tensor(sorted(marks), dtype=torch.int64), persistent=False)
 
     @classmethod
-    def build(cls, source: HeadSource) -> MultiVectorHead:
+    def build(cls, source: HeadSource) -> Head:
+        """ColBERT's head or M3's: as asked, else as the folder has it, else M3's."""
+        if source.multivector == "colbert" or (source.multivector is None and ColbertHead.is_in(source.folder)):
+            return ColbertHead.build(source)
         width = source.multivector_dim
         linear = _read(source.folder / cls.file, source.hidden_size, width)
         return cls(linear or nn.Linear(source.hidden_size, width or source.hidden_size), cls_ids(source.tokenizer))
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return super().is_in(folder) or ColbertHead.is_in(folder)
 
     def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> MultiVector:
         column_T = torch.arange(part_NT.shape[1], device=part_NT.device)
