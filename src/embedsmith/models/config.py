@@ -137,8 +137,8 @@ class Settings:
     """How an embedder turns texts into vectors, everything decided. What `save` writes and `load` reads back.
 
     `include_prompt`: prompt tokens take part in pooling. `lower_case`: the tokenizer makes texts lower-case.
-    `heads_include_prompt`: prompt tokens take part in heads of tokens; `None` is as each has it by itself, and stays out
-    of `repr`, and so of hashes that were made before it was there.
+    `heads_include_prompt`: prompt tokens take part in heads of tokens; `None` is as each has it by itself, and stays
+    out of `repr`, and so of hashes that were made before it was there.
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
     `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
     `similarity`: how two vectors are compared. `truncate_dim`: the leading numbers that `encode` keeps by default. Both

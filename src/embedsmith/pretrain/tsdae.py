@@ -96,8 +96,10 @@ class TsdaeHead(Head):
         kept_NT = (value_NT >= DELETED) | (value_NT == value_NT.amax(1, keepdim=True))
         kept_NT = padded.mask_NT & (kept_NT | ~word_NT)
         order_NT = (~kept_NT).long().argsort(dim=1, stable=True)[:, : max(int(kept_NT.sum(1).max()), 1)]
-        gathered = (tensor.gather(1, order_NT) for tensor in (padded.id_NT, kept_NT, padded.body_NT & kept_NT))
-        return PaddedTokens(*gathered, padded.is_query_N)
+        id_NT, mask_NT, body_NT = (
+            tensor.gather(1, order_NT) for tensor in (padded.id_NT, kept_NT, padded.body_NT & kept_NT)
+        )
+        return PaddedTokens(id_NT, mask_NT, body_NT, padded.is_query_N)
 
     def _decoded(self, backbone: Any, padded: PaddedTokens, sentence_NH: Tensor) -> Tensor:
         """state_NTH of the decoder: at each token it has seen that token, those before, and the vector."""

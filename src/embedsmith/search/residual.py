@@ -214,9 +214,11 @@ def _packed(bucket_SD: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     bucket_SD = F.pad(bucket_SD, (0, -bucket_SD.shape[1] % per_byte))
     shift_Y = torch.arange(per_byte, dtype=torch.int32) * bits
-    return (bucket_SD.unflatten(1, (-1, per_byte)).int() << shift_Y).sum(-1).to(torch.uint8)
+    packed_SB: Tensor = (bucket_SD.unflatten(1, (-1, per_byte)).int() << shift_Y).sum(-1)
+    return packed_SB.to(torch.uint8)
 
 
 def _unpacked(packed_SB: Tensor, bits: int) -> Tensor:
     shift_Y = torch.arange(8 // bits, dtype=torch.int32) * bits
-    return ((packed_SB.int()[..., None] >> shift_Y) & (2**bits - 1)).flatten(1)
+    bucket_SBY: Tensor = (packed_SB.int()[..., None] >> shift_Y) & (2**bits - 1)
+    return bucket_SBY.flatten(1)

@@ -197,8 +197,7 @@ def plan_of(
     for supply in supplies:
         apart, facts, records = _is_apart(supply, config), None, supply.records.records
         if apart or config.by_length:
-            counting = model is not None and config.by_length
-            facts = row_facts(records, partial(_lengths, supply, model) if counting else None)
+            facts = row_facts(records, partial(_lengths, supply, model) if model and config.by_length else None)
         if facts is not None and max_length is not None:
             facts = replace(facts, length_N=np.minimum(facts.length_N, max_length))
         sources.append(
