@@ -195,9 +195,10 @@ def _means(row_VD: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
 def _axes(centred_VH: Tensor, width: int) -> Tensor:
     """basis_HD: the main axes of the rows, the widest first, each with a sign of its own."""
     _, vector_HH = torch.linalg.eigh((centred_VH.T @ centred_VH).double())
-    basis_HD = vector_HH.flip(1)[:, :width]
+    basis_HD: Tensor = vector_HH.flip(1)[:, :width]
     sign_D = basis_HD.gather(0, basis_HD.abs().argmax(0, keepdim=True)).sign()
-    return (basis_HD * sign_D).float()
+    signed_HD: Tensor = basis_HD * sign_D
+    return signed_HD.float()
 
 
 def _plain(teacher: Embedder) -> Tokenizer:
