@@ -1,6 +1,8 @@
 """Records to texts and ids."""
 
+import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,3 +129,18 @@ def test_shares_split_the_drawn_negatives():
     assert set(parts[0].document_id_N.tolist()) & set(parts[1].document_id_N.tolist()) == {
         parts[0].positive_id_QP.item()
     }
+
+
+def test_scored_negatives_of_similarity_records_make_pairs_too():
+    record = Record("a", ("b",), ("c", "d"), task="sts", positive_scores=(0.9,), negative_scores=(0.2, None))
+    drawn = [pair_texts([record], seeds=[seed]) for seed in range(40)]
+    found = {(right[0], round(float(ids.label_N), 3)) for _, right, ids in drawn}
+    assert found == {("b", 0.9), ("c", 0.2)}
+    graded = replace(record, task="retrieval")
+    _, _, ids = retrieval_texts([graded], positives=1, negatives=2, seeds=[0])
+    assert ids.positive_grade_QP.tolist() == [[pytest.approx(0.9)]]
+    grades = dict(zip(ids.negative_id_QM[0].tolist(), ids.negative_grade_QM[0].tolist(), strict=True))
+    assert grades[text_id("c")] == pytest.approx(0.2)
+    assert math.isnan(grades[text_id("d")])
+    plain = Record("a", ("b",), ("c",))
+    assert retrieval_texts([plain], positives=1, negatives=1, seeds=[0])[2].positive_grade_QP is None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector
 from embedsmith.search import exact_top_k
-from embedsmith.search.residual import BITS, Codebook, ResidualStore, _packed, _unpacked, recall
+from embedsmith.search.residual import BITS, Codebook, ResidualEncoder, ResidualStore, _packed, _unpacked, recall
 
 
 def documents(count, seed=0, width=16, longest=9):
@@ -113,3 +113,26 @@ def test_saved_and_refused(tmp_path):
         ResidualStore.build([Dense(torch.eye(3))])
     with pytest.raises(SearchError, match="token vectors of 8 numbers"):
         ResidualStore.build([documents(5), documents(5, width=8)])
+
+
+def test_an_encoder_gives_documents_from_their_codes_and_queries_as_they_are():
+    rep = documents(40)
+
+    class Fixed:
+        def represent(self, texts, *, role, task=None, outputs=("dense",)):
+            return {"multivector": rep.rows(slice(0, len(texts)))}
+
+        def fingerprint(self):
+            return "fixed"
+
+    encoder = ResidualEncoder(Fixed(), 8)
+    texts = ["a"] * 40
+    given = encoder.represent(texts, role="query")["multivector"]
+    back = encoder.represent(texts, role="document")["multivector"].pad_tokens(rep.token_count)
+    assert torch.equal(given.vector_NTD, rep.vector_NTD)
+    assert not torch.equal(back.vector_NTD, rep.vector_NTD)
+    torch.testing.assert_close(back.vector_NTD, rep.vector_NTD, rtol=0, atol=0.03)
+    book = encoder.book
+    encoder.represent(texts[:3], role="document")
+    assert encoder.book is book, "one code for all documents"
+    assert encoder.fingerprint() == "fixed-residual8"

@@ -143,7 +143,7 @@ class EvaluateStage:
 
     `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
     `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder. `rerank`: a
-    reranker that orders the first `depth` documents of the model's rankings anew.
+    reranker that orders the model's rankings anew. `depth`: documents of a ranking that it reads.
     """
 
     model: str

@@ -87,7 +87,7 @@ class StaticStudent:
             ]
             _write_json(root / "modules.json", entries)
             (root / "1_Normalize").mkdir()
-            general = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+            general: dict[str, object] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
             _write_json(root / "config_sentence_transformers.json", general)
             (root / "README.md").write_text(_CARD.format(width=self.dimension, about=card), encoding="utf-8")
 
@@ -188,15 +188,17 @@ def _means(row_VD: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
     length_N = torch.tensor([len(row) for row in ids])
     flat_S = torch.tensor([number for row in ids for number in row], dtype=torch.int64)
     offset_N = length_N.cumsum(0) - length_N
-    return F.embedding_bag(flat_S, row_VD, offset_N, mode="mean")
+    mean_ND: Tensor = F.embedding_bag(flat_S, row_VD, offset_N, mode="mean")
+    return mean_ND
 
 
 def _axes(centred_VH: Tensor, width: int) -> Tensor:
     """basis_HD: the main axes of the rows, the widest first, each with a sign of its own."""
     _, vector_HH = torch.linalg.eigh((centred_VH.T @ centred_VH).double())
-    basis_HD = vector_HH.flip(1)[:, :width]
+    basis_HD: Tensor = vector_HH.flip(1)[:, :width]
     sign_D = basis_HD.gather(0, basis_HD.abs().argmax(0, keepdim=True)).sign()
-    return (basis_HD * sign_D).float()
+    signed_HD: Tensor = basis_HD * sign_D
+    return signed_HD.float()
 
 
 def _plain(teacher: Embedder) -> Tokenizer:

@@ -14,7 +14,7 @@ Source: ColBERTv2 (Santhanam et al., 2022), section 3.3 and its released code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from embedsmith.core.encoder import Encoder, Role, fingerprint, represent
 from embedsmith.core.errors import SearchError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.reps import MultiVector
+from embedsmith.core.reps import MultiVector, Reps
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
 
 BITS = (1, 2, 4, 8)
@@ -179,6 +180,41 @@ class ResidualStore:
             raise SearchError(f"no store of residual codes ({error})", where=path, fix="make it again") from error
 
 
+@dataclass
+class ResidualEncoder:
+    """An encoder whose token vectors of documents come back from residual codes of so many bits: what an evaluation of
+    a compressed store reads. The codebook is learned from the documents it is first asked for."""
+
+    encoder: Encoder
+    bits: int = 2
+    book: Codebook | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("multivector",)
+
+    def represent(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role,
+        task: str | None = None,
+        outputs: Sequence[str] = ("multivector",),
+        instruction: Sequence[str | None] | None = None,
+    ) -> Reps:
+        """As the encoder gives them, but for the token vectors of documents."""
+        reps = represent(self.encoder, texts, role=role, task=task, outputs=outputs, instruction=instruction)
+        made = reps.get("multivector")
+        if role != "document" or not isinstance(made, MultiVector) or len(made) == 0:
+            return reps
+        store = ResidualStore.build([made], self.bits, self.book)
+        self.book = store.book
+        return {**reps, "multivector": store.rows(0, len(store))}
+
+    def fingerprint(self) -> str:
+        return f"{fingerprint(self.encoder)}-residual{self.bits}"
+
+
 def recall(found_Qk: IndexArray, exact_Qk: IndexArray) -> float:
     """The share of the exact best k of each query that is among those found, the mean over queries."""
     both = [len(set(mine) & set(best)) / len(best) for mine, best in zip(found_Qk.tolist(), exact_Qk.tolist())]
@@ -214,9 +250,11 @@ def _packed(bucket_SD: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     bucket_SD = F.pad(bucket_SD, (0, -bucket_SD.shape[1] % per_byte))
     shift_Y = torch.arange(per_byte, dtype=torch.int32) * bits
-    return (bucket_SD.unflatten(1, (-1, per_byte)).int() << shift_Y).sum(-1).to(torch.uint8)
+    packed_SB: Tensor = (bucket_SD.unflatten(1, (-1, per_byte)).int() << shift_Y).sum(-1)
+    return packed_SB.to(torch.uint8)
 
 
 def _unpacked(packed_SB: Tensor, bits: int) -> Tensor:
     shift_Y = torch.arange(8 // bits, dtype=torch.int32) * bits
-    return ((packed_SB.int()[..., None] >> shift_Y) & (2**bits - 1)).flatten(1)
+    bucket_SBY: Tensor = (packed_SB.int()[..., None] >> shift_Y) & (2**bits - 1)
+    return bucket_SBY.flatten(1)

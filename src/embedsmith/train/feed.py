@@ -212,8 +212,7 @@ def plan_of(
     for supply in supplies:
         apart, facts, records = _is_apart(supply, config), None, supply.records.records
         if apart or config.by_length:
-            counting = None if model is None or not config.by_length else partial(_lengths, supply, model)
-            facts = row_facts(records, counting)
+            facts = row_facts(records, partial(_lengths, supply, model) if model and config.by_length else None)
         if facts is not None and max_length is not None:
             facts = replace(facts, length_N=np.minimum(facts.length_N, max_length))
         sources.append(

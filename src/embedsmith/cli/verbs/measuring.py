@@ -85,6 +85,9 @@ def evaluate_model(
     rescore: Annotated[
         int, typer.Option(min=0, help="With --precision: how many times as many documents are scored in full.")
     ] = 4,
+    token_bits: Annotated[
+        int | None, typer.Option(help="With --head multivector: documents as residual codes of 1, 2, 4 or 8 bits.")
+    ] = None,
     keep: Keep = None,
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
@@ -124,6 +127,12 @@ def evaluate_model(
         for name in names:  # wrong names are told before a model is loaded
             load_task(name, data_dir=data, split=split)
     encoder = _encoder(model, engine, max_length, batch_size, options)
+    if token_bits is not None:
+        from embedsmith.search.residual import ResidualEncoder
+
+        if head != "multivector":
+            raise EvaluationError(f"--token-bits with --head {head}", fix="add --head multivector")
+        encoder = ResidualEncoder(encoder, token_bits)
     if isinstance(encoder, CrossEncoder) and rerank is not None:
         raise EvaluationError(f"{model} is a reranker itself", fix=f"embedsmith evaluate EMBEDDER --rerank {rerank}")
     ranker = rerank_of(rerank, depth)

@@ -69,16 +69,16 @@ Lengths = Callable[[Sequence[Record[str]]], npt.NDArray[np.int32]]
 _COUNTED = 512  # records whose tokens are counted together
 
 
-def row_facts(records: Sequence[Record[Text]], lengths: Lengths | None = None) -> RowFacts:
-    """The facts of all rows: those that the records bring, otherwise from one pass over the texts. `lengths`: counts
+def row_facts(records: Sequence[Record[Text]], count: Lengths | None = None) -> RowFacts:
+    """The facts of all rows: those that the records bring, otherwise from one pass over the texts. `count`: counts
     the tokens of records that are not tokens already; without it they are estimated."""
-    if lengths is not None and len(records) and not isinstance(records[0].query, TokenIds):
+    if count is not None and len(records) and not isinstance(records[0].query, TokenIds):
         facts, texts = row_facts(records), cast(Sequence[Record[str]], records)
         counted: list[npt.NDArray[np.int32]] = []
         with progress_bar("count tokens", len(records), visible=None if len(records) > 10_000 else False) as bar:
             for start in range(0, len(records), _COUNTED):
                 some = [texts[row] for row in range(start, min(start + _COUNTED, len(records)))]
-                counted.append(lengths(some))
+                counted.append(count(some))
                 bar.advance(len(some))
         return replace(facts, length_N=np.concatenate(counted))
     if isinstance(records, HasFacts):
