@@ -164,7 +164,9 @@ def kernel_precision(backbone: Any) -> AbstractContextManager[Any]:
 def layers_of(backbone: Any) -> list[nn.Module]:
     """The transformer's layers in order; empty where they cannot be found."""
     config = backbone.config.get_text_config()
-    counts = [getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")]  # LongCat counts halves first
+    counts = [
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")
+    ]  # LongCat counts halves first
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) in counts:
             return list(module)

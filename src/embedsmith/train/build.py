@@ -185,6 +185,12 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     )
     wants = {"teacher": source.teacher is not None, "shuffle": source.shuffle > 0}
     check_tokens(whole, model, in_pairs=supply.in_pairs, needs_text=[name for name, wanted in wants.items() if wanted])
+    if source.instruction_separator is not None and model.settings.templates:
+        raise RecipeError(
+            "instruction_separator with a template: the query would get its instruction within another",
+            where=records.name,
+            fix="leave model.template out, or instruction_separator",
+        )
     if supply.in_pairs and records.records[0].positive_scores is None:
         raise RecipeError(
             f"the loss {type(loss).__name__} needs a score for every pair",

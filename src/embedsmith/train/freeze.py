@@ -49,7 +49,8 @@ def _weights(backbone: nn.Module, part: str) -> Iterator[nn.Parameter]:
         first, last = int(named[1]), int(named[2] or named[1])
         if last >= len(layers):
             raise RecipeError(
-                f"train.freeze: {part!r} of a model with {len(layers)} layers", expected=f"layers 0 to {len(layers) - 1}"
+                f"train.freeze: {part!r} of a model with {len(layers)} layers",
+                expected=f"layers 0 to {len(layers) - 1}",
             )
         yield from (parameter for layer in layers[first : last + 1] for parameter in layer.parameters())
 
