@@ -1,6 +1,7 @@
 """The evaluation scripts of the decoder reference: what of a config they honour, local data, devices."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from embedsmith.compat import scripts
-from embedsmith.core.errors import EmbedsmithError, EvaluationError, RecipeError
+from embedsmith.core.device import has_mps, use_device
+from embedsmith.core.errors import EmbedsmithError, ModelError, RecipeError
 from embedsmith.models import load
 from tests.compat.test_config import BOTH, COMMON
 from tests.models.families import tiny
@@ -133,10 +135,38 @@ def test_wrong_flags_are_told_before_anything_is_loaded(tmp_path, arguments, wor
         scripts.extractor_command(None, [one.format(t2=data, root=tmp_path) for one in arguments])
 
 
-def test_a_gpu_that_is_not_there_is_one_clear_error(monkeypatch):
+def test_a_gpu_that_is_not_there_is_one_clear_error(monkeypatch, typed):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(EvaluationError, match=r"--device 0: (.|\n)*to fix: leave --device out, or say --device cpu"):
+    with pytest.raises(ModelError, match=r"--device 0: (.|\n)*to fix: leave --device out, or say --device cpu"):
         scripts.t2retrieval_command(None, ["--model", "e5", "--device", "0"])
+    for command in (("train", "joint"), ("encode", "a.txt", "out", "--model", "m"), ("evaluate", "m")):
+        _, err, code = typed(*command, "--device", "cuda:0")
+        assert code == 1
+        assert "--device cuda:0: the device 'cuda:0' is asked for, and" in err
+
+
+def test_one_card_of_those_that_a_process_was_given(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("embedsmith.core.device._cpu_alone", False)
+    for visible, name, left in (
+        ("", "1", "1"),
+        ("4,5,6", "1", "5"),
+        ("4,5,6", "cuda:2", "6"),
+        ("4,5,6", "cuda", "4,5,6"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        use_device(name)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+    with pytest.raises(ModelError, match=r"--device 3: (.|\n)*cuda:0 to cuda:2"):
+        use_device("3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ModelError, match="under a launcher"):
+        use_device("1")
+    use_device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert not has_mps()
 
 
 def test_an_unknown_key_of_a_config_is_named(tmp_path, base):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.compat.config import Reference, read_reference
-from embedsmith.core.device import device_named
+from embedsmith.core.device import use_device
 from embedsmith.core.encoder import Encoder
-from embedsmith.core.errors import EvaluationError, ModelError
+from embedsmith.core.errors import EvaluationError
 from embedsmith.core.recipe import read_tree
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
@@ -93,19 +93,10 @@ def _run(load: Load, flags: argparse.Namespace, names: list[str], model: str, op
     if flags.query_instruction is not None:
         options["prompts"] = {"query": flags.query_instruction.replace("\\n", "\n")}
     if flags.device is not None:
-        options["device"] = _device(flags.device)
+        use_device(flags.device)
     limits = None if flags.limits is None else SampleLimits(flags.limits, flags.corpus_limit, flags.seed)
     tasks = _tasks(flags, names)
     return mteb_evaluate(load(model, **options), tasks, flags.output_folder, name=model, limits=limits)
-
-
-def _device(name: str) -> str:
-    """Errors: `EvaluationError` for a device that is not here, before anything is loaded."""
-    try:
-        return str(device_named(f"cuda:{name}" if name.isdecimal() else name))
-    except ModelError as error:
-        fix = "leave --device out, or say --device cpu"
-        raise EvaluationError(f"--device {name}: {error.what}", expected=error.expected, fix=fix) from error
 
 
 def _tasks(flags: argparse.Namespace, names: list[str]) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from embedsmith.core.batch import Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
-from embedsmith.core.device import cpu_multiplies_bf16
+from embedsmith.core.device import cpu_multiplies_bf16, has_mps
 from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
@@ -55,7 +55,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
             )
     join_ranks()
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    on_cpu = not torch.cuda.is_available() and not has_mps()
     choose_precision(recipe.train)
     AcceleratorState._reset_state()  # accelerate keeps the first run's device for the whole process
     return Accelerator(

@@ -20,6 +20,21 @@ Prompts = Annotated[
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens a text is cut to.")]
 
 
+def _use(device: str | None) -> str | None:
+    if device is not None:
+        from embedsmith.core.device import use_device
+
+        use_device(device)
+    return device
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(callback=_use, help="cpu, cuda, cuda:1 (or 1) or mps; by default a GPU where there is one."),
+]
+"""Where everything runs: its callback has seen to it before the verb begins."""
+
+
 def model_options(pooling: str | None, prompts: list[str] | None, max_length: int | None) -> dict[str, Any]:
     """These options as `embedsmith.load` has them; what was not given is left out. Errors: `ModelError`."""
     if wrong := [text for text in prompts or () if not text.partition("=")[1]]:
