@@ -176,3 +176,11 @@ def test_two_things_of_one_name_are_refused():
 
     with pytest.raises(RecipeError, match="two things are called 'circle'"):
         shapes.register("circle")(circle)
+
+
+def test_a_text_that_ends_in_a_colon_is_a_text():
+    """YAML has it for a key without a value; a prompt or a separator is typed like that."""
+    tree: dict = {}
+    for override in ("a.separator=Query:", "a.prompt=query: ", "a.real={b: }"):
+        apply_override(tree, override)
+    assert tree["a"] == {"separator": "Query:", "prompt": "query: ", "real": {"b": None}}

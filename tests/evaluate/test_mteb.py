@@ -205,6 +205,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_commands_of_the_reference(tmp_path: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     local = as_mteb_task(small_tasks()["search"])
     monkeypatch.setattr("embedsmith.compat.scripts.find_mteb_tasks", lambda names, **_: [local])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # set by --device cpu
+    monkeypatch.setattr("embedsmith.core.device._cpu_alone", False)
     asked = scripts(
         "evaluate_mteb_t2retrieval_models.py",
         *("--model", "qwen3embedding", "--model_id", "org/some", "--batch_size", "8", "--limits", "4"),

@@ -63,26 +63,20 @@ FAMILIES: dict[str, dict[str, Any]] = {name: _HEADS for name in DENSE.split()} |
 OTHER_MIXTURES: dict[str, dict[str, Any]] = dict.fromkeys(
     ["glm4_moe", "ernie4_5_moe", "qwen2_moe", "mixtral", "hunyuan_v1_moe"], _HEADS | _MIXTURE
 )
-_QUERIES = {"q_lora_rank": 8}
+_PLAIN = """afmoe aria_text cohere2_moe dots1 exaone_moe flex_olmo gpt_oss granitemoe granitemoeshared hy_v3
+    inkling_text jamba jetmoe kolibri1 laguna llama4_text mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text
+    muse_spark_text nemotron_h olmoe phimoe qwen3_5_moe_text qwen3_vl_moe_text qwen4_exp_text solar_open"""
+_MLA = "bailing_hybrid glm4_moe_lite kimi_linear mistral4 mistral_large4_text"
+_MLA_FACTORED = "axk1 axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4 longcat_flash"
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
 ALL_MIXTURES: dict[str, dict[str, Any]] = {
     **{name: shape for name, shape in (FAMILIES | OTHER_MIXTURES).items() if "num_experts" in shape},
-    **dict.fromkeys(
-        "afmoe aria_text cohere2_moe dots1 exaone_moe flex_olmo gpt_oss granitemoe granitemoeshared hy_v3 inkling_text"
-        " jamba jetmoe kolibri1 laguna llama4_text mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text"
-        " muse_spark_text nemotron_h olmoe phimoe qwen3_5_moe_text qwen3_vl_moe_text qwen4_exp_text solar_open".split(),
-        _HEADS | _MIXTURE,
-    ),
-    **dict.fromkeys(
-        "bailing_hybrid glm4_moe_lite kimi_linear mistral4 mistral_large4_text".split(),
-        _HEADS | _MIXTURE | _LATENT,
-    ),
-    **dict.fromkeys(
-        "axk1 axk2 deepseek_v32 deepseek_v4 dots3_note_text glm_moe_dsa hy_v4 longcat_flash".split(), _HEADS | _MIXTURE | _LATENT | _QUERIES
-    ),
-    "lfm2_moe": _HEADS | _MIXTURE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "granitemoehybrid": _HEADS
-    | _MIXTURE
-    | {"mamba_n_heads": 4, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
+    **dict.fromkeys(_PLAIN.split(), _HEADS | _MIXTURE),
+    **dict.fromkeys(_MLA.split(), _HEADS | _MIXTURE | _LATENT),
+    **dict.fromkeys(_MLA_FACTORED.split(), _HEADS | _MIXTURE | _LATENT | {"q_lora_rank": 8}),
+    "lfm2_moe": _HEADS | _MIXTURE | _CONV,
+    "granitemoehybrid": _HEADS | _MIXTURE | _MAMBA,
     "zaya": _HEADS | _MIXTURE | {"num_experts_per_tok": 1},
 }
 """Mixtures of experts of transformers 5.23 that read texts, by the config of a tiny one."""

@@ -10,13 +10,16 @@ import pyarrow.parquet as pq
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
 from embedsmith.core.shipped import names_recipe, recipe_file
+from embedsmith.data.f2llm import f2llm_source, is_f2llm_folder, negative_columns, parquet_files, task_of_dataset
 from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
+from embedsmith.data.record import TASKS
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
 from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob, refuse_other_folder
 from embedsmith.models import Embedder, ModelConfig
@@ -128,7 +131,7 @@ def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -
     """A job from a recipe and changes to it, or from paths and options."""
     recipe = len(data) == 1 and names_recipe(data[0], "tokenize")
     tree: dict[str, Any] = (
-        read_tree(recipe_file(data[0], "tokenize")) if recipe else {"data": [{"path": path} for path in data]}
+        read_tree(recipe_file(data[0], "tokenize")) if recipe else {"data": [one for path in data for one in _at(path)]}
     )
     for target in [tree] if recipe else tree["data"]:
         for change in changes:
@@ -142,6 +145,14 @@ def job_of(data: Sequence[str], given: dict[str, Any], changes: Sequence[str]) -
     return parse(TokenizeJob, tree, where=data[0] if recipe else "tokenize")
 
 
+def _at(path: str) -> list[dict[str, Any]]:
+    """The source that a path names; of a folder of F2LLM's files one each, with its kind of task."""
+    folder = local_path(path)
+    if not is_f2llm_folder(folder):
+        return [{"path": path}]
+    return [f2llm_source(name, file) for name, file in parquet_files(folder).items()]
+
+
 def _require(given: dict[str, Any], *names: str) -> None:
     for name in names:
         if name not in given:
@@ -149,24 +160,30 @@ def _require(given: dict[str, Any], *names: str) -> None:
 
 
 def adopt(folder: Path, model: Embedder, name: str, task: str, max_length: int | None = None) -> Manifest:
-    """Write the manifest of a cache that another tool made, in either F2LLM layout, vouching for its tokenizer.
+    """Write the manifest of a cache that another tool made, in either F2LLM layout, vouching for its tokenizer. The
+    task `auto` is that of each dataset by its name or its columns, as F2LLM's scripts know it (`data/f2llm.py`).
 
     Errors: `DataError` for a folder without such files, one that has a manifest, or ids the tokenizer does not have.
     """
     if (folder / MANIFEST).exists():
         raise DataError("it has a manifest already", where=folder, fix="train on it as it is")
     facts = tokenizer_facts(model, name)
+    if task != "auto" and task not in TASKS:
+        raise RecipeError(f"--adopt {task}", expected=f"auto, or one of {', '.join(TASKS)}")
     role: Role = "query" if task == "sts" else "document"
     datasets = {}
     for path in sorted(folder.glob("*.parquet")):
-        if "query_input_ids" not in parquet_schema(path).names:
+        columns = parquet_schema(path).names
+        if "query_input_ids" not in columns:
             continue
         dataset = path.stem.removesuffix("_query")
         layout: CacheLayout = "inline" if dataset == path.stem else "corpus"
         with readable_parquet(path):
             rows = pq.read_metadata(path).num_rows
             first = next(pq.ParquetFile(path).iter_batches(batch_size=1000, columns=["query_input_ids"]), None)
-        datasets[dataset] = DatasetFacts(dataset, task, layout, rows, 0, {}, role, "name")
+        negatives = negative_columns([column.removesuffix("_input_ids") for column in columns])
+        kind = task_of_dataset(dataset, list(dict.fromkeys(negatives))) if task == "auto" else task
+        datasets[dataset] = DatasetFacts(dataset, kind, layout, rows, 0, {}, role, "name")
         # A first look: ids beyond the vocabulary cannot come from this tokenizer.
         ids: Any = pa.array([], pa.list_(pa.int32())) if first is None else first.column(0)
         if not pa.types.is_list(ids.type) or not pa.types.is_integer(ids.type.value_type):

@@ -54,6 +54,43 @@ def device_named(name: Any) -> Any:
     return device
 
 
+def use_device(name: str) -> None:
+    """From here on this process and those it starts run on one device, as if the machine had no other. To be called
+    before anything runs on a GPU.
+
+    Errors: `ModelError` for a device that is not here, and for one card under a launcher of several processes, which
+    gives each its own.
+    """
+    global _cpu_alone
+    wanted = f"cuda:{name}" if name.isdecimal() else name
+    kind, _, number = wanted.partition(":")
+    if kind == "cuda" and number and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ModelError(
+            f"--device {name} under a launcher, which gives every process a card",
+            fix="leave --device out, and name the cards with CUDA_VISIBLE_DEVICES",
+        )
+    try:
+        device_named(wanted)
+    except ModelError as error:
+        fix = "leave --device out, or say --device cpu"
+        raise ModelError(f"--device {name}: {error.what}", expected=error.expected, fix=fix) from error
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"], _cpu_alone = "", True
+    elif number.isdecimal():  # of those that this process was given
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(number)] if visible != [""] else number
+
+
+_cpu_alone = False
+
+
+def has_mps() -> bool:
+    """Whether there is Apple's GPU, and it may be used."""
+    import torch
+
+    return torch.backends.mps.is_available() and not _cpu_alone
+
+
 def why_no_cuda() -> str:
     """Why torch uses no CUDA card, where it uses none."""
     import torch

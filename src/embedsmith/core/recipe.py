@@ -131,6 +131,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             node[place] = held = {}
         node = held
     parsed = parse_value(value, f"the value of {override!r}")
+    if isinstance(parsed, dict) and value.rstrip().endswith(":") and list(parsed.values()) == [None]:
+        parsed = value  # a text such as `Query:` or `query: `, and no section with one empty key
     if isinstance(node, list):
         node[_index(node, last, override)] = parsed
     else:

@@ -155,6 +155,8 @@ def _options(source: Source, tokens: bool) -> dict[str, Any]:
     """What decides how a source is read; the rest of it only decides what is done with the records."""
     names = ("task", "format", "columns", "score_range", "split", "instruction", "limit", "on_error")
     options = {name: getattr(source, name) for name in names} | {"name": source_name(source)}
+    if source.instruction_separator is not None:
+        options["instruction_separator"] = source.instruction_separator
     return options | ({"tokens": "of one table"} if tokens else {})  # before, they lay in two
 
 

@@ -13,7 +13,7 @@ from embedsmith.core.batch import Loss
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import local_path
-from embedsmith.core.settings import Count, Finite, Share, section
+from embedsmith.core.settings import Count, Finite, Share, Word, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.columns import Range, Reading, choose_layout
 from embedsmith.data.formats.datasets import beir_rows, hub_rows, is_beir_folder
@@ -44,6 +44,8 @@ class Source:
     - `score_range`: the range scores were given in, [lowest, highest]; `None` infers it;
     - `split`: of a dataset or a BEIR folder; `None` is `train`, or the only one;
     - `instruction`: put before the query of every record that has none of its own;
+    - `instruction_separator`: splits every query behind this text, such as `Query:`: what stands before, with the text
+      itself, is the query's instruction, word for word (for models without a template);
     - `limit`: read the first so many records only; `None` reads all;
     - `part`: the rows whose query hashes into this share of [0, 1], such as [0, 0.95] to train and [0.95, 1] to
       validate on: rows of the same query fall together, in every file and every run; `None` takes all;
@@ -76,6 +78,7 @@ class Source:
     score_range: tuple[Finite, Finite] | None = None
     split: str | None = None
     instruction: str | None = None
+    instruction_separator: Word | None = None
     limit: Count | None = None
     part: tuple[Share, Share] | None = None
     weight: Annotated[float, Field(gt=0, le=MOST)] = 1.0
@@ -96,6 +99,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.format is not None:
             layouts.entry(self.format)
+        if self.instruction is not None and self.instruction_separator is not None:
+            raise RecipeError("instruction and instruction_separator are both set", fix="keep one of them")
         if self.rows is not None:
             object.__setattr__(self, "rows", held_rows(self.rows))
             object.__setattr__(self, "path", self.path or self.rows.name)
@@ -230,4 +235,4 @@ def reading_of(row: dict[str, object], source: Source, rows: Rows, where: str) -
     task = source.task or layout.task_of(row)
     if layout.name == "pairs" and task != "sts":
         layout = replace(layout, required=layout.required[:2])
-    return Reading(layout, task, source_name(source), source.instruction, rows.cells)
+    return Reading(layout, task, source_name(source), source.instruction, source.instruction_separator, rows.cells)

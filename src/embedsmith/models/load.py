@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import nn
 
-from embedsmith.core.device import device_named
+from embedsmith.core.device import device_named, has_mps
 from embedsmith.core.errors import ModelError, RecipeError, foreign_errors
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse
@@ -557,4 +557,4 @@ def best_device() -> str:
     """The current CUDA device, Apple's GPU, or the CPU."""
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "mps" if has_mps() else "cpu"

@@ -16,7 +16,7 @@ from torch import nn
 
 from embedsmith.core.batch import GroupBatch, Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
-from embedsmith.core.device import cpu_multiplies_bf16
+from embedsmith.core.device import cpu_multiplies_bf16, has_mps
 from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.progress import log
@@ -57,7 +57,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
             )
     join_ranks()
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    on_cpu = not torch.cuda.is_available() and not has_mps()
     choose_precision(recipe.train)
     AcceleratorState._reset_state()  # accelerate keeps the first run's device for the whole process
     return Accelerator(
@@ -194,6 +194,12 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     )
     wants = {"teacher": source.teacher, "guide": source.guide, "shuffle": source.shuffle}
     check_tokens(whole, model, in_pairs=supply.in_pairs, needs_text=[name for name, wanted in wants.items() if wanted])
+    if source.instruction_separator is not None and model.settings.templates:
+        raise RecipeError(
+            "instruction_separator with a template: the query would get its instruction within another",
+            where=records.name,
+            fix="leave model.template out, or instruction_separator",
+        )
     if supply.in_pairs and records.records[0].positive_scores is None:
         raise RecipeError(
             f"the loss {type(loss).__name__} needs a score for every pair",

@@ -23,6 +23,20 @@ Backend = Annotated[
     str | None, typer.Option(help="What computes: torch, or a folder's graph on onnx or openvino (see export).")
 ]
 
+def _use(device: str | None) -> str | None:
+    if device is not None:
+        from embedsmith.core.device import use_device
+
+        use_device(device)
+    return device
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(callback=_use, help="cpu, cuda, cuda:1 (or 1) or mps; by default a GPU where there is one."),
+]
+"""Where everything runs: its callback has seen to it before the verb begins."""
+
 
 def model_options(
     pooling: str | None, prompts: list[str] | None, max_length: int | None, backend: str | None = None

@@ -128,7 +128,9 @@ def curate_data(
 
 @verbs.register("tokenize")
 def tokenize_data(
-    data: Annotated[list[str], typer.Argument(help="Data files or datasets; or a YAML or shipped recipe.")],
+    data: Annotated[
+        list[str], typer.Argument(help="Data files, datasets, a folder of F2LLM's files; or a YAML or shipped recipe.")
+    ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model whose tokenizer and prompts.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The folder of the token cache.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="For every source: key=value")] = None,
@@ -136,7 +138,7 @@ def tokenize_data(
     pooling: Annotated[str | None, typer.Option(help="As in training: last puts an end token behind texts.")] = None,
     layout: Annotated[str | None, typer.Option(help="corpus: documents once; inline: in each row.")] = None,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
-    adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task.")] = None,
+    adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task, or auto.")] = None,
 ) -> None:
     """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import Backend, MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import Backend, Device, MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -72,6 +72,7 @@ def evaluate_model(
     backend: Backend = None,
     engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
+    device: Device = None,
     items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
     head: Annotated[
         str | None, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side; else the model's own.")

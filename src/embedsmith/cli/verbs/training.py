@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import Device, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -16,6 +16,7 @@ def train_model(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Check everything, run one step.")] = False,
+    device: Device = None,
 ) -> None:
     """Train a model as a recipe says. The same command continues a run that was stopped.
 

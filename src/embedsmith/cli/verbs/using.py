@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import Backend, MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import Backend, Device, MaxLength, Pooling, Prompts, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -24,6 +24,7 @@ def encode_texts(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes; they share the CPU's threads.")] = 1,
     block: Annotated[int, typer.Option(min=1, help="Texts between two saves of the state.")] = 4096,
+    device: Device = None,
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,

@@ -270,6 +270,7 @@ class Reading:
     task: str
     source: str
     instruction: str | None = None
+    separator: str | None = None
     cells: bool = False
     labels: dict[str, int] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -299,7 +300,18 @@ class Reading:
         )
         record = without_empty(record, self.left_out)
         validate(record)
-        return record
+        return record if self.separator is None or record.instruction is not None else self._split(record)
+
+    def _split(self, record: Record) -> Record:
+        """The query cut behind the separator and the white space that follows it."""
+        assert self.separator is not None
+        before, found, text = record.query.partition(self.separator)
+        body = text.lstrip()
+        if not body:
+            self.left_out[f"instruction: no {self.separator!r} in the query"] += 1
+            return record
+        instruction = before + found + text[: len(text) - len(body)]
+        return replace(record, query=body, instruction=instruction)
 
     def _texts(self, found: Found, role: str) -> tuple[Any, ...]:
         """A column holds one text or a list of them; in CSV an empty cell is an absent text."""
