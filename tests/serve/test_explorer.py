@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from embedsmith.core.errors import DataError
 from embedsmith.index import Document
@@ -84,6 +85,41 @@ def test_both_languages_have_every_word_that_the_page_uses():
         used |= set(re.findall(r'\bt\("(\w+)"', script.read_text(encoding="utf-8")))
     assert used <= words[0].keys()
     assert {"ask", "map", "report", "theme_auto", "text_right", "curve_loss"} <= words[0].keys()
+
+
+def luminance(colour):
+    linear = [(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in (v / 255 for v in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_words_stand_out_from_what_is_behind_them_in_light_and_dark():
+    """WCAG 2.2: 4.5 for text, 3 for the parts of controls and of drawings."""
+    blocks = re.findall(
+        r"\{\s*color-scheme: (\w+);(.*?)\}", (STATIC / "style.css").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert [scheme for scheme, _ in blocks] == ["light", "dark", "dark"]
+    assert blocks[1][1].split() == blocks[2][1].split(), "chosen and by the device it is the same dark"
+    for scheme, block in blocks[:2]:
+        found = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6});", block))
+        wide = {
+            name: value if len(value) == 7 else "#" + "".join(2 * c for c in value[1:]) for name, value in found.items()
+        }
+        rgb = {name: [int(value[at : at + 2], 16) for at in (1, 3, 5)] for name, value in wide.items()}
+        for behind in ("bg", "card", "sunk"):
+            for text in ("ink", "soft", "accent"):
+                assert contrast(rgb[text], rgb[behind]) >= 4.5, (scheme, text, behind)
+        for text in ("good", "bad"):
+            assert contrast(rgb[text], rgb["card"]) >= 4.5, (scheme, text)
+        assert contrast(rgb["on-accent"], rgb["accent"]) >= 4.5
+        assert contrast(rgb["ink"], rgb["mark"]) >= 4.5
+        drawn = ["edge", "dense", "sparse", "multivector", "other-head", *(f"kind-{n}" for n in range(9))]
+        for name in drawn:
+            assert contrast(rgb[name], rgb["card"]) >= 3, (scheme, name)
 
 
 def test_what_the_page_is_told_of_the_server(client, served):
@@ -196,7 +232,7 @@ def marks(client, query, votes, **more):
     return client.post("/explorer/feedback", json=body, **more)
 
 
-def test_marks_become_records_that_training_reads(client, tree, tmp_path):
+def test_marks_become_records_that_training_reads(client, tree, typed, tmp_path):
     path = tmp_path / "feedback.jsonl"
     first = marks(client, " the cat ", {"d0": 1, "d1": -1, "d7": 0}).json()
     assert first == {"saved": True, "records": 1, "file": path.name}
@@ -210,14 +246,14 @@ def test_marks_become_records_that_training_reads(client, tree, tmp_path):
     assert (first.query, first.positives, first.negatives) == ("the cat", (HOSTILE[0],), (HOSTILE[1],))
     assert (second.positives, second.negatives) == ((HOSTILE[5], documents()[8].text), ())
 
-    from embedsmith.api import train
-
-    tree["data"] = [{"path": str(path), "batch_size": 4, "loss": {"type": "infonce"}}]
+    tree["data"] = [{"path": str(path), "batch_size": 4}]
     tree["train"] |= {"steps": 2, "checkpoint_every": None}
-    train(tree)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    _, shown, code = typed("train", tmp_path / "recipe.yaml")
+    assert code == 0, shown
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines][-1] == 2
-    assert all(np.isfinite(line["loss/feedback"]) for line in lines if "loss/feedback" in line)
+    assert all(np.isfinite(line["loss/feedback"]) for line in lines)
 
 
 def test_the_last_mark_of_a_text_counts_and_a_question_without_an_answer_has_no_record(tmp_path):

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -70,7 +70,7 @@ class Mark(Body):
     """1 for an answer, -1 for none, 0 to take the mark back."""
 
     id: Annotated[str, Field(max_length=_QUERY)]
-    vote: Literal[-1, 0, 1]
+    vote: Annotated[int, Field(ge=-1, le=1)]
 
 
 class FeedbackBody(Body):
