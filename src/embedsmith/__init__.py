@@ -16,11 +16,14 @@ from types import ModuleType
 from typing import Any
 
 _HOMES = {
+    "CrossEncoder": "embedsmith.models",
     "Embedder": "embedsmith.models",
     "Recipe": "embedsmith.train",
     "Source": "embedsmith.data",
+    "application": "embedsmith.api.serving",
     "compare": "embedsmith.api.evaluating",
     "load": "embedsmith.models",
+    "load_reranker": "embedsmith.models",
     "mine": "embedsmith.api.making",
     "split": "embedsmith.api.making",
     "tokenize": "embedsmith.api.making",
@@ -31,13 +34,14 @@ _VERBS = {
     "index": "embedsmith.api.searching",
     "merge": "embedsmith.api.making",
     "search": "embedsmith.api.searching",
+    "serve": "embedsmith.api.serving",
     "train": "embedsmith.api.making",
 }
 """Functions that share their name with a room of the package, and where they are."""
 
 __all__ = [
-    *("Embedder", "Recipe", "Source", "__version__", "compare", "curate", "evaluate", "index"),
-    *("load", "merge", "mine", "search", "split", "tokenize", "train"),
+    *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "evaluate"),
+    *("index", "load", "load_reranker", "merge", "mine", "search", "serve", "split", "tokenize", "train"),
 ]
 
 

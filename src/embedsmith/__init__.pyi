@@ -8,25 +8,33 @@ from embedsmith.api.making import tokenize as tokenize
 from embedsmith.api.making import train as train
 from embedsmith.api.searching import index as index
 from embedsmith.api.searching import search as search
+from embedsmith.api.serving import application as application
+from embedsmith.api.serving import serve as serve
 from embedsmith.data import Source as Source
+from embedsmith.models import CrossEncoder as CrossEncoder
 from embedsmith.models import Embedder as Embedder
 from embedsmith.models import load as load
+from embedsmith.models import load_reranker as load_reranker
 from embedsmith.train import Recipe as Recipe
 
 __version__: str
 __all__ = [
+    "CrossEncoder",
     "Embedder",
     "Recipe",
     "Source",
     "__version__",
+    "application",
     "compare",
     "curate",
     "evaluate",
     "index",
     "load",
+    "load_reranker",
     "merge",
     "mine",
     "search",
+    "serve",
     "split",
     "tokenize",
     "train",

@@ -3,13 +3,16 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Reps
+from embedsmith.core.tokens import TokenBatch
 
 Role = Literal["query", "document"]
 
@@ -50,6 +53,54 @@ def represent(
 
 
 @runtime_checkable
+class TokenEncoder(Protocol):
+    """An encoder whose way from a text to a vector can be entered at its tokens: what a server batches by tokens, of
+    texts and token ids alike."""
+
+    tokenizer: Any
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text that are read."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What `represent` can be asked for."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """D of the dense head."""
+        ...
+
+    @property
+    def encoded_dimension(self) -> int:
+        """How many numbers `vectors` gives where nothing else is asked for."""
+        ...
+
+    def represent(
+        self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
+    ) -> Reps: ...
+
+    def tokenize(self, texts: Sequence[str], role: Role | Sequence[Role] = "document") -> TokenBatch:
+        """Texts with the prompts of their roles, as the model reads them."""
+        ...
+
+    def tokenize_ids(self, rows: Sequence[Sequence[int]], role: Role | Sequence[Role] = "document") -> TokenBatch:
+        """The same of texts that are token ids already."""
+        ...
+
+    def represent_windows(
+        self, windows: Iterator[TokenBatch], outputs: Sequence[str] = ("dense",)
+    ) -> Iterator[Reps]: ...
+
+    def vectors(self, reps: Reps, dim: int | None) -> npt.NDArray[np.float32]:
+        """The dense vectors as users of the model get them: cut and normalised."""
+        ...
+
+
+@runtime_checkable
 class Fingerprinted(Protocol):
     """An encoder that can say which one it is."""
 
@@ -58,15 +109,15 @@ class Fingerprinted(Protocol):
         ...
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """The encoder's hash. Errors: `ModelError` for an encoder that has none."""
-    if not isinstance(encoder, Fingerprinted):
+def fingerprint(model: object) -> str:
+    """The hash of an encoder or a reranker. Errors: `ModelError` for one that has none."""
+    if not isinstance(model, Fingerprinted):
         raise ModelError(
-            f"{type(encoder).__name__} cannot say which model it is",
+            f"{type(model).__name__} cannot say which model it is",
             expected="a method fingerprint() that returns a hash of its weights and settings",
             fix="add it, or do without what is kept on disk",
         )
-    return encoder.fingerprint()
+    return model.fingerprint()
 
 
 def tokenizer_json(tokenizer: Any) -> str:

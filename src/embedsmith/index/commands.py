@@ -4,9 +4,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -16,13 +16,14 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError, SearchError
 from embedsmith.core.outputs import claimed
 from embedsmith.core.recipe import parse_value
+from embedsmith.core.reranker import Reranker
 from embedsmith.core.terminal import Printed
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
 from embedsmith.index.index import Document, Hit, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
-from embedsmith.models import Embedder, load
+from embedsmith.models import Embedder, load, load_reranker
 from embedsmith.search.quantised import RESCORE, SearchPrecision
 
 _TEXT = 120
@@ -99,9 +100,9 @@ def _index(
 
 def checked_precision(given: str | None) -> SearchPrecision | None:
     """Errors: `SearchError` for one that no index has."""
-    if given is None or given == "float32" or given == "int8" or given == "binary":
-        return given
-    raise SearchError(f"the precision is {given!r}", expected="float32, int8 or binary")
+    if given not in (None, "float32", "int8", "binary"):
+        raise SearchError(f"the precision is {given!r}", expected="float32, int8 or binary")
+    return cast(SearchPrecision | None, given)
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,13 +160,15 @@ def run_search(
     filter: Filter | None = None,
     explained: bool = False,
     rescore: int = RESCORE,
+    rerank: str | Reranker | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).
 
     `model`: a new place of the model that made the index, or that model. `weights`: of the heads (`None`: M3's).
-    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. `options`: of `load`, those that the
-    index was made with. Errors: `SearchError` for no query and no index.
+    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. `rerank`: a reranker, or its folder or
+    hub id, that puts the first `candidates` hits into order anew. `options`: of `load`, those that the index was made
+    with. Errors: `SearchError` for no query and no index.
     """
     if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
@@ -183,7 +186,11 @@ def run_search(
         fusion: Fusion | None = None if weights is None else WeightedSum(weights)
         if rrf:
             fusion = ReciprocalRank(weights or dict.fromkeys(index.heads, 1.0))
-        hits = index.search(queries, k, fusion=fusion, candidates=candidates, filter=filter, rescore=rescore)
+        reranker = load_reranker(rerank) if isinstance(rerank, str) else rerank
+        wanted = k if reranker is None else max(k, candidates)
+        hits = index.search(queries, wanted, fusion=fusion, candidates=candidates, filter=filter, rescore=rescore)
+        if reranker is not None:
+            hits = [found[:k] for found in _reranked(reranker, queries, hits)]
         reasons = [
             [_explain(encoder, index.heads, query, hit) for hit in found] if explained else []
             for query, found in zip(queries, hits, strict=True)
@@ -191,6 +198,18 @@ def run_search(
         return [FoundHits(*found) for found in zip(queries, hits, reasons, strict=True)]
     finally:
         store.close()
+
+
+def _reranked(model: Reranker, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[list[Hit]]:
+    """Hits by the reranker's scores, the order of the index where these are equal. What was a hit's score stands among
+    the others as `first`."""
+    asked = [query for query, found in zip(queries, hits, strict=True) for _ in found]
+    scores = iter(model.score(asked, [hit.text for found in hits for hit in found]).tolist())
+    scored = [
+        [replace(hit, score=score, scores={**hit.scores, "first": hit.score}) for hit, score in zip(found, scores)]
+        for found in hits
+    ]
+    return [sorted(found, key=lambda hit: -hit.score) for found in scored]
 
 
 def _loaded(given: str | None, kept: str, options: Mapping[str, Any]) -> Embedder:

@@ -149,12 +149,23 @@ class Embedder(nn.Module):
         A role may be given for all texts or for each. An instruction, one for all or one a text, replaces the prompt of
         the role and task.
         """
+        return self._in_blocks(lambda settings: self.text(texts, settings, role, task, instruction))
+
+    def tokenize_ids(
+        self, rows: Sequence[Sequence[int]], role: Role | Sequence[Role] = "document", task: str | None = None
+    ) -> TokenBatch:
+        """The same of N texts that are ids of this tokenizer already. Special tokens around a text may be among them or
+        left out. Errors: `DataError` for an id that the model does not know, and for more tokens than it reads."""
+        return self._in_blocks(lambda settings: self.text.from_ids(rows, settings, role, task))
+
+    def _in_blocks(self, tokenize: Callable[[Settings], TokenBatch]) -> TokenBatch:
+        """What `tokenize` makes under the model's settings, with a CLS before every block of tokens under MCLS."""
         block = self.settings.mcls
         if block is None:
-            return self.text(texts, self.settings, role, task, instruction)
+            return tokenize(self.settings)
         ends = len(added_tokens(self.tokenizer)[1])
         shorter = replace(self.settings, max_length=room_for(self.settings.max_length, block, ends))
-        return with_cls_blocks(self.text(texts, shorter, role, task, instruction), block, ends)
+        return with_cls_blocks(tokenize(shorter), block, ends)
 
     def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Representation]:
         """Representations of a padded chunk, with gradient, pooled and normalised in fp32 even under autocast.
@@ -320,7 +331,7 @@ class Embedder(nn.Module):
 
         parts: list[FloatArray] = []
         for reps in self.represent_windows(tokens(), dtype=dtype):
-            parts.append(self._vectors(reps, dim))
+            parts.append(self.vectors(reps, dim))
             if sum(map(len, parts)) == lengths[0]:
                 lengths.popleft()
                 yield np.concatenate(parts)
@@ -380,10 +391,10 @@ class Embedder(nn.Module):
             dtype=dtype,
             show_progress=show_progress,
         )
-        made = quantize(self._vectors(reps, dim), precision, ranges)
+        made = quantize(self.vectors(reps, dim), precision, ranges)
         return made[0] if isinstance(texts, str) else made
 
-    def _vectors(self, reps: Reps, dim: int | None) -> FloatArray:
+    def vectors(self, reps: Reps, dim: int | None) -> FloatArray:
         """vector_ND of the dense head, cut to the leading `dim` coordinates or those of the folder."""
         vector_ND = in_fp32(reps["dense"].tensors()[0])
         if dim is not None and not 1 <= dim <= vector_ND.shape[1]:

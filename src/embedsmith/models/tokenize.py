@@ -156,6 +156,51 @@ class TextTokenizer:
             raise DataError(f"text {number} has the mark {token!r}, for which the model has no embedding")
         return tokens
 
+    def from_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: Settings,
+        role: Role | Sequence[Role],
+        task: str | None = None,
+    ) -> TokenBatch:
+        """Texts that are token ids already, with the ids of their prompts in front. Special tokens around a text are
+        put there where they are missing.
+
+        Errors: `DataError` for an id that the model has no embedding for, and for more tokens than it reads;
+        `ModelError` for a model that puts every text in twice.
+        """
+        if settings.echo is not None:
+            raise ModelError("this model puts every text in twice, which token ids cannot say", fix="send texts")
+        roles = [role] * len(rows) if isinstance(role, str) else role
+        front, tail = added_tokens(self.tokenizer)
+        known = min(len(self.tokenizer), self.rows or len(self.tokenizer))
+        prompt_of = {
+            each: self._native.encode(settings.prompt_for(each, task), add_special_tokens=False).ids
+            for each in dict.fromkeys(roles)
+        }
+        whole: list[list[int]] = []
+        for number, (row, own) in enumerate(zip(rows, roles, strict=True)):
+            if wrong := [one for one in row if not 0 <= one < known]:
+                raise DataError(f"text {number} has the token id {wrong[0]}", expected=f"ids from 0 to {known - 1}")
+            ids = list(row)
+            if (
+                len(ids) >= len(front) + len(tail)
+                and ids[: len(front)] == front
+                and ids[len(ids) - len(tail) :] == tail
+            ):
+                ids = ids[len(front) : len(ids) - len(tail)]
+            whole.append([*front, *prompt_of[own], *ids, *tail])
+            if len(whole[-1]) > settings.max_length:
+                raise DataError(
+                    f"text {number} has {len(whole[-1]):,} tokens, with those that the model puts around it",
+                    expected=f"at most {settings.max_length:,}",
+                    fix="cut it, or send the text, which is then cut as the model cuts it",
+                )
+        starts = [len(front) + len(prompt_of[own]) if prompt_of[own] else 0 for own in roles]
+        return TokenBatch.from_rows(
+            [ids or [self._filler_id] for ids in whole], starts, [each == "query" for each in roles]
+        )
+
     def _twice(
         self, prompts: Sequence[str], texts: Sequence[str], settings: Settings
     ) -> tuple[list[str], Sequence[str]]:

@@ -100,6 +100,7 @@ def search_index(
     ] = 4,
     filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
+    rerank: Annotated[str | None, typer.Option(help="A reranker that orders the candidates anew.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
     pooling: Pooling = None,
     prompts: Prompts = None,
@@ -132,6 +133,7 @@ def search_index(
         filter=where,
         explained=explain,
         rescore=rescore,
+        rerank=rerank,
         options=model_options(pooling, prompts, max_length),
     ):
         if as_json:

@@ -13,7 +13,7 @@ import torch
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
-from embedsmith.core.reps import Dense, Representation
+from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
@@ -184,29 +184,32 @@ class RetrievalTask(RankingTask):
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
         document_ids = sorted(self.corpus, reverse=True)
-        asked = [self.queries[query] for query in query_ids]
-        query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
         metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
         if self.precision == "float32":
-            size = 4 * query_reps.vector_ND.shape[1] if isinstance(query_reps, Dense) else None
-            rankings = {self.cuts: self._ranking(reader, query_reps, query_ids, document_ids)}
+            ranking, size = self._ranking(reader, query_ids, document_ids)
+            if reader.rerank is not None:
+                ranking = _reranked(reader, self, ranking, query_ids, document_ids)
+            rankings = {self.cuts: ranking}
         else:
-            size, rankings = self._by_codes(reader, query_reps, query_ids, document_ids)
+            rankings, size = self._by_codes(reader, query_ids, document_ids)
         result = self._result(query_ids, document_ids, rankings, metric)
         if size is None:
             return result
         return replace(result, counts={**result.counts, "bytes_per_vector": size, "bytes": size * len(document_ids)})
 
-    def _ranking(
-        self, reader: Reader, query_reps: Representation, query_ids: list[str], document_ids: list[str]
-    ) -> Ranking:
-        """The best documents of every query.
+    def _ranking(self, reader: Reader, query_ids: list[str], document_ids: list[str]) -> tuple[Ranking, int | None]:
+        """The best documents of every query, and the bytes of a document's vector, where it has one.
 
         The corpus is read in descending order of id, so that the search's rule for ties (the earlier document) is
         trec_eval's (the larger id) and a tie across the cut is decided as in the complete ranking. Every rank searches
         its own share of the corpus.
         """
-        depth = max(self.cuts) + int(self.ignore_identical_ids)
+        if reader.rerank is not None and self.name in reader.rerank.found:
+            return reader.rerank.found[self.name], None
+        asked = [self.queries[query] for query in query_ids]
+        query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
+        wanted = max(*self.cuts, 0 if reader.rerank is None else reader.rerank.depth)
+        depth = wanted + int(self.ignore_identical_ids)
         share = reader.share(len(document_ids))
         texts = [self.corpus[document] for document in document_ids[share]]
 
@@ -224,22 +227,25 @@ class RetrievalTask(RankingTask):
             score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
             order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
             ranking = Ranking(*(np.take_along_axis(each, order_Qk, 1) for each in (score_QK, index_QK)))
-        return self._without_own(ranking, query_ids, document_ids).first(max(self.cuts))
+        ranking = self._without_own(ranking, query_ids, document_ids).first(wanted)
+        if reader.rerank is not None:
+            reader.rerank.found[self.name] = ranking
+        return ranking, 4 * query_reps.vector_ND.shape[1] if isinstance(query_reps, Dense) else None
 
     def _by_codes(
-        self, reader: Reader, query_reps: Representation, query_ids: list[str], document_ids: list[str]
-    ) -> tuple[int, dict[tuple[int, ...], Ranking]]:
-        """The bytes of a document's code, and the ranking at each cut: that of a search for so many documents. Every
+        self, reader: Reader, query_ids: list[str], document_ids: list[str]
+    ) -> tuple[dict[tuple[int, ...], Ranking], int]:
+        """The ranking at each cut, that of a search for so many documents, and the bytes of a document's code. Every
         rank searches the whole corpus, since the ranges of int8 are those of all documents."""
-        texts = [self.corpus[document] for document in document_ids]
-        codes = Quantised.of(
-            reader.all(texts, role="document", task="retrieval", label=f"{self.name} corpus"), self.precision
-        )
+        asked, texts = [self.queries[query] for query in query_ids], [self.corpus[each] for each in document_ids]
+        query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
+        document = reader.all(texts, role="document", task="retrieval", label=f"{self.name} corpus")
+        codes = Quantised.of(document, self.precision)
         rankings: dict[tuple[int, ...], Ranking] = {}
         for cut in sorted(self.cuts):
             ranking = Ranking(*codes.top_k(query_reps, cut + int(self.ignore_identical_ids), self.rescore))
             rankings[(cut,)] = self._without_own(ranking, query_ids, document_ids).first(cut)
-        return codes.bytes_per_vector, rankings
+        return rankings, codes.bytes_per_vector
 
     def _without_own(self, ranking: Ranking, query_ids: list[str], document_ids: list[str]) -> Ranking:
         """The document with the query's own id is left out where the collection asks for it."""
@@ -327,6 +333,14 @@ class RerankingTask(RankingTask):
         query_ids = self.judged()
         wanted = sorted({document for query in query_ids for document in self.candidates[query]}, reverse=True)
         place = {document: number for number, document in enumerate(wanted)}
+        if reader.rerank is not None:
+            candidates = [
+                np.array(sorted({place[document] for document in self.candidates[query]})) for query in query_ids
+            ]
+            given = Ranking.of([(np.zeros(len(index), np.float32), index) for index in candidates])
+            everything = replace(reader, rerank=replace(reader.rerank, depth=given.index_Qk.shape[1]))
+            ranking = _reranked(everything, self, given, query_ids, wanted).first(max(self.cuts))
+            return self._result(query_ids, wanted, {self.cuts: ranking}, f"map_at_{max(self.cuts)}")
         asked, texts = [self.queries[query] for query in query_ids], [self.corpus[document] for document in wanted]
         query_reps = reader.all(asked, role="query", task=self.kind, label=f"{self.name} queries")
         reps = reader.all(texts, role="document", task=self.kind, label=f"{self.name} candidates")
@@ -349,6 +363,20 @@ def searched_by_codes(task: Task, precision: SearchPrecision, rescore: int = RES
             f"precision {precision} is for retrieval, not {task.kind}", where=task.name, fix="leave the task out"
         )
     return replace(task, precision=precision, rescore=rescore)
+
+
+def _reranked(
+    reader: Reader, task: RankingTask, ranking: Ranking, query_ids: list[str], document_ids: list[str]
+) -> Ranking:
+    """The ranking as a reranker orders it; every rank reads the documents of its share of the queries."""
+    rerank, share = reader.rerank, reader.share(len(query_ids))
+    assert rerank is not None
+    queries, documents = [task.queries[query] for query in query_ids], [task.corpus[each] for each in document_ids]
+    mine = Ranking(ranking.score_Qk[share], ranking.index_Qk[share])
+    parts = reader.together(lambda: rerank.ordered(mine, queries[share], documents, f"{task.name} reranked"))
+    if share == slice(0, len(query_ids)):
+        return parts[0]
+    return Ranking(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("score_Qk", "index_Qk")))
 
 
 def across_languages(queries: RetrievalTask, documents: RetrievalTask) -> RetrievalTask:

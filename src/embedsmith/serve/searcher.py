@@ -1,0 +1,174 @@
+"""Search in the index of a served model, with an explanation of every hit where it is asked for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from embedsmith.core.encoder import Role
+from embedsmith.core.errors import SearchError
+from embedsmith.core.reps import MultiVector, Reps, Sparse
+from embedsmith.index import (
+    Filter,
+    Fusion,
+    Hit,
+    HitExplanation,
+    HybridIndex,
+    ReciprocalRank,
+    Store,
+    WeightedSum,
+    open_index,
+)
+from embedsmith.index.engine import conditions, lexical_weights
+from embedsmith.serve.batching import RetiredError
+from embedsmith.serve.errors import RequestError
+from embedsmith.serve.model import Model, ServedReranker
+
+T = TypeVar("T")
+
+_THREADS = 8
+"""Searches at a time: their queries meet in one batch of the model."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is looked for. `weights`: of the heads (`None`: M3's). `rrf`: fuse ranks instead of scores. `candidates`:
+    documents that each head proposes. `rerank`: let the reranker order as many of the best hits."""
+
+    query: str
+    k: int = 10
+    weights: Mapping[str, float] | None = None
+    rrf: bool = False
+    candidates: int = 100
+    filter: Filter = field(default_factory=dict)
+    explain: bool = False
+    rerank: bool = False
+
+
+@dataclass(frozen=True)
+class TokenMatch:
+    """A token of the document that met one of the query, and what the pair adds to the head's score."""
+
+    head: str
+    token: str
+    query_token: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A hit, and which tokens matched."""
+
+    hit: Hit
+    matches: Sequence[TokenMatch] = ()
+
+
+class Searcher:
+    """An index and the model that made it. Errors: those of `HybridIndex.search`."""
+
+    def __init__(self, index: HybridIndex, model: Model) -> None:
+        self.index, self.model = index, model
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"search {model.name}")
+
+    def submit(self, question: Question, reranker: ServedReranker | None) -> "Future[list[Found]]":
+        """The hits of a question, best first. Errors: `RequestError` for what the index cannot be asked; `RetiredError`
+        after `close`."""
+        try:
+            fusion = self._fusion(question)
+            conditions(question.filter)
+        except SearchError as error:
+            raise RequestError(error.what, expected=error.expected) from error
+        return self._in_pool(lambda: self._search(question, fusion, reranker))
+
+    def _in_pool(self, work: Callable[[], T]) -> "Future[T]":
+        try:
+            return self._pool.submit(work)
+        except RuntimeError as error:
+            raise RetiredError from error
+
+    def close(self, store: bool = True) -> None:
+        """Wait for the searches that run, then let go of the index."""
+        self._pool.shutdown(wait=True)
+        if store:
+            self.index.store.close()
+
+    def _fusion(self, question: Question) -> Fusion | None:
+        weights, heads = question.weights, self.index.heads
+        if unknown := [head for head in weights or () if head not in heads]:
+            raise RequestError(
+                f"this index has no head {unknown[0]!r}", param="weights", expected=f"some of {', '.join(heads)}"
+            )
+        if question.rrf:
+            return ReciprocalRank(weights or dict.fromkeys(heads, 1.0))
+        return None if weights is None else WeightedSum(weights)
+
+    def _search(self, question: Question, fusion: Fusion | None, reranker: ServedReranker | None) -> list[Found]:
+        count = max(question.k, question.candidates) if reranker is not None else question.k
+        (hits,) = self.index.search(
+            [question.query],
+            count,
+            fusion=fusion,
+            candidates=question.candidates,
+            filter=question.filter,
+            show=False,
+        )
+        if reranker is not None and hits:
+            hits = _reranked(question.query, hits, reranker)
+        hits = hits[: question.k]
+        if not question.explain:
+            return [Found(hit) for hit in hits]
+        query = self._read(question.query, "query")
+        return [Found(hit, self._matches(query, self._read(hit.text, "document"))) for hit in hits]
+
+    def _read(self, text: str, role: Role) -> tuple[Reps, list[str]]:
+        """A text by itself, under the heads whose scores are made of tokens; and its tokens."""
+        heads = [head for head in self.index.heads if head != "dense"]
+        tokens = self.model.tokens
+        if tokens is None or not heads:
+            return {}, []
+        reps = self.model.submit([text], role, heads, alone=True).result().reps
+        return reps, tokens.tokenizer.convert_ids_to_tokens(tokens.tokenize([text], role).id_S.tolist())
+
+    def _matches(self, query: tuple[Reps, list[str]], document: tuple[Reps, list[str]]) -> list[TokenMatch]:
+        found: list[TokenMatch] = []
+        for head, mine in query[0].items():
+            theirs = document[0][head]
+            if isinstance(mine, Sparse) and isinstance(theirs, Sparse):
+                found += self._shared_words(head, mine, theirs)
+            elif isinstance(mine, MultiVector) and isinstance(theirs, MultiVector):
+                told = HitExplanation.of({head: mine}, {head: theirs}, query[1], document[1])
+                found += [
+                    TokenMatch(head, one.document_token, one.query_token, one.score) for one in told.matches[head]
+                ]
+        return found
+
+    def _shared_words(self, head: str, mine: Sparse, theirs: Sparse) -> list[TokenMatch]:
+        """Entries of the vocabulary that both have; what a SPLADE head adds to a text is in none of its tokens."""
+        (asked,), (given,) = lexical_weights(mine), lexical_weights(theirs)
+        shared = sorted((entry for entry in asked if entry in given), key=lambda entry: -asked[entry] * given[entry])
+        vocabulary: Any = self.model.tokens.tokenizer  # type: ignore[union-attr]
+        words = vocabulary.convert_ids_to_tokens(shared)
+        return [
+            TokenMatch(head, word, word, asked[entry] * given[entry]) for entry, word in zip(shared, words, strict=True)
+        ]
+
+
+def _reranked(query: str, hits: Sequence[Hit], reranker: ServedReranker) -> list[Hit]:
+    """The hits by the relevance that the reranker gives. What was a hit's score stands among the others as `first`."""
+    relevance_N = reranker.submit(query, [hit.text for hit in hits]).result().relevance_N.tolist()
+    rescored = [
+        replace(hit, score=score, scores={**hit.scores, "first": hit.score})
+        for hit, score in zip(hits, relevance_N, strict=True)
+    ]
+    return sorted(rescored, key=lambda hit: -hit.score)
+
+
+def open_searcher(store: Store, models: Sequence[Model]) -> Searcher:
+    """The index in a store with the model, of those that are served, that made it.
+
+    Errors: `SearchError` where there is no index, or none of the models made it.
+    """
+    settings = store.settings()
+    made_by = None if settings is None else settings["fingerprint"]
+    model = next((one for one in models if one.fingerprint() == made_by), models[0])
+    return Searcher(open_index(model, store, model=model.name), model)
