@@ -88,7 +88,7 @@ def test_tasks_other_than_retrieval_are_refused() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("embedsmith.models.load", lambda path, **_: NamedEncoder(width=8))
+    monkeypatch.setattr("embedsmith.api.evaluating.load_either", lambda path, options: NamedEncoder(width=8))
     rows = [{"query": f"a {n}", "positives": [f"b {n}"]} for n in range(9)]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))

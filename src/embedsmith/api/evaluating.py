@@ -74,7 +74,8 @@ def evaluate(
             raise EvaluationError("rerank of a reranker", fix="name the embedding model first, and its reranker there")
         ranker = Rerank(encoder, depth)
         encoder = None
-    if ranker is not None and (dims or precision or head == "all"):
+    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
+    if ranker is not None and (dims or precisions or head == "all"):
         raise EvaluationError("a reranker with dims, precision or head='all'", fix="leave one of them out")
     place = None if data is None else Path(data)
     scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker)
@@ -86,7 +87,6 @@ def evaluate(
     }
     about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
     with lines_shown():
-        precisions = (precision,) if isinstance(precision, str) else tuple(precision)
         if (dims or precisions) and head not in (None, "dense"):
             given = "dims" if dims else "precision"
             raise EvaluationError(f"{given} with head={head!r}", fix="leave one of them out: it is of dense vectors")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -100,9 +100,9 @@ def _index(
 
 def checked_precision(given: str | None) -> SearchPrecision | None:
     """Errors: `SearchError` for one that no index has."""
-    if given is None or given == "float32" or given == "int8" or given == "binary":
-        return given
-    raise SearchError(f"the precision is {given!r}", expected="float32, int8 or binary")
+    if given not in (None, "float32", "int8", "binary"):
+        raise SearchError(f"the precision is {given!r}", expected="float32, int8 or binary")
+    return cast(SearchPrecision | None, given)
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,8 +159,8 @@ def run_search(
     candidates: int = 100,
     filter: Filter | None = None,
     explained: bool = False,
-    rerank: str | Reranker | None = None,
     rescore: int = RESCORE,
+    rerank: str | Reranker | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).

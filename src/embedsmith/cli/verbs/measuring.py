@@ -116,12 +116,12 @@ def evaluate_model(
     _check_side_by_side(head, engine, mteb, tune, weights)
     precisions = checked_precisions([part for text in precision or [] for part in text.replace(",", " ").split()])
     _check_widths(widths, head, mteb)
-    if rerank is not None and (widths or precisions or head == "all" or mteb is not None):
-        raise EvaluationError("--rerank with --dims, --precision, --head all or --mteb", fix="leave one of them out")
-    if precision and (head != "dense" or mteb is not None):
+    if precision and (head not in (None, "dense") or mteb is not None):
         raise EvaluationError(
             "--precision is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb"
         )
+    if rerank is not None and (widths or precisions or head == "all" or mteb is not None):
+        raise EvaluationError("--rerank with --dims, --precision, --head all or --mteb", fix="leave one of them out")
     if mteb is None:
         if limits is not None:
             raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")

@@ -13,7 +13,7 @@ import torch
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
-from embedsmith.core.reps import Dense, Representation
+from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
@@ -192,12 +192,12 @@ class RetrievalTask(RankingTask):
                 found[self.name] = self._ranking(reader, query_reps, query_ids, document_ids, wanted)
             ranking = _reranked(reader, self, found[self.name], query_ids, document_ids)
             return self._result(query_ids, document_ids, {self.cuts: ranking}, metric)
-        query_reps = self._asked(reader, query_ids)
         if self.precision == "float32":
+            query_reps = self._asked(reader, query_ids)
             size = 4 * query_reps.vector_ND.shape[1] if isinstance(query_reps, Dense) else None
             rankings = {self.cuts: self._ranking(reader, query_reps, query_ids, document_ids, max(self.cuts))}
         else:
-            size, rankings = self._by_codes(reader, query_reps, query_ids, document_ids)
+            rankings, size = self._by_codes(reader, query_ids, document_ids)
         result = self._result(query_ids, document_ids, rankings, metric)
         if size is None:
             return result
@@ -237,19 +237,18 @@ class RetrievalTask(RankingTask):
         return self._without_own(ranking, query_ids, document_ids).first(wanted)
 
     def _by_codes(
-        self, reader: Reader, query_reps: Representation, query_ids: list[str], document_ids: list[str]
-    ) -> tuple[int, dict[tuple[int, ...], Ranking]]:
-        """The bytes of a document's code, and the ranking at each cut: that of a search for so many documents. Every
+        self, reader: Reader, query_ids: list[str], document_ids: list[str]
+    ) -> tuple[dict[tuple[int, ...], Ranking], int]:
+        """The ranking at each cut, that of a search for so many documents, and the bytes of a document's code. Every
         rank searches the whole corpus, since the ranges of int8 are those of all documents."""
-        texts = [self.corpus[document] for document in document_ids]
-        codes = Quantised.of(
-            reader.all(texts, role="document", task="retrieval", label=f"{self.name} corpus"), self.precision
-        )
+        query_reps, texts = self._asked(reader, query_ids), [self.corpus[each] for each in document_ids]
+        document = reader.all(texts, role="document", task="retrieval", label=f"{self.name} corpus")
+        codes = Quantised.of(document, self.precision)
         rankings: dict[tuple[int, ...], Ranking] = {}
         for cut in sorted(self.cuts):
             ranking = Ranking(*codes.top_k(query_reps, cut + int(self.ignore_identical_ids), self.rescore))
             rankings[(cut,)] = self._without_own(ranking, query_ids, document_ids).first(cut)
-        return codes.bytes_per_vector, rankings
+        return rankings, codes.bytes_per_vector
 
     def _without_own(self, ranking: Ranking, query_ids: list[str], document_ids: list[str]) -> Ranking:
         """The document with the query's own id is left out where the collection asks for it."""
