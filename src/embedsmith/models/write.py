@@ -115,6 +115,7 @@ class Saved:
             pool_special_tokens=settings.pool_special_tokens,
             base=self.base if apart else None,
             main=settings.main,
+            form=settings.form if apart else "dense",
             lengths=settings.lengths,
             expansion=settings.expansion,
         )
@@ -136,14 +137,10 @@ class Saved:
         Errors: `ModelError` where the model can no longer be said in its form.
         """
         self.write_dense(root, merge)
-        if has_adapter(self.backbone) and not merge and (self.query is not None or self.settings.form != "dense"):
-            raise ModelError(
-                f"an adapter apart from its base, of a model of the form {self.settings.form}",
-                fix="save it merged, or say how to pool (model.pooling=mean) and save all heads in one folder",
-            )
+        apart = has_adapter(self.backbone) and not merge  # no other form has a place for an adapter
         if self.query is not None:
             forms.get("router").write(self, root)
-        elif self.settings.form != "dense":
+        elif self.settings.form != "dense" and not apart:
             forms.get(self.settings.form).write(self, root)
 
     def write_dense(self, root: Path, merge: bool = True) -> None:
