@@ -90,18 +90,19 @@ def test_what_is_scored_is_what_the_model_is_made_for(folders, tmp_path):
 
 def test_late_scores_in_an_index_are_the_models_own(folders, tmp_path):
     pytest.importorskip("qdrant_edge")
-    (tmp_path / "documents.jsonl").write_text(
-        "".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(TEXTS))
-    )
-    es.index(str(folders / "late"), str(tmp_path / "documents.jsonl"), to=tmp_path / "index")
-    hits = es.search(tmp_path / "index", TEXTS[0], k=3)
+    es.index(str(folders / "late"), TEXTS, to=tmp_path / "index")
+    found = es.search(TEXTS[0], tmp_path / "index", k=3, explain=True)[0]
     model = load(str(folders / "late"), device="cpu")
     queries, documents = (
         model.represent(TEXTS, role=role, outputs=("multivector",))["multivector"] for role in ("query", "document")
     )
     scores = queries.scores(documents)[0][0]
-    for hit in list(hits)[:3]:
+    assert len(found.hits) == 3
+    for hit, explained in zip(found.hits, found.explanations, strict=True):
         assert hit.scores["multivector"] == pytest.approx(float(scores[int(hit.id)]), abs=1e-4)
+        assert sum(match.score for match in explained.matches["multivector"]) == pytest.approx(
+            hit.scores["multivector"], abs=1e-4
+        )
 
 
 def test_the_head_of_colbert_is_new_where_it_is_trained(folders, tmp_path):
@@ -143,7 +144,7 @@ def test_what_export_writes_is_read_back(folders, tmp_path, head):
 
 
 def test_a_splade_folder_with_an_adapter_goes_on_and_ends_as_a_splade_folder(folders, tmp_path):
-    model = load(str(folders / "splade"), device="cpu", lora={"rank": 2})
+    model = load(str(folders / "splade"), device="cpu", lora={"r": 2})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -210,3 +211,34 @@ def test_a_router_without_a_route_for_a_role_is_named_and_the_fix_works(folders,
 def test_a_loss_that_reads_no_output_of_the_model_says_what_to_write(folders, tmp_path):
     with pytest.raises(RecipeError, match=r"reads the head 'dense'(.|\n)*loss.head=multivector"):
         es.train(model=str(folders / "late"), data=str(folders / "pairs.jsonl"), steps=1, output=tmp_path / "run")
+
+
+def test_models_of_one_kind_merge_and_those_that_would_lose_weights_do_not(folders, tmp_path):
+    for name in ("late", "static"):
+        one = load(str(folders / name), device="cpu")
+        one.save(tmp_path / name / "a")
+        before = {key: value.clone() for key, value in one.state_dict().items()}
+        with torch.no_grad():
+            for parameter in one.parameters():
+                parameter.mul_(3.0)
+        one.save(tmp_path / name / "b")
+        parents = [str(tmp_path / name / one) for one in "ab"]
+        es.merge(parents=parents, method="average", output=tmp_path / name / "merged")
+        merged = load(str(tmp_path / name / "merged"), device="cpu")
+        assert merged.main_head == one.main_head
+        for key, value in merged.state_dict().items():
+            torch.testing.assert_close(value, 2.0 * before[key], msg=key)
+    for name, fix in (("splade", "model.pooling=mean"), ("router", "apart")):
+        with pytest.raises(ModelError, match=f"form {name} has weights that a merge would lose(.|\n)*{fix}"):
+            es.merge(parents=[str(folders / name)] * 2, method="average", output=tmp_path / "merged")
+
+
+def test_negatives_are_mined_by_what_the_model_is_made_for(folders, tmp_path):
+    made = []
+    for number, head in enumerate([{}, {"head": "multivector"}]):
+        out = tmp_path / f"mined-{number}.jsonl"
+        search = {"type": "embedding", "model": str(folders / "late"), **head}
+        es.mine(data=str(folders / "pairs.jsonl"), output=out, searchers=search, select={"negatives": 2})
+        made.append(out.read_text())
+    assert made[0] == made[1]
+    assert "negatives" in made[0]
