@@ -56,7 +56,10 @@ def folders(tmp_path_factory):
 KINDS = {"splade": SparseEncoder, "router": SparseEncoder, "csr": SparseEncoder, "late": MultiVectorEncoder}
 
 
-@pytest.mark.parametrize("name", ["splade", "router", "csr", "late", "static", "joined"])
+@pytest.mark.parametrize(
+    "name",
+    ["router", "late", "static", *(pytest.param(n, marks=pytest.mark.slow) for n in ("splade", "csr", "joined"))],
+)
 def test_every_kind_is_trained_and_comes_back_as_its_kind(folders, tmp_path, name):
     before = load(str(folders / name), device="cpu")
     head = before.main_head
@@ -220,14 +223,14 @@ def test_models_of_one_kind_merge_and_those_that_would_lose_weights_do_not(folde
         before = {key: value.clone() for key, value in one.state_dict().items()}
         with torch.no_grad():
             for parameter in one.parameters():
-                parameter.mul_(3.0)
+                parameter.mul_(1.02)
         one.save(tmp_path / name / "b")
         parents = [str(tmp_path / name / one) for one in "ab"]
         es.merge(parents=parents, method="average", output=tmp_path / name / "merged")
         merged = load(str(tmp_path / name / "merged"), device="cpu")
         assert merged.main_head == one.main_head
         for key, value in merged.state_dict().items():
-            torch.testing.assert_close(value, 2.0 * before[key], msg=key)
+            torch.testing.assert_close(value, 1.01 * before[key], msg=key)
     for name, fix in (("splade", "model.pooling=mean"), ("router", "apart")):
         with pytest.raises(ModelError, match=f"form {name} has weights that a merge would lose(.|\n)*{fix}"):
             es.merge(parents=[str(folders / name)] * 2, method="average", output=tmp_path / "merged")

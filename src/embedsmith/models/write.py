@@ -152,7 +152,7 @@ class Saved:
             if apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
             else:
-                self._whole_backbone().save_pretrained(root)
+                self.whole_backbone().save_pretrained(root)
             self._save_tokenizer(root)
             kinds = ["Transformer", "Pooling", *map(kind_of, self.projections)]
             kinds += ["Normalize"] if settings.normalize else []
@@ -207,7 +207,7 @@ class Saved:
         switches = {switch: mode in theirs for switch, mode in POOLING_SWITCHES.items()}
         return {"word_embedding_dimension": width, **switches, **prompt}
 
-    def _whole_backbone(self) -> Any:
+    def whole_backbone(self) -> Any:
         """The backbone with its adapter merged. The base of a quantised one is loaded at full precision: an adapter is
         merged into that, never into 4 bits."""
         if not has_adapter(self.backbone):
