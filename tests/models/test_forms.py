@@ -22,6 +22,11 @@ QUERIES = ["the red cat", "a big old tree", "far", ""]
 DOCUMENTS = ["the cat sat on the mat", "a dog ran by the tree .", "", "new new red mat !", "the big , old tree"]
 
 
+def more(*values):
+    """A case that the slow tests add."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return lm.folder(tmp_path_factory.mktemp("base") / "lm")
@@ -69,11 +74,9 @@ def shaken(*modules):
 @pytest.mark.parametrize(
     "modes",
     [
-        "mean_sqrt_len_tokens",
         ("mean", "max"),
-        ("max", "mean"),
-        ("cls", "mean_sqrt_len_tokens", "weightedmean"),
-        "lasttoken",
+        ("cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"),
+        more("mean_sqrt_len_tokens"),
     ],
 )
 def test_poolings_alone_and_side_by_side(base, tmp_path, modes):
@@ -96,8 +99,9 @@ def test_layers_between_pooling_and_the_end(base, tmp_path):
     assert not torch.equal(*(model(padded)["dense"].vector_ND for _ in range(2))), "Dropout is on in training"
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
-@pytest.mark.parametrize("cut", [None, 5])
+@pytest.mark.parametrize(
+    ("similarity", "cut"), [("cosine", 5), ("manhattan", None), more("dot", 5), more("euclidean", 5), more("dot", None)]
+)
 def test_scores_follow_the_folder(base, tmp_path, similarity, cut):
     peer = SentenceTransformer(
         modules=[Transformer(str(base)), Pooling(16)], device="cpu", similarity_fn_name=similarity, truncate_dim=cut
@@ -106,8 +110,16 @@ def test_scores_follow_the_folder(base, tmp_path, similarity, cut):
     assert (model.settings.similarity, model.settings.truncate_dim) == (similarity, cut)
 
 
-@pytest.mark.parametrize("pooling", [{}, {"pooling_strategy": "sum"}, {"activation_function": "log1p_relu"}])
-@pytest.mark.parametrize("most", [None, 4])
+@pytest.mark.parametrize(
+    ("pooling", "most"),
+    [
+        ({"pooling_strategy": "sum", "activation_function": "log1p_relu"}, None),
+        more({}, None),
+        more({}, 4),
+        more({"pooling_strategy": "sum"}, 4),
+        more({"activation_function": "log1p_relu"}, None),
+    ],
+)
 def test_splade(base, tmp_path, pooling, most):
     modules = [Transformer(str(base), transformer_task="fill-mask"), SpladePooling(**pooling)]
     peer = SparseEncoder(modules=modules, device="cpu", max_active_dims=most)
@@ -161,7 +173,7 @@ def test_csr(base, tmp_path):
     assert model.outputs == ("dense", "middle", "sparse")
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalised", [True, more(False)])
 def test_static(base, tmp_path, normalised):
     torch.manual_seed(0)
     tokenizer = lm.tiny_tokenizer()
@@ -217,17 +229,15 @@ def late_modules(base, *, expansion=None, skiplist=(), tasks=None, layers=1, **t
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("similarity", "options"),
     [
-        {},
-        {"skiplist": string.punctuation, "layers": 2, "document_length": 5, "query_length": 4},
-        {"skiplist": ["cat", "the"], "tasks": ["query", "document"]},
-        {"expansion": {"strategy": "fixed", "attend": False, "length": 12}},
-        {"expansion": {"strategy": "fixed", "attend": True, "length": 5, "token": "[UNK]"}},
-        {"expansion": {"strategy": "min", "attend": False, "length": 5}},
+        ("maxsim", {"expansion": {"strategy": "fixed", "attend": False, "length": 12}, "skiplist": string.punctuation}),
+        ("meanmaxsim", {"skiplist": ["cat"], "tasks": ["query", "document"], "layers": 2, "document_length": 5}),
+        more("maxsim", {"expansion": {"strategy": "fixed", "attend": True, "length": 5, "token": "[UNK]"}}),
+        more("meanmaxsim", {"expansion": {"strategy": "min", "attend": False, "length": 5}}),
+        more("maxsim", {"query_length": 4}),
     ],
 )
-@pytest.mark.parametrize("similarity", ["maxsim", "meanmaxsim"])
 def test_multi_vector_encoder(base, tmp_path, options, similarity):
     peer = MultiVectorEncoder(
         modules=late_modules(base, **options), device="cpu", similarity_fn_name=similarity, prompts={"query": "far: "}
@@ -270,9 +280,9 @@ def pylate_folder(base, folder, **said):
     "said",
     [
         {},
-        {"attend_to_expansion_tokens": True, "skiplist_words": ["cat"]},
-        {"do_query_expansion": False, "query_length": 4, "prompts": {"query": "old "}},
-        {"query_prefix": "", "document_prefix": ""},
+        more({"attend_to_expansion_tokens": True, "skiplist_words": ["cat"]}),
+        more({"do_query_expansion": False, "query_length": 4, "prompts": {"query": "old "}}),
+        more({"query_prefix": "", "document_prefix": ""}),
     ],
 )
 def test_pylate(base, tmp_path, said):
@@ -290,7 +300,7 @@ def test_pylate(base, tmp_path, said):
     np.testing.assert_allclose(theirs(MultiVectorEncoder(str(tmp_path / "ours"), device="cpu")), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("said", [None, {"query_maxlen": 8, "doc_maxlen": 6, "mask_punctuation": False}])
+@pytest.mark.parametrize("said", [more(None), {"query_maxlen": 8, "doc_maxlen": 6, "mask_punctuation": False}])
 def test_stanford(tmp_path, said):
     folder = lm.folder(tmp_path / "colbert")
     config = json.loads((folder / "config.json").read_text())

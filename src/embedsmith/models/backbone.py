@@ -31,7 +31,7 @@ from embedsmith.models.static import is_static, load_static
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors"),
-    "1_Pooling/*.safetensors",
+    *("1_Pooling/*.safetensors", "artifact.metadata"),
 )
 _SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -28,6 +29,7 @@ from embedsmith.core.reps import (
     in_fp32,
 )
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
+from embedsmith.models import by_role
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
 from embedsmith.models.config import Settings
@@ -185,8 +187,9 @@ class Embedder(nn.Module):
         the role and task.
         """
         if self.query_side is not None:
-            roles = [role] * len(texts) if isinstance(role, str) else role
-            return self._tokenize_by_role(texts, roles, task, instruction)
+            roles: Sequence[Role] = [role] * len(texts) if isinstance(role, str) else role
+            own, theirs = partial(self._tokens, task=task), partial(self.query_side._tokens, task=task)
+            return by_role.tokenized({"query": theirs, "document": own}, texts, roles, instruction)
         return self._in_blocks(lambda settings: self.text(texts, settings, role, task, instruction))
 
     def tokenize_ids(
@@ -205,38 +208,8 @@ class Embedder(nn.Module):
         shorter = replace(self.settings, max_length=room_for(self.settings.max_length, block, ends))
         return with_cls_blocks(tokenize(shorter), block, ends)
 
-    def _tokenize_by_role(
-        self, texts: Sequence[str], roles: Sequence[Role], task: str | None, instruction: Instruction
-    ) -> TokenBatch:
-        """Queries by the tokenizer of the queries' model, documents by that of the documents'."""
-        parts, places = [], []
-        for role in dict.fromkeys(roles):
-            rows = [row for row, own in enumerate(roles) if own == role]
-            own = instruction if instruction is None or isinstance(instruction, str) else [instruction[n] for n in rows]
-            model, settings = (self, self.settings)
-            if role == "query" and self.query_side is not None:
-                model, settings = self.query_side, self.query_side.settings
-            parts.append(model.text([texts[row] for row in rows], settings, role, task, own))
-            places += rows
-        if len(parts) == 1:
-            return parts[0]
-        return TokenBatch.concatenate(parts).take(np.argsort(places, kind="stable"))
-
-    def _by_role(self, padded: PaddedTokens, outputs: Sequence[str]) -> dict[str, Representation]:
-        """Queries through the queries' model, documents through the documents', in the order of the chunk."""
-        pieces: list[Mapping[str, Representation]] = []
-        places: list[Tensor] = []
-        for model, own_N in ((self.query_side, padded.is_query_N), (self, ~padded.is_query_N)):
-            row_R = own_N.nonzero()[:, 0]
-            if model is None or not len(row_R):
-                continue
-            mask_RT = padded.mask_NT[row_R]
-            id_RT = padded.id_NT[row_R].masked_fill(~mask_RT, model.pad_id)  # padding is each model's own
-            chunk = PaddedTokens(id_RT, mask_RT, padded.body_NT[row_R], padded.is_query_N[row_R])
-            pieces.append(model._represented(chunk, outputs))
-            places.append(row_R)
-        order_N = torch.cat(places).argsort()
-        return {name: rep.of_pieces([piece[name] for piece in pieces], order_N) for name, rep in pieces[0].items()}
+    def _tokens(self, texts: Sequence[str], role: Role, instruction: Instruction, task: str | None) -> TokenBatch:
+        return self.text(texts, self.settings, role, task, instruction)
 
     def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Representation]:
         """Representations of a padded chunk, with gradient, pooled and normalised in fp32 even under autocast.
@@ -257,7 +230,14 @@ class Embedder(nn.Module):
             raise ModelError(
                 f"this model has no output {unknown[0]!r}", expected=f"one of {', '.join(self.outputs)}", fix=fix
             )
-        return self._represented(padded, outputs) if self.query_side is None else self._by_role(padded, outputs)
+        if self.query_side is None:
+            return self._represented(padded, outputs)
+        own, theirs = self, self.query_side
+        models: dict[Role, tuple[by_role.Represent, int]] = {
+            "query": (partial(theirs._represented, outputs=outputs), theirs.pad_id),
+            "document": (partial(own._represented, outputs=outputs), own.pad_id),
+        }
+        return by_role.represented(models, padded)
 
     def _represented(self, padded: PaddedTokens, outputs: Sequence[str]) -> dict[str, Representation]:
         """What `forward` gives, by this model alone."""

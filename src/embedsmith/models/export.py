@@ -101,7 +101,7 @@ def _as_sparse(saved: Saved, root: Path) -> None:
 
 def _is_masked(head: Head, saved: Saved) -> bool:
     """Whether sentence-transformers has a module for this head and its language model."""
-    return isinstance(head, SpladeHead) and head.lm.masked_model(saved.backbone) is not None
+    return isinstance(head, SpladeHead) and head.lm.masked_model(saved.whole_backbone()) is not None
 
 
 def _late_head(saved: Saved) -> MultiVectorHead | ColbertHead:

@@ -46,8 +46,8 @@ class EmbeddingConfig:
     `pool_special_tokens`: whether bos and its like take part in the pooling.
     `base`: what an adapter belongs to.
     `heads_include_prompt`: whether the tokens of a prompt take part in heads of tokens, where that was said.
-    `main`: the output that the model is made for. `lengths`: tokens that a text of a role may have. `expansion`: of
-    queries.
+    `main`: the output that the model is made for. `form`: what it is saved as once its adapter is merged.
+    `lengths`: tokens that a text of a role may have. `expansion`: of queries.
     `modules`: the modules, where modules.json names sentence.py's.
     """
 
@@ -62,6 +62,7 @@ class EmbeddingConfig:
     base: Mapping[str, Any] | None = None
     heads_include_prompt: bool | None = None
     main: str = "dense"
+    form: str = "dense"
     lengths: Mapping[str, int] = field(default_factory=dict)
     expansion: Expansion | None = None
     modules: tuple[Mapping[str, Any], ...] = ()
@@ -70,7 +71,9 @@ class EmbeddingConfig:
     def standard(self) -> bool:
         """Whether standard files alone give the same vectors in sentence-transformers."""
         plain = self.pooling is None and self.echo is None and self.pool_special_tokens and self.base is None
-        return plain and self.attention.in_config and not self.lengths and self.expansion is None
+        return (
+            plain and self.attention.in_config and not self.lengths and self.expansion is None and self.form == "dense"
+        )
 
     @classmethod
     def read(cls, folder: Path) -> EmbeddingConfig:
@@ -174,7 +177,7 @@ class _GeneralFile:
 
 
 @dataclass(frozen=True)
-class _PoolingFile:
+class PoolingFile:
     """The config.json of a Pooling: the newer schema's mode, or the legacy schema's switches."""
 
     include_prompt: bool = True
@@ -185,6 +188,14 @@ class _PoolingFile:
     pooling_mode_mean_sqrt_len_tokens: bool = False
     pooling_mode_weightedmean_tokens: bool = False
     pooling_mode_lasttoken: bool = False
+
+    @property
+    def modes(self) -> list[str]:
+        """By sentence-transformers' names."""
+        if self.pooling_mode is not None:
+            return [self.pooling_mode] if isinstance(self.pooling_mode, str) else list(self.pooling_mode)
+        chosen = {mode for switch, mode in POOLING_SWITCHES.items() if getattr(self, switch)}
+        return [mode for mode in POOLING_NAMES if mode in chosen]
 
 
 @dataclass(frozen=True)
@@ -306,9 +317,17 @@ class FolderFiles:
                 expected="the modules of one kind of model: " + "; ".join(entry.summary for entry in forms.entries()),
                 fix=f"check that the folder was copied as a whole and not mixed with another; {ELSEWHERE}",
             )
-        pooling, include_prompt = read_pooling(self.modules[1].path / "config.json", self.more.pooling)
+        path = self.modules[1].path / "config.json"
+        if self.more.form != "dense" and not read_typed(PoolingFile, path).modes:
+            pooling, include_prompt = None, True
+        else:
+            pooling, include_prompt = read_pooling(path, self.more.pooling)
         return FolderFacts(
-            **self.shared(self.modules[0].path), pooling=pooling, include_prompt=include_prompt, **self.layers(2)
+            form=self.more.form,
+            **self.shared(self.modules[0].path),
+            pooling=pooling,
+            include_prompt=include_prompt,
+            **self.layers(2),
         )
 
     def layers(self, start: int) -> dict[str, Any]:
@@ -389,14 +408,10 @@ def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
 
 def read_pooling(path: Path, named: str | None) -> tuple[str, bool]:
     """Mode (one that sentence-transformers lacks is `named` elsewhere) and whether prompt tokens take part."""
-    config = read_typed(_PoolingFile, path)
+    config = read_typed(PoolingFile, path)
     if named is not None:
         return named, config.include_prompt
-    modes = config.pooling_mode
-    if modes is None:
-        chosen = {mode for switch, mode in POOLING_SWITCHES.items() if getattr(config, switch)}
-        modes = [mode for mode in POOLING_NAMES if mode in chosen]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = config.modes
     if not modes or any(mode not in POOLING_NAMES for mode in modes):
         raise ModelError(
             f"pooling {' + '.join(modes) or '(none)'} is not supported",

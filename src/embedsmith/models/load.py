@@ -237,6 +237,12 @@ class ModelSource:
         facts = self.facts.query
         if facts is None:
             return None
+        if self.config.lora is not None:
+            raise ModelError(
+                "an adapter for a model that has another one for queries",
+                where=self.config.path,
+                fix="leave model.lora out, and train the weights",
+            )
         kept = (
             *("prompts", "template", "instructions", "max_length", "normalize", "similarity", "trust_remote_code"),
             *("dtype", "attn_implementation", "gradient_checkpointing", "packing", "compile"),
@@ -311,7 +317,8 @@ class ModelSource:
         """That of the folder, unless the user asks for more than it can hold."""
         config, facts = self.config, self.facts
         asked = config.pooling not in (None, facts.pooling) or config.head is not None or config.dimension is not None
-        more = config.heads is not None and set(config.heads) - {"dense"} != set(facts.heads)
+        there = set(facts.heads) | ({facts.main} - {"dense"})
+        more = config.heads is not None and set(config.heads) - {"dense"} != there
         return "dense" if asked or more else facts.form
 
     def pooling(self, tokenizer: Any, attention: Attention) -> str | None:

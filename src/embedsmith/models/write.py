@@ -7,7 +7,6 @@ Heads lie beside the backbone as in BGE-M3; a program that does not know them se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.markdown import code, row
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
-from embedsmith.core.shelf import forms, poolings
+from embedsmith.core.shelf import forms
 from embedsmith.models.attention import Attention
 from embedsmith.models.backbone import load_backbone, locate
+from embedsmith.models.card import CardFacts, model_card
 from embedsmith.models.config import ModelConfig, Settings
 from embedsmith.models.folder import (
     EMBEDDING_CONFIG,
@@ -117,6 +116,7 @@ class Saved:
             base=self.base if apart else None,
             heads_include_prompt=settings.heads_include_prompt,
             main=settings.main,
+            form=settings.form if apart else "dense",
             lengths=settings.lengths,
             expansion=settings.expansion,
         )
@@ -140,14 +140,10 @@ class Saved:
         Errors: `ModelError` where the model can no longer be said in its form.
         """
         self.write_dense(root, merge, weights)
-        if has_adapter(self.backbone) and not merge and (self.query is not None or self.settings.form != "dense"):
-            raise ModelError(
-                f"an adapter apart from its base, of a model of the form {self.settings.form}",
-                fix="save it merged, or say how to pool (model.pooling=mean) and save all heads in one folder",
-            )
+        apart = has_adapter(self.backbone) and not merge  # no other form has a place for an adapter
         if self.query is not None:
             forms.get("router").write(self, root)
-        elif self.settings.form != "dense":
+        elif self.settings.form != "dense" and not apart:
             forms.get(self.settings.form).write(self, root)
 
     def write_dense(self, root: Path, merge: bool = True, weights: bool = True) -> None:
@@ -163,7 +159,7 @@ class Saved:
             elif apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
             else:
-                self._whole_backbone().save_pretrained(root)
+                self.whole_backbone().save_pretrained(root)
             self._save_tokenizer(root)
             kinds = ["Transformer", "Pooling", *map(kind_of, self.projections)]
             kinds += ["Normalize"] if settings.normalize else []
@@ -219,7 +215,7 @@ class Saved:
         switches = {switch: mode in theirs for switch, mode in POOLING_SWITCHES.items()}
         return {"word_embedding_dimension": width, **switches, **prompt}
 
-    def _whole_backbone(self) -> Any:
+    def whole_backbone(self) -> Any:
         """The backbone with its adapter merged. The base of a quantised one is loaded at full precision: an adapter is
         merged into that, never into 4 bits."""
         if not has_adapter(self.backbone):
@@ -253,145 +249,23 @@ class Saved:
             write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def model_card(self, backend: str | None = None, graph: str = "") -> str:
-        """The README.md written beside a model: what it is, its prompts, and how to load it anywhere; Markdown with the
-        metadata block that model hubs read. `graph`: what is said of the graph for `backend` that is in the place of
-        the weights."""
-        settings = self.settings
-        normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
-        if self.projections:
-            normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
-        plain = _ALONE.format(
-            max_length=settings.max_length, pooled=_POOLED.get(settings.pooling or "", ""), head=normalise
+        """The README.md written beside a model. `graph`: what is said of the graph for `backend` that is in the place
+        of the weights."""
+        about = CardFacts(
+            self.settings,
+            type(self.backbone).__name__,
+            self.dimension,
+            self.heads,
+            self.attention,
+            layers=bool(self.projections),
+            standard=self.embedding_config().standard,
+            queries=None if self.query is None else type(self.query.backbone).__name__,
+            backend=backend,
+            graph=graph,
         )
-        standard = self.embedding_config().standard
-        pooling = settings.pooling or "no"
-        package = next((poolings.entry(part).package for part in pooling.split("+") if pooling != "no"), "embedsmith")
-        foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
-        foreign = "" if package == "embedsmith" else foreign
-        return _CARD.format(
-            alone=graph if backend else plain if standard else _ATTENDED + foreign,
-            trust=("" if standard else ", trust_remote_code=True") + (f', backend="{backend}"' if backend else ""),
-            attention=_attention(self.attention),
-            architecture=type(self.backbone).__name__,
-            pooling=pooling.replace("_", " ").replace("+", " and "),
-            max_length=settings.max_length,
-            dimension=self.dimension,
-            normalised=", normalised to length 1" if settings.normalize else "",
-            prompts=_prompts(settings),
-            token_heads=_token_heads(self.heads, with_files=backend is None),
-        )
+        return model_card(about)
 
 
 def _module(place: int, kind: str) -> dict[str, Any]:
     path = "" if place == 0 else f"{place}_{kind}"
     return {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-
-
-_POOLED = {
-    "cls": "states[:, 0]",
-    "mean": "(states * mask).sum(1) / mask.sum(1)",
-    "weighted_mean": "(states * mask * mask.cumsum(1)).sum(1) / (mask * mask.cumsum(1)).sum(1)",
-    "last": "states[torch.arange(len(states)), tokens.attention_mask.sum(1) - 1]",
-    "max": "states.masked_fill(mask == 0, float('-inf')).amax(1)",
-}
-
-_MADE = {"sparse": "a weight a token", "multivector": "a vector a token"}
-
-_CARD = """\
----
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- sentence-similarity
-- embedsmith
----
-
-# Text embedding model
-
-A `{architecture}` with {pooling} pooling that maps a text of up to {max_length} tokens to {dimension} numbers\
-{normalised}.{attention} Made with embedsmith.
-
-## Prompts
-
-{prompts}
-
-## Use
-
-With embedsmith:
-
-```python
-import embedsmith as es
-
-model = es.load("path/to/this/folder")
-queries = model.encode(["what is late interaction?"], role="query")
-documents = model.encode(["Late interaction compares token vectors."], role="document")
-print(model.similarity(queries, documents))
-```
-
-With sentence-transformers:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder"{trust})
-vectors = model.encode_query(["what is late interaction?"])
-```
-
-{alone}{token_heads}"""
-
-_ALONE = """\
-With transformers alone (put the prompt before the text yourself):
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", padding_side="right")
-model = AutoModel.from_pretrained("path/to/this/folder").eval()
-tokens = tokenizer(["a text"], padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
-with torch.no_grad():
-    states = model(**tokens).last_hidden_state
-mask = tokens.attention_mask[..., None].float()
-vectors = {pooled}
-{head}```
-"""
-
-
-_ATTENDED = """\
-This model has parts that only embedsmith (`pip install embedsmith`) knows; sentence-transformers loads it through that
-package. See `embedding_config.json`.
-"""
-
-
-def _attention(found: Attention) -> str:
-    """What the self-test showed."""
-    if found.mode == "native":
-        return ""
-    kind = "causal" if found.mode == "causal" else "bidirectional"
-    how = {"config": "by its config", "modules": "by flags on its modules", "mask4d": "by a mask of four dimensions"}
-    left = f"; layers {', '.join(map(str, found.causal_layers))} stay causal" if found.causal_layers else ""
-    return f" Attention is {kind} ({how.get(found.how, found.how)}{left}), proven on the model by a self-test."
-
-
-def _token_heads(heads: Mapping[str, Head], with_files: bool = True) -> str:
-    shown = {name: head for name, head in heads.items() if not head.own_pass}  # without what only pre-training reads
-    if not shown:
-        return ""
-    made = {name: _MADE.get(name, "see its package") for name in shown}
-    files = {name: f" (`{head.file}`)" if with_files else "" for name, head in shown.items()}
-    rows = "\n".join(f"- `{name}`: {made[name]}{files[name]}" for name in shown)
-    outputs = ", ".join(f'"{name}"' for name in ("dense", *shown))
-    code = f'reps = model.represent(["a text"], role="document", outputs=({outputs}))'
-    return f"\n## A text in other ways\n\n{rows}\n\n```python\n{code}\n```\n"
-
-
-def _prompts(settings: Settings) -> str:
-    if not any(settings.prompts.values()):
-        return "None: texts go in as they are."
-    shown = ((code(name), code(json.dumps(text, ensure_ascii=False))) for name, text in settings.prompts.items())
-    rows = [row(*cells) for cells in shown]
-    default = f"\n\nDefault: {code(settings.default_prompt)}." if settings.default_prompt else ""
-    left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
-    return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out

@@ -23,6 +23,7 @@ Backend = Annotated[
     str | None, typer.Option(help="What computes: torch, or a folder's graph on onnx or openvino (see export).")
 ]
 
+
 def _use(device: str | None) -> str | None:
     if device is not None:
         from embedsmith.core.device import use_device

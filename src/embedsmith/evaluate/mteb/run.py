@@ -232,6 +232,8 @@ class MtebSearch:
 class MtebEncoder(MtebSearch):
     """A dense model as an mteb encoder too, for its tasks that want vectors."""
 
+    _kind: type[Dense] = field(default=Dense, init=False, repr=False)
+
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> npt.NDArray[np.float32]:
         """vector_ND of the texts of a data loader. Whatever is not a document gets the prompt for queries."""
         texts = [text for batch in inputs for text in batch["text"]]
@@ -240,20 +242,19 @@ class MtebEncoder(MtebSearch):
         rep = self._reader.all(texts, role=role, task=task, label=task_metadata.name)
         if not isinstance(rep, Dense):
             raise EvaluationError(f"the head {self.head!r} has no vectors", where=task_metadata.name)
+        self._kind = type(rep)
         vector_ND: npt.NDArray[np.float32] = rep.vector_ND.float().numpy()
         return vector_ND
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Inner products of every row with every row: vectors are normalised where the model normalises."""
+        """Every row with every row, as the model compares: inner products, or minus a distance."""
         left, right = (torch.atleast_2d(torch.as_tensor(side)).float() for side in (embeddings1, embeddings2))
-        product: torch.Tensor = left @ right.T
-        return product
+        return self._kind(left).scores(self._kind(right))[0]
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Inner products row by row."""
+        """The same row by row."""
         left, right = (torch.as_tensor(side).float() for side in (embeddings1, embeddings2))
-        product: torch.Tensor = (left * right).sum(-1)
-        return product
+        return self._kind(left).paired(self._kind(right))[0]
 
 
 def document_text(row: Mapping[str, Any]) -> str:

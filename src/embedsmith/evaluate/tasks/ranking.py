@@ -13,7 +13,7 @@ import torch
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
-from embedsmith.core.reps import Dense
+from embedsmith.core.reps import Dense, Representation
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in

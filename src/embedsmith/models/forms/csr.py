@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from embedsmith.core.settings import Count, Width
 from embedsmith.core.shelf import forms
 from embedsmith.models.folder import FolderFacts, FolderFiles, read_pooling, read_typed, write_json
+from embedsmith.models.heads.base import cpu_state
 from embedsmith.models.heads.csr import CsrHead, CsrSpec
 from embedsmith.models.layers import LAYERS
 from embedsmith.models.layout import ST, modules_in, name_model, write_modules
@@ -54,12 +58,14 @@ class Csr:
     def write(saved: Saved, root: Path) -> None:
         head = saved.heads["sparse"]
         assert isinstance(head, CsrHead)
-        (root / head.file).unlink(missing_ok=True)
-        (root / "model.csr").unlink(missing_ok=True)
+        (root / head.file).unlink()
         types = {entry["path"]: entry["type"] for entry in modules_in(root)}
         place = f"{len(types)}_SparseAutoEncoder"
         (root / place).mkdir()
-        head.save(root / place)
+        tensors = cpu_state(head)
+        tensors["decoder.linear.weight"] = tensors.pop("encoder.weight")  # the decoder is the encoder turned round
+        tensors["stats_last_nonzero"] = torch.zeros(head.spec.width, dtype=torch.int64)
+        save_file(tensors, root / place / "model.safetensors")
         spec = head.spec
         said = {"input_dim": spec.width_in, "hidden_dim": spec.width, "k": spec.k, "normalize": spec.normalize}
         write_json(root / place / "config.json", {**said, "k_aux": min(512, spec.width), "dead_threshold": 30})

@@ -42,7 +42,7 @@ class Splade:
     def write(saved: Saved, root: Path) -> None:
         """Errors: `ModelError` for a head that is not of a masked-language model's form."""
         head = saved.heads["sparse"]
-        whole = head.lm.masked_model(saved.backbone) if isinstance(head, SpladeHead) else None
+        whole = head.lm.masked_model(saved.whole_backbone()) if isinstance(head, SpladeHead) else None
         if whole is None or not isinstance(head, SpladeHead):
             raise ModelError(
                 "this sparse head is not that of a masked-language model", fix="say how to pool: model.pooling=mean"

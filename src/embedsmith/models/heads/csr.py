@@ -8,12 +8,13 @@ SparseAutoEncoder for the names of the weights and for x normalised by its own m
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -79,7 +80,15 @@ class CsrHead(Head):
 
     @classmethod
     def build(cls, source: HeadSource) -> Head:
-        raise ModelError("a head of CSR is made by a folder of its own", where=source.folder)
+        """The head in a folder that holds others too."""
+        path = source.folder / cls.file
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["spec"])
+        except (OSError, LookupError, SafetensorError, ValueError) as error:
+            raise ModelError(f"cannot read this head ({error})", where=path, fix="copy the file again") from error
+        width_in, width, k, normalize = about
+        return CsrSpec(width_in, width, k, normalize, path).build(source)
 
     def forward(self, vector_ND: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         if self.spec.normalize:
@@ -90,8 +99,5 @@ class CsrHead(Head):
         return Sparse(place_NK, torch.relu(weight_NK))
 
     def save(self, folder: Path) -> None:
-        """As sentence-transformers' SparseAutoEncoder, whose decoder is the encoder turned round."""
-        tensors = cpu_state(self)
-        tensors["decoder.linear.weight"] = tensors["encoder.weight"].clone()
-        tensors["stats_last_nonzero"] = torch.zeros(self.spec.width, dtype=torch.int64)
-        save_file(tensors, folder / "model.safetensors")
+        about = {"spec": json.dumps([self.spec.width_in, self.spec.width, self.spec.k, self.spec.normalize])}
+        save_file(cpu_state(self), folder / self.file, about)

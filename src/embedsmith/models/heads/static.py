@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ class StaticHead(Head):
     @classmethod
     def build(cls, source: HeadSource) -> Head:
         return cls()
+
+    def save(self, folder: Path) -> None:
+        """Nothing: its weights are the backbone's."""
 
     def forward(self, hidden_NTH: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         weight_NT = hidden_NTH[..., 0].masked_fill(~part_NT, 0.0)

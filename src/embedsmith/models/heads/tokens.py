@@ -24,6 +24,7 @@ from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource
 from embedsmith.models.heads.colbert import ColbertHead
+from embedsmith.models.heads.csr import CsrHead
 from embedsmith.models.heads.splade import SpladeHead
 from embedsmith.models.pooling import first_index, last_index
 
@@ -51,6 +52,8 @@ class SparseHead(Head):
     @classmethod
     def build(cls, source: HeadSource) -> Head:
         """SPLADE's head or the lexical one: as asked, else as the folder has it, else lexical."""
+        if source.sparse is None and CsrHead.is_in(source.folder):
+            return CsrHead.build(source)
         splade = source.sparse == "splade" or (source.sparse is None and SpladeHead.is_in(source.folder))
         if splade:
             return SpladeHead.build(source)
@@ -70,7 +73,7 @@ class SparseHead(Head):
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
-        return super().is_in(folder) or SpladeHead.is_in(folder)
+        return super().is_in(folder) or SpladeHead.is_in(folder) or CsrHead.is_in(folder)
 
     def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         weight_NT = torch.relu(self.linear(hidden))[..., 0]
