@@ -169,7 +169,7 @@ def _add_shape(writer: Any, gguf: Any, model: Embedder, family: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_pooling_type(gguf.PoolingType[_POOLINGS[model.settings.pooling]])
+    writer.add_pooling_type(gguf.PoolingType[_POOLINGS[model.settings.pooling or ""]])
     if family == "bert":
         writer.add_layer_norm_eps(config.layer_norm_eps)
         writer.add_causal_attention(False)
