@@ -34,6 +34,8 @@ def application(
     api_key_env: str | None = None,
     reranker: str | Path | Reranker | None = None,
     keys: Sequence[str] = (),
+    run: str | Path | None = None,
+    feedback: str | Path | None = None,
     limits: Limits | None = None,
     **options: Any,
 ) -> Any:
@@ -48,13 +50,17 @@ def application(
 
     `models`: a folder, a hub id or a model that is loaded; several of them; or a dict that names each. `index`: folders
     of indexes that these models made; or `url`, `collection` and `api_key_env` of a Qdrant server. `reranker`: a
-    folder, a hub id or one that is loaded. `keys`: one of them has to come with every request. `options`: of `es.load`.
+    folder, a hub id or one that is loaded. `keys`: one of them has to come with every request. `run`: the folder of a
+    run, whose report the page at `/` shows. `feedback`: a file of training records that marks of hits made there are
+    written to. `options`: of `es.load`.
     Errors: those of loading, and `SearchError` for an index that none of the models made.
     """
     with _extra():
         from embedsmith.serve.app import application as made
+        from embedsmith.serve.explorer import Explorer
         from embedsmith.serve.service import Service, Sources
 
+    explorer = Explorer(*(None if path is None else local_path(path) for path in (run, feedback)))
     place = Place(url=url, collection=collection, api_key=key_from(checked_variable(api_key_env, "api_key_env")))
     stores: list[Callable[[], Store]] = [
         _folder_opener(folder) for folder in ([index] if isinstance(index, str | Path) else index)
@@ -67,7 +73,7 @@ def application(
     )
     with lines_shown():
         service = Service(sources, limits)
-    app = made(service, keys)
+    app = made(service, keys, explorer)
     app.state.service = service
     return app
 

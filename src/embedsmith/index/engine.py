@@ -95,6 +95,10 @@ class Store(Protocol):
     def search(self, requests: Sequence[Request]) -> list[list[tuple[str, float]]]:
         """(key, score) of the best of every request, best first. A multi-vector score is the sum over query tokens."""
 
+    def sample(self, head: str, limit: int) -> list[tuple[Vector, dict[str, Any]]]:
+        """The vectors of a head and the payloads of `limit` documents, those of the lowest keys: keys are hashes of
+        ids, so that they are as good as drawn by chance, and the same every time. Without those that lack the head."""
+
     def count(self) -> int: ...
 
     def optimize(self) -> None:

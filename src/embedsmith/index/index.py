@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.progress import progress_bar
@@ -123,6 +126,17 @@ class HybridIndex:
 
     def __len__(self) -> int:
         return self.store.count()
+
+    def sample(self, head: str, limit: int) -> tuple[list[Document], npt.NDArray[np.float32]]:
+        """Documents as if drawn by chance, the same every time, and vector_ND of a dense head."""
+        rows = self.store.sample(head, limit)
+        found = [Document(payload["id"], payload["text"], payload["metadata"]) for _, payload in rows]
+        return found, np.array([vector for vector, _ in rows], np.float32)
+
+    def texts(self, ids: Sequence[str]) -> dict[str, str]:
+        """By their ids, the texts of those documents that are here."""
+        payloads = self.store.payloads([point_key(id_) for id_ in ids], ["id", "text"])
+        return {payload["id"]: payload["text"] for payload in payloads.values()}
 
     def search(
         self,

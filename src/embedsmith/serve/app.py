@@ -1,7 +1,5 @@
 """The endpoints: a service as an application of FastAPI."""
 
-import importlib
-import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +16,7 @@ from embedsmith.core.errors import EmbedsmithError
 from embedsmith.serve import answers
 from embedsmith.serve.bodies import Body, EmbeddingsBody, HeadBody, ReloadBody, RerankBody, SearchBody
 from embedsmith.serve.errors import Failure, RequestError, UnknownModelError, failure_of, failure_of_body
+from embedsmith.serve.explorer import Explorer, router
 from embedsmith.serve.gate import Gate, Keys
 from embedsmith.serve.manual import manual
 from embedsmith.serve.model import Encoded, Model, Text
@@ -29,8 +28,9 @@ _LARGE = 16
 """Texts whose answer is written in a thread, so that others need not wait for it."""
 
 
-def application(service: Service, keys: Sequence[str] = (), explorer: Any = None) -> FastAPI:
-    """All endpoints of a service. With `keys` every request but those of `gate.OPEN` has to send one of them."""
+def application(service: Service, keys: Sequence[str] = (), explorer: Explorer | None = None) -> FastAPI:
+    """All endpoints of a service. With `keys` every request but those of `gate.OPEN` has to send one of them.
+    `explorer`: what the page at `/` may read and write."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,8 +50,7 @@ def application(service: Service, keys: Sequence[str] = (), explorer: Any = None
     _add_encoding(app, service)
     _add_search(app, service)
     _add_house(app, service)
-    if importlib.util.find_spec("embedsmith.serve.explorer") is not None:
-        app.include_router(importlib.import_module("embedsmith.serve.explorer").router(service, explorer))
+    app.include_router(router(service, explorer))
     return app
 
 
