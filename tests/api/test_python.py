@@ -16,7 +16,10 @@ import embedsmith
 from embedsmith.api.tokenizing import job_of
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
-FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "split", "tokenize", "train")
+FUNCTIONS = (
+    *("compare", "curate", "evaluate", "export", "index", "merge", "mine"),
+    *("search", "split", "tokenize", "train"),
+)
 
 
 def verb(name):

@@ -15,7 +15,7 @@ from embedsmith.data.formats.texts import read_texts
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.kinds import load_tasks
 from embedsmith.models import Embedder, load
-from embedsmith.models.exports.gguf import Written, write_gguf
+from embedsmith.models.exports.gguf import ExportedFile, write_gguf
 from embedsmith.models.exports.write import Exported, GraphConfig, export_graph
 from embedsmith.models.graphs.layout import Numbers
 from embedsmith.models.write import saved_model
@@ -36,13 +36,15 @@ def export(
     split: str = "test",
     overwrite: bool = False,
     **options: Any,
-) -> Exported | Written:
+) -> Exported | ExportedFile:
     """Write a model for ONNX Runtime, OpenVINO or llama.cpp, checked against the model.
 
     >>> import embedsmith as es
-    >>> made = es.export("my-model", "my-graph", to="onnx")
-    >>> es.load(made.folder).encode("a cat on the mat").shape
-    (16,)
+    >>> made = es.export("my-model", "my-model.gguf", to="gguf", dtype="fp16")
+    >>> made.path.name
+    'my-model.gguf'
+
+    A graph opens like any model: `es.export("my-model", "my-graph", to="onnx")`, then `es.load("my-graph")`.
 
     `model`: a folder, a hub id, or a model that is loaded. `out`: the folder of a graph, or a file `.gguf`.
     `dtype`: `fp32`, `fp16` or `int8`. `texts`: what 8 bits are calibrated and measured on, a file or texts; by default

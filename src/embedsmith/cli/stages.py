@@ -22,10 +22,10 @@ from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
-from embedsmith.core.settings import Range, Word, did_you_mean, section
+from embedsmith.core.settings import Range, Share, Word, did_you_mean, section
 from embedsmith.core.shipped import recipe_file
 
-Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
+Verb = Literal["curate", "mine", "train", "merge", "evaluate", "export"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -34,13 +34,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class Stage:
     """One step of a pipeline: the recipe of one verb.
 
-    `name`: what later stages call it by. `verb`: curate, mine, train, merge or evaluate. `recipe`: the fields of the
-    verb's own recipe, or the path of a file that holds them, or the name of a shipped one. `set`: changes to it,
-    key.path=value.
+    `name`: what later stages call it by. `verb`: curate, mine, train, merge, evaluate or export. `recipe`: the
+    fields of the verb's own recipe, or the path of a file that holds them, or the name of a shipped one. `set`: changes
+    to it, key.path=value.
 
     In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
-    train and merge: the folder of the model; evaluate: the file of results), and `${output}` for the pipeline's folder.
-    `output` may be left out: it is then in that folder, under the stage's name.
+    train, merge and export: the folder of the model; evaluate: the file of results), and `${output}` for the
+    pipeline's folder. `output` may be left out: it is then in that folder, under the stage's name.
     """
 
     name: str
@@ -176,6 +176,38 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
 
     join_ranks()
     on_first_rank(score)
+    return Path(stage.output)
+
+
+@section
+@dataclass(frozen=True, kw_only=True)
+class ExportStage:
+    """The arguments that `embedsmith export --to` has on the command line.
+
+    `model`: a folder or hub id. `output`: the folder of the graph, or a file `.gguf`. `to`, `dtype`: for what runtime,
+    in which numbers. `texts`: a file of texts that 8 bits are calibrated on. `floor`: the least mean cosine to the
+    model's vectors. `tasks`: what the graph is scored on beside the model. `data`, `split`: as of evaluate.
+    """
+
+    model: str
+    output: Word
+    to: Literal["onnx", "openvino", "gguf"] = "onnx"
+    dtype: Literal["fp32", "fp16", "int8"] = "fp32"
+    texts: str | None = None
+    floor: Share | None = None
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    split: str = "test"
+
+
+@stage_of("export")
+def _export(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.api.exporting import export
+
+    stage = parse(ExportStage, tree, where)
+    named = {name: getattr(stage, name) for name in ("dtype", "floor", "tasks", "data", "split")}
+    join_ranks()
+    on_first_rank(lambda: str(export(stage.model, stage.output, stage.to, texts=stage.texts or (), **named)))
     return Path(stage.output)
 
 

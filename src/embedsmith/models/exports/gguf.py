@@ -36,17 +36,17 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportedFile:
     """A file that was written, and in words what it holds."""
 
-    folder: Path
+    path: Path
     text: str
 
     def __str__(self) -> str:
         return self.text
 
 
-def write_gguf(model: Embedder, out: Path, dtype: Numbers = "fp32", *, overwrite: bool = False) -> Written:
+def write_gguf(model: Embedder, out: Path, dtype: Numbers = "fp32", *, overwrite: bool = False) -> ExportedFile:
     """Write `model` to the file `out`, which appears whole or not at all. `int8` is llama.cpp's Q8_0: blocks of 32
     weights with a scale each.
 
@@ -73,7 +73,7 @@ def write_gguf(model: Embedder, out: Path, dtype: Numbers = "fp32", *, overwrite
         "; its prompts are not in the file: put them before the texts" if any(model.settings.prompts.values()) else ""
     )
     heads = "; the dense head alone" if model.parts.heads else ""
-    return Written(
+    return ExportedFile(
         out, f"{out}: GGUF of {family}, {count} tensors in {dtype}, {model.settings.pooling} pooling{heads}{prompts}"
     )
 
@@ -211,7 +211,8 @@ def _add_special(writer: Any, tokenizer: Any, names: Mapping[str, str]) -> None:
 
 
 def _add_word_pieces(writer: Any, gguf: Any, model: Embedder) -> None:
-    """llama.cpp marks the start of a word where BERT marks its continuation; it always makes texts lower-case."""
+    """llama.cpp marks the start of a word where BERT marks its continuation, makes all texts lower-case, and knows the
+    CLS as the token that begins a text."""
     native = _native(model)
     normalizer = native.get("normalizer") or {}
     lower = any(
@@ -236,8 +237,7 @@ def _add_word_pieces(writer: Any, gguf: Any, model: Embedder) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(marked)
     writer.add_token_types(kinds)
-    _add_special(writer, model.tokenizer, {"unk": "unk", "sep": "sep", "pad": "pad", "cls": "cls", "mask": "mask"})
-    writer.add_bos_token_id(int(model.tokenizer.cls_token_id))
+    _add_special(writer, model.tokenizer, {"cls": "bos", "unk": "unk", "sep": "sep", "pad": "pad", "mask": "mask"})
 
 
 def _add_byte_pairs(writer: Any, gguf: Any, model: Embedder) -> None:

@@ -8,6 +8,7 @@ and refuses a model that would fix one of them. What it made is still run and co
 Both padding sides are right: the mask is always handed over, and positions are counted from it.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,7 +125,7 @@ def _traced(graph: Graph, names: Sequence[str], example: Sequence[Tensor], outpu
     arguments = [*example, None][:3]  # without the prompt's length where no vector depends on it
     sizes = tuple(None if one is None else {axis: free for axis in range(one.dim())} for one in arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
             warnings.simplefilter("ignore")
             return torch.onnx.export(
                 graph,
@@ -138,6 +139,20 @@ def _traced(graph: Graph, names: Sequence[str], example: Sequence[Tensor], outpu
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise _refusal(error, type(graph.model.backbone).__name__) from error
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Without what libraries report of their work, but for errors. `names`: of their loggers."""
+    loggers = [logging.getLogger(None if name == "root" else name) for name in names]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _refusal(error: BaseException, name: str) -> ModelError:
@@ -164,8 +179,6 @@ def _refusal(error: BaseException, name: str) -> ModelError:
 def _save(proto: Any, file: Path) -> None:
     """Without what the exporter notes beside every node: paths of this machine and lines of code. The sizes that are
     free are called by what they are."""
-    import onnx
-
     free = {one.dim_param: name for one, name in zip(proto.graph.input[0].type.tensor_type.shape.dim, AXES)}
     for value in (*proto.graph.input, *proto.graph.output):
         for one in value.type.tensor_type.shape.dim:
@@ -179,11 +192,13 @@ def _save(proto: Any, file: Path) -> None:
         for node in function.node:
             del node.metadata_props[:]
             node.doc_string = ""
-    save_onnx(onnx, proto, file)
+    save_onnx(proto, file)
 
 
-def save_onnx(onnx: Any, proto: Any, file: Path) -> None:
+def save_onnx(proto: Any, file: Path) -> None:
     """One file, or weights beside it under the name that other programs look for, where they are too large for one."""
+    import onnx
+
     file.parent.mkdir(parents=True, exist_ok=True)
     large = sum(len(one.raw_data) for one in proto.graph.initializer) > LARGEST_FILE
     apart = {"save_as_external_data": True, "all_tensors_to_one_file": True, "location": f"{file.name}_data"}

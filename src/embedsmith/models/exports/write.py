@@ -52,9 +52,9 @@ class GraphConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was made: `folder`, what its graph says of itself, and `text`, in words."""
+    """What was made: its folder, what the graph says of itself, and all of it in words."""
 
-    folder: Path
+    path: Path
     facts: GraphFacts
     text: str
 

@@ -18,7 +18,7 @@ from embedsmith.core.tokens import PaddedTokens, TokenBatch
 from embedsmith.models.config import Settings
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import Compute
-from embedsmith.models.graphs.layout import FILES, IDS, KINDS, MASK, PROMPT, GraphBackend, GraphFacts
+from embedsmith.models.graphs.layout import FILES, IDS, KINDS, MASK, PROMPT, STATES, GraphBackend, GraphFacts
 from embedsmith.models.graphs.session import open_session
 
 
@@ -85,8 +85,9 @@ class GraphEmbedder(Embedder):
         return self
 
     def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Representation]:
-        """Representations of a padded chunk. Errors: `ModelError` for an output that the graph does not have."""
-        if unknown := [name for name in outputs if name not in self.heads]:
+        """Representations of a padded chunk, `tokens` too. Errors: `ModelError` for an output that the graph does not
+        have."""
+        if unknown := [name for name in outputs if name not in (*self.heads, "tokens")]:
             raise ModelError(
                 f"this graph has no output {unknown[0]!r}",
                 where=self.folder / FILES[self.backend],
@@ -96,12 +97,13 @@ class GraphEmbedder(Embedder):
         inputs = {IDS: padded.id_NT.numpy(), MASK: padded.mask_NT.numpy().astype(np.int64)}
         if self.facts.prompt_length:
             inputs[PROMPT] = (padded.mask_NT & ~padded.body_NT).sum(1).numpy()
-        names = {head: self.facts.outputs(head) for head in outputs}
+        names = {head: (STATES,) if head == "tokens" else self.facts.outputs(head) for head in outputs}
         made = iter(self.session.run([name for each in names.values() for name in each], inputs))
-        return {
-            head: KINDS[self.facts.heads[head]](*(torch.from_numpy(next(made)) for _ in each))
-            for head, each in names.items()
-        }
+        tensors = {head: [torch.from_numpy(next(made)) for _ in each] for head, each in names.items()}
+        if "tokens" in tensors:
+            special_S = torch.tensor(self.tokenizer.all_special_ids)
+            tensors["tokens"].append(padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
+        return {head: KINDS[self.facts.heads.get(head, "MultiVector")](*each) for head, each in tensors.items()}
 
     def represent_windows(
         self,
