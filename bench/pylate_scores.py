@@ -1,11 +1,15 @@
-"""Scores of exported multi-vector folders in PyLate, in an environment of its own: equal to ours?
+"""Scores of multi-vector folders here and in PyLate, in an environment of its own: equal?
 
     python -m bench.pylate_scores
 
 PyLate 1.6.0 pins sentence-transformers 5.3 and transformers 5.3, with which embedsmith runs, but not its tests: it is
-installed under bench/out with what it pins, over this environment's torch. MiniLM with a new multi-vector head (its
-weights do not matter here), with and without E5's prompts: PyLate's score is a sum over a query's vectors, ours their
-mean, so that the first over the number of vectors is compared.
+installed under bench/out with what it pins, over this environment's torch. Both ways, over MiniLM with a new head (its
+weights do not matter here):
+
+- written here: M3's head, plain and with E5's prompts, and ColBERT's head in modules of PyLate's own;
+- written by PyLate, with its marks, with and without query expansion: read here, saved here, read by PyLate again.
+
+ColBERT's score is PyLate's, a sum over a query's vectors. M3's is their mean: PyLate's is divided by their number.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ PACKAGES = (
     *("pylate==1.6.0", "sentence-transformers==5.3.0", "transformers==5.3.0"),
     *("tokenizers==0.22.2", "huggingface-hub==1.7.2", "datasets==4.7.0"),
 )
-QUERIES = ["what is late interaction?", "", "the of and", "\U00013000\U00013001", "red cat"]
+QUERIES = ["what is late interaction?", "", "the of and", "\U00013000\U00013001", "red cat", "red cat " * 40]
 DOCUMENTS = [
     "late interaction compares token vectors",
     "a red cat sat by the tree",
@@ -33,44 +37,80 @@ DOCUMENTS = [
     "cat " * 900,
 ]
 PROMPTS = {"query": "query: ", "document": "passage: "}
+WRITTEN: dict[str, dict[str, Any]] = {
+    "m3": {},
+    "m3 with prompts": {"prompts": PROMPTS},
+    "colbert": {"multivector": "colbert"},
+    "colbert with prompts": {"multivector": "colbert", "prompts": PROMPTS},
+}
+READ: dict[str, dict[str, Any]] = {
+    "expanded": {},
+    "expanded, attended": {"attend_to_expansion_tokens": True, "query_length": 16},
+    "not expanded": {"do_query_expansion": False, "skiplist_words": ["the", "cat"]},
+}
+"""Settings of PyLate's `ColBERT`."""
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(theirs(sys.argv[1])))
+    if len(sys.argv) > 2:
+        kind, folder = sys.argv[1:3]
+        print(json.dumps(theirs(folder) if kind == "score" else made_there(folder, json.loads(sys.argv[3]))))
         return
-    python = installed("pylate", PACKAGES)
-    for name, prompts in (("plain", {}), ("prompts", PROMPTS)):
-        folder = WORK / f"pylate-{name}"
-        expected = ours(folder, prompts)
-        paths = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"}
-        said = subprocess.run(
-            [python, "-m", "bench.pylate_scores", str(folder)],
-            check=True,
-            cwd=ROOT,
-            env=paths,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        found = json.loads(said.stdout.splitlines()[-1])
-        worst = max(
-            abs(a - b) for one, other in zip(expected, found, strict=True) for a, b in zip(one, other, strict=True)
-        )
-        print(f"{name}: largest difference of {len(QUERIES) * len(DOCUMENTS)} scores {worst:.1e}")
-        if not worst < 1e-4:
-            sys.exit("PyLate scores otherwise")
-
-
-def ours(folder: Path, prompts: dict[str, str]) -> list[list[float]]:
-    import torch
-
     from embedsmith.models import load
     from embedsmith.models.export import export_head
 
+    for name, options in WRITTEN.items():
+        folder = WORK / f"pylate-{name}"
+        model = new_model(options)
+        export_head(model, folder, "pylate", overwrite=True)
+        told(f"written here, {name}", ours(model), in_pylate("score", folder), mean="multivector" not in options)
+    for name, settings in READ.items():
+        folder = WORK / f"pylate-theirs-{name}"
+        expected = in_pylate("make", folder, {**settings, "model_name_or_path": minilm()})
+        model = load(str(folder), device="cpu")
+        told(f"written by PyLate, {name}", ours(model), expected)
+        again = WORK / f"pylate-again-{name}"
+        model.save(again)
+        told(f"saved here again, {name}", ours(load(str(again), device="cpu")), in_pylate("score", again))
+
+
+def told(name: str, here: list[list[float]], there: dict[str, Any], mean: bool = False) -> None:
+    """Print how far scores lie apart, of sums above 1 in parts of them; end where that is too far."""
+    counts = there["counts"] if mean else [1] * len(here)
+    pairs = [
+        (a, b / n) for row, other, n in zip(here, there["scores"], counts, strict=True) for a, b in zip(row, other)
+    ]
+    worst = max(abs(a - b) / max(abs(b), 1.0) for a, b in pairs)
+    print(f"{name}: largest difference of {len(pairs)} scores {worst:.1e}", flush=True)
+    if not worst < 1e-5:
+        sys.exit("PyLate scores otherwise")
+
+
+def in_pylate(kind: str, folder: Path, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What this file prints in PyLate's environment."""
+    python = installed("pylate", PACKAGES)
+    said = subprocess.run(
+        [python, "-m", "bench.pylate_scores", kind, str(folder), json.dumps(settings)],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    found: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
+    return found
+
+
+def new_model(options: dict[str, Any]) -> Any:
+    import torch
+
+    from embedsmith.models import load
+
     torch.manual_seed(0)
-    options = {"multivector_dim": 32, "prompts": prompts or None, "device": "cpu"}
-    model = load(minilm(), heads=("multivector",), new_heads=True, **options)
-    export_head(model, folder, "pylate")
+    return load(minilm(), heads=("multivector",), new_heads=True, multivector_dim=32, device="cpu", **options)
+
+
+def ours(model: Any) -> list[list[float]]:
     query, document = (
         model.represent(texts, role=role, outputs=("multivector",))["multivector"]
         for texts, role in ((QUERIES, "query"), (DOCUMENTS, "document"))
@@ -79,8 +119,18 @@ def ours(folder: Path, prompts: dict[str, str]) -> list[list[float]]:
     return scores
 
 
-def theirs(folder: str) -> list[list[float]]:
-    """In PyLate's environment."""
+def made_there(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """In PyLate's environment: a new model, saved, and its scores."""
+    import torch
+    from pylate import models
+
+    torch.manual_seed(0)
+    models.ColBERT(**settings, embedding_size=32, device="cpu").save(folder)
+    return theirs(folder)
+
+
+def theirs(folder: str) -> dict[str, Any]:
+    """In PyLate's environment: scores, and the number of each query's vectors."""
     from pylate import models, scores
 
     model = models.ColBERT(folder, device="cpu")
@@ -90,10 +140,8 @@ def theirs(folder: str) -> list[list[float]]:
         return model.encode(texts, is_query=role == "query", show_progress_bar=False, convert_to_tensor=True, **prompt)
 
     queries, documents = encode(QUERIES, "query"), encode(DOCUMENTS, "document")
-    return [
-        [float(scores.colbert_scores(query[None], one[None])[0, 0]) / len(query) for one in documents]
-        for query in queries
-    ]
+    found = [[float(scores.colbert_scores(query[None], one[None])[0, 0]) for one in documents] for query in queries]
+    return {"scores": found, "counts": [len(query) for query in queries]}
 
 
 if __name__ == "__main__":

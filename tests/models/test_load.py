@@ -149,8 +149,8 @@ def test_modules_this_cannot_do_are_named(saved):
         (saved / "modules.json").write_text(json.dumps(broken))
         with pytest.raises(ModelError, match=f"the module '{kind}' is not supported"):
             load(str(saved))
-    (saved / "modules.json").write_text(json.dumps([modules[0], modules[1], modules[3], modules[2]]))
-    refused(saved, "in the order Transformer, Pooling, Normalize, Dense")
+    (saved / "modules.json").write_text(json.dumps([modules[0], modules[2], modules[1]]))
+    refused(saved, "in the order Transformer, Dense, Pooling")
     (saved / "modules.json").write_text(json.dumps([modules[0], {**modules[1], "path": "../../elsewhere"}]))
     refused(saved, "leaves the folder")
 
@@ -167,9 +167,9 @@ def test_an_activation_is_looked_up_and_never_imported(saved):
 def test_poolings_that_are_not_known_are_named_unless_one_is_given(saved):
     config = saved / "1_Pooling/config.json"
     change(config, pooling_mode_max_tokens=True)
-    refused(saved, r"pooling mean \+ max is not supported")
-    config.write_text('{"embedding_dimension": 16, "pooling_mode": "mean_sqrt_len_tokens", "include_prompt": true}')
-    refused(saved, "pooling mean_sqrt_len_tokens is not supported")
+    refused(saved, r"layer 1 \(Dense\) takes 16 numbers, and gets 32")  # mean and max side by side
+    config.write_text('{"embedding_dimension": 16, "pooling_mode": ["mean", "median"], "include_prompt": true}')
+    refused(saved, r"pooling mean \+ median is not supported")
     config.unlink()
     refused(saved, "this file is missing")
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.encoder import Encoder
+from embedsmith.core.encoder import Encoder, main_head
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
@@ -35,7 +35,7 @@ def evaluate(
     *,
     data: str | Path | None = None,
     split: str = "test",
-    head: str = "dense",
+    head: str | None = None,
     dims: Sequence[int] = (),
     weights: Mapping[str, float] | None = None,
     cache: str | Path | None = None,
@@ -50,16 +50,17 @@ def evaluate(
 
     `model`: a folder, a hub id, or a model that is loaded. `tasks`: names or paths of tasks, or tasks, one or several.
     `data`: the folder where names are looked up. `split`: which judgements of a BEIR folder. `head`: `dense`, `sparse`,
-    `multivector` or `hybrid`, the latter with `weights`; `all` for these side by side. `dims`: widths of the vectors
+    `multivector` or `hybrid`, the latter with `weights`; `all` for these side by side; by default what the model is
+    made for. `dims`: widths of the vectors
     that are scored too. `cache`: a folder for vectors and results, so that a stopped call continues. `options`: of
     `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
     Errors: `EvaluationError` for unknown tasks and scores that cannot be had; those of `load`.
     """
     named, encoder = _loaded(model, options)
     scoring = Scoring(_listed(tasks), None if data is None else Path(data), split, head, _path(cache), weights)
-    about = {"model": named, "split": split, "head": head, **options}
+    about = {"model": named, "split": split, "head": head or main_head(encoder), **options}
     with lines_shown():
-        if dims and head != "dense":
+        if dims and head not in (None, "dense"):
             raise EvaluationError(f"dims with head={head!r}", fix="leave one of them out: dims are of dense vectors")
         if head == "all":
             return scoring.side_by_side(encoder, [name for name in HEADS if name in encoder.outputs], (), about)
@@ -72,7 +73,7 @@ def compare(
     *,
     data: str | Path | None = None,
     split: str = "test",
-    head: str = "dense",
+    head: str | None = None,
     dims: Sequence[int] = (),
     cache: str | Path | None = None,
     **options: Any,
@@ -114,12 +115,13 @@ def _path(given: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the verbs score a model. `cache`: a folder for results and vectors, so that a stopped command continues."""
+    """How the verbs score a model. `head`: `None` for the one that it is made for. `cache`: a folder for results and
+    vectors, so that a stopped command continues."""
 
     tasks: tuple[str | Path | Task, ...]
     data: Path | None = None
     split: str = "test"
-    head: str = "dense"
+    head: str | None = None
     cache: Path | None = None
     weights: Mapping[str, float] | None = None
 

@@ -117,7 +117,7 @@ class EncodedSample:
         answers = [(r.query, r.positives[0]) for r in records.records if r.task != "sts" and r.positives]
         settings = model.settings
         try:
-            model.settings = replace(settings, normalize=False)
+            model.settings = replace(settings, normalize=False, similarity="dot")
             vector_ND = _in_roles(model, texts, records.task, instruction=None)
             plain_ND = _in_roles(model, texts, records.task, instruction="") if settings.prompts else None
         finally:

@@ -26,6 +26,19 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class MadeFor(Protocol):
+    """An encoder that says which of its outputs it is made for."""
+
+    @property
+    def main_head(self) -> str: ...
+
+
+def main_head(encoder: Encoder) -> str:
+    """The output that is scored where none is named: what the encoder says, else `dense`."""
+    return encoder.main_head if isinstance(encoder, MadeFor) else "dense"
+
+
 def represent(
     encoder: Encoder,
     texts: Sequence[str],

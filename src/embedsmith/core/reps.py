@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Self, overload
+from typing import Any, ClassVar, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +126,41 @@ class Dense(Representation):
         return Dense(F.normalize(in_fp32(self.vector_ND)[:, :width], dim=-1))
 
 
+@dataclass(frozen=True)
+class Cosine(Dense):
+    """Vectors that the model leaves at their length, compared by their cosine."""
+
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        return super().scores(other, widths or (self.vector_ND.shape[1],))
+
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        return super().paired(other, widths or (self.vector_ND.shape[1],))
+
+
+@dataclass(frozen=True)
+class Euclidean(Dense):
+    """Vectors compared by minus their distance."""
+
+    order: ClassVar[float] = 2.0
+
+    def scores(self, other: Self, widths: Widths | None = None) -> Tensor:
+        left_QD, right_KD = in_fp32(self.vector_ND), in_fp32(other.vector_ND)
+        wanted = widths or (left_QD.shape[1],)
+        return torch.stack([-torch.cdist(left_QD[:, :width], right_KD[:, :width], p=self.order) for width in wanted])
+
+    def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
+        apart_ND = in_fp32(self.vector_ND) - in_fp32(other.vector_ND)
+        wanted = widths or (apart_ND.shape[1],)
+        return torch.stack([-torch.linalg.vector_norm(apart_ND[:, :width], self.order, dim=-1) for width in wanted])
+
+
+@dataclass(frozen=True)
+class Manhattan(Euclidean):
+    """Vectors compared by minus the sum of what their coordinates lie apart."""
+
+    order: ClassVar[float] = 1.0
+
+
 def _prefix_cosines(
     left_ND: Tensor,
     right_ND: Tensor,
@@ -184,11 +219,25 @@ class MultiVector(Representation):
         score_KUS = in_fp32(other.vector_NTD) @ asked_SD.T  # tokens of documents in rows: maxima over rows are quick
         best_KS = _best(score_KUS, other.mask_NT[..., None], axis=1)
         best_QKT = best_KS.unflatten(1, self.mask_NT.shape).transpose(0, 1)
-        return _mean_over_tokens(best_QKT, self.mask_NT[:, None, :])[None]
+        return self.over_tokens(best_QKT, self.mask_NT[:, None, :])[None]
 
     def paired(self, other: Self, widths: Widths | None = None) -> Tensor:
         score_NTU = torch.einsum("ntd,nud->ntu", in_fp32(self.vector_NTD), in_fp32(other.vector_NTD))
-        return _mean_over_tokens(_best(score_NTU, other.mask_NT[:, None, :], axis=-1), self.mask_NT)[None]
+        return self.over_tokens(_best(score_NTU, other.mask_NT[:, None, :], axis=-1), self.mask_NT)[None]
+
+    @staticmethod
+    def over_tokens(best: Tensor, mask: Tensor) -> Tensor:
+        """The scores of query tokens put together: their mean over those that `mask` marks."""
+        return best.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class MaxSim(MultiVector):
+    """One vector a token, scored by the sum over query tokens, as ColBERT does: the mean times their number."""
+
+    @staticmethod
+    def over_tokens(best: Tensor, mask: Tensor) -> Tensor:
+        return best.masked_fill(~mask, 0.0).sum(-1)
 
 
 def _best(score: Tensor, mask: Tensor, axis: int) -> Tensor:
@@ -196,10 +245,6 @@ def _best(score: Tensor, mask: Tensor, axis: int) -> Tensor:
     A document without any token (a row of padding) scores 0: -inf would become NaN in a sum that should ignore it."""
     best = score.masked_fill_(~mask, float("-inf")).amax(axis)
     return best.masked_fill(~mask.any(axis), 0.0)
-
-
-def _mean_over_tokens(best: Tensor, mask: Tensor) -> Tensor:
-    return best.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
 Reps = Mapping[str, Representation]

@@ -161,17 +161,24 @@ class Shelf(Generic[T]):
 
 @dataclass(frozen=True)
 class Name:
-    """Annotates a setting that holds the name of a thing: `pooling: Annotated[str, Name(poolings)]`."""
+    """Annotates a setting that holds the name of a thing: `pooling: Annotated[str, Name(poolings)]`, or with `joined`
+    the names of several, as in `mean+max`."""
 
     shelf: Shelf[Any]
+    joined: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        return core_schema.no_info_after_validator_function(lambda name: self.shelf.entry(name).name, handler(source))
+        def known(name: str) -> str:
+            parts = name.split("+") if self.joined else [name]
+            return "+".join(self.shelf.entry(part).name for part in parts)
+
+        return core_schema.no_info_after_validator_function(known, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "string", "enum": self.shelf.names()}
+        one = {"type": "string", "enum": self.shelf.names()}
+        return {"anyOf": [one, {"type": "string", "pattern": r"^\w+(\+\w+)+$"}]} if self.joined else one
 
 
 def _properties(entry: Entry[Any]) -> dict[str, Any]:
@@ -226,6 +233,7 @@ def load_plugins() -> None:
 losses: Shelf[Any] = Shelf("loss", "embedsmith.losses", "embedsmith.pretrain.losses")
 poolings: Shelf[Any] = Shelf("pooling", "embedsmith.models.pooling")
 heads: Shelf[Any] = Shelf("head", "embedsmith.models.heads", "embedsmith.pretrain")
+forms: Shelf[Any] = Shelf("model form", "embedsmith.models.forms")
 merge_methods: Shelf[Any] = Shelf("merge method", "embedsmith.merge.methods", "embedsmith.calibrate")
 file_kinds: Shelf[Any] = Shelf("file kind", "embedsmith.data.formats.files")
 layouts: Shelf[Any] = Shelf("column layout", "embedsmith.data.formats.columns", "embedsmith.data.formats.common")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from embedsmith.core.collectives import ALONE, Group, rank
-from embedsmith.core.encoder import Encoder, fingerprint
+from embedsmith.core.encoder import Encoder, fingerprint, main_head
 from embedsmith.core.errors import DeviceMemoryError, EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json
@@ -34,13 +34,13 @@ def evaluate(
     encoder: Encoder,
     tasks: Sequence[Task],
     *,
-    head: str = "dense",
+    head: str | None = None,
     progress: bool | None = None,
     about: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     group: Group = ALONE,
 ) -> Results:
-    """Score `encoder` on every task, with the outputs of one head.
+    """Score `encoder` on every task, with the outputs of one head (`None`: the one that it is made for).
 
     `progress`: show a bar (`None`: where a terminal watches). `about`: what to store beside the scores, such as the
     model's name. `cache`: a folder for the results of single tasks; a task that was scored there before by the same
@@ -54,6 +54,7 @@ def evaluate(
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise EvaluationError(f"two tasks are called {twice[0]!r}", fix="give each task once")
+    head = head or main_head(encoder)
     reader = Reader(encoder, head, progress, group)
     known = None if cache is None else ResultCache(Path(cache), digest(fingerprint(encoder), head))
     with reader.as_one():

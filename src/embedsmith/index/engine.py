@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from embedsmith.core.errors import SearchError
-from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, Sparse
+from embedsmith.core.reps import Dense, Euclidean, MultiVector, Representation, Reps, Sparse
 
 Kind = Literal["dense", "sparse", "multivector"]
 Vector = list[float] | list[list[float]] | tuple[list[int], list[float]]
@@ -33,6 +33,12 @@ class FieldSpec:
     @staticmethod
     def of(representation: Representation) -> FieldSpec:
         """Errors: `SearchError` for a kind of representation that no engine holds."""
+        if isinstance(representation, Euclidean):
+            raise SearchError(
+                f"an index compares by inner products, and this model by distances ({type(representation).__name__})",
+                expected="a model whose similarity_fn_name is cosine or dot",
+                fix="load it with similarity=cosine or dot (model.similarity) if that ranks as well",
+            )
         if isinstance(representation, Dense):
             return FieldSpec("dense", representation.vector_ND.shape[1])
         if isinstance(representation, MultiVector):

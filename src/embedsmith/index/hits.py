@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from embedsmith.core.errors import SearchError
-from embedsmith.core.reps import MultiVector, Reps, Sparse
+from embedsmith.core.reps import MaxSim, MultiVector, Reps, Sparse
 from embedsmith.index.engine import lexical_weights
 
 HeadScores = Mapping[str, Mapping[str, float]]
@@ -113,10 +113,10 @@ class HitExplanation:
 def _token_matches(
     query: MultiVector, document: MultiVector, query_tokens: Sequence[str], document_tokens: Sequence[str]
 ) -> list[Match]:
-    """Every query token with its nearest document token; the score is their mean over query tokens."""
+    """Every query token with its nearest document token, and its part of the score."""
     score_TS = query.vector_NTD[0] @ document.vector_NTD[0].T
     best = score_TS.masked_fill(~document.mask_NT[0], float("-inf")).max(dim=1)
     mask_T = query.mask_NT[0].tolist()
-    count = max(sum(mask_T), 1)
+    count = 1 if isinstance(query, MaxSim) else max(sum(mask_T), 1)
     rows = zip(query_tokens, mask_T, best.values.tolist(), best.indices.tolist(), strict=True)
     return [Match(token, document_tokens[place], score / count) for token, real, score, place in rows if real]

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.encoder import Encoder, fingerprint
+from embedsmith.core.encoder import Encoder, fingerprint, main_head
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.reps import MultiVector, Reps
+from embedsmith.core.reps import MaxSim, MultiVector, Reps
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import text_faults
 from embedsmith.data.writers import batched
@@ -183,7 +183,7 @@ class HybridIndex:
         return [frozenset(keys) for keys in union]
 
     def _exact(self, queries: list[dict[str, Vector]], union: list[frozenset[str]], reps: Reps) -> list[HeadScores]:
-        """Every head's score of every candidate. The engine sums over query tokens, M3 takes the mean."""
+        """Every head's score of every candidate. The engine sums over query tokens, as ColBERT; M3 takes the mean."""
         requests = [
             (row, Request(head, vector, len(union[row]), among=union[row]))
             for row, vectors in enumerate(queries)
@@ -191,11 +191,12 @@ class HybridIndex:
             if union[row]
         ]
         rep = reps.get("multivector")
+        by_mean = isinstance(rep, MultiVector) and not isinstance(rep, MaxSim)
         tokens = rep.mask_NT.sum(1).tolist() if isinstance(rep, MultiVector) else []
         found: list[dict[str, dict[str, float]]] = [{} for _ in queries]
         answers = self.store.search([request for _, request in requests]) if requests else []
         for (row, request), answer in zip(requests, answers, strict=True):
-            scale = 1 / tokens[row] if request.head == "multivector" else 1.0
+            scale = 1 / tokens[row] if request.head == "multivector" and by_mean else 1.0
             found[row][request.head] = {key: score * scale for key, score in answer}
         return list(found)
 
@@ -221,14 +222,15 @@ def open_index(
 ) -> HybridIndex:
     """The index in `store`, made now if `create` and there is none.
 
-    `heads`: those of a new index (`dense` by default), or those that the index must have. `model`: its name, for
-    messages. Errors: `SearchError` where there is no index, or it was made by another model or with other heads.
+    `heads`: those of a new index (by default the one that the encoder is made for), or those that the index must have.
+    `model`: its name, for messages.
+    Errors: `SearchError` where there is no index, or it was made by another model or with other heads.
     """
     mine, settings = fingerprint(encoder), store.settings()
     if settings is None:
         if not create:
             raise SearchError("there is no index here", fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER")
-        names = tuple(heads or ("dense",))
+        names = tuple(heads or (main_head(encoder),))
         reps = encoder.represent(["a"], role="document", outputs=names)
         fields = {name: FieldSpec.of(reps[name]) for name in names}
         settings = {"format": 1, "model": model, "fingerprint": mine, "heads": list(names)}

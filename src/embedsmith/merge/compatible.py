@@ -14,8 +14,9 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge.parents import MISSING, MeanOfOwners, Parent, Reordered, Weights
 from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.stream import UNIT
-from embedsmith.models.backbone import load_tokenizer, read_architecture
+from embedsmith.models.backbone import load_tokenizer, read_architecture, skeleton
 from embedsmith.models.folder import FolderFacts
+from embedsmith.models.static import is_static
 
 _HARMLESS = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "auto_map"),
@@ -61,13 +62,15 @@ class Sheet:
 
         Errors: `ModelError` for a configuration that cannot be read.
         """
-        config = dict(read_architecture(model.config_folder)[1].to_dict())
+        folder = model.config_folder
+        table = is_static(folder)
+        config = dict((skeleton(folder).config if table else read_architecture(folder)[1]).to_dict())  # type: ignore
         facts = FolderFacts.read(model.folder)
         return cls(model, facts, config, facts.similarity or "cosine")
 
     @property
     def is_embedder(self) -> bool:
-        return self.facts.pooling is not None
+        return self.facts.pooling is not None or self.facts.form != "dense"
 
     @property
     def backbone(self) -> Path:
@@ -207,12 +210,9 @@ class Sheets:
 def _facts(first: Sheet, other: Sheet) -> Iterator[tuple[str, object, object, str]]:
     """What two embedders must agree on beside config.json: Dense layers (a base may have none: the parents' heads then
     have no ancestor), pooling, normalisation and whatever else a folder says, but for what the recipe may choose."""
-    one, two = (
-        [(p.linear.in_features, p.linear.out_features, p.activation, p.use_residual) for p in sheet.facts.projections]
-        for sheet in (first, other)
-    )
+    one, two = ([layer.shape for layer in sheet.facts.projections] for sheet in (first, other))
     fix = "projections to different spaces cannot be merged: drop them, or train them alike"
-    yield "Dense layers (in, out, activation, residual)", one, two, fix
+    yield "Dense layers and their like (kind, in, out, activation, residual)", one, two, fix
     for entry in (entry for entry in fields(FolderFacts) if entry.name not in _OWN_CHECK):
         values = getattr(first.facts, entry.name), getattr(other.facts, entry.name)
         yield entry.name, *values, "the vectors mean different things: train the parents with the same setting"

@@ -25,6 +25,7 @@ from embedsmith.models.backbone import UNUSED, locate, shard_names, skeleton
 from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, listed_modules, read_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
+from embedsmith.models.layers import LAYERS
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     Errors: `CheckpointError` for missing, damaged or quantised weights; `ModelError` for a folder that is no embedder.
     """
     facts = FolderFacts.read(folder)
+    _refuse_form(facts, folder)
     config = facts.backbone / "config.json"
     quantised = read_json(config).get("quantization_config") if config.exists() else None
     if quantised:  # its numbers are codes, not weights
@@ -147,7 +149,11 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     architecture = Architecture.of(facts.backbone, trust_remote_code, cache)
     files, found = _stored(facts.backbone)
     tensors, left_out = architecture.sort(found, facts.backbone)
-    dense = [(path / WEIGHTS, f"projections.{place}.") for place, path in enumerate(module_folders(folder, "Dense"))]
+    dense = [
+        (path / WEIGHTS, f"projections.{place}.")
+        for place, (kind, path) in enumerate(layer_folders(folder))
+        if kind in ("Dense", "LayerNorm")
+    ]
     heads = [(facts.backbone / file_name, f"token_heads.{head}.linear.") for head, file_name in FILES.items()]
     optional = [(folder / POOLER_FILE, "pooler."), *heads, (facts.backbone / SPLADE_FILE, "token_heads.sparse.")]
     for file, prefix in [*dense, *((file, prefix) for file, prefix in optional if file.exists())]:
@@ -171,12 +177,42 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     )
 
 
-def module_folders(folder: Path, kind: str | None = None) -> list[Path]:
-    """The folder of every module, in order, or of those of one kind; none for a plain transformers folder."""
+_ALONE = {
+    "splade": "make it a folder that holds its head apart first: embedsmith convert {folder} OUT model.pooling=mean",
+    "stanford": "make it a folder of modules first: embedsmith convert {folder} OUT",
+    "router": "merge what reads documents and what reads queries apart, each with its like",
+}
+
+
+def _refuse_form(facts: FolderFacts, folder: Path) -> None:
+    """Errors: `ModelError` for a kind of folder in which weights lie that a merge would lose."""
+    inline = facts.form == "colbert" and not (folder / "modules.json").exists()
+    form = "router" if facts.query is not None else "stanford" if inline else facts.form
+    if form in ("splade", "stanford", "router", "csr", "sparse_static"):
+        raise ModelError(
+            f"a folder of the form {form} has weights that a merge would lose",
+            where=folder,
+            expected="a dense, static or multi-vector model, or one with its heads beside the backbone",
+            fix=_ALONE.get(form, "leave it out").format(folder=folder),
+        )
+
+
+def module_folders(folder: Path) -> list[Path]:
+    """The folder of every module, in order; none for a plain transformers folder."""
+    return [path for _, path in _listed(folder)]
+
+
+def layer_folders(folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of the layers behind the pooling, or over tokens, in their order: the model's projections."""
+    layers = [(kind, path) for kind, path in _listed(folder) if kind in LAYERS]
+    return layers[:-1] if layers and layers[-1][0] == "Normalize" else layers
+
+
+def _listed(folder: Path) -> list[tuple[str, Path]]:
     if not (folder / "modules.json").exists():
         return []
     entries = listed_modules(EmbeddingConfig.read(folder), folder)
-    return [folder / entry.path for entry in entries if kind in (None, entry.type.rpartition(".")[2])]
+    return [(entry.type.rpartition(".")[2], folder / entry.path) for entry in entries]
 
 
 def _stored(folder: Path) -> tuple[list[Path], dict[str, Weights]]:

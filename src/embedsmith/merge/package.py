@@ -22,7 +22,7 @@ from torch import Tensor
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.markdown import block, code, row, without_folders, words
 from embedsmith.core.settings import to_plain
-from embedsmith.merge.folders import INDEX, WEIGHTS, module_folders
+from embedsmith.merge.folders import INDEX, WEIGHTS, layer_folders, module_folders
 from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.method import block_of
 from embedsmith.merge.parents import DTYPES
@@ -144,7 +144,7 @@ def homes(plan: Plan) -> dict[Path, dict[str, Slot]]:
     root = plan.like.model.folder
     found: dict[Path, dict[str, Slot]] = defaultdict(dict)
     inside: dict[str, Slot] = {}
-    dense = module_folders(root, "Dense")
+    dense = [path for _, path in layer_folders(root)]
     for name in plan.names:
         part, _, key = name.partition(".")
         home = inside
@@ -189,10 +189,12 @@ def write_around(plan: Plan, folder: Path, files: Mapping[Path, Mapping[str, Slo
         if path != source and path.exists():  # git and wheels lose the empty folder of Normalize
             _copy(path, folder / path.relative_to(source))
     backbone = folder / plan.like.backbone
-    shutil.copyfile(plan.like.model.config_folder / "config.json", backbone / "config.json")
+    config = plan.like.model.config_folder / "config.json"
+    if config.exists():  # a static table has none
+        shutil.copyfile(config, backbone / "config.json")
     _edit(folder / EMBEDDING_CONFIG, {"base": None}, only_if_there=True)
     shortened = {} if plan.positions is None else {"max_position_embeddings": plan.positions}
-    _edit(backbone / "config.json", {"dtype": report["dtype"], **shortened})
+    _edit(backbone / "config.json", {"dtype": report["dtype"], **shortened}, only_if_there=True)
     if plan.max_length is not None:
         for place in (backbone, folder):
             _edit(place / "sentence_bert_config.json", {"max_seq_length": plan.max_length}, only_if_there=True)
@@ -228,6 +230,8 @@ def _card(plan: Plan, report: Mapping[str, Any]) -> str:
     """The model card: how to use the result, and how it was made."""
     pooling = plan.like.facts.pooling
     pooled = f"with {pooling.replace('_', ' ')} pooling" if pooling else "that does not say how to pool"
+    if plan.like.facts.main != "dense":
+        pooled = f"for its {plan.like.facts.main} output"
     prompts = "".join(
         f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}\n" for name, text in plan.prompts.items()
     )

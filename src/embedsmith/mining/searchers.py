@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent, tokenizer_json
+from embedsmith.core.encoder import Encoder, Role, hash_of_model, main_head, represent, tokenizer_json
 from embedsmith.core.errors import (
     DataError,
     EmbedsmithError,
@@ -196,7 +196,7 @@ class EmbeddingSearch:
     """Candidates and scores by an embedding model.
 
     model: its folder or hub id.
-    head: the output that is compared: `dense`, `sparse`, `multivector` or `hybrid`.
+    head: the output that is compared: `dense`, `sparse`, `multivector`, `hybrid`; `None` is what the model is made for.
     weights: of the heads in a hybrid score (`None`: M3's).
     index: `exact`, or a FAISS factory string (`HNSW32,Flat`, `IVF4096,Flat`) for dense vectors.
     effort: how many candidates a query looks at in such an index (efSearch or nprobe).
@@ -206,7 +206,7 @@ class EmbeddingSearch:
     """
 
     model: Word
-    head: Word = "dense"
+    head: Word | None = None
     weights: Weights | None = None
     index: Word = "exact"
     effort: Count = 128
@@ -216,7 +216,7 @@ class EmbeddingSearch:
     def __post_init__(self) -> None:
         if self.weights is not None and self.head != "hybrid":
             raise RecipeError("weights are those of a hybrid score", fix="set head: hybrid")
-        if self.index != "exact" and self.head != "dense":
+        if self.index != "exact" and self.head not in (None, "dense"):
             raise RecipeError(f"an approximate index holds dense vectors, not {self.head}", fix="set index: exact")
 
     def open(self, texts: SearchTexts) -> Searcher:
@@ -225,8 +225,9 @@ class EmbeddingSearch:
         if self.head == "hybrid":
             encoder = HybridEncoder(cached, self.weights or dict(M3_WEIGHTS))
         task, own = self.task or texts.task, texts.instructions if self.instructions else None
-        queries = TextReps(encoder, texts.queries, "query", task, self.head, own)
-        documents = TextReps(encoder, texts.corpus, "document", task, self.head)
+        head = self.head or main_head(cached)
+        queries = TextReps(encoder, texts.queries, "query", task, head, own)
+        documents = TextReps(encoder, texts.corpus, "document", task, head)
         return EmbeddingSearcher(queries, documents, self, {self.model: cached.fingerprint()})
 
 

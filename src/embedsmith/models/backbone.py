@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedTokenizerFast
 
 from embedsmith.core.device import check_fits, memory
 from embedsmith.core.errors import ModelError, foreign_errors
@@ -26,11 +26,12 @@ from embedsmith.models.folder import read_json, read_typed
 from embedsmith.models.heads.base import known_heads
 from embedsmith.models.lora import four_bit_loading, keep_trainable
 from embedsmith.models.self_test import layers_of
+from embedsmith.models.static import is_static, load_static
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = (
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/model.safetensors"),
-    "1_Pooling/*.safetensors",
+    *("1_Pooling/*.safetensors", "artifact.metadata"),
 )
 _SETTING_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -96,13 +97,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="save the tokenizer of the base model into the folder",
         )
-    if (folder / "config.json").exists():  # transformers reads it for the tokenizer too
+    if (folder / "config.json").exists() and not is_static(folder):  # transformers reads it for the tokenizer too
         read_architecture(folder, trust_remote_code)
     for path in (folder / name for name in _SETTING_FILES):
         if path.exists():
             read_typed(_TokenizerFile, path)
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     with foreign_errors("cannot load the tokenizer", files[0]), transformers_silenced():
+        if is_static(folder) and not (folder / "tokenizer_config.json").exists():
+            return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if tokenizer.is_fast:  # lengths are ours to say: a file may pad and cut every text to one length
             tokenizer.backend_tokenizer.no_padding()
@@ -118,6 +121,9 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
     Errors: `ModelError` for a missing or damaged file, an unknown architecture or one that is no encoder of texts,
     sizes beyond this machine, weights that do not fit, or an attention kernel that this machine has not.
     """
+    if is_static(folder):
+        table: nn.Module = load_static(folder, getattr(torch, config.dtype)).eval()
+        return table
     kind, model_config = read_architecture(folder, config.trust_remote_code)
     check_weight_files(folder)
     if (config.attn_implementation or "").startswith("flash") and not torch.cuda.is_available():  # no silent fallback
@@ -178,6 +184,9 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
 
     Errors: `ModelError` for a missing config.json or an unknown architecture.
     """
+    if is_static(folder):
+        frame: nn.Module = load_static(folder, device="meta")
+        return frame
     kind, model_config = read_architecture(folder, trust_remote_code)
     with foreign_errors("cannot read the architecture", folder), transformers_silenced(), torch.device("meta"):
         model: nn.Module = kind.from_config(model_config, trust_remote_code=trust_remote_code)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import Count, Width, section
 from embedsmith.core.shelf import Name, heads, poolings
 from embedsmith.models.attention import Mode, SoftMask
+from embedsmith.models.expansion import Expansion
 from embedsmith.models.heads.dense import HeadConfig
 from embedsmith.models.lora import LoraConfig
 from embedsmith.models.pooling import PoolerConfig
 
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 ComputeType = Literal["float32", "bfloat16", "float16"]
-PoolingName = Annotated[str, Name(poolings)]
+PoolingName = Annotated[str, Name(poolings, joined=True)]
 HeadName = Annotated[str, Name(heads)]  # named here: in the class, `heads` is a field
 
 
@@ -29,8 +30,9 @@ class ModelConfig:
 
     `path`: a transformers or sentence-transformers folder, or a hub id.
     `revision`: of a hub id, a branch, tag or commit; by default its main branch.
-    `pooling`: how token states become one vector: `cls`, `mean`, `weighted_mean`, `last`, `max`, `attention`, `latent`,
-        or one of an installed package; required for a folder that does not say.
+    `pooling`: how token states become one vector: `cls`, `mean`, `weighted_mean`, `mean_sqrt_len`, `last`, `max`,
+        `attention`, `latent`, or one of an installed package; several side by side as `mean+max`; required for a folder
+        that does not say.
     `pooler`: the shape of a pooling with weights, such as the last two.
     `max_length`: tokens a text may have, special tokens included (see `derive_max_length`).
     `prompts`: text put before every text, by `task-role`, task or role; replaces the folder's.
@@ -40,6 +42,7 @@ class ModelConfig:
     `heads_include_prompt`: the same for heads of tokens; by default M3's `sparse` and `multivector` leave prompts out,
         which would match in all texts of a role, and others do as `include_prompt` says.
     `normalize`: whether vectors get length 1; a plain transformers folder is normalised.
+    `similarity`: how two vectors are compared wherever they are scored: `cosine`, `dot`, `euclidean`, `manhattan`.
     `dimension`: adds a linear head from the pooled width to this width, with orthogonal rows.
     `head`: a new dense head, where its width is not all there is to say.
     `heads`: what the model makes of a text besides `dense`, which is always there: `sparse`, `multivector`, each alone
@@ -49,7 +52,13 @@ class ModelConfig:
     `sparse`: what a `sparse` head is: `lexical`, M3's weight a token (the default of a new one), or `splade`, a weight
         a word of the vocabulary through the language-model head.
     `sparse_terms`: words that a text keeps of a `splade` head; by default what the folder says, or 256.
-    `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's.
+    `multivector`: what a new `multivector` head is: `m3`, the mean over query tokens without the CLS (the default), or
+        `colbert`, the sum over them, with the CLS, without a bias, and without the punctuation of documents.
+    `multivector_dim`: width of a token's vector in a new `multivector` head, by default the backbone's (of `colbert`,
+        128).
+    `expansion`: fills short queries up with mask tokens whose vectors a `multivector` head scores too, as ColBERT does:
+        `{length: 32}`, `attend` (whether words see them, by default not), `cut` (longer queries are cut to that, by
+        default), `token`. No other head reads them; `None` is as the folder says.
     `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (see `extend_positions`).
     `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
         loading, not saved with the model (tokenize.py).
@@ -86,9 +95,12 @@ class ModelConfig:
     max_length: int | None = None
     prompts: Mapping[str, str] | None = None
     normalize: bool | None = None
+    similarity: Similarity | None = None
     dimension: Width | None = None
     heads: tuple[HeadName, ...] | None = None
+    multivector: Literal["m3", "colbert"] | None = None
     multivector_dim: Width | None = None
+    expansion: Expansion | None = None
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: Count | None = None
     positions: Count | None = None
@@ -142,10 +154,17 @@ class Settings:
     `templates`: by role, for instructions that come with a text. `echo`, `pool_special_tokens`: see `ModelConfig`.
     `eos_id`: the token put behind every text, where the tokenizer did not do so by itself. `mcls`: see `ModelConfig`.
     `similarity`: how two vectors are compared. `truncate_dim`: the leading numbers that `encode` keeps by default. Both
-    are as a sentence-transformers folder says; no representation depends on them, so `repr` leaves them out.
+    are as a sentence-transformers folder says.
+    `main`: the output that the model is made for, which is scored where none is named. `lengths`: tokens that a text of
+    a role may have, where that is less than `max_length`. `expansion`: of queries. `form`: of the folder that it is
+    saved as, on the shelf of forms.
+    What is the same for most models stays out of `repr`, and with it out of the hashes that were made before it was
+    there; `unusual` names it.
+
+    `pooling` is `None` for a model that was made for tokens or words alone, and has no dense vector.
     """
 
-    pooling: str
+    pooling: str | None
     max_length: int
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
@@ -160,6 +179,24 @@ class Settings:
     similarity: Similarity = field(default="cosine", repr=False)
     truncate_dim: int | None = field(default=None, repr=False)
     heads_include_prompt: bool | None = field(default=None, repr=False)
+    main: str = field(default="dense", repr=False)
+    lengths: Mapping[str, int] = field(default_factory=dict, repr=False)
+    expansion: Expansion | None = field(default=None, repr=False)
+    form: str = field(default="dense", repr=False)
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What `repr` leaves out and is not as by default, as far as a representation or a score depends on it."""
+        plain = Settings(self.pooling, self.max_length)
+        shown = {"form", "main", "heads_include_prompt"} | {
+            entry.name for entry in dataclasses.fields(self) if entry.repr
+        }
+        hidden = [entry.name for entry in dataclasses.fields(self) if entry.name not in shown]
+        return {name: getattr(self, name) for name in hidden if getattr(self, name) != getattr(plain, name)}
+
+    def length_for(self, role: Role) -> int:
+        """Tokens that a text of this role may have."""
+        return min(self.lengths.get(role, self.max_length), self.max_length)
 
     def prompt_for(self, role: Role, task: str | None = None) -> str:
         """The prompt of a text: the first of `task-role`, `task`, role (for documents also `passage` and `corpus`), the

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -14,9 +15,20 @@ from torch import Tensor, nn
 from embedsmith.core.encoder import Role, hash_with_weights, tokenizer_json
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
-from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
-from embedsmith.core.shelf import poolings
+from embedsmith.core.reps import (
+    Cosine,
+    Dense,
+    Euclidean,
+    Manhattan,
+    MultiVector,
+    Representation,
+    Reps,
+    concatenate,
+    each_head,
+    in_fp32,
+)
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
+from embedsmith.models import by_role
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
 from embedsmith.models.config import Settings
@@ -33,11 +45,11 @@ from embedsmith.models.encode import (
     window_rows,
 )
 from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
-from embedsmith.models.heads.dense import Projection
 from embedsmith.models.packing import Packing, first_position, packed, unpacked
-from embedsmith.models.pooling import PoolerConfig, mean, pool_mask, pooled
+from embedsmith.models.pooling import PoolerConfig, last_index, mean, pool_mask, pooled, pooling_named
 from embedsmith.models.self_test import kernel_precision
 from embedsmith.models.sentence_keywords import encode_with
+from embedsmith.models.static import StaticTable
 from embedsmith.models.tokenize import (
     Instruction,
     TextTokenizer,
@@ -48,12 +60,15 @@ from embedsmith.models.tokenize import (
 )
 from embedsmith.models.write import Saved
 
+_DISTANCES: Mapping[str, type[Dense]] = {"euclidean": Euclidean, "manhattan": Manhattan}
+
 
 class Embedder(nn.Module):
     """Texts to representations.
 
     `tokenize` makes token ids, `forward` makes `Reps` of a padded chunk with gradient, `represent` and `encode` do
-    both without. `softmask` and `progress` (from 0 to 1) say how far training under attention=softmask is.
+    both without. `query_side`: what reads queries, where that is another model; all else here is then that of
+    documents. `softmask` and `progress` (from 0 to 1) say how far training under attention=softmask is.
     """
 
     backbone: Any
@@ -63,7 +78,7 @@ class Embedder(nn.Module):
         backbone: nn.Module,
         tokenizer: Any,
         settings: Settings,
-        projections: Sequence[Projection] = (),
+        projections: Sequence[nn.Module] = (),
         token_heads: Mapping[str, Head] | None = None,
         attention: Attention = Attention(),  # noqa: B008  (frozen)
         softmask: SoftMask = SoftMask(),  # noqa: B008  (frozen)
@@ -71,7 +86,7 @@ class Embedder(nn.Module):
         pooler_config: PoolerConfig | None = None,
     ) -> None:
         super().__init__()
-        pooling: Callable[[Tensor, Tensor, Tensor], Tensor] = poolings.get(settings.pooling)
+        pooling: Any = None if settings.pooling is None else pooling_named(settings.pooling)
         if isinstance(pooling, type) != (pooler is not None):
             raise ModelError(f"pooling {settings.pooling!r} needs its weights, and no other pooling has any")
         self.backbone = backbone
@@ -86,6 +101,9 @@ class Embedder(nn.Module):
         self.attention, self.softmask = attention, softmask
         self.pooler, self.pooler_config = pooler, pooler_config
         self.base: Mapping[str, Any] | None = None
+        self.query_side: Embedder | None = None
+        if isinstance(backbone, StaticTable):
+            self.text.filler_id = backbone.nothing
         self.progress = 0.0
         self.packing, self.packs, self._first_position = False, Packing(), first_position(backbone)
         self.fused = "off (no GPU)"
@@ -94,7 +112,7 @@ class Embedder(nn.Module):
         # Of a text with many CLS the vector is the mean of their states; a middle layer has no trained weights.
         self._plain_pooling = mean if settings.mcls is not None or pooler is not None else pooling
         # Poolings over many tokens leave special ones out; last and cls pooling take what stands there.
-        averages = not settings.pool_special_tokens and settings.pooling not in ("last", "cls")
+        averages = not settings.pool_special_tokens and settings.pooling not in ("last", "cls", None)
         self._left_out_S = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64) if averages else None
 
     @property
@@ -114,7 +132,13 @@ class Embedder(nn.Module):
     @property
     def outputs(self) -> tuple[str, ...]:
         """What `forward` and `represent` can be asked for, beside `tokens`."""
-        return ("dense", "middle", *self.token_heads)
+        pooled_ones = () if self.settings.pooling is None else ("dense", "middle")
+        return (*pooled_ones, *self.token_heads)
+
+    @property
+    def main_head(self) -> str:
+        """The output that the model is made for."""
+        return self.settings.main
 
     @property
     def device(self) -> torch.device:
@@ -128,21 +152,25 @@ class Embedder(nn.Module):
             self.backbone,
             self.tokenizer,
             self.settings,
-            cast(Sequence[Projection], tuple(self.projections)),
+            tuple(self.projections),
             cast(Mapping[str, Head], dict(self.token_heads.items())),
             self.pooler,
             self.pooler_config,
             self.attention,
             self.base,
+            None if self.query_side is None else self.query_side.parts,
         )
 
     def fingerprint(self) -> str:
-        """A hash of everything a vector depends on: weights, settings, tokenizer."""
-        about = repr(self.settings) + tokenizer_json(self.tokenizer)
+        """A hash of everything a vector or a score depends on: weights, settings, tokenizer."""
+        unusual = self.settings.unusual
+        more = f"{unusual}" if unusual else ""
+        if self.query_side is not None:
+            more += f"{self.query_side.settings!r}{self.query_side.settings.unusual}"
         left_out = [name for name, head in self.token_heads.items() if self._leaves_prompt_out(head)]
         if left_out and any(self.settings.prompts.values()):  # models without prompts keep the hashes that they had
-            about += f" no prompt in {left_out}"
-        return hash_with_weights(about, self)
+            more += f" no prompt in {left_out}"
+        return hash_with_weights(repr(self.settings) + tokenizer_json(self.tokenizer) + more, self)
 
     def _leaves_prompt_out(self, head: Any) -> bool:
         settings = self.settings
@@ -160,12 +188,19 @@ class Embedder(nn.Module):
         A role may be given for all texts or for each. An instruction, one for all or one a text, replaces the prompt of
         the role and task.
         """
+        if self.query_side is not None:
+            roles: Sequence[Role] = [role] * len(texts) if isinstance(role, str) else role
+            own, theirs = partial(self._tokens, task=task), partial(self.query_side._tokens, task=task)
+            return by_role.tokenized({"query": theirs, "document": own}, texts, roles, instruction)
         block = self.settings.mcls
         if block is None:
             return self.text(texts, self.settings, role, task, instruction)
         ends = len(added_tokens(self.tokenizer)[1])
         shorter = replace(self.settings, max_length=room_for(self.settings.max_length, block, ends))
         return with_cls_blocks(self.text(texts, shorter, role, task, instruction), block, ends)
+
+    def _tokens(self, texts: Sequence[str], role: Role, instruction: Instruction, task: str | None) -> TokenBatch:
+        return self.text(texts, self.settings, role, task, instruction)
 
     def forward(self, padded: PaddedTokens, outputs: Sequence[str] = ("dense",)) -> dict[str, Representation]:
         """Representations of a padded chunk, with gradient, pooled and normalised in fp32 even under autocast.
@@ -176,13 +211,27 @@ class Embedder(nn.Module):
         `multivector`, a vector a token.
         Errors: `ModelError` for an output this model does not have.
         """
-        settings = self.settings
-        if unknown := [name for name in outputs if name not in (*self.token_heads, "dense", "middle", "tokens")]:
+        if unknown := [name for name in outputs if name not in (*self.outputs, "tokens")]:
+            fix = f"train one: {TRAIN_HEAD.format(unknown[0])}" if unknown[0] in known_heads() else None
+            if unknown[0] in ("dense", "middle"):
+                fix = (
+                    f"name what it has: head={self.main_head}, in a recipe the loss's head and --head of a command; a "
+                    "dense vector too is had with pooling (model.pooling=mean), and is then to be trained"
+                )
             raise ModelError(
-                f"this model has no output {unknown[0]!r}",
-                expected=f"one of {', '.join(self.outputs)}",
-                fix=f"train one: {TRAIN_HEAD.format(unknown[0])}" if unknown[0] in known_heads() else None,
+                f"this model has no output {unknown[0]!r}", expected=f"one of {', '.join(self.outputs)}", fix=fix
             )
+        if self.query_side is None:
+            return self._represented(padded, outputs)
+        own, theirs = self, self.query_side
+        models: dict[Role, tuple[by_role.Represent, int]] = {
+            "query": (partial(theirs._represented, outputs=outputs), theirs.pad_id),
+            "document": (partial(own._represented, outputs=outputs), own.pad_id),
+        }
+        return by_role.represented(models, padded)
+
+    def _represented(self, padded: PaddedTokens, outputs: Sequence[str]) -> dict[str, Representation]:
+        """What `forward` gives, by this model alone."""
         heads: dict[str, Any] = {name: head for name, head in self.token_heads.items() if name in outputs}
         own = {name: head(self, padded) for name, head in heads.items() if head.own_pass}
         if own and len(own) == len(set(outputs)):
@@ -197,12 +246,14 @@ class Embedder(nn.Module):
         pool_NT = self._pool_mask(padded)
         reps: dict[str, Representation] = {}
         with torch.autocast(last.device.type, enabled=False):
-            if "dense" in outputs:
+            vector_ND: Tensor | None = None
+            if "dense" in outputs or any(head.reads_vector for head in heads.values()):
                 pooling: Any = self._plain_pooling if self.pooler is None else self.pooler
                 vector_ND = pooled(pooling, in_fp32(last), pool_NT, padded)
                 for projection in self.projections:
                     vector_ND = projection(vector_ND)
-                reps["dense"] = Dense(F.normalize(vector_ND, dim=-1) if settings.normalize else vector_ND)
+                if "dense" in outputs:
+                    reps["dense"] = self._as_compared(vector_ND)
             if "middle" in outputs:
                 middle = in_fp32(given(states.hidden_states[len(states.hidden_states) // 2]))
                 middle_NH = pooled(self._plain_pooling, middle, pool_NT, padded)
@@ -212,10 +263,21 @@ class Embedder(nn.Module):
                 last_NTH = padded.spread(last) if self.packing else last
                 reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
             for name, head in heads.items():
-                if not head.own_pass:
+                if head.reads_vector:
+                    reps[name] = head(vector_ND, padded, pool_NT)
+                elif not head.own_pass:
                     hidden = padded.spread(last) if self.packing and not head.reads_packed else last
                     reps[name] = head(in_fp32(hidden), padded, self._part_of(head, padded))
         return reps | own
+
+    def _as_compared(self, vector_ND: Tensor) -> Dense:
+        """Vectors in the kind that scores them as the model's similarity says."""
+        settings = self.settings
+        if settings.normalize:
+            vector_ND = F.normalize(vector_ND, dim=-1)
+        if settings.similarity in _DISTANCES:
+            return _DISTANCES[settings.similarity](vector_ND)
+        return Dense(vector_ND) if settings.normalize or settings.similarity == "dot" else Cosine(vector_ND)
 
     def states(self, padded: PaddedTokens, all_layers: bool = False) -> Any:
         """The backbone's output for a padded chunk, under the model's attention: `last_hidden_state` [N, T, H], and
@@ -239,12 +301,14 @@ class Embedder(nn.Module):
         """pool_NT: the tokens that are pooled."""
         if self.settings.mcls is not None:
             return self._cls_mask(padded)
-        return self._part(padded, self.settings.include_prompt)
+        return self._part(padded, self.settings.include_prompt) & self._unfilled(padded)
 
     def _part_of(self, head: Any, padded: PaddedTokens) -> Tensor:
         """part_NT: the tokens that a head reads; a CLS between blocks is no word."""
         settings = self.settings
         part_NT = self._part(padded, head.reads_prompt(settings.include_prompt, settings.heads_include_prompt))
+        if not head.reads_filling:
+            part_NT = part_NT & self._unfilled(padded)
         if settings.mcls is None:
             return part_NT
         cls_NT = self._cls_mask(padded)
@@ -259,10 +323,11 @@ class Embedder(nn.Module):
         if self.packing:
             arguments = packed(padded, self.attention, self.backbone, self._first_position)
         else:
+            seen_NT = self._seen(padded)
             if self.attention.mode == "softmask" and self.training:  # as much of the future as the run is along
-                mask: Tensor | None = self.softmask.bias(padded.mask_NT, self.softmask.alpha(self.progress), dtype)
+                mask: Tensor | None = self.softmask.bias(seen_NT, self.softmask.alpha(self.progress), dtype)
             else:
-                mask = self.attention.mask(padded.mask_NT, implementation, dtype)
+                mask = self.attention.mask(seen_NT, implementation, dtype)
             arguments = {"input_ids": padded.id_NT, "attention_mask": mask}
             if self._takes_positions and (self.padding_left or (mask is not None and mask.dim() == 4)):
                 arguments["position_ids"] = (padded.mask_NT.cumsum(1) - 1).clamp_min(0)
@@ -272,6 +337,21 @@ class Embedder(nn.Module):
             arguments["output_hidden_states"] = True
         with kernel_precision(self.backbone):
             return call_backbone(self.backbone, arguments | {"return_dict": True})
+
+    def _seen(self, padded: PaddedTokens) -> Tensor:
+        """mask_NT of the tokens that others attend to: not those that only fill a query up."""
+        expansion = self.settings.expansion
+        return padded.mask_NT if expansion is None or expansion.attend else self._unfilled(padded)
+
+    def _unfilled(self, padded: PaddedTokens) -> Tensor:
+        """mask_NT without the tokens that only fill a query up."""
+        expansion = self.settings.expansion
+        if expansion is None:
+            return padded.mask_NT
+        number = self.tokenizer.convert_tokens_to_ids(expansion.token)
+        column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)
+        word_NT = padded.mask_NT & ((padded.id_NT != number) | ~padded.is_query_N[:, None])
+        return padded.mask_NT & (column_T <= last_index(word_NT)[:, None])
 
     def represent(
         self,
@@ -285,14 +365,39 @@ class Embedder(nn.Module):
         dtype: Compute | None = None,
         show_progress: bool | None = None,
     ) -> Reps:
-        """Representations of N texts, in their order, on the CPU, without gradient; of no text, of zero rows.
+        """Representations of N texts as they are scored, in their order, on the CPU, without gradient; of no text, of
+        zero rows. Dense vectors are cut to the folder's `truncate_dim`, and have length 1 where cosines compare them.
 
         `token_budget`: padded tokens in a chunk, `None` fits the device. `dtype`: computes under autocast; `auto` takes
         16 bits where the hardware multiplies them, and says so.
         `show_progress=None` shows a bar on a terminal, where there are texts enough for it.
         """
+        reps = self._read(texts, role, task, outputs, instruction, token_budget, dtype, show_progress)
+        dense = reps.get("dense")
+        return reps if not isinstance(dense, Dense) else {**reps, "dense": self._as_scored(dense)}
+
+    def _as_scored(self, dense: Dense) -> Dense:
+        width, settings = self.encoded_dimension, self.settings
+        if width < dense.vector_ND.shape[1]:
+            dense = replace(dense, vector_ND=in_fp32(dense.vector_ND)[:, :width])
+            if settings.similarity == "cosine":
+                dense = Cosine(dense.vector_ND)
+        return Dense(F.normalize(in_fp32(dense.vector_ND), dim=-1)) if isinstance(dense, Cosine) else dense
+
+    def _read(
+        self,
+        texts: Sequence[str],
+        role: Role,
+        task: str | None,
+        outputs: Sequence[str],
+        instruction: Instruction,
+        token_budget: int | None,
+        dtype: Compute | None,
+        show_progress: bool | None,
+    ) -> Reps:
+        """What the model makes of the texts, before anything is done for scoring."""
         if len(texts) == 0:  # the shapes of one text, without its row
-            one = self.represent([""], role=role, task=task, outputs=outputs, token_budget=token_budget, dtype=dtype)
+            one = self._read([""], role, task, outputs, None, token_budget, dtype, show_progress)
             return each_head(one, lambda rep: rep.rows(slice(0, 0)))
 
         def windows(size: int) -> Iterator[TokenBatch]:
@@ -408,15 +513,8 @@ class Embedder(nn.Module):
             options: dict[str, Any] = {"role": role, "task": task, "dim": dim, "precision": precision, "ranges": ranges}
             options |= {"instruction": instruction, "token_budget": token_budget, "dtype": dtype}
             return encode_with(self, texts, options | {"show_progress": show_progress}, keywords)
-        reps = self.represent(
-            [texts] if isinstance(texts, str) else texts,
-            role=role,
-            task=task,
-            instruction=instruction,
-            token_budget=token_budget,
-            dtype=dtype,
-            show_progress=show_progress,
-        )
+        listed = [texts] if isinstance(texts, str) else texts
+        reps = self._read(listed, role, task, ("dense",), instruction, token_budget, dtype, show_progress)
         made = quantize(self._vectors(reps, dim), precision, ranges)
         return made[0] if isinstance(texts, str) else made
 

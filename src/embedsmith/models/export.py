@@ -5,7 +5,8 @@ with the same scores (`export`); and any model as an embedder's folder, untraine
 the family's masked-language model and `SpladePooling` where the head is SPLADE's; a lexical head, for which
 sentence-transformers has no module, is loaded through embedsmith (`trust_remote_code=True`). `multivector` is a
 `MultiVectorEncoder` (sentence-transformers 6): its mean of best matches is M3's score. `pylate` is the same head for
-PyLate's `ColBERT`, loaded through embedsmith, since PyLate's own modules cannot leave the CLS of a query out.
+PyLate's `ColBERT`: of PyLate's own modules where the head is ColBERT's; M3's is loaded through embedsmith, since PyLate
+cannot leave the CLS of a query out.
 """
 
 import importlib.util
@@ -24,18 +25,24 @@ from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.outputs import atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.recipe import apply_override, parse
+from embedsmith.core.shelf import forms
 from embedsmith.models.backbone import locate
 from embedsmith.models.config import ModelConfig
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.folder import EMBEDDING_CONFIG, EmbeddingConfig, FolderFacts, read_json, read_typed, write_json
-from embedsmith.models.heads.base import TRAIN_HEAD, cpu_state
-from embedsmith.models.heads.splade import SPLADE_FILE, SpladeHead
-from embedsmith.models.heads.tokens import MultiVectorHead
+from embedsmith.models.folder import EMBEDDING_CONFIG, EmbeddingConfig, FolderFacts, write_json
+from embedsmith.models.forms.late import write_multivector
+from embedsmith.models.heads.base import TRAIN_HEAD, Head, cpu_state
+from embedsmith.models.heads.colbert import ColbertHead, ColbertSpec
+from embedsmith.models.heads.csr import CsrHead
+from embedsmith.models.heads.dense import Projection
+from embedsmith.models.heads.splade import SpladeHead
+from embedsmith.models.heads.static import StaticHead
+from embedsmith.models.heads.tokens import MultiVectorHead, SparseHead
+from embedsmith.models.layout import ST, clear, modules_in, name_model, write_modules
 from embedsmith.models.load import load
 from embedsmith.models.write import Saved, saved_model
 
 ExportedHead = Literal["dense", "sparse", "multivector", "pylate"]
-_MODULES = "sentence_transformers."
 
 
 def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, overwrite: bool = False) -> str:
@@ -48,7 +55,14 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, over
     an adapter apart.
     """
     saved = model.parts
-    there = ["dense", *(name for name, one in saved.heads.items() if not one.own_pass)]
+    if saved.query is not None:
+        raise ModelError(
+            "this model has another one for queries",
+            expected="a model for both sides",
+            fix="save it as it is: embedsmith convert MODEL OUT writes a Router, which sentence-transformers reads",
+        )
+    there = [] if saved.settings.pooling is None else ["dense"]
+    there += [name for name, one in saved.heads.items() if not one.own_pass]
     name = "multivector" if head == "pylate" else head
     if name not in there:
         raise ModelError(
@@ -57,49 +71,46 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, over
             fix=f"train one: {TRAIN_HEAD.format(name)}",
         )
     with claimed(folder, "export"), atomic_folder(folder, saved_model(), overwrite=overwrite) as root:
-        replace(saved, heads={name: saved.heads[name]} if head == "sparse" else {}).write(root)
+        kept = replace(saved, heads={name: saved.heads[name]} if head == "sparse" else {})
+        kept.write_dense(root)
         if head == "sparse":
             _as_sparse(saved, root)
         elif head == "multivector":
             _as_multivector(saved, root)
         elif head == "pylate":
             _as_pylate(saved, root)
-        through = _modules(root)[0]["type"].startswith("embedsmith.")
+        through = modules_in(root)[0]["type"].startswith("embedsmith.")
     kinds = {"dense": "SentenceTransformer", "sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}
     opened = "pylate.models.ColBERT" if head == "pylate" else f"sentence_transformers.{kinds[head]}"
     return f'{folder}: {opened}("{folder}"{", trust_remote_code=True" if through else ""})'
 
 
 def _as_sparse(saved: Saved, root: Path) -> None:
-    head = saved.heads["sparse"]
-    more = saved.embedding_config()
-    whole = None
-    if isinstance(head, SpladeHead) and saved.settings.include_prompt and more.standard:
-        whole = head.lm.masked_model(saved.backbone)
-    if whole is None:
-        standard = EmbeddingConfig.read(root).modules or _modules(root)
-        (root / EMBEDDING_CONFIG).unlink(missing_ok=True)
-        replace(more, modules=standard).write(root)
-        _write_modules(root, {"": "embedsmith.models.sentence.EmbedsmithSparse"})
-        _name_model(root, "SparseEncoder", "dot")
-        return
-    assert isinstance(head, SpladeHead)
-    _clear(root)
-    with transformers_silenced():
-        whole.save_pretrained(root)
-    pooling_path = _MODULES + "sparse_encoder.models.SpladePooling"
-    _write_modules(root, {"": _MODULES + "sparse_encoder.models.MLMTransformer", "1_SpladePooling": pooling_path})
-    pooling = {"pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": None}
-    write_json(root / "1_SpladePooling" / "config.json", pooling)
-    _name_model(root, "SparseEncoder", "dot", max_active_dims=head.terms)
+    head, more = saved.heads["sparse"], saved.embedding_config()
+    if not isinstance(head, SparseHead) and more.standard:
+        form = {CsrHead: "csr", StaticHead: "sparse_static"}.get(type(head), "splade")
+        if form != "splade" or (saved.settings.include_prompt and _is_masked(head, saved)):
+            forms.get(form).write(saved, root)
+            return
+    standard = EmbeddingConfig.read(root).modules or modules_in(root)
+    (root / EMBEDDING_CONFIG).unlink(missing_ok=True)
+    replace(more, modules=standard, main="sparse").write(root)
+    write_modules(root, {"": "embedsmith.models.sentence.EmbedsmithSparse"})
+    name_model(root, "SparseEncoder", "dot")
 
 
-def _multivector(saved: Saved) -> MultiVectorHead:
+def _is_masked(head: Head, saved: Saved) -> bool:
+    """Whether sentence-transformers has a module for this head and its language model."""
+    return isinstance(head, SpladeHead) and head.lm.masked_model(saved.whole_backbone()) is not None
+
+
+def _late_head(saved: Saved) -> MultiVectorHead | ColbertHead:
     """The head, where other libraries can do what this model does."""
     head = saved.heads["multivector"]
-    assert isinstance(head, MultiVectorHead)
+    assert isinstance(head, MultiVectorHead | ColbertHead)
     settings = saved.settings
-    if not (settings.include_prompt and saved.embedding_config().standard):
+    config = replace(saved.embedding_config(), lengths={}, expansion=None)  # which they have too
+    if not (settings.include_prompt and config.standard):
         raise ModelError(
             "the multi-vector models of other libraries cannot do what this model does",
             expected="prompts that take part, all tokens pooled, attention as its config says",
@@ -114,65 +125,41 @@ def _multivector(saved: Saved) -> MultiVectorHead:
 
 
 def _as_pylate(saved: Saved, root: Path) -> None:
-    """PyLate's layout: texts as they are (no marks in front, no expansion, no punctuation left out)."""
-    head = _multivector(saved)
-    _clear(root)
-    _write_modules(root, {"": _MODULES + "models.Transformer", "1_Dense": "embedsmith.models.late.WordVectors"})
+    """PyLate's layout. M3's head has texts as they are: no marks in front, no expansion, no punctuation left out."""
+    head = _late_head(saved)
+    if isinstance(head, ColbertHead):
+        forms.get("colbert").write(saved, root)
+        return
+    if saved.settings.expansion is not None:
+        raise ModelError(
+            "queries filled up for M3's head, which PyLate's module of it does not know",
+            fix="export the head multivector, for sentence-transformers 6, or train with model.multivector=colbert",
+        )
+    clear(root)
+    write_modules(root, {"": ST + "models.Transformer", "1_Dense": "embedsmith.models.late.WordVectors"})
     _write_dense(head.linear, root / "1_Dense", left_out=head.marks_S.tolist())
     lengths = dict.fromkeys(("query_length", "document_length"), saved.settings.max_length)
     plain = {"query_prefix": "", "document_prefix": "", "skiplist_words": [], "do_query_expansion": False}
-    _name_model(root, "ColBERT", "MaxSim", **lengths, **plain, attend_to_expansion_tokens=False)
+    name_model(root, "ColBERT", "MaxSim", **lengths, **plain, attend_to_expansion_tokens=False)
 
 
 def _as_multivector(saved: Saved, root: Path) -> None:
-    head = _multivector(saved)
-    _clear(root)
-    kinds = {
-        "": "base.modules.transformer.Transformer",
-        "1_Dense": "base.modules.dense.Dense",
-        "2_MultiVectorMask": "multi_vector_encoder.modules.MultiVectorMask",
-        "3_Normalize": "base.modules.normalize.Normalize",
-    }
-    _write_modules(root, {path: _MODULES + kind for path, kind in kinds.items()})
-    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-    identity = "torch.nn.modules.linear.Identity"
-    _write_dense(head.linear, root / "1_Dense", bias=True, activation_function=identity, **names)
-    left_out = saved.tokenizer.convert_ids_to_tokens(head.marks_S.tolist())
-    mask = {"skiplist_words": left_out, "skiplist_tasks": ["query", "document"], "keep_only_token_ids": None}
-    write_json(root / "2_MultiVectorMask" / "config.json", mask)
-    write_json(root / "3_Normalize" / "config.json", names)
-    _name_model(root, "MultiVectorEncoder", "meanmaxsim")
-
-
-def _clear(root: Path) -> None:
-    """Take away what belongs to the dense form and to other heads."""
-    for path in sorted(root.rglob("*"), reverse=True):
-        if path.parent != root or path.suffix == ".pt" or path.name in (EMBEDDING_CONFIG, SPLADE_FILE):
-            path.unlink() if path.is_file() else path.rmdir()
-        elif path.is_dir():
-            path.rmdir()
-
-
-def _modules(root: Path) -> tuple[dict[str, Any], ...]:
-    return read_typed(tuple[dict[str, Any], ...], root / "modules.json")
-
-
-def _write_modules(root: Path, types: Mapping[str, str]) -> None:
-    """`types`: the class of each module by its folder, in their order."""
-    entries = [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(types.items())]
-    write_json(root / "modules.json", entries)
+    """A MultiVectorEncoder. M3's head leaves the CLS out of both sides, and scores by the mean."""
+    head = _late_head(saved)
+    if isinstance(head, ColbertHead):
+        write_multivector(saved, root, head.projections, head.spec)
+        return
+    linear = head.linear
+    layer = Projection(linear.in_features, linear.out_features)
+    layer.linear = linear
+    left_out = tuple(saved.tokenizer.convert_ids_to_tokens(head.marks_S.tolist()))
+    write_multivector(saved, root, [layer], ColbertSpec(left_out, ("query", "document"), mean=True))
 
 
 def _write_dense(linear: nn.Linear, folder: Path, **more: Any) -> None:
     widths = {"in_features": linear.in_features, "out_features": linear.out_features}
     write_json(folder / "config.json", widths | more)
     save_file({f"linear.{name}": tensor for name, tensor in cpu_state(linear).items()}, folder / "model.safetensors")
-
-
-def _name_model(root: Path, kind: str, similarity: str, **more: Any) -> None:
-    """What sentence-transformers is to make of the folder."""
-    path = root / "config_sentence_transformers.json"
-    write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
 
 
 def convert(
@@ -198,7 +185,8 @@ def convert(
         for change in changes:
             apply_override(tree, change.removeprefix("model."))  # as a recipe and the messages call it
         config = parse(ModelConfig, tree, where="convert")
-        if config.pooling is None and FolderFacts.read(locate(config.path, config.revision)).pooling is None:
+        facts = FolderFacts.read(locate(config.path, config.revision))
+        if config.pooling is None and facts.pooling is None and facts.form == "dense":
             both_ways = config.attention in ("bidirectional", "softmask")
             tree["pooling"] = "mean" if both_ways else "last"
         embedder = load(parse(ModelConfig, tree, where="convert"), device="cpu")
@@ -206,9 +194,13 @@ def convert(
     found, size = embedder.attention, sum(p.numel() for p in embedder.parameters())
     kind = "causal" if found.causal else "bidirectional" if found.mode != "native" else "native"
     kind += " in part" if found.causal_layers else ""
+    pooling = embedder.settings.pooling
+    made = (
+        f"{embedder.dimension} numbers a text, {pooling} pooling" if pooling else f"for its {embedder.main_head} output"
+    )
     return (
-        f"{out}: {type(embedder.backbone).__name__}, {size:,} parameters, {embedder.dimension} numbers a text, "
-        f"{embedder.settings.pooling} pooling, {kind} attention, up to {embedder.max_length} tokens"
+        f"{out}: {type(embedder.backbone).__name__}, {size:,} parameters, {made}, {kind} attention, up to "
+        f"{embedder.max_length} tokens"
     )
 
 

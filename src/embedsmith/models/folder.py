@@ -1,6 +1,9 @@
 """Reading what a folder says about itself: sentence-transformers' files, legacy and 5.4+ schema, or none of them, and
 `embedding_config.json` for what those files have no place for.
 
+What kind of model the modules make is decided by the forms (forms/, one file each): the first that knows the modules
+says what the model is made of. A transformer with a pooling and layers behind it, the form `dense`, is read here.
+
 The latter is written only when it holds something. A program that does not read it still gets the right vectors from
 the standard files where those can express the model; where they cannot, `modules.json` names the module in
 `sentence.py` instead.
@@ -9,20 +12,21 @@ the standard files where those can express the model; where they cannot, `module
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from embedsmith.core import inputs
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
-from embedsmith.core.settings import Count, Finite, Range, Width, Word, section, to_plain
+from embedsmith.core.settings import Count, Finite, Range, Word, section, to_plain
+from embedsmith.core.shelf import forms
 from embedsmith.models.attention import Attention
-from embedsmith.models.heads.dense import Projection
+from embedsmith.models.expansion import Expansion
+from embedsmith.models.heads.base import HeadSpec
+from embedsmith.models.layers import LAYERS
 from embedsmith.models.pooling import PoolerConfig
 
 EMBEDDING_CONFIG = "embedding_config.json"
@@ -42,6 +46,8 @@ class EmbeddingConfig:
     `pool_special_tokens`: whether bos and its like take part in the pooling.
     `base`: what an adapter belongs to.
     `heads_include_prompt`: whether the tokens of a prompt take part in heads of tokens, where that was said.
+    `main`: the output that the model is made for. `form`: what it is saved as once its adapter is merged.
+    `lengths`: tokens that a text of a role may have. `expansion`: of queries.
     `modules`: the modules, where modules.json names sentence.py's.
     """
 
@@ -55,13 +61,19 @@ class EmbeddingConfig:
     pool_special_tokens: bool = True
     base: Mapping[str, Any] | None = None
     heads_include_prompt: bool | None = None
+    main: str = "dense"
+    form: str = "dense"
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    expansion: Expansion | None = None
     modules: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def standard(self) -> bool:
         """Whether standard files alone give the same vectors in sentence-transformers."""
         plain = self.pooling is None and self.echo is None and self.pool_special_tokens and self.base is None
-        return plain and self.attention.in_config
+        return (
+            plain and self.attention.in_config and not self.lengths and self.expansion is None and self.form == "dense"
+        )
 
     @classmethod
     def read(cls, folder: Path) -> EmbeddingConfig:
@@ -101,12 +113,13 @@ class _Base:
 
 POOLING_NAMES: Mapping[str, str] = {
     "cls": "cls",
+    "max": "max",
     "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
     "weightedmean": "weighted_mean",
     "lasttoken": "last",
-    "max": "max",
 }
-"""sentence-transformers' names to ours."""
+"""sentence-transformers' names to ours, in the order in which the legacy schema puts several side by side."""
 POOLING_SWITCHES: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -116,7 +129,15 @@ POOLING_SWITCHES: Mapping[str, str] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """The legacy schema: one boolean a mode, in this order in the file."""
-_KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
+KINDS = (
+    *("Transformer", "MLMTransformer", "StaticEmbedding", "SparseStaticEmbedding", "Router", "Asym"),
+    *("Pooling", *LAYERS, "SpladePooling", "SparseAutoEncoder", "MultiVectorMask"),
+)
+"""The modules that are read."""
+ELSEWHERE = (
+    "sentence-transformers itself can run it, to be scored beside others: "
+    "embedsmith.evaluate(SentenceTransformersEncoder.load(FOLDER), TASKS), from embedsmith.evaluate"
+)
 
 
 # What the files of sentence-transformers say, as far as it is read here.
@@ -142,14 +163,18 @@ class _EncoderFile:
 class _GeneralFile:
     """config_sentence_transformers.json."""
 
-    prompts: Mapping[str, str] | None = None
+    prompts: Mapping[str, str | None] | None = None
     default_prompt_name: str | None = None
-    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim"] | None = None
+    model_type: str | None = None
+    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim", "MaxSim"] | None = (
+        None
+    )
     truncate_dim: Count | None = None
+    max_active_dims: Count | None = None
 
 
 @dataclass(frozen=True)
-class _PoolingFile:
+class PoolingFile:
     """The config.json of a Pooling: the newer schema's mode, or the legacy schema's switches."""
 
     include_prompt: bool = True
@@ -161,16 +186,13 @@ class _PoolingFile:
     pooling_mode_weightedmean_tokens: bool = False
     pooling_mode_lasttoken: bool = False
 
-
-@dataclass(frozen=True)
-class _DenseFile:
-    """The config.json of a Dense."""
-
-    in_features: Width
-    out_features: Width
-    bias: bool = True
-    activation_function: str = "torch.nn.modules.activation.Tanh"
-    use_residual: bool = False
+    @property
+    def modes(self) -> list[str]:
+        """By sentence-transformers' names."""
+        if self.pooling_mode is not None:
+            return [self.pooling_mode] if isinstance(self.pooling_mode, str) else list(self.pooling_mode)
+        chosen = {mode for switch, mode in POOLING_SWITCHES.items() if getattr(self, switch)}
+        return [mode for mode in POOLING_NAMES if mode in chosen]
 
 
 @dataclass(frozen=True)
@@ -188,7 +210,12 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What a folder says; `None` where it says nothing."""
+    """What a folder says; `None` where it says nothing.
+
+    `form`: the name of its kind on the shelf of forms. `main`: the output that it is made for. `heads`: how heads are
+    made that the modules describe. `tokens`: texts that the tokenizer must take as one token each. `query`: what reads
+    queries, where that is another model than what reads documents.
+    """
 
     backbone: Path
     pooling: str | None = None
@@ -196,12 +223,19 @@ class FolderFacts:
     max_length: int | None = None
     lower_case: bool = False
     normalize: bool | None = None
-    projections: tuple[Projection, ...] = ()
+    projections: tuple[Any, ...] = ()
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     similarity: str | None = None
     truncate_dim: int | None = None
     embedding_config: EmbeddingConfig = EmbeddingConfig()
+    form: str = "dense"
+    main: str = "dense"
+    heads: Mapping[str, HeadSpec] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    expansion: Expansion | None = None
+    query: FolderFacts | None = None
 
     @classmethod
     def read(cls, folder: Path) -> FolderFacts:
@@ -209,66 +243,153 @@ class FolderFacts:
 
         Errors: `ModelError` for a file that is not JSON, a module this cannot do, a pooling that is not known.
         """
+        return FolderFiles.read(folder).facts()
+
+    def with_late(self, head: HeadSpec, lengths: Mapping[str, int], expansion: Expansion | None) -> FolderFacts:
+        """The same with a multi-vector head and its rules of reading."""
+        return replace(self, heads={"multivector": head}, lengths=lengths, expansion=expansion)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of a folder: `kind` is the last part of its class's name."""
+
+    kind: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files that say what a folder holds, read and checked one by one, before anything is made of them.
+
+    `place`: where the modules are listed, for messages.
+    """
+
+    folder: Path
+    place: Path
+    modules: tuple[Module, ...]
+    general: _GeneralFile
+    more: EmbeddingConfig
+
+    @classmethod
+    def read(cls, folder: Path) -> FolderFiles:
+        """Errors: as of `FolderFacts.read`."""
         more = EmbeddingConfig.read(folder)
-        if not (folder / "modules.json").exists():
-            return cls(backbone=folder, embedding_config=more)
-        modules = _modules(more, folder)
-        backbone = modules[0][1]
-        places = [place / "sentence_bert_config.json" for place in (backbone, folder)]
-        encoder = next((read_typed(_EncoderFile, path) for path in places if path.exists()), _EncoderFile())
+        listed = (folder / "modules.json").exists()
         path = folder / "config_sentence_transformers.json"
-        general = read_typed(_GeneralFile, path) if path.exists() else _GeneralFile()
+        general = read_typed(_GeneralFile, path) if listed and path.exists() else _GeneralFile()
         if general.default_prompt_name is not None and general.default_prompt_name not in (general.prompts or {}):
             raise ModelError(
                 f"default_prompt_name is {general.default_prompt_name!r}, and there is no such prompt",
                 where=path,
                 expected=f"null, or one of {', '.join(general.prompts or {}) or '(none)'}",
             )
-        pooling, include_prompt = _pooling(modules[1][1] / "config.json", more.pooling)
-        return cls(
-            backbone=backbone,
+        place = folder / (EMBEDDING_CONFIG if more.modules else "modules.json")
+        entries = listed_modules(more, folder) if listed else ()
+        modules = tuple(module_of(entry.type, folder / entry.path, folder, place) for entry in entries)
+        return cls(folder, place, modules, general, more)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(module.kind for module in self.modules)
+
+    def facts(self) -> FolderFacts:
+        """What the first form that knows these modules makes of them.
+
+        Errors: `ModelError` for modules that make no model, naming them.
+        """
+        for entry in forms.entries():
+            found: FolderFacts | None = entry.thing.facts(self)
+            if found is not None:
+                return found
+        if not self.modules:
+            return FolderFacts(backbone=self.folder, embedding_config=self.more)
+        return self._dense()
+
+    def _dense(self) -> FolderFacts:
+        if self.kinds[:2] != ("Transformer", "Pooling") or any(kind not in LAYERS for kind in self.kinds[2:]):
+            raise ModelError(
+                f"modules in the order {', '.join(self.kinds)}",
+                where=self.place,
+                expected="the modules of one kind of model: " + "; ".join(entry.summary for entry in forms.entries()),
+                fix=f"check that the folder was copied as a whole and not mixed with another; {ELSEWHERE}",
+            )
+        path = self.modules[1].path / "config.json"
+        if self.more.form != "dense" and not read_typed(PoolingFile, path).modes:
+            pooling, include_prompt = None, True
+        else:
+            pooling, include_prompt = read_pooling(path, self.more.pooling)
+        return FolderFacts(
+            form=self.more.form,
+            **self.shared(self.modules[0].path),
             pooling=pooling,
             include_prompt=include_prompt,
-            max_length=encoder.max_seq_length,
-            lower_case=bool(encoder.do_lower_case),
-            normalize=modules[-1][0] == "Normalize",
-            projections=tuple(_projection(path) for kind, path in modules if kind == "Dense"),
-            prompts=dict(general.prompts or {}),
-            default_prompt=general.default_prompt_name,
-            similarity=general.similarity_fn_name,
-            truncate_dim=general.truncate_dim,
-            embedding_config=more,
+            **self.layers(2),
         )
 
+    def layers(self, start: int) -> dict[str, Any]:
+        """The layers from a place on, as `FolderFacts` takes them: a Normalize at the end is a setting."""
+        rest = self.modules[start:]
+        last = bool(rest) and rest[-1].kind == "Normalize"
+        kept = rest[:-1] if last else rest
+        return {"normalize": last, "projections": tuple(LAYERS[module.kind](module.path) for module in kept)}
 
-def _modules(more: EmbeddingConfig, folder: Path) -> list[tuple[str, Path]]:
-    """Kind and folder of every module. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other
-    packages' modules are not ours to guess at, whatever their last name."""
-    where = folder / (EMBEDDING_CONFIG if more.modules else "modules.json")
-    modules: list[tuple[str, Path]] = []
-    for entry in listed_modules(more, folder):
-        name, kind = entry.type, entry.type.rpartition(".")[2]
-        if not name.startswith("sentence_transformers.") or kind not in _KINDS:
+    def shared(self, backbone: Path) -> dict[str, Any]:
+        """What every form takes from the same files, as `FolderFacts` takes it."""
+        places = [place / "sentence_bert_config.json" for place in (backbone, self.folder)]
+        path = next((place for place in places if place.exists()), None)
+        encoder = read_typed(_EncoderFile, path) if path is not None else _EncoderFile()
+        general = self.general
+        return {
+            "backbone": backbone,
+            "max_length": encoder.max_seq_length,
+            "lower_case": bool(encoder.do_lower_case),
+            "prompts": {name: text for name, text in (general.prompts or {}).items() if text is not None},
+            "default_prompt": general.default_prompt_name,
+            "similarity": general.similarity_fn_name,
+            "truncate_dim": general.truncate_dim,
+            "embedding_config": self.more,
+            "main": self.more.main,
+            "lengths": self.more.lengths,
+            "expansion": self.more.expansion,
+        }
+
+    def shared_of_sparse(self, backbone: Path) -> dict[str, Any]:
+        """The same for a SparseEncoder. Errors: `ModelError` for one that does not compare by inner products."""
+        named = self.general.similarity_fn_name
+        if named not in (None, "dot"):
             raise ModelError(
-                f"the module {name!r} is not supported",
-                where=where,
-                expected=f"sentence-transformers modules of the kinds {', '.join(_KINDS)}",
+                f"similarity_fn_name is {named!r}, and sparse vectors are compared by inner products",
+                where=self.folder / "config_sentence_transformers.json",
+                expected="dot",
+                fix=f"write dot there if that ranks as well; {ELSEWHERE}",
             )
-        path = inputs.local_path(folder / entry.path, ModelError).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise ModelError(
-                f"the module path {entry.path!r} leaves the folder", where=where, expected="a relative path"
-            )
-        modules.append((kind, path))
-    kinds = [kind for kind, _ in modules]
-    middle = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]
-    if kinds[:2] != ["Transformer", "Pooling"] or any(kind != "Dense" for kind in middle):
+        return {**self.shared(backbone), "similarity": None, "main": "sparse"}
+
+
+def module_of(name: str, path: Path, folder: Path, where: Path) -> Module:
+    """A module by the name of its class. `Pooling` is `sentence_transformers.models.Pooling` or its newer path; other
+    packages' modules are not ours to guess at, whatever their last name, but for PyLate's `Dense`.
+
+    Errors: `ModelError` for a module that is not read, and for a path out of the folder.
+    """
+    kind = name.rpartition(".")[2]
+    ours = name.startswith("sentence_transformers.") or name == PYLATE_DENSE
+    if not ours or kind not in KINDS:
         raise ModelError(
-            f"modules in the order {', '.join(kinds) or '(none)'}",
+            f"the module {name!r} is not supported",
             where=where,
-            expected="Transformer, Pooling, any number of Dense, then at most one Normalize",
+            expected=f"sentence-transformers modules of the kinds {', '.join(KINDS)}",
+            fix=ELSEWHERE,
         )
-    return modules
+    found = inputs.local_path(path, ModelError).resolve()
+    if not found.is_relative_to(folder.resolve()):
+        inside = Path(os.path.relpath(path, folder))
+        raise ModelError(f"the module path {str(inside)!r} leaves the folder", where=where, expected="a relative path")
+    return Module(kind, found)
+
+
+PYLATE_DENSE = "pylate.models.Dense.Dense"
 
 
 def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
@@ -282,45 +403,20 @@ def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
         raise ModelError(f"modules: {error.what}", where=folder / EMBEDDING_CONFIG) from error
 
 
-def _pooling(path: Path, named: str | None) -> tuple[str, bool]:
+def read_pooling(path: Path, named: str | None) -> tuple[str, bool]:
     """Mode (one that sentence-transformers lacks is `named` elsewhere) and whether prompt tokens take part."""
-    config = read_typed(_PoolingFile, path)
+    config = read_typed(PoolingFile, path)
     if named is not None:
         return named, config.include_prompt
-    modes = config.pooling_mode
-    if modes is None:
-        modes = [mode for switch, mode in POOLING_SWITCHES.items() if getattr(config, switch)]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in POOLING_NAMES:
+    modes = config.modes
+    if not modes or any(mode not in POOLING_NAMES for mode in modes):
         raise ModelError(
             f"pooling {' + '.join(modes) or '(none)'} is not supported",
             where=path,
-            expected=f"exactly one of {', '.join(POOLING_NAMES)}",
-            fix="use a model that pools in one of these ways",
+            expected=f"one or several of {', '.join(POOLING_NAMES)}",
+            fix="use a model that pools in these ways",
         )
-    return POOLING_NAMES[modes[0]], config.include_prompt
-
-
-def _projection(path: Path) -> Projection:
-    config = read_typed(_DenseFile, path / "config.json")
-    widths = config.in_features, config.out_features
-    try:
-        projection = Projection(*widths, config.bias, config.activation_function, config.use_residual)
-    except ModelError as error:
-        raise ModelError(error.what, where=path / "config.json", expected=error.expected) from error
-    weights = path / "model.safetensors"
-    if not weights.exists():
-        raise ModelError(
-            "the weights of a Dense module are missing",
-            where=weights,
-            expected="model.safetensors",
-            fix="save the model again with a current sentence-transformers, or copy the missing file",
-        )
-    try:
-        projection.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot read the weights of a Dense module: {error}", where=weights) from error
-    return projection
+    return "+".join(POOLING_NAMES[mode] for mode in modes), config.include_prompt
 
 
 S = TypeVar("S")

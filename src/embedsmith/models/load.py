@@ -30,10 +30,12 @@ from embedsmith.models.backbone import (
 )
 from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
+from embedsmith.models.expansion import Expansion
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
 from embedsmith.models.fused import fuse_kernels
 from embedsmith.models.heads.base import HeadSource
-from embedsmith.models.heads.dense import HeadConfig, Projection
+from embedsmith.models.heads.dense import HeadConfig
+from embedsmith.models.layers import check_widths, width_after
 from embedsmith.models.lora import (
     ADAPTER,
     UnmergedError,
@@ -44,14 +46,16 @@ from embedsmith.models.lora import (
     merged,
 )
 from embedsmith.models.packing import decide_packing
-from embedsmith.models.pooling import PoolerConfig
+from embedsmith.models.pooling import PoolerConfig, pooled_width, pooling_named
 from embedsmith.models.self_test import is_flash
+from embedsmith.models.static import StaticTable
 from embedsmith.models.tokenize import (
     TextTokenizer,
     added_tokens,
     compiled,
     put_end_token,
     put_first_token,
+    put_single_tokens,
     template_named,
     unescaped,
 )
@@ -76,7 +80,10 @@ def load(
         config = dataclasses.replace(path, **overrides)
     else:
         config = parse(ModelConfig, {"path": str(path), **overrides}, where="load")
-    source = ModelSource.find(config)
+    return _loaded(ModelSource.find(config), target, new_heads)
+
+
+def _loaded(source: ModelSource, target: torch.device, new_heads: bool) -> Embedder:
     config, saved = source.config, source.facts.embedding_config.attention
     mode = config.attention or saved.mode
     tokenizer = source.tokenizer()
@@ -95,11 +102,16 @@ def load(
     settings = source.settings(tokenizer, positions_of(backbone), attention)
     embedder = source.assemble(backbone, tokenizer, settings, attention, new_heads)
     source.adapt(embedder)
+    if (queries := source.of_queries()) is not None:
+        embedder.query_side = _loaded(queries, target, new_heads=False)
     embedder.to(target).eval()
     if target.type == "cuda":
         embedder.fused = fuse_kernels(embedder.backbone)
+    packing = config.packing
+    if settings.expansion is not None and not settings.expansion.attend:  # a row has no mask of keys
+        packing = False
     embedder.packs = decide_packing(
-        embedder.backbone, attention, config.packing, config.attn_implementation, settings.max_length
+        embedder.backbone, attention, packing, config.attn_implementation, settings.max_length
     )
     embedder.packing = embedder.packs.on
     if config.compile:
@@ -117,7 +129,7 @@ def without_weights(config: ModelConfig) -> Embedder:
     frame: Any = skeleton(source.base, config.trust_remote_code)
     if config.positions is not None:
         extend_positions(frame, config.positions)
-    if (config.pooling or source.facts.pooling) is None:
+    if (config.pooling or source.facts.pooling) is None and source.facts.main == "dense":
         if not added_tokens(tokenizer)[1]:
             raise ModelError(
                 "this folder does not say how to pool, and last-token pooling puts an end token behind every text",
@@ -128,7 +140,10 @@ def without_weights(config: ModelConfig) -> Embedder:
         source = dataclasses.replace(source, config=config)
     source.prepare_tokenizer(tokenizer, frame)
     settings = source.settings(tokenizer, positions_of(frame), Attention())
-    return Embedder(frame, tokenizer, dataclasses.replace(settings, pooling="mean")).eval()
+    embedder = Embedder(frame, tokenizer, dataclasses.replace(settings, pooling="mean")).eval()
+    if (queries := source.of_queries()) is not None:
+        embedder.query_side = without_weights(queries.config)
+    return embedder
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,25 @@ class ModelSource:
         )
         return cls(changed, facts, locate(str(path), found.get("revision")), folder)
 
+    def of_queries(self) -> ModelSource | None:
+        """What reads queries, where a Router names another model for them. What the user changes about the model is
+        about that of the documents, but for what is said of texts and of how to compute."""
+        facts = self.facts.query
+        if facts is None:
+            return None
+        if self.config.lora is not None:
+            raise ModelError(
+                "an adapter for a model that has another one for queries",
+                where=self.config.path,
+                fix="leave model.lora out, and train the weights",
+            )
+        kept = (
+            *("prompts", "template", "instructions", "max_length", "normalize", "similarity", "trust_remote_code"),
+            *("dtype", "attn_implementation", "gradient_checkpointing", "packing", "compile"),
+        )
+        config = ModelConfig(str(facts.backbone), **{name: getattr(self.config, name) for name in kept})
+        return ModelSource(config, facts, facts.backbone)
+
     def tokenizer(self) -> Any:
         """The folder's, else that of the base. Errors: `ModelError` for one that has no fast form."""
         folder = self.facts.backbone if has_tokenizer(self.facts.backbone) else self.base
@@ -185,6 +219,9 @@ class ModelSource:
                 steps = [normalizer[place] for place in range(len(normalizer))]
             if not any(isinstance(step, normalizers.Lowercase) for step in steps):
                 tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+        put_single_tokens(tokenizer, facts.tokens)
+        if isinstance(backbone, StaticTable):  # no token stands around a text
+            tokenizer.backend_tokenizer.post_processor = None
         if config.cls_token is not None:
             put_first_token(tokenizer, backbone, config.cls_token)
         if self.append_eos:
@@ -206,11 +243,24 @@ class ModelSource:
             return self.config.append_eos is not False
         return self.config.pooling == "last" and self.facts.pooling is None
 
-    def pooling(self, tokenizer: Any, attention: Attention) -> str:
-        """As the user asks, else as the folder says. Errors: `ModelError` when neither says it, for a pooling that no
-        installed package has, for cls pooling of causal attention."""
+    @property
+    def form(self) -> str:
+        """That of the folder, unless the user asks for more than it can hold."""
+        config, facts = self.config, self.facts
+        asked = config.pooling not in (None, facts.pooling) or config.head is not None or config.dimension is not None
+        there = set(facts.heads) | ({facts.main} - {"dense"})
+        more = config.heads is not None and set(config.heads) - {"dense"} != there
+        return "dense" if asked or more else facts.form
+
+    def pooling(self, tokenizer: Any, attention: Attention) -> str | None:
+        """As the user asks, else as the folder says; `None` for a folder that is made for words or tokens alone.
+
+        Errors: `ModelError` when neither says it, for a pooling that no installed package has, for cls pooling of
+        causal attention."""
         config = self.config
         pooling = config.pooling or self.facts.pooling
+        if pooling is None and self.form != "dense":
+            return None
         if pooling is None:
             raise ModelError(
                 "this folder does not say how to pool",
@@ -220,7 +270,7 @@ class ModelSource:
                 "make an embedder of the folder first: embedsmith convert MODEL NEW_FOLDER model.pooling=mean",
             )
         try:
-            poolings.entry(pooling)
+            pooling_named(pooling)
         except RecipeError as error:
             if config.pooling is not None:
                 raise
@@ -254,7 +304,8 @@ class ModelSource:
         if special is None:
             # A decoder's first token is a sink of attention whose large state says nothing about the text.
             sink = (attention.causal or attention.mode != "native") and bool(added_tokens(tokenizer)[0])
-            takes_part = saved.pool_special_tokens if facts.pooling is not None else not sink
+            said = facts.pooling is not None or facts.form != "dense"
+            takes_part = saved.pool_special_tokens if said else not sink
             special = takes_part or pooling in ("last", "cls")  # which take a single token as it is
         settings = Settings(
             pooling=pooling,
@@ -274,8 +325,12 @@ class ModelSource:
             pool_special_tokens=special,
             eos_id=added_tokens(tokenizer)[1][-1] if self.append_eos else saved.eos_id,
             mcls=config.mcls,
-            similarity=_similarity(facts.similarity),
+            similarity=config.similarity or _similarity(facts.similarity),
             truncate_dim=facts.truncate_dim,
+            main=facts.main if self.form == facts.form else "dense",
+            lengths={**facts.lengths, **self._filled_queries()},
+            expansion=_with_token(config.expansion or facts.expansion, tokenizer, config.path),
+            form=self.form,
         )
         if settings.echo is not None and settings.echo.count("{text}") != 2:
             raise ModelError(f"echo is {settings.echo!r}", where=config.path, expected="a text with {text} in it twice")
@@ -288,6 +343,11 @@ class ModelSource:
                     fix="shorten the prompt or raise model.max_length",
                 )
         return settings
+
+    def _filled_queries(self) -> dict[str, int]:
+        """The length to which queries are cut that the user wants filled up."""
+        expansion = self.config.expansion
+        return {} if expansion is None or not expansion.cut else {"query": expansion.length}
 
     def prompted(self, settings: Settings) -> Settings:
         """Prompts as the user gave them, or made from a template and the tasks' instructions."""
@@ -305,13 +365,14 @@ class ModelSource:
         made = compiled(templates, config.instructions or {})
         return dataclasses.replace(settings.with_prompts(made), templates=dict(templates))
 
-    def projections(self, width: int) -> list[Projection]:
-        """The folder's dense layers, then a new one where another dimension is asked for.
+    def projections(self, width: int) -> list[Any]:
+        """The folder's layers, then a new one where another dimension is asked for.
 
-        `width`: of what the pooling gives.
+        `width`: of what the pooling gives. Errors: `ModelError` for a layer of another width.
         """
         config, layers = self.config, list(self.facts.projections)
-        width = layers[-1].linear.out_features if layers else width
+        check_widths(layers, width, self.facts.backbone)
+        width = width_after(layers, width)
         if config.head is not None:
             if config.dimension not in (None, config.head.out):
                 raise ModelError(f"dimension={config.dimension} and head.out={config.head.out}", fix="keep one of them")
@@ -320,12 +381,12 @@ class ModelSource:
             layers += HeadConfig(out=config.dimension).build(width)
         return layers
 
-    def pooler(self, name: str, hidden_size: int) -> tuple[nn.Module | None, PoolerConfig | None]:
+    def pooler(self, name: str | None, hidden_size: int) -> tuple[nn.Module | None, PoolerConfig | None]:
         """The module of a pooling with weights and its shape, the folder's where it pools so; `None` for one without.
 
         Errors: `ModelError` naming the file of the weights when it is missing, damaged or of another shape.
         """
-        kind = poolings.get(name)
+        kind = None if name is None else pooling_named(name)
         if not isinstance(kind, type):
             return None, None
         saved = self.facts.embedding_config
@@ -347,7 +408,8 @@ class ModelSource:
         config = self.config
         hidden_size = backbone.config.get_text_config().hidden_size
         pooler, shape = self.pooler(settings.pooling, hidden_size)
-        width = hidden_size if pooler is None else int(pooler.width)  # type: ignore[arg-type]
+        width = pooled_width(settings.pooling, pooler, hidden_size)
+        layers = self.projections(width)
         source = HeadSource(
             folder=self.facts.backbone,
             base=self.base,
@@ -357,14 +419,17 @@ class ModelSource:
             trust_remote_code=config.trust_remote_code,
             sparse=config.sparse,
             sparse_terms=config.sparse_terms,
+            multivector=config.multivector,
             multivector_dim=config.multivector_dim,
             new_heads=new_heads,
+            specs=self.facts.heads,
+            width=width_after(layers, width),
         )
         return Embedder(
             backbone,
             tokenizer,
             settings,
-            self.projections(width),
+            layers,
             source.build(config.heads),
             attention=attention,
             softmask=config.softmask,
@@ -401,6 +466,23 @@ def _similarity(named: str | None) -> Similarity:
     """What a folder names, where that compares two vectors: a sparse or multi-vector model (maxsim) has a cosine for
     its dense vectors."""
     return next((known for known in get_args(Similarity) if known == named), "cosine")
+
+
+def _with_token(expansion: Expansion | None, tokenizer: Any, path: str) -> Expansion | None:
+    """How queries are filled up, with the token that fills them. Errors: `ModelError` where there is none."""
+    if expansion is None:
+        return None
+    token = expansion.token or tokenizer.mask_token or tokenizer.eos_token
+    number = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    if number is None or (number == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        raise ModelError(
+            f"queries are filled up with {token!r}, which the tokenizer has not"
+            if token
+            else "the tokenizer has no mask token, with which queries are filled up",
+            where=path,
+            fix="copy the folder again, as a whole",
+        )
+    return dataclasses.replace(expansion, token=token)
 
 
 def best_device() -> str:

@@ -49,6 +49,17 @@ def mean(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     return torch.bmm(share_NT[:, None, :], hidden_NTH)[:, 0]
 
 
+@poolings.register("mean_sqrt_len", formula="sum_t m_t h_t / sqrt(sum_t m_t)")
+def mean_sqrt_len(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """sum_t m_t h_t / sqrt(sum_t m_t): the mean times the root of the number of tokens."""
+    mean_NH: Tensor = mean(hidden_NTH, pool_NT, mask_NT)
+    return mean_NH * _root_of_count(pool_NT)
+
+
+def _root_of_count(pool_NT: Tensor) -> Tensor:
+    return pool_NT.sum(1, keepdim=True).float().sqrt()
+
+
 @poolings.register("weighted_mean", formula="sum_t t m_t h_t / sum_t t m_t", source="SGPT")
 def weighted_mean(hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """sum_t t m_t h_t / sum_t t m_t, t counted from 1 at the first real token, prompt included (SGPT)."""
@@ -105,14 +116,49 @@ _PACKED: Mapping[Any, Callable[[Tensor, Tensor, PaddedTokens], Tensor]] = {
     cls: lambda state_SH, pool_NT, padded: _at(state_SH, first_index(pool_NT), padded),
     last: lambda state_SH, pool_NT, padded: _at(state_SH, last_index(pool_NT), padded),
     mean: _packed_mean,
+    mean_sqrt_len: lambda state_SH, pool_NT, padded: _packed_mean(state_SH, pool_NT, padded) * _root_of_count(pool_NT),
     weighted_mean: _packed_weighted_mean,
     maximum: _packed_maximum,
 }
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Several poolings side by side: their vectors one behind the other."""
+
+    parts: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...]
+
+    def __call__(self, hidden_NTH: Tensor, pool_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        return torch.cat([part(hidden_NTH, pool_NT, mask_NT) for part in self.parts], dim=-1)
+
+
+def pooling_named(name: str) -> Any:
+    """The pooling of a name, or of several joined by `+`.
+
+    Errors: `RecipeError` for a name that is not on the shelf; `ModelError` for one with weights among several.
+    """
+    parts = tuple(poolings.get(part) for part in name.split("+"))
+    if len(parts) == 1:
+        return parts[0]
+    if trained := [one for one, part in zip(name.split("+"), parts, strict=True) if isinstance(part, type)]:
+        raise ModelError(
+            f"pooling {name}: {trained[0]} has weights, and stands alone", fix=f"use {trained[0]}, or leave it out"
+        )
+    return Joined(parts)
+
+
+def pooled_width(name: str | None, pooler: nn.Module | None, hidden_size: int) -> int:
+    """Numbers that a pooling of states of this width gives."""
+    if pooler is not None:
+        return int(pooler.width)  # type: ignore[arg-type]
+    return hidden_size * (1 if name is None else name.count("+") + 1)
+
+
 def pooled(pooling: Any, hidden: Tensor, pool_NT: Tensor, padded: PaddedTokens) -> Tensor:
     """A pooling of states [N, T, H], or of those of a packed chunk, [S, H]: without a padded copy of these where the
     pooling stands above, with one for any other."""
+    if isinstance(pooling, Joined):
+        return torch.cat([pooled(part, hidden, pool_NT, padded) for part in pooling.parts], dim=-1)
     if hidden.dim() == 2 and pooling in _PACKED:
         return _PACKED[pooling](hidden, pool_NT, padded)
     vector_ND: Tensor = pooling(padded.spread(hidden) if hidden.dim() == 2 else hidden, pool_NT, padded.mask_NT)

@@ -16,11 +16,12 @@ reconstructed. A text of one block has its ordinary CLS vector.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.processors import Sequence as Steps
 
@@ -113,7 +114,7 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self._native = tokenizer.backend_tokenizer
         ids = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-        self._filler_id: int = next((number for number in ids if number is not None), 0)
+        self.filler_id: int = next((number for number in ids if number is not None), 0)
         self.pad_id: int = next((number for number in (tokenizer.pad_token_id, ids[0]) if number is not None), 0)
 
     def __call__(
@@ -133,11 +134,10 @@ class TextTokenizer:
             prompts = _instructed(prompts, instruction, [settings.templates.get(each) for each in roles])
         if settings.echo is not None:
             prompts, texts = self._twice(prompts, texts, settings)
-        self._set_up(settings.max_length)
         with_prompts = any(prompts)
         whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)] if with_prompts else list(texts)
         try:
-            encodings = (self._native.encode_batch if with_prompts else self._native.encode_batch_fast)(whole)
+            encodings = self._encoded(whole, [settings.length_for(each) for each in roles], with_prompts)
         except TypeError:  # broken Unicode, which the native code refuses without saying where it is
             for number, text in enumerate(whole):
                 if text.encode("utf-8", "replace").decode() != text:
@@ -148,13 +148,34 @@ class TextTokenizer:
         starts = [0] * len(texts)
         if with_prompts:
             starts = [_body_start(encoding, len(prompt)) for encoding, prompt in zip(encodings, prompts, strict=True)]
-        rows = (encoding.ids or [self._filler_id] for encoding in encodings)
+        rows: Iterable[list[int]] = (encoding.ids or [self.filler_id] for encoding in encodings)
+        if settings.expansion is not None:
+            filled, number = settings.expansion.length, self.tokenizer.convert_tokens_to_ids(settings.expansion.token)
+            rows = [
+                [*ids, *[number] * (filled - len(ids))] if each == "query" else ids
+                for ids, each in zip(rows, roles, strict=True)
+            ]
         tokens = TokenBatch.from_rows(rows, starts, [each == "query" for each in roles])
         if self.rows is not None and (beyond := np.flatnonzero(tokens.id_S >= self.rows)).size:
             number = int(np.searchsorted(tokens.offset_P, beyond[0], side="right")) - 1
             token = self.tokenizer.convert_ids_to_tokens(int(tokens.id_S[beyond[0]]))
             raise DataError(f"text {number} has the mark {token!r}, for which the model has no embedding")
         return tokens
+
+    def _encoded(self, texts: list[str], lengths: list[int], with_offsets: bool) -> list[Any]:
+        """Every text, cut to its length."""
+        encode = self._native.encode_batch if with_offsets else self._native.encode_batch_fast
+        if len(set(lengths)) <= 1:
+            self._set_up(next(iter(lengths), None))
+            whole: list[Any] = encode(texts)
+            return whole
+        found: list[Any] = [None] * len(texts)
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            self._set_up(length)
+            for row, encoding in zip(rows, encode([texts[row] for row in rows]), strict=True):
+                found[row] = encoding
+        return found
 
     def _twice(
         self, prompts: Sequence[str], texts: Sequence[str], settings: Settings
@@ -270,6 +291,17 @@ def put_first_token(tokenizer: Any, backbone: Any, token: str) -> None:
     front, tail = added_tokens(tokenizer)
     if front[:1] != [number]:
         _surround(tokenizer, [number, *front], tail)
+
+
+def put_single_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Texts that the vocabulary has, such as ColBERT's `[Q] `, become one token each wherever they stand; what it has
+    not stays text."""
+    vocabulary = tokenizer.get_vocab()
+    for text in texts:
+        known = next((one for one in (text, *text.split(None, 1)[:1]) if one in vocabulary), None)
+        if known is not None and tokenizer.tokenize(known) != [known]:
+            token = AddedToken(known, normalized=False, special=True)
+            tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
 
 
 def check_vocabulary(tokenizer: Any, backbone: Any) -> int | None:

@@ -5,7 +5,8 @@ schema that sentence-transformers 5.4+ writes is refused or misread by the serve
 Heads lie beside the backbone as in BGE-M3; a program that does not know them sees the dense model.
 """
 
-import json
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embedsmith.core.errors import ModelError
-from embedsmith.core.markdown import code, row
 from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.core.progress import transformers_silenced
-from embedsmith.core.shelf import poolings
+from embedsmith.core.shelf import forms
 from embedsmith.models.attention import Attention
 from embedsmith.models.backbone import load_backbone, locate
+from embedsmith.models.card import CardFacts, model_card
 from embedsmith.models.config import ModelConfig, Settings
 from embedsmith.models.folder import (
     EMBEDDING_CONFIG,
@@ -34,9 +35,9 @@ from embedsmith.models.folder import (
     write_json,
 )
 from embedsmith.models.heads.base import Head, cpu_state, known_heads
-from embedsmith.models.heads.dense import Projection
+from embedsmith.models.layers import kind_of, width_after
 from embedsmith.models.lora import has_adapter, merged, save_adapter, transplanted
-from embedsmith.models.pooling import PoolerConfig
+from embedsmith.models.pooling import PoolerConfig, pooled_width
 
 
 def saved_model() -> Kind:
@@ -53,10 +54,13 @@ def saved_model() -> Kind:
     code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
     layout = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", EMBEDDING_CONFIG)
     modules = ("[0-9]*_*/config.json", "[0-9]*_*/*.safetensors")
+    routes = ("router_config.json", "query_[0-9]*_*/*", "document_[0-9]*_*/*")
     heads = {head.file for head in known_heads().values()}
     more = ("README.md", "config.json", "generation_config.json", "*.model", *heads)
     return Kind(
-        "model saved by embedsmith", tokenizer + weights + code + layout + modules + more, ("README.md", "embedsmith")
+        "model saved by embedsmith",
+        tokenizer + weights + code + layout + modules + routes + more,
+        ("README.md", "embedsmith"),
     )
 
 
@@ -71,36 +75,38 @@ def refuse_not_finite(module: nn.Module | None) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a saved model is made of. `base`: what an adapter in the backbone belongs to."""
+    """What a saved model is made of. `base`: what an adapter in the backbone belongs to. `query`: what reads queries,
+    where that is another model."""
 
     backbone: Any
     tokenizer: Any
     settings: Settings
-    projections: Sequence[Projection] = ()
+    projections: Sequence[Any] = ()
     heads: Mapping[str, Head] = field(default_factory=dict)
     pooler: nn.Module | None = None
     pooler_config: PoolerConfig | None = None
     attention: Attention = Attention()
     base: Mapping[str, Any] | None = None
+    query: Saved | None = None
 
     @property
     def pooled_width(self) -> int:
         """Width of what the pooling gives."""
-        if self.pooler is not None:
-            return int(self.pooler.width)  # type: ignore[arg-type]
-        return int(self.backbone.config.get_text_config().hidden_size)
+        hidden_size = int(self.backbone.config.get_text_config().hidden_size)
+        return pooled_width(self.settings.pooling, self.pooler, hidden_size)
 
     @property
     def dimension(self) -> int:
         """D of the dense head."""
-        return self.projections[-1].linear.out_features if self.projections else self.pooled_width
+        return width_after(self.projections, self.pooled_width)
 
     def embedding_config(self, apart: bool = False) -> EmbeddingConfig:
         """What the standard files cannot say of this model. `apart`: its adapter stays apart from its base."""
         settings = self.settings
+        known = all(part in POOLING_NAMES.values() for part in (settings.pooling or "cls").split("+"))
         return EmbeddingConfig(
             attention=Attention() if self.attention.mode == "native" else self.attention,
-            pooling=None if settings.pooling in POOLING_NAMES.values() else settings.pooling,
+            pooling=None if known else settings.pooling,
             pooler=None if self.pooler is None else self.pooler_config,
             eos_id=settings.eos_id,
             templates=settings.templates,
@@ -108,6 +114,10 @@ class Saved:
             pool_special_tokens=settings.pool_special_tokens,
             base=self.base if apart else None,
             heads_include_prompt=settings.heads_include_prompt,
+            main=settings.main,
+            form=settings.form if apart else "dense",
+            lengths=settings.lengths,
+            expansion=settings.expansion,
         )
 
     def save(self, folder: str | Path, merge: bool = True, *, overwrite: bool = True) -> None:
@@ -122,7 +132,19 @@ class Saved:
             self.write(root, merge)
 
     def write(self, root: Path, merge: bool = True) -> None:
-        """All files of `save`, into an empty folder."""
+        """All files of `save`, into an empty folder: the form of the model, made of the dense one.
+
+        Errors: `ModelError` where the model can no longer be said in its form.
+        """
+        self.write_dense(root, merge)
+        apart = has_adapter(self.backbone) and not merge  # no other form has a place for an adapter
+        if self.query is not None:
+            forms.get("router").write(self, root)
+        elif self.settings.form != "dense" and not apart:
+            forms.get(self.settings.form).write(self, root)
+
+    def write_dense(self, root: Path, merge: bool = True) -> None:
+        """The legacy layout, with the heads' files beside the backbone."""
         settings = self.settings
         for part in (self.backbone, *self.projections, *self.heads.values(), self.pooler):
             refuse_not_finite(part)
@@ -131,9 +153,9 @@ class Saved:
             if apart:
                 save_adapter(self.backbone, root, str((self.base or {}).get("path", "")))
             else:
-                self._whole_backbone().save_pretrained(root)
+                self.whole_backbone().save_pretrained(root)
             self._save_tokenizer(root)
-            kinds = ["Transformer", "Pooling", *("Dense" for _ in self.projections)]
+            kinds = ["Transformer", "Pooling", *map(kind_of, self.projections)]
             kinds += ["Normalize"] if settings.normalize else []
             modules = [_module(place, kind) for place, kind in enumerate(kinds)]
             more = self.embedding_config(apart)
@@ -147,8 +169,8 @@ class Saved:
             self._save_settings(root)
             if self.pooler is not None:
                 save_file(cpu_state(self.pooler), root / POOLER_FILE)
-            for place, projection in enumerate(self.projections, start=2):
-                projection.save(root / f"{place}_Dense")
+            for place, layer in enumerate(self.projections, start=2):
+                layer.save(root / f"{place}_{kind_of(layer)}")
             if settings.normalize:
                 (root / f"{len(kinds) - 1}_Normalize").mkdir()
             for head in self.heads.values():
@@ -173,15 +195,20 @@ class Saved:
         }
         general |= {} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}
         write_json(root / "config_sentence_transformers.json", general)
-        theirs = next((name for name, ours in POOLING_NAMES.items() if ours == settings.pooling), None)
-        pooling = {
-            "word_embedding_dimension": self.pooled_width,
-            **{switch: mode == theirs for switch, mode in POOLING_SWITCHES.items()},
-            "include_prompt": settings.include_prompt,
-        }
-        write_json(root / "1_Pooling" / "config.json", pooling)
+        write_json(root / "1_Pooling" / "config.json", self._pooling_file())
 
-    def _whole_backbone(self) -> Any:
+    def _pooling_file(self) -> dict[str, Any]:
+        """In the legacy schema; poolings side by side in another order than that has are said in the newer one."""
+        wanted = (self.settings.pooling or "").split("+")
+        theirs = [name for name, ours in POOLING_NAMES.items() if ours in wanted]
+        width, prompt = self.pooled_width // max(len(wanted), 1), {"include_prompt": self.settings.include_prompt}
+        if theirs and [POOLING_NAMES[name] for name in theirs] != wanted and len(wanted) > 1:
+            names = {ours: name for name, ours in POOLING_NAMES.items()}
+            return {"embedding_dimension": width, "pooling_mode": [names[one] for one in wanted], **prompt}
+        switches = {switch: mode in theirs for switch, mode in POOLING_SWITCHES.items()}
+        return {"word_embedding_dimension": width, **switches, **prompt}
+
+    def whole_backbone(self) -> Any:
         """The backbone with its adapter merged. The base of a quantised one is loaded at full precision: an adapter is
         merged into that, never into 4 bits."""
         if not has_adapter(self.backbone):
@@ -215,140 +242,20 @@ class Saved:
             write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def model_card(self) -> str:
-        """The README.md written beside a model: what it is, its prompts, and how to load it anywhere; Markdown with the
-        metadata block that model hubs read."""
-        settings = self.settings
-        normalise = "vectors = torch.nn.functional.normalize(vectors, dim=-1)\n" if settings.normalize else ""
-        if self.projections:
-            normalise = "# the layers in the folders *_Dense come next, then normalisation; see modules.json\n"
-        plain = _ALONE.format(max_length=settings.max_length, pooled=_POOLED.get(settings.pooling, ""), head=normalise)
-        standard = self.embedding_config().standard
-        package = poolings.entry(settings.pooling).package
-        foreign = f"Its pooling, `{settings.pooling}`, comes with the Python package `{package}`.\n"
-        foreign = "" if package == "embedsmith" else foreign
-        return _CARD.format(
-            alone=plain if standard else _ATTENDED + foreign,
-            trust="" if standard else ", trust_remote_code=True",
-            attention=_attention(self.attention),
-            architecture=type(self.backbone).__name__,
-            pooling=settings.pooling.replace("_", " "),
-            max_length=settings.max_length,
-            dimension=self.dimension,
-            normalised=", normalised to length 1" if settings.normalize else "",
-            prompts=_prompts(settings),
-            token_heads=_token_heads(self.heads),
+        """The README.md written beside a model."""
+        about = CardFacts(
+            self.settings,
+            type(self.backbone).__name__,
+            self.dimension,
+            self.heads,
+            self.attention,
+            layers=bool(self.projections),
+            standard=self.embedding_config().standard,
+            queries=None if self.query is None else type(self.query.backbone).__name__,
         )
+        return model_card(about)
 
 
 def _module(place: int, kind: str) -> dict[str, Any]:
     path = "" if place == 0 else f"{place}_{kind}"
     return {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-
-
-_POOLED = {
-    "cls": "states[:, 0]",
-    "mean": "(states * mask).sum(1) / mask.sum(1)",
-    "weighted_mean": "(states * mask * mask.cumsum(1)).sum(1) / (mask * mask.cumsum(1)).sum(1)",
-    "last": "states[torch.arange(len(states)), tokens.attention_mask.sum(1) - 1]",
-    "max": "states.masked_fill(mask == 0, float('-inf')).amax(1)",
-}
-
-_MADE = {"sparse": "a weight a token", "multivector": "a vector a token"}
-
-_CARD = """\
----
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- sentence-similarity
-- embedsmith
----
-
-# Text embedding model
-
-A `{architecture}` with {pooling} pooling that maps a text of up to {max_length} tokens to {dimension} numbers\
-{normalised}.{attention} Made with embedsmith.
-
-## Prompts
-
-{prompts}
-
-## Use
-
-With embedsmith:
-
-```python
-import embedsmith as es
-
-model = es.load("path/to/this/folder")
-queries = model.encode(["what is late interaction?"], role="query")
-documents = model.encode(["Late interaction compares token vectors."], role="document")
-print(model.similarity(queries, documents))
-```
-
-With sentence-transformers:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder"{trust})
-vectors = model.encode_query(["what is late interaction?"])
-```
-
-{alone}{token_heads}"""
-
-_ALONE = """\
-With transformers alone (put the prompt before the text yourself):
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", padding_side="right")
-model = AutoModel.from_pretrained("path/to/this/folder").eval()
-tokens = tokenizer(["a text"], padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
-with torch.no_grad():
-    states = model(**tokens).last_hidden_state
-mask = tokens.attention_mask[..., None].float()
-vectors = {pooled}
-{head}```
-"""
-
-
-_ATTENDED = """\
-This model has parts that only embedsmith (`pip install embedsmith`) knows; sentence-transformers loads it through that
-package. See `embedding_config.json`.
-"""
-
-
-def _attention(found: Attention) -> str:
-    """What the self-test showed."""
-    if found.mode == "native":
-        return ""
-    kind = "causal" if found.mode == "causal" else "bidirectional"
-    how = {"config": "by its config", "modules": "by flags on its modules", "mask4d": "by a mask of four dimensions"}
-    left = f"; layers {', '.join(map(str, found.causal_layers))} stay causal" if found.causal_layers else ""
-    return f" Attention is {kind} ({how.get(found.how, found.how)}{left}), proven on the model by a self-test."
-
-
-def _token_heads(heads: Mapping[str, Head]) -> str:
-    shown = {name: head for name, head in heads.items() if not head.own_pass}  # without what only pre-training reads
-    if not shown:
-        return ""
-    made = {name: _MADE.get(name, "see its package") for name in shown}
-    rows = "\n".join(f"- `{name}`: {made[name]} (`{head.file}`)" for name, head in shown.items())
-    outputs = ", ".join(f'"{name}"' for name in ("dense", *shown))
-    code = f'reps = model.represent(["a text"], role="document", outputs=({outputs}))'
-    return f"\n## A text in other ways\n\n{rows}\n\n```python\n{code}\n```\n"
-
-
-def _prompts(settings: Settings) -> str:
-    if not any(settings.prompts.values()):
-        return "None: texts go in as they are."
-    shown = ((code(name), code(json.dumps(text, ensure_ascii=False))) for name, text in settings.prompts.items())
-    rows = [row(*cells) for cells in shown]
-    default = f"\n\nDefault: {code(settings.default_prompt)}." if settings.default_prompt else ""
-    left_out = "" if settings.include_prompt else "\n\nPrompt tokens are attended to but left out of the pooling."
-    return "\n".join(["| for | text put before every text |", "|---|---|", *rows]) + default + left_out

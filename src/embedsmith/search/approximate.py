@@ -39,8 +39,11 @@ class ApproximateIndex:
         index: Any = None
         waiting: list[FloatArray] = []
         for piece in pieces:
-            if not isinstance(piece, Dense):
-                raise SearchError(f"an approximate index holds dense vectors, not {type(piece).__name__}")
+            if type(piece) is not Dense:
+                raise SearchError(
+                    f"an approximate index compares dense vectors by inner products, not {type(piece).__name__}",
+                    fix="leave index out: every document is then scored",
+                )
             waiting.append(np.ascontiguousarray(piece.vector_ND.float().numpy()))
             if index is not None or sum(map(len, waiting)) >= _TRAINING_ROWS:
                 index = _filled(faiss, index, waiting, factory)

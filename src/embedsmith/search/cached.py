@@ -17,13 +17,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from embedsmith.core.encoder import Encoder, Role, fingerprint, represent
+from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
 from embedsmith.core.errors import SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, Sparse
+from embedsmith.core.reps import (
+    Cosine,
+    Dense,
+    Euclidean,
+    Manhattan,
+    MaxSim,
+    MultiVector,
+    Representation,
+    Reps,
+    Sparse,
+)
 
-_KINDS: dict[str, type[Representation]] = {kind.__name__: kind for kind in (Dense, Sparse, MultiVector)}
+_KINDS: dict[str, type[Representation]] = {
+    kind.__name__: kind for kind in (Dense, Sparse, MultiVector, Cosine, Euclidean, Manhattan, MaxSim)
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,10 @@ class CachedEncoder:
 
     def fingerprint(self) -> str:
         return self.key
+
+    @property
+    def main_head(self) -> str:
+        return main_head(self.encoder)
 
     @staticmethod
     def write(path: Path, rep: Representation) -> None:

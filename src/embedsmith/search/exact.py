@@ -83,7 +83,7 @@ class TopK:
         _check(query, "the queries")
         self.device = search_device(query, device)
         self._query, self._k, self._seen, self._first = query, k, 0, first
-        rows = _QUERIES.get(type(query), 32) if isinstance(query, Representation) else _QUERIES[Dense]
+        rows = _queries_at_once(query)
         starts = range(0, len(query), rows)
         self._parts = [on_device(_part(query, start, start + rows), self.device) for start in starts]
         self._best = [_best_for(self.device)(len(part), k, self.device) for part in self._parts]
@@ -148,11 +148,10 @@ class TopK:
 
     def block_rows(self, document: Vectors) -> int:
         """How many documents to score at once so that a block of scores, and what leads to it, stays in the budget."""
-        kind = type(document) if isinstance(document, Representation) else Dense
-        queries = min(_QUERIES.get(kind, 32), max(len(self._query), 1))
+        queries = min(_queries_at_once(document), max(len(self._query), 1))
         tokens = self._query.token_count if isinstance(self._query, Representation) else 1
         device = self.device.type
-        if kind is not Dense and isinstance(document, Representation):
+        if isinstance(document, Representation) and not isinstance(document, Dense):
             budget = _TOKEN_BUDGET.get(device, _TOKEN_BUDGET["cuda"])
             each = queries * max(tokens, 1) * (1 if isinstance(document, Sparse) else max(document.token_count, 1))
             return max(budget // each, 1)  # sparse: at most queries * tokens distinct coordinates
@@ -169,13 +168,20 @@ class TopK:
             sizes = f"{query.vector_ND.shape[1]} and {document.tensors()[0].shape[1]}"
             raise SearchError(f"queries and documents have vectors of {sizes} numbers", expected="the same model")
         with torch.no_grad():
-            if isinstance(query, Dense) and isinstance(document, Dense) and self.device.type == "cpu":
+            if type(query) is Dense and type(document) is Dense and self.device.type == "cpu":
                 if self._buffer.size < len(query) * len(document):
                     self._buffer = np.empty(len(query) * len(document), np.float32)
                 score = self._buffer[: len(query) * len(document)].reshape(len(query), len(document))
                 _inner_products(query.vector_ND, document.vector_ND, score)
                 return torch.from_numpy(score)
             return query.scores(document)[0].float()
+
+
+def _queries_at_once(vectors: Vectors) -> int:
+    """How many queries of this kind are scored together."""
+    if not isinstance(vectors, Representation):
+        return _QUERIES[Dense]
+    return next((count for kind, count in _QUERIES.items() if isinstance(vectors, kind)), 32)
 
 
 def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> None:
@@ -191,7 +197,7 @@ def _inner_products(left_QD: Tensor, right_BD: Tensor, score_QB: FloatArray) -> 
 def _bounded(rep: Representation) -> bool:
     """Whether the norms of dense vectors are finite in fp32: inner products of two such blocks cannot become NaN, by
     Cauchy-Schwarz, and need not be checked one by one."""
-    if not isinstance(rep, Dense) or rep.vector_ND.device.type != "cpu":
+    if type(rep) is not Dense or rep.vector_ND.device.type != "cpu":
         return False
     flat = rep.vector_ND.numpy().reshape(-1)
     with np.errstate(invalid="ignore", over="ignore"):

@@ -169,11 +169,14 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     loss: Loss = source.loss or losses.build(DEFAULT_LOSSES[records.task])
     loss.check(model.dimension)
     if missing := sorted(loss.heads() - set(model.outputs)):
+        wanted = f"add it: model.heads=[{', '.join(sorted({*loss.heads(), 'dense'}))}]"
+        if missing[0] == "dense":  # a public model of words or tokens
+            wanted = f"say what the loss reads: data.N.loss.head={model.main_head}, N the source's place from 0"
         raise RecipeError(
             f"the loss {type(loss).__name__} reads the head {missing[0]!r}, which the model has not",
             where=records.name,
             expected=f"one of {', '.join(model.outputs)}",
-            fix=f"add it: model.heads=[{', '.join(sorted({*loss.heads(), 'dense'}))}]",
+            fix=wanted,
         )
     _check_models(source, loss, records.name)
     supply = Supply(

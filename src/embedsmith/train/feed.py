@@ -388,7 +388,8 @@ class Feed:
         was drawn ahead is void and drawn again."""
         models = any(supply.teacher or supply.guide for supply in self.supplies)
         shared = models or any(supply.live or supply.streamed for supply in self.supplies)
-        if workers > 1 and (shared or self.model.settings.echo is not None):  # echo changes the tokenizer's settings
+        settings = self.model.settings
+        if workers > 1 and (shared or settings.echo is not None or settings.lengths):  # these set the tokenizer anew
             workers = 1
         if workers > 1:
             self.model.tokenize([""])  # sets the tokenizer up, which only one thread may do

@@ -26,7 +26,7 @@ Split = Annotated[str, typer.Option(help="Which judgements of a BEIR folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 
 
-Head = Annotated[str, typer.Option(help="dense, sparse, multivector or hybrid: which output is scored.")]
+Head = Annotated[str | None, typer.Option(help="dense, sparse, multivector or hybrid: which output is scored.")]
 
 
 Weight = Annotated[list[str] | None, typer.Option("--weight", help="Of a head in hybrid or all: sparse=0.3")]
@@ -72,7 +72,9 @@ def evaluate_model(
     engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
     items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
-    head: Annotated[str, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side.")] = "dense",
+    head: Annotated[
+        str | None, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side; else the model's own.")
+    ] = None,
     weight: Weight = None,
     tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
     dims: Dims = None,
@@ -89,6 +91,7 @@ def evaluate_model(
     """
     from embedsmith import __version__
     from embedsmith.api.evaluating import Scoring
+    from embedsmith.core.encoder import main_head
     from embedsmith.evaluate import load_task, split_names
     from embedsmith.index.commands import parse_weights
 
@@ -119,7 +122,7 @@ def evaluate_model(
         results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else SampleLimits(limits))
     else:
         about: dict[str, Any] = {"model": model, "engine": engine, "max_length": max_length, "split": split}
-        about |= {"head": head, **options, "embedsmith": __version__}
+        about |= {"head": head or main_head(encoder), **options, "embedsmith": __version__}
         if head == "all":
             from embedsmith.evaluate.variants import HEADS
 
@@ -131,13 +134,13 @@ def evaluate_model(
     show(results.table())
 
 
-def _check_side_by_side(head: str, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
+def _check_side_by_side(head: str | None, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
     if head == "all" and (engine != "embedsmith" or mteb is not None):
         raise EvaluationError("--head all is scored by embedsmith alone", fix="leave out --engine and --mteb")
     if tune and head != "all":
         raise EvaluationError("--tune is for --head all", fix="add --head all")
     if weights and head not in ("all", "hybrid"):
-        raise EvaluationError(f"--weight with --head {head}", fix="use --head hybrid or all")
+        raise EvaluationError(f"--weight with --head {head or 'of the model'}", fix="use --head hybrid or all")
 
 
 def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[str]]:
@@ -152,8 +155,8 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     return [int(part) for part in parts], [name for name in others if name not in more]
 
 
-def _check_widths(widths: list[int], head: str, mteb: Path | None = None) -> None:
-    if widths and (head != "dense" or mteb is not None):
+def _check_widths(widths: list[int], head: str | None, mteb: Path | None = None) -> None:
+    if widths and (head not in (None, "dense") or mteb is not None):
         raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb")
 
 
@@ -190,7 +193,7 @@ def compare_results(
     data: Data = None,
     json_file: JsonFile = None,
     split: Split = "test",
-    head: Head = "dense",
+    head: Head = None,
     dims: Dims = None,
     keep: Keep = None,
     pooling: Pooling = None,

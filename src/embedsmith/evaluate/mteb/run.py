@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedsmith.core.encoder import Encoder, Role, fingerprint
+from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.reps import Dense, Representation
 from embedsmith.data.record import titled
@@ -39,7 +39,7 @@ def mteb_evaluate(
     *,
     name: str | Path,
     revision: str | None = None,
-    head: str = "dense",
+    head: str | None = None,
     limits: SampleLimits | None = None,
     progress: bool | None = None,
 ) -> Results:
@@ -53,6 +53,7 @@ def mteb_evaluate(
     from datasets.exceptions import DatasetNotFoundError
     from mteb.abstasks.retrieval import AbsTaskRetrieval
 
+    head = head or main_head(encoder)
     experiment = None if limits is None else limits.as_dict()
     kind = MtebEncoder if head == "dense" else MtebSearch
     model = kind.of(encoder, mteb_name(name), revision, head, experiment, progress)
@@ -231,6 +232,8 @@ class MtebSearch:
 class MtebEncoder(MtebSearch):
     """A dense model as an mteb encoder too, for its tasks that want vectors."""
 
+    _kind: type[Dense] = field(default=Dense, init=False, repr=False)
+
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> npt.NDArray[np.float32]:
         """vector_ND of the texts of a data loader. Whatever is not a document gets the prompt for queries."""
         texts = [text for batch in inputs for text in batch["text"]]
@@ -239,20 +242,19 @@ class MtebEncoder(MtebSearch):
         rep = self._reader.all(texts, role=role, task=task, label=task_metadata.name)
         if not isinstance(rep, Dense):
             raise EvaluationError(f"the head {self.head!r} has no vectors", where=task_metadata.name)
+        self._kind = type(rep)
         vector_ND: npt.NDArray[np.float32] = rep.vector_ND.float().numpy()
         return vector_ND
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Inner products of every row with every row: vectors are normalised where the model normalises."""
+        """Every row with every row, as the model compares: inner products, or minus a distance."""
         left, right = (torch.atleast_2d(torch.as_tensor(side)).float() for side in (embeddings1, embeddings2))
-        product: torch.Tensor = left @ right.T
-        return product
+        return self._kind(left).scores(self._kind(right))[0]
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Inner products row by row."""
+        """The same row by row."""
         left, right = (torch.as_tensor(side).float() for side in (embeddings1, embeddings2))
-        product: torch.Tensor = (left * right).sum(-1)
-        return product
+        return self._kind(left).paired(self._kind(right))[0]
 
 
 def document_text(row: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ The name is then a word of the recipe's `model.heads`, an output of the model, a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -37,7 +37,8 @@ class HeadSource:
     """What a head is built from. `folder`: the model's, with the head's file if it has one. `base`: the folder of the
     language model, where `folder` holds an adapter alone. `adapted`: adapters are trained in place of the backbone's
     words, so a head that has words of its own keeps them too. `new_heads`: heads that the folder has not are made anew,
-    to be trained. The rest are the keys of the recipe's `model`."""
+    to be trained. `specs`: how heads are made that the folder's modules describe. `width`: numbers of the pooled and
+    projected vector. The rest are the keys of the recipe's `model`."""
 
     folder: Path
     base: Path
@@ -47,8 +48,11 @@ class HeadSource:
     trust_remote_code: bool = False
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: int | None = None
+    multivector: Literal["m3", "colbert"] | None = None
     multivector_dim: int | None = None
     new_heads: bool = False
+    specs: Mapping[str, HeadSpec] = field(default_factory=dict)
+    width: int = 0
 
     @property
     def hidden_size(self) -> int:
@@ -62,7 +66,7 @@ class HeadSource:
         """
         known = known_heads()
         if names is None:
-            wanted = {name for name, kind in known.items() if kind.is_in(self.folder)}
+            wanted = {name for name, kind in known.items() if kind.is_in(self.folder)} | self.specs.keys()
         else:
             wanted = {heads.entry(name).name for name in names} & known.keys()
         if self.multivector_dim is not None and "multivector" not in wanted:
@@ -71,7 +75,7 @@ class HeadSource:
                 expected="a model with the head multivector",
                 fix="add multivector to model.heads",
             )
-        taken = {"sparse"} if self.sparse == "splade" else set()  # from the language model that the base is
+        taken = set(self.specs) | ({"sparse"} if self.sparse == "splade" else set())  # from the base's language model
         absent = sorted(name for name in wanted - taken if not known[name].is_in(self.folder))
         if absent and not self.new_heads:
             raise ModelError(
@@ -81,12 +85,21 @@ class HeadSource:
             )
         # In one order, whatever the recipe's: new heads draw their weights one after the other from one seed.
         ordered = sorted(sorted(wanted, reverse=True), key=lambda name: known[name].own_pass)
-        return {name: known[name].build(self) for name in ordered}
+        return {name: self.specs.get(name, known[name]).build(self) for name in ordered}
 
 
 def cpu_state(module: nn.Module) -> dict[str, Tensor]:
     """The weights of a module as a safetensors file takes them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+class HeadSpec(Protocol):
+    """A head as the modules of a folder describe it, before there is a backbone. Two of them are equal where the heads
+    are the same function of their weights."""
+
+    def build(self, source: HeadSource) -> Head:
+        """Errors: `ModelError` for weights that are missing, damaged or of another shape."""
+        ...
 
 
 class Reader(Protocol):
@@ -110,6 +123,9 @@ class Head(nn.Module):
     With `reads_packed` the states of a packed chunk come as they are, [S, H] in the order of `padded.place_S`, and the
     head spreads what it makes of them over the texts itself (`padded.spread`).
     With `with_prompt` the tokens of a prompt take part, unless the model's settings say otherwise.
+    With `reads_filling` the tokens that a query is filled up with take part (`ModelConfig.expansion`).
+    With `reads_vector` it is called with the text's vector [N, D] in the place of the states: what the layers behind
+    the pooling give, before it is normalised.
     `reads_words`: its output layer may be the backbone's word embeddings, so the two cannot be sharded apart.
     """
 
@@ -118,6 +134,8 @@ class Head(nn.Module):
     reads_packed: ClassVar[bool] = False
     with_prompt: ClassVar[bool] = True
     reads_words: ClassVar[bool] = False
+    reads_vector: ClassVar[bool] = False
+    reads_filling: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

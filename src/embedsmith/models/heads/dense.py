@@ -81,21 +81,31 @@ class Projection(nn.Module):
         kind = type(self.activation_function)
         return f"{kind.__module__}.{kind.__qualname__}"
 
+    @property
+    def width_out(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What two of them must share to be the same function of their weights."""
+        return ("Dense", self.linear.in_features, self.linear.out_features, self.activation, self.use_residual)
+
     def forward(self, vector_ND: Tensor) -> Tensor:
         out_ND: Tensor = self.activation_function(self.linear(vector_ND))
         if not self.use_residual:
             return out_ND
         return out_ND + (vector_ND if self.residual is None else self.residual(vector_ND))
 
-    def save(self, folder: Path) -> None:
-        """As sentence-transformers' `Dense`. The activation is always named: a Dense without one means Tanh."""
-        config = {
+    def save(self, folder: Path, **more: object) -> None:
+        """As sentence-transformers' `Dense`. The activation is always named: a Dense without one means Tanh. `more`
+        goes into its config.json."""
+        config: dict[str, object] = {
             "in_features": self.linear.in_features,
             "out_features": self.linear.out_features,
             "bias": self.linear.bias is not None,
             "activation_function": self.activation,
         }
-        config |= {"use_residual": True} if self.use_residual else {}
+        config |= ({"use_residual": True} if self.use_residual else {}) | more
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(cpu_state(self), folder / "model.safetensors")

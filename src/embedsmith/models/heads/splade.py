@@ -2,9 +2,10 @@
 
     w_v = log(1 + relu( max_t z_tv )),   z = W f(h) + b,   max over the tokens that take part
 
-Sources: SPLADE v2 (Formal et al., 2021), max pooling. Of the V weights the `terms` largest are kept. [N, T, V] never
-exists: words are scored block by block beside a running best, and the backward pass goes only to the words and tokens
-that were chosen.
+Sources: SPLADE v2 (Formal et al., 2021), max pooling; SPLADE (2021) for the sum of log(1 + relu(z)) over tokens, and
+OpenSearch's models for a logarithm taken twice. Of the V weights the `terms` largest are kept, or all that are above 0.
+[N, T, V] never exists: words are scored block by block beside a running best, and the backward pass goes only to the
+words and tokens that were chosen.
 
 z comes from the language-model head of the backbone's family, taken off its model (`LmHead`), on which pre-training
 builds too: f is the family's transform before the output layer, W [V, H] the output layer, as a rule the input
@@ -14,8 +15,9 @@ embeddings. W is never copied where it is the backbone's own input embeddings: b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -209,39 +211,109 @@ def _split(model: Any, backbone: Any) -> LmHead:
     return head
 
 
+@dataclass(frozen=True)
+class SpladeSpec:
+    """How words' scores become weights. `terms`: how many words a text may have, `None` for all above 0. `pooling`: the
+    largest of a word's scores over the tokens, or the sum of what they are worth. `logs`: how often the logarithm of
+    1 + w is taken."""
+
+    terms: int | None = TERMS
+    pooling: Literal["max", "sum"] = "max"
+    logs: int = 1
+
+    def build(self, source: HeadSource) -> SpladeHead:
+        """The head of the language model in the base."""
+        spec = self if source.sparse_terms is None else replace(self, terms=source.sparse_terms)
+        return SpladeHead(LmHead.new(source), spec).frozen_as(source)
+
+    def said(self) -> dict[str, str]:
+        """What the head's file says of itself."""
+        plain = {"terms": "all" if self.terms is None else str(self.terms)}
+        more = {"pooling": self.pooling, "logs": str(self.logs)}
+        return plain if (self.pooling, self.logs) == ("max", 1) else plain | more
+
+    @staticmethod
+    def read(about: Mapping[str, str]) -> SpladeSpec:
+        terms = about.get("terms", str(TERMS))
+        pooling: Literal["max", "sum"] = "sum" if about.get("pooling") == "sum" else "max"
+        return SpladeSpec(None if terms == "all" else int(terms), pooling, int(about.get("logs", 1)))
+
+
 class SpladeHead(Head):
-    """The sparse head through the language model. `terms`: how many words a text may have."""
+    """The sparse head through the language model."""
 
     file = SPLADE_FILE
     reads_packed = True
     reads_words = True
 
-    def __init__(self, lm: LmHead, terms: int = TERMS) -> None:
+    def __init__(self, lm: LmHead, spec: SpladeSpec = SpladeSpec()) -> None:
         super().__init__()
         self.lm = lm
-        self.terms = terms
+        self.spec = spec
+
+    @property
+    def terms(self) -> int:
+        """How many words a text may have."""
+        return self.spec.terms or len(self.lm.output_VH)
 
     @classmethod
     def build(cls, source: HeadSource) -> SpladeHead:
         """The head in the folder, or a new one of the language model in the base."""
-        if cls.is_in(source.folder):
-            lm, _, about = LmHead.read(source.folder / cls.file, source.backbone)
-            head = cls(lm, source.sparse_terms or int(about.get("terms", TERMS)))
-        else:
-            head = cls(LmHead.new(source), source.sparse_terms or TERMS)
-        if source.adapted and head.lm.weight_VH is not None:  # as the backbone's own words are
-            head.lm.weight_VH.requires_grad_(False)
-        return head
+        if not cls.is_in(source.folder):
+            return SpladeSpec().build(source)
+        lm, _, about = LmHead.read(source.folder / cls.file, source.backbone)
+        spec = SpladeSpec.read(about)
+        return cls(lm, replace(spec, terms=source.sparse_terms or spec.terms)).frozen_as(source)
+
+    def frozen_as(self, source: HeadSource) -> SpladeHead:
+        """Its own words stay as they are where the backbone's do."""
+        if source.adapted and self.lm.weight_VH is not None:
+            self.lm.weight_VH.requires_grad_(False)
+        return self
 
     def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         state_NTH = self.lm.states(hidden)
         if hidden.dim() == 2:  # the search for the best words wants its rows
             state_NTH = padded.spread(state_NTH)
-        score_NK, word_NK = top_words(state_NTH, self.lm.output_VH, self.lm.bias_V, part_NT, self.terms)
-        return Sparse(word_NK, torch.log1p(torch.relu(score_NK)))
+        if self.spec.pooling == "sum":
+            weight_NV = self._summed(state_NTH, part_NT)
+            weight_NK, word_NK = weight_NV.topk(min(self.terms, weight_NV.shape[1]), dim=1)
+        else:
+            score_NK, word_NK = top_words(state_NTH, self.lm.output_VH, self.lm.bias_V, part_NT, self.terms)
+            weight_NK = self._weights(score_NK)
+        if self.spec.terms is None:  # they stand in falling order: behind the last one above 0 there is nothing
+            used = max(int((weight_NK > 0).sum(1).max()), 1)
+            word_NK, weight_NK = word_NK[:, :used].contiguous(), weight_NK[:, :used].contiguous()
+        return Sparse(word_NK, weight_NK)
+
+    def _weights(self, score: Tensor) -> Tensor:
+        weight = torch.relu(score)
+        for _ in range(self.spec.logs):
+            weight = torch.log1p(weight)
+        return weight
+
+    def _summed(self, state_NTH: Tensor, part_NT: Tensor) -> Tensor:
+        """weight_NV: sums over the tokens, a block of words at a time, computed again in the backward pass."""
+        weight_VH, bias_V = self.lm.output_VH, self.lm.bias_V
+
+        def of(states_NTH: Tensor, some_BH: Tensor, bias_B: Tensor | None) -> Tensor:
+            weight_NTB = self._weights(F.linear(states_NTH, in_fp32(some_BH), bias_B))
+            return weight_NTB.masked_fill(~part_NT[..., None], 0.0).sum(1)
+
+        size = max(_NUMBERS // max(part_NT.numel(), 1), 64)
+        parts = []
+        for start in range(0, len(weight_VH), size):
+            bias_B = None if bias_V is None else bias_V[start : start + size]
+            words_BH = weight_VH[start : start + size]
+            parts.append(
+                checkpoint(of, state_NTH, words_BH, bias_B, use_reentrant=False, preserve_rng_state=False)
+                if torch.is_grad_enabled()
+                else of(state_NTH, words_BH, bias_B)
+            )
+        return torch.cat(parts, 1)
 
     def save(self, folder: Path) -> None:
-        self.lm.save(folder / self.file, {"terms": str(self.terms)})
+        self.lm.save(folder / self.file, self.spec.said())
 
 
 def top_words(

@@ -23,6 +23,8 @@ from embedsmith.core.reps import MultiVector, Sparse
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource
+from embedsmith.models.heads.colbert import ColbertHead
+from embedsmith.models.heads.csr import CsrHead
 from embedsmith.models.heads.splade import SpladeHead
 from embedsmith.models.pooling import first_index, last_index
 
@@ -50,6 +52,8 @@ class SparseHead(Head):
     @classmethod
     def build(cls, source: HeadSource) -> Head:
         """SPLADE's head or the lexical one: as asked, else as the folder has it, else lexical."""
+        if source.sparse is None and CsrHead.is_in(source.folder):
+            return CsrHead.build(source)
         splade = source.sparse == "splade" or (source.sparse is None and SpladeHead.is_in(source.folder))
         if splade:
             return SpladeHead.build(source)
@@ -69,7 +73,7 @@ class SparseHead(Head):
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
-        return super().is_in(folder) or SpladeHead.is_in(folder)
+        return super().is_in(folder) or SpladeHead.is_in(folder) or CsrHead.is_in(folder)
 
     def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> Sparse:
         weight_NT = torch.relu(self.linear(hidden))[..., 0]
@@ -87,12 +91,13 @@ class MultiVectorHead(Head):
     """e_t = normalise(W h_t + b) of every token that takes part, without the CLS; 0 and masked elsewhere.
 
     `marks`: ids of what may be a CLS, not saved with the head. A text of which nothing would be left keeps its last
-    token.
+    token. The name stands for `ColbertHead` too.
     """
 
     file = FILES["multivector"]
     reads_packed = True
     with_prompt = False
+    reads_filling = True
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
@@ -101,10 +106,17 @@ class MultiVectorHead(Head):
         self.register_buffer("marks_S", torch.tensor(sorted(marks), dtype=torch.int64), persistent=False)
 
     @classmethod
-    def build(cls, source: HeadSource) -> MultiVectorHead:
+    def build(cls, source: HeadSource) -> Head:
+        """ColBERT's head or M3's: as asked, else as the folder has it, else M3's."""
+        if source.multivector == "colbert" or (source.multivector is None and ColbertHead.is_in(source.folder)):
+            return ColbertHead.build(source)
         width = source.multivector_dim
         linear = _read(source.folder / cls.file, source.hidden_size, width)
         return cls(linear or nn.Linear(source.hidden_size, width or source.hidden_size), cls_ids(source.tokenizer))
+
+    @classmethod
+    def is_in(cls, folder: Path) -> bool:
+        return super().is_in(folder) or ColbertHead.is_in(folder)
 
     def forward(self, hidden: Tensor, padded: PaddedTokens, part_NT: Tensor) -> MultiVector:
         column_T = torch.arange(part_NT.shape[1], device=part_NT.device)
