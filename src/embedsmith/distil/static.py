@@ -4,7 +4,8 @@
     2. the main axes of these vectors (PCA): y_v = B^T (x_v - mean), B [D, d]
     3. frequent tokens weigh less (SIF): w_v = a / (a + p_v), p_v counted in texts, or by Zipf's law of the rank
     4. with texts, the table is trained so that the mean of a text's rows points where the teacher's vector of the text
-       does (in the same axes), and kept where that agrees better with the teacher on texts that were held out
+       does, the mean of all texts taken off, in the same axes; and kept where that agrees better with the teacher on
+       texts that were held out
 
 No transformer runs: a text costs a look-up a token. Sources: model2vec (1 to 3), Arora et al. 2017 for SIF; 4 is the
 idea of model2vec's Tokenlearn, with a cosine in place of its regression.
@@ -159,8 +160,8 @@ def _trained(
     rows = order_N[len(held) :]
     used_U = np.setdiff1d(np.concatenate([ids[row] for row in rows]), np.flatnonzero((student.row_VD == 0).all(1)))
     known = [row[np.isin(row, used_U)] for row in ids]  # a row of zeros stays one, and only counts in the mean
-    held_ids, held_NH = [ids[row] for row in held], vector_NH[held]
-    first = best = agreement(student.means(held_ids), held_NH)
+    held_ids, held_ND = [ids[row] for row in held], target_ND[held]
+    first = best = agreement(student.means(held_ids), held_ND)
     table_UD, best_VD = student.row_VD[used_U].clone().requires_grad_(), student.row_VD
     optimizer = torch.optim.Adam([table_UD], RATE)
     batches = -(-len(rows) // BATCH)
@@ -176,7 +177,7 @@ def _trained(
                 bar.advance(1)
             now_VD = student.row_VD.clone()
             now_VD[used_U] = table_UD.detach()
-            now = agreement(_means(now_VD, held_ids), held_NH)
+            now = agreement(_means(now_VD, held_ids), held_ND)
             if now > best:
                 best, best_VD = now, now_VD
     kept = "trained" if best > first else "as it was before training"
