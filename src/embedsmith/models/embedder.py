@@ -310,12 +310,14 @@ class Embedder(nn.Module):
         """pool_NT: the tokens that are pooled."""
         if self.settings.mcls is not None:
             return self._cls_mask(padded)
-        return self._part(padded, self.settings.include_prompt)
+        return self._part(padded, self.settings.include_prompt) & self._unfilled(padded)
 
     def _part_of(self, head: Any, padded: PaddedTokens) -> Tensor:
         """part_NT: the tokens that a head reads; a CLS between blocks is no word."""
         settings = self.settings
         part_NT = self._part(padded, head.reads_prompt(settings.include_prompt, settings.heads_include_prompt))
+        if not head.reads_filling:
+            part_NT = part_NT & self._unfilled(padded)
         if settings.mcls is None:
             return part_NT
         cls_NT = self._cls_mask(padded)
@@ -348,7 +350,12 @@ class Embedder(nn.Module):
     def _seen(self, padded: PaddedTokens) -> Tensor:
         """mask_NT of the tokens that others attend to: not those that only fill a query up."""
         expansion = self.settings.expansion
-        if expansion is None or expansion.attend:
+        return padded.mask_NT if expansion is None or expansion.attend else self._unfilled(padded)
+
+    def _unfilled(self, padded: PaddedTokens) -> Tensor:
+        """mask_NT without the tokens that only fill a query up."""
+        expansion = self.settings.expansion
+        if expansion is None:
             return padded.mask_NT
         number = self.tokenizer.convert_tokens_to_ids(expansion.token)
         column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)

@@ -130,6 +130,11 @@ def _as_pylate(saved: Saved, root: Path) -> None:
     if isinstance(head, ColbertHead):
         forms.get("colbert").write(saved, root)
         return
+    if saved.settings.expansion is not None:
+        raise ModelError(
+            "queries filled up for M3's head, which PyLate's module of it does not know",
+            fix="export the head multivector, for sentence-transformers 6, or train with model.multivector=colbert",
+        )
     clear(root)
     write_modules(root, {"": ST + "models.Transformer", "1_Dense": "embedsmith.models.late.WordVectors"})
     _write_dense(head.linear, root / "1_Dense", left_out=head.marks_S.tolist())

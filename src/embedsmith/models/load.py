@@ -397,8 +397,8 @@ class ModelSource:
             similarity=config.similarity or _similarity(facts.similarity),
             truncate_dim=facts.truncate_dim,
             main=facts.main if self.form == facts.form else "dense",
-            lengths=facts.lengths,
-            expansion=_with_token(facts.expansion, tokenizer, config.path),
+            lengths={**facts.lengths, **self._filled_queries()},
+            expansion=_with_token(config.expansion or facts.expansion, tokenizer, config.path),
             form=self.form,
         )
         if settings.echo is not None and settings.echo.count("{text}") != 2:
@@ -412,6 +412,11 @@ class ModelSource:
                     fix="shorten the prompt or raise model.max_length",
                 )
         return settings
+
+    def _filled_queries(self) -> dict[str, int]:
+        """The length to which queries are cut that the user wants filled up."""
+        expansion = self.config.expansion
+        return {} if expansion is None or not expansion.cut else {"query": expansion.length}
 
     def prompted(self, settings: Settings) -> Settings:
         """Prompts as the user gave them, or made from a template and the tasks' instructions."""

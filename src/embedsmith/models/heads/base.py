@@ -123,6 +123,7 @@ class Head(nn.Module):
     With `reads_packed` the states of a packed chunk come as they are, [S, H] in the order of `padded.place_S`, and the
     head spreads what it makes of them over the texts itself (`padded.spread`).
     With `with_prompt` the tokens of a prompt take part, unless the model's settings say otherwise.
+    With `reads_filling` the tokens that a query is filled up with take part (`ModelConfig.expansion`).
     With `reads_vector` it is called with the text's vector [N, D] in the place of the states: what the layers behind
     the pooling give, before it is normalised.
     `reads_words`: its output layer may be the backbone's word embeddings, so the two cannot be sharded apart.
@@ -134,6 +135,7 @@ class Head(nn.Module):
     with_prompt: ClassVar[bool] = True
     reads_words: ClassVar[bool] = False
     reads_vector: ClassVar[bool] = False
+    reads_filling: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -74,6 +74,7 @@ class ColbertHead(Head):
 
     file = COLBERT_FILE
     reads_packed = True
+    reads_filling = True
     skipped_S: Tensor
 
     def __init__(self, layers: Sequence[Projection], spec: ColbertSpec, skipped: Iterable[int]) -> None:

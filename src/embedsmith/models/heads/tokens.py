@@ -97,6 +97,7 @@ class MultiVectorHead(Head):
     file = FILES["multivector"]
     reads_packed = True
     with_prompt = False
+    reads_filling = True
     marks_S: Tensor
 
     def __init__(self, linear: nn.Linear, marks: Iterable[int]) -> None:
