@@ -114,9 +114,13 @@ def _add_facts(made: APIRouter, service: Service, explorer: Explorer) -> None:
     def about() -> Response:
         indexes = service.indexes
         first = next(iter(indexes), None)
-        weights = lambda index: {head: M3_WEIGHTS.get(head, 1.0) for head in index.heads}
         models = [
-            {"name": name, "heads": list(index.heads), "weights": weights(index)} for name, index in indexes.items()
+            {
+                "name": name,
+                "heads": list(index.heads),
+                "weights": {head: M3_WEIGHTS.get(head, 1.0) for head in index.heads},
+            }
+            for name, index in indexes.items()
         ]
         facts = {
             "version": version("embedsmith"),
