@@ -63,7 +63,21 @@ def application(service: Service, keys: Sequence[str] = (), explorer: Explorer |
     _add_documents(app, service)
     _add_house(app, service)
     app.include_router(router(service, explorer))
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
     return app
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """The description of the API, with the failures that there are instead of those that FastAPI takes for given."""
+    made = FastAPI.openapi(app)
+    for operation in (one for methods in made["paths"].values() for one in methods.values()):
+        if operation["responses"].pop("422", None):
+            operation["responses"]["4XX"] = {"description": "What is wrong, in OpenAI's shape of an error."}
+                "description": 'OpenAI\'s shape: {"error": {"message", "type", "param", "code"}}'
+            }
+    for name in ("HTTPValidationError", "ValidationError"):
+        made.get("components", {}).get("schemas", {}).pop(name, None)
+    return made
 
 
 def _add_failures(app: FastAPI) -> None:

@@ -152,11 +152,10 @@ class Searcher:
     def _read(self, text: str, role: Role) -> tuple[Reps, list[str]]:
         """A text by itself, under the heads whose scores are made of tokens; and its tokens."""
         heads = [head for head in self.index.heads if head != "dense"]
-        tokens = self.model.tokens
-        if tokens is None or not heads:
+        if self.model.tokens is None or not heads:
             return {}, []
         reps = self.model.submit([text], role, heads, alone=True).result().reps
-        return reps, tokens.tokenizer.convert_ids_to_tokens(tokens.tokenize([text], role).id_S.tolist())
+        return reps, self.model.tokens_of(text, role)
 
     def _matches(self, query: tuple[Reps, list[str]], document: tuple[Reps, list[str]]) -> list[TokenMatch]:
         found: list[TokenMatch] = []
