@@ -73,8 +73,6 @@ def described(app: FastAPI) -> dict[str, Any]:
     for operation in (one for methods in made["paths"].values() for one in methods.values()):
         if operation["responses"].pop("422", None):
             operation["responses"]["4XX"] = {"description": "What is wrong, in OpenAI's shape of an error."}
-                "description": 'OpenAI\'s shape: {"error": {"message", "type", "param", "code"}}'
-            }
     for name in ("HTTPValidationError", "ValidationError"):
         made.get("components", {}).get("schemas", {}).pop(name, None)
     return made
