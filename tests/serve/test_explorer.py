@@ -213,7 +213,7 @@ def test_the_report_says_which_queries_got_worse_and_why(client):
     assert fell["texts"] == {"query": HOSTILE[0], "right": HOSTILE[1], "wrong": HOSTILE[2]}
     assert (rose["id"], rose["rank"]) == ("q3", [None, 1])
     pair = next(task for task in facts["tasks"] if task["task"] == "alike")["moved"][0]
-    assert (pair["people"], pair["similarity"]) == (0.0, [0.1, 0.5])
+    assert (pair["id"], pair["people"], pair["similarity"]) == ("0", 0.0, [0.0, 0.7])
     assert [curve["name"] for curve in facts["curves"] if curve["series"]] == ["loss", "score"]
 
 
