@@ -16,12 +16,14 @@ from types import ModuleType
 from typing import Any
 
 _HOMES = {
+    "CrossEncoder": "embedsmith.models",
     "Embedder": "embedsmith.models",
     "Recipe": "embedsmith.train",
     "Source": "embedsmith.data",
     "application": "embedsmith.api.serving",
     "compare": "embedsmith.api.evaluating",
     "load": "embedsmith.models",
+    "load_reranker": "embedsmith.models",
     "mine": "embedsmith.api.making",
     "split": "embedsmith.api.making",
     "tokenize": "embedsmith.api.making",
@@ -38,8 +40,8 @@ _VERBS = {
 """Functions that share their name with a room of the package, and where they are."""
 
 __all__ = [
-    *("Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "evaluate", "index"),
-    *("load", "merge", "mine", "search", "serve", "split", "tokenize", "train"),
+    *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "evaluate"),
+    *("index", "load", "load_reranker", "merge", "mine", "search", "serve", "split", "tokenize", "train"),
 ]
 
 

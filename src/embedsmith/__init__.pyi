@@ -11,12 +11,15 @@ from embedsmith.api.searching import search as search
 from embedsmith.api.serving import application as application
 from embedsmith.api.serving import serve as serve
 from embedsmith.data import Source as Source
+from embedsmith.models import CrossEncoder as CrossEncoder
 from embedsmith.models import Embedder as Embedder
 from embedsmith.models import load as load
+from embedsmith.models import load_reranker as load_reranker
 from embedsmith.train import Recipe as Recipe
 
 __version__: str
 __all__ = [
+    "CrossEncoder",
     "Embedder",
     "Recipe",
     "Source",
@@ -27,6 +30,7 @@ __all__ = [
     "evaluate",
     "index",
     "load",
+    "load_reranker",
     "merge",
     "mine",
     "search",

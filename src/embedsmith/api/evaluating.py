@@ -11,17 +11,19 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
+from embedsmith.core.reranker import Reranker
 from embedsmith.data import RecordSet, Source, part_of, read_source
 from embedsmith.data.record import Text
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.mteb.run import find_mteb_tasks, mteb_evaluate
 from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.overlap import warn_of_overlap
+from embedsmith.evaluate.rerank import DEPTH, Rerank
 from embedsmith.evaluate.result import Results
 from embedsmith.evaluate.run import evaluate as score
 from embedsmith.evaluate.tasks.kinds import Task, load_tasks
 from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, score_widths
-from embedsmith.models import load
+from embedsmith.models import CrossEncoder, Embedder, is_reranker, load, load_reranker
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder
 
@@ -39,6 +41,8 @@ def evaluate(
     dims: Sequence[int] = (),
     weights: Mapping[str, float] | None = None,
     cache: str | Path | None = None,
+    rerank: str | Path | Reranker | None = None,
+    depth: int = DEPTH,
     **options: Any,
 ) -> Results | HeadScores:
     """Score a model on tasks.
@@ -48,16 +52,27 @@ def evaluate(
     >>> list(scores.main_scores())
     ['scored']
 
-    `model`: a folder, a hub id, or a model that is loaded. `tasks`: names or paths of tasks, or tasks, one or several.
-    `data`: the folder where names are looked up. `split`: which judgements of a BEIR folder. `head`: `dense`, `sparse`,
-    `multivector` or `hybrid`, the latter with `weights`; `all` for these side by side. `dims`: widths of the vectors
-    that are scored too. `cache`: a folder for vectors and results, so that a stopped call continues. `options`: of
-    `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
+    `model`: a folder, a hub id, or a model that is loaded; of a reranker, reranking tasks are scored. `tasks`: names or
+    paths of tasks, or tasks, one or several. `data`: the folder where names are looked up. `split`: which judgements of
+    a BEIR folder. `head`: `dense`, `sparse`, `multivector` or `hybrid`, the latter with `weights`; `all` for these side
+    by side. `dims`: widths of the vectors that are scored too. `cache`: a folder for vectors and results, so that a
+    stopped call continues. `rerank`: a reranker, or its folder or hub id, that orders the first `depth` documents of
+    the model's rankings anew. `options`: of `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
     Errors: `EvaluationError` for unknown tasks and scores that cannot be had; those of `load`.
     """
     named, encoder = _loaded(model, options)
-    scoring = Scoring(_listed(tasks), None if data is None else Path(data), split, head, _path(cache), weights)
+    ranker = rerank_of(rerank, depth)
+    if isinstance(encoder, CrossEncoder):
+        if ranker is not None:
+            raise EvaluationError("rerank of a reranker", fix="name the embedding model first, and its reranker there")
+        ranker = Rerank(encoder, depth)
+        encoder = None
+    if ranker is not None and (dims or head == "all"):
+        raise EvaluationError("a reranker with dims or head='all'", fix="leave one of them out")
+    place = None if data is None else Path(data)
+    scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker)
     about = {"model": named, "split": split, "head": head, **options}
+    about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
     with lines_shown():
         if dims and head != "dense":
             raise EvaluationError(f"dims with head={head!r}", fix="leave one of them out: dims are of dense vectors")
@@ -96,12 +111,28 @@ def compare(
 
 def _loaded(model: str | Path | Encoder, options: Mapping[str, Any]) -> tuple[str, Any]:
     if isinstance(model, str | Path):
-        return str(model), load(str(model), **options)
+        return str(model), load_either(str(model), options)
     if options:
         raise EvaluationError(
             f"{next(iter(options))} of a model that is loaded", fix="give it to load: embedsmith.load(FOLDER, ...)"
         )
     return type(model).__name__, model
+
+
+def load_either(path: str, options: Mapping[str, Any]) -> Embedder | CrossEncoder:
+    """The embedding model or the reranker of a folder or hub id."""
+    return load_reranker(path, **options) if is_reranker(path) else load(path, **options)
+
+
+def rerank_of(model: str | Path | Reranker | None, depth: int) -> Rerank | None:
+    """A reranker, or its folder or hub id, as an evaluation takes it."""
+    if model is None:
+        return None
+    return Rerank(load_reranker(str(model)) if isinstance(model, str | Path) else model, depth)
+
+
+def _named(model: str | Path | Reranker) -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
 def _listed(tasks: Tasks) -> tuple[Any, ...]:
@@ -114,7 +145,8 @@ def _path(given: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the verbs score a model. `cache`: a folder for results and vectors, so that a stopped command continues."""
+    """How the verbs score a model. `cache`: a folder for results and vectors, so that a stopped command continues.
+    `rerank`: what orders the model's rankings anew."""
 
     tasks: tuple[str | Path | Task, ...]
     data: Path | None = None
@@ -122,17 +154,19 @@ class Scoring:
     head: str = "dense"
     cache: Path | None = None
     weights: Mapping[str, float] | None = None
+    rerank: Rerank | None = None
 
-    def score(self, encoder: Encoder, about: Mapping[str, Any]) -> Results:
+    def score(self, encoder: Encoder | None, about: Mapping[str, Any]) -> Results:
         """The model on all tasks, with our own evaluator."""
         loaded = self._load(self.tasks)
         warn_of_overlap(loaded, trained_on(str(about.get("model", ""))))
-        if self.head == "hybrid":
+        if self.head == "hybrid" and encoder is not None:
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
-        if self.cache is None:
-            return score(encoder, loaded, head=self.head, about=about)
-        cached = CachedEncoder.of(encoder, self.cache / "vectors")
-        return score(cached, loaded, head=self.head, about=about, cache=self.cache / "results")
+        results = None
+        if self.cache is not None:
+            encoder = None if encoder is None else CachedEncoder.of(encoder, self.cache / "vectors")
+            results = self.cache / "results"
+        return score(encoder, loaded, rerank=self.rerank, head=self.head, about=about, cache=results)
 
     def side_by_side(
         self, encoder: Encoder, heads: Sequence[str], tune_on: Sequence[str], about: Mapping[str, Any]

@@ -33,7 +33,7 @@ from embedsmith.merge import Merged, MergeRecipe
 from embedsmith.merge import merge as run_merge
 from embedsmith.mining import MineRecipe, MineReport
 from embedsmith.mining import mine as run_mine
-from embedsmith.models import ModelConfig, load
+from embedsmith.models import ModelConfig, load, load_reranker
 from embedsmith.train import EvaluateConfig, Recipe, TrainConfig
 from embedsmith.train import train as run_train
 from embedsmith.train.trained import Trained
@@ -49,6 +49,7 @@ def train(
     data: Any = None,
     output: str | Path | None = None,
     evaluate: str | Sequence[str] | Mapping[str, Any] | EvaluateConfig | None = None,
+    task: str | None = None,
     overwrite: bool = False,
     **settings: Any,
 ) -> Trained:
@@ -65,12 +66,13 @@ def train(
     `model`: a folder or hub id, or the keys of `model` as a dict: `{"path": "my-model", "pooling": "mean"}`.
     `data`: a path, the keys of a source as a dict (`{"path": "scored.jsonl", "task": "sts"}`), a `Source`, or a list of
     these. `output`: the run's folder; without it a folder below `runs`, named after all the other arguments.
-    `evaluate`: tasks to score before and after, or the keys of `evaluate` as a dict. `overwrite`: replaces a run that
+    `evaluate`: tasks to score before and after, or the keys of `evaluate` as a dict. `task`: `"rerank"` trains a
+    reranker, which is then `run.reranker`. `overwrite`: replaces a run that
     is there. `settings`: the keys of `train`, such as `steps`, `epochs`, `batch_size`, `learning_rate`.
     Errors: `RecipeError` naming the keyword and the nearest known one; those of `embedsmith train`.
     """
     changes = {"model": model_tree(model), "data": None if data is None else source_trees(data), "output": output}
-    changes |= {"train": _of_train(settings) if settings else None, "evaluate": _of_evaluate(evaluate)}
+    changes |= {"train": _of_train(settings) if settings else None, "evaluate": _of_evaluate(evaluate), "task": task}
     if isinstance(recipe, Recipe):
         whole = recipe_of(Recipe, recipe, changes, where="train")
     else:
@@ -92,7 +94,7 @@ def _of_train(settings: Mapping[str, Any]) -> Any:
         return together
     for key in settings:
         if key not in (*known, "train"):
-            choices = [*known, "model", "data", "output", "evaluate", "overwrite"]
+            choices = [*known, "model", "data", "output", "evaluate", "task", "overwrite"]
             raise RecipeError(
                 f"{key}: unknown key{did_you_mean(key, choices)}",
                 where="train",
@@ -140,7 +142,7 @@ def mine(
     changes = {"data": None if data is None else source_tree(data), "searchers": _searchers(searchers)}
     whole = recipe_of(MineRecipe, recipe, changes | {"output": output} | settings, where="mine")
     with lines_shown():
-        return run_mine(whole, load, overwrite=overwrite)
+        return run_mine(whole, load, load_reranker, overwrite=overwrite)
 
 
 def _searchers(given: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from embedsmith.core.errors import DataError
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown
+from embedsmith.core.reranker import Reranker
 from embedsmith.index import Document, Filter, Written
 from embedsmith.index.commands import FoundHits, Place, run_index, run_search
 from embedsmith.models import Embedder
@@ -71,6 +72,7 @@ def search(
     candidates: int = 100,
     filter: Filter | None = None,
     explain: bool = False,
+    rerank: str | Path | Reranker | None = None,
 ) -> list[FoundHits]:
     """Search an index by all heads together: the `k` best documents of every query.
 
@@ -83,7 +85,8 @@ def search(
     `queries`: one or several. `index`: the index's folder; or `url`, `collection` and `api_key_env` of a Qdrant
     server. `model`: the model, where it is not where it was when the index was made. `weights`: of the heads, such as
     `{"dense": 1, "sparse": 0.3}`. `rrf`: fuse ranks instead of scores. `candidates`: documents each head proposes.
-    `filter`: of metadata, such as `{"lang": "en"}`. `explain`: say which tokens matched.
+    `filter`: of metadata, such as `{"lang": "en"}`. `explain`: say which tokens matched. `rerank`: a reranker, or its
+    folder or hub id, that reads the first `candidates` hits and orders them anew.
     Errors: those of `embedsmith search`.
     """
     place = _place(index, url, collection, api_key_env)
@@ -100,6 +103,7 @@ def search(
             candidates=candidates,
             filter=filter,
             explained=explain,
+            rerank=str(rerank) if isinstance(rerank, Path) else rerank,
         )
 
 

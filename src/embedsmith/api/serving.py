@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.encoder import Encoder
-from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, RecipeError
+from embedsmith.core.errors import EmbedsmithError, MissingExtraError, RecipeError
 from embedsmith.core.inputs import local_path, read_text
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.reranker import Reranker
 from embedsmith.index import Store
 from embedsmith.index.commands import Place
-from embedsmith.models import load
+from embedsmith.models import CrossEncoder, load, load_reranker
 from embedsmith.serve.limits import Limits
 
 Models = str | Path | Encoder | Sequence[str | Path | Encoder] | Mapping[str, str | Path | Encoder]
@@ -30,6 +32,7 @@ def application(
     url: str | None = None,
     collection: str = "embedsmith",
     api_key_env: str | None = None,
+    writable: bool = False,
     reranker: str | Path | Reranker | None = None,
     keys: Sequence[str] = (),
     run: str | Path | None = None,
@@ -47,10 +50,11 @@ def application(
     1
 
     `models`: a folder, a hub id or a model that is loaded; several of them; or a dict that names each. `index`: folders
-    of indexes that these models made; or `url`, `collection` and `api_key_env` of a Qdrant server. `reranker`: a
-    folder, a hub id or one that is loaded. `keys`: one of them has to come with every request. `run`: the folder of a
-    run, whose report the page at `/` shows. `feedback`: a file of training records that marks of hits made there are
-    written to. `options`: of `es.load`.
+    of indexes that these models made; or `url`, `collection` and `api_key_env` of a Qdrant server. `writable`: take
+    documents into them, or into new ones; a folder is then open to no other process. `reranker`: a folder, a hub id or
+    one that is loaded. `keys`: one of them has to come with every request. `run`: the folder of a run, whose report the
+    page at `/` shows. `feedback`: a file of training records that marks of hits made there are written to. `options`:
+    of `es.load`.
     Errors: those of loading, and `SearchError` for an index that none of the models made.
     """
     with _extra():
@@ -61,14 +65,13 @@ def application(
     explorer = Explorer(*(None if path is None else local_path(path) for path in (run, feedback)))
     place = Place(url=url, collection=collection, api_key=key_from(checked_variable(api_key_env, "api_key_env")))
     stores: list[Callable[[], Store]] = [
-        _folder_opener(folder) for folder in ([index] if isinstance(index, str | Path) else index)
+        _folder_opener(folder, not writable) for folder in ([index] if isinstance(index, str | Path) else index)
     ]
     if url is not None:
         stores.append(place.open)
     named, open_reranker = reranker_named(reranker)
-    sources = Sources(
-        {name: _loader(model, options) for name, model in named_models(models).items()}, stores, open_reranker, named
-    )
+    loaders = {name: _loader(model, options) for name, model in named_models(models).items()}
+    sources = Sources(loaders, stores, open_reranker, named, writable)
     with lines_shown():
         service = Service(sources, limits)
     app = made(service, keys, explorer)
@@ -171,17 +174,27 @@ def _loader(model: Any, options: Mapping[str, Any]) -> Callable[[], Encoder]:
     return lambda: load(str(model), **options)
 
 
-def _folder_opener(folder: str | Path) -> Callable[[], Store]:
-    return lambda: Place(local_path(folder)).open(read_only=True)
+def _folder_opener(folder: str | Path, read_only: bool) -> Callable[[], Store]:
+    return lambda: Place(local_path(folder)).open(read_only=read_only)
 
 
 def reranker_named(reranker: Any) -> tuple[str, Callable[[], Reranker] | None]:
-    """A reranker's name, and how to get it."""
+    """A reranker's name, and how to get it: its scores as they are before the activation that its folder names, since
+    the server answers with relevance from 0 to 1."""
     if reranker is None:
         return "", None
     if not isinstance(reranker, str | Path):
-        return "reranker", lambda: reranker
-    raise ModelError("rerankers cannot be loaded yet", where=reranker)
+        return "reranker", lambda: _as_logits(reranker)
+    name, path = _named(reranker)
+    return name, lambda: _as_logits(load_reranker(path))
+
+
+def _as_logits(reranker: Reranker) -> Reranker:
+    if not isinstance(reranker, CrossEncoder):
+        return reranker
+    twin = copy.copy(reranker)  # the weights are shared
+    twin.settings = dataclasses.replace(reranker.settings, activation="torch.nn.Identity")
+    return twin
 
 
 @contextmanager

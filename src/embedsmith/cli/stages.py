@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from embedsmith.core.collectives import join_ranks, on_first_rank
 from embedsmith.core.errors import CheckpointError, RecipeError
@@ -22,7 +22,7 @@ from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import apply_override, parse, read_tree
-from embedsmith.core.settings import Word, did_you_mean, section
+from embedsmith.core.settings import Range, Word, did_you_mean, section
 from embedsmith.core.shipped import recipe_file
 
 Verb = Literal["curate", "mine", "train", "merge", "evaluate"]
@@ -95,11 +95,11 @@ def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any],
 def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False) -> Any:
     """Mine; returns the report."""
     from embedsmith.mining import MineRecipe, mine
-    from embedsmith.models import load
+    from embedsmith.models import load, load_reranker
 
     recipe = parse(MineRecipe, tree, where)
     join_ranks()
-    return mine(recipe, load, overwrite=overwrite)
+    return mine(recipe, load, load_reranker, overwrite=overwrite)
 
 
 @stage_of("mine", ".jsonl")
@@ -142,7 +142,8 @@ class EvaluateStage:
     """The arguments that `embedsmith evaluate` has on the command line.
 
     `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
-    `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder.
+    `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder. `rerank`: a
+    reranker that orders the first `depth` documents of the model's rankings anew.
     """
 
     model: str
@@ -150,6 +151,8 @@ class EvaluateStage:
     output: Word
     data: str | None = None
     split: str = "test"
+    rerank: str | None = None
+    depth: Annotated[int, Range(gt=0)] = 100
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -158,6 +161,7 @@ class EvaluateStage:
 
 @stage_of("evaluate", ".json")
 def _evaluate(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.api.evaluating import rerank_of
     from embedsmith.evaluate import evaluate, load_tasks
     from embedsmith.models import load
 
@@ -166,7 +170,9 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
     def score() -> None:
         refuse_foreign_file(Path(stage.output), '"tasks": [')
         tasks = load_tasks(stage.tasks, data_dir=stage.data, split=stage.split)
-        evaluate(load(stage.model), tasks, about={"model": stage.model}).save(Path(stage.output), items=False)
+        about = {"model": stage.model} | ({} if stage.rerank is None else {"rerank": stage.rerank})
+        found = evaluate(load(stage.model), tasks, rerank=rerank_of(stage.rerank, stage.depth), about=about)
+        found.save(Path(stage.output), items=False)
 
     join_ranks()
     on_first_rank(score)

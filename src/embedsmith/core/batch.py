@@ -1,6 +1,7 @@
 """What a loss sees. The only place where representations cross ranks.
 
-Two kinds: retrieval (local queries against the candidates of all ranks) and pairs (two aligned sides with labels).
+Three kinds: retrieval (local queries against the candidates of all ranks), pairs (two aligned sides with labels), and
+groups (a reranker's scores of queries with their own documents).
 A batch is assembled on leaves cut from the model's graph. A side is gathered when a loss first asks for it, and after
 the loss's backward pass `settle` returns the gradients of gathered rows to the rank they came from. No collective
 runs inside autograd, so a loss that is undefined on one rank cannot hang the others; but every rank must ask for the
@@ -253,6 +254,50 @@ class PairBatch(Batch, PairIds):
     @cached_property
     def label_G(self) -> Tensor:
         return gather_rows(self.label_N, self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupIds:
+    """Queries with their own documents, each of which is read together with its query: a row a query, a slot a
+    document, the first `positives` slots for those that answer it.
+
+    `pair_QX` says which of this rank's pairs stands in a slot, `ABSENT` where none does; `pairs` is how many there are.
+    `grade_QX` in [0, 1]: how well the document answers. `teacher_QX`: a teacher's scores, NaN where unknown.
+    """
+
+    pair_QX: Tensor
+    grade_QX: Tensor
+    teacher_QX: Tensor
+    positives: int
+    pairs: int
+
+    @property
+    def sizes(self) -> tuple[int]:
+        """How many pairs there are, on the only side."""
+        return (self.pairs,)
+
+    def with_sides(self, pair: Side, **shared: Any) -> GroupBatch:
+        """The batch of these groups; `shared` are the fields of `Batch`."""
+        tensors = pair.beside({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return GroupBatch(pair=pair, positives=self.positives, pairs=self.pairs, **shared, **tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupBatch(Batch, GroupIds):
+    """Queries with their own documents, scored pair by pair by a reranker. Nothing is gathered: no query meets the
+    documents of another, and means go over the rows of all ranks."""
+
+    pair: Side
+
+    def sides(self) -> tuple[Side, ...]:
+        return (self.pair,)
+
+    def scores(self) -> Tensor:
+        """score_WQX, the reranker's outputs as they are, W = 1; an empty slot has that of another pair, to be masked.
+        A reranker has one output: it is what every loss reads here, whatever head it names."""
+        (representation,) = self.pair.local.values()
+        score_N: Tensor = representation.floating()[0][:, 0]
+        return score_N[self.pair_QX.clamp_min(0)][None]
 
 
 def gather_pair_scores(score_WN: Tensor, group: Group = None) -> Tensor:

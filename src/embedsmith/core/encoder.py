@@ -109,15 +109,15 @@ class Fingerprinted(Protocol):
         ...
 
 
-def fingerprint(encoder: Encoder) -> str:
-    """The encoder's hash. Errors: `ModelError` for an encoder that has none."""
-    if not isinstance(encoder, Fingerprinted):
+def fingerprint(model: object) -> str:
+    """The hash of an encoder or a reranker. Errors: `ModelError` for one that has none."""
+    if not isinstance(model, Fingerprinted):
         raise ModelError(
-            f"{type(encoder).__name__} cannot say which model it is",
+            f"{type(model).__name__} cannot say which model it is",
             expected="a method fingerprint() that returns a hash of its weights and settings",
             fix="add it, or do without what is kept on disk",
         )
-    return encoder.fingerprint()
+    return model.fingerprint()
 
 
 def tokenizer_json(tokenizer: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.reranker import Reranker
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data.record import Record
 
@@ -33,12 +34,13 @@ class Tools:
     """What steps may need from outside the room. The command line fills it; from Python, give what your steps use.
 
     `folder` holds caches (`None`: they live in memory and end with the process); `encoder` turns a model's name into
-    the model and a key that changes when the model does; `evaluation` yields the texts of evaluation sets by name;
-    `labels` are the names of the classes, where the records' file names them.
+    the model and a key that changes when the model does, `reranker` that of a reranker; `evaluation` yields the texts
+    of evaluation sets by name; `labels` are the names of the classes, where the records' file names them.
     """
 
     folder: Path | None = None
     encoder: Callable[[str], tuple[Encoder, str]] | None = None
+    reranker: Callable[[str], tuple[Reranker, str]] | None = None
     evaluation: Callable[[Sequence[str]], Iterable[EvaluationText]] | None = None
     labels: tuple[str, ...] = ()
 

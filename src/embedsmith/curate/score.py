@@ -1,19 +1,21 @@
-"""Conan's score filter: a pair stays if an embedding model finds its texts alike enough."""
+"""Conan's score filter: a pair stays if an embedding model finds its texts alike enough, or a reranker finds that the
+one answers the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.reps import Dense
-from embedsmith.core.settings import Count, Share
+from embedsmith.core.settings import Count, Finite, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate.ask import Cache, key_of
 from embedsmith.curate.ledger import Ledger, Tools
@@ -21,9 +23,11 @@ from embedsmith.data.record import Record
 from embedsmith.data.writers import batched
 
 BINS = 40
-"""Of the histogram, over cosines from -1 to 1."""
+"""Of the histogram."""
 
 Floats = npt.NDArray[np.float64]
+Scores = Callable[[list[str], list[str]], list[float]]
+"""Of pairs of a query and a document."""
 
 
 @curation_steps.register(
@@ -33,15 +37,16 @@ Floats = npt.NDArray[np.float64]
 )
 @dataclass(frozen=True)
 class ScoreFilter:
-    """Drop positives that an embedding model finds unlike their query; a record without positives left leaves.
+    """Drop positives that a model finds unlike their query; a record without positives left leaves.
 
     A threshold belongs to one scorer: Conan's 0.4 is for bge-large-zh-v1.5 and lets others' noise through or cuts good
     pairs, so look at the histogram in the report first, or use a quantile. Queries and positives get the scorer's own
     prompts for their roles. Scores are cached by model and texts: filtering again is free. Records for similarity and
     those without positives pass unscored.
 
-    `model`: path or hub id of the scorer.
-    `threshold`: the least cosine of a pair that stays (a pair exactly at it does); this or `quantile` is set.
+    `model`: path or hub id of the embedding model whose cosines are the scores; this or `reranker` is set.
+    `reranker`: path or hub id of a reranker, whose scores are as its folder has them.
+    `threshold`: the least score of a pair that stays (a pair exactly at it does); this or `quantile` is set.
     `quantile`: the share of pairs that leaves, lowest first; that reads the records twice.
     `keep_scores`: write the scores into records that have none, as `teacher_positive_scores`.
     `batch_size`: records scored together.
@@ -49,8 +54,9 @@ class ScoreFilter:
     Errors: `ModelError` if the model has no dense vectors or gives values that are not finite.
     """
 
-    model: str
-    threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    model: str | None = None
+    reranker: str | None = None
+    threshold: Finite | None = None
     quantile: Share | None = None
     keep_scores: bool = True
     batch_size: Count = 256
@@ -58,34 +64,46 @@ class ScoreFilter:
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.quantile is None):
             raise RecipeError("score_filter needs one of threshold and quantile", expected="for example threshold: 0.4")
+        if (self.model is None) == (self.reranker is None):
+            raise RecipeError("score_filter needs one of model and reranker", fix="name the model whose scores count")
+        if self.model is not None and self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise RecipeError(f"threshold is {self.threshold}", where="score_filter", expected="a cosine, from -1 to 1")
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        if tools.encoder is None:
-            raise ModelError("score_filter has no model", fix="pass Tools(encoder=...), which loads a model by name")
         with Cache.open(tools.folder, "scores") as cache:
-            scorer = _Scorer(*tools.encoder(self.model), cache)
+            scorer = _Scorer(*self._scores_by(tools), cache)
             threshold = self.threshold
             if threshold is None:
                 assert self.quantile is not None
                 every = [score for _, scores in self._scored(records, scorer) for score in scores or ()]
                 threshold = float(np.quantile(np.array(every), self.quantile, method="lower")) if every else -1.0
-            counts: npt.NDArray[np.int64] = np.zeros(BINS, dtype=np.int64)
-            unscored = 0
+            found, unscored = array("d"), 0
             for record, scores in self._scored(records, scorer):
                 ledger.taken += 1
                 if scores is None:
                     unscored += 1
                     yield record
                     continue
-                counts += np.histogram(scores, bins=BINS, range=(-1, 1))[0]
+                found.extend(scores)
                 if (left := self._above(record, scores, threshold, ledger)) is not None:
                     yield left
             ledger.notes |= {
                 "threshold": round(threshold, 4),
-                "histogram": histogram(counts),
+                "histogram": histogram(np.array(found), cosines=self.model is not None),
                 "records passed unscored": unscored,
                 "pairs scored anew": scorer.scored,
             }
+
+    def _scores_by(self, tools: Tools) -> tuple[Scores, str]:
+        """What scores pairs, and its key. Errors: `ModelError` where the tools cannot open the model."""
+        if self.reranker is not None and tools.reranker is not None:
+            reranker, key = tools.reranker(self.reranker)
+            return lambda queries, documents: reranker.score(queries, documents).tolist(), key
+        if self.model is not None and tools.encoder is not None:
+            encoder, key = tools.encoder(self.model)
+            return partial(_cosines, encoder), key
+        name = "encoder" if self.reranker is None else "reranker"
+        raise ModelError("score_filter has no model", fix=f"pass Tools({name}=...), which loads a model by name")
 
     def _scored(self, records: Iterable[Record], scorer: _Scorer) -> Iterator[tuple[Record, list[float] | None]]:
         for batch in batched(records, self.batch_size):
@@ -96,7 +114,7 @@ class ScoreFilter:
             record = replace(record, teacher_positive_scores=tuple(round(score, 4) for score in scores))
         low = f"score below {threshold:.2f}"
         if max(scores) < threshold:
-            ledger.record_left(low, record, f"cosine {max(scores):.3f}")
+            ledger.record_left(low, record, f"score {max(scores):.3f}")
             return None
         below = [low if one < threshold else None for one in scores]
         return ledger.without(record, below, [None] * len(record.negatives))
@@ -104,9 +122,9 @@ class ScoreFilter:
 
 @dataclass
 class _Scorer:
-    """Cosines of queries and positives, from the cache where they are known. `key` changes when the encoder does."""
+    """Scores of queries and positives, from the cache where they are known. `key` changes when the model does."""
 
-    encoder: Encoder
+    scores: Scores
     key: str
     cache: Cache
     scored: int = 0
@@ -128,32 +146,43 @@ class _Scorer:
         new = {key: pair for key, pair in wanted.items() if key not in known}
         if new:
             self.scored += len(new)
-            queries, documents = (list(dict.fromkeys(side)) for side in zip(*new.values()))
-            query_of = dict(zip(queries, self._units(queries, "query")))
-            document_of = dict(zip(documents, self._units(documents, "document")))
-            fresh = {key: round(float(query_of[q] @ document_of[d]), 6) for key, (q, d) in new.items()}
+            queries, documents = (list(side) for side in zip(*new.values()))
+            values = self.scores(queries, documents)
+            fresh = {key: round(value, 6) for key, value in zip(new, values, strict=True)}
             self.cache.put(fresh)
             known |= fresh
         return [None if keys is None else [float(known[key]) for key in keys] for keys in keys_N]
 
-    def _units(self, texts: list[str], role: Role) -> Floats:
-        """Vectors of length one."""
-        reps = self.encoder.represent(texts, role=role, task="retrieval", outputs=("dense",))
-        dense = reps.get("dense")
-        if not isinstance(dense, Dense):
-            raise ModelError("the scorer gives no dense vectors", fix="score with a model that has a dense head")
-        vector_ND: Floats = dense.vector_ND.double().numpy()
-        if not np.isfinite(vector_ND).all():
-            raise ModelError("the scorer's vectors are not all finite", fix="check its weights")
-        norm_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)
-        unit_ND: Floats = vector_ND / np.maximum(norm_N1, 1e-12)
-        return unit_ND
+
+def _cosines(encoder: Encoder, queries: list[str], documents: list[str]) -> list[float]:
+    """Of pairs; a text that occurs more than once is encoded once."""
+    query_of, document_of = (
+        dict(zip(texts, _units(encoder, texts, role)))
+        for side, role in ((queries, "query"), (documents, "document"))
+        for texts in [list(dict.fromkeys(side))]
+    )
+    return [float(query_of[q] @ document_of[d]) for q, d in zip(queries, documents, strict=True)]
 
 
-def histogram(counts: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Counts by range of cosine, from the first that is not empty to the last."""
-    filled = np.flatnonzero(counts)
-    if not len(filled):
+def _units(encoder: Encoder, texts: list[str], role: Any) -> Floats:
+    """Vectors of length one."""
+    reps = encoder.represent(texts, role=role, task="retrieval", outputs=("dense",))
+    dense = reps.get("dense")
+    if not isinstance(dense, Dense):
+        raise ModelError("the scorer gives no dense vectors", fix="score with a model that has a dense head")
+    vector_ND: Floats = dense.vector_ND.double().numpy()
+    if not np.isfinite(vector_ND).all():
+        raise ModelError("the scorer's vectors are not all finite", fix="check its weights")
+    norm_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)
+    unit_ND: Floats = vector_ND / np.maximum(norm_N1, 1e-12)
+    return unit_ND
+
+
+def histogram(scores: Floats, cosines: bool) -> dict[str, int]:
+    """Counts by range of the score, from the first that is not empty to the last: cosines from -1 to 1, others from the
+    lowest to the highest."""
+    if not len(scores):
         return {}
-    edges = np.linspace(-1, 1, BINS + 1)
+    counts, edges = np.histogram(scores, bins=BINS, range=(-1, 1) if cosines else None)
+    filled = np.flatnonzero(counts)
     return {f"{edges[b]:+.2f}": int(counts[b]) for b in range(filled[0], filled[-1] + 1)}

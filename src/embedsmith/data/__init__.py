@@ -1,6 +1,6 @@
 """Texts as records: reading, writing, drawing batches. Knows only `core`."""
 
-from embedsmith.data.draw import pair_texts, retrieval_texts
+from embedsmith.data.draw import group_texts, pair_texts, retrieval_texts
 from embedsmith.data.mixture import Joined, joined, part_of
 from embedsmith.data.plan.config import PlanConfig
 from embedsmith.data.plan.plan import Account, BatchPlan, PlannedSource, PlannedStep
@@ -22,6 +22,7 @@ __all__ = [
     "RowFacts",
     "Source",
     "Task",
+    "group_texts",
     "joined",
     "negatives_per_query",
     "pair_texts",

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from embedsmith.core.batch import ABSENT, PairIds, RetrievalIds
+from embedsmith.core.batch import ABSENT, GroupIds, PairIds, RetrievalIds
 from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.data.record import Record, Text, draw_texts, shuffled, text_id
@@ -64,6 +64,41 @@ def retrieval_texts(
         negative_score_QM=torch.from_numpy(negative_score_QM) if taught else None,
     )
     return queries, list(documents.values()), ids
+
+
+def group_texts(
+    records: Sequence[Record[Text]], *, positives: int, negatives: int, seeds: Sequence[int]
+) -> tuple[list[Text], list[Text], list[int], GroupIds]:
+    """(queries, documents, rows, ids): every record's query beside each of its own documents, drawn as in
+    `retrieval_texts`; pair n is `queries[n]` with `documents[n]`, of the record `rows[n]`.
+
+    A document's grade is its own score, where the data have one; else 1 for a positive and 0 for a negative.
+    """
+    shape = (len(records), positives + negatives)
+    pair_QX = np.full(shape, ABSENT)
+    grade_QX, teacher_QX = np.zeros(shape, np.float32), np.full(shape, np.nan, np.float32)
+    queries: list[Text] = []
+    documents: list[Text] = []
+    rows: list[int] = []
+    for q, (record, seed) in enumerate(zip(records, seeds, strict=True)):
+        known = {text_id(text) for text in record.positives} if negatives and record.negatives else set()
+        chance = random.Random(seed)
+        answers = (record.positives, record.positive_scores, record.teacher_positive_scores)
+        others = (record.negatives, record.negative_scores, record.teacher_negative_scores)
+        sides = ((0, positives, set[int](), 1.0, answers), (positives, negatives, known, 0.0, others))
+        for first, count, banned, usual, (texts, scores, taught) in sides:
+            for x, (slot, _) in enumerate(draw_texts(texts, count, chance, banned=banned), start=first):
+                pair_QX[q, x] = len(queries)
+                own, teacher = scores and scores[slot], taught and taught[slot]
+                grade_QX[q, x] = usual if own is None else own
+                teacher_QX[q, x] = math.nan if teacher is None else teacher
+                queries.append(record.query)
+                documents.append(texts[slot])
+                rows.append(q)
+    tensors = (torch.from_numpy(each) for each in (pair_QX, grade_QX, teacher_QX))
+    names = ("pair_QX", "grade_QX", "teacher_QX")
+    ids = GroupIds(**dict(zip(names, tensors, strict=True)), positives=positives, pairs=len(queries))
+    return queries, documents, rows, ids
 
 
 def pair_texts(records: Sequence[Record[Text]], *, seeds: Sequence[int]) -> tuple[list[Text], list[Text], PairIds]:

@@ -16,6 +16,7 @@ from embedsmith.core.encoder import Encoder, Role, hash_of_model, tokenizer_json
 from embedsmith.core.errors import EmbedsmithError, EvaluationError, MissingExtraError, ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, Representation, Reps
+from embedsmith.evaluate.rerank import Rerank
 from embedsmith.search.hybrid import join
 
 PIECE = 2048
@@ -33,21 +34,30 @@ class FailedElsewhereError(EvaluationError):
 
 @dataclass(frozen=True)
 class Reader:
-    """An encoder as the tasks use it: one head of it, on the ranks of `group`.
+    """An encoder as the tasks use it: one head of it, on the ranks of `group`; or a reranker (`rerank`), with the
+    encoder whose rankings it puts into order, or without any where a task gives the candidates.
 
     Every rank encodes a share of the texts. `progress=None` shows a bar where the terminal is watched.
     """
 
-    encoder: Encoder
+    encoder: Encoder | None
     head: str = "dense"
     progress: bool | None = None
     group: Group = ALONE
+    rerank: Rerank | None = None
 
     def pieces(self, texts: Sequence[str], *, role: Role, task: str, label: str) -> Iterator[Representation]:
         """Representations of successive pieces of `texts`, on this rank alone.
 
         Errors: `EvaluationError` for a missing head, a wrong number of rows and values that are not finite.
         """
+        if self.encoder is None:
+            raise EvaluationError(
+                "a reranker alone finds nothing and has no vectors",
+                where=label,
+                expected="reranking tasks, or an embedding model whose ranking it puts into order",
+                fix="embedsmith evaluate EMBEDDER --rerank RERANKER; in a recipe evaluate.embedder=EMBEDDER",
+            )
         with progress_bar(label, len(texts), visible=self.progress) as bar:
             for start in range(0, len(texts), PIECE):
                 piece = texts[start : start + PIECE]

@@ -26,21 +26,25 @@ from embedsmith.core.inputs import read_json
 from embedsmith.core.progress import log
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import added_metrics
+from embedsmith.evaluate.rerank import Rerank
 from embedsmith.evaluate.result import Results, TaskResult
 from embedsmith.evaluate.tasks.kinds import Task
+from embedsmith.evaluate.tasks.ranking import LongDocumentTask, RankingTask
 
 
 def evaluate(
-    encoder: Encoder,
+    encoder: Encoder | None,
     tasks: Sequence[Task],
     *,
+    rerank: Rerank | None = None,
     head: str = "dense",
     progress: bool | None = None,
     about: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     group: Group = ALONE,
 ) -> Results:
-    """Score `encoder` on every task, with the outputs of one head.
+    """Score `encoder` on every task, with the outputs of one head; or a reranker, on reranking tasks and on the first
+    documents that `encoder` finds in retrieval tasks (`None`: reranking tasks alone).
 
     `progress`: show a bar (`None`: where a terminal watches). `about`: what to store beside the scores, such as the
     model's name. `cache`: a folder for the results of single tasks; a task that was scored there before by the same
@@ -54,8 +58,19 @@ def evaluate(
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise EvaluationError(f"two tasks are called {twice[0]!r}", fix="give each task once")
-    reader = Reader(encoder, head, progress, group)
-    known = None if cache is None else ResultCache(Path(cache), digest(fingerprint(encoder), head))
+    if encoder is None and rerank is None:
+        raise EvaluationError("neither an embedding model nor a reranker was given")
+    wrong = [task.name for task in tasks if not isinstance(task, RankingTask | LongDocumentTask)]
+    if rerank is not None and wrong:
+        raise EvaluationError(
+            f"{wrong[0]} is no task that a reranker could be scored on", expected="retrieval and reranking tasks"
+        )
+    reader = Reader(encoder, head, progress, group, rerank)
+    known = None
+    if cache is not None:
+        models = [fingerprint(encoder)] if encoder is not None else []
+        models += [rerank.fingerprint()] if rerank is not None else []
+        known = ResultCache(Path(cache), digest(*models, head))
     with reader.as_one():
         return Results(tuple(_scored(task, reader, known) for task in tasks), dict(about or {}))
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError, SearchError
 from embedsmith.core.outputs import claimed
 from embedsmith.core.recipe import parse_value
+from embedsmith.core.reranker import Reranker
 from embedsmith.core.terminal import Printed
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
 from embedsmith.index.index import Document, Hit, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
-from embedsmith.models import Embedder, load
+from embedsmith.models import Embedder, load, load_reranker
 
 _TEXT = 120
 """Characters of a text that a table shows."""
@@ -148,13 +149,15 @@ def run_search(
     candidates: int = 100,
     filter: Filter | None = None,
     explained: bool = False,
+    rerank: str | Reranker | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[FoundHits]:
     """The best `k` documents of every query (see `HybridIndex.search`).
 
     `model`: a new place of the model that made the index, or that model. `weights`: of the heads (`None`: M3's).
-    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. `options`: of `load`, those that the
-    index was made with. Errors: `SearchError` for no query and no index.
+    `rrf`: fuse ranks instead of scores. `explained`: say which tokens matched. `rerank`: a reranker, or its folder or
+    hub id, that puts the first `candidates` hits into order anew. `options`: of `load`, those that the index was made
+    with. Errors: `SearchError` for no query and no index.
     """
     if not queries:
         raise SearchError("no query", expected="one query or more, or --file")
@@ -172,7 +175,11 @@ def run_search(
         fusion: Fusion | None = None if weights is None else WeightedSum(weights)
         if rrf:
             fusion = ReciprocalRank(weights or dict.fromkeys(index.heads, 1.0))
-        hits = index.search(queries, k, fusion=fusion, candidates=candidates, filter=filter)
+        reranker = load_reranker(rerank) if isinstance(rerank, str) else rerank
+        wanted = k if reranker is None else max(k, candidates)
+        hits = index.search(queries, wanted, fusion=fusion, candidates=candidates, filter=filter)
+        if reranker is not None:
+            hits = [found[:k] for found in _reranked(reranker, queries, hits)]
         reasons = [
             [_explain(encoder, index.heads, query, hit) for hit in found] if explained else []
             for query, found in zip(queries, hits, strict=True)
@@ -180,6 +187,18 @@ def run_search(
         return [FoundHits(*found) for found in zip(queries, hits, reasons, strict=True)]
     finally:
         store.close()
+
+
+def _reranked(model: Reranker, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[list[Hit]]:
+    """Hits by the reranker's scores, the order of the index where these are equal. What was a hit's score stands among
+    the others as `first`."""
+    asked = [query for query, found in zip(queries, hits, strict=True) for _ in found]
+    scores = iter(model.score(asked, [hit.text for found in hits for hit in found]).tolist())
+    scored = [
+        [replace(hit, score=score, scores={**hit.scores, "first": hit.score}) for hit, score in zip(found, scores)]
+        for found in hits
+    ]
+    return [sorted(found, key=lambda hit: -hit.score) for found in scored]
 
 
 def _loaded(given: str | None, kept: str, options: Mapping[str, Any]) -> Embedder:

@@ -92,12 +92,19 @@ class HybridIndex:
     heads: tuple[str, ...]
 
     def add(
-        self, documents: Iterable[Document], *, batch: int = 256, total: int | None = None, show: bool | None = None
+        self,
+        documents: Iterable[Document],
+        *,
+        batch: int = 256,
+        total: int | None = None,
+        show: bool | None = None,
+        optimize: bool = True,
     ) -> Written:
         """Write documents, replacing those whose id is there with another text or other metadata.
 
         Every `batch` is durable when it is written, and what is there unchanged is not encoded again: a call that was
-        stopped is continued by giving it the same documents. Errors: `DataError` for an id that comes again.
+        stopped is continued by giving it the same documents. `optimize=False`: for a few documents at a time, where
+        `store.optimize` is called now and then. Errors: `DataError` for an id that comes again.
         """
         new = changed = unchanged = 0
         seen: set[str] = set()
@@ -118,7 +125,8 @@ class HybridIndex:
                 new, changed = new + len(fresh) - replaced, changed + replaced
                 unchanged += len(block) - len(fresh)
                 bar.advance(len(block))
-        self.store.optimize()
+        if optimize:
+            self.store.optimize()
         return Written(new, changed, unchanged)
 
     def delete(self, ids: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from embedsmith.losses.codiemb import CoDiEmbSTS, MidNCE
 from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balance_weights
 from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
 from embedsmith.losses.labels import Classifier, SupervisedContrastive
+from embedsmith.losses.ranking import Binary, LambdaLoss, ListNet
 from embedsmith.losses.regularisers import GOR, GORST, Flops, Uniformity
 from embedsmith.losses.retrieval import F2LLM, ConanWeak, InfoNCE, Qwen3
 from embedsmith.losses.self_distill import M3SelfDistillation
@@ -16,6 +17,7 @@ __all__ = [
     "GORST",
     "PRO",
     "AnglE",
+    "Binary",
     "Classifier",
     "CoDiEmbSTS",
     "CoSENT",
@@ -24,6 +26,8 @@ __all__ = [
     "CrossBatchBalance",
     "Flops",
     "InfoNCE",
+    "LambdaLoss",
+    "ListNet",
     "M3RankedKD",
     "M3SelfDistillation",
     "MarginMSE",

@@ -10,47 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, Side
+from embedsmith.core.batch import ABSENT, Batch, GroupBatch, Loss, LossOutput, PairBatch, RetrievalBatch, Side
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.reps import TEACHER, Dense, in_fp32
 from embedsmith.core.settings import Count, Positive, Word, name_of
 from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import NEVER, Candidates, in_blocks, masked_logsumexp, mean_over_slots, own_rows
-
-
-@dataclass(frozen=True)
-class ScoredList:
-    """A query's own documents, positives first, with the scores of student and teacher; `known_QX` marks slots that
-    hold a document the teacher scored."""
-
-    score_WQX: Tensor
-    teacher_QX: Tensor
-    known_QX: Tensor
-    positives: int
-
-    @staticmethod
-    def of(batch: RetrievalBatch, found: Candidates) -> ScoredList:
-        row_QX = torch.cat([found.positive_row_QP, found.negative_row_QM], 1)
-        score_WQX = torch.cat([found.scores_of(found.positive_row_QP), found.scores_of(found.negative_row_QM)], -1)
-        teacher = [
-            _teacher_slots(batch.positive_score_QP, found.positive_row_QP),
-            _teacher_slots(batch.negative_score_QM, found.negative_row_QM),
-        ]
-        teacher_QX = torch.cat(teacher, 1).to(score_WQX.dtype)
-        known_QX = (row_QX != ABSENT) & torch.isfinite(teacher_QX)
-        return ScoredList(score_WQX, teacher_QX.masked_fill(~known_QX, 0.0), known_QX, found.positive_row_QP.shape[1])
-
-    def targets(self, temperature: float) -> Tensor:
-        """p_QX = softmax of the teacher's scores over the known slots; 0 elsewhere."""
-        logit_QX = (self.teacher_QX / temperature).masked_fill(~self.known_QX, NEVER)
-        return logit_QX.softmax(-1).masked_fill(~self.known_QX, 0.0)
-
-
-def _teacher_slots(score_QX: Tensor | None, row_QX: Tensor) -> Tensor:
-    """Teacher scores as wide as the row slots; NaN where there is none."""
-    if score_QX is None:
-        return torch.full(row_QX.shape, float("nan"), device=row_QX.device)
-    return F.pad(score_QX, (0, row_QX.shape[1] - score_QX.shape[1]), value=float("nan"))
+from embedsmith.losses.scored_list import ScoredList, derive_temperature
 
 
 @losses.register(
@@ -67,23 +33,24 @@ class ScoreKL(Loss):
     over the documents the teacher scored, for queries with at least two. FlagEmbedding's `kl_div` is this with
     t_T = 1, up to a constant, plus InfoNCE: a `sum` of both.
 
-    temperature: the temperature t of the student's scores.
+    temperature: the temperature t of the student's scores; where it is not given, 0.02 for cosines and 1 for a
+        reranker's logits.
     teacher_temperature: the temperature t_T, by which the teacher's scores are divided.
 
-    Batches: retrieval with teacher scores. No query with two scores: 0, connected.
+    Batches: retrieval, groups, with teacher scores. No query with two scores: 0, connected.
     """
 
-    batches = (RetrievalBatch,)
+    batches = (RetrievalBatch, GroupBatch)
 
-    temperature: Positive = 0.02
+    temperature: Positive | None = None
     teacher_temperature: Positive = 1.0
     head: Word = "dense"
 
     def __call__(self, batch: Batch) -> LossOutput:
-        assert isinstance(batch, RetrievalBatch)
-        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False))
+        own = ScoredList.of(batch, self.head)
         target_QX = own.targets(self.teacher_temperature)
-        log_student_WQX = (own.score_WQX / self.temperature).masked_fill(~own.known_QX, NEVER).log_softmax(-1)
+        temperature = derive_temperature(self.temperature, batch)
+        log_student_WQX = (own.score_WQX / temperature).masked_fill(~own.known_QX, NEVER).log_softmax(-1)
         divergence_WQX = torch.xlogy(target_QX, target_QX) - target_QX * log_student_WQX
         value_WQ = divergence_WQX.masked_fill(~own.known_QX, 0.0).sum(-1)
         return LossOutput(batch.mean_over_rows(value_WQ, own.known_QX.sum(-1) >= 2))
@@ -105,17 +72,16 @@ class MarginMSE(Loss):
     scale: brings the teacher's margins to the range of the student's (cosines: about 1 / the teacher's largest
         margin); above 0, 1 by default.
 
-    Batches: retrieval with teacher scores. No scored pair: 0, connected.
+    Batches: retrieval, groups, with teacher scores. No scored pair: 0, connected.
     """
 
-    batches = (RetrievalBatch,)
+    batches = (RetrievalBatch, GroupBatch)
 
     scale: Positive = 1.0
     head: Word = "dense"
 
     def __call__(self, batch: Batch) -> LossOutput:
-        assert isinstance(batch, RetrievalBatch)
-        own = ScoredList.of(batch, Candidates.of(batch, self.head, mask_false_negatives=False))
+        own = ScoredList.of(batch, self.head)
         difference_WQX = own.score_WQX - self.scale * own.teacher_QX
         positive_WQP, negative_WQM = difference_WQX.tensor_split([own.positives], -1)
         square_WQPM = (positive_WQP[..., :, None] - negative_WQM[..., None, :]).square()
@@ -153,7 +119,7 @@ class M3RankedKD(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
         found = Candidates.of(batch, self.head, mask_false_negatives=True, block_size=self.block_size)
-        own = ScoredList.of(batch, found)
+        own = ScoredList.of_candidates(batch, found)
 
         def block(start: int, score_WQB: Tensor) -> Tensor:
             mask_QB = found.allowed(start, score_WQB.shape[-1], "all")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import Batch, Loss, LossOutput, PairBatch, RetrievalBatch
+from embedsmith.core.batch import Batch, GroupBatch, Loss, LossOutput, PairBatch, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, Widths
 from embedsmith.core.settings import Count, NotNegative, Range, Weights, name_of
@@ -30,7 +30,8 @@ class _Wrapper(Loss):
 
     @property
     def batches(self) -> tuple[type[Batch], ...]:  # type: ignore[override]
-        return self.inner.batches
+        """A reranker has no widths, heads and sides to be exchanged."""
+        return tuple(kind for kind in self.inner.batches if kind is not GroupBatch)
 
     def heads(self) -> frozenset[str]:
         return self.inner.heads()
@@ -138,6 +139,10 @@ class Weighted(_Wrapper):
 
     weight: NotNegative
     warmup_steps: Annotated[int, Range(ge=0)] = 0
+
+    @property
+    def batches(self) -> tuple[type[Batch], ...]:  # type: ignore[override]
+        return self.inner.batches
 
     def __call__(self, batch: Batch) -> LossOutput:
         output = self.inner(batch)

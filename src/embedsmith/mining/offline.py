@@ -25,10 +25,11 @@ from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import claimed, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
+from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
 from embedsmith.mining.config import MineRecipe, Selection
-from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, on_every_rank
+from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, no_reranker, on_every_rank
 from embedsmith.mining.selection import (
     SUSPECT,
     Ranked,
@@ -42,21 +43,24 @@ from embedsmith.search.exact import FloatArray, IndexArray
 
 VERSION = 3
 OpenModel = Callable[[str], Encoder]
+OpenReranker = Callable[[str], Reranker]
 
 
 @lost_ranks()
-def mine(recipe: MineRecipe, open_model: OpenModel, *, overwrite: bool = False) -> MineReport:
+def mine(
+    recipe: MineRecipe, open_model: OpenModel, open_reranker: OpenReranker = no_reranker, *, overwrite: bool = False
+) -> MineReport:
     """Mine as the recipe says, or go on where a stopped run of the same recipe was. A collective of all ranks.
 
-    `open_model` gives the encoder of a path or id. Errors: `CheckpointError` for an output that is not ours or that
-    another process writes to; `DataError` for data that cannot be mined from, or that
+    `open_model` gives the encoder of a path or id, `open_reranker` the reranker. Errors: `CheckpointError` for an
+    output that is not ours or that another process writes to; `DataError` for data that cannot be mined from, or that
     differ between ranks; what reading, encoding and searching raise.
     """
     with ExitStack() as claim:
         for place in (recipe.output, recipe.folder):
             on_first_rank(partial(lambda path: claim.enter_context(claimed(path, "mine")), place))
         on_first_rank(lambda: _check_output(recipe, overwrite))
-        return _mine(recipe, open_model, overwrite)
+        return _mine(recipe, open_model, open_reranker, overwrite)
 
 
 def _check_output(recipe: MineRecipe, overwrite: bool) -> None:
@@ -68,10 +72,10 @@ def _check_output(recipe: MineRecipe, overwrite: bool) -> None:
         sweep(ours)
 
 
-def _mine(recipe: MineRecipe, open_model: OpenModel, overwrite: bool) -> MineReport:
+def _mine(recipe: MineRecipe, open_model: OpenModel, open_reranker: OpenReranker, overwrite: bool) -> MineReport:
     started = time.monotonic()
     texts = Texts.read(recipe)
-    sides = texts.searched(cache(open_model), recipe.vector_folder)
+    sides = texts.searched(cache(open_model), open_reranker, recipe.vector_folder)
     searchers = [settings.open(sides) for settings in recipe.searchers]
     teacher = None if recipe.teacher is None else recipe.teacher.open(sides)
     models: dict[str, str] = {}
@@ -152,9 +156,10 @@ class Texts:
     def positives_of(self, row: int) -> list[int]:
         return self.positives[text_id(self.queries[row])]
 
-    def searched(self, open_model: OpenModel, vectors: Path) -> SearchTexts:
+    def searched(self, open_model: OpenModel, open_reranker: OpenReranker, vectors: Path) -> SearchTexts:
         """As searchers and teachers take them."""
-        return SearchTexts(self.queries, self.corpus, self.instructions, self.found.task, open_model, vectors)
+        about = (self.instructions, self.found.task, open_model, vectors, open_reranker)
+        return SearchTexts(self.queries, self.corpus, *about)
 
     def hash(self) -> str:
         digest = hashlib.blake2b(self.found.fingerprint.encode(), digest_size=16)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
-from embedsmith.core.encoder import Encoder, Role, hash_of_model, represent, tokenizer_json
+from embedsmith.core.encoder import Encoder, Role, fingerprint, represent
 from embedsmith.core.errors import (
     DataError,
     EmbedsmithError,
@@ -28,9 +28,9 @@ from embedsmith.core.errors import (
     RecipeError,
     SearchError,
 )
-from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
+from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import Count, Positive, Share, Weights, Word
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.core.words import folded, letters, runs
@@ -45,14 +45,17 @@ PIECE = 2048
 _PAIRS = 2**14
 _BLOCK = 256
 """Scores of which the highest is looked at, where the best of very many are sought."""
-_SCORERS = ("ForSequenceClassification", "ForCausalLM")
-"""How the classes end whose weights hold what a score is made of; any other would be given a random classifier."""
+
+
+def no_reranker(path: str) -> Reranker:
+    raise ModelError("no reranker can be opened here", where=path, fix="give open_reranker=embedsmith.load_reranker")
 
 
 @dataclass(frozen=True)
 class SearchTexts:
     """What a searcher or teacher is opened on. `instructions`: the queries' own, or `None`. `open_model` gives the
-    encoder of a path or id, the same one each time. `vectors`: the folder where vectors are cached."""
+    encoder of a path or id, the same one each time, `open_reranker` the reranker. `vectors`: the folder where vectors
+    are cached."""
 
     queries: Sequence[str]
     corpus: Sequence[str]
@@ -60,6 +63,7 @@ class SearchTexts:
     task: str
     open_model: Callable[[str], Encoder]
     vectors: Path
+    open_reranker: Callable[[str], Reranker] = no_reranker
 
 
 class Scorer(Protocol):
@@ -413,77 +417,37 @@ def _floor(score_K: FloatArray, k: int) -> float:
 # By a model that reads query and document together.
 
 
-@teachers.register("cross-encoder", source="sentence-transformers")
+@teachers.register("cross-encoder")
 @dataclass(frozen=True, kw_only=True)
 class CrossEncoder:
-    """Scores by a model that reads query and document together (sentence-transformers' CrossEncoder).
+    """Scores by a reranker, which reads query and document together (docs/rerankers.md).
 
-    model: its folder or hub id; it has one output and a trained head.
-    batch_size: pairs that go through it at a time.
+    model: its folder or hub id: one that was trained here, or any public cross-encoder with one output.
     """
 
     model: Word
-    batch_size: Count = 32
 
     def open(self, texts: SearchTexts) -> Scorer:
-        """Errors: `MissingExtraError`; `ModelError` for a model that cannot be loaded, has no head that was trained to
-        score, or gives more than one number a pair."""
-        try:
-            from sentence_transformers import CrossEncoder as Library
-        except ImportError as error:
-            raise MissingExtraError("sentence-transformers", "eval") from error
-        _refuse_without_scores(self.model)
-        try:
-            model = Library(self.model)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"sentence-transformers cannot load it: {error}", where=self.model) from error
-        if model.num_labels != 1:
-            raise ModelError(
-                f"the cross-encoder gives {model.num_labels} scores a pair",
-                where=self.model,
-                expected="one score a pair",
-            )
-        return CrossEncoderScorer(model, self.batch_size, texts.queries, texts.corpus)
-
-
-def _refuse_without_scores(path: str) -> None:
-    """sentence-transformers gives a model without a classifier a random one, whose scores mean nothing."""
-    from transformers import AutoConfig
-
-    folder = local_path(path, ModelError)
-    if folder.is_dir() and (folder / "modules.json").exists() and not (folder / "config.json").exists():
-        return  # its first module lies in a folder of its own, as only sentence-transformers writes it
-    try:
-        classes = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path).architectures or []
-    except (OSError, ValueError) as error:
-        raise ModelError(f"its settings cannot be read: {str(error).splitlines()[0]}", where=path) from error
-    if classes and not any(name.endswith(_SCORERS) for name in classes):
-        raise ModelError(
-            f"{classes[0]} has no head that scores pairs",
-            where=path,
-            expected="a cross-encoder (its config.json names a ...ForSequenceClassification or ...ForCausalLM)",
-            fix="for an embedding model as teacher set type: embedding",
-        )
+        """Errors: those of `embedsmith.load_reranker`."""
+        return CrossEncoderScorer(texts.open_reranker(self.model), texts.queries, texts.corpus)
 
 
 @dataclass(frozen=True)
 class CrossEncoderScorer(Scorer):
-    """A cross-encoder with one output; all pairs of a part go through it together, in batches of similar length. Its
-    scores are the library's: a sigmoid of the output unless the model's own settings name another function."""
+    """A reranker; all pairs of a part go through it together. Its scores are as its folder has them: a sigmoid of the
+    output unless it names another function."""
 
-    library: Any
-    batch_size: int
+    model: Reranker
     queries: Sequence[str]
     corpus: Sequence[str]
 
     def models(self) -> dict[str, str]:
-        """A hash of the weights, the modules, the tokenizer and what is done to their output."""
-        words, length = tokenizer_json(self.library.tokenizer), self.library.max_length
-        settings = (repr(self.library), repr(self.library.activation_fn), words, str(length))
-        return {"teacher": hash_of_model(self.library, *settings)}
+        """A hash of the weights, the tokenizer and what is done to their output."""
+        return {"teacher": fingerprint(self.model)}
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
-        pairs = [(self.queries[int(row)], self.corpus[int(index)]) for row, index in zip(row_E, index_E, strict=True)]
-        if not pairs:
-            return np.zeros(0, np.float32)
-        return np.asarray(self.library.predict(pairs, batch_size=self.batch_size, show_progress_bar=False), np.float32)
+        queries, documents = (
+            [side[place] for place in places.tolist()]
+            for side, places in ((self.queries, row_E), (self.corpus, index_E))
+        )
+        return np.asarray(self.model.score(queries, documents), np.float32)

@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             fix="save the tokenizer of the base model into the folder",
         )
     if (folder / "config.json").exists():  # transformers reads it for the tokenizer too
-        read_architecture(folder, trust_remote_code)
+        read_config(folder, trust_remote_code)
     for path in (folder / name for name in _SETTING_FILES):
         if path.exists():
             read_typed(_TokenizerFile, path)
@@ -128,7 +128,7 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
     more = {"quantization_config": four_bit_loading(torch.bfloat16)} if four_bit else {}
     dtype = getattr(torch, config.dtype)
     if not four_bit:
-        _check_memory(kind, model_config, config.trust_remote_code, dtype, folder)
+        check_memory(kind, model_config, config.trust_remote_code, dtype, folder)
     with foreign_errors("cannot load the model", folder), transformers_silenced():
         backbone, report = kind.from_pretrained(
             folder,
@@ -191,13 +191,8 @@ def read_architecture(folder: Path, trust_remote_code: bool = False) -> tuple[An
     gives something else than states of tokens.
     """
     path = folder / "config.json"
-    if not path.exists():
-        raise ModelError(
-            "this folder holds no model", where=folder, expected="a config.json", fix="give the folder of a saved model"
-        )
-    _check_counts(read_json(path), path)
+    model_config = read_config(folder, trust_remote_code)
     with foreign_errors("cannot load the model", path), transformers_silenced():
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         saved_as = [str(name) for name in model_config.architectures or []]
         # An encoder-decoder, or the encoder saved of one (which then says it is not): only its encoder is wanted.
         has_decoder = bool(model_config.is_encoder_decoder) or any(name.endswith("EncoderModel") for name in saved_as)
@@ -205,10 +200,22 @@ def read_architecture(folder: Path, trust_remote_code: bool = False) -> tuple[An
         raise ModelError(
             f"a {classifier} is no embedder: it gives scores or labels (a cross-encoder, for example), no vectors",
             where=path,
-            fix="name it as a teacher where scores are wanted; to train an embedder from its encoder, remove "
-            "`architectures` from a copy of this file",
+            fix="name it where a reranker is wanted (--rerank, task: rerank, a teacher, embedsmith.load_reranker); to "
+            "train an embedder from its encoder, remove `architectures` from a copy of this file",
         )
     return AutoModelForTextEncoding if has_decoder else AutoModel, model_config
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """What transformers makes of a config.json. Errors: `ModelError` for one that is missing, damaged or absurd."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(
+            "this folder holds no model", where=folder, expected="a config.json", fix="give the folder of a saved model"
+        )
+    _check_counts(read_json(path), path)
+    with foreign_errors("cannot load the model", path), transformers_silenced():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 _CLASSIFIER = re.compile(
@@ -235,7 +242,7 @@ def _plausible(key: str, value: float) -> bool:
     return 0 <= value <= 2**31 if _SIZES.search(key) else not math.isnan(value)
 
 
-def _check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:
+def check_memory(kind: Any, model_config: Any, trust_remote_code: bool, dtype: torch.dtype, folder: Path) -> None:
     """The size of the weights that a config describes, which are many times those of the files where it is damaged.
     Building the model without memory to count them takes a tenth of the time in which a small one is loaded, so that
     is done only where they might be too many."""

@@ -7,10 +7,13 @@ from typing import cast
 import numpy as np
 
 from embedsmith.core.encoder import Role
+from embedsmith.core.tokens import IntArray
 from embedsmith.data import RecordSet
 from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
+from embedsmith.models.cross_encoder import CrossEncoder
 from embedsmith.models.embedder import Embedder
+from embedsmith.models.pair_text import PairText
 
 SAMPLED_ROWS = 1000
 _CHARACTERS = 2_000_000
@@ -43,14 +46,21 @@ class CutTexts:
         )
 
 
-def cut_of(model: Embedder, found: RecordSet[Text]) -> CutTexts | None:
+def cut_of(model: Embedder | CrossEncoder, found: RecordSet[Text]) -> CutTexts | None:
     """Of a source, or of rows that are spread over it where it has many; `None` of one that holds tokens, or is
-    streamed and not read before."""
+    streamed and not read before. A reranker's texts are pairs of a query and a document."""
     records, task = found.records, found.task
     if found.tokens is not None or isinstance(records, HasOrder) or len(records) == 0:
         return None
     places = np.linspace(0, len(records) - 1, min(len(records), SAMPLED_ROWS)).astype(int)
     rows = [cast(Record, records[int(place)]) for place in places]
+    length_N = _pair_lengths(model, rows) if isinstance(model, CrossEncoder) else _text_lengths(model, rows, task)
+    over_N = np.maximum(length_N - model.max_length, 0)
+    counts = (len(length_N), int((over_N > 0).sum()), int(length_N.sum()), int(over_N.sum()))
+    return CutTexts(len(rows), len(records), *counts, int(length_N.max(initial=0)), model.max_length)
+
+
+def _text_lengths(model: Embedder, rows: list[Record], task: str) -> IntArray:
     documents: Role = "query" if task == "sts" else "document"
     sides: tuple[tuple[Role, list[str]], ...] = (
         ("query", [row.query for row in rows]),
@@ -58,10 +68,14 @@ def cut_of(model: Embedder, found: RecordSet[Text]) -> CutTexts | None:
     )
     reader = copy.copy(model)  # the same weights and tokenizer
     reader.settings = replace(model.settings, max_length=_NO_END, mcls=None)
-    length_N = np.concatenate([reader.tokenize(_within(texts), role, task).length_N for role, texts in sides if texts])
-    over_N = np.maximum(length_N - model.max_length, 0)
-    counts = (len(length_N), int((over_N > 0).sum()), int(length_N.sum()), int(over_N.sum()))
-    return CutTexts(len(rows), len(records), *counts, int(length_N.max(initial=0)), model.max_length)
+    return np.concatenate([reader.tokenize(_within(texts), role, task).length_N for role, texts in sides if texts])
+
+
+def _pair_lengths(model: CrossEncoder, rows: list[Record]) -> IntArray:
+    pairs = [(row.query, text) for row in rows for text in (*row.positives, *row.negatives)]
+    documents = _within([text for _, text in pairs])
+    reader = PairText(copy.deepcopy(model.tokenizer), replace(model.settings, max_length=_NO_END))
+    return reader([query for query, _ in pairs[: len(documents)]], documents).length_N
 
 
 def _within(texts: list[str]) -> list[str]:

@@ -66,8 +66,15 @@ class Evidence:
         return found
 
     @property
+    def reranker(self) -> bool:
+        """Whether a reranker was trained, of which nothing is merged or compared as of an embedder."""
+        return self.recipe.get("task") == "rerank"
+
+    @property
     def contrasted(self) -> list[int]:
-        """Places of the sources of retrieval in the recipe."""
+        """Places of the sources of retrieval in the recipe, whose texts an embedder tells apart."""
+        if self.reranker:
+            return []
         kinds = [(source.get("task"), (source.get("loss") or {}).get("type")) for source in self.recipe.get("data", ())]
         return [place for place, (task, loss) in enumerate(kinds) if task in (None, "retrieval") and loss != "cosent"]
 
@@ -110,7 +117,7 @@ def _finish(evidence: Evidence) -> NextStep | None:
 
 def _score_it(evidence: Evidence) -> NextStep | None:
     """Without a task nothing is known; the first source's own file is better than nothing to look at."""
-    if evidence.changes or evidence.value("evaluate", "tasks"):
+    if evidence.changes or evidence.value("evaluate", "tasks") or evidence.reranker:
         return None
     read = [
         str(source["path"]) for source in evidence.recipe["data"] if source.get("task") in ("sts", "retrieval", None)
@@ -129,7 +136,7 @@ def _score_it(evidence: Evidence) -> NextStep | None:
 
 def _against_forgetting(evidence: Evidence) -> NextStep | None:
     worse = [change for change in evidence.changes if change.clear and change.interval.value < 0]
-    if not worse:
+    if not worse or evidence.reranker:
         return None
     names = ", ".join(f"{change.task} ({100 * change.interval.value:+.2f})" for change in worse)
     changes = [
@@ -222,7 +229,7 @@ def _temperature(evidence: Evidence) -> NextStep | None:
         if "similarity_relevant" in (items := result.items)
     ]
     losses = [(place, evidence.recipe["data"][place].get("loss") or {}) for place in evidence.contrasted]
-    warm = [(place, float(loss["temperature"])) for place, loss in losses if loss.get("temperature", 0) > 0.02]
+    warm = [(place, float(loss["temperature"])) for place, loss in losses if (loss.get("temperature") or 0) > 0.02]
     if not near or not warm or max(near, key=lambda one: one[1])[1] < _CONFUSED:
         return None
     task, share = max(near, key=lambda one: one[1])
@@ -281,7 +288,7 @@ def _larger_batch(evidence: Evidence) -> NextStep | None:
 
 
 def _average(evidence: Evidence) -> NextStep | None:
-    if evidence.value("train", "keep_checkpoints", 2) < 2:
+    if evidence.value("train", "keep_checkpoints", 2) < 2 or evidence.reranker:
         return None
     changes = [
         f"parents.0.path={evidence.folder}/checkpoints/step-*/model",

@@ -14,6 +14,7 @@ from embedsmith.serve.batching import BusyError
 
 _LONGEST = 600
 """Characters of a message: it may repeat what came."""
+_LONGEST_KEY = 80
 
 
 class RequestError(EmbedsmithError):
@@ -83,12 +84,12 @@ def failure_of(error: BaseException) -> Failure:
 def failure_of_body(problem: Mapping[str, Any], known: Sequence[str]) -> Failure:
     """What pydantic says of a body: the first problem. `known`: the body's keys."""
     location = [str(part) for part in problem["loc"] if part != "body"]
-    param = ".".join(location) or None
+    param = ".".join(location)[:_LONGEST_KEY] or None
     kind = problem["type"]
     if kind == "json_invalid":
         return Failure(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     if kind == "extra_forbidden":
-        return Failure(400, f"unknown key {param!r:.80}{did_you_mean(str(param)[:80], known)}", param=param)
+        return Failure(400, f"unknown key {param!r}{did_you_mean(str(param), known)}", param=param)
     if kind == "missing":
         return Failure(400, "the body is empty" if param is None else f"the key {param!r} is missing", param=param)
     what = problem["msg"].removeprefix("Value error, ")

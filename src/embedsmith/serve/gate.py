@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from embedsmith.core.text_out import remember_secret
 from embedsmith.serve.errors import Failure
 from embedsmith.serve.metrics import Metrics
@@ -65,8 +67,6 @@ class Gate:
                 await answer(failure, counted)
                 return
             await self._app(scope, self._bounded(receive), counted)
-        except _TooLongError:
-            await answer(self._too_long(), counted)
         finally:
             route = scope.get("route")
             endpoint = getattr(route, "path", None) or "other"
@@ -92,7 +92,7 @@ class Gate:
 
     def _too_long(self) -> Failure:
         what = f"the body is longer than {self._body:,} bytes; send fewer or shorter texts"
-        return Failure(413, what, code="body_too_long", headers={"Connection": "close"})
+        return Failure(413, what, headers={"Connection": "close"})
 
     def _bounded(self, receive: Receive) -> Receive:
         """Counts what arrives, whatever the header said."""
@@ -103,14 +103,11 @@ class Gate:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._body:
-                raise _TooLongError
+                failure = self._too_long()
+                raise HTTPException(failure.status, failure.message, dict(failure.headers))
             return message
 
         return bounded
-
-
-class _TooLongError(Exception):
-    """More came than may be sent."""
 
 
 async def answer(failure: Failure, send: Send) -> None:

@@ -158,9 +158,14 @@ def _tokens(encoder: TokenEncoder, items: Sequence[tuple[Text, Role]]) -> TokenB
 
 @dataclass(frozen=True)
 class Scores:
-    """score_N of pairs of a query and a document."""
+    """score_N of pairs of a query and a document, as logits."""
 
     score_N: torch.Tensor
+
+    @property
+    def relevance_N(self) -> torch.Tensor:
+        """From 0 to 1, as Cohere and TEI have it: sigmoid(score)."""
+        return self.score_N.sigmoid()
 
     def rows(self, index: list[int]) -> Self:
         return type(self)(self.score_N[torch.tensor(index)])

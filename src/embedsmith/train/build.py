@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from embedsmith.core.batch import Loss
+from embedsmith.core.batch import GroupBatch, Loss
 from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, rank, world_size
 from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.encoder import Role, tokenizer_json
@@ -26,7 +26,7 @@ from embedsmith.data.record import Text
 from embedsmith.data.source import TokenizerFacts
 from embedsmith.data.store import RecordStore, StoreCounts
 from embedsmith.losses import balance_weights
-from embedsmith.models import Embedder, load
+from embedsmith.models import CrossEncoder, Embedder, Model, load
 from embedsmith.models.tokenize import added_tokens
 from embedsmith.train.budget import WORTH
 from embedsmith.train.config import Balance, Recipe, TrainConfig
@@ -93,7 +93,7 @@ def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
     return Memory(chunk, least_tokens=least)
 
 
-def build_feed(recipe: Recipe, model: Embedder, sources: Sequence[Source], balance: Balance | None = None) -> Feed:
+def build_feed(recipe: Recipe, model: Model, sources: Sequence[Source], balance: Balance | None = None) -> Feed:
     """Read every source, choose its loss, and plan the batches."""
     sets = _named_apart(sources, [read_source(source) for source in sources])
     _check_same_files(sets)
@@ -158,8 +158,10 @@ def _mixed_lanes(supplies: Sequence[Supply], config: TrainConfig, planner: Plann
     return lanes, max(plan.steps_per_epoch for plan in plans)
 
 
-def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, model: Embedder) -> Supply:
+def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, model: Model) -> Supply:
     """A source with its loss. Errors: `RecipeError` where the loss cannot read such records."""
+    if isinstance(model, CrossEncoder):
+        return _group_supply(source, whole, batch_size)
     records = part_of(whole, source.part)
     if source.loss is None and records.task not in DEFAULT_LOSSES:
         what = f"the task {records.task!r} has no default loss"
@@ -192,6 +194,38 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
             fix="use a retrieval loss, or give the rows scores",
         )
     return supply
+
+
+def _group_supply(source: Source, whole: RecordSet[Text], batch_size: int | None) -> Supply:
+    """A source for a reranker, which reads every query beside its own documents. Errors: `RecipeError` for a loss of
+    vectors, options that mean nothing here, labels, and queries with nothing to be told apart; `DataError` for tokens.
+    """
+    records = part_of(whole, source.part).texts_only("task: rerank", source.path)
+    if records.task not in ("retrieval", "sts"):
+        raise RecipeError(f"{source.path}: a reranker learns from queries and documents, not from {records.task}")
+    for name, given in (("teacher", source.teacher), ("shuffle", source.shuffle)):
+        if given:
+            what = "scores in the data (embedsmith mine, with a teacher)" if name == "teacher" else "no order of parts"
+            raise RecipeError(f"{name} of a reranker's source, which takes {what}", where=records.name, fix="remove it")
+    loss: Loss = source.loss or losses.build("binary")
+    if GroupBatch not in loss.batches:
+        kinds = {entry.name: getattr(entry.thing, "batches", ()) for entry in losses.entries()}
+        known = [name for name, read in kinds.items() if isinstance(read, tuple) and GroupBatch in read]
+        raise RecipeError(
+            f"the loss {type(loss).__name__} reads vectors, which a reranker has not",
+            where=records.name,
+            expected=f"one of {', '.join(known)}, or a sum of them",
+        )
+    negatives = negatives_per_query(source, whole.records)
+    if records.task == "retrieval" and not negatives and records.records[0].positive_scores is None:
+        raise RecipeError(
+            "no row has negatives, and a reranker learns by telling documents of a query apart",
+            where=records.name,
+            fix="find some first: embedsmith mine",
+        )
+    weight = source.weight if source.cap is None else min(source.weight, source.cap / len(records.records))
+    size = source.batch_size or batch_size
+    return Supply(records, loss, size, weight, source.positives, negatives, in_groups=True)
 
 
 def tokenizer_facts(model: Embedder, name: str) -> TokenizerFacts:
@@ -290,7 +324,7 @@ def _check_same_files(sets: Sequence[RecordSet[Text]]) -> None:
             )
 
 
-def build_extras(objectives: Sequence[Loss], model: Embedder) -> nn.ModuleDict:
+def build_extras(objectives: Sequence[Loss], model: Model) -> nn.ModuleDict:
     """Trainable things the losses bring with them, by name; losses that share a name share the module."""
     modules: dict[str, nn.Module] = {}
     for loss in objectives:

@@ -33,7 +33,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse, read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
 from embedsmith.core.settings import Finite, Range, to_plain
-from embedsmith.models import Embedder
+from embedsmith.models import Model
 from embedsmith.models.lora import UnmergedError
 from embedsmith.models.write import refuse_not_finite, saved_model
 
@@ -148,7 +148,7 @@ class Checkpoints:
 
     def save(
         self,
-        model: Embedder,
+        model: Model,
         extras: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: RunState,
@@ -169,7 +169,7 @@ class Checkpoints:
         refuse_not_finite(extras)
         on_first_rank(lambda: self._write(model, pieces, state))
 
-    def _write(self, model: Embedder, pieces: dict[str, Any], state: RunState) -> None:
+    def _write(self, model: Model, pieces: dict[str, Any], state: RunState) -> None:
         with atomic_folder(self.path(state.step), CHECKPOINT) as folder:
             model.save(folder / "model", merge=False)
             for name, piece in pieces.items():
@@ -262,7 +262,7 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def finish(self, model: Embedder, summary: dict[str, Any]) -> Path:
+    def finish(self, model: Model, summary: dict[str, Any]) -> Path:
         """Write the result and mark the run as over."""
         folder = self.output / "model"
 
@@ -279,7 +279,7 @@ class Checkpoints:
         return folder
 
 
-def base_of(model: Embedder) -> str:
+def base_of(model: Model) -> str:
     """Where the base of a model's adapter lies."""
     return str((model.base or {}).get("path", ""))
 

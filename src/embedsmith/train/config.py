@@ -133,6 +133,9 @@ class EvaluateConfig:
     - `validation`: sources whose loss is reported without training on them.
     - `patience`: evaluations without a better score after which training stops early; `None` never does.
     - `before`: score the model before the first step too, so that the report can tell what training changed.
+    - `embedder`: of `task: rerank`, the embedding model whose ranking is put into order anew in retrieval tasks; its
+      own scores are logged too, as `score/TASK/embedder`.
+    - `depth`: of `task: rerank`, how many documents of that ranking the reranker reads.
     - `geometry`: texts of the first task whose geometry is logged at every evaluation; `None` logs none.
     - `heads`: outputs beside `dense` that are scored too, logged as `score/TASK/HEAD`.
     - `dims`: widths of the vectors that are scored too (Matryoshka), logged as `score/TASK/WIDTH`.
@@ -145,6 +148,8 @@ class EvaluateConfig:
     validation: tuple[Source, ...] = ()
     patience: Count | None = None
     before: bool = True
+    embedder: str | None = None
+    depth: Count = 100
     geometry: Count | None = None
     heads: tuple[Literal["sparse", "multivector", "hybrid"], ...] = ()
     dims: tuple[Count, ...] = ()
@@ -163,6 +168,8 @@ class EvaluateConfig:
 class Recipe:
     """Everything a training run depends on.
 
+    - `task`: what is trained: `embed`, an embedding model; `rerank`, a reranker, which reads a query and a document
+      together (docs/rerankers.md).
     - `model`: the encoder to start from, with its pooling, prompts and heads.
     - `data`: the sources to train on, one or more.
     - `output`: the run's folder.
@@ -175,9 +182,28 @@ class Recipe:
     output: Word
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    task: Literal["embed", "rerank"] = "embed"
 
     def __post_init__(self) -> None:
         if not self.data:
             raise RecipeError("data: at least one source is needed")
+        _check_task(self.task, self.train, self.evaluate)
         if self.train.final == "best" and not self.evaluate.tasks:
             raise RecipeError("train.final=best needs a score", fix="set evaluate.tasks, or train.final=last")
+
+
+def _check_task(task: str, train: TrainConfig, evaluate: EvaluateConfig) -> None:
+    """Errors: `RecipeError` for what means nothing to a reranker, or to a model that is none."""
+    if task != "rerank":
+        if evaluate.embedder is not None:
+            raise RecipeError("evaluate.embedder without a reranker", fix="set task=rerank, or leave it out")
+        return
+    given = {
+        "train.mining": train.mining,
+        "train.balance": train.balance,
+        "evaluate.geometry": evaluate.geometry,
+        "evaluate.heads": evaluate.heads,
+        "evaluate.dims": evaluate.dims,
+    }
+    if wrong := next((name for name, value in given.items() if value), None):
+        raise RecipeError(f"{wrong} is of embedding models", fix=f"remove {wrong}, or set task=embed")

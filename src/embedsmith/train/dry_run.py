@@ -10,7 +10,7 @@ from embedsmith.core.outputs import check_claim
 from embedsmith.core.settings import name_of, to_plain
 from embedsmith.evaluate import Task, load_tasks
 from embedsmith.evaluate.overlap import warn_of_overlap
-from embedsmith.models import Embedder
+from embedsmith.models import Model
 from embedsmith.models.cut import cut_of
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.checkpoint import Checkpoints
@@ -60,7 +60,7 @@ def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
     ]
 
 
-def _sources_in_words(model: Embedder, feed: Feed) -> list[str]:
+def _sources_in_words(model: Model, feed: Feed) -> list[str]:
     """What every source gives to an epoch, the loss on its batches, and what of its texts is cut."""
     lines = []
     for lane in feed.lanes:

@@ -38,7 +38,7 @@ from embedsmith.core.collectives import average_gradients, complete_gradients, m
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.core.transfer import read
-from embedsmith.models import Embedder
+from embedsmith.models import Embedder, Model
 from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
 from embedsmith.train.config import Recipe, TrainConfig
@@ -86,7 +86,7 @@ class Engine(Protocol):
         """
         ...
 
-    def whole_model(self) -> Embedder:
+    def whole_model(self) -> Model:
         """The model with all its weights, to be saved by the first rank. Collective."""
         ...
 
@@ -94,6 +94,10 @@ class Engine(Protocol):
 def check_shard(recipe: Recipe) -> None:
     """Errors: `RecipeError` for a single process, or for what needs the whole model in the middle of a sharded run;
     `MissingExtraError` for ZeRO-2 without DeepSpeed."""
+    if recipe.train.shard and recipe.task == "rerank":
+        raise RecipeError(
+            "train.shard of a reranker", fix="set train.shard=false; model.lora trains a large one on one card"
+        )
     if recipe.train.shard and recipe.train.optimizer != "adamw":
         raise RecipeError(
             f"train.optimizer={recipe.train.optimizer} under train.shard: its state cannot be cut over the ranks",
@@ -130,7 +134,7 @@ def check_shard(recipe: Recipe) -> None:
         raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
 
 
-def make_engine(model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> Engine:
+def make_engine(model: Model, extras: nn.ModuleDict, config: TrainConfig) -> Engine:
     """Spread the model as `train.shard` says, once it is on its device."""
     if config.shard == "zero2":
         return Zero2(model, extras, config)
@@ -140,7 +144,7 @@ def make_engine(model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> 
 class WholeCopies:
     """Every rank has all weights (data parallelism)."""
 
-    def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
+    def __init__(self, model: Model, extras: nn.ModuleDict, config: TrainConfig) -> None:
         self.model, self.limit = model, config.clip_norm or float("inf")
         self.parameters = [*model.parameters(), *extras.parameters()]
         self.optimizer: torch.optim.Optimizer = make_optimizer(model, extras, config)
@@ -165,7 +169,7 @@ class WholeCopies:
             self.optimizer.step()
         return value
 
-    def whole_model(self) -> Embedder:
+    def whole_model(self) -> Model:
         return self.model
 
 
@@ -173,7 +177,8 @@ class Fsdp2(WholeCopies):
     """Weights and optimizer state of the backbone in shards over the ranks. `copy`: on the first rank the model in main
     memory, to save and nothing else."""
 
-    def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
+    def __init__(self, model: Model, extras: nn.ModuleDict, config: TrainConfig) -> None:
+        assert isinstance(model, Embedder)  # `check_shard` refuses rerankers
         heads = model.token_heads.items()  # also those that lay in the model's folder unasked
         _refuse_heads(["splade" if n == "sparse" else n for n, head in heads if head.reads_words])
         self.copy = copy.deepcopy(model).cpu() if rank() == 0 else None
@@ -209,7 +214,7 @@ class Fsdp2(WholeCopies):
         idle = Chunk(row, int(length_N[row].max(initial=1)), keep, idle=True)
         return [*(replace(chunk, keep=keep) for chunk in chunks), *[idle] * (count - len(chunks))]
 
-    def whole_model(self) -> Embedder:
+    def whole_model(self) -> Model:
         state = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
         if self.copy is None:
             return self.model
@@ -237,7 +242,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Zero2(WholeCopies):
     """Gradients and optimizer state in shards over the ranks, by DeepSpeed."""
 
-    def __init__(self, model: Embedder, extras: nn.ModuleDict, config: TrainConfig) -> None:
+    def __init__(self, model: Model, extras: nn.ModuleDict, config: TrainConfig) -> None:
         super().__init__(model, extras, config)
         inner = self.optimizer
         assert isinstance(inner, torch.optim.AdamW)

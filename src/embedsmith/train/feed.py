@@ -7,7 +7,7 @@
     Lane                  sources of which a step draws one, and the ranks that share its rows
       | plan.at(step).rows_of(rank)   which rows                   PlannedStep, row numbers
       | records[row]                  or live negatives in use     Record
-      | retrieval_texts, pair_texts   data.draw                    texts, and who belongs to whom by id
+      | retrieval_texts, pair_texts, group_texts   data.draw      texts, and who belongs to whom by id
       | tokenize                      one TokenBatch               TokenBatch
       v
     Feed.draw(step)       the texts of a step, and its parts       Draw = (TokenBatch, [Part])
@@ -42,6 +42,7 @@ from embedsmith.data import (
     PlanConfig,
     PlannedSource,
     RecordSet,
+    group_texts,
     joined,
     pair_texts,
     retrieval_texts,
@@ -50,7 +51,7 @@ from embedsmith.data import (
 from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
-from embedsmith.models import Embedder
+from embedsmith.models import CrossEncoder, Embedder, Model
 from embedsmith.train.step import Part
 
 
@@ -75,7 +76,7 @@ class Negatives(Protocol):
 class Supply:
     """One source, ready to draw from: its records, its loss, the rows of a step (all ranks together; `None`: as the
     plan's token budget or table says), how often an epoch sees a row, and how many texts a query draws. `live`: what
-    chooses its negatives while the model trains."""
+    chooses its negatives while the model trains. `in_groups`: its batches are groups, for a reranker."""
 
     records: RecordSet[Text]
     loss: Loss
@@ -86,10 +87,13 @@ class Supply:
     teacher: Embedder | None = None
     shuffle: float = 0.0
     live: Negatives | None = None
+    in_groups: bool = False
 
     @cached_property
     def in_pairs(self) -> bool:
         """Whether its batches are scored pairs; a loss that reads both kinds takes what the task is."""
+        if self.in_groups:
+            return False
         return PairBatch in self.loss.batches and (
             RetrievalBatch not in self.loss.batches or self.records.task == "sts"
         )
@@ -100,7 +104,7 @@ class Supply:
 
     @property
     def texts_a_row(self) -> int:
-        return 2 if self.in_pairs else 1 + self.positives + self.negatives
+        return 2 if self.in_pairs else (not self.in_groups) + self.positives + self.negatives
 
     @property
     def streamed(self) -> bool:
@@ -120,7 +124,7 @@ class Supply:
 
     def draw(
         self,
-        model: Embedder,
+        model: Model,
         rows: IntArray | Sequence[int],
         seed: int,
         visit: int = 0,
@@ -138,6 +142,8 @@ class Supply:
         else:
             records = self.live.records(np.asarray(rows), step)
         seeds = [derive_seed(seed, visit, int(row)) for row in rows]
+        if isinstance(model, CrossEncoder):
+            return self._groups(model, cast(list[Record], records), seeds)
         task, own = self.records.task, [record.instruction for record in records]
         first: Sequence[Text]
         second: Sequence[Text]
@@ -161,6 +167,14 @@ class Supply:
             teacher = (represent(left, role="query")["dense"], represent(right, role=second_role)["dense"])
         watch = self.live.watch(records) if self.live else None
         return tokens, Part(self.records.name, task, ids, self.loss, teacher=teacher, watch=watch)
+
+    def _groups(self, model: CrossEncoder, records: list[Record], seeds: Sequence[int]) -> tuple[TokenBatch, Part]:
+        """Each query beside each of its own documents."""
+        counts = {"positives": self.positives, "negatives": self.negatives}
+        queries, documents, rows, ids = group_texts(records, **counts, seeds=seeds)
+        texts = cast(tuple[list[str], list[str]], (queries, documents))
+        tokens = model.tokenize(*texts, [records[row].instruction for row in rows])
+        return tokens, Part(self.records.name, self.records.task, ids, self.loss)
 
 
 def plan_of(
@@ -200,7 +214,9 @@ def plan_of(
 def _is_apart(supply: Supply, config: PlanConfig) -> bool:
     """Whether rows of a batch must share no text: by default where they are contrasted with each other."""
     if not supply.streamed:
-        return config.duplicates == "forbid" or (config.duplicates is None and not supply.in_pairs)
+        return config.duplicates == "forbid" or (
+            config.duplicates is None and not supply.in_pairs and not supply.in_groups
+        )
     if config.by_length or config.duplicates == "forbid":
         raise RecipeError(
             "a stream knows neither the lengths of its rows nor which of them share a text",
@@ -297,7 +313,7 @@ class Lane:
     group: Group = None
     spread: bool = False
 
-    def draw(self, model: Embedder, step: int, seed: int) -> tuple[TokenBatch, Part]:
+    def draw(self, model: Model, step: int, seed: int) -> tuple[TokenBatch, Part]:
         """This rank's rows of a step."""
         planned = self.plan.at(step)
         rows = planned.rows if self.spread else planned.rows_of(self.rank, self.world)
@@ -311,7 +327,7 @@ class Feed:
     """The draws of all steps, for one rank: one lane as a rule, several where Conan's balance or a mixed batch moves
     tasks together."""
 
-    model: Embedder
+    model: Model
     lanes: Sequence[Lane]
     steps_per_epoch: int
     seed: int
@@ -331,10 +347,12 @@ class Feed:
         side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
         was drawn ahead is void and drawn again."""
         shared = any(supply.live or supply.teacher or supply.streamed for supply in self.supplies)
-        if workers > 1 and (shared or self.model.settings.echo is not None):  # echo changes the tokenizer's settings
-            workers = 1
-        if workers > 1:
-            self.model.tokenize([""])  # sets the tokenizer up, which only one thread may do
+        embedder = self.model if isinstance(self.model, Embedder) else None
+        if embedder is not None and embedder.settings.echo is not None:  # it changes the tokenizer's settings
+            shared = True
+        workers = 1 if shared else workers
+        if workers > 1 and embedder is not None:
+            embedder.tokenize([""])  # sets the tokenizer up, which only one thread may do
         ahead = AHEAD if workers == 1 else 2 * workers
         live = [supply.live for supply in self.supplies if supply.live is not None]
         generations = [negatives.generation for negatives in live]

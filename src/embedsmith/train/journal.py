@@ -32,7 +32,7 @@ from embedsmith.core.tokens import IntArray
 from embedsmith.core.transfer import read
 from embedsmith.data import Joined, RecordSet
 from embedsmith.data.record import Text
-from embedsmith.models import Embedder
+from embedsmith.models import Model
 from embedsmith.models.cut import cut_of
 from embedsmith.train.feed import Feed, Lane
 from embedsmith.train.step import StepOutput
@@ -318,7 +318,7 @@ def _of_all_ranks(mine: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: entry for theirs in objects_of_all_ranks(mine) for name, entry in theirs.items()}
 
 
-def tell_of_cut(model: Embedder, sets: Sequence[RecordSet[Text]], output: Path) -> None:
+def tell_of_cut(model: Model, sets: Sequence[RecordSet[Text]], output: Path) -> None:
     """A line for each source some of whose texts are cut, and the counts of all of them for the report, as
     `cut.json`."""
     counted: dict[str, Any] = {}

@@ -166,7 +166,7 @@ class LiveMining:
 
     def _remine(self, lane: Lane, live: LiveSource) -> None:
         started = time.perf_counter()
-        encoder, task, texts = _WithoutBars(self.feed.model), live.supply.records.task, live.texts
+        encoder, task, texts = _WithoutBars(cast(Embedder, self.feed.model)), live.supply.records.task, live.texts
         queries = TextReps(encoder, texts.queries, "query", task, live.head, texts.instructions)
         documents = TextReps(encoder, texts.corpus, "document", task, live.head)
         live.state.install_pools(*mine_pools(texts, queries, documents, live.more, lane.group))

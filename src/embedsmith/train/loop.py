@@ -36,7 +36,7 @@ from embedsmith.core.settings import to_plain
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.evaluate import load_tasks
 from embedsmith.evaluate.overlap import warn_of_overlap
-from embedsmith.models import Embedder, load
+from embedsmith.models import CrossEncoder, Model, ModelConfig, load, load_reranker
 from embedsmith.models.config import ComputeType
 from embedsmith.models.encode import autocast
 from embedsmith.models.lora import has_adapter
@@ -73,7 +73,7 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    model: Embedder
+    model: Model
     extras: nn.ModuleDict
     engine: Engine
     feed: Feed
@@ -120,7 +120,7 @@ class Run:
 
     def probe(self, texts: int) -> int:
         """A forward and backward pass of texts of full length, as a step would do it; returns their tokens."""
-        tokens = self.model.tokenize(["a " * self.model.max_length] * texts)
+        tokens = full_length(self.model, texts)
         heads = sorted(frozenset().union(*(supply.loss.heads() for supply in self.feed.supplies)))
         try:
             with self.one_cast():
@@ -222,7 +222,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         journal.close()
     manifest.save(run.state.step, finished=True)
     final_step = run.state.best_step if best else None
-    model = run.engine.whole_model() if final_step is None else load(str(checkpoints.model_folder(final_step)))
+    if final_step is None:
+        model = run.engine.whole_model()
+    else:
+        model = load_trained(recipe, ModelConfig(path=str(checkpoints.model_folder(final_step))))
     summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
     if run.state.skipped_steps:
         summary["skipped_steps"] = run.state.skipped_steps
@@ -240,7 +243,7 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     config = recipe.train
     seed_everything(config.seed)
     origin = recipe.model if model_folder is None else recipe.model.continued(str(model_folder))
-    model = load(origin, new_heads=model_folder is None)
+    model = load_trained(recipe, origin, new_heads=model_folder is None)
     model.to(accelerator.device).train()
     precision = choose_precision(config)
     if world_size() > 1:
@@ -258,6 +261,17 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
     state = RunState(loss_scale=FIRST_SCALE if precision == "fp16" else None)
     run = Run(recipe, accelerator, model, extras, engine, feed, memory, steps, state, LiveMining.of(feed), precision)
     return replace(run, card=card_of(accelerator.device), deferred=accelerator.device.type != "cpu")
+
+
+def load_trained(recipe: Recipe, config: ModelConfig, new_heads: bool = False) -> Model:
+    """The kind of model that the recipe trains."""
+    return load_reranker(config, new_heads=new_heads) if recipe.task == "rerank" else load(config, new_heads=new_heads)
+
+
+def full_length(model: Model, texts: int) -> TokenBatch:
+    """Texts, or pairs of them, as long as the model reads any."""
+    filler = ["a " * model.max_length] * texts
+    return model.tokenize(filler, filler) if isinstance(model, CrossEncoder) else model.tokenize(filler)
 
 
 def run_steps(
@@ -375,7 +389,7 @@ def fit_to_card(run: Run, card: Card) -> None:
         assert before is not None
         run.memory = at_most(run.memory, before)
     elif run.engine.repeats and config.micro_batch is None and config.token_budget is None:
-        longest = len(run.model.tokenize(["a " * run.model.max_length]).id_S)
+        longest = len(full_length(run.model, 1).id_S)
         optimizer = run.engine.optimizer
         weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
         held = 0 if optimizer.state else _STATE_BYTES[config.optimizer] * weights

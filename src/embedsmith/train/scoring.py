@@ -16,8 +16,9 @@ from embedsmith.core.progress import log
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.evaluate import Results, Task, evaluate
 from embedsmith.evaluate.model_geometry import Geometry, Sample
+from embedsmith.evaluate.rerank import Rerank
 from embedsmith.evaluate.variants import FULL, score_widths
-from embedsmith.models import Embedder
+from embedsmith.models import CrossEncoder, Embedder, Model, load
 from embedsmith.search.hybrid import HybridEncoder
 from embedsmith.train.checkpoint import RunState
 from embedsmith.train.config import EvaluateConfig
@@ -32,7 +33,7 @@ class Development:
 
     config: EvaluateConfig
     tasks: Sequence[Task]
-    model: Embedder
+    model: Model
     loss: Callable[[TokenBatch, Sequence[Part]], Tensor]
     validation: Feed | None
     output: Path
@@ -43,11 +44,26 @@ class Development:
         count = self.config.geometry
         return None if count is None else Sample.of(self.tasks[0], count)
 
+    @cached_property
+    def embedder(self) -> Embedder | None:
+        """Whose rankings a reranker puts into order."""
+        return None if self.config.embedder is None else load(self.config.embedder).requires_grad_(False)
+
+    @cached_property
+    def rerank(self) -> Rerank:
+        """The reranker as it is now, with the rankings, which are computed once."""
+        assert isinstance(self.model, CrossEncoder)
+        return Rerank(self.model, self.config.depth)
+
     def before(self, state: RunState) -> dict[str, float]:
         """Score the model before the first step; empty on a resume, and where it is not wanted."""
         if state.step > 0 or not self.config.tasks or not self.config.before:
             return {}
-        return self._scores("before", improved=lambda score: True)
+        scores = self._scores("before", improved=lambda score: True)
+        if self.embedder is not None:
+            alone = evaluate(self.embedder, self.tasks, group=None, about={"when": "embedder"})
+            scores |= {f"score/{task}/embedder": score for task, score in alone.main_scores().items()}
+        return scores
 
     def run(self, state: RunState) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
@@ -83,15 +99,19 @@ class Development:
         and the geometry that is logged. Collective."""
         self.model.eval()
         about = {"when": name}
-        if self.config.dims:
+        if isinstance(self.model, CrossEncoder):
+            columns = {FULL: evaluate(self.embedder, self.tasks, rerank=self.rerank, group=None, about=about)}
+        elif self.config.dims:
             columns = dict(score_widths(self.model, self.tasks, self.config.dims, about=about, group=None).columns)
         else:
             columns = {FULL: evaluate(self.model, self.tasks, group=None, about=about)}
         results = columns.pop(FULL)
-        geometry = {} if (sample := self.sample) is None else on_first_rank(partial(sample.logged, self.model))
-        for head in self.config.heads:
-            encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
-            columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)
+        geometry = {}
+        if isinstance(self.model, Embedder):
+            geometry = {} if (sample := self.sample) is None else on_first_rank(partial(sample.logged, self.model))
+            for head in self.config.heads:
+                encoder = HybridEncoder(self.model) if head == "hybrid" else self.model
+                columns[head] = evaluate(encoder, self.tasks, head=head, group=None, about=about)
         values = {f"score/{task}": score for task, score in results.main_scores().items()}
         values |= {f"geometry/{key}": value for key, value in geometry.items()}
         for column, each in columns.items():
@@ -105,6 +125,8 @@ class Development:
         """What the report reads. The whole geometry is measured here: it costs a few hundred texts."""
         folder = self.output / "evaluation"
         results.save(folder / f"{name}.json", items=True)
+        if isinstance(self.model, CrossEncoder):
+            return
         try:
             geometry = Geometry.of(self.model, self.sample or Sample.of(self.tasks[0], 300))
         except EvaluationError as error:  # a handful of texts, or a task of one's own: the run goes on without

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import Batch, Loss, PairIds, Progress, RetrievalIds, Side
+from embedsmith.core.batch import Batch, GroupIds, Loss, PairIds, Progress, RetrievalIds, Side
 from embedsmith.core.collectives import Group, highest_over_ranks, world_size
 from embedsmith.core.errors import TrainingError
 from embedsmith.core.reps import TEACHER, Representation, Reps, Sparse
@@ -46,7 +46,7 @@ class Part:
 
     source: str
     task: str
-    ids: RetrievalIds | PairIds
+    ids: RetrievalIds | PairIds | GroupIds
     loss: Loss
     weight: float = 1.0
     group: Group = None

@@ -12,7 +12,7 @@ from rich.text import Text
 from embedsmith.core.terminal import Printed
 from embedsmith.evaluate import Results
 from embedsmith.evaluate.result import percent
-from embedsmith.models import Embedder, load
+from embedsmith.models import CrossEncoder, Embedder, load, load_reranker
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,8 +37,13 @@ class Trained(Printed):
 
     @cached_property
     def model(self) -> Embedder:
-        """The trained model, loaded on first use."""
+        """The trained embedding model, loaded on first use. Errors: `ModelError` for a reranker."""
         return load(str(self.folder))
+
+    @cached_property
+    def reranker(self) -> CrossEncoder:
+        """The trained reranker (`task: rerank`), loaded on first use. Errors: `ModelError` for an embedding model."""
+        return load_reranker(str(self.folder))
 
     @property
     def scores(self) -> dict[str, float]:

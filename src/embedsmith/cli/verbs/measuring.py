@@ -79,15 +79,19 @@ def evaluate_model(
     keep: Keep = None,
     mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
     limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
+    rerank: Annotated[str | None, typer.Option(help="A reranker that orders the model's rankings anew.")] = None,
+    depth: Annotated[int, typer.Option(min=1, help="With a reranker: documents it reads of a ranking.")] = 100,
 ) -> None:
-    """Score a model.
+    """Score a model, an embedding model or a reranker.
 
     Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
     """
     from embedsmith import __version__
-    from embedsmith.api.evaluating import Scoring
+    from embedsmith.api.evaluating import Scoring, rerank_of
     from embedsmith.evaluate import load_task, split_names
+    from embedsmith.evaluate.rerank import Rerank
     from embedsmith.index.commands import parse_weights
+    from embedsmith.models import CrossEncoder
 
     ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
     weights = parse_weights(weight or []) if weight else None
@@ -95,15 +99,23 @@ def evaluate_model(
     options |= model_options(pooling, prompts, None)
     widths, more = _widths(dims, more)
     names = split_names([*(tasks or []), *more])
-    scoring = Scoring(tuple(names), data, split, head, keep, weights)
     _check_side_by_side(head, engine, mteb, tune, weights)
     _check_widths(widths, head, mteb)
+    if rerank is not None and (widths or head == "all" or mteb is not None):
+        raise EvaluationError("--rerank with --dims, --head all or --mteb", fix="leave one of them out")
     if mteb is None:
         if limits is not None:
             raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
         for name in names:  # wrong names are told before a model is loaded
             load_task(name, data_dir=data, split=split)
     encoder = _encoder(model, engine, max_length, batch_size, options)
+    if isinstance(encoder, CrossEncoder) and rerank is not None:
+        raise EvaluationError(f"{model} is a reranker itself", fix=f"embedsmith evaluate EMBEDDER --rerank {rerank}")
+    ranker = rerank_of(rerank, depth)
+    if isinstance(encoder, CrossEncoder):
+        ranker = Rerank(encoder, depth)
+        encoder = None
+    scoring = Scoring(tuple(names), data, split, head, keep, weights, ranker)
     if mteb is not None:
         from embedsmith.evaluate.mteb.tasks import SampleLimits
 
@@ -111,6 +123,7 @@ def evaluate_model(
     else:
         about: dict[str, Any] = {"model": model, "engine": engine, "max_length": max_length, "split": split}
         about |= {"head": head, **options, "embedsmith": __version__}
+        about |= {} if rerank is None else {"rerank": rerank, "depth": depth}
         if head == "all":
             from embedsmith.evaluate.variants import HEADS
 
@@ -167,9 +180,9 @@ def _encoder(model: str, engine: str, max_length: int | None, batch_size: int, o
 
         return SentenceTransformersEncoder.load(model, max_length=max_length, batch_size=batch_size)
     if engine == "embedsmith":
-        from embedsmith.models import load
+        from embedsmith.api.evaluating import load_either
 
-        return load(model, **options) if max_length is None else load(model, **options, max_length=max_length)
+        return load_either(model, options if max_length is None else {**options, "max_length": max_length})
     raise EvaluationError(f"no engine is called {engine!r}", expected="embedsmith or sentence-transformers")
 
 

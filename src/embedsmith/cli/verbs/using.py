@@ -94,6 +94,7 @@ def search_index(
     candidates: Annotated[int, typer.Option(min=1, help="Documents each head proposes.")] = 100,
     filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
+    rerank: Annotated[str | None, typer.Option(help="A reranker that orders the candidates anew.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
     pooling: Pooling = None,
     prompts: Prompts = None,
@@ -125,6 +126,7 @@ def search_index(
         candidates=candidates,
         filter=where,
         explained=explain,
+        rerank=rerank,
         options=model_options(pooling, prompts, max_length),
     ):
         if as_json:

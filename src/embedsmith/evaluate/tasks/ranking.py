@@ -172,6 +172,8 @@ class RetrievalTask(RankingTask):
         query_ids = self.judged()
         document_ids = sorted(self.corpus, reverse=True)
         ranking = self._ranking(reader, query_ids, document_ids)
+        if reader.rerank is not None:
+            ranking = _reranked(reader, self, ranking, query_ids, document_ids)
         metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
         return self._result(query_ids, document_ids, ranking, metric, self.cuts)
 
@@ -182,9 +184,12 @@ class RetrievalTask(RankingTask):
         trec_eval's (the larger id) and a tie across the cut is decided as in the complete ranking. Every rank searches
         its own share of the corpus.
         """
+        if reader.rerank is not None and self.name in reader.rerank.found:
+            return reader.rerank.found[self.name]
         asked = [self.queries[query] for query in query_ids]
         query_reps = reader.all(asked, role="query", task="retrieval", label=f"{self.name} queries")
-        depth = max(self.cuts) + int(self.ignore_identical_ids)
+        wanted = max(*self.cuts, 0 if reader.rerank is None else reader.rerank.depth)
+        depth = wanted + int(self.ignore_identical_ids)
         share = reader.share(len(document_ids))
         texts = [self.corpus[document] for document in document_ids[share]]
 
@@ -205,7 +210,10 @@ class RetrievalTask(RankingTask):
         if self.ignore_identical_ids:
             place = {document: number for number, document in enumerate(document_ids)}
             ranking = ranking.without(np.array([place.get(query, -1) for query in query_ids]))
-        return ranking.first(max(self.cuts))
+        ranking = ranking.first(wanted)
+        if reader.rerank is not None:
+            reader.rerank.found[self.name] = ranking
+        return ranking
 
 
 @task_kinds.register("reranking")
@@ -286,6 +294,14 @@ class RerankingTask(RankingTask):
         query_ids = self.judged()
         wanted = sorted({document for query in query_ids for document in self.candidates[query]}, reverse=True)
         place = {document: number for number, document in enumerate(wanted)}
+        if reader.rerank is not None:
+            candidates = [
+                np.array(sorted({place[document] for document in self.candidates[query]})) for query in query_ids
+            ]
+            given = Ranking.of([(np.zeros(len(index), np.float32), index) for index in candidates])
+            everything = replace(reader, rerank=replace(reader.rerank, depth=given.index_Qk.shape[1]))
+            ranking = _reranked(everything, self, given, query_ids, wanted).first(max(self.cuts))
+            return self._result(query_ids, wanted, ranking, f"map_at_{max(self.cuts)}", self.cuts)
         asked, texts = [self.queries[query] for query in query_ids], [self.corpus[document] for document in wanted]
         query_reps = reader.all(asked, role="query", task=self.kind, label=f"{self.name} queries")
         reps = reader.all(texts, role="document", task=self.kind, label=f"{self.name} candidates")
@@ -296,6 +312,20 @@ class RerankingTask(RankingTask):
             best = top_of_block(score_K[None], max(self.cuts))
             rows.append((best[0][0].numpy(), index_K[best[1][0]].numpy()))
         return self._result(query_ids, wanted, Ranking.of(rows), f"map_at_{max(self.cuts)}", self.cuts)
+
+
+def _reranked(
+    reader: Reader, task: RankingTask, ranking: Ranking, query_ids: list[str], document_ids: list[str]
+) -> Ranking:
+    """The ranking as a reranker orders it; every rank reads the documents of its share of the queries."""
+    rerank, share = reader.rerank, reader.share(len(query_ids))
+    assert rerank is not None
+    queries, documents = [task.queries[query] for query in query_ids], [task.corpus[each] for each in document_ids]
+    mine = Ranking(ranking.score_Qk[share], ranking.index_Qk[share])
+    parts = reader.together(lambda: rerank.ordered(mine, queries[share], documents, f"{task.name} reranked"))
+    if share == slice(0, len(query_ids)):
+        return parts[0]
+    return Ranking(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("score_Qk", "index_Qk")))
 
 
 def across_languages(queries: RetrievalTask, documents: RetrievalTask) -> RetrievalTask:
