@@ -110,9 +110,7 @@ def umap(vector_ND: Floats) -> Floats:
         return pca(vector_ND)[0]
     nearby = min(15, len(vector_ND) - 1)
     start = "spectral" if len(vector_ND) > 32 else "random"
-    found = umap.UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1).fit_transform(
-        vector_ND
-    )
+    found = UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1).fit_transform(vector_ND)
     return _framed(np.asarray(found, np.float64))
 
 
