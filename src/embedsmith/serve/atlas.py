@@ -110,8 +110,8 @@ def umap(vector_ND: Floats) -> Floats:
         return pca(vector_ND)[0]
     nearby = min(15, len(vector_ND) - 1)
     start = "spectral" if len(vector_ND) > 32 else "random"
-    found = UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1).fit_transform(vector_ND)
-    return _framed(np.asarray(found, np.float64))
+    made = UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1)
+    return _framed(np.asarray(made.fit_transform(vector_ND), np.float64))
 
 
 def _framed(point_N2: Floats) -> Floats:
