@@ -180,6 +180,22 @@ def test_pca_is_that_of_the_whole_matrix_and_the_same_every_time():
     assert (again_N2 == point_N2).all()
 
 
+@pytest.mark.slow
+def test_umap_keeps_groups_together():
+    pytest.importorskip("umap", reason="needs umap-learn, which is in no extra")
+    draw = np.random.default_rng(0)
+    group_N = np.repeat([0, 1, 2], 40)
+    vector_ND = (np.eye(3, 16)[group_N] * 4 + draw.normal(size=(120, 16)) * 0.3).astype(np.float32)
+    point_N2 = atlas.umap(vector_ND)
+    assert point_N2.shape == (120, 2)
+    assert np.abs(point_N2).max() == pytest.approx(1)
+    far_NN = np.linalg.norm(point_N2[:, None] - point_N2[None], axis=-1) + np.eye(120) * 9
+    assert (group_N[far_NN.argmin(axis=1)] == group_N).mean() > 0.95
+    assert (atlas.umap(vector_ND) == point_N2).all()
+    for few in (1, 3, 5):
+        assert np.isfinite(atlas.umap(vector_ND[:few])).all()
+
+
 @pytest.mark.parametrize("vectors", [np.zeros((0, 4)), np.ones((1, 4)), np.ones((5, 4)), np.arange(3.0)[:, None]])
 def test_a_map_of_next_to_nothing(vectors):
     point_N2, share = atlas.pca(vectors)
@@ -213,7 +229,7 @@ def test_the_report_says_which_queries_got_worse_and_why(client):
     assert fell["texts"] == {"query": HOSTILE[0], "right": HOSTILE[1], "wrong": HOSTILE[2]}
     assert (rose["id"], rose["rank"]) == ("q3", [None, 1])
     pair = next(task for task in facts["tasks"] if task["task"] == "alike")["moved"][0]
-    assert (pair["people"], pair["similarity"]) == (0.0, [0.1, 0.5])
+    assert (pair["id"], pair["people"], pair["similarity"]) == ("0", 0.0, [0.0, 0.7])
     assert [curve["name"] for curve in facts["curves"] if curve["series"]] == ["loss", "score"]
 
 
