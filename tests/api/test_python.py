@@ -16,7 +16,10 @@ import embedsmith
 from embedsmith.api.tokenizing import job_of
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
-FUNCTIONS = ("compare", "curate", "evaluate", "index", "merge", "mine", "search", "split", "tokenize", "train")
+FUNCTIONS = (
+    *("application", "compare", "curate", "evaluate", "index", "merge", "mine", "search", "serve", "split"),
+    *("tokenize", "train"),
+)
 
 
 def verb(name):

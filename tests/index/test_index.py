@@ -349,3 +349,19 @@ def test_documents_are_encoded_as_documents_and_queries_as_queries(tmp_path):
     both = ("dense", "sparse")
     assert asked == [(["a"], "document", both), (["cat"], "document", both), (["dog"], "query", both)]
     store.close()
+
+
+def test_a_sample_is_the_same_every_time_and_holds_the_vectors_that_were_written(index, monkeypatch):
+    monkeypatch.setattr("embedsmith.index.server._ROWS", 7)  # in several calls
+    found, vector_ND = index.sample("dense", 40)
+    assert len({document.id for document in found}) == len(found) == 40
+    assert found == index.sample("dense", 120)[0][:40]
+    known = {document.id: document for document in documents()}
+    assert all(known[document.id] == document for document in found)
+    expected = Words().represent([document.text for document in found], role="document")["dense"].vector_ND
+    np.testing.assert_allclose(vector_ND, expected.numpy(), atol=1e-6)
+    assert {len(document.id) for document in found} == {1, 2, 3}, "not the first that were written"
+
+
+def test_texts_by_ids_leave_out_what_is_not_there(index):
+    assert index.texts(["3", "nothing", "7"]) == {"3": texts()[3], "7": texts()[7]}

@@ -30,6 +30,8 @@ VALID: dict[str, dict[str, Any]] = {
         "explain": True,
         "rerank": True,
     },
+    "/documents": {"documents": [{"id": "a", "text": "the fox", "fields": {"lang": "en", "n": 1}}], "model": "tiny"},
+    "/documents/delete": {"ids": ["a", "b"]},
     "/admin/reload": {"models": ["none such"]},
 }
 HOSTILE: list[Any] = [

@@ -32,8 +32,11 @@ def application(
     url: str | None = None,
     collection: str = "embedsmith",
     api_key_env: str | None = None,
+    writable: bool = False,
     reranker: str | Path | Reranker | None = None,
     keys: Sequence[str] = (),
+    run: str | Path | None = None,
+    feedback: str | Path | None = None,
     limits: Limits | None = None,
     **options: Any,
 ) -> Any:
@@ -47,27 +50,31 @@ def application(
     1
 
     `models`: a folder, a hub id or a model that is loaded; several of them; or a dict that names each. `index`: folders
-    of indexes that these models made; or `url`, `collection` and `api_key_env` of a Qdrant server. `reranker`: a
-    folder, a hub id or one that is loaded. `keys`: one of them has to come with every request. `options`: of `es.load`.
+    of indexes that these models made; or `url`, `collection` and `api_key_env` of a Qdrant server. `writable`: take
+    documents into them, or into new ones; a folder is then open to no other process. `reranker`: a folder, a hub id or
+    one that is loaded. `keys`: one of them has to come with every request. `run`: the folder of a run, whose report the
+    page at `/` shows. `feedback`: a file of training records that marks of hits made there are written to. `options`:
+    of `es.load`.
     Errors: those of loading, and `SearchError` for an index that none of the models made.
     """
     with _extra():
         from embedsmith.serve.app import application as made
+        from embedsmith.serve.explorer import Explorer
         from embedsmith.serve.service import Service, Sources
 
+    explorer = Explorer(*(None if path is None else local_path(path) for path in (run, feedback)))
     place = Place(url=url, collection=collection, api_key=key_from(checked_variable(api_key_env, "api_key_env")))
     stores: list[Callable[[], Store]] = [
-        _folder_opener(folder) for folder in ([index] if isinstance(index, str | Path) else index)
+        _folder_opener(folder, not writable) for folder in ([index] if isinstance(index, str | Path) else index)
     ]
     if url is not None:
         stores.append(place.open)
     named, open_reranker = reranker_named(reranker)
-    sources = Sources(
-        {name: _loader(model, options) for name, model in named_models(models).items()}, stores, open_reranker, named
-    )
+    loaders = {name: _loader(model, options) for name, model in named_models(models).items()}
+    sources = Sources(loaders, stores, open_reranker, named, writable)
     with lines_shown():
         service = Service(sources, limits)
-    app = made(service, keys)
+    app = made(service, keys, explorer)
     app.state.service = service
     return app
 
@@ -167,8 +174,8 @@ def _loader(model: Any, options: Mapping[str, Any]) -> Callable[[], Encoder]:
     return lambda: load(str(model), **options)
 
 
-def _folder_opener(folder: str | Path) -> Callable[[], Store]:
-    return lambda: Place(local_path(folder)).open(read_only=True)
+def _folder_opener(folder: str | Path, read_only: bool) -> Callable[[], Store]:
+    return lambda: Place(local_path(folder)).open(read_only=read_only)
 
 
 def reranker_named(reranker: Any) -> tuple[str, Callable[[], Reranker] | None]:

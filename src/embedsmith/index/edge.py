@@ -235,6 +235,12 @@ class EdgeStore:
     def _vector(self, vector: Vector) -> Any:
         return self._engine.SparseVector(*vector) if isinstance(vector, tuple) else vector
 
+    def sample(self, head: str, limit: int) -> list[tuple[Vector, dict[str, Any]]]:
+        with self._errors():
+            request = self._engine.ScrollRequest(limit=limit, with_payload=True, with_vector=[head])
+            found, _ = self._shard.scroll(request)
+        return [(record.vector[head], record.payload or {}) for record in found if head in (record.vector or {})]
+
     def count(self) -> int:
         with self._errors():
             return int(self._shard.count(self._engine.CountRequest(exact=True)))

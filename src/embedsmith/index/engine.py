@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,10 @@ class Store(Protocol):
     def search(self, requests: Sequence[Request]) -> list[list[tuple[str, float]]]:
         """(key, score) of the best of every request, best first. A multi-vector score is the sum over query tokens."""
 
+    def sample(self, head: str, limit: int) -> list[tuple[Vector, dict[str, Any]]]:
+        """The vectors of a head and the payloads of `limit` documents, those of the lowest keys: keys are hashes of
+        ids, so that they are as good as drawn by chance, and the same every time. Without those that lack the head."""
+
     def count(self) -> int: ...
 
     def optimize(self) -> None:
@@ -172,12 +177,16 @@ def lexical_weights(representation: Sparse) -> list[dict[int, float]]:
 
 
 _BOUNDS = ("gt", "gte", "lt", "lte")
+_KEY = re.compile(r'(?:[\w-]+|"[^"]+")(?:\[\d*\])*(?:\.(?:[\w-]+|"[^"]+")(?:\[\d*\])*)*')
+"""A path into metadata, as Qdrant reads it; names with other signs stand in quotes."""
 
 
 def conditions(filter_: Filter) -> list[tuple[str, str, Any]]:
     """(key, "value" | "any" | "range", value) of every condition, checked. Errors: `SearchError`."""
     found: list[tuple[str, str, Any]] = []
     for key, wanted in filter_.items():
+        if not _KEY.fullmatch(key):
+            raise SearchError(f"the filter on {key!r}", expected='a name such as lang, "two words" or author.name')
         if isinstance(wanted, Mapping):
             if not wanted or set(wanted) - set(_BOUNDS) or not all(map(_is_number, wanted.values())):
                 raise SearchError(f"the filter on {key!r} is {dict(wanted)}", expected=f"numbers for {_BOUNDS}")
@@ -196,7 +205,10 @@ def conditions(filter_: Filter) -> list[tuple[str, str, Any]]:
 
 
 def _is_exact(value: object) -> bool:
-    return isinstance(value, str | int)
+    """A text of Unicode, or a whole number of 64 bits."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode() == value
+    return isinstance(value, int) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: object) -> bool:

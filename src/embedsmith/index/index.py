@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.progress import progress_bar
@@ -91,12 +94,19 @@ class HybridIndex:
     precision: SearchPrecision = "float32"
 
     def add(
-        self, documents: Iterable[Document], *, batch: int = 256, total: int | None = None, show: bool | None = None
+        self,
+        documents: Iterable[Document],
+        *,
+        batch: int = 256,
+        total: int | None = None,
+        show: bool | None = None,
+        optimize: bool = True,
     ) -> Written:
         """Write documents, replacing those whose id is there with another text or other metadata.
 
         Every `batch` is durable when it is written, and what is there unchanged is not encoded again: a call that was
-        stopped is continued by giving it the same documents. Errors: `DataError` for an id that comes again.
+        stopped is continued by giving it the same documents. `optimize=False`: for a few documents at a time, where
+        `store.optimize` is called now and then. Errors: `DataError` for an id that comes again.
         """
         new = changed = unchanged = 0
         seen: set[str] = set()
@@ -117,7 +127,8 @@ class HybridIndex:
                 new, changed = new + len(fresh) - replaced, changed + replaced
                 unchanged += len(block) - len(fresh)
                 bar.advance(len(block))
-        self.store.optimize()
+        if optimize:
+            self.store.optimize()
         return Written(new, changed, unchanged)
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -125,6 +136,17 @@ class HybridIndex:
 
     def __len__(self) -> int:
         return self.store.count()
+
+    def sample(self, head: str, limit: int) -> tuple[list[Document], npt.NDArray[np.float32]]:
+        """Documents as if drawn by chance, the same every time, and vector_ND of a dense head."""
+        rows = self.store.sample(head, limit)
+        found = [Document(payload["id"], payload["text"], payload["metadata"]) for _, payload in rows]
+        return found, np.array([vector for vector, _ in rows], np.float32)
+
+    def texts(self, ids: Sequence[str]) -> dict[str, str]:
+        """By their ids, the texts of those documents that are here."""
+        payloads = self.store.payloads([point_key(id_) for id_ in ids], ["id", "text"])
+        return {payload["id"]: payload["text"] for payload in payloads.values()}
 
     def search(
         self,

@@ -16,6 +16,9 @@ _WAITS = (0.5, 2.0, 8.0)
 _NUMBERS = 2**20
 """Numbers in one call: some 22 MB of JSON, where a server by default refuses more than 32."""
 
+_ROWS = 1000
+"""Documents in one answer where all are looked through."""
+
 
 class ServerStore:
     """A collection of a Qdrant server. `url` may also be `:memory:`, or a folder for the client's own engine.
@@ -135,6 +138,22 @@ class ServerStore:
         if isinstance(vector, tuple):
             return self._models.SparseVector(indices=vector[0], values=vector[1])
         return vector
+
+    def sample(self, head: str, limit: int) -> list[tuple[Vector, dict[str, Any]]]:
+        """In several calls where one would be larger than a server likes to send."""
+        rows: list[tuple[Vector, dict[str, Any]]] = []
+        after: Any = None
+        for _ in range(0, limit, _ROWS):
+            count = min(_ROWS, limit - len(rows))
+            found, after = self._call(
+                lambda count=count, after=after: self._client.scroll(  # type: ignore[misc]
+                    self._collection, limit=count, offset=after, with_payload=True, with_vectors=[head]
+                )
+            )
+            rows += [(point.vector[head], point.payload or {}) for point in found if head in (point.vector or {})]
+            if after is None:
+                break
+        return rows
 
     def count(self) -> int:
         return int(self._call(lambda: self._client.count(self._collection, exact=True)).count)

@@ -1,7 +1,7 @@
 """What training changed, task by task and text by text: what got better, what got worse, and which items moved most."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.evaluate.compare import Comparison, Difference
 from embedsmith.evaluate.result import TaskResult
-from embedsmith.evaluate.tasks.kinds import load_task
+from embedsmith.evaluate.tasks.kinds import Task, load_task
 from embedsmith.evaluate.tasks.pairs import STSTask
 from embedsmith.evaluate.tasks.ranking import RankingTask
 from embedsmith.report.page import Section, table
@@ -25,20 +25,24 @@ _LARGEST = 2**26  # bytes of a task's files; above, only the texts that the resu
 Texts = Mapping[str, Mapping[str, str]]
 
 
-def items_texts(tasks: Sequence[str]) -> Texts:
-    """By task and item the text that an item is known by, of tasks given as paths whose files are still there."""
-    found: dict[str, Mapping[str, str]] = {}
+def readable_tasks(tasks: Sequence[str]) -> Iterator[Task]:
+    """Those given as paths whose files are still there."""
     for given in tasks:
         path = Path(given)
         with suppress(EmbedsmithError, OSError):  # a task that cannot be read any more is shown by its ids
             files = [path, *path.rglob("*")] if path.exists() else []
-            if not files or sum(file.stat().st_size for file in files) > _LARGEST:
-                continue
-            task = load_task(path)
-            if isinstance(task, RankingTask):
-                found[task.name] = task.queries
-            elif isinstance(task, STSTask):
-                found[task.name] = {str(row): text for row, text in enumerate(task.text1)}
+            if files and sum(file.stat().st_size for file in files) <= _LARGEST:
+                yield load_task(path)
+
+
+def items_texts(tasks: Sequence[str]) -> Texts:
+    """By task and item the text that an item is known by, of tasks given as paths whose files are still there."""
+    found: dict[str, Mapping[str, str]] = {}
+    for task in readable_tasks(tasks):
+        if isinstance(task, RankingTask):
+            found[task.name] = task.queries
+        elif isinstance(task, STSTask):
+            found[task.name] = {str(row): text for row, text in enumerate(task.text1)}
     return found
 
 

@@ -34,7 +34,7 @@ from embedsmith.report.comparison import (
     words_about,
 )
 from embedsmith.report.model_card import TrainingFacts
-from embedsmith.report.next_steps import Evidence, next_steps
+from embedsmith.report.next_steps import Evidence, NextStep, next_steps
 from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
 
 Line = Mapping[str, float]
@@ -196,18 +196,21 @@ class Folder:
         found = (recipe.get("evaluate") or {}).get("tasks") if isinstance(recipe, dict) else None
         return [str(each) for each in found] if isinstance(found, list) else []
 
-    def next_section(self, made: Comparison | None) -> Section:
-        """Steps that the figures ask for, each with its command."""
+    def next_steps(self, made: Comparison | None) -> list[NextStep]:
+        """What the figures ask for; nothing for a merge."""
         recipe = _tree(self.recipe)
         if self.merge is not None or not isinstance(recipe, dict):
-            return Section("next", "What to try next", "")
+            return []
         changes = made.differences(len(made.models) - 1) if made is not None and len(made.models) > 1 else ()
         finished, after = self.finished is not None, self.results.get("after")
-        evidence = Evidence(str(self.path), recipe, self.lines, finished, changes, after, self.cut)
+        return next_steps(Evidence(str(self.path), recipe, self.lines, finished, changes, after, self.cut))
+
+    def next_section(self, made: Comparison | None) -> Section:
+        """Steps that the figures ask for, each with its command."""
         steps = "".join(
             f"<li><b>{html.escape(step.what)}.</b> {html.escape(step.why)}"
             f'<pre class="command"><code>{html.escape(step.command)}</code></pre></li>'
-            for step in next_steps(evidence)
+            for step in self.next_steps(made)
         )
         return Section("next", "What to try next", f'<ol class="steps">{steps}</ol>' if steps else "")
 

@@ -1,10 +1,9 @@
 """The endpoints: a service as an application of FastAPI."""
 
-import importlib
-import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +14,20 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from embedsmith.core.errors import EmbedsmithError
+from embedsmith.index import Document
 from embedsmith.serve import answers
-from embedsmith.serve.bodies import Body, EmbeddingsBody, HeadBody, ReloadBody, RerankBody, SearchBody
+from embedsmith.serve.bodies import (
+    Body,
+    DeletionBody,
+    DocumentsBody,
+    EmbeddingsBody,
+    HeadBody,
+    ReloadBody,
+    RerankBody,
+    SearchBody,
+)
 from embedsmith.serve.errors import Failure, RequestError, UnknownModelError, failure_of, failure_of_body
+from embedsmith.serve.explorer import Explorer, router
 from embedsmith.serve.gate import Gate, Keys
 from embedsmith.serve.manual import manual
 from embedsmith.serve.model import Encoded, Model, Text
@@ -29,8 +39,9 @@ _LARGE = 16
 """Texts whose answer is written in a thread, so that others need not wait for it."""
 
 
-def application(service: Service, keys: Sequence[str] = (), explorer: Any = None) -> FastAPI:
-    """All endpoints of a service. With `keys` every request but those of `gate.OPEN` has to send one of them."""
+def application(service: Service, keys: Sequence[str] = (), explorer: Explorer | None = None) -> FastAPI:
+    """All endpoints of a service. With `keys` every request but those of `gate.OPEN` has to send one of them.
+    `explorer`: what the page at `/` may read and write."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -49,9 +60,9 @@ def application(service: Service, keys: Sequence[str] = (), explorer: Any = None
     _add_failures(app)
     _add_encoding(app, service)
     _add_search(app, service)
+    _add_documents(app, service)
     _add_house(app, service)
-    if importlib.util.find_spec("embedsmith.serve.explorer") is not None:
-        app.include_router(importlib.import_module("embedsmith.serve.explorer").router(service, explorer))
+    app.include_router(router(service, explorer))
     return app
 
 
@@ -124,9 +135,9 @@ def _add_encoding(app: FastAPI, service: Service) -> None:
         return await made(asked, "multivector", answers.multivector)
 
 
-def _check_count(texts: Sequence[Any], most: int) -> None:
+def _check_count(texts: Sequence[Any], most: int, param: str = "input") -> None:
     if len(texts) > most:
-        raise RequestError(f"{len(texts):,} texts in one request", param="input", expected=f"at most {most:,}")
+        raise RequestError(f"{len(texts):,} texts in one request", param=param, expected=f"at most {most:,}")
 
 
 def _add_search(app: FastAPI, service: Service) -> None:
@@ -142,7 +153,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         if asked.model is not None and service.reranker is not None and asked.model != service.reranker.name:
             raise UnknownModelError(f"no reranker {asked.model!r} is served here", expected=service.reranker.name)
         texts: list[str] = asked.documents if asked.texts is None else asked.texts  # type: ignore[assignment]
-        _check_count(texts, service.limits.inputs)
+        _check_count(texts, service.limits.inputs, "documents" if asked.texts is None else "texts")
         made = await service.rerank(asked.query, texts)
         scores = (made.score_N if asked.raw_scores else made.relevance_N).tolist()
         if asked.texts is not None:
@@ -158,6 +169,25 @@ def _add_search(app: FastAPI, service: Service) -> None:
         question = Question(**{**asked.model_dump(exclude={"model"}), "filter": asked.filter or {}})
         name, found = await service.search(question, asked.model)
         return _json(answers.hits(name, found))
+
+
+def _add_documents(app: FastAPI, service: Service) -> None:
+    """What is looked for; taken where the server was started with an index that may be written."""
+
+    @app.post("/documents", tags=["documents"])
+    async def documents(asked: DocumentsBody) -> Response:
+        """Write documents into the index. They are on the disk when the answer comes."""
+        _check_count(asked.documents, service.limits.inputs, "documents")
+        given = [Document(one.id, one.text, one.fields) for one in asked.documents]
+        name, written, size = await service.add(given, asked.model)
+        return _json(answers.as_json({"model": name, **asdict(written), "size": size}))
+
+    @app.post("/documents/delete", tags=["documents"])
+    async def delete(asked: DeletionBody) -> Response:
+        """Delete documents by their ids."""
+        _check_count(asked.ids, service.limits.inputs, "ids")
+        name, size = await service.delete(asked.ids, asked.model)
+        return _json(answers.as_json({"model": name, "size": size}))
 
 
 def _add_house(app: FastAPI, service: Service) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
 from embedsmith.serve.model import Text
 
@@ -143,6 +143,28 @@ class SearchBody(Body):
     )
     explain: bool = False
     rerank: bool = False
+
+
+class DocumentBody(Body):
+    """A text with an id, and fields to filter by."""
+
+    id: Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(lambda id_: _checked_text(id_, "the id"))]
+    text: OneText
+    fields: dict[str, Any] = Field(default_factory=dict)
+
+
+class DocumentsBody(Body):
+    """Documents to write; what is there under the same id is replaced."""
+
+    documents: Annotated[list[DocumentBody], FailFast(), Field(min_length=1)]
+    model: str | None = None
+
+
+class DeletionBody(Body):
+    """Documents to delete, by their ids."""
+
+    ids: Annotated[list[OneText], FailFast(), Field(min_length=1)]
+    model: str | None = None
 
 
 class ReloadBody(Body):

@@ -1,5 +1,6 @@
 """Search in the index of a served model, with an explanation of every hit where it is asked for."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import MultiVector, Reps, Sparse
 from embedsmith.index import (
+    Document,
     Filter,
     Fusion,
     Hit,
@@ -17,6 +19,7 @@ from embedsmith.index import (
     ReciprocalRank,
     Store,
     WeightedSum,
+    Written,
     open_index,
 )
 from embedsmith.index.engine import conditions, lexical_weights
@@ -28,6 +31,8 @@ T = TypeVar("T")
 
 _THREADS = 8
 """Searches at a time: their queries meet in one batch of the model."""
+_OPTIMIZED = 10_000
+"""Documents that are written before the engine builds anew what makes searching fast."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,12 @@ class Found:
 
 
 class Searcher:
-    """An index and the model that made it. Errors: those of `HybridIndex.search`."""
+    """An index and the model that made it. Errors: those of `HybridIndex.search` and `add`."""
 
     def __init__(self, index: HybridIndex, model: Model) -> None:
         self.index, self.model = index, model
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"search {model.name}")
+        self._writing, self._written = threading.Lock(), 0
 
     def submit(self, question: Question, reranker: ServedReranker | None) -> "Future[list[Found]]":
         """The hits of a question, best first. Errors: `RequestError` for what the index cannot be asked; `RetiredError`
@@ -79,6 +85,29 @@ class Searcher:
         except SearchError as error:
             raise RequestError(error.what, expected=error.expected) from error
         return self._in_pool(lambda: self._search(question, fusion, reranker))
+
+    def add(self, documents: Sequence[Document]) -> "Future[Written]":
+        """Write documents; durable when the future has a result. Errors: `RetiredError` after `close`."""
+
+        def write() -> Written:
+            with self._writing:
+                written = self.index.add(documents, show=False, optimize=False)
+                self._written += written.new + written.changed
+                if self._written >= _OPTIMIZED:
+                    self.index.store.optimize()
+                    self._written = 0
+                return written
+
+        return self._in_pool(write)
+
+    def delete(self, ids: Sequence[str]) -> "Future[None]":
+        """Delete documents; those that are not there are none the less gone."""
+
+        def work() -> None:
+            with self._writing:
+                self.index.delete(ids)
+
+        return self._in_pool(work)
 
     def _in_pool(self, work: Callable[[], T]) -> "Future[T]":
         try:
@@ -163,12 +192,14 @@ def _reranked(query: str, hits: Sequence[Hit], reranker: ServedReranker) -> list
     return sorted(rescored, key=lambda hit: -hit.score)
 
 
-def open_searcher(store: Store, models: Sequence[Model]) -> Searcher:
-    """The index in a store with the model, of those that are served, that made it.
+def open_searcher(store: Store, models: Sequence[Model], create: bool = False) -> Searcher:
+    """The index in a store with the model, of those that are served, that made it. With `create` an empty one of the
+    first model, where there is none.
 
     Errors: `SearchError` where there is no index, or none of the models made it.
     """
     settings = store.settings()
     made_by = None if settings is None else settings["fingerprint"]
     model = next((one for one in models if one.fingerprint() == made_by), models[0])
-    return Searcher(open_index(model, store, model=model.name), model)
+    heads = model.heads if settings is None else None
+    return Searcher(open_index(model, store, heads=heads, model=model.name, create=create), model)

@@ -16,7 +16,7 @@ from embedsmith.core.errors import ModelError, SearchError
 from embedsmith.core.progress import log
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import did_you_mean
-from embedsmith.index import HybridIndex, Store
+from embedsmith.index import Document, HybridIndex, Store, Written
 from embedsmith.serve.batching import RetiredError
 from embedsmith.serve.errors import ClosedError, ReloadingError, RequestError, UnknownModelError
 from embedsmith.serve.limits import Limits
@@ -29,12 +29,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sources:
-    """Where models (by name), indexes and the reranker come from: called at the start, and to load them anew."""
+    """Where models (by name), indexes and the reranker come from: called at the start, and to load them anew.
+    `writable`: documents are taken into the indexes, which stay open when models are loaded anew."""
 
     models: Mapping[str, Callable[[], Encoder]]
     stores: Sequence[Callable[[], Store]] = ()
     reranker: Callable[[], Reranker] | None = None
     reranker_name: str = "reranker"
+    writable: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ class Loaded:
     searchers: Mapping[str, Searcher] = field(default_factory=dict)
     reranker: ServedReranker | None = None
 
-    def close(self) -> None:
-        """Wait for what they are asked already, then end their threads and let go of the indexes."""
+    def close(self, stores: bool = True) -> None:
+        """Wait for what they are asked already, then end their threads and (with `stores`) let go of the indexes."""
         for searcher in self.searchers.values():
-            searcher.close()
+            searcher.close(stores)
         for model in self.models.values():
             model.batcher.close()
         if self.reranker is not None:
@@ -66,6 +68,7 @@ class Service:
         self.draining = False
         self._sources = sources
         self._reloading = threading.Lock()
+        self._stores: list[Store] = []
         self._loaded = self._load()
 
     @property
@@ -121,19 +124,11 @@ class Service:
         """
 
         def ask() -> "tuple[str, Future[list[Found]]]":
-            loaded = self._loaded
-            if not loaded.searchers:
-                raise RequestError(
-                    "this server has no index", fix="start it with one: embedsmith serve MODEL --index DIR"
-                )
-            name = next(iter(loaded.searchers)) if model is None else self.model(model).name
-            if name not in loaded.searchers:
-                known = ", ".join(loaded.searchers)
-                raise RequestError(f"the model {name} has no index here", param="model", expected=f"one of {known}")
-            if question.rerank and loaded.reranker is None:
+            name, searcher = self._searcher(model)
+            reranker = self._loaded.reranker if question.rerank else None
+            if question.rerank and reranker is None:
                 raise RequestError(_NO_RERANKER, param="rerank", fix=_WITH_RERANKER)
-            reranker = loaded.reranker if question.rerank else None
-            return name, loaded.searchers[name].submit(question, reranker)
+            return name, searcher.submit(question, reranker)
 
         while True:
             name, made = self._of_the_present(ask)
@@ -141,6 +136,40 @@ class Service:
                 return name, await asyncio.wrap_future(made)
             except RetiredError:  # in the middle of a search, which begins anew
                 continue
+
+    async def add(self, documents: Sequence[Document], model: str | None = None) -> tuple[str, Written, int]:
+        """Write documents into the index of a model (or the first): durable when this returns. Gives the model's name,
+        what was written, and how many documents the index holds. Errors: `RequestError` where nothing may be written.
+        """
+        name, written = await self._write(model, lambda searcher: searcher.add(documents))
+        return name, written, await asyncio.to_thread(len, self.indexes[name])
+
+    async def delete(self, ids: Sequence[str], model: str | None = None) -> tuple[str, int]:
+        """Delete documents by their ids. Gives the model's name and how many documents the index holds."""
+        name, _ = await self._write(model, lambda searcher: searcher.delete(ids))
+        return name, await asyncio.to_thread(len, self.indexes[name])
+
+    async def _write(self, model: str | None, work: "Callable[[Searcher], Future[T]]") -> tuple[str, T]:
+        if not self._sources.writable:
+            raise RequestError("this server takes no documents", fix="start it with --writable")
+
+        def ask() -> "tuple[str, Future[T]]":
+            name, searcher = self._searcher(model)
+            return name, work(searcher)
+
+        name, made = self._of_the_present(ask)
+        return name, await asyncio.wrap_future(made)
+
+    def _searcher(self, model: str | None) -> tuple[str, Searcher]:
+        """By the name of its model, or the first. Errors: `RequestError` where there is no index."""
+        searchers = self._loaded.searchers
+        if not searchers:
+            raise RequestError("this server has no index", fix="start it with one: embedsmith serve MODEL --index DIR")
+        name = next(iter(searchers)) if model is None else self.model(model).name
+        if name not in searchers:
+            known = ", ".join(searchers)
+            raise RequestError(f"the model {name} has no index here", param="model", expected=f"one of {known}")
+        return name, searchers[name]
 
     async def rerank(self, query: str, documents: Sequence[str]) -> Scores:
         """Scores of the documents. Errors: `RequestError` where there is no reranker."""
@@ -168,7 +197,7 @@ class Service:
             kept = {name: model for name, model in before.models.items() if name not in chosen}
             self._loaded = self._load(kept)
             old = {name: model for name, model in before.models.items() if name in chosen}
-            Loaded(old, before.searchers, before.reranker).close()
+            Loaded(old, before.searchers, before.reranker).close(stores=not self._sources.writable)
             self.metrics.reloads.inc()
             log.info("loaded anew: %s", ", ".join(chosen))
             return chosen
@@ -197,8 +226,10 @@ class Service:
         try:
             for name, load in self._sources.models.items():
                 models[name] = (kept or {}).get(name) or Model(name, load(), self.limits.queue, **self._observer(name))
-            for open_store in self._sources.stores:
-                searcher = open_searcher(open_store(), list(models.values()))
+            kept_open = self._sources.writable and kept is not None
+            stores = self._stores if kept_open else [open_store() for open_store in self._sources.stores]
+            for store in stores:
+                searcher = open_searcher(store, list(models.values()), self._sources.writable)
                 if searcher.model.name in searchers:
                     raise SearchError(f"two indexes were made by {searcher.model.name}", expected="one index a model")
                 searchers[searcher.model.name] = searcher
@@ -207,8 +238,9 @@ class Service:
                 reranker = ServedReranker(name, self._sources.reranker(), self.limits.queue, **self._observer(name))
         except BaseException:
             fresh = {name: model for name, model in models.items() if name not in (kept or {})}
-            Loaded(fresh, searchers, reranker).close()
+            Loaded(fresh, searchers, reranker).close(stores=kept is None or not self._sources.writable)
             raise
+        self._stores = stores
         return Loaded(models, searchers, reranker)
 
     def _observer(self, name: str) -> dict[str, Any]:

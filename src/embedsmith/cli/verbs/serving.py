@@ -18,11 +18,16 @@ def serve_models(
     url: Annotated[str | None, typer.Option(help="Instead of a folder: URL of a Qdrant server.")] = None,
     collection: Annotated[str, typer.Option(help="Collection on that server.")] = "embedsmith",
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with that server's key.")] = None,
+    writable: Annotated[bool, typer.Option("--writable", help="Take documents: POST /documents.")] = False,
     reranker: Annotated[str | None, typer.Option(help="Folder or hub id of a reranker.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8080,
     keys: Annotated[Path | None, typer.Option(help="File of keys, one a line: every request has to send one.")] = None,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with such a key.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of a run, whose report the page at / shows.")] = None,
+    feedback: Annotated[
+        Path | None, typer.Option(help="File of training records that marks of hits on the page are written to.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Texts that may wait; more are refused with 503.")] = 4096,
     max_body: Annotated[float, typer.Option(min=0.001, help="MB a request may have; more is refused, 413.")] = 8.0,
     max_inputs: Annotated[int, typer.Option(min=1, help="Texts a request may have.")] = 2048,
@@ -51,7 +56,10 @@ def serve_models(
         url=url,
         collection=collection,
         api_key_env=api_key_env,
+        writable=writable,
         reranker=reranker,
+        run=run,
+        feedback=feedback,
         limits=Limits(queue=queue, body=round(max_body * 1e6), inputs=max_inputs),
         **options,
     )
