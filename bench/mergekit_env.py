@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.common import WORK
+from bench.common import ROOT, WORK
 
 VERSION = "0.1.5"
 _PACKAGES = (f"mergekit=={VERSION}", "immutables", "sentencepiece")
@@ -19,16 +19,26 @@ def mergekit_python() -> Path:
     return installed("mergekit", _PACKAGES)
 
 
-def installed(name: str, packages: Sequence[str]) -> Path:
-    """The interpreter of an environment `bench/out/NAME` with these packages over ours, made on first use."""
+def installed(name: str, packages: Sequence[str], *, with_dependencies: bool = False) -> Path:
+    """The interpreter of an environment `bench/out/NAME` with these packages over ours, made on first use.
+
+    `with_dependencies`: also what they need and ours does not have, within constraints.txt."""
     folder = WORK / name
     python = folder / "bin" / "python"
     target = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    if not (target / name).exists():
+    complete = folder / ".complete" if with_dependencies else target / name
+    if not complete.exists():
         WORK.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         (target / "parent.pth").write_text(site.getsitepackages()[0] + "\n", encoding="utf-8")
-        _install(target, packages)
+        if with_dependencies:  # by pip: uv does not look where the .pth leads, and would install torch again
+            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+            done = subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), *packages])
+            if done.returncode:
+                sys.exit(f"{packages[0]} could not be installed: it needs pip and a package index")
+            complete.touch()
+        else:
+            _install(target, packages)
     return python
 
 

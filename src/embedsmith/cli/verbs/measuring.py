@@ -112,9 +112,10 @@ def evaluate_model(
     options, more = _model_options(more or [])
     options |= model_options(pooling, prompts, None, backend)
     widths, more = _widths(dims, more)
+    asked, more = _precisions(precision, more)
+    precisions = checked_precisions(asked)
     names = split_names([*(tasks or []), *more])
     _check_side_by_side(head, engine, mteb, tune, weights)
-    precisions = checked_precisions([part for text in precision or [] for part in text.replace(",", " ").split()])
     _check_widths(widths, head, mteb)
     if precision and (head not in (None, "dense") or mteb is not None):
         raise EvaluationError(
@@ -184,6 +185,15 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise EvaluationError(f"--dims {wrong[0]}", expected="whole numbers from 1, such as --dims 64 128")
     return [int(part) for part in parts], [name for name in others if name not in more]
+
+
+def _precisions(given: list[str] | None, others: list[str]) -> tuple[list[str], list[str]]:
+    """The precisions, and what else was named: of `--precision int8 binary` the second is among the others, too."""
+    if not given:
+        return [], others
+    more = [name for name in others if name in ("int8", "binary") and not os.path.exists(name)]
+    parts = [part for text in [*given, *more] for part in text.replace(",", " ").split()]
+    return parts, [name for name in others if name not in more]
 
 
 def _check_widths(widths: list[int], head: str | None, mteb: Path | None = None) -> None:
