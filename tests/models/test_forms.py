@@ -159,6 +159,7 @@ def test_inference_free_splade(base, tmp_path):
     peer = SparseEncoder(modules=[router], device="cpu", similarity_fn_name="dot")
     model = same_in_both_directions(peer, SparseEncoder, tmp_path)
     assert model.query_side is not None
+    assert not (tmp_path / "ours" / "model.safetensors").exists(), "each route has its weights, and the root has none"
     mixed = model.tokenize([*QUERIES, *DOCUMENTS], ["query"] * len(QUERIES) + ["document"] * len(DOCUMENTS))
     both = model(mixed.pad(model.pad_id), ("sparse",))["sparse"]
     queries, documents = both.rows(slice(0, len(QUERIES))), both.rows(slice(len(QUERIES), None))
