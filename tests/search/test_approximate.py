@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from embedsmith.core.errors import SearchError
-from embedsmith.core.reps import Dense, Sparse
+from embedsmith.core.reps import Dense, Euclidean, Sparse
 from embedsmith.search import approximate, exact, exact_top_k
 from embedsmith.search.approximate import ApproximateIndex
 
@@ -75,6 +75,8 @@ def test_what_is_no_vector_and_what_no_index_can_be_made_of_is_refused():
     with pytest.raises(SearchError, match="no vectors for an index"):
         ApproximateIndex.build([], "Flat")
     sparse = Sparse(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    with pytest.raises(SearchError, match=r"holds dense vectors, not Euclidean(.|\n)*leave index out"):
+        ApproximateIndex.build([Euclidean(torch.ones(2, 3))], "Flat")
     with pytest.raises(SearchError, match="holds dense vectors, not Sparse"):
         ApproximateIndex.build([sparse], "Flat")
     with pytest.raises(

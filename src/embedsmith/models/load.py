@@ -49,7 +49,7 @@ from embedsmith.models.lora import (
     merged,
 )
 from embedsmith.models.new_tokens import add_new_tokens, grow_table
-from embedsmith.models.packing import decide_packing
+from embedsmith.models.packing import Packing, decide_packing
 from embedsmith.models.pooling import PoolerConfig, pooled_width, pooling_named
 from embedsmith.models.self_test import is_flash
 from embedsmith.models.static import StaticTable
@@ -114,12 +114,15 @@ def _loaded(source: ModelSource, target: torch.device, new_heads: bool) -> Embed
     embedder.to(target).eval()
     if target.type == "cuda":
         embedder.fused = fuse_kernels(embedder.backbone)
-    packing = config.packing
-    if settings.expansion is not None and not settings.expansion.attend:  # a row has no mask of keys
-        packing = False
-    embedder.packs = decide_packing(
-        embedder.backbone, attention, packing, config.attn_implementation, settings.max_length
-    )
+    if settings.expansion is not None and not settings.expansion.attend:
+        why = "queries are filled up with tokens that nothing attends to, and a row has no mask for that"
+        if config.packing is True:
+            raise ModelError(f"packing=true: {why}", where=config.path, fix="leave model.packing out")
+        embedder.packs = Packing(why=why)
+    else:
+        embedder.packs = decide_packing(
+            embedder.backbone, attention, config.packing, config.attn_implementation, settings.max_length
+        )
     embedder.packing = embedder.packs.on
     if config.compile:
         embedder.backbone.compile(dynamic=True)

@@ -139,11 +139,12 @@ class Saved:
 
         Errors: `ModelError` where the model can no longer be said in its form.
         """
-        self.write_dense(root, merge, weights)
-        apart = has_adapter(self.backbone) and not merge  # no other form has a place for an adapter
         if self.query is not None:
             forms.get("router").write(self, root)
-        elif self.settings.form != "dense" and not apart:
+            return
+        self.write_dense(root, merge, weights)
+        apart = has_adapter(self.backbone) and not merge  # no other form has a place for an adapter
+        if self.settings.form != "dense" and not apart:
             forms.get(self.settings.form).write(self, root)
 
     def write_dense(self, root: Path, merge: bool = True, weights: bool = True) -> None:

@@ -39,9 +39,10 @@ class ApproximateIndex:
         index: Any = None
         waiting: list[FloatArray] = []
         for piece in pieces:
-            if type(piece) is not Dense:
+            if type(piece) is not Dense:  # its kinds that are compared by distances are none either
                 raise SearchError(
-                    f"an approximate index compares dense vectors by inner products, not {type(piece).__name__}",
+                    f"an approximate index holds dense vectors, not {type(piece).__name__}",
+                    expected="vectors compared by inner products",
                     fix="leave index out: every document is then scored",
                 )
             waiting.append(np.ascontiguousarray(piece.vector_ND.float().numpy()))

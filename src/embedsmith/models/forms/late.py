@@ -95,12 +95,12 @@ class Colbert:
     def facts(files: FolderFiles) -> FolderFacts | None:
         if not files.modules:
             return _stanford(files)
-        if files.general.model_type != "ColBERT":
-            return None
         if files.kinds[0] != "Transformer" or set(files.kinds[1:]) != {"Dense"}:
             return None
         path = files.folder / "config_sentence_transformers.json"
-        said = read_typed(_PylateFile, path)
+        said = read_typed(_PylateFile, path) if path.exists() else _PylateFile()
+        if files.general.model_type != "ColBERT" and said == _PylateFile():  # PyLate itself names no type
+            return None
         prefixes = {
             "query": "[Q] " if said.query_prefix is None else said.query_prefix,
             "document": "[D] " if said.document_prefix is None else said.document_prefix,

@@ -19,6 +19,7 @@ from embedsmith.models.layout import ST, modules_in, name_model, write_modules
 from embedsmith.models.write import Saved
 
 ROUTES = ("query", "document")
+_GENERAL = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Router:
 
     @staticmethod
     def write(saved: Saved, root: Path) -> None:
-        """`root` holds the documents' model; its files move into folders of its modules, as a Router has them."""
+        """Each route as a model of its own, whose files then move into folders of its modules, as a Router has them.
+        `root` is empty."""
         assert saved.query is not None
         types: dict[str, str] = {}
         structure: dict[str, list[str]] = {}
@@ -84,8 +86,10 @@ class Router:
                 _move(folder, entry["path"], root / name, first=place == 0)
                 types[name] = entry["type"]
                 structure[role].append(name)
-        kind = read_json(inside / "document" / "config_sentence_transformers.json")
+        kind = read_json(inside / "document" / _GENERAL)
+        (inside / "document" / _GENERAL).rename(root / _GENERAL)
         shutil.rmtree(inside)
+        (root / "README.md").write_text(saved.model_card(), encoding="utf-8")
         parameters = {"default_route": "document", "allow_empty_key": True, "route_mappings": {}}
         write_json(root / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
         write_modules(root, {"": ST + "models.Router"})
@@ -118,7 +122,7 @@ def _move(folder: Path, path: str, target: Path, first: bool) -> None:
         (folder / path).rename(target) if (folder / path).exists() else target.mkdir()
         return
     target.mkdir()
-    lists = ("modules.json", "config_sentence_transformers.json", "README.md")
+    lists = ("modules.json", _GENERAL, "README.md")
     for file in (folder / path).iterdir():
         if file.is_file() and file.name not in lists:
             file.rename(target / file.name)
