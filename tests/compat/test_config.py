@@ -267,7 +267,7 @@ def test_a_folder_is_tokenized_in_one_command_and_trained_on(tmp_path, base, typ
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, negatives in (("msmarco", 3), ("imdb", 1), ("deep/nq", 2)):
         parquet(tmp_path / f"raw/{name}.parquet", 12, negatives)
-    model = ("--model", base, "--max-length", 48, "--pooling", "mean")
+    model = ("--model", base, "--max-length", 48, "--pooling", "last")
     out, err, code = typed("tokenize", tmp_path / "raw", *model, "--out", tmp_path / "plain")
     assert code == 0, err
     assert "imdb: 12 rows, 24 documents, classification" in out

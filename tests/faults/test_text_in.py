@@ -15,8 +15,7 @@ import pytest
 from embedsmith.api.tokenizing import TokenizeJob, tokenize
 from embedsmith.cli.curation import run_curate
 from embedsmith.cli.stages import PipelineRecipe
-from embedsmith.compat.config import read_recipe
-from embedsmith.compat.scripts import _from_config
+from embedsmith.compat.config import read_recipe, read_reference
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.inputs import local_path, read_json
 from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree
@@ -181,9 +180,14 @@ def test_what_is_no_file_is_one_error(tmp_path, verb):
         assert str(caught.value), name
 
 
+def flat_config(path):
+    """As `evaluate_extractor_mteb.py --config` reads it."""
+    return read_reference(read_tree(path), (), path)
+
+
 def test_what_is_no_file_is_no_recipe_and_no_json(tmp_path):
     for name, place in places(tmp_path).items():
-        for read in (read_tree, read_json, Results.load, _from_config, lambda path: read_recipe(str(path))):
+        for read in (read_tree, read_json, Results.load, flat_config, lambda path: read_recipe(str(path))):
             with pytest.raises(EmbedsmithError) as caught:
                 read(place)
             assert str(caught.value), name
@@ -504,7 +508,7 @@ def test_damaged_json_of_ours_is_one_error(tmp_path, content):
     path.write_bytes(content)
     refused(Results.load, path)
     refused(lambda path: Manifest.load(path.parent), path)
-    refused(_from_config, path)
+    refused(flat_config, path)
     refused(lambda path: read_source(Source(path=str(path.parent))), path)
 
 

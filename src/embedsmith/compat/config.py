@@ -77,7 +77,8 @@ class Reference:
     `bi_attn_enabled`: bidirectional attention; otherwise causal.
     `attn_implementation`: as in transformers.
     `pooling_mode`: `eos`, `mean`, `weighted_mean`, `cls` or `max`.
-    `skip_instruction`: leaves the instruction of a query, all up to `instruction_separator`, out of the pooling.
+    `skip_instruction`: leaves the instruction of a query, all up to `instruction_separator`, out of the pooling, and
+        the end token of every text out of its mean.
     `instruction_separator`: the text behind which the query itself begins.
     `train_subset_rows`: rows taken of every dataset; 0 takes all.
     `valid_subset_rows`: rows taken for validation; 0 takes all.
@@ -158,7 +159,7 @@ class Reference:
     dataset_weights: Mapping[str, Positive] = field(default_factory=dict)
     gradient_checkpointing: bool = True
     padding_side: Literal["left", "right"] | None = None
-    append_eos: bool | None = None
+    append_eos: bool = True
     eos_token: str | None = None
     token_budget: Count | None = None
     adam_betas: tuple[Beta, Beta] = (0.9, 0.98)
@@ -213,6 +214,7 @@ class Reference:
             "attention": "bidirectional" if self.bi_attn_enabled else "causal",
             "pooling": POOLINGS[self.pooling_mode],
             "include_prompt": not self.skip_instruction,
+            "pool_special_tokens": False if self.skip_instruction else None,
             "max_length": self.max_seq_length,
             "attn_implementation": self.attn_implementation,
             "padding_side": self.padding_side or "right",
