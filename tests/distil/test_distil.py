@@ -125,6 +125,7 @@ def test_other_libraries_read_the_folder(teacher, tmp_path):
     some = ["the cat sat", "a big old tree zz"]
     made = student.represent(some, role="document")["dense"].vector_ND
     np.testing.assert_allclose(theirs.encode(some), made.numpy(), atol=1e-6)
+    np.testing.assert_allclose(load(str(tmp_path / "static"), device="cpu").encode(some), made.numpy(), atol=1e-6)
     with pytest.raises(CheckpointError):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "mine.txt").write_text("mine")

@@ -57,11 +57,13 @@ class LiveSource:
             record, pool_NP = self.supply.records.records[row], self.state.pool_NP
             chosen = [int(candidate) for candidate in candidate_S if candidate != EMPTY]
             if pool_NP is None:
-                negatives, taught = [record.negatives[place] for place in chosen], record.teacher_negative_scores
-            else:  # mined while training: places in the corpus, which no teacher has scored
-                negatives, taught = [self.texts.corpus[int(pool_NP[row, place])] for place in chosen], None
-            scores = None if taught is None else tuple(taught[place] for place in chosen)
-            changed = {"negatives": tuple(negatives), "negative_scores": None, "teacher_negative_scores": scores}
+                negatives = [record.negatives[place] for place in chosen]
+                known = {name: getattr(record, name) for name in ("negative_scores", "teacher_negative_scores")}
+            else:  # mined while training: places in the corpus, which nobody has scored
+                negatives = [self.texts.corpus[int(pool_NP[row, place])] for place in chosen]
+                known = dict.fromkeys(("negative_scores", "teacher_negative_scores"))
+            scores = {name: each and tuple(each[place] for place in chosen) for name, each in known.items()}
+            changed = {"negatives": tuple(negatives), **scores}
             records.append(replace(record, **changed))
         return records
 
