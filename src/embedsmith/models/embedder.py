@@ -16,7 +16,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import Dense, MultiVector, Representation, Reps, concatenate, each_head, in_fp32
 from embedsmith.core.shelf import poolings
-from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
+from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch, one_of
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
 from embedsmith.models.config import Settings
@@ -207,7 +207,7 @@ class Embedder(nn.Module):
             if "tokens" in outputs:
                 special_S = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
                 last_NTH = padded.spread(last) if self.packing else last
-                reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
+                reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~one_of(padded.id_NT, special_S))
             for name, head in heads.items():
                 if not head.own_pass:
                     hidden = padded.spread(last) if self.packing and not head.reads_packed else last

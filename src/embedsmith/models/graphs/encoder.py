@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Representation, Reps
-from embedsmith.core.tokens import PaddedTokens, TokenBatch
+from embedsmith.core.tokens import PaddedTokens, TokenBatch, one_of
 from embedsmith.models.config import Settings
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import Compute
@@ -102,7 +102,7 @@ class GraphEmbedder(Embedder):
         tensors = {head: [torch.from_numpy(next(made)) for _ in each] for head, each in names.items()}
         if "tokens" in tensors:
             special_S = torch.tensor(self.tokenizer.all_special_ids)
-            tensors["tokens"].append(padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
+            tensors["tokens"].append(padded.mask_NT & ~one_of(padded.id_NT, special_S))
         return {head: KINDS[self.facts.heads.get(head, "MultiVector")](*each) for head, each in tensors.items()}
 
     def represent_windows(
