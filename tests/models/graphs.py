@@ -76,9 +76,10 @@ def apart(model: Embedder, graph: Embedder, lengths: list[int], left: bool, head
     padded = TokenBatch.from_rows(rows, [length // 3 for length in lengths], is_query=False).pad(
         model.pad_id, left=left
     )
-    model.padding_left = left
+    kept, model.padding_left = model.padding_left, left
     with torch.no_grad():
         expected, found = model(padded, (head,))[head], graph(padded, (head,))[head]
+    model.padding_left = kept
     assert type(expected) is type(found)
     pairs = zip(expected.tensors(), found.tensors(), strict=True)
     return max(float((one.float() - other.float()).abs().max()) for one, other in pairs)

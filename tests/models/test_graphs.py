@@ -150,7 +150,7 @@ def test_int8_is_near_told_and_refused_below_the_floor(model, traced_before, tmp
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     assert "mine: 75.00, 50.00, 25.00" in made.text
     assert "| mine | 75.00 | 50.00 | 25.00 |" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(ModelError, match="mean cosine of 0.9"):
+    with pytest.raises(ModelError, match=r"mean cosine of 0\.9"):
         export_graph(model, tmp_path / "none", GraphConfig("onnx", "int8", floor=1), TEXTS)
     assert not (tmp_path / "none").exists()
 
@@ -191,7 +191,7 @@ def test_an_operator_that_onnx_lacks_is_named_and_nothing_is_written(model, monk
 
     monkeypatch.setattr(trace, "Graph", Odd)
     monkeypatch.setattr(trace, "heads_of", lambda model: ("dense",))
-    with pytest.raises(ModelError, match=r"no operator for aten\.special_bessel_j0, which BertModel"):
+    with pytest.raises(ModelError, match=r"no operator for prims\.bessel_j0, which BertModel"):
         export_graph(model, tmp_path / "out", GraphConfig("onnx"), TEXTS)
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,7 @@ from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.outputs import claimed
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.recipe import parse
+from embedsmith.core.settings import did_you_mean
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.kinds import load_tasks
@@ -54,8 +55,9 @@ def export(
     Errors: `ModelError` for what cannot be expressed, naming it, and for vectors too far from the model's; those of
     `load` and `evaluate`.
     """
-    if to not in get_args(Target):
-        raise RecipeError(f"to={to!r}", expected=f"one of {', '.join(get_args(Target))}")
+    for name, value, known in (("to", to, get_args(Target)), ("dtype", dtype, get_args(Numbers))):
+        if value not in known:
+            raise RecipeError(f"{name}={value!r}{did_you_mean(value, known)}", expected=f"one of {', '.join(known)}")
     named = [tasks] if isinstance(tasks, str | Path) else list(tasks)
     out = Path(out)
     with lines_shown(), claimed(out, "export"):

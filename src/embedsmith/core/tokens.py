@@ -106,6 +106,11 @@ class PaddedTokens:
         return flat.index_copy(0, self.place_S, value_S).view(*self.mask_NT.shape, *value_S.shape[1:])
 
 
+def one_of(id_NT: Tensor, mark_S: Tensor) -> Tensor:
+    """Which tokens are among a few marks. (`torch.isin` says the same, and cannot be exported to ONNX.)"""
+    return (id_NT[..., None] == mark_S).any(-1)
+
+
 def chunk_rows(
     length_N: IntArray, token_budget: int, max_rows: int | None = None, least_tokens: int | None = None
 ) -> list[IntArray]:

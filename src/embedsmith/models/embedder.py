@@ -28,7 +28,7 @@ from embedsmith.core.reps import (
     each_head,
     in_fp32,
 )
-from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
+from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch, one_of
 from embedsmith.models import by_role
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
@@ -270,7 +270,7 @@ class Embedder(nn.Module):
             if "tokens" in outputs:
                 special_S = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
                 last_NTH = padded.spread(last) if self.packing else last
-                reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
+                reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~one_of(padded.id_NT, special_S))
             for name, head in heads.items():
                 if head.reads_vector:
                     reps[name] = head(vector_ND, padded, self._part_of(head, padded))

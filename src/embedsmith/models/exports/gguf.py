@@ -164,6 +164,7 @@ def _read_back(gguf: Any, file: Path, tensors: Mapping[str, tuple[Array, Any]]) 
 
 def _add_shape(writer: Any, gguf: Any, model: Embedder, family: str) -> None:
     config: Any = model.backbone.config
+    writer.add_vocab_size(len(model.backbone.get_input_embeddings().weight))
     writer.add_context_length(model.max_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from embedsmith.core.tokens import chunk_rows
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.exports.trace import quiet, save_onnx
-from embedsmith.models.graphs.layout import IDS, MASK
+from embedsmith.models.exports.trace import quiet, save_onnx, wants_prompt
+from embedsmith.models.graphs.layout import MASK
+from embedsmith.models.graphs.session import inputs_of
 
 SAMPLE = files("embedsmith.models.exports").joinpath("sample.txt").read_text(encoding="utf-8").splitlines()
 """Short and long texts in several languages, where no others are given."""
@@ -124,9 +125,7 @@ def _chunks(model: Embedder, texts: Sequence[str]) -> Iterator[dict[str, Array]]
     """The texts as the graph takes them, in chunks of similar length."""
     tokens = model.tokenize(texts)
     for rows in chunk_rows(tokens.length_N, _CHUNK):
-        padded = tokens.pad(model.pad_id, rows=rows)
-        chunk: dict[str, Array] = {IDS: padded.id_NT.numpy(), MASK: padded.mask_NT.numpy().astype(np.int64)}
-        yield chunk
+        yield inputs_of(tokens.pad(model.pad_id, rows=rows), wants_prompt(model))
 
 
 class _Reader:

@@ -8,18 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Representation, Reps
-from embedsmith.core.tokens import PaddedTokens, TokenBatch
+from embedsmith.core.tokens import PaddedTokens, TokenBatch, one_of
 from embedsmith.models.config import Settings
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import Compute
-from embedsmith.models.graphs.layout import FILES, IDS, KINDS, MASK, PROMPT, STATES, GraphBackend, GraphFacts
-from embedsmith.models.graphs.session import open_session
+from embedsmith.models.graphs.layout import FILES, KINDS, STATES, GraphBackend, GraphFacts
+from embedsmith.models.graphs.session import inputs_of, open_session
 
 
 class GraphEmbedder(Embedder):
@@ -94,15 +93,13 @@ class GraphEmbedder(Embedder):
                 expected=f"one of {', '.join(self.heads)}",
                 fix="use the model that it was made from, or export that again with the head",
             )
-        inputs = {IDS: padded.id_NT.numpy(), MASK: padded.mask_NT.numpy().astype(np.int64)}
-        if self.facts.prompt_length:
-            inputs[PROMPT] = (padded.mask_NT & ~padded.body_NT).sum(1).numpy()
+        inputs = inputs_of(padded, self.facts.prompt_length)
         names = {head: (STATES,) if head == "tokens" else self.facts.outputs(head) for head in outputs}
         made = iter(self.session.run([name for each in names.values() for name in each], inputs))
         tensors = {head: [torch.from_numpy(next(made)) for _ in each] for head, each in names.items()}
         if "tokens" in tensors:
             special_S = torch.tensor(self.tokenizer.all_special_ids)
-            tensors["tokens"].append(padded.mask_NT & ~torch.isin(padded.id_NT, special_S))
+            tensors["tokens"].append(padded.mask_NT & ~one_of(padded.id_NT, special_S))
         return {head: KINDS[self.facts.heads.get(head, "MultiVector")](*each) for head, each in tensors.items()}
 
     def represent_windows(

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from embedsmith.core.errors import MissingExtraError, ModelError
-from embedsmith.models.graphs.layout import FILES, GraphBackend, Numbers
+from embedsmith.core.tokens import PaddedTokens
+from embedsmith.models.graphs.layout import FILES, IDS, MASK, PROMPT, GraphBackend, Numbers
 
 Array = npt.NDArray[Any]
 
@@ -23,6 +24,14 @@ class Session(Protocol):
     @abstractmethod
     def run(self, names: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:
         """The outputs of these names."""
+
+
+def inputs_of(padded: PaddedTokens, prompt_length: bool) -> dict[str, Array]:
+    """A chunk as a graph takes it. `prompt_length`: the graph wants to be told it."""
+    inputs: dict[str, Array] = {IDS: padded.id_NT.numpy(), MASK: padded.mask_NT.numpy().astype(np.int64)}
+    if prompt_length:
+        inputs[PROMPT] = (padded.mask_NT & ~padded.body_NT).sum(1).numpy()
+    return inputs
 
 
 class OnnxSession:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import MultiVector, Sparse
 from embedsmith.core.shelf import heads
-from embedsmith.core.tokens import PaddedTokens
+from embedsmith.core.tokens import PaddedTokens, one_of
 from embedsmith.models.heads.base import Head, HeadSource
 from embedsmith.models.heads.colbert import ColbertHead
 from embedsmith.models.heads.csr import CsrHead
@@ -79,7 +79,7 @@ class SparseHead(Head):
         weight_NT = torch.relu(self.linear(hidden))[..., 0]
         if hidden.dim() == 2:
             weight_NT = padded.spread(weight_NT)
-        counts_NT = part_NT & ~torch.isin(padded.id_NT, self.marks_S)
+        counts_NT = part_NT & ~one_of(padded.id_NT, self.marks_S)
         return Sparse(padded.id_NT, weight_NT.masked_fill(~counts_NT, 0.0))
 
     def save(self, folder: Path) -> None:
@@ -122,7 +122,7 @@ class MultiVectorHead(Head):
         column_T = torch.arange(part_NT.shape[1], device=part_NT.device)
         # The first real token is left out where it is a CLS: a tokenizer that adds none loses no word.
         is_first_NT = column_T == first_index(padded.mask_NT)[:, None]
-        mask_NT = part_NT & ~(is_first_NT & torch.isin(padded.id_NT, self.marks_S))
+        mask_NT = part_NT & ~(is_first_NT & one_of(padded.id_NT, self.marks_S))
         last_NT = padded.mask_NT & (column_T == last_index(padded.mask_NT)[:, None])
         mask_NT = mask_NT | (last_NT & ~mask_NT.any(1, keepdim=True))
         vector_NTD = F.normalize(self.linear(hidden), dim=-1)
