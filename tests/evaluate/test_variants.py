@@ -130,7 +130,7 @@ def test_one_head_or_strange_weights_are_refused(tasks):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("embedsmith.models.load", lambda name, **_: ThreeHeads())
+    monkeypatch.setattr("embedsmith.api.evaluating.load_either", lambda name, _: ThreeHeads())
     for name in ("one", "two"):
         task = collection(name, 0)
         (tmp_path / name / "qrels").mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_the_command_prints_them_and_writes_json(folder):
     ("arguments", "says"),
     [
         (("--tune", "one"), "--head all"),
-        (("--weight", "dense=1"), "--weight with --head dense"),
+        (("--weight", "dense=1"), "--weight with --head of the model"),
         (("--head", "all", "--engine", "sentence-transformers"), "embedsmith alone"),
         (("--head", "all", "--tune", "one", "--split", "dev"), "tuned on one"),
     ],

@@ -69,7 +69,9 @@ def test_other_outputs_are_left_as_they_are() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("embedsmith.models.load", lambda path, **_: NamedEncoder(width=8 if path == "a/b" else 6))
+    named = lambda path, _: NamedEncoder(width=8 if path == "a/b" else 6)
+    monkeypatch.setattr("embedsmith.api.evaluating.load_either", named)
+    monkeypatch.setattr("embedsmith.models.load", lambda path, **_: named(path, {}))
     rows = [{"text1": f"a {n}", "text2": f"b {n % 3}", "score": n} for n in range(9)]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))

@@ -84,10 +84,11 @@ def load(
         config = dataclasses.replace(path, **overrides)
     else:
         config = parse(ModelConfig, {"path": str(path), **overrides}, where="load")
+    target = device_named(best_device() if device is None else device)
     source = ModelSource.find(config)
     if source.graph is not None:
         return _running(source, source.graph, device, new_heads)
-    return _loaded(source, device_named(best_device() if device is None else device), new_heads)
+    return _loaded(source, target, new_heads)
 
 
 def _loaded(source: ModelSource, target: torch.device, new_heads: bool) -> Embedder:
