@@ -215,6 +215,33 @@ def test_score_exactly_at_the_threshold_stays():
     assert len(apply(ScoreFilter("m", threshold=exact + 1e-6), [pair("aab", "abb")], tools)[0]) == 0
 
 
+def test_a_reranker_scores_in_the_place_of_an_embedding_model(tmp_path):
+    class Lengths:
+        read = 0
+
+        def score(self, queries, documents):
+            self.read += len(queries)
+            return torch.tensor([4.0 * len(d) - len(q) for q, d in zip(queries, documents, strict=True)])
+
+    model = Lengths()
+    tools = Tools(folder=tmp_path, reranker=lambda name: (model, name))
+    rows = [pair("aab", "ab", "c"), pair("c", "dd"), pair("aaaaaaaaa", "b")]
+    kept, ledger = apply(ScoreFilter(reranker="m", threshold=5), rows, tools)
+    assert [(r.query, r.positives, r.teacher_positive_scores) for r in kept] == [
+        ("aab", ("ab",), (5.0,)),
+        ("c", ("dd",), (7.0,)),
+    ]
+    assert sum(ledger.notes["histogram"].values()) == 4
+    apply(ScoreFilter(reranker="m", threshold=1), rows, tools)
+    assert model.read == 4
+    with pytest.raises(RecipeError, match="one of model and reranker"):
+        ScoreFilter("m", reranker="m", threshold=0.4)
+    with pytest.raises(RecipeError, match="threshold is 5"):
+        ScoreFilter("m", threshold=5)
+    with pytest.raises(ModelError, match=r"no model(.|\n)*Tools\(reranker"):
+        apply(ScoreFilter(reranker="m", threshold=5), rows, Tools(encoder=tools.encoder))
+
+
 def test_score_quantile_takes_its_share():
     tools = Tools(encoder=lambda name: (Letters(), name))
     rows = [pair("a" * 20, "a" * place + "b" * (20 - place)) for place in range(20)]

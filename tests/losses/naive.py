@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from tests.losses.examples import WIDTH, Pairs, Retrieval, Tiny, make_extras
+from tests.losses.naive_ranking import binary, lambda_loss, listnet
 from tests.losses.naive_retrieval import (
     classifier,
     conan_weak,
@@ -199,6 +200,7 @@ def total(loss, world):
 
 REFERENCES = {
     "angle": angle,
+    "binary": binary,
     "classifier": classifier,
     "codiemb_sts": codiemb_sts,
     "conan_weak": conan_weak,
@@ -212,6 +214,8 @@ REFERENCES = {
     "gor": gor,
     "gor_st": gor_st,
     "infonce": infonce,
+    "lambda": lambda_loss,
+    "listnet": listnet,
     "m3_ranked_kd": m3_ranked_kd,
     "m3_self_distillation": m3_self_distillation,
     "margin_mse": margin_mse,

@@ -73,7 +73,7 @@ def has_fixed_weights(loss):
     text = repr(loss)
     fixed = "hardness_weight=0.0" not in text and "hardness_weight" in text
     focal = "focal_gamma" in text and "focal_gamma=0.0" not in text
-    return fixed or focal or any(word in text for word in ("M3Self", "RetroMAE", "MNTP", "Flops"))
+    return fixed or focal or any(word in text for word in ("M3Self", "RetroMAE", "MNTP", "Flops", "LambdaLoss"))
 
 
 @pytest.mark.parametrize(("name", "loss"), [(n, one) for n, one in EVERY if not has_fixed_weights(one)], ids=str)

@@ -11,7 +11,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.recipe import parse
 from embedsmith.data import Source, read_source
 from embedsmith.mining import MineRecipe, mine
-from embedsmith.models import load
+from embedsmith.models import load, load_reranker
 from embedsmith.train import Recipe, train
 from tests.mining.fakes import Words
 from tests.tinybert import WORDS, tiny_bert, tiny_config, tiny_tokenizer
@@ -40,7 +40,7 @@ def tree(tmp_path, teacher):
         "data": {"path": str(path)},
         "output": str(tmp_path / "mined.jsonl"),
         "searchers": [{"type": "embedding", "model": "words"}],
-        "teacher": {"type": "cross-encoder", "model": str(teacher), "batch_size": 7},
+        "teacher": {"type": "cross-encoder", "model": str(teacher)},
         "candidates": 19,
         "part": 9,
         "select": {"negatives": 19, "near_duplicate": None},
@@ -49,7 +49,7 @@ def tree(tmp_path, teacher):
 
 def mined(tree, **changes):
     recipe = parse(MineRecipe, tree | changes)
-    mine(recipe, {"words": Words()}.__getitem__)
+    mine(recipe, {"words": Words()}.__getitem__, load_reranker)
     return read_source(Source(path=recipe.output)).records
 
 
@@ -121,4 +121,4 @@ def test_what_cannot_teach_is_refused(tree, tmp_path):
 
     refused(tiny_bert(tmp_path / "embedder"), "BertModel has no head that scores pairs")
     refused(tiny_cross_encoder(tmp_path / "two", labels=2), "gives 2 scores a pair")
-    refused(tmp_path / "nowhere", "settings cannot be read")
+    refused(tmp_path / "nowhere", "no such model folder")

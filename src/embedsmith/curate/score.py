@@ -45,21 +45,21 @@ class ScoreFilter:
     those without positives pass unscored.
 
     `model`: path or hub id of the embedding model whose cosines are the scores; this or `reranker` is set.
-    `reranker`: path or hub id of a reranker, whose scores are as its folder has them.
     `threshold`: the least score of a pair that stays (a pair exactly at it does); this or `quantile` is set.
     `quantile`: the share of pairs that leaves, lowest first; that reads the records twice.
     `keep_scores`: write the scores into records that have none, as `teacher_positive_scores`.
     `batch_size`: records scored together.
+    `reranker`: path or hub id of a reranker, whose scores are as its folder has them.
 
     Errors: `ModelError` if the model has no dense vectors or gives values that are not finite.
     """
 
     model: str | None = None
-    reranker: str | None = None
     threshold: Finite | None = None
     quantile: Share | None = None
     keep_scores: bool = True
     batch_size: Count = 256
+    reranker: str | None = None
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.quantile is None):

@@ -129,7 +129,7 @@ class LambdaLoss(Loss):
         above_QXX = above_QXX & own.there_QX[:, :, None] & own.there_QX[:, None, :]
         seen_WQX = score_WQX.detach().masked_fill(~own.there_QX, NEVER)
         order_WQX = seen_WQX.argsort(dim=-1, descending=True, stable=True)
-        rank_WQX = order_WQX.argsort(-1) + 1
+        rank_WQX = (order_WQX.argsort(-1) + 1).to(score_WQX.dtype)
         weight_WQXX = self._weights(own, rank_WQX)
         margin_WQXX = score_WQX[..., :, None] - score_WQX[..., None, :]
         value_WQXX = weight_WQXX * F.softplus(-margin_WQXX) / math.log(2)
@@ -140,7 +140,7 @@ class LambdaLoss(Loss):
         """w_WQXX, without gradient."""
         gain_QX = (2**own.grade_QX - 1).masked_fill(~own.there_QX, 0.0)
         best_QX = gain_QX.sort(-1, descending=True).values
-        place_X = torch.arange(1, best_QX.shape[-1] + 1, device=best_QX.device)
+        place_X = torch.arange(1, best_QX.shape[-1] + 1, device=best_QX.device, dtype=best_QX.dtype)
         counted_X = place_X <= (self.k or len(place_X))
         ideal_Q1 = (best_QX * counted_X * _discounted(place_X)).sum(-1, keepdim=True)
         gain_QX = gain_QX / ideal_Q1.clamp_min(1e-10)
@@ -157,4 +157,4 @@ class LambdaLoss(Loss):
 
 def _discounted(rank: Tensor) -> Tensor:
     """1 / D(r) = 1 / log2(1 + r)."""
-    return 1 / torch.log2(1.0 + rank)
+    return 1 / torch.log2(1 + rank)

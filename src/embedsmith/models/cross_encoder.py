@@ -211,7 +211,6 @@ _MODULES = (
     {"idx": 0, "name": "0", "path": "", "type": f"{_ST}.base.modules.transformer.Transformer"},
     {"idx": 1, "name": "1", "path": "1_LogitScore", "type": f"{_ST}.cross_encoder.modules.logit_score.LogitScore"},
 )
-_ASKED = {"message": {"method": "forward", "method_output_name": "logits", "format": "flat"}}
 _READ = {"text": {"method": "forward", "method_output_name": "logits"}}
 
 
@@ -267,9 +266,11 @@ class SavedReranker:
         settings = self.settings
         write_json(root / "modules.json", list(_MODULES if settings.asks else _MODULES[:1]))
         task = "text-generation" if settings.asks else "sequence-classification"
-        how = {"transformer_task": task, "modality_config": _ASKED if settings.asks else _READ}
-        if settings.structured:
-            how["modality_config"] = {"message": {**_ASKED["message"], "format": "structured"}}
+        modalities: dict[str, Any] = dict(_READ)
+        if settings.asks:
+            form = "structured" if settings.structured else "flat"
+            modalities["message"] = {**_READ["text"], "format": form}
+        how: dict[str, Any] = {"transformer_task": task, "modality_config": modalities}
         if settings.chat:
             how["processing_kwargs"] = {"chat_template": dict(settings.chat)}
         name = "causal_logits" if settings.asks else "scores"

@@ -346,6 +346,8 @@ def _adapt(backbone: Any, facts: RerankerFacts, config: ModelConfig) -> Mapping[
             fix="leave model.lora out",
         )
     inner = backbone.base_model
+    if config.lora is not None:
+        backbone.requires_grad_(False)  # the adapter's own weights are trained, old ones and new ones
     if adapter:
         said = EmbeddingConfig.read(facts.folder).base
         load_adapter(inner, facts.folder, said)
@@ -354,6 +356,5 @@ def _adapt(backbone: Any, facts: RerankerFacts, config: ModelConfig) -> Mapping[
             return None
     elif config.lora is not None:
         said = {**base_facts(inner), "path": str(facts.base.resolve()), "revision": config.revision}
-        backbone.requires_grad_(False)
         add_adapter(inner, config.lora)
     return {**(said or {}), "path": str(facts.base.resolve())}

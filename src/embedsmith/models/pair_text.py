@@ -148,6 +148,8 @@ class PairText:
         self.pad_id: int = next(number for number in ids if number is not None)
         self._suffixes: dict[str | None, list[int]] = {}
         self._set_up()
+        if settings.asks:
+            self._suffix(settings.prompt)
         types = self._native.encode("a", "b").type_ids
         self.has_types = not settings.asks and 1 in types and "token_type_ids" in tokenizer.model_input_names
         if (not settings.asks and types != sorted(types)) or max(types) > 1:
