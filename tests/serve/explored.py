@@ -68,9 +68,12 @@ def run_folder(folder):
             "task": "alike",
             "kind": "sts",
             "metric": "cosine_spearman",
-            "scores": {"cosine_spearman": 1.0 if name == "before" else 0.5},
-            "item_ids": ["0", "1", "2"],
-            "items": {"cosine": [0.1, 0.5, 0.9] if name == "before" else [0.5, 0.1, 0.9], "score": [0.0, 2.5, 5.0]},
+            "scores": {"cosine_spearman": 1.0 if name == "before" else -1.0},
+            "item_ids": [str(n) for n in range(8)],
+            "items": {
+                "cosine": [n / 10 if name == "before" else (7 - n) / 10 for n in range(8)],
+                "score": [n * 5 / 7 for n in range(8)],
+            },
         }
         (path / "evaluation" / f"{name}.json").write_text(json.dumps({"tasks": [retrieval, pairs]}), encoding="utf-8")
     lines = [{"step": step, "loss/pairs": 3.0 - step / 10, "score/search": step / 20} for step in range(1, 11)]

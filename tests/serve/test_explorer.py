@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import CheckpointError, DataError, EvaluationError
 from embedsmith.index import Document
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'embedsmith[serve]'")
@@ -180,6 +180,22 @@ def test_pca_is_that_of_the_whole_matrix_and_the_same_every_time():
     assert (again_N2 == point_N2).all()
 
 
+@pytest.mark.slow
+def test_umap_keeps_groups_together():
+    pytest.importorskip("umap", reason="needs umap-learn, which is in no extra")
+    draw = np.random.default_rng(0)
+    group_N = np.repeat([0, 1, 2], 40)
+    vector_ND = (np.eye(3, 16)[group_N] * 4 + draw.normal(size=(120, 16)) * 0.3).astype(np.float32)
+    point_N2 = atlas.umap(vector_ND)
+    assert point_N2.shape == (120, 2)
+    assert np.abs(point_N2).max() == pytest.approx(1)
+    far_NN = np.linalg.norm(point_N2[:, None] - point_N2[None], axis=-1) + np.eye(120) * 9
+    assert (group_N[far_NN.argmin(axis=1)] == group_N).mean() > 0.95
+    assert (atlas.umap(vector_ND) == point_N2).all()
+    for few in (1, 3, 5):
+        assert np.isfinite(atlas.umap(vector_ND[:few])).all()
+
+
 @pytest.mark.parametrize("vectors", [np.zeros((0, 4)), np.ones((1, 4)), np.ones((5, 4)), np.arange(3.0)[:, None]])
 def test_a_map_of_next_to_nothing(vectors):
     point_N2, share = atlas.pca(vectors)
@@ -213,7 +229,7 @@ def test_the_report_says_which_queries_got_worse_and_why(client):
     assert fell["texts"] == {"query": HOSTILE[0], "right": HOSTILE[1], "wrong": HOSTILE[2]}
     assert (rose["id"], rose["rank"]) == ("q3", [None, 1])
     pair = next(task for task in facts["tasks"] if task["task"] == "alike")["moved"][0]
-    assert (pair["people"], pair["similarity"]) == (0.0, [0.1, 0.5])
+    assert (pair["id"], pair["people"], pair["similarity"]) == ("0", 0.0, [0.0, 0.7])
     assert [curve["name"] for curve in facts["curves"] if curve["series"]] == ["loss", "score"]
 
 
@@ -320,6 +336,23 @@ def test_marks_that_are_refused(client, served, tmp_path):
     assert (other.status_code, form.status_code) == (400, 400)
     assert not path.exists()
     assert "takes no marks" in marks(TestClient(application(served)), "q", {"d1": 1}).json()["error"]["message"]
+
+
+def test_what_the_page_cannot_read_or_write_is_said_before_anything_is_loaded(tmp_path):
+    with pytest.raises(EvaluationError, match="there is no such folder"):
+        Explorer(run=tmp_path / "nowhere")
+    (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(DataError, match="line 1: no record of marks"):
+        Explorer(feedback=tmp_path / "mine.jsonl")
+    with pytest.raises(CheckpointError, match="no file"):
+        Explorer(feedback=tmp_path)
+
+
+def test_the_verb_hands_on_the_run_and_the_file_of_marks(typed, monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr("embedsmith.api.serving.serve", lambda models, **settings: given.update(settings))
+    assert typed("serve", "m", "--run", tmp_path, "--feedback", tmp_path / "f.jsonl")[2] == 0
+    assert (given["run"], given["feedback"]) == (tmp_path, tmp_path / "f.jsonl")
 
 
 def test_with_keys_the_page_is_open_and_what_it_asks_for_is_not(served, tmp_path):

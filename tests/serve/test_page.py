@@ -169,6 +169,11 @@ def test_the_page_searches_compares_marks_draws_and_reports(site, page_of, width
     named(page)
 
     page.locator("nav a").nth(2).click()
+    pairs = page.locator(".moved-items").first
+    pairs.locator("li").first.wait_for()
+    assert pairs.locator("li").count() == 5
+    page.get_by_role("button", name="8").click()
+    assert pairs.locator("li").count() == 8
     worse = page.locator(".moved-items").nth(1).locator("li").first
     assert worse.locator(".item-text").inner_text() == HOSTILE[0]
     worse.locator("summary").click()
@@ -197,6 +202,7 @@ def test_texts_of_documents_are_texts(site, page_of):
         page.keyboard.press(key)
     page.locator("nav a").nth(2).click()
     page.locator(".moved-items").first.wait_for()
+    assert "[object" not in page.locator("#report").inner_text()
     for summary in page.locator("summary").all():
         if summary.is_visible():
             summary.click()
@@ -228,7 +234,7 @@ def test_a_weight_that_moves_orders_the_hits_at_once(site, page_of):
     assert sparse[0] > sparse[-1]
     page.wait_for_timeout(100)
     until(lambda: (page.wait_for_timeout(50), asked)[1])
-    assert asked[0]["weights"] == {"dense": 0, "sparse": 2, "multivector": 0}
+    assert asked[0]["weights"] == pytest.approx({"dense": 0, "sparse": 2, "multivector": 0}, abs=1e-6)
     page.locator("input[data-head=sparse]").evaluate(
         "node => { node.value = 0; node.dispatchEvent(new Event('input')) }"
     )

@@ -66,7 +66,7 @@ def draw(index: HybridIndex, method: str, total: int) -> dict[str, Any]:
     if method == "pca":
         point_N2, variance = pca(vector_ND)
     else:
-        point_N2 = _umap(vector_ND)
+        point_N2 = umap(vector_ND)
     near_Nk, cosine_Nk = neighbours(vector_ND, _NEIGHBOURS)
     return {
         "method": method,
@@ -102,17 +102,16 @@ def pca(vector_ND: Floats) -> tuple[Floats, float]:
     return _framed(point_N2), float((point_N2**2).sum()) / whole if whole > 0 else 1.0
 
 
-def _umap(vector_ND: Floats) -> Floats:
-    import umap
+def umap(vector_ND: Floats) -> Floats:
+    """Neighbourhoods of cosines, as coordinates within [-1, 1]; of fewer than four vectors as `pca` draws them."""
+    from umap import UMAP
 
     if len(vector_ND) < 4:
         return pca(vector_ND)[0]
     nearby = min(15, len(vector_ND) - 1)
     start = "spectral" if len(vector_ND) > 32 else "random"
-    found = umap.UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1).fit_transform(
-        vector_ND
-    )
-    return _framed(np.asarray(found, np.float64))
+    made = UMAP(n_neighbors=nearby, metric="cosine", init=start, random_state=0, n_jobs=1)
+    return _framed(np.asarray(made.fit_transform(vector_ND), np.float64))
 
 
 def _framed(point_N2: Floats) -> Floats:

@@ -114,14 +114,10 @@ def _add_facts(made: APIRouter, service: Service, explorer: Explorer) -> None:
     def about() -> Response:
         indexes = service.indexes
         first = next(iter(indexes), None)
-        models = [
-            {
-                "name": name,
-                "heads": list(index.heads),
-                "weights": {head: M3_WEIGHTS.get(head, 1.0) for head in index.heads},
-            }
-            for name, index in indexes.items()
-        ]
+        models: list[dict[str, Any]] = []
+        for name, index in indexes.items():
+            weights = {head: M3_WEIGHTS.get(head, 1.0) for head in index.heads}
+            models.append({"name": name, "heads": list(index.heads), "weights": weights})
         facts = {
             "version": version("embedsmith"),
             "models": models,

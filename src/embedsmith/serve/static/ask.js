@@ -4,13 +4,14 @@
 // made anew here at once, and the server is asked a moment later: with other weights it may find other documents.
 
 import { Card } from "./card.js";
-import { $, bar, colour, el, later, menu, still } from "./dom.js";
+import { $, colour, el, later, menu, still, toast } from "./dom.js";
 import * as marks from "./marks.js";
 import { post } from "./server.js";
 import { headName, number, t } from "./words.js";
 
 const CANDIDATES = 30;
 const PAGE = 10;
+const NEXT_TO_NOTHING = 1e-9; // the weight 0 to the server, so that the head's scores are known when it is raised
 const HAS_PARTS = ["sparse", "multivector"];
 
 let about = null;
@@ -44,7 +45,7 @@ class Side {
   }
 
   get allZero() {
-    return !this.rerank && Object.values(this.weights).every((weight) => weight === 0);
+    return this.weighted && !this.rerank && Object.values(this.weights).every((weight) => weight === 0);
   }
 }
 
@@ -212,7 +213,7 @@ async function search(side, quiet = false) {
     if (comparing) draw(sides[side === sides[0] ? 1 : 0]);
     tell();
     document.dispatchEvent(new Event("asked"));
-    if (side.model.heads.some((head) => HAS_PARTS.includes(head))) await explain(side, mine.signal);
+    explain(side, mine.signal);
   } catch (problem) {
     if (problem.name === "AbortError") return;
     side.hits = [];
@@ -224,16 +225,22 @@ async function search(side, quiet = false) {
 /** The tokens that matched, of the hits that are shown: taking a hit apart costs the server more than finding it. */
 async function explain(side, signal) {
   const wanted = ordered(side).slice(0, side.shown);
-  if (wanted.every((hit) => side.tokens.has(hit.id))) return;
-  const found = await post("search", body(side, side.shown, true), signal);
-  for (const hit of found.hits) side.tokens.set(hit.id, hit.tokens ?? []);
-  draw(side);
+  const parts = side.model.heads.some((head) => HAS_PARTS.includes(head));
+  if (!parts || wanted.every((hit) => side.tokens.has(hit.id))) return;
+  try {
+    const found = await post("search", body(side, side.shown, true), signal);
+    for (const hit of found.hits) side.tokens.set(hit.id, hit.tokens ?? []);
+    draw(side);
+  } catch (problem) {
+    if (problem.name !== "AbortError") toast(problem.message, true); // the hits are there all the same
+  }
 }
 
 function body(side, k, explained) {
   const asked = { query: question, k, explain: explained };
   if (about.models.length > 1) asked.model = side.model.name;
-  if (side.weighted && !Object.values(side.weights).every((weight) => weight === 0)) asked.weights = side.weights;
+  const zero = Object.values(side.weights).every((weight) => weight === 0); // all the same to a reranker
+  if (side.weighted && !zero) asked.weights = Object.fromEntries(side.model.heads.map((head) => [head, Math.max(side.weights[head], NEXT_TO_NOTHING)]));
   if (about.reranker) asked.rerank = side.rerank;
   return asked;
 }
@@ -307,7 +314,7 @@ function more(side) {
   side.shown += PAGE;
   draw(side);
   side.list.children[first]?.focus();
-  if (side.model.heads.some((head) => HAS_PARTS.includes(head))) explain(side).catch(() => {});
+  explain(side);
 }
 
 function forget(side) {

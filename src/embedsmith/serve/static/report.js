@@ -81,6 +81,7 @@ function items(task) {
   const rose = task.moved.filter((item) => item.change > 0);
   if (!fell.length && !rose.length) return null;
   return el("section", { class: "block", "aria-label": task.task }, el("h2", {}, task.task),
+    el("p", { class: "soft small" }, t(task.kind === "sts" ? "value_sts" : "value", { metric: task.metric })),
     fell.length ? [el("h3", {}, t("which_worse")), list(task, fell)] : null,
     rose.length ? el("details", {}, el("summary", {}, `${t("which_better")} (${number(rose.length)})`), list(task, rose)) : null);
 }
@@ -126,7 +127,7 @@ function why(task, item) {
   if (item.right && item.wrong) {
     const leads = [0, 1].map((time) => signed(item.right[time] - item.wrong[time], 3));
     found.push(t("margin_words", { before: leads[0], after: leads[1] }));
-    found.push(t("right_fell", { right: signed(item.right[1] - item.right[0], 3), wrong: signed(item.wrong[1] - item.wrong[0], 3) }));
+    found.push(t("similarities", { right: signed(item.right[1] - item.right[0], 3), wrong: signed(item.wrong[1] - item.wrong[0], 3) }));
   } else if (item.right) found.push(t("right_only", { before: plain(item.right[0]), after: plain(item.right[1]) }));
   if (item.people !== null) {
     const values = { people: number(item.people, 2), before: plain(item.similarity[0]), after: plain(item.similarity[1]) };
@@ -166,7 +167,7 @@ function curve({ name, series }) {
   return el("figure", { class: "curve" }, el("figcaption", {}, title),
     svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": `${title}. ${told.join("; ")}` }, ...grid, ...lines,
       label(LEFT - 6, y(high) + 4, words(high), "end"), high > low ? label(LEFT - 6, y(low) + 4, words(low), "end") : null,
-      label(LEFT, HIGH - 4, number(first), "start"), label(WIDE - 8, HIGH - 4, `${number(last)} ${t("step")}`, "end")),
+      label(LEFT, HIGH - 4, number(first), "start"), label(WIDE - 8, HIGH - 4, t("step", { step: number(last) }), "end")),
     el("ul", { class: "series" }, told.map((each, kind) => el("li", {}, el("span", { class: `dot kind-${kind % 9}` }), each))));
 }
 
