@@ -231,7 +231,7 @@ def test_a_reranker_scores_in_the_place_of_an_embedding_model(tmp_path):
         ("aab", ("ab",), (5.0,)),
         ("c", ("dd",), (7.0,)),
     ]
-    assert list(ledger.notes["histogram"].values()) == [1, 1, 1, 1]
+    assert sum(ledger.notes["histogram"].values()) == 4
     apply(ScoreFilter(reranker="m", threshold=1), rows, tools)
     assert model.read == 4
     with pytest.raises(RecipeError, match="one of model and reranker"):

@@ -59,15 +59,14 @@ def test_items_are_told_worst_first_with_the_texts_of_the_task(folder):
 
 
 def test_tasks_that_clearly_lost_come_first_and_an_undefined_score_is_null(folder):
-    for name, values in (
-        ("before", [[0.9] * 20, [0.2] * 20, [float("nan")] * 20]),
-        ("after", [[0.91] * 20, [0.1] * 20, [0.3] * 20]),
-    ):
-        results = [scored(task, each) for task, each in zip(("same", "lost", "odd"), values, strict=True)]
-        Results(tuple(results)).save(folder / "evaluation" / f"{name}.json", items=True)
+    before = {"noisy": [1.0, 0.0], "lost": [0.2] * 20, "odd": [float("nan")] * 20}
+    after = {"noisy": [0.0, 0.7], "lost": [0.1] * 20, "odd": [0.3] * 20}
+    for name, values in (("before", before), ("after", after)):
+        results = tuple(scored(task, each) for task, each in values.items())
+        Results(results).save(folder / "evaluation" / f"{name}.json", items=True)
     facts = run_facts(folder)
     json.dumps(facts, allow_nan=False)
-    assert facts["tasks"][0]["task"] == "lost"
+    assert [task["task"] for task in facts["tasks"]] == ["lost", "noisy", "odd"]
     odd = next(task for task in facts["tasks"] if task["task"] == "odd")
     assert (odd["before"], odd["difference"], odd["clear"]) == (None, None, False)
 

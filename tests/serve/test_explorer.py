@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import CheckpointError, DataError, EvaluationError
 from embedsmith.index import Document
 
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'embedsmith[serve]'")
@@ -336,6 +336,23 @@ def test_marks_that_are_refused(client, served, tmp_path):
     assert (other.status_code, form.status_code) == (400, 400)
     assert not path.exists()
     assert "takes no marks" in marks(TestClient(application(served)), "q", {"d1": 1}).json()["error"]["message"]
+
+
+def test_what_the_page_cannot_read_or_write_is_said_before_anything_is_loaded(tmp_path):
+    with pytest.raises(EvaluationError, match="there is no such folder"):
+        Explorer(run=tmp_path / "nowhere")
+    (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(DataError, match="line 1: no record of marks"):
+        Explorer(feedback=tmp_path / "mine.jsonl")
+    with pytest.raises(CheckpointError, match="no file"):
+        Explorer(feedback=tmp_path)
+
+
+def test_the_verb_hands_on_the_run_and_the_file_of_marks(typed, monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr("embedsmith.api.serving.serve", lambda models, **settings: given.update(settings))
+    assert typed("serve", "m", "--run", tmp_path, "--feedback", tmp_path / "f.jsonl")[2] == 0
+    assert (given["run"], given["feedback"]) == (tmp_path, tmp_path / "f.jsonl")
 
 
 def test_with_keys_the_page_is_open_and_what_it_asks_for_is_not(served, tmp_path):
