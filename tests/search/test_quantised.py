@@ -172,3 +172,10 @@ def test_wrong_input_is_told() -> None:
             exact_top_k(document, document, 2, precision=precision, rescore=-1)
     with pytest.raises(SearchError, match="the precision is 'int4'"):
         exact_top_k(document, document, 2, precision="int4")  # type: ignore[arg-type]
+
+
+def test_signs_choose_eight_times_as_many_as_the_querys_numbers() -> None:
+    query, document = vectors(60, 16, 4), vectors(60, 16, 5)
+    assert exact_top_k(query, document, 1, precision="binary", rescore=0)[1].tolist() == naive(
+        query, document, 1, "binary", 0
+    )
