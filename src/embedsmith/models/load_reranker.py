@@ -83,8 +83,8 @@ def is_reranker(path: str) -> bool:
     folder = locate(path)
     if _modules_kind(folder) is not None:
         return True
-    path = folder / "config.json"
-    names = read_json(path).get("architectures") if path.exists() else None
+    config = folder / "config.json"
+    names = read_json(config).get("architectures") if config.exists() else None
     return isinstance(names, list) and any(str(name).endswith(_HEAD) for name in names)
 
 
