@@ -29,7 +29,7 @@ from embedsmith.models.backbone import (
 )
 from embedsmith.models.config import ModelConfig, derive_max_length
 from embedsmith.models.cross_encoder import CrossEncoder, activation_named
-from embedsmith.models.folder import AdapterFile, EmbeddingConfig, read_typed
+from embedsmith.models.folder import AdapterFile, EmbeddingConfig, read_json, read_typed
 from embedsmith.models.load import best_device
 from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
 from embedsmith.models.pair_text import SIGMOID, PairSettings, answer_token, pair_template
@@ -83,8 +83,9 @@ def is_reranker(path: str) -> bool:
     folder = locate(path)
     if _modules_kind(folder) is not None:
         return True
-    names = read_config(folder).architectures or [] if (folder / "config.json").exists() else []
-    return any(str(name).endswith(_HEAD) for name in names)
+    config = folder / "config.json"
+    names = read_json(config).get("architectures") if config.exists() else None
+    return isinstance(names, list) and any(str(name).endswith(_HEAD) for name in names)
 
 
 def _refuse_foreign(config: ModelConfig) -> None:
