@@ -121,6 +121,25 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     assert contract["base"]["path"] == str(base.resolve())
 
 
+def test_an_adapter_of_a_base_that_has_changed_since_is_refused(base, tmp_path):
+    """Of the same shape, with the same embeddings, in the same place: trained on since, or merged into."""
+    here = tmp_path / "here"
+    shutil.copytree(base, here)
+    model = embed(here, pooling="mean", lora={"r": 4})
+    model.save(tmp_path / "apart", merge=False)
+    assert embed(tmp_path / "apart", dtype="bfloat16").encode(TEXTS).shape == (5, 16), "the same in fewer digits"
+    disturb(model)
+    model.backbone = merged(model.backbone)
+    shutil.rmtree(here)
+    model.save(here)
+    with pytest.raises(
+        ModelError, match=r"another base: layers.0.self_attn.q_proj.weight is changed, (.*) and \d+ more"
+    ):
+        embed(tmp_path / "apart")
+    with pytest.raises(ModelError, match="is changed"):
+        embed(tmp_path / "apart", dtype="bfloat16")
+
+
 def test_four_bits_need_their_extra(base):
     if find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is here")

@@ -219,6 +219,7 @@ def test_an_adapter_that_16_bits_cannot_hold_is_no_lost_run(tree, decoder, tmp_p
     assert f"{folder} holds the adapter alone, beside its base {decoder}" in caplog.text
     assert (folder / "adapter_config.json").is_file()
     assert (tmp_path / "run" / "finished.json").is_file()
+    assert train(parse(Recipe, tree)) == folder, "the same command says that it is finished"
     left = load(str(folder), dtype="bfloat16").encode(["a text"])
     step = tmp_path / "run" / "checkpoints" / "step-2" / "model"
     assert (left == load(str(step), dtype="bfloat16").encode(["a text"])).all()
