@@ -382,14 +382,18 @@ class Feed:
         texts, parts = [tokens for tokens, _ in drawn], [part for _, part in drawn]
         return texts[0] if len(texts) == 1 else TokenBatch.concatenate(texts), parts
 
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether draws share more than the tokenizer, or set it anew."""
+        settings = self.model.settings
+        shared = any(one.live or one.teacher or one.guide or one.streamed for one in self.supplies)
+        return shared or settings.echo is not None or bool(settings.lengths)
+
     def run_ahead(self, start: int, stop: int, workers: int = 1) -> Iterator[Draw]:
         """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains, `workers` of them
         side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
         was drawn ahead is void and drawn again."""
-        models = any(supply.teacher or supply.guide for supply in self.supplies)
-        shared = models or any(supply.live or supply.streamed for supply in self.supplies)
-        settings = self.model.settings
-        if workers > 1 and (shared or settings.echo is not None or settings.lengths):  # these set the tokenizer anew
+        if workers > 1 and self._takes_turns:
             workers = 1
         if workers > 1:
             self.model.tokenize([""])  # sets the tokenizer up, which only one thread may do
