@@ -399,18 +399,22 @@ class Feed:
         texts, parts = [tokens for tokens, _ in drawn], [part for _, part in drawn]
         return texts[0] if len(texts) == 1 else TokenBatch.concatenate(texts), parts
 
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether draws share more than the tokenizer, or set it anew."""
+        shared = any(one.live or one.teacher or one.guide or one.streamed for one in self.supplies)
+        if not isinstance(self.model, Embedder):
+            return shared
+        return shared or self.model.settings.echo is not None or bool(self.model.settings.lengths)
+
     def run_ahead(self, start: int, stop: int, workers: int = 1) -> Iterator[Draw]:
         """The draws of steps `start` to `stop - 1` in order, a few prepared while the model trains, `workers` of them
         side by side where draws do not share more than the tokenizer. Where pools of negatives were mined anew, what
         was drawn ahead is void and drawn again."""
-        models = any(supply.teacher or supply.guide for supply in self.supplies)
-        shared = models or any(supply.live or supply.streamed for supply in self.supplies)
-        embedder = self.model if isinstance(self.model, Embedder) else None
-        if embedder is not None and (embedder.settings.echo is not None or embedder.settings.lengths):
-            shared = True  # these set the tokenizer anew
-        workers = 1 if shared else workers
-        if workers > 1 and embedder is not None:
-            embedder.tokenize([""])  # sets the tokenizer up, which only one thread may do
+        if workers > 1 and self._takes_turns:
+            workers = 1
+        if workers > 1 and isinstance(self.model, Embedder):
+            self.model.tokenize([""])  # sets the tokenizer up, which only one thread may do
         ahead = AHEAD if workers == 1 else 2 * workers
         live = [supply.live for supply in self.supplies if supply.live is not None]
         generations = [negatives.generation for negatives in live]
