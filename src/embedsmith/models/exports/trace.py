@@ -1,9 +1,9 @@
 """An embedder as one ONNX graph: token ids and mask in, the pooled, projected and normalised vector out.
 
 The graph is made by torch.onnx's newer exporter (`dynamo=True`). The older one, which records one run of the model, is
-quicker and writes sizes of its example into the graph without a word: of eight families tried, none was right for other
-lengths than the example's, and MPNet's gave no error but wrong vectors. The newer one reasons about sizes as symbols
-and refuses a model that would fix one of them. What it made is still run and compared (`write.py`).
+quicker, deprecated, and writes sizes of its example into the graph without a word: MPNet's gave wrong vectors and no
+error for other lengths. The newer one reasons about sizes as symbols and refuses a model that would fix one of them.
+What it made is still run and compared (`write.py`).
 
 Both padding sides are right: the mask is always handed over, and positions are counted from it.
 """
