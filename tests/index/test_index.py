@@ -11,8 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from embedsmith.core.errors import DataError, SearchError
+from embedsmith.core.reps import Sparse
 from embedsmith.index import (
     Document,
     EdgeStore,
@@ -244,14 +246,24 @@ def test_explanations_add_up():
     encoder = Words()
     query, document = "the cat saw a moon moon", "moon over the cat house"
     reps = [encoder.represent([t], role=r, outputs=HEADS) for t, r in ((query, "query"), (document, "document"))]
-    found = HitExplanation.of(*reps, query.split(), document.split())
+    known = {encoder.word_id(word): word for word in (query + " " + document).split()}
+    vocabulary = lambda ids: [known[each] for each in ids]
+    found = HitExplanation.of(*reps, query.split(), document.split(), vocabulary)
     for head in ("sparse", "multivector"):
         assert sum(match.score for match in found.matches[head]) == pytest.approx(found.scores[head], abs=1e-5)
     assert {match.query_token for match in found.matches["sparse"]} == {"cat", "moon"}
     assert {(m.query_token, m.document_token) for m in found.matches["multivector"]} >= {("cat", "cat"), ("the", "the")}
     assert "dense" not in found.matches
     with pytest.raises(SearchError, match="5 tokens for 6 places"):
-        HitExplanation.of(*reps, query.split()[1:], document.split())
+        HitExplanation.of(*reps, query.split()[1:], document.split(), vocabulary)
+
+
+def test_a_word_that_no_token_of_the_text_is_explains_a_hit_too():
+    """A SPLADE head gives words of its own, and as many as it likes."""
+    query = {"sparse": Sparse(torch.tensor([[7, 3]]), torch.tensor([[2.0, 1.0]]))}
+    document = {"sparse": Sparse(torch.tensor([[1, 3, 7]]), torch.tensor([[1.0, 5.0, 2.0]]))}
+    found = HitExplanation.of(query, document, ["pet"], ["cats"], lambda ids: [f"word {each}" for each in ids])
+    assert [(match.query_token, match.score) for match in found.matches["sparse"]] == [("word 3", 5.0), ("word 7", 4.0)]
 
 
 def test_documents_of_files(tmp_path):

@@ -29,6 +29,26 @@ def refusal(client, path, body, status=400):
 
 
 @pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8080", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8080", 200),
+        ("a.localhost", 200),
+        ("evil.example:8080", 403),
+    ],
+)
+def test_a_name_of_the_web_that_points_here_is_turned_away_where_there_are_no_keys(service, host, status):
+    here = TestClient(application(service), base_url="http://127.0.0.1:8080")
+    there = TestClient(application(service), base_url="http://10.0.0.7:8080")
+    assert here.get("/v1/models", headers={"host": host}).status_code == status
+    assert there.get("/v1/models", headers={"host": host}).status_code == 200
+    keyed = TestClient(application(service, keys=[KEY]), base_url="http://127.0.0.1:8080")
+    told = {"host": host, "authorization": f"Bearer {KEY}"}
+    assert keyed.get("/v1/models", headers=told).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("body", "words", "param"),
     [
         ({"input": []}, "the list is empty", "input"),

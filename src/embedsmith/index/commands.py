@@ -224,7 +224,7 @@ def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> Hit
     left, right = (model.represent([text], role=role, outputs=heads) for text, role in texts)
     ids = (model.tokenize([text], role=role).id_S.tolist() for text, role in texts)
     mine, theirs = (model.tokenizer.convert_ids_to_tokens(each) for each in ids)
-    return HitExplanation.of(left, right, mine, theirs)
+    return HitExplanation.of(left, right, mine, theirs, model.tokenizer.convert_ids_to_tokens)
 
 
 def parse_pairs(texts: Sequence[str], what: str) -> dict[str, Any]:

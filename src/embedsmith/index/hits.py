@@ -3,7 +3,7 @@ gave."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from embedsmith.core.errors import SearchError
@@ -84,10 +84,17 @@ class HitExplanation:
     matches: Mapping[str, Sequence[Match]]
 
     @staticmethod
-    def of(query: Reps, document: Reps, query_tokens: Sequence[str], document_tokens: Sequence[str]) -> HitExplanation:
+    def of(
+        query: Reps,
+        document: Reps,
+        query_tokens: Sequence[str],
+        document_tokens: Sequence[str],
+        vocabulary: Callable[[list[int]], list[str]],
+    ) -> HitExplanation:
         """The scores of one query with one document, taken apart.
 
-        `query` and `document` have one row each, without padding; the tokens are those of their token axis.
+        `query` and `document` have one row each, without padding; the tokens are those of their token axis, and
+        `vocabulary` names the coordinates of sparse heads, among which may be words that no token of the text is.
         Errors: `SearchError` where the numbers of tokens do not match.
         """
         scores: dict[str, float] = {}
@@ -95,14 +102,14 @@ class HitExplanation:
         for head in query:
             left, right = query[head], document[head]
             for rep, tokens in ((left, query_tokens), (right, document_tokens)):
-                if rep.token_count not in (0, len(tokens)):
+                if isinstance(rep, MultiVector) and rep.token_count != len(tokens):
                     raise SearchError(f"{len(tokens)} tokens for {rep.token_count} places of the head {head!r}")
             scores[head] = float(left.paired(right)[0, 0])
             if isinstance(left, Sparse) and isinstance(right, Sparse):
                 (mine,), (theirs,) = lexical_weights(left), lexical_weights(right)
-                names = dict(zip(left.coordinate_NT[0].tolist(), query_tokens))
                 shared = [coordinate for coordinate in mine if coordinate in theirs]
-                matches[head] = [Match(names[each], names[each], mine[each] * theirs[each]) for each in shared]
+                named = zip(shared, vocabulary(shared), strict=True)
+                matches[head] = [Match(name, name, mine[each] * theirs[each]) for each, name in named]
             elif isinstance(left, MultiVector) and isinstance(right, MultiVector):
                 matches[head] = _token_matches(left, right, query_tokens, document_tokens)
             if head in matches:

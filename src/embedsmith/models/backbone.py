@@ -250,6 +250,8 @@ def _check_counts(tree: Mapping[str, Any], path: Path) -> None:
 def _plausible(key: str, value: float) -> bool:
     if _COUNTS.search(key):
         return 0 <= value <= _MOST
+    if key == "max_relative_positions" and value == -1:  # of DeBERTa: as many as the model has positions
+        return True
     return 0 <= value <= 2**31 if _SIZES.search(key) else not math.isnan(value)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -43,6 +44,24 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def _is_local(server: Any) -> bool:
+    """Whether a request came in by this machine's own address."""
+    return bool(server) and server[0] in ("127.0.0.1", "::1")
+
+
+def _named_locally(host: str) -> bool:
+    """Whether the name that the caller knows the server by is no name of the web, which may point here without leave
+    (DNS rebinding)."""
+    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+    if name in ("", "localhost") or name.endswith(".localhost"):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 class Gate:
     """An application behind keys, with bodies of at most `body` bytes."""
 
@@ -75,6 +94,14 @@ class Gate:
     def _turned_away(self, scope: Any) -> Failure | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["path"]
+        if not self._keys and _is_local(scope.get("server")) and not _named_locally(headers.get(b"host", "")):
+            return Failure(
+                403,
+                "a server without keys on this machine's own address answers to localhost alone; start it with --keys, "
+                "or let the proxy send Host: localhost",
+                "permission_error",
+                code="host",
+            )
         if self._keys and path not in OPEN and not path.startswith(OPEN_BELOW):
             scheme, _, key = headers.get(b"authorization", "").partition(" ")
             given = key.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")

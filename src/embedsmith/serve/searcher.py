@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import SearchError
-from embedsmith.core.reps import MultiVector, Reps, Sparse
+from embedsmith.core.reps import Reps
 from embedsmith.index import (
     Document,
     Filter,
@@ -22,7 +22,7 @@ from embedsmith.index import (
     Written,
     open_index,
 )
-from embedsmith.index.engine import conditions, lexical_weights
+from embedsmith.index.engine import conditions
 from embedsmith.serve.batching import RetiredError
 from embedsmith.serve.errors import RequestError
 from embedsmith.serve.model import Model, ServedReranker
@@ -158,26 +158,14 @@ class Searcher:
         return reps, self.model.tokens_of(text, role)
 
     def _matches(self, query: tuple[Reps, list[str]], document: tuple[Reps, list[str]]) -> list[TokenMatch]:
-        found: list[TokenMatch] = []
-        for head, mine in query[0].items():
-            theirs = document[0][head]
-            if isinstance(mine, Sparse) and isinstance(theirs, Sparse):
-                found += self._shared_words(head, mine, theirs)
-            elif isinstance(mine, MultiVector) and isinstance(theirs, MultiVector):
-                told = HitExplanation.of({head: mine}, {head: theirs}, query[1], document[1])
-                found += [
-                    TokenMatch(head, one.document_token, one.query_token, one.score) for one in told.matches[head]
-                ]
-        return found
-
-    def _shared_words(self, head: str, mine: Sparse, theirs: Sparse) -> list[TokenMatch]:
-        """Entries of the vocabulary that both have; what a SPLADE head adds to a text is in none of its tokens."""
-        (asked,), (given,) = lexical_weights(mine), lexical_weights(theirs)
-        shared = sorted((entry for entry in asked if entry in given), key=lambda entry: -asked[entry] * given[entry])
-        vocabulary: Any = self.model.tokens.tokenizer  # type: ignore[union-attr]
-        words = vocabulary.convert_ids_to_tokens(shared)
+        if self.model.tokens is None:
+            return []
+        words = self.model.tokens.tokenizer.convert_ids_to_tokens
+        told = HitExplanation.of(query[0], document[0], query[1], document[1], words)
         return [
-            TokenMatch(head, word, word, asked[entry] * given[entry]) for entry, word in zip(shared, words, strict=True)
+            TokenMatch(head, one.document_token, one.query_token, one.score)
+            for head, found in told.matches.items()
+            for one in found
         ]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options
+from embedsmith.cli.verbs import Backend, MaxLength, Pooling, Prompts, model_options
 from embedsmith.core.shelf import verbs
 
 
@@ -36,6 +36,7 @@ def serve_models(
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
+    backend: Backend = None,
 ) -> None:
     """Serve models over HTTP: embeddings as OpenAI's, sparse and token vectors, reranking, search.
 
@@ -44,7 +45,7 @@ def serve_models(
     from embedsmith.api.serving import serve
     from embedsmith.serve.limits import Limits
 
-    options = model_options(pooling, prompts, max_length) | ({} if device is None else {"device": device})
+    options = model_options(pooling, prompts, max_length, backend) | ({} if device is None else {"device": device})
     serve(
         models,
         host=host,
