@@ -23,6 +23,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return HashEncoder()
 
     monkeypatch.setattr("embedsmith.models.load", load)
+    monkeypatch.setattr("embedsmith.api.evaluating.load_either", lambda path, options: load(path, **options))
     return asked
 
 

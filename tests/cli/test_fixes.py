@@ -95,6 +95,7 @@ def options() -> dict[str, set[str]]:
 
 FILES = r"\.(?:json|jsonl|yaml|py|gz|md|tsv|parquet|gguf|npy|txt)\b"
 CALLS = re.compile(r"\b[A-Za-z_.]+\([^()]*(?:\([^()]*\)[^()]*)*\)")
+SCRIPTS = set(re.findall(r'"(--\w+)"', (ROOT / "compat" / "scripts.py").read_text(encoding="utf-8")))
 OTHERS = {"both", "it", "another", "no", "tie_word_embeddings"}
 """What stands behind `set` or `declare` and is no key of ours."""
 
@@ -104,13 +105,13 @@ def unknown(text: str) -> Iterator[str]:
     plain = re.sub(r"pip install \S+( \S*==\S*)?|https?://\S+|HF_\w+|export \S+", "", CALLS.sub("", text))
     typed = re.findall(r"(?<![-\w.{\[])([A-Za-z_][\w.]*)=(?=[^=])", plain)
     typed += re.findall(r"(?<![-\w./`])[a-z_]+(?:\.[a-zN_]+)+", re.sub(r"\S+" + FILES, "", plain))
-    yield from (key for key in typed if not is_key(key))
+    yield from (key for key in typed if not is_key(key) and key != "NAME")  # that is for the reader to choose
     names = {key.rpartition(".")[2] for key in keys()} | OTHERS
     yield from (key for key in re.findall(r"\b(?:set|declare) `?([a-z_]+)\b(?![.=])", plain) if key not in names)
     verb = re.search(r"\bembedsmith ([a-z]+)", plain)
     if verb and verb[1] not in options():
         yield verb[0]
-    for option in re.findall(r"(?<![-\w])--[a-z][a-z-]*", plain):
+    for option in set(re.findall(r"(?<![-\w])--[a-z][a-z_-]*", plain)) - SCRIPTS:
         takers = [options().get(verb[1], set())] if verb and verb.end() < plain.index(option) else options().values()
         if not any(option in each for each in takers):
             yield option

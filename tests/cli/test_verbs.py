@@ -25,7 +25,9 @@ def write(path: Path, rows) -> Path:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """Tasks of every kind as files, and models that are hashes as wide as their name says."""
-    monkeypatch.setattr("embedsmith.models.load", lambda name, **_: NamedEncoder(int(name.rsplit("-", 1)[1])))
+    named = lambda name: NamedEncoder(int(name.rsplit("-", 1)[1]))
+    monkeypatch.setattr("embedsmith.models.load", lambda name, **_: named(name))
+    monkeypatch.setattr("embedsmith.api.evaluating.load_either", lambda name, _: named(name))
     root = data(tmp_path / "data")
     words = [f"text number {n}" for n in range(40)]
     write(root / "labels/topic-train.jsonl", ({"text": w, "label": "ab"[n % 2]} for n, w in enumerate(words[:20])))

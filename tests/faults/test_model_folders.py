@@ -106,7 +106,7 @@ VALUES = {
         ("sentence_bert_config.json", put("max_seq_length", "32")),
         ("sentence_bert_config.json", put("max_seq_length", 1)),
         (GENERAL, put("prompts", ["query: "])),
-        (GENERAL, put("prompts", "query", None)),
+        (GENERAL, put("prompts", "query", 3)),
         (GENERAL, put("default_prompt_name", "passage")),
         (GENERAL, put("similarity_fn_name", "nearest")),
         (GENERAL, put("truncate_dim", -1)),

@@ -83,7 +83,9 @@ def test_hostile_texts_are_shown_and_sent_as_no_command(place, typed, folders, m
 
 
 def test_scores_of_a_task_with_markup_in_its_name_are_written_and_shown(place, typed, monkeypatch):
-    monkeypatch.setattr("embedsmith.models.load", lambda name, **_: NamedEncoder(int(name.rsplit("-", 1)[1])))
+    named = lambda name, _: NamedEncoder(int(name.rsplit("-", 1)[1]))
+    monkeypatch.setattr("embedsmith.api.evaluating.load_either", named)
+    monkeypatch.setattr("embedsmith.models.load", lambda name, **_: named(name, {}))
     task, scores, page = place / "tasks" / "sts" / f"{NAME}.jsonl", place / "s.json", place / "p.html"
     out, err, code_ = typed("evaluate", "m[/x]/m-8", task, "--json", scores, "--items")
     assert (code_, err) == (0, "")

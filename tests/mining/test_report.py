@@ -13,6 +13,7 @@ from embedsmith.core.recipe import parse
 from embedsmith.data import Record
 from embedsmith.mining import MineRecipe, Selection, offline
 from embedsmith.mining.offline import Counts, MineReport, Texts, candidates_of
+from embedsmith.mining.searchers import no_reranker
 from tests.mining.fakes import Words, rows
 from tests.mining.test_mine import run, tree
 
@@ -114,7 +115,7 @@ def test_every_part_of_the_key_counts_and_places_do_not(tree, tmp_path):
         recipe = parse(MineRecipe, tree | changes)
         texts = Texts.read(recipe)
         encoders = encoders or {"words": Words(), "other": Words("b", 8)}
-        sides = texts.searched(encoders.__getitem__, tmp_path)
+        sides = texts.searched(encoders.__getitem__, no_reranker, tmp_path)
         models = {}
         for each in (*recipe.searchers, *([recipe.teacher] if recipe.teacher else [])):
             models |= each.open(sides).models()

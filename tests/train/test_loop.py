@@ -359,7 +359,7 @@ def test_a_learnable_temperature_moves_and_survives_a_stop(tree, tmp_path, monke
         ({"trian": {}}, RecipeError, "'train'"),
         ({"data": []}, RecipeError, "at least one source"),
         ({"data": [{"path": "missing.jsonl"}]}, DataError, "missing.jsonl"),
-        ({"train": {"final": "best"}}, RecipeError, "evaluate.tasks"),
+        ({"train": {"final": "best"}}, RecipeError, "evaluate.held_out"),
         ({"evaluate": {"metric": "x"}}, RecipeError, "metric"),
     ],
 )

@@ -125,7 +125,7 @@ def test_two_ranks_equal_one(tmp_path):
 def test_a_run_learns_and_leaves_a_reranker(tree, tmp_path):
     """Every kind of loss; what the first step says is what the untrained model's scores are worth."""
     for loss in ({"type": "listnet", "grade_temperature": 0.1}, "lambda", "binary"):
-        more = {"steps": 20, "batch_size": 10, "checkpoint_every": None}
+        more = {"steps": 20, "batch_size": 10, "checkpoint_every": None, "learning_rate": 2e-2}
         data = [tree["data"][0] | {"loss": loss}]
         output = str(tmp_path / (loss if isinstance(loss, str) else loss["type"]))
         run(tree, data=data, train=tree["train"] | more, output=output)

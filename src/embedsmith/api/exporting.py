@@ -83,7 +83,9 @@ def export(
 def _loaded(model: str | Path | Embedder, options: Mapping[str, Any]) -> Embedder:
     if isinstance(model, Embedder):
         if options:
-            raise ModelError(f"{next(iter(options))} of a model that is loaded", fix="give it to embedsmith.load")
+            raise ModelError(
+                f"{next(iter(options))} of a model that is loaded", fix="give it to embedsmith.load(FOLDER, ...)"
+            )
         return model
     return load(str(model), device="cpu", **options)
 

@@ -150,7 +150,7 @@ def named_models(models: Models) -> dict[str, Any]:
     for number, one in enumerate(several):
         name, model = _named(one) if isinstance(one, str | Path) else (f"model-{number}" if number else "model", one)
         if name in found:
-            raise RecipeError(f"two models are called {name!r}", fix=f"name them: first={found[name]} second={model}")
+            raise RecipeError(f"two models are called {name!r}", fix=f"name one of them: NAME={model}")
         found[name] = model
     return found
 
@@ -169,7 +169,7 @@ def _named(given: str | Path) -> tuple[str, str]:
 def _loader(model: Any, options: Mapping[str, Any]) -> Callable[[], Encoder]:
     if not isinstance(model, str | Path):
         if options:
-            raise RecipeError(f"{next(iter(options))} of a model that is loaded", fix="give it to es.load")
+            raise RecipeError(f"{next(iter(options))} of a model that is loaded", fix="give it to es.load(FOLDER, ...)")
         return lambda: model
     return lambda: load(str(model), **options)
 

@@ -9,13 +9,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from embedsmith.core.batch import PairBatch, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import descriptions, did_you_mean, to_plain
 from embedsmith.core.shelf import SHELVES, Entry, Shelf, losses
 from embedsmith.core.shipped import shipped_recipes
-
-_BATCHES = {RetrievalBatch: "retrieval", PairBatch: "pairs"}
 
 
 def shelf_named(kind: str) -> Shelf[Any]:
@@ -83,7 +80,7 @@ def _meanings(entry: Entry[Any]) -> list[str]:
 def batches(entry: Entry[Any]) -> str:
     """The batches a loss reads; a wrapper reads those of the loss it holds."""
     kinds = getattr(entry.thing, "batches", ())
-    return ", ".join(_BATCHES[kind] for kind in kinds) if isinstance(kinds, tuple) else "as its parts"
+    return ", ".join(kind.named for kind in kinds) if isinstance(kinds, tuple) else "as its parts"
 
 
 def settings(entry: Entry[Any]) -> str:

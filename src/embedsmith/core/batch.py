@@ -115,7 +115,10 @@ class Batch(ABC):
 
     `extras`: trainable things outside the backbone (temperature, classifier, projection) by name.
     `widths`: Matryoshka widths at which dense scores are wanted; `None` is the whole vector as the model gave it.
+    `named`: what the kind is called in listings.
     """
+
+    named: ClassVar[str]
 
     task: str
     source: str = ""
@@ -184,6 +187,8 @@ class RetrievalIds:
 class RetrievalBatch(Batch, RetrievalIds):
     """Local queries against the candidate documents of all ranks."""
 
+    named = "retrieval"
+
     query: Side
     document: Side
 
@@ -243,6 +248,8 @@ class PairIds:
 class PairBatch(Batch, PairIds):
     """Two aligned sides with a label a pair."""
 
+    named = "pairs"
+
     left: Side
     right: Side
 
@@ -288,6 +295,8 @@ class GroupIds:
 class GroupBatch(Batch, GroupIds):
     """Queries with their own documents, scored pair by pair by a reranker. Nothing is gathered: no query meets the
     documents of another, and means go over the rows of all ranks."""
+
+    named = "rerank"
 
     pair: Side
 

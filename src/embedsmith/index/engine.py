@@ -41,7 +41,7 @@ class FieldSpec:
             raise SearchError(
                 f"an index compares by inner products, and this model by distances ({type(representation).__name__})",
                 expected="a model whose similarity_fn_name is cosine or dot",
-                fix="load it with similarity=cosine or dot (model.similarity) if that ranks as well",
+                fix="load it with model.similarity=cosine, or dot, if that ranks as well",
             )
         if isinstance(representation, Dense):
             return FieldSpec("dense", representation.vector_ND.shape[1], precision)

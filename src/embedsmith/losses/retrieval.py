@@ -189,14 +189,14 @@ class InfoNCE(Loss):
             together_WQ1 = masked_logsumexp(logit_WQX, valid_QX)[..., None]
             loss_WQX = cross_entropy(negative_WQX, together_WQ1)
             if self.grades == "soft":
-                grade_QX = grade_QX.masked_fill(~valid_QX, 0.0)
+                grade_QX = grade_QX.to(loss_WQX.dtype).masked_fill(~valid_QX, 0.0)
                 share_QX = grade_QX / grade_QX.sum(-1, keepdim=True).clamp_min(1e-9)
                 over_WQX = (share_QX * (together_WQ1 - logit_WQX)).sum(-1, keepdim=True)  # what each wants of the sum
                 loss_WQX, valid_Q = loss_WQX + over_WQX, valid_Q & (grade_QX.sum(-1) > 0)
             valid_QX = valid_Q[:, None]
         else:
             loss_WQX = cross_entropy(negative_WQX, logit_WQX)
-        weight_WQX = grade_QX.expand_as(loss_WQX) if self.grades == "weights" else None
+        weight_WQX = grade_QX.to(loss_WQX.dtype).expand_as(loss_WQX) if self.grades == "weights" else None
         if self.focal_gamma:
             focal_WQX = (-torch.expm1(-loss_WQX.detach())).pow(self.focal_gamma)
             weight_WQX = focal_WQX if weight_WQX is None else focal_WQX * weight_WQX

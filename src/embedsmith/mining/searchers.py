@@ -48,7 +48,11 @@ _BLOCK = 256
 
 
 def no_reranker(path: str) -> Reranker:
-    raise ModelError("no reranker can be opened here", where=path, fix="give open_reranker=embedsmith.load_reranker")
+    raise ModelError(
+        "no reranker can be opened here",
+        where=path,
+        fix="pass open_reranker, the function load_reranker of this package",
+    )
 
 
 @dataclass(frozen=True)

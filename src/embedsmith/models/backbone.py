@@ -211,8 +211,9 @@ def read_architecture(folder: Path, trust_remote_code: bool = False) -> tuple[An
         raise ModelError(
             f"a {classifier} is no embedder: it gives scores or labels (a cross-encoder, for example), no vectors",
             where=path,
-            fix="name it where a reranker is wanted (--rerank, task: rerank, a teacher, embedsmith.load_reranker); to "
-            "train an embedder from its encoder, remove `architectures` from a copy of this file",
+            fix="name it where a reranker is wanted (--rerank, task: rerank, a teacher, "
+            "embedsmith.load_reranker(FOLDER)); to train an embedder from its encoder, remove `architectures` from a "
+            "copy of this file",
         )
     return AutoModelForTextEncoding if has_decoder else AutoModel, model_config
 

@@ -224,7 +224,7 @@ class Embedder(nn.Module):
             fix = f"train one: {TRAIN_HEAD.format(unknown[0])}" if unknown[0] in known_heads() else None
             if unknown[0] in ("dense", "middle"):
                 fix = (
-                    f"name what it has: head={self.main_head}, in a recipe the loss's head and --head of a command; a "
+                    f"name what it has, {self.main_head}, as the loss's head of a recipe or --head of a command; a "
                     "dense vector too is had with pooling (model.pooling=mean), and is then to be trained"
                 )
             raise ModelError(

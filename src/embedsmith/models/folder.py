@@ -139,7 +139,7 @@ KINDS = (
 """The modules that are read."""
 ELSEWHERE = (
     "sentence-transformers itself can run it, to be scored beside others: "
-    "embedsmith.evaluate(SentenceTransformersEncoder.load(FOLDER), TASKS), from embedsmith.evaluate"
+    "embedsmith.evaluate(SentenceTransformersEncoder.load(FOLDER), TASKS), the class from embedsmith's evaluate"
 )
 
 

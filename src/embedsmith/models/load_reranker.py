@@ -95,7 +95,7 @@ def _refuse_foreign(config: ModelConfig) -> None:
         raise ModelError(
             f"model.{given} of a reranker, which has no vectors",
             expected=f"one of {', '.join(sorted(_KEPT))}",
-            fix=f"leave model.{given} out, or train an embedder: task=embed",
+            fix=f"leave {given} of the model out, or train an embedder: task=embed",
         )
 
 

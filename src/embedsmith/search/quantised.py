@@ -130,7 +130,7 @@ class Quantised:
         if rescore == 0:
             return score_QC, index_QC
         if self.document is None:
-            raise SearchError("there are no full vectors to rescore with", fix="give rescore=0")
+            raise SearchError("there are no full vectors to rescore with", fix="search with rescore 0")
         document = self.document
         return _best_of(asked_QD, index_QC, lambda index: _some(document, index), k, device)
 

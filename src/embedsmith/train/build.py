@@ -219,7 +219,7 @@ def _check_models(source: Source, loss: Loss, name: str) -> None:
             raise RecipeError(
                 f"the loss {name_of(loss)} reads a {other}",
                 where=name,
-                fix=f"name its folder beside the path, data.N.{other}=FOLDER, N the place of the source from 0",
+                fix=f"name its folder beside the path of the source, as {other}: FOLDER",
             )
     if source.guide is not None and GUIDE not in loss.reads():
         raise RecipeError(

@@ -178,7 +178,7 @@ def run_step(
     together(forward)
     batches = _batches(pieces, chunks, parts, extras or {}, progress)
     value, named, health = _loss(parts, batches, scale, deferred)
-    gradient = _row_gradients(batches, heads)
+    gradient = _row_gradients(batches, list(pieces[0]))
     together(backward)
     for part, batch in zip(parts, batches, strict=True):
         part.loss.remember(batch)
