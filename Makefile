@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-# The tests' models are tiny: threads would only wait for each other.
+# The tests' models are tiny: threads would only wait for each other. Two processes share the files.
 test: export OMP_NUM_THREADS := 1
 
 # Counting lines costs least this way, where Python has it (3.12); elsewhere it takes about a third more time.
@@ -43,7 +43,7 @@ demo: setup
 	$(BIN)/embedsmith demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 coverage: test
 
