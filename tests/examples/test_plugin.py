@@ -135,6 +135,7 @@ def test_the_pooling_is_saved_and_reloads_here_and_in_sentence_transformers(run,
     assert float(compared.stdout.splitlines()[-1]) < 1e-6
 
 
+@pytest.mark.slow
 def test_without_the_package_its_names_are_told_and_nothing_runs(run, trained):
     refused = run("train", str(trained / "recipe.yaml"), f"output={trained / 'other'}", alone=True)
     assert refused.returncode == 1
@@ -161,6 +162,7 @@ def test_the_metric_is_scored(run, trained):
     assert 0 <= scores["success_at_1"] <= scores["success_at_10"] <= 1
 
 
+@pytest.mark.slow
 def test_the_merge_method_merges(run, tmp_path):
     from safetensors.numpy import load_file
 

@@ -156,7 +156,7 @@ def walk():
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_ranks_equal_one(world, tmp_path):
     torch.set_num_threads(1)
     expected = walk()

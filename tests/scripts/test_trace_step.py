@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "trace_step.py"
 
 
+@pytest.mark.slow
 def test_three_numbers_and_what_is_behind_them() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

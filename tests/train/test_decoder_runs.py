@@ -179,7 +179,9 @@ def test_zero_needs_its_extra_and_several_processes(tree, monkeypatch):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("engine", [True, "zero2"])
-@pytest.mark.parametrize("model", [{"pooling": "last"}, LORA | {"head": {"out": 8}}])
+@pytest.mark.parametrize(
+    "model", [{"pooling": "last"}, pytest.param(LORA | {"head": {"out": 8}}, marks=pytest.mark.slow)]
+)
 def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model, engine):
     """The same losses and weights as one process, with replayed chunks and with a resumed run; with everything in
     shards, and with a head that is whole."""

@@ -215,6 +215,7 @@ def test_two_ranks_choose_the_negatives_of_one(live, tmp_path):
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_layouts_of_the_balance_choose_the_same_negatives(live, files, tmp_path):
     data = [
         live["data"][0] | {"batch_size": 12, "loss": "cross_batch_balance"},

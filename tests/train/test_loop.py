@@ -100,6 +100,7 @@ def wait_for_step(output, step, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow  # one kill of every verb is in tests/faults
 def test_kill_minus_nine_twice_ends_with_the_same_bits(tree, tmp_path):
     """All runs are commands of their own: bits also depend on the number of threads, which other tests may change."""
     recipe = tmp_path / "recipe.yaml"

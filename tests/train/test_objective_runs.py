@@ -49,7 +49,7 @@ def test_a_memory_survives_a_stop_bit_for_bit(tree, tmp_path, monkeypatch):
 
 
 def test_guides_that_are_missing_or_read_by_nobody_are_refused(tree, bert):
-    with pytest.raises(RecipeError, match=r"reads a guide(?s:.*)data.N.guide=FOLDER"):
+    with pytest.raises(RecipeError, match=r"reads a guide(?s:.*)as guide: FOLDER"):
         run(pairs(tree, loss="gist_embed"))
     with pytest.raises(RecipeError, match="reads no guide"):
         run(pairs(tree, guide=str(bert)))
