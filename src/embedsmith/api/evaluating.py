@@ -79,12 +79,8 @@ def evaluate(
         raise EvaluationError("a reranker with dims, precision or head='all'", fix="leave one of them out")
     place = None if data is None else Path(data)
     scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker)
-    about = {
-        "model": named,
-        "split": split,
-        "head": head or ("dense" if encoder is None else main_head(encoder)),
-        **options,
-    }
+    scored = head or ("dense" if encoder is None else main_head(encoder))
+    about = {"model": named, "split": split, "head": scored, **options}
     about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
     with lines_shown():
         if (dims or precisions) and head not in (None, "dense"):

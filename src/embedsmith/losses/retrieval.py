@@ -32,6 +32,10 @@ from embedsmith.losses.candidates import (
 from embedsmith.losses.terms import CrossBatchMemory, Term, other_positives, other_queries, without_memory
 
 
+_Limits = Sequence[Tensor | None]
+"""By view of the candidates, the score above which one is taken for a false negative."""
+
+
 @losses.register(
     "infonce",
     formula="-log( e^{s(q,p)/t} / (e^{s(q,p)/t} + sum_n e^{s(q,n)/t}) ), mean over positives, then over queries",
@@ -226,7 +230,7 @@ class InfoNCE(Loss):
         batch: RetrievalBatch,
         views: Sequence[Candidates],
         temperature: float | Tensor,
-        limits: Sequence[Tensor | None],
+        limits: _Limits,
     ) -> Tensor:
         """The logsumexp of the denominator without the positive: one slot, or one a positive when it depends on it.
 
@@ -234,9 +238,7 @@ class InfoNCE(Loss):
         are dropped."""
         found = views[0]
 
-        def lse(
-            scores: Sequence[Tensor], mask_QB: Tensor, own_QB: Tensor | None, limits: Sequence[Tensor | None]
-        ) -> Tensor:
+        def lse(scores: Sequence[Tensor], mask_QB: Tensor, own_QB: Tensor | None, limits: _Limits) -> Tensor:
             score_WQB = scores[0]
             logit_WQB = score_WQB / temperature
             if own_QB is not None:
@@ -254,7 +256,7 @@ class InfoNCE(Loss):
                 slots.append(masked_logsumexp(logit_WQB, within_WQB))
             return torch.stack(slots, -1)
 
-        def of_term(term: Term, limits: Sequence[Tensor | None], own: Relation | None = None) -> list[Tensor]:
+        def of_term(term: Term, limits: _Limits, own: Relation | None = None) -> list[Tensor]:
             def block(start: int, *scores: Tensor) -> Tensor:
                 mask_QB, own_QB = term.mask(start, scores[0].shape[-1]), None
                 if own is not None:

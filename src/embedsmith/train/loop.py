@@ -333,8 +333,7 @@ def run_steps(
             stopping = bool(agreed_by_hosts(int(stop.asked)))  # whether any rank was asked to
             if stopping or evaluated or last or step % (config.checkpoint_every or tenth) == 0:
                 negatives = None if run.mining is None else run.mining.state_dict()
-                model, optimizer = run.engine.whole_model(), run.engine.optimizer
-                checkpoints.save(model, run.extras, optimizer, run.state, negatives)
+                checkpoints.save(run.engine.whole_model(), run.extras, run.engine.optimizer, run.state, negatives)
                 manifest.save(step)
 
             if stopping:

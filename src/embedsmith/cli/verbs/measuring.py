@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,28 @@ def _claimed(verb: str, keep: Path | None, *files: tuple[Path | None, str]) -> I
         yield
 
 
+Engine = Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")]
+AtOnce = Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")]
+Items = Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")]
+AnyHead = Annotated[
+    str | None, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side; else the model's own.")
+]
+Tune = Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")]
+Codes = Annotated[
+    list[str] | None, typer.Option(help="int8, binary: retrieval by such codes too, beside the full vectors.")
+]
+Rescore = Annotated[
+    int, typer.Option(min=0, help="With --precision: how many times as many documents are scored in full.")
+]
+TokenBits = Annotated[
+    int | None, typer.Option(help="With --head multivector: documents as residual codes of 1, 2, 4 or 8 bits.")
+]
+Mteb = Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")]
+Limits = Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")]
+Reranker = Annotated[str | None, typer.Option(help="A reranker that orders the model's rankings anew.")]
+Depth = Annotated[int, typer.Option(min=1, help="With a reranker: documents it reads of a ranking.")]
+
+
 @verbs.register("evaluate")
 def evaluate_model(
     ctx: typer.Context,
@@ -70,109 +93,137 @@ def evaluate_model(
     prompts: Prompts = None,
     max_length: MaxLength = None,
     backend: Backend = None,
-    engine: Annotated[str, typer.Option(help="embedsmith or sentence-transformers: who encodes.")] = "embedsmith",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once, for sentence-transformers.")] = 32,
+    engine: Engine = "embedsmith",
+    batch_size: AtOnce = 32,
     device: Device = None,
-    items: Annotated[bool, typer.Option("--items", help="Keep the values of every query or pair in the JSON.")] = False,
-    head: Annotated[
-        str | None, typer.Option(help="dense, sparse, multivector, hybrid; all: side by side; else the model's own.")
-    ] = None,
+    items: Items = False,
+    head: AnyHead = None,
     weight: Weight = None,
-    tune: Annotated[list[str] | None, typer.Option(help="With --head all: choose weights on these, dev split.")] = None,
+    tune: Tune = None,
     dims: Dims = None,
-    precision: Annotated[
-        list[str] | None, typer.Option(help="int8, binary: retrieval by such codes too, beside the full vectors.")
-    ] = None,
-    rescore: Annotated[
-        int, typer.Option(min=0, help="With --precision: how many times as many documents are scored in full.")
-    ] = 4,
-    token_bits: Annotated[
-        int | None, typer.Option(help="With --head multivector: documents as residual codes of 1, 2, 4 or 8 bits.")
-    ] = None,
+    precision: Codes = None,
+    rescore: Rescore = 4,
+    token_bits: TokenBits = None,
     keep: Keep = None,
-    mteb: Annotated[Path | None, typer.Option(help="Let mteb score, and write its JSON below this folder.")] = None,
-    limits: Annotated[int | None, typer.Option(min=1, help="With --mteb: queries to sample.")] = None,
-    rerank: Annotated[str | None, typer.Option(help="A reranker that orders the model's rankings anew.")] = None,
-    depth: Annotated[int, typer.Option(min=1, help="With a reranker: documents it reads of a ranking.")] = 100,
+    mteb: Mteb = None,
+    limits: Limits = None,
+    rerank: Reranker = None,
+    depth: Depth = 100,
 ) -> None:
     """Score a model, an embedding model or a reranker.
 
     Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
     """
-    from embedsmith import __version__
-    from embedsmith.api.evaluating import Scoring, checked_precisions, rerank_of
-    from embedsmith.core.encoder import main_head
-    from embedsmith.evaluate import load_task, split_names
-    from embedsmith.evaluate.rerank import Rerank
-    from embedsmith.index.commands import parse_weights
-    from embedsmith.models import CrossEncoder
-
     ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
-    weights = parse_weights(weight or []) if weight else None
     options, more = _model_options(more or [])
-    options |= model_options(pooling, prompts, None, backend)
     widths, more = _widths(dims, more)
-    asked, more = _precisions(precision, more)
-    precisions = checked_precisions(asked)
-    names = split_names([*(tasks or []), *more])
-    _check_side_by_side(head, engine, mteb, tune, weights)
-    _check_widths(widths, head, mteb)
-    if precision and (head not in (None, "dense") or mteb is not None):
-        raise EvaluationError(
-            "--precision is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb"
-        )
-    if rerank is not None and (widths or precisions or head == "all" or mteb is not None):
-        raise EvaluationError("--rerank with --dims, --precision, --head all or --mteb", fix="leave one of them out")
-    if mteb is None:
-        if limits is not None:
-            raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
-        for name in names:  # wrong names are told before a model is loaded
-            load_task(name, data_dir=data, split=split)
+    codes, more = _precisions(precision, more)
+    what = _Scored(head, tuple(widths), codes, rescore, token_bits, _weights(weight), tuple(tune or ()), mteb, limits)
+    what.check(engine, rerank)
+    options |= model_options(pooling, prompts, None, backend)
+    about = {"model": model, "engine": engine, "max_length": max_length, "split": split, **options}
+    about |= {} if rerank is None else {"rerank": rerank, "depth": depth}
+    named = _named_tasks([*(tasks or []), *more], data, split, with_mteb=mteb is not None)
     encoder = _encoder(model, engine, max_length, batch_size, options)
-    if token_bits is not None:
-        from embedsmith.search.residual import ResidualEncoder
-
-        if head != "multivector":
-            raise EvaluationError(f"--token-bits with --head {head}", fix="add --head multivector")
-        encoder = ResidualEncoder(encoder, token_bits)
-    if isinstance(encoder, CrossEncoder) and rerank is not None:
-        raise EvaluationError(f"{model} is a reranker itself", fix=f"embedsmith evaluate EMBEDDER --rerank {rerank}")
-    ranker = rerank_of(rerank, depth)
-    if isinstance(encoder, CrossEncoder):
-        ranker = Rerank(encoder, depth)
-        encoder = None
-    scoring = Scoring(tuple(names), data, split, head, keep, weights, ranker)
-    if mteb is not None:
-        from embedsmith.evaluate.mteb.tasks import SampleLimits
-
-        results: Any = scoring.with_mteb(encoder, model, mteb, None if limits is None else SampleLimits(limits))
-    else:
-        about: dict[str, Any] = {"model": model, "engine": engine, "max_length": max_length, "split": split}
-        about |= {"head": head or ("dense" if encoder is None else main_head(encoder)), **options}
-        about |= {"embedsmith": __version__} | ({} if rerank is None else {"rerank": rerank, "depth": depth})
-        if head == "all":
-            from embedsmith.evaluate.variants import HEADS
-
-            results = scoring.side_by_side(encoder, [n for n in HEADS if n in encoder.outputs], tune or [], about)
-        else:
-            beside = bool(widths or precisions)
-            results = (
-                scoring.at_widths(encoder, widths, about, precisions, rescore)
-                if beside
-                else scoring.score(encoder, about)
-            )
+    results = what.results(encoder, _ranker(encoder, model, rerank, depth), named, (data, split, keep), about)
     if json_file is not None:
         results.save(json_file, items=items)
     show(results.table())
 
 
-def _check_side_by_side(head: str | None, engine: str, mteb: Path | None, tune: list[str] | None, weights: Any) -> None:
-    if head == "all" and (engine != "embedsmith" or mteb is not None):
-        raise EvaluationError("--head all is scored by embedsmith alone", fix="leave out --engine and --mteb")
-    if tune and head != "all":
-        raise EvaluationError("--tune is for --head all", fix="add --head all")
-    if weights and head not in ("all", "hybrid"):
-        raise EvaluationError(f"--weight with --head {head or 'of the model'}", fix="use --head hybrid or all")
+@dataclass(frozen=True)
+class _Scored:
+    """What of a model `evaluate` scores: a head or all, at which widths, by which codes, with whose evaluator."""
+
+    head: str | None
+    widths: tuple[int, ...]
+    codes: tuple[Any, ...]
+    rescore: int
+    token_bits: int | None
+    weights: Mapping[str, float] | None
+    tune: tuple[str, ...]
+    mteb: Path | None
+    limits: int | None
+
+    def check(self, engine: str, rerank: str | None) -> None:
+        """Errors: `EvaluationError` for options that do not go together."""
+        head, mteb = self.head, self.mteb is not None
+        if head == "all" and (engine != "embedsmith" or mteb):
+            raise EvaluationError("--head all is scored by embedsmith alone", fix="leave out --engine and --mteb")
+        if self.tune and head != "all":
+            raise EvaluationError("--tune is for --head all", fix="add --head all")
+        if self.weights and head not in ("all", "hybrid"):
+            raise EvaluationError(f"--weight with --head {head or 'of the model'}", fix="use --head hybrid or all")
+        for option, given in (("--dims", self.widths), ("--precision", self.codes)):
+            if given and (head not in (None, "dense") or mteb):
+                what = f"{option} is for dense vectors, scored by embedsmith"
+                raise EvaluationError(what, fix="leave out --head and --mteb")
+        if rerank is not None and (self.widths or self.codes or head == "all" or mteb):
+            what = "--rerank with --dims, --precision, --head all or --mteb"
+            raise EvaluationError(what, fix="leave one of them out")
+        if self.token_bits is not None and head != "multivector":
+            raise EvaluationError(f"--token-bits with --head {head}", fix="add --head multivector")
+        if self.limits is not None and not mteb:
+            raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
+
+    def results(self, encoder: Any, ranker: Any, tasks: list[str], places: tuple[Any, ...], about: Any) -> Any:
+        """`places`: the folder of tasks, the split, the folder of what is kept."""
+        from embedsmith import __version__
+        from embedsmith.api.evaluating import Scoring
+        from embedsmith.core.encoder import main_head
+        from embedsmith.evaluate.variants import HEADS
+        from embedsmith.models import CrossEncoder
+
+        encoder = None if isinstance(encoder, CrossEncoder) else encoder
+        if self.token_bits is not None:
+            from embedsmith.search.residual import ResidualEncoder
+
+            if encoder is None:
+                raise EvaluationError("--token-bits of a reranker, which has no vectors", fix="leave it out")
+            encoder = ResidualEncoder(encoder, self.token_bits)
+        data, split, keep = places
+        scoring = Scoring(tuple(tasks), data, split, self.head, keep, self.weights, ranker)
+        if self.mteb is not None:
+            from embedsmith.evaluate.mteb.tasks import SampleLimits
+
+            limits = None if self.limits is None else SampleLimits(self.limits)
+            return scoring.with_mteb(encoder, about["model"], self.mteb, limits)
+        head = self.head or ("dense" if encoder is None else main_head(encoder))
+        about = {**about, "head": head, "embedsmith": __version__}
+        if head == "all":
+            return scoring.side_by_side(encoder, [name for name in HEADS if name in encoder.outputs], self.tune, about)
+        if self.widths or self.codes:
+            return scoring.at_widths(encoder, self.widths, about, self.codes, self.rescore)
+        return scoring.score(encoder, about)
+
+
+def _weights(given: list[str] | None) -> Mapping[str, float] | None:
+    from embedsmith.index.commands import parse_weights
+
+    return parse_weights(given) if given else None
+
+
+def _named_tasks(given: list[str], data: Path | None, split: str, *, with_mteb: bool) -> list[str]:
+    """The tasks by name. Wrong names are told before a model is loaded."""
+    from embedsmith.evaluate import load_task, split_names
+
+    names = split_names(given)
+    for name in [] if with_mteb else names:
+        load_task(name, data_dir=data, split=split)
+    return names
+
+
+def _ranker(model: Any, name: str, rerank: str | None, depth: int) -> Any:
+    """What orders rankings anew: the reranker that was named, or the model itself where it is one."""
+    from embedsmith.api.evaluating import rerank_of
+    from embedsmith.evaluate.rerank import Rerank
+    from embedsmith.models import CrossEncoder
+
+    if not isinstance(model, CrossEncoder):
+        return rerank_of(rerank, depth)
+    if rerank is not None:
+        raise EvaluationError(f"{name} is a reranker itself", fix=f"embedsmith evaluate EMBEDDER --rerank {rerank}")
+    return Rerank(model, depth)
 
 
 def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[str]]:
@@ -187,18 +238,15 @@ def _widths(dims: list[str] | None, others: list[str]) -> tuple[list[int], list[
     return [int(part) for part in parts], [name for name in others if name not in more]
 
 
-def _precisions(given: list[str] | None, others: list[str]) -> tuple[list[str], list[str]]:
+def _precisions(given: list[str] | None, others: list[str]) -> tuple[tuple[Any, ...], list[str]]:
     """The precisions, and what else was named: of `--precision int8 binary` the second is among the others, too."""
+    from embedsmith.api.evaluating import checked_precisions
+
     if not given:
-        return [], others
+        return (), others
     more = [name for name in others if name in ("int8", "binary") and not os.path.exists(name)]
     parts = [part for text in [*given, *more] for part in text.replace(",", " ").split()]
-    return parts, [name for name in others if name not in more]
-
-
-def _check_widths(widths: list[int], head: str | None, mteb: Path | None = None) -> None:
-    if widths and (head not in (None, "dense") or mteb is not None):
-        raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head and --mteb")
+    return checked_precisions(parts), [name for name in others if name not in more]
 
 
 def _model_options(others: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -258,7 +306,8 @@ def compare_results(
     options, models = _model_options(models)
     options |= model_options(pooling, prompts, max_length, backend)
     widths, models = _widths(dims, models)
-    _check_widths(widths, head)
+    if widths and head not in (None, "dense"):
+        raise EvaluationError("--dims is for dense vectors, scored by embedsmith", fix="leave out --head")
     named, asked = _models_and_tasks(models, split_names(tasks or []))
     by_name = dict(zip(named, named, strict=True))
     if len(by_name) < len(named):
