@@ -31,7 +31,6 @@ from embedsmith.losses.candidates import (
 )
 from embedsmith.losses.terms import CrossBatchMemory, Term, other_positives, other_queries, without_memory
 
-
 _Limits = Sequence[Tensor | None]
 """By view of the candidates, the score above which one is taken for a false negative."""
 
