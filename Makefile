@@ -48,7 +48,7 @@ test: setup
 coverage: test
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
