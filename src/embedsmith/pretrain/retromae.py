@@ -11,8 +11,7 @@ The output holds the sums of both cross-entropies and the numbers of tokens, so 
 chunks and ranks. The decoder is kept in checkpoints; loading the folder without naming the head drops it.
 
 Sources: RetroMAE (Xiao et al., 2022) with enhanced decoding, as in FlagEmbedding's code, by which M3-Embedding was
-pre-trained; ratios are that code's defaults (M3's own are not published). Word pieces that begin with ## follow the
-word before them; for other tokenizers every piece is a word.
+pre-trained; ratios are that code's defaults (M3's own are not published).
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource, Reader
 from embedsmith.models.heads.splade import LmHead
 from embedsmith.models.pooling import first_index, last_index
+from embedsmith.pretrain.whole_words import WholeWords
 
 ENCODER_SHARE, DECODER_SHARE = 0.3, 0.5
 _POOL = 128  # masks of a text from which positions draw theirs
@@ -38,24 +38,18 @@ _POOL = 128  # masks of a text from which positions draw theirs
 
 @heads.register("retromae", source="RetroMAE (2205.12035), FlagEmbedding's code")
 class RetroMaeHead(Head):
-    """The language-model head, and the decoder with its weights. `follows_V`: pieces that belong to the word before."""
+    """The language-model head, and the decoder with its weights."""
 
     file = "retromae_head.safetensors"
     own_pass = True
     reads_words = True
-    follows_V: Tensor
-    special_S: Tensor
 
     def __init__(self, lm: LmHead, config: Any, tokenizer: Any) -> None:
         super().__init__()
         self.lm = lm
         self.decoder = DecoderLayer(config.hidden_size, config.num_attention_heads)
         self.mask_id = int(tokenizer.mask_token_id)
-        follows_V = torch.zeros(len(lm.output_VH), dtype=torch.bool)
-        for piece, number in tokenizer.get_vocab().items():
-            follows_V[number] = piece.startswith("##")
-        self.register_buffer("follows_V", follows_V, persistent=False)
-        self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
+        self.whole = WholeWords(tokenizer, len(lm.output_VH))
 
     @classmethod
     def build(cls, source: HeadSource) -> RetroMaeHead:
@@ -82,8 +76,8 @@ class RetroMaeHead(Head):
 
     def forward(self, model: Reader, padded: PaddedTokens) -> Dense:
         """number_N4: cross-entropy sum and count of the masked tokens, the same of the decoder's."""
-        word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, self.special_S)
-        hidden_NT = random_words(word_NT, self._group(padded.id_NT), ENCODER_SHARE)
+        word_NT = self.whole.words(padded)
+        hidden_NT = random_words(word_NT, self.whole.groups(padded.id_NT), ENCODER_SHARE)
         shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
         state_NTH = model.states(shown).last_hidden_state
         row_N = torch.arange(len(state_NTH), device=state_NTH.device)
@@ -97,14 +91,10 @@ class RetroMaeHead(Head):
                 numbers += [total_N, chosen_NT.sum(1).to(total_N.dtype)]
         return Dense(torch.stack(numbers, 1))
 
-    def _group(self, id_NT: Tensor) -> Tensor:
-        """The number of the word a token belongs to."""
-        return (~self.follows_V[id_NT]).long().cumsum(1)
-
     def _replaced(self, id_NT: Tensor, hidden_NT: Tensor) -> Tensor:
         """BERT's rule: of the hidden tokens 80 % are [MASK], 10 % another word, 10 % as they are."""
         dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
-        word_NT = torch.randint(len(self.follows_V), id_NT.shape, device=id_NT.device)
+        word_NT = torch.randint(len(self.whole.follows_V), id_NT.shape, device=id_NT.device)
         shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), self.mask_id, id_NT)
         return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
 
@@ -123,8 +113,7 @@ class RetroMaeHead(Head):
         """see_NTU: position t sees u. Every position draws one of the text's masks; c, at 0, is always seen."""
         rows, length = padded.id_NT.shape
         count = min(length, _POOL)
-        word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, self.special_S)
-        group_NT = self._group(padded.id_NT)
+        word_NT, group_NT = self.whole.words(padded), self.whole.groups(padded.id_NT)
         many = [tensor.repeat_interleave(count, 0) for tensor in (word_NT, group_NT)]
         hidden_NPU = random_words(many[0], many[1], DECODER_SHARE).view(rows, count, length)
         drawn_NT = torch.randint(count, (rows, length), device=padded.id_NT.device)

@@ -30,30 +30,24 @@ from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource, Reader
 from embedsmith.models.heads.splade import LmHead
+from embedsmith.pretrain.whole_words import WholeWords
 
 DELETED = 0.6
 
 
 @heads.register("tsdae", source="TSDAE (2104.06979)")
 class TsdaeHead(Head):
-    """The language-model head, and how each layer of the decoder takes up the vector. `follows_V`: pieces that belong
-    to the word before."""
+    """The language-model head, and how each layer of the decoder takes up the vector."""
 
     file = "tsdae_head.safetensors"
     own_pass = True
     reads_words = True
-    follows_V: Tensor
-    special_S: Tensor
 
     def __init__(self, lm: LmHead, config: Any, tokenizer: Any) -> None:
         super().__init__()
         self.lm = lm
         self.cross = nn.ModuleList(TakenUp(config.hidden_size) for _ in range(config.num_hidden_layers))
-        follows_V = torch.zeros(len(lm.output_VH), dtype=torch.bool)
-        for piece, number in tokenizer.get_vocab().items():
-            follows_V[number] = piece.startswith("##")
-        self.register_buffer("follows_V", follows_V, persistent=False)
-        self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
+        self.whole = WholeWords(tokenizer, len(lm.output_VH))
 
     @classmethod
     def build(cls, source: HeadSource) -> TsdaeHead:
@@ -89,8 +83,7 @@ class TsdaeHead(Head):
 
     def _thinned(self, padded: PaddedTokens) -> PaddedTokens:
         """The texts without most of their words, each with all its pieces; of a text one word stays at least."""
-        word_NT = padded.mask_NT & ~torch.isin(padded.id_NT, self.special_S)
-        group_NT = (~self.follows_V[padded.id_NT]).long().cumsum(1)
+        word_NT, group_NT = self.whole.words(padded), self.whole.groups(padded.id_NT)
         dice_NG = torch.rand(len(group_NT), group_NT.shape[1] + 1, device=group_NT.device)
         value_NT = dice_NG.gather(1, group_NT).masked_fill(~word_NT, -1.0)
         kept_NT = (value_NT >= DELETED) | (value_NT == value_NT.amax(1, keepdim=True))
