@@ -57,7 +57,7 @@ def main() -> None:
         print(json.dumps(theirs(folder) if kind == "score" else made_there(folder, json.loads(sys.argv[3]))))
         return
     from embedsmith.models import load
-    from embedsmith.models.export import export_head
+    from embedsmith.models.exports.libraries import export_head
 
     for name, options in WRITTEN.items():
         folder = WORK / f"pylate-{name}"

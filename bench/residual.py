@@ -20,7 +20,7 @@ from embedsmith.core.reps import MultiVector
 from embedsmith.evaluate import load_tasks
 from embedsmith.models import load
 from embedsmith.search import exact_top_k
-from embedsmith.search.residual import BITS, ResidualStore, recall
+from embedsmith.search.residual import BITS, ResidualStore, share_of_exact
 
 
 def tokens_of(model: Any, texts: list[str], role: Any) -> MultiVector:
@@ -51,7 +51,7 @@ def main() -> None:
         built = time.perf_counter() - started
         started = time.perf_counter()
         _, best = store.top(query, 10)
-        share = recall(best, exact)
+        share = share_of_exact(best, exact)
         seconds = {"build": round(built, 1), "search": round(time.perf_counter() - started, 1)}
         found[f"{bits} bits"] = {"bytes": store.bytes, "recall": round(share, 4), "seconds": seconds}
         print(

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 import embedsmith as es
 from embedsmith.core.errors import CheckpointError, ModelError, RecipeError
-from embedsmith.distil import static
+from embedsmith.distil import static_student
 from embedsmith.distil.run import DistilRecipe
 from embedsmith.distil.smaller import evenly, narrowed
-from embedsmith.distil.static import agreement, distil_static, sif_weights, token_vectors
+from embedsmith.distil.static_student import agreement, distil_static, sif_weights, token_vectors
 from embedsmith.models import load
 from tests.tinybert import WORDS
 
@@ -74,7 +74,7 @@ def test_the_table_is_that_of_its_definition(teacher):
     centred = (expected - expected[words].mean(0)).double()
     _, _, v = np.linalg.svd(centred[words].numpy(), full_matrices=False)
     share = np.array([1 / (rank + 2) for rank in range(len(tokens))])
-    weight = static.SIF / (static.SIF + share / share.sum())
+    weight = static_student.SIF / (static_student.SIF + share / share.sum())
     for number, row in enumerate(student.row_VD):
         if number in special:
             assert row.abs().max() == 0
@@ -91,14 +91,14 @@ def test_the_table_is_that_of_its_definition(teacher):
 def test_frequent_tokens_weigh_less():
     counted = sif_weights(4, [[1, 1, 1], [2], []])
     share = np.array([1, 4, 2, 1]) / 8
-    np.testing.assert_allclose(counted.numpy(), static.SIF / (static.SIF + share), rtol=1e-6)
+    np.testing.assert_allclose(counted.numpy(), static_student.SIF / (static_student.SIF + share), rtol=1e-6)
     by_rank = sif_weights(4, [])
     assert by_rank.tolist() == sorted(by_rank.tolist())
 
 
 def test_training_brings_it_nearer_to_the_teacher_on_texts_that_were_held_out(teacher, monkeypatch, caplog):
-    monkeypatch.setattr(static, "BATCH", 32)
-    monkeypatch.setattr(static, "EPOCHS", 6)
+    monkeypatch.setattr(static_student, "BATCH", 32)
+    monkeypatch.setattr(static_student, "EPOCHS", 6)
     model = load(str(teacher), device="cpu")
     some, other = texts(700), texts(200, seed=9)
     plain = distil_static(model, [], 8)

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.models import load
-from embedsmith.models.export import convert
+from embedsmith.models.exports.libraries import convert
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
 

@@ -8,7 +8,7 @@ import torch
 
 from embedsmith.core.recipe import parse
 from embedsmith.models import load
-from embedsmith.models.export import export_head
+from embedsmith.models.exports.libraries import export_head
 from embedsmith.train import Recipe, train
 from tests.models import lm
 

@@ -13,7 +13,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 
 from embedsmith.core.errors import ModelError
 from embedsmith.models import load
-from embedsmith.models.export import export_head
+from embedsmith.models.exports.libraries import export_head
 from tests.models import lm
 
 QUERIES = ["the red cat", "a big old tree", "far"]

@@ -17,7 +17,7 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, Spar
 import embedsmith as es
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.models import load
-from embedsmith.models.export import export_head
+from embedsmith.models.exports.libraries import export_head
 from tests.models import lm
 
 TEXTS = ["the red cat sat", "a big old tree", "far on the mat", "the dog ran by", "new blue mat", "old far dog"]

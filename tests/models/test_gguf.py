@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from embedsmith.core.errors import CheckpointError, ModelError
 from embedsmith.models import load
-from embedsmith.models.export import convert
 from embedsmith.models.exports.gguf import _QWEN2, write_gguf
+from embedsmith.models.exports.libraries import convert
 from tests.models.graphs import model_of
 from tests.models.tiny import TEXTS
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from embedsmith.core.errors import CheckpointError
 from embedsmith.models import load
 from embedsmith.models import write as save_module
-from embedsmith.models.export import export_head
+from embedsmith.models.exports.libraries import export_head
 from embedsmith.models.heads.dense import Projection
 from tests.models import tiny
 

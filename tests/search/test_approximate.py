@@ -91,13 +91,13 @@ def test_what_is_no_vector_and_what_no_index_can_be_made_of_is_refused():
 
 def test_rows_in_memory_are_read_in_place_and_all_others_become_fp32(tmp_path):
     plain = np.ones((4, 3), np.float32)
-    assert np.shares_memory(exact.rows_of(plain, 1, 3).vector_ND.numpy(), plain)
+    assert np.shares_memory(exact.rows_between(plain, 1, 3).vector_ND.numpy(), plain)
     np.save(tmp_path / "v.npy", plain)
     fixed = plain.copy()
     fixed.flags.writeable = False
     mapped = np.load(tmp_path / "v.npy", mmap_mode="r+")
     for other in (plain.astype(np.float64), plain.astype(np.int8), fixed, mapped, torch.ones(4, 3).half()):
-        part = exact.rows_of(other, 1, 3).vector_ND
+        part = exact.rows_between(other, 1, 3).vector_ND
         assert part.dtype == torch.float32
         assert part.tolist() == [[1.0] * 3] * 2
         if isinstance(other, np.ndarray):

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector
 from embedsmith.search import exact_top_k
-from embedsmith.search.residual import BITS, Codebook, ResidualEncoder, ResidualStore, _packed, _unpacked, recall
+from embedsmith.search.residual import (
+    BITS,
+    Codebook,
+    ResidualEncoder,
+    ResidualStore,
+    _packed,
+    _unpacked,
+    share_of_exact,
+)
 
 
 def documents(count, seed=0, width=16, longest=9):
@@ -60,15 +68,15 @@ def test_more_bits_come_nearer_and_take_more_room():
         back = store.rows(0, len(store)).pad_tokens(rep.token_count)
         errors.append(float((back.vector_NTD - rep.vector_NTD)[rep.mask_NT].norm(dim=-1).mean()))
         _, best = store.top(query, 10)
-        found.append(recall(best, exact))
+        found.append(share_of_exact(best, exact))
         sizes.append(store.bytes)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.02
     assert sizes == sorted(sizes)
     assert found[-1] > 0.97
     assert 0.65 < found[1] < found[-1]
-    assert recall(exact, exact) == 1
-    assert recall(np.array([[0, 1]]), np.array([[1, 2]])) == 0.5
+    assert share_of_exact(exact, exact) == 1
+    assert share_of_exact(np.array([[0, 1]]), np.array([[1, 2]])) == 0.5
 
 
 def test_pieces_are_as_one_and_scores_are_those_of_what_comes_back(monkeypatch):

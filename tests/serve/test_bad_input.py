@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from embedsmith.core.errors import RecipeError
 from embedsmith.serve import batching
 from embedsmith.serve.app import application
-from embedsmith.serve.limits import Limits
+from embedsmith.serve.limits import ServerLimits
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import embedder
 from tests.serve.fuzz import fault, requests
@@ -108,7 +108,7 @@ def test_a_server_without_index_reranker_or_heads_says_how_to_start_one(tmp_path
 
 
 def test_bodies_are_bounded_whatever_the_header_says(model):
-    client = TestClient(application(Service(Sources({"tiny": lambda: model}), Limits(body=1000))))
+    client = TestClient(application(Service(Sources({"tiny": lambda: model}), ServerLimits(body=1000))))
     assert "1,000 bytes" in refusal(client, "/v1/embeddings", {"input": "a" * 1000}, 413)["message"]
     pieces = (b"x" * 100 for _ in range(100))
     assert client.post("/v1/embeddings", content=pieces).status_code == 413
@@ -157,7 +157,7 @@ def test_keys_are_read_from_a_file_or_a_variable(tmp_path, monkeypatch):
 
 
 def test_a_full_queue_is_told_with_a_time_to_come_again(model):
-    service = Service(Sources({"tiny": lambda: model}), Limits(queue=2))
+    service = Service(Sources({"tiny": lambda: model}), ServerLimits(queue=2))
     client, batcher = TestClient(application(service)), service.models["tiny"].batcher
     answers = []
     ask = lambda: answers.append(client.post("/v1/embeddings", json={"input": ["a", "b"]}))

@@ -14,7 +14,7 @@ import uvicorn
 
 from embedsmith.serve.app import application
 from embedsmith.serve.explorer import Explorer
-from embedsmith.serve.run import bind
+from embedsmith.serve.listener import bind
 from tests.serve.explored import HOSTILE, run_folder, service
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from embedsmith.core.errors import ModelError, SearchError
 from embedsmith.index import Document, EdgeStore, open_index
 from embedsmith.models import load
 from embedsmith.serve.app import application
-from embedsmith.serve.errors import ClosedError, ReloadingError
+from embedsmith.serve.failures import ClosedError, ReloadingError
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import embedder
 

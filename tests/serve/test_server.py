@@ -19,8 +19,8 @@ import uvicorn
 
 from embedsmith.models import load
 from embedsmith.serve.app import application
-from embedsmith.serve.errors import AddressError
-from embedsmith.serve.run import bind
+from embedsmith.serve.failures import AddressError
+from embedsmith.serve.listener import bind
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import TEXTS
 

@@ -19,7 +19,7 @@ from embedsmith.core.reranker import Reranker
 from embedsmith.index import Store
 from embedsmith.index.commands import Place
 from embedsmith.models import CrossEncoder, load, load_reranker
-from embedsmith.serve.limits import Limits
+from embedsmith.serve.limits import ServerLimits
 
 Models = str | Path | Encoder | Sequence[str | Path | Encoder] | Mapping[str, str | Path | Encoder]
 Folders = str | Path | Sequence[str | Path]
@@ -37,7 +37,7 @@ def application(
     keys: Sequence[str] = (),
     run: str | Path | None = None,
     feedback: str | Path | None = None,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     **options: Any,
 ) -> Any:
     """The server's application (of FastAPI), to be called by a test or by a server of your own.
@@ -94,7 +94,7 @@ def serve(
     >>> import embedsmith as es
     >>> es.serve("my-model", port=-1)
     Traceback (most recent call last):
-    embedsmith.serve.errors.AddressError: the port is -1
+    embedsmith.serve.failures.AddressError: the port is -1
       expected: from 0 to 65535
 
     `host`, `port`: where. `keys_file`: a key a line; or `key_env`, the name of an environment variable with one.
@@ -102,7 +102,7 @@ def serve(
     `settings`: of `es.application`. Errors: those of `es.application`, and `AddressError` for a port in use.
     """
     with _extra():
-        from embedsmith.serve.run import bind, run
+        from embedsmith.serve.listener import bind, listen
 
     listener = bind(host, port)
     try:
@@ -111,7 +111,7 @@ def serve(
             if not keys and host not in ("127.0.0.1", "localhost", "::1"):
                 log.warning("no keys: everybody who reaches %s can use this server (--keys FILE)", host)
             app = application(models, keys=keys, **settings)
-            run(app, app.state.service, listener, drain)
+            listen(app, app.state.service, listener, drain)
     finally:
         listener.close()
 

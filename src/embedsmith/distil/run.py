@@ -27,7 +27,7 @@ from embedsmith.core.progress import log
 from embedsmith.core.settings import Count, NotNegative, Positive, Width, Word, section, to_plain
 from embedsmith.data import Record, RecordSet, Source, read_source
 from embedsmith.distil.smaller import write_smaller
-from embedsmith.distil.static import STATIC, StaticStudent, distil_static
+from embedsmith.distil.static_student import STATIC, StaticStudent, distil_static
 from embedsmith.evaluate import evaluate, load_tasks
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.losses import TeacherVectors

@@ -5,8 +5,8 @@ from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balanc
 from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
 from embedsmith.losses.labels import Classifier, SupervisedContrastive
 from embedsmith.losses.published import F2LLM, ConanWeak, GISTEmbed, Qwen3
-from embedsmith.losses.ranking import Binary, LambdaLoss, ListNet
 from embedsmith.losses.regularisers import GOR, GORST, Flops, Uniformity
+from embedsmith.losses.rerankers import Binary, LambdaLoss, ListNet
 from embedsmith.losses.retrieval import InfoNCE
 from embedsmith.losses.self_distill import M3SelfDistillation
 from embedsmith.losses.sts import PRO, AnglE, CoSENT, Pearson, RankKL

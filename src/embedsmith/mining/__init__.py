@@ -2,12 +2,12 @@
 
 from embedsmith.mining.config import Corpus, Limits, LiveNegatives, MineRecipe, Selection
 from embedsmith.mining.offline import MineReport, mine
-from embedsmith.mining.searchers import Bm25Search, CrossEncoder, EmbeddingSearch
+from embedsmith.mining.searchers import Bm25Search, CrossEncoderTeacher, EmbeddingSearch
 
 __all__ = [
     "Bm25Search",
     "Corpus",
-    "CrossEncoder",
+    "CrossEncoderTeacher",
     "EmbeddingSearch",
     "Limits",
     "LiveNegatives",

@@ -424,7 +424,7 @@ def _floor(score_K: FloatArray, k: int) -> float:
 
 @teachers.register("cross-encoder")
 @dataclass(frozen=True, kw_only=True)
-class CrossEncoder:
+class CrossEncoderTeacher:
     """Scores by a reranker, which reads query and document together (docs/rerankers.md).
 
     model: its folder or hub id: one that was trained here, or any public cross-encoder with one output.

@@ -149,7 +149,7 @@ LAYERS: Mapping[str, Callable[[Path], Any]] = {
 """By the name of the module: how it is read from its folder."""
 
 
-def kind_of(layer: Any) -> str:
+def module_kind(layer: Any) -> str:
     """The name of its module in sentence-transformers."""
     return "Dense" if isinstance(layer, Projection) else str(layer.kind)
 
@@ -167,7 +167,7 @@ def check_widths(layers: Iterable[Any], width: int, folder: Path) -> None:
         takes = layer.linear.in_features if isinstance(layer, Projection) else layer.width_out
         if takes not in (None, width):
             raise ModelError(
-                f"layer {place + 1} ({kind_of(layer)}) takes {takes} numbers, and gets {width}",
+                f"layer {place + 1} ({module_kind(layer)}) takes {takes} numbers, and gets {width}",
                 where=folder,
                 expected="a module that belongs to this model",
                 fix="copy the folder again, as a whole",

@@ -124,7 +124,7 @@ _PACKED: Mapping[Any, Callable[[Tensor, Tensor, PaddedTokens], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Joined:
+class SideBySide:
     """Several poolings side by side: their vectors one behind the other."""
 
     parts: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...]
@@ -145,7 +145,7 @@ def pooling_named(name: str) -> Any:
         raise ModelError(
             f"pooling {name}: {trained[0]} has weights, and stands alone", fix=f"use {trained[0]}, or leave it out"
         )
-    return Joined(parts)
+    return SideBySide(parts)
 
 
 def pooled_width(name: str | None, pooler: nn.Module | None, hidden_size: int) -> int:
@@ -158,7 +158,7 @@ def pooled_width(name: str | None, pooler: nn.Module | None, hidden_size: int) -
 def pooled(pooling: Any, hidden: Tensor, pool_NT: Tensor, padded: PaddedTokens) -> Tensor:
     """A pooling of states [N, T, H], or of those of a packed chunk, [S, H]: without a padded copy of these where the
     pooling stands above, with one for any other."""
-    if isinstance(pooling, Joined):
+    if isinstance(pooling, SideBySide):
         return torch.cat([pooled(part, hidden, pool_NT, padded) for part in pooling.parts], dim=-1)
     if hidden.dim() == 2 and pooling in _PACKED:
         return _PACKED[pooling](hidden, pool_NT, padded)

@@ -35,7 +35,7 @@ from embedsmith.models.folder import (
     write_json,
 )
 from embedsmith.models.heads.base import Head, cpu_state, known_heads
-from embedsmith.models.layers import kind_of, width_after
+from embedsmith.models.layers import module_kind, width_after
 from embedsmith.models.lora import has_adapter, merged, save_adapter, transplanted
 from embedsmith.models.pooling import PoolerConfig, pooled_width
 
@@ -162,7 +162,7 @@ class Saved:
             else:
                 self.whole_backbone().save_pretrained(root)
             self._save_tokenizer(root)
-            kinds = ["Transformer", "Pooling", *map(kind_of, self.projections)]
+            kinds = ["Transformer", "Pooling", *map(module_kind, self.projections)]
             kinds += ["Normalize"] if settings.normalize else []
             modules = [_module(place, kind) for place, kind in enumerate(kinds)]
             more = self.embedding_config(apart)
@@ -177,7 +177,7 @@ class Saved:
             if weights and self.pooler is not None:
                 save_file(cpu_state(self.pooler), root / POOLER_FILE)
             for place, layer in enumerate(self.projections, start=2):
-                layer.save(root / f"{place}_{kind_of(layer)}")
+                layer.save(root / f"{place}_{module_kind(layer)}")
             if settings.normalize:
                 (root / f"{len(kinds) - 1}_Normalize").mkdir()
             for head in self.heads.values() if weights else ():

@@ -54,7 +54,7 @@ class TopK:
         self._query, self._k, self._seen, self._first = query, k, 0, first
         rows = _queries_at_once(query)
         starts = range(0, len(query), rows)
-        self._parts = [on_device(rows_of(query, start, start + rows), self.device) for start in starts]
+        self._parts = [on_device(rows_between(query, start, start + rows), self.device) for start in starts]
         self._best = [_best_for(self.device)(len(part), k, self.device) for part in self._parts]
         self._bounded = [_bounded(part) for part in self._parts]
         self._buffer: FloatArray = np.empty(0, np.float32)
@@ -62,7 +62,7 @@ class TopK:
     def add(self, document: Vectors) -> None:
         """Score the next documents, given as one block."""
         check_matrix(document, "the documents")
-        block = on_device(rows_of(document, 0, len(document)), self.device)
+        block = on_device(rows_between(document, 0, len(document)), self.device)
         if len(block) == 0:
             return
         start, bounded = self._first, _bounded(block)
@@ -101,7 +101,7 @@ class TopK:
         check_matrix(document, "the documents")
         rows = block or self.block_rows(document)
         blocks: Iterator[Representation] = (
-            rows_of(document, start, start + rows) for start in range(0, len(document), rows)
+            rows_between(document, start, start + rows) for start in range(0, len(document), rows)
         )
         if self.device.type == "cuda":  # the next block is read and pinned while one is scored
             blocks = one_ahead(block.map(_pinned) for block in blocks)
@@ -320,7 +320,7 @@ def check_matrix(value: Vectors, name: str) -> None:
         raise SearchError(f"{name} have the shape {tuple(value.shape)}", expected="a matrix [N, D]")
 
 
-def rows_of(value: Vectors, start: int, stop: int) -> Representation:
+def rows_between(value: Vectors, start: int, stop: int) -> Representation:
     """Rows `start` to `stop` as a representation; only they are read from a memory-mapped matrix."""
     if isinstance(value, Representation):
         return value.rows(slice(start, stop))

@@ -18,7 +18,7 @@ from torch import Tensor
 from embedsmith.core.errors import SearchError
 from embedsmith.core.quantize import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.core.reps import Dense, Representation, Widths
-from embedsmith.search.exact import IndexArray, TopK, Vectors, check_matrix, rows_of, search_device
+from embedsmith.search.exact import IndexArray, TopK, Vectors, check_matrix, rows_between, search_device
 
 SearchPrecision = Literal["float32", "int8", "binary"]
 RESCORE = 4
@@ -208,7 +208,7 @@ def _some(vectors: Vectors, index: IndexArray) -> Tensor:
 
 def _finite(vectors: Vectors, start: int, stop: int, name: str = "document") -> FloatArray:
     """Some rows in fp32. Errors: `SearchError` naming the first that is not finite."""
-    rep = rows_of(vectors, start, stop)
+    rep = rows_between(vectors, start, stop)
     assert isinstance(rep, Dense)
     vector_ND: FloatArray = rep.vector_ND.detach().float().cpu().numpy()
     if not np.isfinite(vector_ND.sum(dtype=np.float64)):

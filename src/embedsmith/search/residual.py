@@ -215,7 +215,7 @@ class ResidualEncoder:
         return f"{fingerprint(self.encoder)}-residual{self.bits}"
 
 
-def recall(found_Qk: IndexArray, exact_Qk: IndexArray) -> float:
+def share_of_exact(found_Qk: IndexArray, exact_Qk: IndexArray) -> float:
     """The share of the exact best k of each query that is among those found, the mean over queries."""
     both = [len(set(mine) & set(best)) / len(best) for mine, best in zip(found_Qk.tolist(), exact_Qk.tolist())]
     return float(np.mean(both))

@@ -13,7 +13,7 @@ from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import MultiVector, Reps, Sparse
 from embedsmith.index.engine import check_finite, lexical_weights
 from embedsmith.serve.model import Encoded, Model
-from embedsmith.serve.searcher import Found
+from embedsmith.serve.served_index import Found
 
 Vectors = npt.NDArray[np.float32]
 

@@ -26,12 +26,12 @@ from embedsmith.serve.bodies import (
     RerankBody,
     SearchBody,
 )
-from embedsmith.serve.errors import Failure, RequestError, UnknownModelError, failure_of, failure_of_body
 from embedsmith.serve.explorer import Explorer, router
+from embedsmith.serve.failures import Failure, RequestError, UnknownModelError, failure_of, failure_of_body
 from embedsmith.serve.gate import Gate, Keys
 from embedsmith.serve.manual import manual
 from embedsmith.serve.model import Encoded, Model, Text
-from embedsmith.serve.searcher import Question
+from embedsmith.serve.served_index import Question
 from embedsmith.serve.service import Service
 
 _ABOUT = "Embeddings, reranking and search, in the shapes of OpenAI, Cohere and TEI."

@@ -11,7 +11,7 @@ from scipy.linalg import eigh
 
 from embedsmith.index import Document, HybridIndex
 from embedsmith.search import exact_top_k
-from embedsmith.serve.errors import RequestError
+from embedsmith.serve.failures import RequestError
 
 Floats = npt.NDArray[np.floating[Any]]
 

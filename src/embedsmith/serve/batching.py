@@ -43,7 +43,7 @@ class RetiredError(Exception):
     """The batcher takes nothing more: another is in its place."""
 
 
-class Rows(Protocol):
+class Batchable(Protocol):
     """What is computed of N items."""
 
     def rows(self, index: list[int]) -> Self:
@@ -56,7 +56,7 @@ class Rows(Protocol):
         ...
 
 
-R = TypeVar("R", bound=Rows)
+R = TypeVar("R", bound=Batchable)
 T = TypeVar("T")
 
 

@@ -21,7 +21,7 @@ from embedsmith.search.hybrid import M3_WEIGHTS
 from embedsmith.serve.answers import as_json
 from embedsmith.serve.atlas import Atlas
 from embedsmith.serve.bodies import Body, OneText
-from embedsmith.serve.errors import RequestError, UnknownModelError
+from embedsmith.serve.failures import RequestError, UnknownModelError
 from embedsmith.serve.feedback import FeedbackFile
 from embedsmith.serve.service import Service
 

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from embedsmith.core.text_out import remember_secret
-from embedsmith.serve.errors import Failure
-from embedsmith.serve.metrics import Metrics
+from embedsmith.serve.counters import Metrics
+from embedsmith.serve.failures import Failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -7,7 +7,7 @@ from embedsmith.core.settings import Count, section
 
 @section
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """What is refused, so that a server neither runs out of memory nor lets everybody wait.
 
     queue: texts that may wait for a model; more are refused with 503 and a time to come again.

@@ -18,11 +18,11 @@ from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import did_you_mean
 from embedsmith.index import Document, HybridIndex, Store, Written
 from embedsmith.serve.batching import RetiredError
-from embedsmith.serve.errors import ClosedError, ReloadingError, RequestError, UnknownModelError
-from embedsmith.serve.limits import Limits
-from embedsmith.serve.metrics import Metrics
+from embedsmith.serve.counters import Metrics
+from embedsmith.serve.failures import ClosedError, ReloadingError, RequestError, UnknownModelError
+from embedsmith.serve.limits import ServerLimits
 from embedsmith.serve.model import Encoded, Model, Scores, ServedReranker, Text
-from embedsmith.serve.searcher import Found, Question, Searcher, open_searcher
+from embedsmith.serve.served_index import Found, Question, ServedIndex, open_served
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Loaded:
     """Models, the searchers of those that have an index, and a reranker that belong together."""
 
     models: Mapping[str, Model] = field(default_factory=dict)
-    searchers: Mapping[str, Searcher] = field(default_factory=dict)
+    searchers: Mapping[str, ServedIndex] = field(default_factory=dict)
     reranker: ServedReranker | None = None
 
     def close(self, stores: bool = True) -> None:
@@ -60,10 +60,10 @@ class Loaded:
 class Service:
     """Loads what `sources` names. Errors: theirs, and `SearchError` for an index that none of the models made."""
 
-    def __init__(self, sources: Sources, limits: Limits | None = None) -> None:
+    def __init__(self, sources: Sources, limits: ServerLimits | None = None) -> None:
         if not sources.models:
             raise ModelError("no model to serve", expected="one or more")
-        self.limits = limits or Limits()
+        self.limits = limits or ServerLimits()
         self.metrics = Metrics()
         self.draining = False
         self._sources = sources
@@ -149,7 +149,7 @@ class Service:
         name, _ = await self._write(model, lambda searcher: searcher.delete(ids))
         return name, await asyncio.to_thread(len, self.indexes[name])
 
-    async def _write(self, model: str | None, work: "Callable[[Searcher], Future[T]]") -> tuple[str, T]:
+    async def _write(self, model: str | None, work: "Callable[[ServedIndex], Future[T]]") -> tuple[str, T]:
         if not self._sources.writable:
             raise RequestError("this server takes no documents", fix="start it with --writable")
 
@@ -160,7 +160,7 @@ class Service:
         name, made = self._of_the_present(ask)
         return name, await asyncio.wrap_future(made)
 
-    def _searcher(self, model: str | None) -> tuple[str, Searcher]:
+    def _searcher(self, model: str | None) -> tuple[str, ServedIndex]:
         """By the name of its model, or the first. Errors: `RequestError` where there is no index."""
         searchers = self._loaded.searchers
         if not searchers:
@@ -221,7 +221,7 @@ class Service:
 
     def _load(self, kept: Mapping[str, Model] | None = None) -> Loaded:
         models: dict[str, Model] = {}
-        searchers: dict[str, Searcher] = {}
+        searchers: dict[str, ServedIndex] = {}
         reranker = None
         try:
             for name, load in self._sources.models.items():
@@ -229,7 +229,7 @@ class Service:
             kept_open = self._sources.writable and kept is not None
             stores = self._stores if kept_open else [open_store() for open_store in self._sources.stores]
             for store in stores:
-                searcher = open_searcher(store, list(models.values()), self._sources.writable)
+                searcher = open_served(store, list(models.values()), self._sources.writable)
                 if searcher.model.name in searchers:
                     raise SearchError(f"two indexes were made by {searcher.model.name}", expected="one index a model")
                 searchers[searcher.model.name] = searcher

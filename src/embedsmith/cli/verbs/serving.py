@@ -43,7 +43,7 @@ def serve_models(
     Example: embedsmith serve runs/mine/model --index my-index
     """
     from embedsmith.api.serving import serve
-    from embedsmith.serve.limits import Limits
+    from embedsmith.serve.limits import ServerLimits
 
     options = model_options(pooling, prompts, max_length, backend) | ({} if device is None else {"device": device})
     serve(
@@ -61,6 +61,6 @@ def serve_models(
         reranker=reranker,
         run=run,
         feedback=feedback,
-        limits=Limits(queue=queue, body=round(max_body * 1e6), inputs=max_inputs),
+        limits=ServerLimits(queue=queue, body=round(max_body * 1e6), inputs=max_inputs),
         **options,
     )

@@ -160,7 +160,7 @@ def convert_model(
 
     Example: embedsmith convert Qwen/Qwen3-0.6B my-embedder pooling=last
     """
-    from embedsmith.models.export import convert as run
+    from embedsmith.models.exports.libraries import convert as run
 
     options = model_options(pooling, prompts, max_length)
     say(run(model, out, changes or [], overwrite=overwrite, options=options))
@@ -195,7 +195,7 @@ def export_model(
 
     from embedsmith.core.errors import ModelError
     from embedsmith.core.outputs import claimed
-    from embedsmith.models.export import ExportedHead, export_head
+    from embedsmith.models.exports.libraries import ExportedHead, export_head
     from embedsmith.models.load import load
     from embedsmith.models.write import saved_model
 

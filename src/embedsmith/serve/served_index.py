@@ -24,7 +24,7 @@ from embedsmith.index import (
 )
 from embedsmith.index.engine import conditions
 from embedsmith.serve.batching import RetiredError
-from embedsmith.serve.errors import RequestError
+from embedsmith.serve.failures import RequestError
 from embedsmith.serve.model import Model, ServedReranker
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Found:
     matches: Sequence[TokenMatch] = ()
 
 
-class Searcher:
+class ServedIndex:
     """An index and the model that made it. Errors: those of `HybridIndex.search` and `add`."""
 
     def __init__(self, index: HybridIndex, model: Model) -> None:
@@ -179,7 +179,7 @@ def _reranked(query: str, hits: Sequence[Hit], reranker: ServedReranker) -> list
     return sorted(rescored, key=lambda hit: -hit.score)
 
 
-def open_searcher(store: Store, models: Sequence[Model], create: bool = False) -> Searcher:
+def open_served(store: Store, models: Sequence[Model], create: bool = False) -> ServedIndex:
     """The index in a store with the model, of those that are served, that made it. With `create` an empty one of the
     first model, where there is none.
 
@@ -189,4 +189,4 @@ def open_searcher(store: Store, models: Sequence[Model], create: bool = False) -
     made_by = None if settings is None else settings["fingerprint"]
     model = next((one for one in models if one.fingerprint() == made_by), models[0])
     heads = model.heads if settings is None else None
-    return Searcher(open_index(model, store, heads=heads, model=model.name, create=create), model)
+    return ServedIndex(open_index(model, store, heads=heads, model=model.name, create=create), model)

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.progress import log
-from embedsmith.serve.errors import AddressError
+from embedsmith.serve.failures import AddressError
 from embedsmith.serve.service import Service
 
 
@@ -57,7 +57,7 @@ def _taken(error: OSError, where: str, port: int) -> AddressError:
     )
 
 
-def run(app: FastAPI, service: Service, listener: socket.socket, drain: float) -> None:
+def listen(app: FastAPI, service: Service, listener: socket.socket, drain: float) -> None:
     """Serve until TERM or INT: nothing new is taken then, and what was asked is answered, for `drain` seconds at most.
     HUP loads the models anew."""
     config = uvicorn.Config(
