@@ -17,10 +17,12 @@ import embedsmith
 from embedsmith.core.encoder import fingerprint
 from embedsmith.core.errors import CheckpointError, ModelError
 from embedsmith.core.reps import Dense
+from embedsmith.index.engine import lexical_weights
 from embedsmith.models import load
 from embedsmith.models.exports import trace, write
 from embedsmith.models.exports.write import GraphConfig, export_graph
 from embedsmith.models.graphs.layout import output_names
+from tests.models import lm
 from tests.models.graphs import FAMILIES, apart, largest_difference, model_of
 from tests.models.tiny import TEXTS
 
@@ -284,3 +286,28 @@ def test_every_family_at_every_length_and_padding(family, tmp_path):
     model = model_of(family, tmp_path / "model")
     export_graph(model, tmp_path / "out", GraphConfig("onnx"), TEXTS)
     assert largest_difference(model, load(str(tmp_path / "out"))) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_half_of_the_bytes_and_nearly_the_same_vectors(backend, tmp_path):
+    model = model_of("bert", tmp_path / "model")
+    export_graph(model, tmp_path / "out", GraphConfig(backend, "fp16"), TEXTS)
+    vectors = load(str(tmp_path / "out")).encode(TEXTS)
+    assert vectors.dtype == np.float32
+    assert 0 < abs(vectors - model.encode(TEXTS)).max() < 5e-3
+
+
+@pytest.mark.slow
+def test_a_splade_graph_gives_the_same_words(tmp_path):
+    folder, options = str(lm.folder(tmp_path, "bert")), {"pooling": "mean", "heads": ("sparse",), "sparse": "splade"}
+    model = load(folder, sparse_terms=9, device="cpu", **options)
+    export_graph(model, tmp_path / "out", GraphConfig("onnx"), TEXTS)
+    reps = [
+        one.represent(TEXTS, role="document", outputs=("sparse",))["sparse"]
+        for one in (model, load(str(tmp_path / "out")))
+    ]
+    first, second = (lexical_weights(rep) for rep in reps)
+    assert [one.keys() for one in first] == [one.keys() for one in second]
+    for one, other in zip(first, second, strict=True):
+        assert list(other.values()) == pytest.approx(list(one.values()), abs=1e-5)
