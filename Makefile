@@ -21,8 +21,8 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-# The tests' models are tiny: threads would only wait for each other. Two processes share the files.
-test: export OMP_NUM_THREADS := 1
+# Two processes share the test files: more threads would only wait for each other.
+test test-slow: export OMP_NUM_THREADS := 1
 
 # Counting lines costs least this way, where Python has it (3.12); elsewhere it takes about a third more time.
 coverage: export COVERAGE_CORE := sysmon

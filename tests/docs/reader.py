@@ -75,7 +75,7 @@ class Patient:
             capture_output=True,
             cwd=self.folder,
             env=self.environment,
-            timeout=900,
+            timeout=1800,
         )
         assert done.returncode == 0, f"{block.page}:{block.line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

