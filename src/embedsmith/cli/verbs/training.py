@@ -43,7 +43,7 @@ def mine_negatives(
 ) -> None:
     """Find hard negatives for records. The same command continues a run that was stopped; torchrun shares the work.
 
-    Example: embedsmith mine mine data.path=pairs.jsonl searchers.1.model=runs/mine/model output=mined.jsonl
+    Example: embedsmith mine mine data.path=pairs.jsonl searchers.0.model=runs/mine/model output=mined.jsonl
     """
     from embedsmith.cli.stages import run_mine
     from embedsmith.core.recipe import apply_override, read_tree
