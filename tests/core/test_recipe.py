@@ -78,6 +78,7 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path):
         ({"name": "a", "shape": {"type": "circle", "radius": 0}}, ["shape", "radius is 0", "above 0"]),
         ({"name": "a", "shape": {"type": "pair", "first": {"type": "circle", "radius": "x"}}}, ["shape.first.radius"]),
         ({"name": "a", "shape": 3}, ["shape", "3 is not a shape", "`type`"]),
+        ({"name": "a", "inner": None}, ["inner: this wants keys with their values (got None)"]),
         ([1], ["recipe"]),
     ],
 )

@@ -175,7 +175,8 @@ def _explain(detail: Any, schema: Any, tree: Any) -> str:
         return f"{place}: this key is required"
     if isinstance(cause, Exception):
         return f"{place}: {cause}"
-    return f"{place}: {detail['msg']} (got {detail['input']!r})"
+    message = "this wants keys with their values" if detail["type"] == "dataclass_type" else detail["msg"]
+    return f"{place}: {message} (got {detail['input']!r})"
 
 
 def _hint(name: str, known: Sequence[str], schema: Any) -> str:
