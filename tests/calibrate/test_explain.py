@@ -102,6 +102,20 @@ def test_a_barrier_is_nothing_where_the_merge_is_the_parent(tmp_path):
     assert [row["barrier"] for row in rows if row["parent"] == "parent-0"] == pytest.approx([0.0, 0.0], abs=1e-9)
 
 
+def test_a_barrier_is_the_highest_rise_above_the_line(tmp_path):
+    live = family(tmp_path, parents=2)
+    merge_GM = torch.tensor([[0.2, 1.5]], dtype=torch.float64)
+    rows = batches(live).barriers(merge_GM, points=4)
+    for parent in range(2):
+        start_GM = torch.eye(2, dtype=torch.float64)[[parent]]
+        shares = [0, 1 / 3, 2 / 3, 1]
+        losses = [batches(live).losses_at((1 - s) * start_GM + s * merge_GM) for s in shares]
+        for task in range(2):
+            line = [(1 - s) * losses[0][task] + s * losses[-1][task] for s in shares]
+            rise = max(point[task] - low for point, low in zip(losses, line))
+            assert rows[2 * parent + task]["barrier"] == pytest.approx(rise, abs=1e-6)
+
+
 def test_gradients_of_one_task_twice_agree(tmp_path):
     live = family(tmp_path, parents=2)
     twice = TaskBatches.whole(live, (SOURCES[0], SOURCES[1]), [sts_records(6), sts_records(6)], 6, 0)

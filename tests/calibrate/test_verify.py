@@ -153,6 +153,11 @@ def test_the_margin_is_the_answers_lead(folders):
     queries = torch.from_numpy(model.encode([r.query for r in records.records], role="query"))
     answers = torch.from_numpy(model.encode([r.positives[0] for r in records.records], role="document"))
     scores = queries @ answers.T
+    model.settings = replace(model.settings, normalize=False)
+    texts = {"query": [r.query for r in records.records], "document": [t for r in records.records for t in r.positives]}
+    whole = {role: model.encode(list(dict.fromkeys(each)), role=role) for role, each in texts.items()}
     others = (scores.sum() - scores.trace()) / 20
     assert figures["margin of answers"] == pytest.approx(float(scores.trace() / 5 - others), abs=1e-5)
+    lengths = [np.linalg.norm(row) for side in ("query", "document") for row in whole[side]]
+    assert figures["length before normalising"] == pytest.approx(np.mean(lengths), rel=1e-5)
     assert figures["alignment"] == pytest.approx(float((2 - 2 * scores.diagonal()).mean()), abs=1e-5)

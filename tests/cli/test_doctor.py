@@ -65,7 +65,9 @@ def test_a_missing_extra_is_no_problem(versions: dict[str, str | None]) -> None:
     assert not next(extra for extra in found.extras if extra.name == "lora").fits
     console = Console(width=150, record=True)
     console.print(found.table())
-    assert 'pip install "embedsmith[lora]"' in console.export_text()
+    shown = console.export_text()
+    assert 'pip install "embedsmith[lora]"' in shown
+    assert all(device.what in shown for device in found.devices)
 
 
 def test_it_runs_without_torch(versions: dict[str, str | None]) -> None:

@@ -130,7 +130,7 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
     Path("joint").write_text("a: 1")
     assert not names_recipe("joint", "train")
     assert recipe_file("joint", "train") == Path("joint")
-    with pytest.raises(RecipeError, match=r"cannot read the file.*did you mean 'ties'"):
+    with pytest.raises(RecipeError, match=r"^tie: cannot read the file.*did you mean 'ties'"):
         recipe_file("tie", "merge")
     for missing in ("joint.yaml", "recipes/joint.yml"):
         with pytest.raises(RecipeError, match=r"No such file(.|\n)*embedsmith train joint takes the recipe that ships"):

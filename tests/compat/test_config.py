@@ -12,7 +12,7 @@ from embedsmith.compat.config import read_recipe
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.data import Source, read_source
 from embedsmith.data.token_cache import Manifest
-from embedsmith.losses import F2LLM, Matryoshka, Sum
+from embedsmith.losses import F2LLM, InfoNCE, Matryoshka, Sum
 from embedsmith.models import load
 from embedsmith.train import train
 from tests.models.families import tiny
@@ -108,6 +108,13 @@ def test_published_configs_load_unchanged(tmp_path, data, name):
         inner = loss.parts[0]
         assert isinstance(inner, Matryoshka)
         assert (inner.dims, inner.weights) == ((128, 256), (0.5, 0.5))
+
+
+def test_in_batch_and_hard_negatives_may_be_one_term(tmp_path, data):
+    kinds = {"dataset_types": {"arxiv": "clustering"}, "loss_form": "joint", "false_neg_margin": 0.2}
+    cluster, retrieval = read_recipe(write(tmp_path / "c.json", data, **kinds)).data
+    assert retrieval.loss == InfoNCE(temperature=0.05, negatives="all", margin=0.2)
+    assert cluster.loss == InfoNCE(temperature=0.05, negatives="own", margin=0.2)
 
 
 def test_same_class_rows_are_neither_negatives_nor_spread(tmp_path, data):

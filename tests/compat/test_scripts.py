@@ -113,6 +113,44 @@ def test_an_adapter_of_the_reference_lies_below_the_checkpoint(tmp_path, base, r
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("e5", {"prompts": {"query": scripts.T2_PROMPT}}),
+        ("bge", {"pooling": "cls"}),
+        ("qwen3embedding", {"prompts": {"query": scripts.T2_PROMPT}}),
+        ("qwen3eos", {"pooling": "last", "prompts": {"query": scripts.T2_PROMPT}}),
+    ],
+)
+def test_a_known_model_is_loaded_as_its_authors_say(tmp_path, name, options):
+    pytest.importorskip("mteb", reason='needs mteb: pip install "embedsmith[eval]"')
+    asked = []
+
+    def loaded(path, **given):
+        asked.append((path, given))
+        raise ModelError("enough")
+
+    data = ("--data", str(beir(tmp_path / "t2")))
+    for given, path in (((), scripts.PRESETS[name][0]), (("--model_id", "mine"), "mine")):
+        with pytest.raises(ModelError, match="enough"):
+            scripts.t2retrieval_command(loaded, ["--model", name, *given, *data])
+        assert asked.pop() == (path, options)
+
+
+def test_tasks_are_asked_for_in_the_languages_that_are_named(monkeypatch):
+    asked = []
+
+    def found(names, **given):
+        asked.append((names, given["languages"]))
+        raise ModelError("enough")
+
+    monkeypatch.setattr(scripts, "find_mteb_tasks", found)
+    for given, languages in (((), []), (("--task_langs", "cmn", "eng"), ["cmn", "eng"])):
+        with pytest.raises(ModelError, match="enough"):
+            scripts.extractor_command(None, ["--ckpt_dir", "m", "--tasks", "a,b", "c", *given])
+        assert asked.pop() == (["a", "b", "c"], languages)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--tasks", "x"], "neither --ckpt_dir nor --config"),

@@ -10,6 +10,7 @@ from embedsmith.core import collectives
 from embedsmith.core.batch import ABSENT, LossOutput, PairBatch, RetrievalBatch, Side, gather_pair_scores
 from embedsmith.core.collectives import (
     ALONE,
+    agreed_by_hosts,
     average_gradients,
     complete_gradients,
     gather_rows,
@@ -224,6 +225,7 @@ def test_small_gradients_travel_together_and_types_apart(monkeypatch):
 def test_one_process_is_its_own_answer():
     tensor = torch.ones(2, requires_grad=True)
     assert (world_size(), rank(), max_over_ranks(3), objects_of_all_ranks("x")) == (1, 0, 3, ["x"])
+    assert agreed_by_hosts(3) == 3
     assert sum_over_ranks(tensor) is tensor
     assert mean_over_ranks(tensor) is tensor
     assert not gather_rows(tensor).requires_grad

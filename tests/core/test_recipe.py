@@ -44,12 +44,19 @@ class Inner:
 
 @section
 @dataclass(frozen=True)
+class Middle:
+    inner: Inner = Inner()
+
+
+@section
+@dataclass(frozen=True)
 class Outer:
     name: str
     inner: Inner = Inner()
     shape: Annotated[object, shapes] | None = None
     many: tuple[Inner, ...] = ()
     table: dict[str, float] = field(default_factory=dict)
+    either: Middle | str = ""
 
 
 def test_round_trip_through_a_file(tmp_path):
@@ -79,6 +86,7 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path):
         ({"name": "a", "shape": {"type": "pair", "first": {"type": "circle", "radius": "x"}}}, ["shape.first.radius"]),
         ({"name": "a", "shape": 3}, ["shape", "3 is not a shape", "`type`"]),
         ({"name": "a", "inner": None}, ["inner: this wants keys with their values (got None)"]),
+        ({"name": "a", "either": {"inner": {"learning_rate": "x"}}}, ["either.inner.learning_rate"]),
         ([1], ["recipe"]),
     ],
 )

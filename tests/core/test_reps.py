@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embedsmith.core.reps import TIE, Dense, MultiVector, Sparse, concatenate, exceeds
+from embedsmith.core.reps import TIE, Dense, Euclidean, Manhattan, MultiVector, Sparse, concatenate, exceeds
 
 
 def dense(n, d=8, seed=0):
@@ -33,7 +33,18 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
+def euclidean(*shape, **options):
+    return Euclidean(dense(*shape, **options).vector_ND)
+
+
+def manhattan(*shape, **options):
+    return Manhattan(dense(*shape, **options).vector_ND)
+
+
 def naive(left, right, i, j):
+    if isinstance(left, Euclidean):
+        apart = [abs(x - y) for x, y in zip(left.vector_ND[i].tolist(), right.vector_ND[j].tolist())]
+        return -sum(apart) if isinstance(left, Manhattan) else -math.sqrt(sum(x * x for x in apart))
     if isinstance(left, Dense):
         return sum(x * y for x, y in zip(left.vector_ND[i].tolist(), right.vector_ND[j].tolist()))
     if isinstance(left, Sparse):
@@ -50,7 +61,7 @@ def naive(left, right, i, j):
     return sum(best) / len(best)
 
 
-@pytest.mark.parametrize("make", [dense, sparse, multi])
+@pytest.mark.parametrize("make", [dense, euclidean, manhattan, sparse, multi])
 def test_scores_equal_a_naive_loop(make):
     left, right = make(4, seed=1), make(4, seed=2)
     score_WQK, paired_WN = left.scores(right), left.paired(right)

@@ -8,7 +8,6 @@ import time
 import pytest
 from fastapi.testclient import TestClient
 
-from embedsmith.core.errors import RecipeError
 from embedsmith.serve import batching
 from embedsmith.serve.app import application
 from embedsmith.serve.limits import ServerLimits
@@ -137,23 +136,6 @@ def test_keys_open_the_server_and_are_shown_nowhere(model, caplog):
     echoed = client.post("/v1/embeddings", json={KEY: 1}, headers={"x-api-key": KEY})
     assert echoed.status_code == 400
     assert KEY not in echoed.text + wrong.text + caplog.text + repr(vars(service))
-
-
-def test_keys_are_read_from_a_file_or_a_variable(tmp_path, monkeypatch):
-    from embedsmith.api.serving import read_keys
-
-    file = tmp_path / "keys"
-    file.write_text(f"# ours\n{KEY}\n\n{KEY[::-1]}\n")
-    monkeypatch.setenv("SERVER_KEY", "k" * 20)
-    assert read_keys(file, "SERVER_KEY") == [KEY, KEY[::-1], "k" * 20]
-    for text, words in (
-        ("# none\n", "no key in this file"),
-        ("short\n", "too short"),
-        ("with spaces in the key\n", "spaces"),
-    ):
-        file.write_text(text)
-        with pytest.raises(RecipeError, match=words):
-            read_keys(file, None)
 
 
 def test_a_full_queue_is_told_with_a_time_to_come_again(model):

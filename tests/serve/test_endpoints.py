@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from embedsmith.core.errors import RecipeError, SearchError
+from embedsmith.core.errors import SearchError
 from embedsmith.index import EdgeStore, WeightedSum, open_index
 from embedsmith.index.engine import lexical_weights
 from embedsmith.serve.app import application
@@ -181,14 +181,3 @@ def test_an_index_of_another_model_is_refused(index_folder, tmp_path):
         Service(Sources({"other": lambda: other}, [lambda: EdgeStore(index_folder, read_only=True)]))
     with pytest.raises(SearchError, match="no index here"):
         Service(Sources({"other": lambda: other}, [lambda: EdgeStore(tmp_path / "none", read_only=True)]))
-
-
-def test_models_are_named_by_their_folders(folder, tmp_path):
-    from embedsmith.api.serving import named_models
-
-    run = tmp_path / "runs" / "mine" / "model"
-    run.mkdir(parents=True)
-    assert named_models([str(folder), str(run)]) == {"tiny": str(folder), "mine": str(run)}
-    assert named_models(["a=org/one", "org/two"]) == {"a": "org/one", "org/two": "org/two"}
-    with pytest.raises(RecipeError, match="two models are called"):
-        named_models([str(run), f"mine={folder}"])

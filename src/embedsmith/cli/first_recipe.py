@@ -267,7 +267,7 @@ def _batch(rows: int, repeats: int) -> int:
     batch share a text, so that a text of many rows makes batches smaller, down to 8."""
     most = 128 if rows >= 100_000 else 64
     most = min(most, max(1 << int(math.log2(max(rows // repeats, 1))), 8))
-    return max(min(most, 1 << int(math.log2(max(rows / 8, 4)))), 4)
+    return min(most, 1 << int(math.log2(max(rows / 8, 4))))
 
 
 def _why_batch(task: str, batch: int, rows: int) -> str:

@@ -34,12 +34,8 @@ def _described(path: Path) -> Shipped:
     name = path.relative_to(FOLDER).with_suffix("").as_posix()
     keys = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
     verb = next((verb for key, verb in _FIRST_KEYS.items() if key in keys), "train")
-    comment = []
-    for line in lines:
-        if not line.startswith("# "):
-            break
-        comment.append(line.removeprefix("# "))
-    summary = " ".join(comment).partition(". ")[0].partition(" Run: ")[0].rstrip(".")
+    comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+    summary = comment.partition(". ")[0].partition(" Run: ")[0].rstrip(".")
     return Shipped(name, "accelerate launch" if name.startswith("accelerate/") else verb, summary, path)
 
 
