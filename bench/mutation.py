@@ -46,6 +46,8 @@ EQUIVALENT = ROOT / "bench" / "mutation_equivalent.yaml"
 FOLDER = WORK / "mutation"
 HEAVY = ["torch", "transformers", "numpy", "scipy.stats", "pyarrow.parquet", "safetensors.torch", "pydantic", "pytest"]
 LEAST = 12  # mutants of the smallest room
+# Tests that reach a room through the verb above it, and so stand in that verb's room.
+ALSO = {"data": ["tests/api/test_tokenizing.py"], "api": ["tests/serve/test_server.py"]}
 Json = dict[str, Any]
 
 
@@ -89,7 +91,7 @@ def settled(kept: Json | None, tests: Json) -> bool:
 def tests_of(room: str) -> Json:
     """`lines`: module -> line -> tests; `modules`: module -> tests; `seconds`: test -> time; `several`: those of
     several processes. Made once for a state of the room and its tests."""
-    digest = _digest(PACKAGE / room, ROOT / "tests" / room)
+    digest = _digest(*(ROOT / name for name in (f"src/embedsmith/{room}", *tests_for(room))))
     path = FOLDER / f"tests-{room}.json"
     found = read_json(path, None)
     if found is None or found["digest"] != digest:
@@ -97,6 +99,11 @@ def tests_of(room: str) -> Json:
         found = {"digest": digest, **_observe(room)}
         write_json(path, found)
     return found
+
+
+def tests_for(room: str) -> list[str]:
+    """The folder with a room's tests, and files beside it."""
+    return [f"tests/{room}", *ALSO.get(room, [])]
 
 
 def _observe(room: str) -> Json:
@@ -130,7 +137,7 @@ def _run_covered(tree: Path, room: str, data: str, watch: Watch) -> None:
     _enter(tree)
     os.environ["COVERAGE_FILE"] = data
     code = pytest.main(
-        ["-q", *_NO_CACHE, f"tests/{room}", "--cov=embedsmith", "--cov-context=test", "--cov-report="], [watch]
+        ["-q", *_NO_CACHE, *tests_for(room), "--cov=embedsmith", "--cov-context=test", "--cov-report="], [watch]
     )
     seen = {"seconds": {k: round(v, 3) for k, v in watch.seconds.items()}, "several": watch.several}
     Path(f"{data}.json").write_text(json.dumps(seen), encoding="utf-8")
@@ -291,8 +298,8 @@ def _copy_of_tree(target: Path) -> Path:
     return target
 
 
-def _digest(*folders: Path) -> str:
-    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+def _digest(*places: Path) -> str:
+    files = sorted(path for place in places for path in ([place] if place.is_file() else place.rglob("*.py")))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 

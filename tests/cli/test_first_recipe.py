@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from embedsmith.cli import first_recipe as module
 from embedsmith.cli.first_recipe import copy_recipe, first_recipe
-from embedsmith.core.files import atomic_file
+from tests.claims import watch_claims
 
 
 def rows_to(path, rows):
@@ -87,16 +88,12 @@ def test_texts_without_a_letter(recipe_of):
     assert recipe_of([{"query": "?" * (n + 1), "pos": ["!" * (n + 1)]} for n in range(5)])[0]["data"]
 
 
-def test_what_is_written_is_claimed_first(tmp_path, monkeypatch):
-    """Another process that writes the same recipe is refused."""
-    claims = []
-
-    def watched(path):
-        claims.append([one.name for one in tmp_path.glob(f".{path.name}*")])
-        return atomic_file(path)
-
-    monkeypatch.setattr("embedsmith.cli.first_recipe.atomic_file", watched)
-    copy_recipe("joint", tmp_path)
-    first_recipe(rows_to(tmp_path / "pairs.jsonl", pairs(5)), tmp_path, None)
-    assert len(claims) == 2
-    assert all(claims)
+@pytest.mark.parametrize("shipped", [True, False])
+def test_what_is_written_is_claimed_first(tmp_path, monkeypatch, shipped):
+    path = tmp_path / ("joint.yaml" if shipped else "recipe.yaml")
+    claims = watch_claims(monkeypatch, module, path, "atomic_file")
+    if shipped:
+        copy_recipe("joint", tmp_path)
+    else:
+        first_recipe(rows_to(tmp_path / "pairs.jsonl", pairs(5)), tmp_path, None)
+    assert claims == [True]

@@ -34,6 +34,12 @@ def test_slices_of_ranks_are_equal_disjoint_and_together_the_batch(world):
         assert len(set(planned.rows.tolist())) == len(planned.rows)
 
 
+def test_a_plan_that_has_been_drawn_from_is_still_the_same_plan():
+    drawn, fresh = plan_for(1), plan_for(1)
+    drawn.at(0)
+    assert drawn == fresh
+
+
 @pytest.mark.parametrize("world", RANKS)
 def test_an_epoch_uses_each_row_once_or_counts_it(world):
     plan = plan_for(world)

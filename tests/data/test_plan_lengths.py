@@ -6,6 +6,7 @@ from tests.plans import epoch_of, plan_from
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import PlanConfig, RowFacts
+from embedsmith.data.plan.passes import _shareable
 
 WORLD = 4
 
@@ -21,6 +22,12 @@ def mixed_lengths(size=2000, seed=0):
 
 def plan_of(known, batch_size, world=WORLD, **config):
     return plan_from((len(known),), (batch_size,), 1, world, config=PlanConfig(**config), facts=(known,))
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(0, 1), (1, 1), (3, 3), (5, 4), (11, 6), (13, 12), (25, 24)])
+def test_as_many_rows_as_ranks_can_share(rows, shared):
+    """12 is what they have to be a multiple of, or a divisor."""
+    assert _shareable(rows, 12) == shared
 
 
 def test_rows_of_a_batch_are_of_one_group_or_carried_from_a_shorter_one():

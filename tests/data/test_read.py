@@ -117,6 +117,12 @@ def test_csv_with_declared_columns(tmp_path, separator):
     assert [record.negatives for record in found.records] == [("n1",), ("n2", "n3")]
 
 
+def test_a_csv_cell_of_blanks_is_no_score(tmp_path):
+    path = tmp_path / "e.csv"
+    path.write_text("query,positives,positive_scores\na,b, \nc,d,0.5\n", encoding="utf-8")
+    assert [record.positive_scores for record in read(path, task="retrieval").records] == [None, (0.5,)]
+
+
 def test_csv_cells_with_line_breaks_and_scores(tmp_path):
     path = tmp_path / "e.csv"
     path.write_text('text1,text2,score\r\n"two\nlines",b,3\r\n"x, y",z,0\r\n', encoding="utf-8", newline="")
@@ -200,11 +206,13 @@ def test_labels_are_numbered_by_name_whatever_the_order(tmp_path):
         ((0, 4), (0, 5), 0.0),
     ],
 )
-def test_score_ranges_are_inferred_and_rescaled(tmp_path, scores, expected, first):
+def test_score_ranges_are_inferred_rescaled_and_said(tmp_path, scores, expected, first, caplog):
+    caplog.set_level("INFO")
     found = read(lines(tmp_path / "s.jsonl", *({"text1": "a", "text2": "b", "score": score} for score in scores)))
     assert found.score_range == expected
     assert found.records[0].positive_scores[0] == pytest.approx(first)
     assert "inferred" in found.scores
+    assert "scores taken as {:g} to {:g} (found ".format(*expected) in caplog.text
 
 
 def test_a_limit_does_not_change_the_inferred_range(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.record import Record, text_id, validate, without_empty
+from embedsmith.data.record import Record, text_id, titled, validate, without_empty
 
 GOOD = Record("a question", ("an answer",), ("no answer", "nothing to do with it"))
 
@@ -15,6 +15,14 @@ def test_ids_are_equal_for_the_same_text_in_another_form():
     assert text_id("caf\u00e9  au\tlait ") == text_id("cafe\u0301 au lait")
     assert text_id("a b") != text_id("ab")
     assert text_id("A b") != text_id("a b")
+
+
+@pytest.mark.parametrize(
+    ("title", "text", "whole"),
+    [("Paris", "a city", "Paris a city"), ("Paris", "", "Paris"), ("", "a city", "a city"), (None, " a ", " a ")],
+)
+def test_a_title_is_joined_by_one_space(title, text, whole):
+    assert titled(title, text) == whole
 
 
 def test_ids_are_what_they_were():

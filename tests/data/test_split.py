@@ -5,9 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
+from tests.claims import watch_claims
 
 from embedsmith.core.errors import CheckpointError, DataError
 from embedsmith.data import Source, read_source, text_id
+from embedsmith.data import split as module
 from embedsmith.data.split import split_source
 from embedsmith.evaluate import load_task
 
@@ -58,6 +60,12 @@ def test_the_order_of_rows_does_not_matter_and_the_seed_does(tmp_path):
     first = {f.name: f.read_bytes() for f in (tmp_path / "0").rglob("*.*") if f.is_file()}
     made(tmp_path / "0", PAIRS)
     assert {f.name: f.read_bytes() for f in (tmp_path / "0").rglob("*.*") if f.is_file()} == first
+
+
+def test_the_folder_is_claimed_while_it_is_written(tmp_path, monkeypatch):
+    claims = watch_claims(monkeypatch, module, tmp_path / "out", "atomic_folder")
+    made(tmp_path / "out", PAIRS)
+    assert claims == [True]
 
 
 def test_scored_pairs_and_labels_are_files_that_evaluate_reads(tmp_path):

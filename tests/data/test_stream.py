@@ -170,6 +170,9 @@ def test_what_cannot_be_streamed_is_said(tmp_path, monkeypatch):
         stream(tmp_path / "lines", limit=501).records[500]
     with pytest.raises(RecipeError, match="it would be read whole"):
         part_of(stream(shards(tmp_path / "data")), (0.0, 0.5))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing: cannot load a dataset of this name"):
+        stream(tmp_path / "nothing", limit=5)
     (tmp_path / "data" / "1.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match=r"1.parquet: not a readable Parquet file"):
         stream(tmp_path / "data")

@@ -74,6 +74,12 @@ def test_bad_files_are_named(tmp_path, name, content, match):
         list(read_texts(tmp_path / name))
 
 
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"a\.jsonl: this is a folder, not a file"):
+        list(read_texts(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("rows", "match"),
     [

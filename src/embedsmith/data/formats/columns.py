@@ -204,8 +204,6 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
             if tier != "own":
                 _refuse_several(fitting, where, by_name=tier == "packages")
             return fitting[0]
-        if name in {"own": OWN, "common": COMMON}.get(tier, ()):
-            break
     raise _no_layout(tried, list(keys), where)
 
 
