@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from embedsmith.core.errors import DataError
+from embedsmith.data.formats.files import open_rows
 from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.encode_files import EncodeJob
 
@@ -77,7 +78,7 @@ def test_bad_files_are_named(tmp_path, name, content, match):
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(DataError, match=r"a\.jsonl: this is a folder, not a file"):
-        list(read_texts(tmp_path / "a.jsonl"))
+        open_rows(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Labelled texts: what is asked of the encoder, and what the figures mean."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -71,7 +72,9 @@ def test_a_probe_learns_what_vectors_tell_and_nothing_from_noise():
     result = evaluate(TableEncoder(vectors), [task])[0]
     assert result.main_score == 1.0
     assert result.counts == {"texts": 40, "labels": 2, "experiments": 10}
-    assert 0.2 < evaluate(HashEncoder(), [task])[0].main_score < 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that it has not converged after its 100 steps is the protocol
+        assert 0.2 < evaluate(HashEncoder(), [task])[0].main_score < 0.8
 
 
 def test_texts_of_one_label_lie_together():

@@ -1,10 +1,12 @@
 """Reranking, languages, long documents, several heads, several ranks."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from embedsmith.core.errors import EmbedsmithError, EvaluationError
+from embedsmith.core.errors import DataError, EmbedsmithError, EvaluationError
 from embedsmith.core.reps import Dense, MultiVector, Sparse
 from embedsmith.evaluate import (
     HybridEncoder,
@@ -33,6 +35,27 @@ def test_reranking_looks_at_the_candidates_only():
 def test_candidates_must_exist(ids, message):
     with pytest.raises(EvaluationError, match=message):
         RerankingTask("t", {"q": "q"}, {"1": "a"}, {"q": {"1": 1}}, {"q": ids})
+
+
+def test_candidates_are_read_from_a_file_beside_the_corpus(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t7\t1\n2\t8\t1\n")
+    rows = {
+        "corpus": [{"_id": n, "text": f"text {n}"} for n in "789"],
+        "queries": [{"_id": n, "text": n} for n in "12"],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with pytest.raises(DataError, match=rf"^{tmp_path}: top_ranked\.jsonl is missing"):
+        RerankingTask.read(tmp_path, "mine", "test")
+    file = tmp_path / "top_ranked.jsonl"
+    file.write_text('{"query-id": 1, "corpus-ids": [9, 7]}\n{"query-id": "2", "corpus-ids": ["8"]}\n')
+    task = RerankingTask.read(tmp_path, "mine", "test")
+    assert task.candidates == {"1": ["9", "7"], "2": ["8"]}
+    assert "9" not in repr(task)
+    file.write_text('{"query-id": 1, "corpus-ids": [9]}\n{"query-id": "2", "corpus": ["8"]}\n')
+    with pytest.raises(DataError, match=r"top_ranked\.jsonl:2: found: query-id, corpus"):
+        RerankingTask.read(tmp_path, "mine", "test")
 
 
 def test_one_document_can_be_searched():

@@ -1,6 +1,9 @@
 """What a task asks of an encoder, and what it makes of the answer."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +70,24 @@ def test_pieces_of_any_size_give_the_same_scores(monkeypatch: pytest.MonkeyPatch
     encoder = HashEncoder()
     assert evaluate(encoder, [collection()])[0].scores == pytest.approx(whole)
     assert encoder.calls[:3] == [(7, "query", "retrieval"), (3, "query", "retrieval"), (7, "document", "retrieval")]
+
+
+def test_the_bar_reaches_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    @contextmanager
+    def counted(label: str, total: int, **options: object) -> Iterator[SimpleNamespace]:
+        bars.append([total, 0])
+
+        def advance(count: int = 1) -> None:
+            bars[-1][1] += count
+
+        yield SimpleNamespace(advance=advance)
+
+    monkeypatch.setattr(encoding, "progress_bar", counted)
+    evaluate(HashEncoder(), [collection()])
+    assert bars
+    assert all(total == done for total, done in bars), bars
 
 
 def test_a_tie_across_the_cut_is_decided_as_in_the_complete_ranking() -> None:
