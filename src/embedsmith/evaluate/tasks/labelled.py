@@ -217,10 +217,7 @@ class ClusteringTask(TaskKind):
 def _clusterings(
     vector_ND: Any, label_N: Any, task: ClusteringTask, chance: random.Random
 ) -> list[tuple[float, float]]:
-    import warnings
-
     from sklearn.cluster import MiniBatchKMeans
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics.cluster import adjusted_mutual_info_score, v_measure_score
 
     clusters = np.unique(label_N).size
@@ -228,9 +225,7 @@ def _clusterings(
     found = []
     for _ in range(task.experiments):
         drawn = chance.choices(range(len(vector_ND)), k=task.sample)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
-            cluster_N = model.fit_predict(vector_ND[drawn])
+        cluster_N = model.fit_predict(vector_ND[drawn])
         label_S = label_N[drawn]
         scores = (v_measure_score(label_S, cluster_N), adjusted_mutual_info_score(label_S, cluster_N))
         found.append((float(scores[0]), float(scores[1])))
