@@ -22,6 +22,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.recipe import parse
 from embedsmith.core.settings import did_you_mean, to_plain
+from embedsmith.core.sharing import Shard
 from embedsmith.curate import CurateRecipe
 from embedsmith.curate import Report as CurationReport
 from embedsmith.curate import curate as run_curate
@@ -286,6 +287,8 @@ def tokenize(
     model: str | Path | Mapping[str, Any] | ModelConfig | None = None,
     data: Any = None,
     out: str | Path | None = None,
+    shard: Shard | None = None,
+    join: bool = False,
     **settings: Any,
 ) -> Manifest:
     """Tokenize sources once, for training without the tokenizer.
@@ -296,9 +299,10 @@ def tokenize(
 
     `recipe`: the path of a YAML recipe of this verb or a recipe as a dict, which the other arguments change; or a
     `TokenizeJob`. `model`, `data`: as for `train`. `out`: the folder of the token cache, which is then a source's path.
+    `shard`: which of how many shards this call is, `(0, 4)`; `join`: end the work of shards (docs/ranks.md).
     `settings`: the other keys of the recipe. Errors: those of `embedsmith tokenize`.
     """
     changes = {"model": model_tree(model), "data": None if data is None else source_trees(data), "out": out}
     whole = recipe_of(TokenizeJob, recipe, changes | settings, where="tokenize")
     with lines_shown():
-        return run_tokenize(whole)
+        return run_tokenize(whole, shard=shard, join=join)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
-from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks, on_every_rank, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
@@ -29,7 +29,7 @@ from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import to_plain
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
 from embedsmith.mining.config import MineRecipe, Selection
-from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, no_reranker, on_every_rank
+from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, no_reranker
 from embedsmith.mining.selection import (
     SUSPECT,
     Ranked,

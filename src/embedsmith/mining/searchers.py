@@ -18,11 +18,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import on_every_rank, on_first_rank, rank, world_size
 from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
 from embedsmith.core.errors import (
     DataError,
-    EmbedsmithError,
     MissingExtraError,
     ModelError,
     RecipeError,
@@ -104,20 +103,6 @@ class TeacherSettings(Protocol):
     """What stands on the shelf `teachers`."""
 
     def open(self, texts: SearchTexts) -> Scorer: ...
-
-
-def on_every_rank(act: Callable[[], None], where: str, fix: str | None = None) -> None:
-    """Run `act` on every rank. Errors: the rank's own; `SearchError` with its message on the others."""
-    failed: EmbedsmithError | None = None
-    try:
-        act()
-    except EmbedsmithError as error:
-        failed = error
-    messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
-    if failed is not None:
-        raise failed
-    if messages:
-        raise SearchError(f"another rank failed: {messages[0]}", where=where, fix=fix)
 
 
 # By an embedding model.

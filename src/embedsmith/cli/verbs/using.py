@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import Backend, Device, MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import (
+    Backend,
+    Device,
+    Join,
+    MaxLength,
+    Pooling,
+    Prompts,
+    ShardOf,
+    first_rank,
+    model_options,
+    say,
+    show,
+)
 from embedsmith.core.shelf import verbs
 
 
@@ -29,8 +41,10 @@ def encode_texts(
     prompts: Prompts = None,
     max_length: MaxLength = None,
     backend: Backend = None,
+    shard: ShardOf = None,
+    join: Join = False,
 ) -> None:
-    """Turn files of texts into memory-mapped vectors; the same command continues after a kill.
+    """Turn files of texts into memory-mapped vectors; the same command continues after a kill, torchrun shares.
 
     Example: embedsmith encode passages.jsonl vectors --model runs/mine/model --role document
     """
@@ -48,8 +62,9 @@ def encode_texts(
         "processes": processes,
         **options,
     }
-    count = encode_files(parse(EncodeJob, tree, where="encode"))
-    say(f"{count} vectors in {out}")
+    count = encode_files(parse(EncodeJob, tree, where="encode"), shard=shard, join=join)
+    if shard is None and first_rank():
+        say(f"{count} vectors in {out}")
 
 
 @verbs.register("index")
