@@ -87,6 +87,7 @@ def _tokenize(job: TokenizeJob, sharing: Sharing) -> Manifest:
     sharing.agree({"tokenizer": known, "data": sources, "layout": job.layout, "keep_text": job.keep_text})
     manifest = sharing.first(lambda: _begun(sharing, tokenizer))
     names: set[str] = set()
+    left = 0
     for source in job.data:
         records = sharing.every(partial(_records, source))
         if records.name in names:
@@ -98,6 +99,7 @@ def _tokenize(job: TokenizeJob, sharing: Sharing) -> Manifest:
             if sharing.ends:
                 sharing.first(one.clear)
             continue
+        left += 1
         sharing.first(partial(_open_parts, one, manifest))
         todo = sharing.share(range(one.count), sharing.first(one.done))
         sharing.every(partial(_write, one, todo))
@@ -105,7 +107,7 @@ def _tokenize(job: TokenizeJob, sharing: Sharing) -> Manifest:
             manifest = sharing.first(partial(_assembled, one, manifest, sharing))
         else:
             sharing.tell(one.count)
-    if sharing.ends:
+    if sharing.ends or not left:
         sharing.first(sharing.end)
     return manifest
 

@@ -180,6 +180,10 @@ def on_first_rank(act: Callable[[], T], group: Group = None) -> T:
     return value
 
 
+class FailedElsewhereError(EmbedsmithError):
+    """Another rank failed, and has told all ranks; this one stops too."""
+
+
 def on_every_rank(act: Callable[[], T], where: object, fix: str | None = None, group: Group = None) -> T:
     """Run `act` on every rank, and wait for all of them. Errors: the rank's own; an `EmbedsmithError` with its message
     on the others."""
@@ -187,6 +191,8 @@ def on_every_rank(act: Callable[[], T], where: object, fix: str | None = None, g
     outcome: Any = None
     try:
         outcome = act()
+    except FailedElsewhereError:
+        raise  # it was told already
     except EmbedsmithError as error:
         failed = error
     told = objects_of_all_ranks(None if failed is None else str(failed), group)

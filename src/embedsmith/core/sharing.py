@@ -18,6 +18,7 @@ works twice at a time.
 
 import json
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from embedsmith.core.collectives import (
     rank,
     world_size,
 )
-from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.errors import CheckpointError, EmbedsmithError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json
 from embedsmith.core.outputs import claimed, is_claimed, refuse_foreign_file
@@ -42,8 +43,15 @@ from embedsmith.core.progress import log
 
 T = TypeVar("T")
 
+_LOOK = 1.0
+"""Seconds between two looks at what other shards have done."""
+
 Shard = str | tuple[int, int]
 """Which of how many, counted from 0: `"0/4"` or `(0, 4)`."""
+
+
+class OthersFirstError(EmbedsmithError):
+    """What a shard would do next needs what other shards have not done yet."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +101,20 @@ class Sharing:
         return self.mode != "shard"
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
-        """Claim the output: shards share it, and each has its own number for itself. Errors: those of `claimed`."""
+    def claim(self, *more: Path) -> Iterator[None]:
+        """Claim the output (and more): shards share it, and each has its own number for itself. Errors: those of
+        `claimed`."""
         with lost_ranks(), ExitStack() as claims:
-            if self.mode == "shard":
-                named = f"{self.verb} --shard {self.index}/{self.count}"
-                claims.enter_context(claimed(self.output, named, shared=True))
-                claims.enter_context(claimed(self._place(self.index), named))
-            else:
-                self.first(lambda: claims.enter_context(claimed(self.output, self.verb)))
+
+            def act() -> None:
+                shared = self.mode == "shard"
+                named = f"{self.verb} --shard {self.index}/{self.count}" if shared else self.verb
+                for place in (self.output, *more):
+                    claims.enter_context(claimed(place, named, shared=shared))
+                if shared:
+                    claims.enter_context(claimed(self._place(self.index), named))
+
+            self.first(act)
             yield
 
     def _place(self, index: int) -> Path:
@@ -177,9 +190,28 @@ class Sharing:
             "and --join, which makes here what is missing and ends the work",
         )
 
-    def working(self) -> list[int]:
-        """The other shards that are at work now, as far as locks tell."""
-        return [n for n in range(self.count) if n != self.index and is_claimed(self._place(n))]
+    def meet(self, mark: Path) -> None:
+        """Shards: leave a mark that this one is through with a step, and wait for those of all others, as long as those
+        that lack it are at work. Errors: `OthersFirstError` where one is not."""
+        if self.mode != "shard":
+            return
+        marks = [mark.with_name(f"{mark.name}-{n}-of-{self.count}") for n in range(self.count)]
+        with atomic_file(marks[self.index]):
+            pass
+        told = False
+        while missing := [n for n, other in enumerate(marks) if not other.exists()]:
+            if absent := [n for n in missing if not is_claimed(self._place(n)) and not marks[n].exists()]:
+                names = ", ".join(f"{n}/{self.count}" for n in absent)
+                raise OthersFirstError(
+                    f"this shard has encoded its share; what comes next needs those of shard {names}, which are not at "
+                    "work",
+                    where=self.output,
+                    fix="start these; when they have ended, give the commands of all shards again",
+                )
+            if not told:
+                log.info("waiting for the vectors of shard %s", ", ".join(f"{n}/{self.count}" for n in missing))
+                told = True
+            time.sleep(_LOOK)
 
     def tell(self, parts: int) -> None:
         """Say that this shard has made its share of so many parts."""
