@@ -34,6 +34,7 @@ ALONE: Group = "alone"
 
 STARTING = timedelta(minutes=10)
 """How long a rank waits for all others to start."""
+_WORKING = timedelta(days=365)
 
 
 def world_size(group: Group = None) -> int:
@@ -56,7 +57,11 @@ def join_ranks() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    store, own, count = next(rendezvous("env://", timeout=STARTING))
+    try:
+        store, own, count = next(rendezvous("env://", timeout=STARTING))
+    except ValueError as error:  # a variable of the launcher is missing
+        fix = "start it with torchrun or accelerate launch, or unset WORLD_SIZE for one process"
+        raise TrainingError(f"WORLD_SIZE is set, but no launcher is here: {error}", fix=fix) from error
     store.set_timeout(default_pg_timeout)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own, world_size=count)
@@ -160,7 +165,7 @@ def refuse_different(facts: Mapping[str, object], fix: str) -> None:
         raise TrainingError(f"the processes of this run differ: {'; '.join(different)}", fix=fix)
 
 
-def on_first_rank(act: Callable[[], T]) -> T:
+def on_first_rank(act: Callable[[], T], group: Group = None) -> T:
     """Run `act` on the first rank only; every rank gets its (small, picklable) result, or raises its error."""
     outcome: tuple[Any, EmbedsmithError | None] = (None, None)
     if rank() == 0:
@@ -168,11 +173,41 @@ def on_first_rank(act: Callable[[], T]) -> T:
             outcome = (act(), None)
         except EmbedsmithError as error:
             outcome = (None, error)
-    result, raised = objects_of_all_ranks(outcome)[0]
+    result, raised = objects_of_all_ranks(outcome, group)[0]
     if raised is not None:
         raise raised
     value: T = result
     return value
+
+
+class FailedElsewhereError(EmbedsmithError):
+    """Another rank failed, and has told all ranks; this one stops too."""
+
+
+def on_every_rank(act: Callable[[], T], where: object, fix: str | None = None, group: Group = None) -> T:
+    """Run `act` on every rank, and wait for all of them. Errors: the rank's own; an `EmbedsmithError` with its message
+    on the others."""
+    failed: EmbedsmithError | None = None
+    outcome: Any = None
+    try:
+        outcome = act()
+    except FailedElsewhereError:
+        raise  # it was told already
+    except EmbedsmithError as error:
+        failed = error
+    told = objects_of_all_ranks(None if failed is None else str(failed), group)
+    if failed is not None:
+        raise failed
+    if messages := [message for message in told if message]:
+        raise EmbedsmithError(f"another rank failed: {messages[0]}", where=where, fix=fix)
+    value: T = outcome
+    return value
+
+
+def patient_ranks() -> Group:
+    """All ranks, as a group in which one may be waited for as long as its share of a work takes. A rank that is gone is
+    still noticed at once: its connections end. Collective."""
+    return dist.new_group(backend="gloo", timeout=_WORKING) if world_size() > 1 else None
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
