@@ -30,7 +30,16 @@ _ASIDE = ".old"
 _LEFT = re.compile(rf"\.(?P<name>.+)\.[a-z0-9_]{{8}}({re.escape(TEMPORARY)}|{re.escape(_ASIDE)})")
 _LOCK = ".embedsmith.lock"
 _ELSEWHERE = "choose another output"
-_held: set[Path] = set()
+_held: dict[Path, int] = {}
+"""The claimed outputs, each with the descriptor of its lock."""
+
+
+def _let_go() -> None:
+    for descriptor in _held.values():
+        os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_let_go)  # else the children of a killed process would go on holding its outputs
 
 
 @contextmanager
@@ -48,14 +57,14 @@ def claimed(output: str | Path, verb: str) -> Iterator[None]:
     with disk_errors(Path(output)):
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(file, output)
-    _held.add(path)
+    _held[path] = descriptor
     try:
         with disk_errors(Path(output)):
             sign(descriptor, verb)
             recover(path)
         yield
     finally:
-        _held.discard(path)
+        _held.pop(path, None)
         with contextlib.suppress(OSError):
             file.unlink()  # while it is held: whoever has opened it sees that it has no name any more
         os.close(descriptor)
