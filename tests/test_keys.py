@@ -9,7 +9,7 @@ import torch
 from tokenizers import normalizers
 
 from embedsmith.calibrate.fisher import Fisher
-from embedsmith.curate.ask import key_of
+from embedsmith.curate.keeper import key_of
 from embedsmith.evaluate.encoding import SentenceTransformersEncoder
 from embedsmith.evaluate.run import ResultCache, digest
 from embedsmith.evaluate.tasks.pairs import STSTask

@@ -21,8 +21,9 @@ from embedsmith.curate import (
     apply,
     curate,
 )
-from embedsmith.curate.ask import Spending, lines_of
+from embedsmith.curate.ask import lines_of
 from embedsmith.curate.generators import EndpointError
+from embedsmith.curate.keeper import Purse
 from embedsmith.curate.synthesize import paragraphs
 from embedsmith.data import Record
 
@@ -266,7 +267,7 @@ def test_nothing_is_asked_far_ahead_of_what_was_kept(server):
     """Answers that came while a slow disk kept another would be asked for again after a kill."""
     taken = 0
     prompts = [f"Number {place}?" for place in range(12)]
-    for _ in endpoint(server, parallel=3).answers(prompts, lines_of, Spending()):
+    for _ in endpoint(server, parallel=3).answers(prompts, lines_of, Purse()):
         time.sleep(0.02)
         assert sum(server.asked.values()) <= taken + 3
         taken += 1

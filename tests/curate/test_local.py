@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from embedsmith.core.errors import ModelError
 from embedsmith.curate import LocalModel, SyntheticQueries, Tools, apply
-from embedsmith.curate.ask import Spending
+from embedsmith.curate.keeper import Purse
 from embedsmith.data import Record
 from tests.tinybert import tiny_tokenizer
 
@@ -29,7 +29,7 @@ def tiny(tmp_path):
 
 
 def said(generator, prompts):
-    return {place: answer.text for place, answer in generator.answers(prompts, lambda text: True, Spending())}
+    return {place: answer.text for place, answer in generator.answers(prompts, lambda text: True, Purse())}
 
 
 def test_padding_changes_no_answer(tiny):

@@ -25,8 +25,8 @@ from embedsmith.curate import (
     apply,
     curate,
 )
-from embedsmith.curate.ask import Answer
-from embedsmith.curate.run import _Run
+from embedsmith.curate.keeper import Answer
+from embedsmith.curate.run import _Curation
 from embedsmith.data import Source, read_source
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -206,21 +206,19 @@ def test_report_and_output(tmp_path):
 def test_a_stopped_run_continues_with_the_step_under_way(tmp_path, monkeypatch):
     recipe = recipe_of(tmp_path, Length(), Length(document_min=5), Length(document_min=6))
     made = []
-    make = _Run._make
+    make = _Curation._pass
 
-    def stops(self, stage, step, *rest):
+    def stops(self, step, *rest):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(step)
-        return make(self, stage, step, *rest)
+        return make(self, step, *rest)
 
-    monkeypatch.setattr(_Run, "_make", stops)
+    monkeypatch.setattr(_Curation, "_pass", stops)
     with pytest.raises(KeyboardInterrupt):
         curate(recipe)
     assert not (tmp_path / "out.jsonl.gz").exists()
-    monkeypatch.setattr(
-        _Run, "_make", lambda self, stage, step, *rest: (made.append(step), make(self, stage, step, *rest))[1]
-    )
+    monkeypatch.setattr(_Curation, "_pass", lambda self, step, *rest: (made.append(step), make(self, step, *rest))[1])
     resumed = curate(recipe)
     assert made == list(recipe.steps)
     fresh_folder = tmp_path / "fresh"
@@ -233,8 +231,8 @@ def test_a_stopped_run_continues_with_the_step_under_way(tmp_path, monkeypatch):
 def test_a_finished_run_is_not_repeated_unless_something_changed(tmp_path, monkeypatch):
     first = curate(recipe_of(tmp_path, Length()))
     made = []
-    make = _Run._make
-    monkeypatch.setattr(_Run, "_make", lambda self, *rest: (made.append(1), make(self, *rest))[1])
+    make = _Curation._pass
+    monkeypatch.setattr(_Curation, "_pass", lambda self, *rest: (made.append(1), make(self, *rest))[1])
     assert curate(recipe_of(tmp_path, Length())).as_dict() == json.loads(json.dumps(first.as_dict()))
     assert made == []
     curate(recipe_of(tmp_path, Length(document_min=5)))
@@ -322,5 +320,5 @@ def test_real_texts_mostly_stay():
         corpus = InputRecords(Input(path=str(SHARED / name), limit=2000))
         for step in (Length(), Symbols(), Links(), Language(), Boilerplate()):
             ledger = Ledger()
-            kept = sum(1 for _ in step(corpus, ledger, None))
+            kept = sum(1 for _ in step(corpus, ledger, Tools()))
             assert kept >= 0.99 * corpus.ledger.given, (name, step, ledger.left)

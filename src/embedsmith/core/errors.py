@@ -3,6 +3,7 @@ Secrets are left out of it, whoever put them there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from embedsmith.core.text_out import without_secrets
 
@@ -16,6 +17,16 @@ class EmbedsmithError(Exception):
         message += "" if expected is None else f"\n  expected: {expected}"
         message += "" if fix is None else f"\n  to fix: {fix}"
         super().__init__(without_secrets(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors of other processes arrive as they were raised, whatever their class is made of."""
+        return _as_raised, (type(self), self.args, vars(self))
+
+
+def _as_raised(cls: type[EmbedsmithError], said: tuple[str], parts: dict[str, Any]) -> EmbedsmithError:
+    error = cls.__new__(cls, *said)
+    error.__dict__.update(parts)
+    return error
 
 
 class RecipeError(EmbedsmithError, ValueError):
@@ -48,6 +59,10 @@ class SearchError(EmbedsmithError):
 
 class EvaluationError(EmbedsmithError):
     """An evaluation task is unknown or cannot be scored."""
+
+
+class EngineError(EmbedsmithError):
+    """What the work is divided among (processes, a Ray cluster) cannot be reached, or lost a worker for good."""
 
 
 class MissingExtraError(EmbedsmithError):

@@ -33,7 +33,16 @@ _LOCK = ".embedsmith.lock"
 _ELSEWHERE = "choose another output"
 _ENDING = 1.0
 """Seconds that one of several that share an output waits for another that is just letting go of it."""
-_held: set[Path] = set()
+_held: dict[Path, int] = {}
+"""The claimed outputs, each with the descriptor of its lock."""
+
+
+def _let_go() -> None:
+    for descriptor in _held.values():
+        os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_let_go)  # else the children of a killed process would go on holding its outputs
 
 
 @contextmanager
@@ -52,7 +61,7 @@ def claimed(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[
     with disk_errors(Path(output)):
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(file, output, shared)
-    _held.add(path)
+    _held[path] = descriptor
     try:
         with disk_errors(Path(output)):
             sign(descriptor, verb)
@@ -60,7 +69,7 @@ def claimed(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[
                 recover(path)
         yield
     finally:
-        _held.discard(path)
+        _held.pop(path, None)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last of several that share it
             file.unlink()  # while it is held: whoever has opened it sees that it has no name any more

@@ -243,6 +243,7 @@ searchers: Shelf[Any] = Shelf("searcher", "embedsmith.mining.searchers")
 teachers: Shelf[Any] = Shelf("teacher", "embedsmith.mining.searchers")
 curation_steps: Shelf[Any] = Shelf("curation step", "embedsmith.curate")
 generators: Shelf[Any] = Shelf("generator", "embedsmith.curate.generators")
+engines: Shelf[Any] = Shelf("engine", "embedsmith.curate.engines")
 verbs: Shelf[Any] = Shelf("verb", "embedsmith.cli.verbs")
 
 SHELVES = tuple(shelf for shelf in list(globals().values()) if isinstance(shelf, Shelf))

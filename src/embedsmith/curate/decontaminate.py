@@ -1,5 +1,7 @@
 """Training texts that an evaluation set holds too: found by equality and by shared runs of tokens."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.core.words import UNSPACED, words
-from embedsmith.curate.ledger import EvaluationText, Ledger, Tools
+from embedsmith.curate.ledger import EvaluationText, Ledger, PerRecord, Tools
 from embedsmith.data.record import Record
 
 Hashes = npt.NDArray[np.uint64]
@@ -29,7 +31,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
     source="n-gram overlap as in GPT-3 (arXiv 2005.14165, appendix C), with our own thresholds",
 )
 @dataclass(frozen=True)
-class Decontaminate:
+class Decontaminate(PerRecord):
     """Drop texts that are in an evaluation set.
 
     Two texts are compared by their tokens: words, and each Chinese character, without differences of case, marks and
@@ -58,7 +60,7 @@ class Decontaminate:
         if not self.tasks or not self.against:
             raise RecipeError("decontaminate needs tasks", expected="for example tasks: [stsb-en, cranfield]")
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+    def prepare(self, ledger: Ledger, tools: Tools, surveys: Sequence[None]) -> Index:
         if tools.evaluation is None:
             raise DataError("decontaminate has no evaluation texts", fix="pass Tools(evaluation=...)")
         index = Index(self)
@@ -66,7 +68,10 @@ class Decontaminate:
         if not count:
             raise DataError(f"no texts in {', '.join(self.tasks)}", fix="check the tasks and `against`")
         ledger.notes["evaluation texts"] = count
-        yield from ledger.sift(records, index.fault)
+        return index
+
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: Index) -> Iterator[Record]:
+        return ledger.sift(records, known.fault)
 
 
 @dataclass

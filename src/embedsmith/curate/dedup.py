@@ -1,16 +1,22 @@
 """Duplicates: the same text, and nearly the same text (MinHash with locality-sensitive hashing, by rensa)."""
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from embedsmith.core.errors import MissingExtraError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.ledger import Ledger, Tools, short
+from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.ledger import Ledger, PerRecord, Tools, short
 from embedsmith.curate.rules import token_shingles
 from embedsmith.data.record import Record, text_id
 
@@ -21,7 +27,7 @@ _BETWEEN = "\u2063"
 
 @curation_steps.register("exact_duplicates", formula="each text_id(by) at most `keep` times")
 @dataclass(frozen=True)
-class ExactDuplicates:
+class ExactDuplicates(Comparison):
     """Keep the first records with the same text, drop the later ones.
 
     Same means equal after Unicode normalisation (NFC) and with runs of white space collapsed. Memory: one number a
@@ -34,23 +40,30 @@ class ExactDuplicates:
     by: By = "record"
     keep: Count = 1
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        seen: Counter[int] = Counter()
+    def sketch(self, record: Record) -> int | None:
+        parts = _parts(record, self.by)
+        return text_id(_BETWEEN.join(parts)) if any(parts) else None
+
+    def keys(self, sketch: int) -> Sequence[int]:
+        return (sketch,)
+
+    def memory(self) -> Callable[[int], str | None]:
         once: set[int] = set()
-        for record in records:
-            ledger.taken += 1
-            parts = _parts(record, self.by)
-            id_ = text_id(_BETWEEN.join(parts))
-            if not any(parts):
-                yield record
-            elif id_ not in once:
+        more: Counter[int] = Counter()
+
+        def like_earlier(id_: int) -> str | None:
+            if id_ not in once:
                 once.add(id_)
-                yield record
-            elif seen[id_] < self.keep - 1:
-                seen[id_] += 1
-                yield record
+            elif more[id_] < self.keep - 1:
+                more[id_] += 1
             else:
-                ledger.record_left(f"same {self.by} as an earlier one", record)
+                return ""
+            return None
+
+        return like_earlier
+
+    def leave(self, record: Record, like: str, ledger: Ledger) -> None:
+        ledger.record_left(f"same {self.by} as an earlier one", record, like)
 
 
 @curation_steps.register(
@@ -59,7 +72,7 @@ class ExactDuplicates:
     source="Broder 1997; banded locality-sensitive hashing",
 )
 @dataclass(frozen=True)
-class NearDuplicates:
+class NearDuplicates(Comparison):
     """Keep the first of records whose texts share most of their shingles, drop the later ones.
 
     Candidates come from hash bands, and leave if the similarity estimated from all hashes reaches the threshold
@@ -84,34 +97,65 @@ class NearDuplicates:
     permutations: Annotated[int, Field(ge=16, le=4096)] = 128
     seed: int = 0
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        try:
-            import rensa
-        except ImportError as error:
-            raise MissingExtraError("rensa", "curate") from error
-        index = rensa.RMinHashLSH(self.threshold, self.permutations, band_count(self.threshold, self.permutations))
-        kept: list[list[Any]] = []
-        shown: list[str] = []  # the beginnings of kept texts, to say of a near duplicate what it is like
-        for record in records:
-            ledger.taken += 1
-            parts = [text for text in _parts(record, self.by) if text]
-            sketches = [rensa.RMinHash(self.permutations, self.seed) for _ in parts]
-            for sketch, text in zip(sketches, parts):
-                sketch.update(list(token_shingles(text, self.shingle)))
-            candidates = [key for key in index.query(sketches[0]) if len(kept[key]) == len(parts)] if parts else []
-            alike = {key: min(a.jaccard(b) for a, b in zip(sketches, kept[key], strict=True)) for key in candidates}
-            most = max(alike, key=lambda key: alike[key], default=None)
+    def sketch(self, record: Record) -> Sketch | None:
+        parts = [text for text in _parts(record, self.by) if text]
+        hashes = [_rensa().RMinHash(self.permutations, self.seed) for _ in parts]
+        for one, text in zip(hashes, parts):
+            one.update(list(token_shingles(text, self.shingle)))
+        return Sketch(hashes, " | ".join(short(text, 60) for text in parts)) if parts else None
+
+    def keys(self, sketch: Sketch) -> Sequence[int]:
+        """Of each band of the first part's hashes, with the number of parts: only records of as many are compared."""
+        band_BR = np.array(sketch.hashes[0].digest(), "<u4").reshape(self._bands, -1)
+        heads = (f"{len(sketch.hashes)} {band} ".encode() for band in range(self._bands))
+        return [_number(head + hashes.tobytes()) for head, hashes in zip(heads, band_BR)]
+
+    def memory(self) -> Callable[[Sketch], str | None]:
+        index = _rensa().RMinHashLSH(self.threshold, self.permutations, self._bands)
+        kept: list[Sketch] = []
+
+        def like_earlier(sketch: Sketch) -> str | None:
+            mine = sketch.hashes
+            candidates = [key for key in index.query(mine[0]) if len(kept[key].hashes) == len(mine)]
+            alike = {key: min(a.jaccard(b) for a, b in zip(mine, kept[key].hashes)) for key in candidates}
+            most = max(alike, key=lambda key: (alike[key], -key), default=None)
             if most is not None and alike[most] >= self.threshold:
-                why = f"similarity about {alike[most]:.2f} to: {shown[most]}"
-                ledger.record_left(f"nearly the same {self.by} as an earlier one", record, why)
-                continue
-            if parts:
-                index.insert(len(kept), sketches[0])
-                kept.append(sketches)
-                shown.append(" | ".join(short(text, 60) for text in parts))
-            yield record
+                return f"similarity about {alike[most]:.2f} to: {kept[most].shown}"
+            index.insert(len(kept), mine[0])
+            kept.append(sketch)
+            return None
+
+        return like_earlier
+
+    def leave(self, record: Record, like: str, ledger: Ledger) -> None:
+        ledger.record_left(f"nearly the same {self.by} as an earlier one", record, like)
+
+    @property
+    def _bands(self) -> int:
+        return band_count(self.threshold, self.permutations)
 
 
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """The hashes of each text of a record, and its beginning, to say of a near duplicate what it is like."""
+
+    hashes: list[Any]
+    shown: str
+
+
+def _rensa() -> Any:
+    try:
+        import rensa
+    except ImportError as error:
+        raise MissingExtraError("rensa", "curate") from error
+    return rensa
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+
+
+@lru_cache
 def band_count(threshold: float, permutations: int, recall: float = 0.9) -> int:
     """The fewest bands b that find a pair at the threshold t with probability 1 - (1 - t^r)^b of at least `recall`,
     where r = permutations / b; fewer bands mean less memory and fewer candidates."""
@@ -124,3 +168,25 @@ def _parts(record: Record, by: By) -> tuple[str, ...]:
     """The texts that are compared; the order of a list of positives does not matter."""
     positives = _BETWEEN.join(sorted(record.positives))
     return {"query": (record.query,), "positives": (positives,), "record": (record.query, positives)}[by]
+
+
+@dataclass(frozen=True)
+class OnePositiveEach(PerRecord):
+    """Every positive as a record of its own: what queries are written for."""
+
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: None) -> Iterator[Record]:
+        for record in records:
+            ledger.taken += 1
+            for text in record.positives:
+                yield Record(record.query, (text,), task="retrieval", source=record.source)
+
+
+@dataclass(frozen=True)
+class DistinctPositives(ExactDuplicates):
+    """Each positive once. `what`: what the report calls one."""
+
+    by: By = "positives"
+    what: str = "positive"
+
+    def leave(self, record: Record, like: str, ledger: Ledger) -> None:
+        ledger.text_lost(f"{self.what} seen before", record, record.positives[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -13,7 +15,7 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.ledger import Ledger, Tools
+from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.data.record import Record, text_id
 
 
@@ -24,7 +26,7 @@ from embedsmith.data.record import Record, text_id
     "class are drawn is not published, so that part is reconstructed",
 )
 @dataclass(frozen=True)
-class LabelsToPairs:
+class LabelsToPairs(PerRecord):
     """Give each labelled text positives of its class and negatives of other classes.
 
     Negatives come from a class drawn first and a text drawn from it, so large classes do not crowd out small ones.
@@ -47,19 +49,32 @@ class LabelsToPairs:
     pool: Annotated[int, Field(ge=2)] = 2000
     seed: int = 0
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+    @property
+    def surveyed(self) -> bool:
+        return True
+
+    def survey(self, records: Iterable[Record], tools: Tools) -> _Pools:
         pools = _Pools(self.pool, self.seed)
         for record in records:
             if record.label is not None:
                 pools.add(record.label, record.query)
-        ledger.notes["classes"] = len(pools.texts)
+        return pools
+
+    def prepare(self, ledger: Ledger, tools: Tools, surveys: Sequence[_Pools]) -> _Pools:
+        pools = _Pools(self.pool, self.seed)
+        for survey in surveys:
+            pools.merge(survey)
+        ledger.notes["classes"] = len(pools.sample)
+        return pools
+
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: _Pools) -> Iterator[Record]:
         for record in records:
             ledger.taken += 1
             if record.label is None:
                 yield record
                 continue
             draw = self._names if self.with_names else self._texts
-            positives, negatives = draw(record, record.label, pools, tools.labels)
+            positives, negatives = draw(record, record.label, known, tools.labels)
             if not positives:
                 ledger.record_left("alone in its class", record)
                 continue
@@ -90,21 +105,33 @@ class LabelsToPairs:
 
 @dataclass
 class _Pools:
-    """A fair sample of each class's texts, with their ids (reservoir sampling)."""
+    """A fair sample of each class's different texts, with their ids: those with the lowest hashes, in that order,
+    whatever the order in which they came."""
 
     size: int
     seed: int
-    texts: dict[int, list[tuple[int, str]]] = field(default_factory=dict)
-    seen: dict[int, int] = field(default_factory=dict)
+    sample: defaultdict[int, dict[int, tuple[int, str]]] = field(default_factory=lambda: defaultdict(dict))
 
-    @property
+    @cached_property
+    def texts(self) -> dict[int, list[tuple[int, str]]]:
+        """By class. To be asked for when all are in."""
+        return {label: [held[rank] for rank in sorted(held)] for label, held in self.sample.items()}
+
+    @cached_property
     def order(self) -> list[int]:
-        return sorted(self.texts)
+        return sorted(self.sample)
 
     def add(self, label: int, text: str) -> None:
-        held = self.texts.setdefault(label, [])
-        self.seen[label] = count = self.seen.get(label, 0) + 1
-        if len(held) < self.size:
-            held.append((text_id(text), text))
-        elif (place := random.Random(derive_seed(self.seed, label, count)).randrange(count)) < self.size:
-            held[place] = (text_id(text), text)
+        id_ = text_id(text)
+        self.sample[label].setdefault(derive_seed(self.seed, label, id_), (id_, text))
+        if len(self.sample[label]) > 2 * self.size:
+            self._keep(label)
+
+    def merge(self, other: _Pools) -> None:
+        for label, held in other.sample.items():
+            self.sample[label] = held | self.sample[label]
+            self._keep(label)
+
+    def _keep(self, label: int) -> None:
+        held = self.sample[label]
+        self.sample[label] = {rank: held[rank] for rank in sorted(held)[: self.size]}

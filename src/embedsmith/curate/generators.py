@@ -1,6 +1,8 @@
 """The language models that can be asked: any server that speaks OpenAI's chat completions (hosted, or vLLM, llama.cpp,
 Ollama and others on your machines), and a model that runs here, through transformers."""
 
+from __future__ import annotations
+
 import random
 import threading
 import time
@@ -21,7 +23,8 @@ from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count, NotNegative, Positive
 from embedsmith.core.shelf import generators
 from embedsmith.core.text_out import remember_secrets_in, without_secrets
-from embedsmith.curate.ask import Accept, Answer, Refusal, Spending
+from embedsmith.curate.ask import Accept
+from embedsmith.curate.keeper import Answer, Purse, Refusal, Spending
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _WRONG_SETUP = (401, 402, 403, 404, 405)
@@ -93,9 +96,7 @@ class Endpoint:
         """Not how fast or how much is asked, only what an answer depends on."""
         return [self.base_url, self.model, self.max_tokens, self.temperature, self.system, self.extra]
 
-    def answers(
-        self, prompts: Sequence[str], accept: Accept, spent: Spending
-    ) -> Iterator[tuple[int, Answer | Refusal]]:
+    def answers(self, prompts: Sequence[str], accept: Accept, purse: Purse) -> Iterator[tuple[int, Answer | Refusal]]:
         """As they come. After an error nothing more is sent, but what is under way is waited for: it is paid.
 
         The next prompt is sent when an answer was taken, and kept: so a kill loses `parallel` answers at most, however
@@ -103,7 +104,7 @@ class Endpoint:
         """
         if not prompts:
             return
-        window = _Window(self, _key(self.key_env), spent.requests, spent.cost)
+        window = _Window(self, _key(self.key_env), purse)
         failed: EndpointError | None = None
         to_send = enumerate(prompts)
         under_way: dict[Future[Answer | Refusal], int] = {}
@@ -126,6 +127,12 @@ class Endpoint:
                 window.stopped.set()
         if failed is not None:
             raise failed
+
+    def shared(self, workers: int) -> Endpoint:
+        """With a share of the requests under way and of their pace; the bounds are the purse's."""
+        pace = self.requests_per_minute
+        share = None if pace is None else pace / workers
+        return replace(self, parallel=max(1, self.parallel // workers), requests_per_minute=share)
 
     def price(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
@@ -154,13 +161,11 @@ class _Trouble:
 @dataclass
 class _Window:
     """One window of requests: who may send when, what it may cost, and what comes back. A request reserves the most
-    it can cost, and gives back the rest; `requests` and `cost` start with what was spent before."""
+    it can cost, and gives back the rest."""
 
     settings: Endpoint
     sign: Callable[[Any], Any]
-    requests: int
-    cost: float
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    purse: Purse
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def ask(self, prompt: str, accept: Accept) -> Answer | Refusal:
@@ -177,12 +182,11 @@ class _Window:
         for attempt in range(settings.retries + 1):
             if self.stopped.is_set() or not _wait_for_turn(settings, self.stopped):
                 return Refusal("stopped")
-            if not self._reserve(reserved):
+            if not self.purse.reserve(reserved, settings.max_requests, settings.max_cost):
                 return Refusal("the budget is used up")
             outcome = self._send(body)
             answer = outcome if isinstance(outcome, Answer) else Answer("")
-            with self.lock:
-                self.cost += answer.cost - reserved
+            self.purse.give_back(reserved - answer.cost)
             total.add(replace(answer, requests=1))
             if isinstance(outcome, Refusal):
                 return outcome
@@ -201,17 +205,6 @@ class _Window:
             where=settings.base_url,
             fix="see whether the server runs; then run the same command again: what it answered so far is kept",
         )
-
-    def _reserve(self, cost: float) -> bool:
-        limits = self.settings
-        with self.lock:
-            if limits.max_requests is not None and self.requests >= limits.max_requests:
-                return False
-            if limits.max_cost is not None and self.cost + cost > limits.max_cost:
-                return False
-            self.requests += 1
-            self.cost += cost
-            return True
 
     def _send(self, body: dict[str, Any]) -> Answer | Refusal | _Trouble:
         try:
@@ -320,9 +313,7 @@ class LocalModel:
         state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
         return [self.path, state, self.max_tokens, self.max_prompt, self.temperature, self.seed]
 
-    def answers(
-        self, prompts: Sequence[str], accept: Accept, spent: Spending
-    ) -> Iterator[tuple[int, Answer | Refusal]]:
+    def answers(self, prompts: Sequence[str], accept: Accept, purse: Purse) -> Iterator[tuple[int, Answer | Refusal]]:
         import torch
 
         if not prompts:

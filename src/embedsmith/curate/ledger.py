@@ -1,19 +1,25 @@
 """What a curation step is, and the ledger it keeps of what left and why.
 
 A step is a frozen dataclass whose fields are its settings. Called with records it yields records, one by one where it
-can, and writes into its ledger everything it took away.
+can, and writes into its ledger everything it took away. A step that looks at one record at a time (`PerRecord`), or
+only at what makes records alike (`Comparison`), says so, and is divided among processes and machines by whatever engine
+runs it; any other is called once, with all records in their order.
 """
 
-import random
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from embedsmith.core.encoder import Encoder, Role
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.seeds import derive_seed
+from embedsmith.curate.keeper import Cache, Purse
 from embedsmith.data.record import Record
 
 Fault = Callable[[str, Role], str | None]
@@ -36,6 +42,9 @@ class Tools:
     `folder` holds caches (`None`: they live in memory and end with the process); `encoder` turns a model's name into
     the model and a key that changes when the model does, `reranker` that of a reranker; `evaluation` yields the texts
     of evaluation sets by name; `labels` are the names of the classes, where the records' file names them.
+
+    An engine sets the rest: `purse`, from which all workers of a step spend, and `caches`, what opens a cache by its
+    name where `folder` is on another machine.
     """
 
     folder: Path | None = None
@@ -43,22 +52,41 @@ class Tools:
     reranker: Callable[[str], tuple[Reranker, str]] | None = None
     evaluation: Callable[[Sequence[str]], Iterable[EvaluationText]] | None = None
     labels: tuple[str, ...] = ()
+    purse: Purse = field(default_factory=Purse)
+    caches: Callable[[str], AbstractContextManager[Cache]] | None = None
+
+    def cache(self, name: str) -> AbstractContextManager[Cache]:
+        """What is kept under this name."""
+        return Cache.open(self.folder, name) if self.caches is None else self.caches(name)
 
 
 @dataclass
 class Departure:
-    """What left for one reason: how many, and a fair sample of them (reservoir sampling, always the same)."""
+    """What left for one reason: how many, and a fair sample of the different ones among them: those with the lowest
+    hashes, whatever the order in which they left and in how many places they were counted."""
 
     count: int = 0
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    sample: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, example: Callable[[], dict[str, Any]], why: str, size: int) -> None:
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        return [self.sample[rank] for rank in sorted(self.sample)]
+
+    def add(self, texts: Sequence[str], example: Callable[[], dict[str, Any]], why: str, size: int) -> None:
         self.count += 1
-        place = self.count - 1
-        if place >= size:
-            place = random.Random(derive_seed(self.count)).randrange(self.count)
-        if place < size:
-            self.examples[place : place + 1] = [example() | ({"why": why} if why else {})]
+        rank = derive_seed(*texts, why)
+        if len(self.sample) < size or (size and rank < max(self.sample)):
+            self.sample[rank] = example() | ({"why": why} if why else {})
+            self._keep(size)
+
+    def merge(self, other: Departure, size: int) -> None:
+        self.count += other.count
+        self.sample |= other.sample
+        self._keep(size)
+
+    def _keep(self, size: int) -> None:
+        for rank in sorted(self.sample)[size:]:
+            del self.sample[rank]
 
 
 @dataclass
@@ -78,13 +106,24 @@ class Ledger:
         def example() -> dict[str, Any]:
             return {"query": short(record.query), "positives": [short(text) for text in record.positives[:2]]}
 
-        self.left.setdefault(reason, Departure()).add(example, why, self.examples)
+        texts = (record.query, *record.positives[:1])
+        self.left.setdefault(reason, Departure()).add(texts, example, why, self.examples)
 
     def text_lost(self, reason: str, record: Record, text: str, why: str = "") -> None:
         def example() -> dict[str, Any]:
             return {"query": short(record.query), "text": short(text)}
 
-        self.lost.setdefault(reason, Departure()).add(example, why, self.examples)
+        self.lost.setdefault(reason, Departure()).add((record.query, text), example, why, self.examples)
+
+    def merge(self, other: Ledger) -> None:
+        """Count in what another ledger of the same step says of other records. Of the notes, numbers are added up,
+        arrays joined, and all else is the other's."""
+        self.taken += other.taken
+        self.given += other.given
+        for mine, others in ((self.left, other.left), (self.lost, other.lost)):
+            for reason, departure in others.items():
+                mine.setdefault(reason, Departure()).merge(departure, self.examples)
+        self.notes = _together(self.notes, other.notes)
 
     def sift(self, records: Iterable[Record], fault: Fault) -> Iterator[Record]:
         """Records without the texts that have a fault: a faulty query takes its record along, a positive or negative
@@ -123,6 +162,19 @@ class Ledger:
         return replace(record, **changes)
 
 
+def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(one)
+    for name, value in other.items():
+        before = joined.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            joined[name] = _together(before, value)
+        elif isinstance(before, int | float | array) and type(before) is type(value):
+            joined[name] = before + value
+        else:
+            joined[name] = value
+    return joined
+
+
 class Step(Protocol):
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         """The records that stay, or those made of them. A step that needs two passes says so and reads `records`
@@ -130,15 +182,76 @@ class Step(Protocol):
         ...
 
 
-class TextRule(ABC):
+class PerRecord(ABC):
+    """A step that makes of each record what it makes of it whatever stands beside it, so that the records may be cut
+    into parts, and each part be dealt with by any process. What must be known before goes through `prepare`.
+
+    `holds_model`: whether it holds a model or asks one. Such a step runs in one process of a machine, and on actors of
+    a cluster.
+    """
+
+    holds_model: ClassVar[bool] = False
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether the records are read once before, by `survey`."""
+        return False
+
+    def survey(self, records: Iterable[Record], tools: Tools) -> Any:
+        """What is to be known of some of the records before any is dealt with."""
+        return None
+
+    def prepare(self, ledger: Ledger, tools: Tools, surveys: Sequence[Any]) -> Any:
+        """What `over` needs to know, made once: of the surveys of all parts, in their order, and of the tools."""
+        return None
+
+    @abstractmethod
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: Any) -> Iterator[Record]:
+        """The records that stay of some of them, or those made of them."""
+
+    def conclude(self, ledger: Ledger, tools: Tools) -> None:
+        """Make of the notes of all parts what the report shows."""
+        return None
+
+    def shared(self, workers: int) -> Self:
+        """The step as one of so many workers has it."""
+        return self
+
+    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        tools = replace(tools, purse=Purse())
+        known = self.prepare(ledger, tools, [self.survey(records, tools)] if self.surveyed else [])
+        yield from self.over(records, ledger, tools, known)
+        self.conclude(ledger, tools)
+
+
+class TextRule(PerRecord):
     """A step that looks at one text at a time, whatever stands beside it."""
 
     @abstractmethod
     def fault(self, text: str, role: Role) -> str | None:
         """Why the text cannot stay, or `None`."""
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: Any) -> Iterator[Record]:
         return ledger.sift(records, self.fault)
+
+
+class Chain(ABC):
+    """A step that is several, one after the other."""
+
+    @abstractmethod
+    def passes(self) -> tuple[Step, ...]:
+        """The steps it is made of."""
+
+    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        ledgers = []
+        for step in self.passes():
+            ledgers.append(Ledger(ledger.examples))
+            records = step(records, ledgers[-1], tools)
+        yield from records
+        ledger.taken += ledgers[0].taken
+        for one in ledgers:
+            one.taken = 0
+            ledger.merge(one)
 
 
 def apply(step: Step, records: Iterable[Record], tools: Tools | None = None) -> tuple[list[Record], Ledger]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any
 
@@ -39,6 +39,16 @@ class StepReport:
 
         left, lost = frequent_first(ledger.left), frequent_first(ledger.lost)
         return StepReport(settings, ledger.taken, ledger.given, left, lost, ledger.notes, round(seconds, 2))
+
+    @staticmethod
+    def together(passes: Sequence[StepReport]) -> StepReport:
+        """Of a step that was several passes, whose reasons differ."""
+        left, lost, notes = (
+            {name: value for one in passes for name, value in getattr(one, part).items()}
+            for part in ("left", "lost", "notes")
+        )
+        seconds = round(sum(one.seconds for one in passes), 2)
+        return StepReport(passes[-1].settings, passes[0].taken, passes[-1].given, left, lost, notes, seconds)
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.settings import Count, Share
 from embedsmith.core.shelf import curation_steps
 from embedsmith.core.words import composed, letters, runs, words
-from embedsmith.curate.ledger import Ledger, TextRule, Tools
+from embedsmith.curate.ledger import Ledger, PerRecord, TextRule, Tools
 from embedsmith.data.record import Record, text_id
 
 _LINK = re.compile(r"(?:https?://|www\.)[^\s<>\"'，。）】]+|[\w.+-]+@[\w-]+\.[\w.]+", re.IGNORECASE)
@@ -319,13 +319,13 @@ class Language(TextRule):
 
 @curation_steps.register("trivial", formula="text_id(query) != text_id(positive) != text_id(negative)")
 @dataclass(frozen=True)
-class Trivial:
+class Trivial(PerRecord):
     """Drop positives that are the query itself, negatives that are the query or a positive, and texts named twice.
 
     Records for similarity (`task: sts`) keep equal pairs: their score says what they are worth.
     """
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: None) -> Iterator[Record]:
         for record in records:
             ledger.taken += 1
             if record.task == "sts":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,16 +21,19 @@ from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import claimed, discard, files_of, refuse_foreign_records, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Word, section, to_plain
-from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.ask import key_of
+from embedsmith.core.shelf import curation_steps, engines
+from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.engines import Running
+from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.input_records import Input, InputRecords
-from embedsmith.curate.ledger import Ledger, Step, Tools
+from embedsmith.curate.keeper import Purse, key_of
+from embedsmith.curate.ledger import Chain, Ledger, PerRecord, Step, Tools
 from embedsmith.curate.outcome import Report, StepReport
-from embedsmith.data.formats.files import sound_rows
-from embedsmith.data.record import Record, RowError, validate
-from embedsmith.data.writers import write_records
+from embedsmith.curate.stages import PART, Advance, Check, Run, Stage, Survey
+from embedsmith.data.record import Record
+from embedsmith.data.writers import batched, write_records
 
-_STAGE = re.compile(r"\d\d-.+-[0-9a-f]{12}\.(jsonl|json)")
+_STAGE = re.compile(r"\d\d-.+-[0-9a-f]{12}(\.json|/part-\d{5,}\.jsonl(\.gz)?)")
 MAKE_QUERIES = ("synthetic_queries", "long_documents")
 """Steps whose input may be documents without queries."""
 
@@ -44,7 +49,8 @@ class CurateRecipe:
     - `work`: the folder of what each step gave, until all are done, and of the scores and answers that were paid for,
       for good; `None` is a folder beside the output, named `OUTPUT.work`;
     - `examples`: how many of those that left the report shows for each reason;
-    - `keep_stages`: leave what each step gave on the disk.
+    - `keep_stages`: leave what each step gave on the disk;
+    - `engine`: what it runs on: `local` (the cores of this machine) or `ray`; the same records come out of both.
     """
 
     input: Input
@@ -53,6 +59,7 @@ class CurateRecipe:
     work: str | None = None
     examples: Annotated[int, Field(ge=0)] = 5
     keep_stages: bool = False
+    engine: Annotated[Any, engines] = LocalEngine()
 
     def __post_init__(self) -> None:
         if not self.output.removesuffix(".gz").endswith(".jsonl"):
@@ -92,7 +99,9 @@ def _curate(recipe: CurateRecipe, tools: Tools | None, overwrite: bool) -> Repor
         discard(recipe.folder / "stages")
     elif (done := _finished(recipe, keys[-1])) is not None:
         return done
-    report = _Run(recipe, records, replace(tools or Tools(), folder=recipe.folder), keys).all()
+    tools = replace(tools or Tools(), folder=recipe.folder)
+    with recipe.engine.start(recipe.folder) as running:
+        report = _Curation(recipe, records, tools, keys, running).all()
     with atomic_file(recipe.report_path) as file:
         json.dump(report.as_dict(), file, indent=2, ensure_ascii=False)
     if not recipe.keep_stages:
@@ -120,31 +129,59 @@ def _finished(recipe: CurateRecipe, key: str) -> Report | None:
         return None
 
 
+@dataclass
+class _Pile:
+    """The records after a pass, in parts. Those of an input are written as they are first asked for."""
+
+    stage: Stage
+    count: int = 0
+    reading: Iterator[int] = iter(())
+
+    def parts(self) -> Iterator[int]:
+        yield from range(self.count)
+        for number in self.reading:
+            self.count = number + 1
+            yield number
+
+    def records(self, advance: Advance) -> _Records:
+        return _Records(self, advance)
+
+
 @dataclass(frozen=True)
-class _Run:
+class _Records:
+    """All records of a pile, in their order; they can be read as often as one likes."""
+
+    pile: _Pile
+    advance: Advance
+
+    def __iter__(self) -> Iterator[Record]:
+        for number in self.pile.parts():
+            yield from self.pile.stage.records(number, self.advance)
+
+
+@dataclass(frozen=True)
+class _Curation:
     """One run of a recipe. `keys`: what the result depends on; entry n covers everything up to step n."""
 
     recipe: CurateRecipe
     input: InputRecords
     tools: Tools
     keys: list[str]
+    running: Running
 
     def all(self) -> Report:
-        """Stages that are there are skipped, the others made; the output is the last one's records, checked."""
+        """Passes that are there are skipped, the others made; the output is the last one's records, checked."""
         started = time.monotonic()
-        tools = replace(self.tools, labels=self.tools.labels or self.input.labels)
+        pile = input_ = self._read()
         steps: list[StepReport] = []
-        records: Iterable[Record] = self.input
-        for place, step in enumerate(self.recipe.steps):
-            stage = self._stage(place + 1, type(step).registered_name)
-            total = steps[-1].given if steps else self.recipe.input.limit
-            steps.append(stage.report() or self._make(stage, step, records, tools, total))
-            records = stage
-        checks = Ledger(self.recipe.examples)
-        written = write_records(self.recipe.output, _trainable(records, checks))
-        first = self._stage(0, "read").report() if steps else self._reading()
-        assert first is not None  # written before the first stage was finished
-        last = StepReport.of({"type": "checked for training"}, checks, 0.0)
+        for place, step in enumerate(self.recipe.steps, 1):
+            report, pile = self._step(place, step, pile, steps[-1].given if steps else self.recipe.input.limit)
+            steps.append(report)
+        last = self._write(pile, steps[-1].given if steps else None)
+        deque(input_.parts(), maxlen=0)  # its manifest is written when its last record has been read
+        reading = input_.stage.manifest()
+        assert reading is not None
+        first, written = reading.report, last.given
         if not written and not first.given:
             raise DataError("no records in it", where=self.input.paths[0], fix="check that it is the right file")
         if not written:
@@ -157,80 +194,93 @@ class _Run:
         return Report(
             self.keys[-1],
             to_plain(self.recipe),
-            [first, *steps, *([last] if checks.left else [])],
+            [first, *steps, *([last] if last.left else [])],
             written,
             self.recipe.output,
             Path(self.recipe.output).stat().st_size,
             round(time.monotonic() - started, 1),
         )
 
-    def _make(
-        self, out: StepOutput, step: Step, records: Iterable[Record], tools: Tools, total: int | None
-    ) -> StepReport:
-        ledger = Ledger(self.recipe.examples)
-        started = time.monotonic()
+    def _read(self) -> _Pile:
+        """The input, read as it is asked for, unless that was done before."""
+        stage = self._stage(0, "read")
+        if (known := stage.manifest()) is not None:
+            return _Pile(stage, len(known.sizes))
+
+        def reading() -> Iterator[int]:
+            stage.clear()
+            count = 0
+            for batch in batched(self.input, PART):
+                write_records(stage.part(count), batch)
+                yield count
+                count += 1
+            plain = {"type": "read", "kind": self.input.kind}
+            stage.finish(StepReport.of(plain, self.input.ledger, 0.0), count)
+
+        return _Pile(stage, reading=reading())
+
+    def _step(self, place: int, step: Step, pile: _Pile, total: int | None) -> tuple[StepReport, _Pile]:
+        """One step of the recipe: its passes."""
         plain = to_plain(step)
-        with progress_bar(plain["type"], total) as bar:
-            ledger.given = write_records(out.path, step(_Watched(records, bar.advance), ledger, tools))
-        report = StepReport.of(plain, ledger, time.monotonic() - started)
-        if records is self.input:
-            self._stage(0, "read").finish(self._reading())
-        out.finish(report)
-        return report
+        passes = step.passes() if isinstance(step, Chain) else (step,)
+        reports: list[StepReport] = []
+        for number, one in enumerate(passes, 1):
+            last = number == len(passes)
+            stage = self._stage(place, plain["type"] if last else f"{plain['type']}-{number}")
+            if (known := stage.manifest()) is None:
+                stage.clear()
+                started = time.monotonic()
+                with progress_bar(plain["type"], reports[-1].given if reports else total) as bar:
+                    ledger, count = self._pass(one, pile, stage, bar.advance)
+                known = stage.finish(StepReport.of(plain, ledger, time.monotonic() - started), count)
+            reports.append(known.report)
+            pile = _Pile(stage, len(known.sizes))
+        return StepReport.together(reports), pile
 
-    def _stage(self, place: int, name: str) -> StepOutput:
-        return StepOutput(self.recipe.folder / "stages" / f"{place:02d}-{name}-{self.keys[place][:12]}.jsonl")
+    def _pass(self, step: Step, pile: _Pile, stage: Stage, advance: Advance) -> tuple[Ledger, int]:
+        """Write the parts of a stage; what it did, and how many parts there are."""
+        ledger, running = Ledger(self.recipe.examples), self.running
+        tools = replace(self.tools, labels=self.tools.labels or self.input.labels, purse=Purse())
+        if isinstance(step, PerRecord):
+            step, handed = running.equip(step, tools)
+            model = step.holds_model
+            look = Survey(step, pile.stage, handed)
+            surveys = list(running.each(look, pile.parts(), advance, holds_model=model)) if step.surveyed else []
+            known = step.prepare(ledger, tools, surveys)
+            work = Run(step, pile.stage, stage, handed, known, ledger.examples)
+            for one in running.each(work, pile.parts(), advance, holds_model=model):
+                ledger.merge(one)
+            step.conclude(ledger, handed)
+            return ledger, pile.count
+        if isinstance(step, Comparison):
+            for one in running.without_like(step, pile.stage, stage, pile.parts(), advance, ledger.examples):
+                ledger.merge(one)
+            return ledger, pile.count
+        count = 0  # a step of which nothing is known: here, with all records in their order
+        for batch in batched(step(pile.records(advance), ledger, tools), PART):
+            ledger.given += write_records(stage.part(count), batch)
+            count += 1
+        return ledger, count
 
-    def _reading(self) -> StepReport:
-        """How this run read the input."""
-        return StepReport.of({"type": "read", "kind": self.input.kind}, self.input.ledger, 0.0)
+    def _write(self, pile: _Pile, total: int | None) -> StepReport:
+        """The output: what can be trained on."""
+        output = Path(self.recipe.output)
+        ending = ".jsonl.gz" if output.suffix == ".gz" else ".jsonl"
+        stage = Stage(self._stage(len(self.recipe.steps) + 1, "checked").folder, ending)
+        if (known := stage.manifest()) is None:
+            stage.clear()
+            ledger = Ledger(self.recipe.examples)
+            with progress_bar("check", total) as bar:
+                work = Check(pile.stage, stage, ledger.examples)
+                for one in self.running.each(work, pile.parts(), bar.advance):
+                    ledger.merge(one)
+            known = stage.finish(StepReport.of({"type": "checked for training"}, ledger, 0.0), pile.count)
+        with atomic_file(output, "wb") as whole:
+            for number in range(len(known.sizes)):
+                with stage.part(number).open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+        return known.report
 
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step gave, on the disk; it is finished when its report is there."""
-
-    path: Path
-
-    def report(self) -> StepReport | None:
-        try:
-            return read_typed(self.path.with_suffix(".json"), StepReport)
-        except DataError:
-            return None
-
-    def finish(self, report: StepReport) -> None:
-        with atomic_file(self.path.with_suffix(".json")) as file:
-            json.dump(asdict(report), file, ensure_ascii=False)
-
-    def __iter__(self) -> Iterator[Record]:
-        try:
-            for _, row in sound_rows(self.path):
-                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-                yield Record(**fields)
-        except RowError as error:
-            raise DataError("a damaged stage file", where=error.where, fix="delete it and run again") from error
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """Records that move a bar; they can be read as often as those behind them."""
-
-    records: Iterable[Record]
-    advance: Callable[[], None]
-
-    def __iter__(self) -> Iterator[Record]:
-        for record in self.records:
-            self.advance()
-            yield record
-
-
-def _trainable(records: Iterable[Record], ledger: Ledger) -> Iterator[Record]:
-    for record in records:
-        ledger.taken += 1
-        try:
-            validate(record)
-        except RowError as error:
-            ledger.record_left(error.kind, record)
-            continue
-        ledger.given += 1
-        yield record
+    def _stage(self, place: int, name: str) -> Stage:
+        key = self.keys[min(place, len(self.keys) - 1)]
+        return Stage(self.recipe.folder / "stages" / f"{place:02d}-{name}-{key[:12]}")

@@ -4,10 +4,10 @@ one answers the other."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.reps import Dense
 from embedsmith.core.settings import Count, Finite, Share
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.ask import Cache, key_of
-from embedsmith.curate.ledger import Ledger, Tools
+from embedsmith.curate.keeper import Cache, key_of
+from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.data.record import Record
 from embedsmith.data.writers import batched
 
@@ -26,6 +26,7 @@ BINS = 40
 """Of the histogram."""
 
 Floats = npt.NDArray[np.float64]
+Scored = tuple["array[float]", int]
 Scores = Callable[[list[str], list[str]], list[float]]
 """Of pairs of a query and a document."""
 
@@ -36,7 +37,7 @@ Scores = Callable[[list[str], list[str]], list[float]]
     source="Conan-embedding (arXiv 2408.15710), section 3.1: threshold 0.4 with bge-large-zh-v1.5",
 )
 @dataclass(frozen=True)
-class ScoreFilter:
+class ScoreFilter(PerRecord):
     """Drop positives that a model finds unlike their query; a record without positives left leaves.
 
     A threshold belongs to one scorer: Conan's 0.4 is for bge-large-zh-v1.5 and lets others' noise through or cuts good
@@ -54,6 +55,8 @@ class ScoreFilter:
     Errors: `ModelError` if the model has no dense vectors or gives values that are not finite.
     """
 
+    holds_model: ClassVar[bool] = True
+
     model: str | None = None
     threshold: Finite | None = None
     quantile: Share | None = None
@@ -69,14 +72,33 @@ class ScoreFilter:
         if self.model is not None and self.threshold is not None and not -1 <= self.threshold <= 1:
             raise RecipeError(f"threshold is {self.threshold}", where="score_filter", expected="a cosine, from -1 to 1")
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        with Cache.open(tools.folder, "scores") as cache:
+    @property
+    def surveyed(self) -> bool:
+        return self.quantile is not None
+
+    def survey(self, records: Iterable[Record], tools: Tools) -> Scored:
+        """The scores of all pairs, and how many of them were not known before."""
+        with tools.cache("scores") as cache:
             scorer = _Scorer(*self._scores_by(tools), cache)
+            every = array("d", (score for _, scores in self._scored(records, scorer) for score in scores or ()))
+            return every, scorer.scored
+
+    def prepare(self, ledger: Ledger, tools: Tools, surveys: Sequence[Scored]) -> float:
+        """The threshold."""
+        ledger.notes |= {"scores": array("d"), "records passed unscored": 0}
+        ledger.notes["pairs scored anew"] = sum(scored for _, scored in surveys)
+        if self.threshold is not None:
             threshold = self.threshold
-            if threshold is None:
-                assert self.quantile is not None
-                every = [score for _, scores in self._scored(records, scorer) for score in scores or ()]
-                threshold = float(np.quantile(np.array(every), self.quantile, method="lower")) if every else -1.0
+        else:
+            assert self.quantile is not None
+            every = np.concatenate([np.array(scores) for scores, _ in surveys] or [np.zeros(0)])
+            threshold = float(np.quantile(every, self.quantile, method="lower")) if len(every) else -1.0
+        ledger.notes["threshold"] = round(threshold, 4)
+        return threshold
+
+    def over(self, records: Iterable[Record], ledger: Ledger, tools: Tools, known: float) -> Iterator[Record]:
+        with tools.cache("scores") as cache:
+            scorer = _Scorer(*self._scores_by(tools), cache)
             found, unscored = array("d"), 0
             for record, scores in self._scored(records, scorer):
                 ledger.taken += 1
@@ -85,14 +107,16 @@ class ScoreFilter:
                     yield record
                     continue
                 found.extend(scores)
-                if (left := self._above(record, scores, threshold, ledger)) is not None:
+                if (left := self._above(record, scores, known, ledger)) is not None:
                     yield left
-            ledger.notes |= {
-                "threshold": round(threshold, 4),
-                "histogram": histogram(np.array(found), cosines=self.model is not None),
-                "records passed unscored": unscored,
-                "pairs scored anew": scorer.scored,
-            }
+            more = {"scores": found, "records passed unscored": unscored, "pairs scored anew": scorer.scored}
+            ledger.merge(Ledger(notes=more))
+
+    def conclude(self, ledger: Ledger, tools: Tools) -> None:
+        notes = ledger.notes
+        bars = histogram(np.array(notes["scores"]), cosines=self.model is not None)
+        shown = ("records passed unscored", "pairs scored anew")
+        ledger.notes = {"threshold": notes["threshold"], "histogram": bars} | {name: notes[name] for name in shown}
 
     def _scores_by(self, tools: Tools) -> tuple[Scores, str]:
         """What scores pairs, and its key. Errors: `ModelError` where the tools cannot open the model."""

@@ -1,5 +1,7 @@
 """Queries made by a language model: for passages, for long articles, and in other languages."""
 
+from __future__ import annotations
+
 import random
 import re
 from collections import Counter
@@ -11,8 +13,10 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.settings import Count, Positive
 from embedsmith.core.shelf import curation_steps, generators
-from embedsmith.curate.ask import Answer, Refusal, ask_all, lines_of
-from embedsmith.curate.ledger import Ledger, Tools
+from embedsmith.curate.ask import Asked, ask_all, lines_of
+from embedsmith.curate.dedup import DistinctPositives, OnePositiveEach
+from embedsmith.curate.keeper import Answer, Refusal
+from embedsmith.curate.ledger import Chain, Ledger, Step, Tools
 from embedsmith.curate.rules import SCRIPT_OF, main_script, units
 from embedsmith.data.record import Record, text_id
 
@@ -71,26 +75,13 @@ def _queries_of(answer: Answer | Refusal, record: Record, ledger: Ledger) -> lis
     return _queries_in(answer.text)
 
 
-def _distinct_positives(records: Iterable[Record], ledger: Ledger, what: str) -> Iterator[Record]:
-    """Every text as a record of its own."""
-    seen: set[int] = set()
-    for record in records:
-        ledger.taken += 1
-        for text in record.positives:
-            if (id_ := text_id(text)) in seen:
-                ledger.text_lost(f"{what} seen before", record, text)
-                continue
-            seen.add(id_)
-            yield Record(record.query, (text,), task="retrieval", source=record.source)
-
-
 @curation_steps.register(
     "synthetic_queries",
     formula="LLM(passage) -> `count` queries, each with the passage as its positive",
     source="GPL (arXiv 2112.07577) and others; prompts are ours",
 )
 @dataclass(frozen=True)
-class SyntheticQueries:
+class SyntheticQueries(Chain):
     """Let a language model write queries for passages.
 
     Every distinct positive of the records is a passage (documents read with `input.kind: documents` have one each).
@@ -111,14 +102,17 @@ class SyntheticQueries:
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+    def passes(self) -> tuple[Step, ...]:
+        return OnePositiveEach(), DistinctPositives(what="passage"), Asked(self)
+
+    def asked(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         def prompts() -> Iterator[tuple[Record, str]]:
-            for record in _distinct_positives(records, ledger, "passage"):
+            for record in records:
                 text = record.positives[0]
                 shown = text[: self.max_characters]
                 yield record, _prompt(_QUERIES, self.prompt, text, text=shown, count=self.count)
 
-        for record, answer in ask_all(self.generator, prompts(), _has_query, ledger, tools):
+        for record, answer in ask_all(self.generator, prompts(), _has_query, tools):
             if self.keep_originals and record.query:
                 yield record
             for query in _queries_of(answer, record, ledger)[: self.count]:
@@ -132,7 +126,7 @@ class SyntheticQueries:
     "passage; the prompt's words and the paragraph's bounds are reconstructed",
 )
 @dataclass(frozen=True)
-class LongDocuments:
+class LongDocuments(Chain):
     """Sample a paragraph of a long article, let a language model ask about it, pair the question with the article.
 
     M3's articles have about 4,700 tokens.
@@ -159,13 +153,16 @@ class LongDocuments:
         if self.paragraph_min > self.paragraph_max:
             raise RecipeError("long_documents needs paragraph_min <= paragraph_max")
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        for record, answer in ask_all(self.generator, self._prompts(records, ledger), _has_query, ledger, tools):
+    def passes(self) -> tuple[Step, ...]:
+        return OnePositiveEach(), DistinctPositives(what="article"), Asked(self)
+
+    def asked(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+        for record, answer in ask_all(self.generator, self._prompts(records, ledger), _has_query, tools):
             for query in _queries_of(answer, record, ledger)[:1]:
                 yield Record(query, record.positives, task="retrieval", source=record.source)
 
     def _prompts(self, records: Iterable[Record], ledger: Ledger) -> Iterator[tuple[Record, str]]:
-        for record in _distinct_positives(records, ledger, "article"):
+        for record in records:
             article = record.positives[0]
             if units(article) < self.article_min:
                 ledger.record_left(f"article shorter than {self.article_min} units", record)
@@ -204,7 +201,7 @@ def paragraphs(article: str, most: int) -> list[str]:
     source="Conan-embedding-v2 (arXiv 2509.12892), cross-lingual retrieval data; the prompt is ours",
 )
 @dataclass(frozen=True)
-class TranslateQueries:
+class TranslateQueries(Chain):
     """Cross-lingual retrieval data: translate the query, leave the documents.
 
     Each record gets one language, drawn by its query. An answer in another script than the language's, where that is
@@ -228,10 +225,13 @@ class TranslateQueries:
         if not self.languages:
             raise RecipeError("translate_queries needs languages", expected="names and shares, as {German: 2, zh: 1}")
 
-    def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
+    def passes(self) -> tuple[Step, ...]:
+        return (Asked(self),)
+
+    def asked(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
         made: Counter[str] = Counter()
         prompts = self._prompts(records, ledger)
-        for (record, language), answer in ask_all(self.generator, prompts, _has_query, ledger, tools):
+        for (record, language), answer in ask_all(self.generator, prompts, _has_query, tools):
             if self.keep_originals:
                 yield record
             found = [] if isinstance(answer, Refusal) else _queries_in(answer.text)[:1]

@@ -1,0 +1,45 @@
+"""What a curation runs on. Each engine is a value on the shelf of engines; `start` gives what divides the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.ledger import Ledger, PerRecord, Tools
+from embedsmith.curate.stages import Advance, Stage, Work
+
+T = TypeVar("T")
+
+
+class Running(Protocol):
+    """Divides the parts of a curation among whatever there is."""
+
+    def equip(self, step: PerRecord, tools: Tools) -> tuple[PerRecord, Tools]:
+        """The step and its tools as each of its workers has them."""
+        ...
+
+    def each(self, work: Work[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False) -> Iterator[T]:
+        """What the work makes of each part, in their order."""
+        ...
+
+    def without_like(
+        self,
+        comparison: Comparison,
+        source: Stage,
+        target: Stage,
+        parts: Iterable[int],
+        advance: Advance,
+        examples: int,
+    ) -> Iterator[Ledger]:
+        """Write each part without the records that are like earlier ones, of any part; their ledgers, in the order of
+        the parts."""
+        ...
+
+
+class Engine(Protocol):
+    def start(self, folder: Path) -> AbstractContextManager[Running]:
+        """`folder`: where the parts lie."""
+        ...

@@ -1,0 +1,211 @@
+"""What each pass of a curation gave, on the disk: parts of so many records, and a manifest that is written last. Every
+engine writes the same parts with the same bytes, so one goes on where another was stopped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from embedsmith.core.errors import DataError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.inputs import read_typed
+from embedsmith.core.outputs import discard
+from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.ledger import Ledger, PerRecord, Tools
+from embedsmith.curate.outcome import StepReport
+from embedsmith.data.record import Record, RowError, validate
+from embedsmith.data.writers import write_records
+
+PART = 10_000
+"""Records of a part, as they were read; steps make of each part another, which may hold fewer or more."""
+
+T = TypeVar("T", covariant=True)
+Advance = Callable[[int], None]
+"""Is told of records as they are dealt with."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is written when all parts of a stage are there: the report, and the size of each part in bytes."""
+
+    report: StepReport
+    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The parts of one pass."""
+
+    folder: Path
+    ending: str = ".jsonl"
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}{self.ending}"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    def manifest(self) -> Manifest | None:
+        """That of a finished stage whose parts are all as they were written."""
+        try:
+            known = read_typed(self.manifest_path, Manifest)
+            sizes = [self.part(number).stat().st_size for number in range(len(known.sizes))]
+            return known if sizes == known.sizes else None
+        except (DataError, OSError):
+            return None
+
+    def clear(self) -> None:
+        """Remove what a stopped run left of it."""
+        self.manifest_path.unlink(missing_ok=True)
+        discard(self.folder)
+        self.folder.mkdir(parents=True)
+
+    def finish(self, report: StepReport, count: int) -> Manifest:
+        manifest = Manifest(report, [self.part(number).stat().st_size for number in range(count)])
+        with atomic_file(self.manifest_path) as file:
+            json.dump(asdict(manifest), file, ensure_ascii=False)
+        return manifest
+
+    def records(self, number: int, advance: Advance) -> Counted:
+        return Counted(self, number, advance)
+
+    def lines(self, number: int) -> Iterator[bytes]:
+        """Errors: `DataError` where the part is not to be seen from here."""
+        path = self.part(number)
+        try:
+            with path.open("rb") as file:
+                yield from file
+        except FileNotFoundError as error:
+            raise DataError(
+                "a part of the curation is not there",
+                where=path,
+                fix="on several machines, set work to a folder that all of them share; else run the command again",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The records of a part, which can be read again."""
+
+    stage: Stage
+    number: int
+    advance: Advance
+
+    def __iter__(self) -> Iterator[Record]:
+        for line in self.stage.lines(self.number):
+            yield record_of(line, self.stage.part(self.number))
+            self.advance(1)
+
+
+def record_of(line: bytes, path: Path) -> Record:
+    """Of a line that `write_records` wrote."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+        return Record(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    except (ValueError, TypeError) as error:
+        raise DataError("a damaged stage file", where=path, fix="delete it and run again") from error
+
+
+class Work(Generic[T]):
+    """Something that is done with each part, by whatever process. A work can be pickled."""
+
+    def __call__(self, number: int, advance: Advance) -> T:
+        """`advance` is told of each record that is read. Errors: those of the step."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Survey(Work[Any]):
+    """A step's first look at a part."""
+
+    step: PerRecord
+    source: Stage
+    tools: Tools
+
+    def __call__(self, number: int, advance: Advance) -> Any:
+        return self.step.survey(self.source.records(number, advance), self.tools)
+
+
+@dataclass(frozen=True)
+class Run(Work[Ledger]):
+    """A step over a part: the part that it makes, and its ledger. `known`: what the step prepared."""
+
+    step: PerRecord
+    source: Stage
+    target: Stage
+    tools: Tools
+    known: Any
+    examples: int
+
+    def __call__(self, number: int, advance: Advance) -> Ledger:
+        ledger = Ledger(self.examples)
+        records = self.source.records(number, advance)
+        ledger.given = write_records(self.target.part(number), self.step.over(records, ledger, self.tools, self.known))
+        return ledger
+
+
+@dataclass(frozen=True)
+class Sketches(Work[list[Any]]):
+    """What is compared in place of the records of a part."""
+
+    comparison: Comparison
+    source: Stage
+
+    def __call__(self, number: int, advance: Advance) -> list[Any]:
+        return [self.comparison.sketch(record) for record in self.source.records(number, advance)]
+
+
+@dataclass(frozen=True)
+class Drop(Work[Ledger]):
+    """A part without some of its records. `leaving`: of each part, the places of those and what they are like."""
+
+    comparison: Comparison
+    source: Stage
+    target: Stage
+    leaving: Mapping[int, Mapping[int, str]]
+    examples: int
+
+    def __call__(self, number: int, advance: Advance) -> Ledger:
+        ledger, leaving = Ledger(self.examples), self.leaving.get(number, {})
+        with atomic_file(self.target.part(number), "wb") as file:
+            for place, line in enumerate(self.source.lines(number)):
+                ledger.taken += 1
+                if (like := leaving.get(place)) is None:
+                    file.write(line)
+                    ledger.given += 1
+                else:
+                    self.comparison.leave(record_of(line, self.source.part(number)), like, ledger)
+        return ledger
+
+
+@dataclass(frozen=True)
+class Check(Work[Ledger]):
+    """A part as the output has it: without what cannot be trained on, compressed where its name says so."""
+
+    source: Stage
+    target: Stage
+    examples: int
+
+    def __call__(self, number: int, advance: Advance) -> Ledger:
+        ledger, sound = Ledger(self.examples), bytearray()
+        for line in self.source.lines(number):
+            ledger.taken += 1
+            advance(1)
+            record = record_of(line, self.source.part(number))
+            try:
+                validate(record)
+            except RowError as error:
+                ledger.record_left(error.kind, record)
+                continue
+            sound += line
+            ledger.given += 1
+        zipped = self.target.ending.endswith(".gz")
+        with atomic_file(self.target.part(number), "wb") as file:
+            file.write(gzip.compress(sound, 6, mtime=0) if zipped and sound else sound)
+        return ledger
