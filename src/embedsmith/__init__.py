@@ -26,6 +26,7 @@ _HOMES = {
     "load": "embedsmith.models",
     "load_reranker": "embedsmith.models",
     "mine": "embedsmith.api.making",
+    "plan": "embedsmith.cli.planning.forecast",
     "split": "embedsmith.api.making",
     "tokenize": "embedsmith.api.making",
 }
@@ -43,8 +44,8 @@ _VERBS = {
 
 __all__ = [
     *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "distil"),
-    *("evaluate", "export", "index", "load", "load_reranker", "merge", "mine", "search", "serve", "split"),
-    *("tokenize", "train"),
+    *("evaluate", "export", "index", "load", "load_reranker", "merge", "mine", "plan", "search", "serve"),
+    *("split", "tokenize", "train"),
 ]
 
 

@@ -12,6 +12,7 @@ from embedsmith.api.searching import index as index
 from embedsmith.api.searching import search as search
 from embedsmith.api.serving import application as application
 from embedsmith.api.serving import serve as serve
+from embedsmith.cli.planning.forecast import plan as plan
 from embedsmith.data import Source as Source
 from embedsmith.models import CrossEncoder as CrossEncoder
 from embedsmith.models import Embedder as Embedder
@@ -37,6 +38,7 @@ __all__ = [
     "load_reranker",
     "merge",
     "mine",
+    "plan",
     "search",
     "serve",
     "split",

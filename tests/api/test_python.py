@@ -17,8 +17,8 @@ from embedsmith.api.tokenizing import job_of
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = (
-    *("application", "compare", "curate", "evaluate", "export", "index", "merge", "mine", "search", "serve", "split"),
-    *("tokenize", "train"),
+    *("application", "compare", "curate", "evaluate", "export", "index", "merge", "mine", "plan", "search", "serve"),
+    *("split", "tokenize", "train"),
 )
 
 

@@ -327,6 +327,9 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
         r"on: 1 process\(es\), cpu, fp32",
         r"memory: 2,048 padded tokens are encoded at once; all graphs of a step are kept",
         r"evaluated: nothing: evaluate\.tasks is empty",
+        r"a rank holds [\d.]+ kB \(weights [\d.]+ kB, gradients [\d.]+ kB, optimizer [\d.]+ kB, activations .*\)",
+        r"  its graphs: [\d,]+ tokens of the first step at once, [\d.]+ kB each, measured here",
+        r"  on 8 ranks: train\.shard=false [\d.]+ kB, train\.shard=true [\d.]+ kB, train\.shard=zero2 [\d.]+ kB",
         r"the first step was taken: loss \d\.\d{4}, learning rate 5.00e-04, gradient norm [\d.]+, \d+ tokens",
         rf"nothing was written; a run would write to {tmp_path}/run",
     ]

@@ -1,6 +1,7 @@
 """The recipes that come with the package, found by name where no such file exists. In a checkout they lie in
 `recipes/`, in an installed package beside its code."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,17 @@ def shipped_recipes() -> dict[str, Shipped]:
     return {one.name: one for one in map(_described, paths)}
 
 
+def verb_of_keys(keys: Iterable[str]) -> str:
+    """The verb whose recipe has such keys."""
+    known = set(keys)
+    return next((verb for key, verb in _FIRST_KEYS.items() if key in known), "train")
+
+
 def _described(path: Path) -> Shipped:
     lines = path.read_text(encoding="utf-8").splitlines()
     name = path.relative_to(FOLDER).with_suffix("").as_posix()
     keys = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
-    verb = next((verb for key, verb in _FIRST_KEYS.items() if key in keys), "train")
+    verb = verb_of_keys(keys)
     comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
     summary = comment.partition(". ")[0].partition(" Run: ")[0].rstrip(".")
     return Shipped(name, "accelerate launch" if name.startswith("accelerate/") else verb, summary, path)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from embedsmith.core.collectives import on_first_rank, world_size
 from embedsmith.core.outputs import check_claim
 from embedsmith.core.settings import name_of, to_plain
+from embedsmith.core.tokens import TokenBatch
 from embedsmith.evaluate import Task, load_tasks
 from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.models import Model
@@ -20,6 +23,9 @@ from embedsmith.train.config import Recipe
 from embedsmith.train.feed import Feed, Supply
 from embedsmith.train.held_out import with_held_out
 from embedsmith.train.loop import Run, build, update
+from embedsmith.train.rank_memory import RankMemory, Shard, in_bytes, kept_for_backward, rank_memory, weight_facts
+
+SHARDS: tuple[Shard, ...] = (False, True, "zero2")
 
 
 def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
@@ -37,14 +43,18 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
         tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
         run = build(recipe, accelerator)
         on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
-        output, rate, norm = update(run, run.feed.draw(0))
+        draw = run.feed.draw(0)
+        output, rate, norm = update(run, draw)
+        held = _memory_in_words(run, draw[0])
     finally:
         on_first_rank(lambda: shutil.rmtree(parts, ignore_errors=True))
     step = (
         f"the first step was taken: loss {float(output.value):.4f}, learning rate {rate:.2e}, "
         f"gradient norm {norm:.3f}, {output.tokens:,} tokens"
     )
-    return "\n".join([*_in_words(run, tasks), step, f"nothing was written; a run would write to {recipe.output}"])
+    return "\n".join(
+        [*_in_words(run, tasks), *held, step, f"nothing was written; a run would write to {recipe.output}"]
+    )
 
 
 def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
@@ -66,6 +76,41 @@ def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
         f"packing: {run.model.packs}; fused kernels: {run.model.fused}",
         f"evaluated: {scored}",
     ]
+
+
+def _memory_in_words(run: Run, tokens: TokenBatch) -> list[str]:
+    """What a rank holds, as the run is spread and as `train.shard` would spread it. Collective under FSDP2."""
+    config, model, ranks = run.recipe.train, run.model, world_size()
+    chunks = run.memory.plan(tokens.length_N)
+    replayed = max((chunk.tokens for chunk in chunks if not chunk.keep), default=0)
+    alive = sum(chunk.tokens for chunk in chunks if chunk.keep) + replayed
+    longest = np.repeat(np.argmax(tokens.length_N), 2)
+    heads = sorted(frozenset().union(*(supply.loss.heads() for supply in run.feed.supplies)))
+    passes = [lambda rows=longest[:count]: run.encode(tokens, heads, rows) for count in (1, 2)]
+    one, two = (kept_for_backward(act, model.parameters()) for act in passes)
+    of_a_token = (two - one) / max(int(tokens.length_N.max()), 1)
+    facts = weight_facts(model, run.extras)
+
+    def under(shard: Shard, count: int) -> RankMemory:
+        return rank_memory(
+            facts,
+            shard=shard,
+            ranks=count,
+            optimizer=config.optimizer,
+            half=run.precision != "fp32",
+            replayed_layers=run.recipe.model.gradient_checkpointing,
+            activations=of_a_token * alive,
+        )
+
+    lines = [
+        f"a rank holds {under(config.shard, ranks)}",
+        f"  its graphs: {alive:,} tokens of the first step at once, {in_bytes(of_a_token)} each, measured here",
+    ]
+    if config.optimizer == "adamw" and run.recipe.task == "embed":
+        count = ranks if ranks > 1 else 8
+        others = [f"train.shard={str(name).lower()} {in_bytes(under(name, count).total)}" for name in SHARDS]
+        lines.append(f"  on {count} ranks: {', '.join(others)}")
+    return lines
 
 
 def _sources_in_words(model: Model, feed: Feed) -> list[str]:

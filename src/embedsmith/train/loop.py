@@ -53,6 +53,7 @@ from embedsmith.train.freeze import freeze, trained_in_words
 from embedsmith.train.held_out import with_held_out
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
+from embedsmith.train.rank_memory import STATE_BYTES
 from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 from embedsmith.train.trained import Trained
@@ -63,9 +64,6 @@ _PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path
 _DTYPE: Mapping[str, ComputeType | None] = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 WORKERS = 4
 """Threads that draw and tokenize steps ahead of a card."""
-
-_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
-"""What an optimizer holds of a weight, at most."""
 
 
 @dataclass
@@ -399,7 +397,7 @@ def fit_to_card(run: Run, card: Card) -> None:
         longest = len(full_length(run.model, 1).id_S)
         optimizer = run.engine.optimizer
         weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
-        held = 0 if optimizer.state else _STATE_BYTES[config.optimizer] * weights
+        held = 0 if optimizer.state else STATE_BYTES[config.optimizer] * weights
         budget = measured_budget(card, run.probe, longest, held)
         run.memory, run.state = at_most(run.memory, budget), replace(run.state, token_budget=budget, card=card.name)
 

@@ -1,0 +1,1 @@
+"""What a recipe would take of hours, disk, memory and money, before anything is spent: `embedsmith plan`."""
