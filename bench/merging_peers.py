@@ -51,13 +51,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def family(root: Path, kind: str, step: float) -> tuple[Path, list[Path]]:
+def family(root: Path, kind: str, step: float, layers: int = 2) -> tuple[Path, list[Path]]:
     """A base and three parents: BERT as sentence-transformers folders, or a plain Qwen3 decoder."""
     torch.manual_seed(0)
     size = {
         "vocab_size": 64,
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "intermediate_size": 48,
     }

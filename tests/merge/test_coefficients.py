@@ -288,4 +288,4 @@ def test_weights_that_sum_to_nothing():
     with pytest.raises(RecipeError, match="sum to 0"):
         formula.normalised(weights(1, -1))
     with pytest.raises(RecipeError, match="at least 0"):
-        merge_methods.build("slerp").coefficients(torch.eye(2, dtype=torch.float64), weights(1, -1))
+        merge_methods.build("karcher").coefficients(torch.eye(2, dtype=torch.float64), weights(1, -1))

@@ -18,9 +18,10 @@ from embedsmith.api.keywords import keyed, model_tree, recipe_of, source_tree, s
 from embedsmith.api.tokenizing import TokenizeJob
 from embedsmith.api.tokenizing import tokenize as run_tokenize
 from embedsmith.compat.config import recipe_tree
+from embedsmith.compat.mergekit import is_mergekit, mergekit_tree
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import lines_shown
-from embedsmith.core.recipe import parse
+from embedsmith.core.recipe import parse, read_tree
 from embedsmith.core.settings import did_you_mean, to_plain
 from embedsmith.core.sharing import Shard
 from embedsmith.curate import CurateRecipe
@@ -241,7 +242,8 @@ def merge(
     >>> es.load(str(merged)).encode("a cat on the mat").shape
     (16,)
 
-    `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a `MergeRecipe`.
+    `recipe`: the path of a YAML recipe (or of mergekit's YAML), or a recipe as a dict, which the other arguments
+    change; or a `MergeRecipe`.
     `parents`: folders or hub ids, or dicts (`{"path": "my-model", "weight": 0.3}`). `method`: a name or a dict
     (`{"type": "ties", "density": 0.2}`; `embedsmith list merge-method`). `output`: the folder that is written.
     `overwrite`: replaces a merge that is there. `settings`: the other keys of the recipe, such as `base`.
@@ -249,6 +251,9 @@ def merge(
     """
     check = settings.pop("check", None)
     changes = {"parents": None if parents is None else [_path_text(parent) for parent in parents], "method": method}
+    tree = read_tree(recipe) if isinstance(recipe, str | Path) else recipe
+    if isinstance(tree, Mapping) and is_mergekit(tree):
+        recipe = mergekit_tree(tree, recipe if isinstance(recipe, str | Path) else "merge")
     whole = recipe_of(MergeRecipe, recipe, changes | {"output": output} | settings, where="merge")
     with lines_shown():
         return run_merge(whole, overwrite=overwrite, check=check)

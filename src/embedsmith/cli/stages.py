@@ -132,10 +132,11 @@ def _train(tree: dict[str, Any], where: str) -> Path:
 
 @stage_of("merge")
 def _merge(tree: dict[str, Any], where: str) -> Path:
+    from embedsmith.compat.mergekit import merge_tree
     from embedsmith.merge import MergeRecipe
     from embedsmith.merge.run import merge
 
-    recipe = parse(MergeRecipe, tree, where)
+    recipe = parse(MergeRecipe, merge_tree(tree, where), where)
     join_ranks()
     on_first_rank(lambda: str(merge(recipe)))
     return Path(recipe.output)

@@ -115,7 +115,8 @@ class MergedAdapter:
         with progress_bar("factors", sum(len(names) for _, names in plan.by_method)) as bar:
             for method, names in plan.by_method:
                 job = plan.job(names)
-                coefficients = method.by_name(job) if isinstance(method, CoefficientMethod) else {}
+                summed = isinstance(method, CoefficientMethod) and method.of == "task_vectors"
+                coefficients = method.by_name(job) if isinstance(method, CoefficientMethod) and summed else {}
                 combine = method.prepare(job)
                 for name in names:
                     kinds[name] = type(modules.get(_module(name))) if name.endswith(".weight") else object

@@ -14,6 +14,7 @@ from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge.parents import MISSING, MeanOfOwners, Parent, Reordered, Weights
 from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.stream import UNIT
+from embedsmith.merge.varying import mean_of
 from embedsmith.models.backbone import load_tokenizer, read_architecture, skeleton
 from embedsmith.models.folder import FolderFacts
 from embedsmith.models.static import is_static
@@ -137,7 +138,7 @@ class Sheets:
         modules = {len(sheet.facts.projections) for sheet in self.parents}
         if self.base is not None and self.base.is_embedder and modules == {len(self.base.facts.projections)}:
             return self.base
-        return max(self.parents, key=lambda sheet: (sheet.is_embedder, sheet.model.weight, sheet.model.id))
+        return max(self.parents, key=lambda sheet: (sheet.is_embedder, mean_of(sheet.model.weight), sheet.model.id))
 
     def prompts(self) -> tuple[Mapping[str, str], str | None]:
         """Prompts and the default prompt. Errors: `RecipeError` when the parents differ and nobody chose."""

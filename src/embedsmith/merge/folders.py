@@ -278,7 +278,7 @@ def open_models(recipe: MergeRecipe) -> tuple[tuple[Parent, ...], Parent | None]
         base = dataclasses.replace(base, id="theta_0")
     opened = {name: _open(spec, name, base, opener) for name, spec in named.items()}
     return tuple(
-        dataclasses.replace(parent, weight=named[name].weight, trajectory=named[name].trajectory)
+        dataclasses.replace(parent, **{key: getattr(named[name], key) for key in ("weight", "density", "trajectory")})
         for name, parent in opened.items()
     ), base
 

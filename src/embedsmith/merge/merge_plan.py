@@ -16,6 +16,7 @@ from embedsmith.merge.folders import open_models
 from embedsmith.merge.method import Job, Method
 from embedsmith.merge.parents import Parent, Reordered
 from embedsmith.merge.recipe import MergeRecipe
+from embedsmith.merge.varying import check_filters, layer_places, mean_of, value_at, varies
 
 _POSITIONS = re.compile(r"(^|\.)(position_embeddings|wpe|embed_positions)\.weight$")
 
@@ -47,7 +48,8 @@ class Plan:
 
     @property
     def weight_M(self) -> Tensor:
-        return torch.tensor([parent.weight for parent in self.parents], dtype=torch.float64)
+        """One number a parent: of weights that vary the mean."""
+        return torch.tensor([mean_of(parent.weight) for parent in self.parents], dtype=torch.float64)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -84,9 +86,17 @@ class Plan:
         """A parent that has the tensor."""
         return next(parent for parent in self.parents if name in parent.tensors)
 
+    def weights(self, names: tuple[str, ...]) -> Tensor | Mapping[str, Tensor]:
+        """The parents' weights [M], or those of every tensor where they vary."""
+        if not any(varies(parent.weight) for parent in self.parents):
+            return self.weight_M
+        places = layer_places(self.parents[0].tensors)
+        rows = ((name, [value_at(parent.weight, name, places.get(name)) for parent in self.parents]) for name in names)
+        return {name: torch.tensor(row, dtype=torch.float64) for name, row in rows}
+
     def job(self, names: tuple[str, ...]) -> Job:
         own, seed, cache = self.recipe.granularity, self.recipe.seed, self.recipe.cache_folder
-        return Job(self.parents, self.base, names, self.weight_M, own, seed, cache)
+        return Job(self.parents, self.base, names, self.weights(names), own, seed, cache)
 
 
 def make_plan(recipe: MergeRecipe) -> Plan:
@@ -104,13 +114,15 @@ def make_plan(recipe: MergeRecipe) -> Plan:
     max_length = sheets.max_length()
     parents, base, positions = _same_positions(*sheets.same_tokens(like.model), notes)
     merged, averaged, copied = _sort_tensors(parents, base, recipe, notes)
+    by_method = _methods(recipe, merged, base)
+    _check_varying(parents, by_method, (*merged, *averaged))
     check_tensors([*parents, *([] if base is None else [base])], [*merged, *averaged], copied)
     return Plan(
         recipe,
         parents,
         base,
         like,
-        _methods(recipe, merged, base),
+        by_method,
         averaged,
         copied,
         prompts,
@@ -175,6 +187,30 @@ def _sort_tensors(
         if parent.left_out:
             notes.append(f"{parent.id}: {len(parent.left_out)} weights of heads the encoder does not use were left out")
     return tuple(merged), averaged, tuple(copied)
+
+
+def _check_varying(
+    parents: Sequence[Parent], by_method: Sequence[tuple[Method, tuple[str, ...]]], names: Sequence[str]
+) -> None:
+    """Whatever differs from tensor to tensor says something of every one of them.
+
+    Errors: `RecipeError` naming the setting, and for a density of a parent that no method looks at.
+    """
+    places = layer_places(parents[0].tensors)
+    thinned = [name for method, own in by_method if method.thins for name in own]
+    for parent in parents:
+        check_filters(parent.weight, names, places, f"weight of {parent.id}")
+        if parent.density is not None and not thinned:
+            raise RecipeError(
+                f"{parent.id} has a density, and this merge keeps every entry",
+                where="parents",
+                fix="take it away, or use method: ties, dare, della or breadcrumbs",
+            )
+        if parent.density is not None:
+            check_filters(parent.density, thinned, places, f"density of {parent.id}")
+    for method, own in by_method:
+        if (t := getattr(method, "t", None)) is not None:
+            check_filters(t, own, places, f"t of {method.registered_name}")
 
 
 def _methods(

@@ -29,6 +29,7 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
 from embedsmith.merge.stream import BLOCK, UNIT, Block, blocks, drawn, nth_largest
+from embedsmith.merge.varying import Place, Varying, layer_places, value_at
 
 Combine = Callable[[Block], Tensor]
 """A block of all models to the merged weights [E] of that block, in float64 (or float32)."""
@@ -39,9 +40,9 @@ _FORMAT = "gram-1"
 
 @dataclass(frozen=True)
 class Gram:
-    """Inner products of task vectors and base, by tensor name.
+    """Inner products of task vectors and base, by tensor name. Without a base vectors begin at zero: raw weights.
 
-    full_by_name: [M + 1, M + 1] float64; rows 0..M-1 are V_1..V_M, row M is theta_0. size_by_name: elements.
+    full_by_name: [M + 1, M + 1] float64; rows 0..M-1 are V_1..V_M, row M is theta_0 (or zero). size_by_name: elements.
     nonzero_by_name: [M] elements that moved.
     """
 
@@ -61,7 +62,7 @@ class Gram:
     def measured(
         cls,
         parents: Sequence[Parent],
-        base: Parent,
+        base: Parent | None,
         names: Sequence[str],
         cache: Path | None = None,
         block: int = BLOCK,
@@ -73,8 +74,9 @@ class Gram:
         if cache is None:
             return cls.by_a_pass(parents, base, names, block)
         digest = hashlib.sha256(_FORMAT.encode())
-        for model in (*parents, base):
+        for model in (*parents, *([] if base is None else [base])):
             digest.update(model.content_hash.encode())
+        digest.update(b"raw" if base is None else b"")
         for name in sorted(names):
             digest.update(name.encode() + b"\0")
         file = cache / f"{digest.hexdigest()[:32]}.npz"
@@ -98,20 +100,20 @@ class Gram:
         return found
 
     @classmethod
-    def by_a_pass(cls, parents: Sequence[Parent], base: Parent, names: Sequence[str], block: int) -> Self:
+    def by_a_pass(cls, parents: Sequence[Parent], base: Parent | None, names: Sequence[str], block: int) -> Self:
         """Every unit of UNIT elements by itself (the last one padded with zeros), then added up exactly."""
         width = len(parents) + 1
         full = {name: torch.zeros(width, width, dtype=torch.float64) for name in names}
         nonzero = {name: torch.zeros(len(parents), dtype=torch.int64) for name in names}
-        size = {name: base.size(name) for name in names}
+        size = {name: parents[0].size(name) for name in names}
         with progress_bar("measuring task vectors", sum(size.values())) as bar:
             for piece in blocks(parents, base, names, size=block):
-                assert piece.base_E is not None
                 if piece.start == 0:
                     products = np.zeros((-(-size[piece.name] // UNIT), width, width))
-                delta_ME = piece.delta_ME
+                base_E = torch.zeros(piece.stop - piece.start) if piece.base_E is None else piece.base_E
+                delta_ME = torch.stack([parent_E.double() for parent_E in piece.parents]).sub_(base_E.double())
                 nonzero[piece.name] += delta_ME.count_nonzero(1)
-                rows = torch.cat([delta_ME, piece.base_E.double()[None]]).numpy()
+                rows = torch.cat([delta_ME, base_E.double()[None]]).numpy()
                 missing = -rows.shape[1] % UNIT
                 rows = np.pad(rows, ((0, 0), (0, missing))) if missing else rows
                 units = rows.reshape(width, -1, UNIT).transpose(1, 0, 2)
@@ -147,19 +149,57 @@ def block_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What a method may read. `names`: the float tensors it has to make; `weight_M`: the parents' weights a_i,
-    float64, as the recipe says (not normalised); `groups`: names that share one set of coefficients. `report`: what a
-    method wants written into merge.json (`coefficients`, densities, costs)."""
+    """What a method may read. `names`: the float tensors it has to make; `weights`: the parents' weights a_i [M],
+    float64, as the recipe says (not normalised), or those of every tensor by its name; `groups`: names that share one
+    set of coefficients. `report`: what a method wants written into merge.json (`coefficients`, densities, costs)."""
 
     parents: tuple[Parent, ...]
     base: Parent | None
     names: tuple[str, ...]
-    weight_M: Tensor
+    weights: Tensor | Mapping[str, Tensor]
     granularity: Granularity = "model"
     seed: int = 0
     cache: Path | None = None
     block: int = BLOCK
     report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight_M(self) -> Tensor:
+        """The parents' weights. Errors: `RecipeError` where they differ from tensor to tensor, for a method that cannot
+        use that."""
+        if isinstance(self.weights, Mapping):
+            raise RecipeError(
+                "this method has one weight for a whole parent, and the weights differ from tensor to tensor",
+                where="parents",
+                fix="give every parent one number as its weight, or use method: average, slerp, ties or their like",
+            )
+        return self.weights
+
+    def weight_of(self, name: str) -> Tensor:
+        """The parents' weights for a tensor, [M]."""
+        return self.weights[name] if isinstance(self.weights, Mapping) else self.weights
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Layer and number of layers, of every tensor that lies in one."""
+        return layer_places(self.parents[0].tensors)
+
+    def density_of(self, name: str, usual: float) -> Tensor:
+        """The share of its entries that every parent keeps of a tensor, [M]: its own, or the method's."""
+        own: list[Varying] = [usual if parent.density is None else parent.density for parent in self.parents]
+        found = [value_at(setting, name, self.places.get(name)) for setting in own]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def density_of_group(self, names: tuple[str, ...], usual: float) -> list[float]:
+        """The same of a group, which is trimmed as one. Errors: `RecipeError` where its tensors differ."""
+        found = {tuple(self.density_of(name, usual).tolist()) for name in names}
+        if len(found) > 1:
+            raise RecipeError(
+                "the densities differ inside of what is trimmed as one",
+                where="parents",
+                fix="set granularity: tensor, or block where densities differ from layer to layer alone",
+            )
+        return list(found.pop())
 
     @cached_property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -173,8 +213,8 @@ class Job:
 
     @cached_property
     def gram(self) -> Gram:
-        """Inner products of the task vectors of every tensor: one pass over the weights, or the cache."""
-        assert self.base is not None, "checked by `Method.base`"
+        """Inner products of the task vectors of every tensor (without a base: of the weights): one pass over the
+        weights, or the cache."""
         return Gram.measured(self.parents, self.base, self.names, self.cache, self.block)
 
     def size(self, name: str) -> int:
@@ -187,9 +227,12 @@ class Job:
         return blocks(self.parents, self.base, chosen, size=self.block, by_rows=by_rows)
 
     def thresholds(
-        self, ranks_of: Callable[[int], Sequence[int]], keys: Callable[[Block], Tensor] | None = None
+        self,
+        ranks_of: Callable[[tuple[str, ...], int], Sequence[Sequence[int]]],
+        keys: Callable[[Block], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Tensor name to the values [M, R] at the ranks that `ranks_of` gives for the size of the tensor's group.
+        """Tensor name to the values [M, R] at the ranks that `ranks_of` gives each parent for the names of the tensor's
+        group and their size together.
 
         `keys`: a block to what is ranked, rows [M, E] of values that are not negative; by default |V_i| in float32.
         """
@@ -200,7 +243,11 @@ class Job:
             def passes(names: tuple[str, ...] = names) -> Iterable[Tensor]:
                 return (b.delta_ME.abs_().float() if keys is None else keys(b) for b in self.blocks(names))
 
-            found |= dict.fromkeys(names, nth_largest(passes, ranks_of(total), total))
+            wanted = ranks_of(names, total)
+            ranks = sorted({rank for row in wanted for rank in row})
+            values_MU = nth_largest(passes, ranks, total)
+            chosen_MR = torch.tensor([[ranks.index(rank) for rank in row] for row in wanted])
+            found |= dict.fromkeys(names, values_MU.gather(1, chosen_MR))
         return found
 
     def drawn(self, block: Block) -> Tensor:
@@ -212,30 +259,33 @@ class Job:
 class Method(Protocol):
     """What a merging method is: a frozen dataclass that extends this and is registered in `core.shelf.merge_methods`.
 
-    `base`: whether task vectors are needed. `by_rows`: blocks must be whole rows. `prepare` may pass over the weights,
+    `base`: whether task vectors are needed. `by_rows`: blocks must be whole rows. `thins`: whether parents may have a
+    density of their own. `prepare` may pass over the weights,
     read data and train; what it returns is called for every block of `job.names`, each tensor's blocks in order.
     """
 
     registered_name: ClassVar[str]
     base: ClassVar[Base] = "needed"
     by_rows: ClassVar[bool] = False
+    thins: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, job: Job) -> Combine: ...
 
 
-def combine_coefficients(coefficients: Mapping[str, Tensor]) -> Combine:
+def combine_coefficients(coefficients: Mapping[str, Tensor], raw: bool = False) -> Combine:
     """theta_m = (1 - sum_i c_i) theta_0 + sum_i c_i theta_i, which is theta_0 + sum_i c_i V_i, in float64.
 
-    `coefficients`: tensor name to c [M]. Written over the weights themselves, so that identical parents come out bit
-    for bit, and a merge whose coefficients sum to 1 needs no base.
+    `coefficients`: tensor name to c [M]. `raw`: sum_i c_i theta_i, whatever the sum of the coefficients. Written over
+    the weights themselves, so that identical parents come out bit for bit, and one whose coefficients sum to 1 needs
+    no base.
     """
     plain = {name: [float(value) for value in coef_M] for name, coef_M in coefficients.items()}
 
     def combine(block: Block) -> Tensor:
         coefs = plain[block.name]
         rest = 1.0 - math.fsum(coefs)
-        if abs(rest) < 4e-16 * len(coefs):  # the sum is 1 but for rounding: the base has no share at all
+        if raw or abs(rest) < 4e-16 * len(coefs):  # the sum is 1 but for rounding: the base has no share at all
             rest = 0.0
         terms = [(coef, parent_E) for coef, parent_E in zip(coefs, block.parents, strict=True) if coef]
         if rest:

@@ -236,7 +236,7 @@ def _card(plan: Plan, report: Mapping[str, Any]) -> str:
         f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}\n" for name, text in plan.prompts.items()
     )
     rows = [
-        row(words(one["id"]), code(one["path"]), f"{one['weight']:g}", one["distance"], f"`{one['sha256'][:16]}`")
+        row(words(one["id"]), code(one["path"]), _weight(one["weight"]), one["distance"], f"`{one['sha256'][:16]}`")
         for one in report["models"]
     ]
     notes = "".join(f"- {words(note)}\n" for note in report["notes"])
@@ -251,6 +251,10 @@ def _card(plan: Plan, report: Mapping[str, Any]) -> str:
         notes=notes,
         recipe=block(recipe, "yaml"),
     )
+
+
+def _weight(weight: Any) -> str:
+    return f"{weight:g}" if isinstance(weight, int | float) else "varies: see below"
 
 
 _CARD = """\

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.inputs import local_path
+from embedsmith.merge.varying import Varying
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -220,7 +221,7 @@ class Parent:
 
     folder: where modules, prompts and tokenizer are read from. config_folder: where the encoder's config.json is.
     files: every file whose bytes decide the weights. remark: what else does (a vocabulary's new order).
-    trajectory: the run this is a checkpoint of, for two-level merges.
+    weight, density: as the recipe has them. trajectory: the run this is a checkpoint of, for two-level merges.
     unused: names no vector depends on (a pooler). buffers: float tensors that are no weights.
     token_tables: names whose rows belong to tokens. left_out: tensors of the files that the encoder does not have.
     """
@@ -230,7 +231,8 @@ class Parent:
     config_folder: Path
     tensors: Mapping[str, Weights]
     files: tuple[Path, ...]
-    weight: float = 1.0
+    weight: Varying = 1.0
+    density: Varying | None = None
     trajectory: str | None = None
     remark: str = ""
     unused: frozenset[str] = frozenset()

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import Count, Finite, NotNegative, Share, Word, section
+from embedsmith.core.settings import Count, NotNegative, Share, Word, section
 from embedsmith.core.shelf import merge_methods
+from embedsmith.merge.varying import Varying, check_numbers, numbers_of
 
 Granularity = Literal["model", "block", "module", "tensor"]
 REMOVED: Mapping[str, str] = {
@@ -59,18 +60,29 @@ class ParentSpec:
 
     `path`: a folder (transformers, sentence-transformers, or a LoRA adapter), a hub id, or a pattern such as
     `runs/a/checkpoints/step-*/model` that stands for every folder it matches, in natural order. `id`: its name in
-    reports, by default the end of its path. `weight`: a_i, each checkpoint's own. `adapter`: a LoRA folder on top of
-    the model at `path`. `trajectory`: the run a checkpoint belongs to; methods that merge in two levels merge each run
-    first. `last`: keep only the last so many folders of a pattern. `revision`: branch, tag or commit of a hub id.
+    reports, by default the end of its path. `weight`: a_i, each checkpoint's own: a number, several spread over the
+    layers (`[0, 0.5, 1]`), or entries by a part of a tensor's name (`[{filter: attention, value: 1}, {value: 0.5}]`).
+    `density`: the share of its entries that is kept, alike, in the place of the method's. `adapter`: a LoRA folder on
+    top of the model at `path`. `trajectory`: the run a checkpoint belongs to; methods that merge in two levels merge
+    each run first. `last`: keep only the last so many folders of a pattern. `revision`: branch, tag or commit of a hub
+    id.
     """
 
     path: str
     id: str | None = None
-    weight: Finite = 1.0
+    weight: Varying = 1.0
+    density: Varying | None = None
     adapter: str | None = None
     trajectory: str | None = None
     last: Count | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers("weight", self.weight)
+        if self.density is not None:
+            check_numbers("density", self.density, 0.0, 1.0)
+            if not all(numbers_of(self.density)):
+                raise RecipeError(f"density is {self.density!r}", where=self.path, expected="more than 0")
 
     def expanded(self) -> "list[ParentSpec]":
         """One entry for every folder a pattern matches, in natural order (step-20 before step-100), the `last` so many.

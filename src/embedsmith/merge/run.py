@@ -205,9 +205,11 @@ def _prepare(plan: Plan, facts: dict[str, Any]) -> list[Part]:
             facts.setdefault(key, {}).update(value)
     for holders in dict.fromkeys(plan.averaged.values()):
         names = tuple(name for name, having in plan.averaged.items() if having == holders)
-        weight_M = normalised(plan.weight_M[list(holders)])
-        job = Job(tuple(plan.parents[place] for place in holders), None, names, weight_M)
-        found.append((job, combine_coefficients(dict.fromkeys(names, weight_M)), False))
+        own = plan.weights(names)
+        every = own if isinstance(own, Mapping) else dict.fromkeys(names, own)
+        weights = {name: normalised(weight_M[list(holders)]) for name, weight_M in every.items()}
+        job = Job(tuple(plan.parents[place] for place in holders), None, names, weights)
+        found.append((job, combine_coefficients(weights), False))
     return found
 
 
@@ -238,7 +240,7 @@ def _about_models(plan: Plan, hashes: Mapping[str, Future[str]]) -> list[dict[st
         {
             "id": model.id,
             "path": model.folder.name,
-            "weight": model.weight if model is not plan.base else 0.0,
+            "weight": to_plain(model.weight) if model is not plan.base else 0.0,
             "distance": f"{plan.distance[model.id]:.2%}" if model.id in plan.distance else "-",
             "sha256": hashes[model.id].result(),
         }

@@ -112,18 +112,18 @@ def merge_models(
     strict: Annotated[bool, typer.Option("--strict", help="As --verify; what fails is not written.")] = False,
     probe: Annotated[list[str] | None, typer.Option(help="Texts to look at: one file a parent, or one.")] = None,
 ) -> None:
-    """Merge models as a recipe says.
+    """Merge models as a recipe says, ours or a YAML file of mergekit.
 
     Example: embedsmith merge merge base=my/encoder parents.0.path=runs/a/model parents.1.path=runs/b/model
     output=runs/merged
     """
     share_one_heap()
-    from embedsmith.core.recipe import load_recipe
+    from embedsmith.compat.mergekit import read_merge
     from embedsmith.core.shipped import recipe_file
-    from embedsmith.merge import MergeRecipe, merge
+    from embedsmith.merge import merge
     from embedsmith.merge.run import plan_in_words
 
-    loaded = load_recipe(recipe_file(recipe, "merge"), MergeRecipe, overrides or [])
+    loaded = read_merge(recipe_file(recipe, "merge"), overrides or [])
     if dry_run:
         say(plan_in_words(loaded, overwrite=overwrite))
     elif explain is not None:

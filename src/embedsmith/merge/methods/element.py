@@ -18,7 +18,7 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Finite, NotNegative, Range
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method
-from embedsmith.merge.methods.formulas import normalised, norms
+from embedsmith.merge.methods.formulas import normalised, norms, not_negative
 from embedsmith.merge.stream import UNIT, Block, RowSums
 
 Density = Annotated[float, Range(gt=0, le=1)]
@@ -33,8 +33,8 @@ class Fusion:
     `election=None`: no signs are elected, the weighted mean of all entries. `mass` elects the sign of sum_i w_i V'_i,
     `count` that of sum_i w_i sign(V'_i). `mean` is over the entries that agree and are not 0. `norm` stretches the
     result to the mean norm of the task vectors, `trimmed_norm` to that of the thinned ones; `l1` gives every thinned
-    vector its tensor's former L1 norm back first. `shares`: group key to the weights [M] of the aggregate, where they
-    are not the parents' weights.
+    vector its tensor's former L1 norm back first. `shares`: tensor name to the weights [M] of the aggregate, where they
+    are not the parents' weights. `normalize`: whether a sum is divided by that of the weights.
     """
 
     job: Job
@@ -45,21 +45,23 @@ class Fusion:
     rescale: str = "none"
     shares: Mapping[str, Tensor] | None = None
     by_rows: bool = False
+    normalize: bool = True
 
     def combine(self) -> Combine:
         """After a rehearsal over the weights where signs or lengths are to be decided. Writes the densities achieved
         into the job's report."""
         if self.rescale == "l1":
             return replace(self, thin=self._l1_kept(), rescale="none").combine()
-        job, weight_M = self.job, normalised(self.job.weight_M)
-        shares = self.shares or dict.fromkeys(job.groups, weight_M)
+        job = self.job
+        votes = {name: _weights(job, name, self.normalize) for name in job.names}
+        shares = self.shares or votes
         sign, stretch = dict.fromkeys(job.groups, 1.0), dict.fromkeys(job.groups, 1.0)
         if self.election is not None or self.rescale != "none":
-            sign, stretch = self._rehearsed(weight_M, shares)
+            sign, stretch = self._rehearsed(votes, shares)
 
         def combine(block: Block) -> Tensor:
             key = job.group_of[block.name]
-            merged_E = self._merged(self.thin(block), weight_M, shares[key], sign[key])
+            merged_E = self._merged(self.thin(block), votes[block.name], shares[block.name], sign[key])
             assert block.base_E is not None
             return merged_E.mul_(self.scale * stretch[key]).add_(block.base_E.double())
 
@@ -84,7 +86,9 @@ class Fusion:
         votes_ME = thinned_ME if self.election == "mass" else thinned_ME.sign()
         return (vote_M @ votes_ME).sign_()
 
-    def _rehearsed(self, weight_M: Tensor, shares: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    def _rehearsed(
+        self, votes: Mapping[str, Tensor], shares: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """One pass that writes nothing. By group the majority sign, which decides where votes cancel, and the factor
         mean_i |V_i| / |merged|, which is 1 where nothing is stretched or nothing is left."""
         job, squares = self.job, RowSums()  # |merged|^2 with undecided signs as + and as -, and |V'_i|^2
@@ -93,11 +97,12 @@ class Fusion:
         with progress_bar("electing signs", sum(job.size(name) for name in job.names)) as bar:
             for block in job.blocks(by_rows=self.by_rows):
                 key, thinned_ME = job.group_of[block.name], self.thin(block)
+                vote_M, share_M = votes[block.name], shares[block.name]
                 kept[key] += thinned_ME.count_nonzero(1)
                 if self.election is not None:
-                    signs[key] += float(self._elected(thinned_ME, weight_M).sum())
+                    signs[key] += float(self._elected(thinned_ME, vote_M).sum())
                 if self.rescale != "none":
-                    merged = [self._merged(thinned_ME, weight_M, shares[key], undecided) for undecided in (1.0, -1.0)]
+                    merged = [self._merged(thinned_ME, vote_M, share_M, undecided) for undecided in (1.0, -1.0)]
                     squares.add(key, torch.cat([torch.stack(merged), thinned_ME]).square_())
                 bar.advance(block.stop - block.start)
         sign = {key: 1.0 if total >= 0 else -1.0 for key, total in signs.items()}
@@ -126,6 +131,15 @@ class Fusion:
         return lambda block: self.thin(block) * factor[block.name]
 
 
+def _weights(job: Job, name: str, normalize: bool = True) -> Tensor:
+    """The parents' weights [M] for a tensor. Errors: `RecipeError` naming it where they are negative or sum to 0."""
+    try:
+        weight_M = not_negative(job.weight_of(name))
+        return normalised(weight_M) if normalize else weight_M
+    except RecipeError as error:
+        raise RecipeError(error.what, where=name, expected=error.expected, fix=error.fix) from error
+
+
 def kept_count(density: float, total: int) -> int:
     """How many of `total` are kept: the whole part of the fraction, as elsewhere, but never none by rounding."""
     return min(total, max(1, int(density * total + 1e-9))) if density > 0 else 0
@@ -150,8 +164,10 @@ class Ties(Method):
     ones; the paper 2410.15035 prints an average without saying of which, so both are reconstructed. `l1` gives every
     trimmed vector its tensor's former L1 norm back first (mergekit).
     `prenorm`: task vectors take part with equal norms.
+    `normalize`: a `sum` is divided by the sum of the weights.
 
-    Entries of 0 neither vote nor count; where votes cancel, the majority sign of the group decides.
+    A parent may have a `density` of its own. Entries of 0 neither vote nor count; where votes cancel, the majority sign
+    of the group decides.
     """
 
     density: Density = 0.2
@@ -161,12 +177,17 @@ class Ties(Method):
     aggregate: Literal["mean", "sum", "max"] = "mean"
     rescale: Literal["none", "norm", "trimmed_norm", "l1"] = "none"
     prenorm: bool = False
+    normalize: bool = True
+
+    thins: ClassVar[bool] = True
 
     def prepare(self, job: Job) -> Combine:
         if self.threshold is not None:
             least = dict.fromkeys(job.names, torch.full((len(job.parents), 1), self.threshold))
         else:
-            least = job.thresholds(lambda total: [kept_count(self.density, total)])
+            least = job.thresholds(
+                lambda names, total: [[kept_count(d, total)] for d in job.density_of_group(names, self.density)]
+            )
         factor: dict[str, Tensor] = {}
         for names in job.groups.values() if self.prenorm else ():  # mean norm / norm: signs elected among equals
             length_M = norms(job.gram.of(names))
@@ -178,7 +199,8 @@ class Ties(Method):
             trimmed_ME = torch.where(delta_ME.abs().float() >= least[block.name], delta_ME, 0.0)
             return trimmed_ME * factor[block.name] if factor else trimmed_ME
 
-        return Fusion(job, thin, self.scale, self.election, self.aggregate, self.rescale).combine()
+        how = (self.scale, self.election, self.aggregate, self.rescale)
+        return Fusion(job, thin, *how, normalize=self.normalize).combine()
 
 
 @dataclass(frozen=True)
@@ -186,13 +208,17 @@ class Dropping(Method):
     """What the methods that drop entries share.
 
     `density`: the share of the entries that is kept; embedders carry everything in small differences, so start at 0.5
-    or more. `scale`: factor of the merged task vector. `then`: the weighted mean of what is left (`linear`), or TIES'
-    election of signs (`ties`).
+    or more. A parent may have one of its own. `scale`: factor of the merged task vector. `then`: the weighted mean of
+    what is left (`linear`), or TIES' election of signs (`ties`). `normalize`: without it the sum a_i V'_i takes the
+    place of the mean.
     """
 
     density: Density = 0.5
     scale: Finite = 1.0
     then: Literal["linear", "ties"] = "linear"
+    normalize: bool = True
+
+    thins: ClassVar[bool] = True
     rescale = "none"  # a setting where entries are dropped by chance
 
     @abstractmethod
@@ -202,7 +228,9 @@ class Dropping(Method):
     def prepare(self, job: Job) -> Combine:
         election: Literal["mass"] | None = "mass" if self.then == "ties" else None
         rescale = "l1" if self.rescale == "l1" else "none"
-        return Fusion(job, self.thin(job), self.scale, election, rescale=rescale, by_rows=self.by_rows).combine()
+        aggregate: Literal["mean", "sum"] = "mean" if self.normalize else "sum"
+        how = (self.scale, election, aggregate, rescale)
+        return Fusion(job, self.thin(job), *how, by_rows=self.by_rows, normalize=self.normalize).combine()
 
 
 @merge_methods.register(
@@ -221,9 +249,14 @@ class Dare(Dropping):
     rescale: Literal["inverse", "l1", "none"] = "inverse"
 
     def thin(self, job: Job) -> Thin:
-        factor = 1 / self.density if self.rescale == "inverse" else 1.0
+        density_M1 = {name: job.density_of(name, self.density)[:, None] for name in job.names}
 
-        return lambda block: torch.where(job.drawn(block) < self.density, block.delta_ME, 0.0).mul_(factor)
+        def thin(block: Block) -> Tensor:
+            density = density_M1[block.name]
+            kept_ME = torch.where(job.drawn(block) < density, block.delta_ME, 0.0)
+            return kept_ME.div_(density) if self.rescale == "inverse" else kept_ME
+
+        return thin
 
 
 @merge_methods.register(
@@ -254,21 +287,29 @@ class Della(Dropping):
             )
 
     def thin(self, job: Job) -> Thin:
+        density_M = {name: job.density_of(name, self.density) for name in job.names}
+        for name, density in density_M.items():
+            if not (float(density.min()) - self.epsilon > 0 and float(density.max()) + self.epsilon <= 1):
+                expected = "0 < density - epsilon and density + epsilon <= 1"
+                what = f"densities {density.tolist()} with epsilon {self.epsilon}"
+                raise RecipeError(what, where=name, expected=expected)
+
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME
-            chance_ME = self.chances(delta_ME, block.shape)
+            chance_ME = self.chances(delta_ME, block.shape, density_M[block.name])
             kept_ME = torch.where(job.drawn(block) < chance_ME, delta_ME, 0.0)
             return kept_ME.div_(chance_ME) if self.rescale == "inverse" else kept_ME
 
         return thin
 
-    def chances(self, delta_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def chances(self, delta_ME: Tensor, shape: tuple[int, ...], density_M: Tensor | None = None) -> Tensor:
         """The chance of every entry to be kept, [M, E], for whole rows of a tensor of this shape."""
         width = shape[-1] if shape else 1
         rows = delta_ME.abs().view(len(delta_ME), -1, width)
         rank = rows.argsort(dim=-1, stable=True).argsort(dim=-1).double()
         lifted = rank / (width - 1) * 2 - 1 if width > 1 else torch.zeros_like(rank)
-        return (self.density + self.epsilon * lifted).view_as(delta_ME)
+        density = self.density if density_M is None else density_M[:, None, None]
+        return (density + self.epsilon * lifted).view_as(delta_ME)
 
 
 @merge_methods.register(
@@ -292,9 +333,10 @@ class Breadcrumbs(Dropping):
             raise RecipeError(f"gamma {self.gamma}, density {self.density}", expected="gamma + density at most 1")
 
     def thin(self, job: Job) -> Thin:
-        def ranks(total: int) -> list[int]:
+        def ranks(names: tuple[str, ...], total: int) -> list[list[int]]:
             top = int(self.gamma * total)
-            return [top, min(total, top + kept_count(self.density, total))]
+            densities = job.density_of_group(names, self.density)
+            return [[top, min(total, top + kept_count(density, total))] for density in densities]
 
         bounds = job.thresholds(ranks)
 
@@ -328,7 +370,7 @@ class Sce(Method):
 
     def prepare(self, job: Job) -> Combine:
         whole = self.density == 1
-        least = {} if whole else job.thresholds(lambda total: [kept_count(self.density, total)], _variance)
+        least = {} if whole else job.thresholds(lambda _, total: [[kept_count(self.density, total)]], _variance)
 
         def thin(block: Block) -> Tensor:
             delta_ME = block.delta_ME
@@ -338,11 +380,14 @@ class Sce(Method):
         for block in job.blocks():
             squares.add(job.group_of[block.name], thin(block).square_())
         shares = {}
-        for key in job.groups:
-            weighted_M = torch.tensor(squares[key], dtype=torch.float64) * job.weight_M
+        for name, key in job.group_of.items():
+            own_M = not_negative(job.weight_of(name))
+            weighted_M = torch.tensor(squares[key], dtype=torch.float64) * own_M
             moved = bool(weighted_M.sum() > 0)
-            shares[key] = weighted_M / weighted_M.sum() if moved else normalised(job.weight_M)
-        job.report["weights"] = {key: share_M.tolist() for key, share_M in shares.items()}
+            shares[name] = weighted_M / weighted_M.sum() if moved else normalised(own_M)
+        alike = not isinstance(job.weights, Mapping)
+        told = {key: shares[names[0]] for key, names in job.groups.items()} if alike else shares
+        job.report["weights"] = {key: share_M.tolist() for key, share_M in told.items()}
         return Fusion(job, thin, self.scale, shares=shares).combine()
 
 

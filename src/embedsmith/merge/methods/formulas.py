@@ -30,11 +30,19 @@ what is left is noise that must not be stretched to full length."""
 
 
 def normalised(weight_M: Tensor) -> Tensor:
-    """w_i = a_i / sum a. Errors: `RecipeError` when the sum is not above 0."""
+    """w_i = a_i / sum a; of real numbers, too. Errors: `RecipeError` when they cancel out."""
     total = weight_M.sum()
-    if not total > 0:
-        raise RecipeError(f"the weights {weight_M.tolist()} sum to {float(total):g}", expected="a sum above 0")
+    if not total.abs() > 1e-9 * weight_M.abs().sum():
+        raise RecipeError(f"the weights {weight_M.tolist()} sum to {float(total):g}", expected="a sum that is not 0")
     return weight_M / total
+
+
+def not_negative(weight_M: Tensor) -> Tensor:
+    """The weights as they are. Errors: `RecipeError` for a negative one, where it would mean nothing."""
+    if bool((weight_M < 0).any()):
+        fix = "use average, slerp or task_arithmetic, where a negative weight leads away from a parent"
+        raise RecipeError(f"weights {weight_M.tolist()}", expected="weights of at least 0", fix=fix)
+    return weight_M
 
 
 def norms(gram_MM: Tensor) -> Tensor:
@@ -54,15 +62,18 @@ def slerp(
     t: Tensor | float,
     norm: Norm = "raw",
     on_antipodal: Antipodal = "error",
+    linear_above: float = 1.0,
 ) -> Tensor:
     """Coefficients of SLERP between two vectors that are themselves coefficient vectors over the parents.
 
         V = [ sin((1-t) alpha) V_l + sin(t alpha) V_r ] / sin(alpha),   alpha = angle(V_l, V_r)
 
-    t = 0 is left, t = 1 is right; for weights t = a_r / (a_l + a_r). (The printed formula of 2410.15035 has the
+    t = 0 is left, t = 1 is right, and t outside of these goes on along the great circle; for weights
+    t = a_r / (a_l + a_r). (The printed formula of 2410.15035 has the
     angle outside the sine and the weights crossed; this is the one meant.) A zero vector has no angle: linear then.
     `norm`: `raw` as above, or the result stretched to |V_l|^(1-t) |V_r|^t (`geometric`) or (1-t)|V_l| + t|V_r|.
-    `on_antipodal`: the great circle between opposite vectors is not unique.
+    `on_antipodal`: the great circle between opposite vectors is not unique. `linear_above`: above this |cosine| along
+    the line.
     Errors: `RecipeError` for opposite vectors with `on_antipodal="error"`.
     """
     t = torch.as_tensor(t, dtype=torch.float64)
@@ -70,6 +81,8 @@ def slerp(
     if not (length_l > 0 and length_r > 0):
         return (1 - t) * left_M + t * right_M
     cos = (left_M @ gram_MM @ right_M / (length_l * length_r)).clamp(-1, 1)
+    if cos.abs() > linear_above:
+        return (1 - t) * left_M + t * right_M
     if cos < _ANTIPODAL and on_antipodal == "error":
         raise RecipeError(
             "two task vectors point in opposite directions, so there is no shortest arc between them",
@@ -85,6 +98,8 @@ def slerp(
         return mixed_M
     linear = (1 - t) * length_l + t * length_r
     wanted = linear if norm == "linear" else length_l ** (1 - t) * length_r**t
+    if not wanted > 0:
+        raise RecipeError(f"norm: linear has no length at t = {float(t):g}", fix="use norm: raw or norm: geometric")
     return mixed_M * wanted / norm_of(gram_MM, mixed_M)
 
 
@@ -103,6 +118,7 @@ def sequential_slerp(
     order: Order = "given",
     norm: Norm = "raw",
     on_antipodal: Antipodal = "error",
+    linear_above: float = 1.0,
 ) -> Tensor:
     """U_1 = V_1; U_n = slerp(U_{n-1}, V_n; t_n), in the order of the parents.
 
@@ -111,34 +127,47 @@ def sequential_slerp(
     (2410.15035), in which later parents count more. `order`: as given, longest vector first (`norm`), the closest pair
     first and then always the vector closest to one already merged (`nearest`), the mean over all orders (`average`;
     100 drawn orders above five parents), or neighbours in pairs, then the pairs in pairs (`tree`, by sums of weights).
+    Weights are real: a negative one leads away from its vector.
     """
-    options = (accumulate, norm, on_antipodal)
+    options = (norm, on_antipodal, linear_above)
     if order == "average":
         ways = orders(len(weight_M))
-        return torch.stack([_in_order(gram_MM, weight_M, way, *options) for way in ways]).mean(0)
+        return torch.stack([_in_order(gram_MM, weight_M, way, accumulate, *options) for way in ways]).mean(0)
     way = list(range(len(weight_M)))
     if order == "tree":
-        return _in_pairs(gram_MM, weight_M, norm, on_antipodal)
+        return _in_pairs(gram_MM, weight_M, *options)
     if order == "norm":
         way = norms(gram_MM).argsort(descending=True, stable=True).tolist()
     if order == "nearest":
         way = _nearest_first(gram_MM.detach())
-    return _in_order(gram_MM, weight_M, way, *options)
+    return _in_order(gram_MM, weight_M, way, accumulate, *options)
 
 
 def _in_order(
-    gram_MM: Tensor, weight_M: Tensor, way: Sequence[int], accumulate: Accumulate, norm: Norm, on_antipodal: Antipodal
+    gram_MM: Tensor,
+    weight_M: Tensor,
+    way: Sequence[int],
+    accumulate: Accumulate,
+    norm: Norm = "raw",
+    on_antipodal: Antipodal = "error",
+    linear_above: float = 1.0,
 ) -> Tensor:
     unit_MM = torch.eye(len(weight_M), dtype=torch.float64)
     normalised(weight_M)  # refuses weights that sum to nothing
     merged_M, seen = unit_MM[way[0]], weight_M[way[0]]
     for count, place in enumerate(way[1:], start=1):
         before = seen if accumulate == "sum" else seen / count
-        both = before + weight_M[place]
-        t = weight_M[place] / both if both > 0 else torch.tensor(0.5, dtype=torch.float64)
-        merged_M = slerp(gram_MM, merged_M, unit_MM[place], t, norm, on_antipodal)
+        t = _turn(before, weight_M[place])
+        merged_M = slerp(gram_MM, merged_M, unit_MM[place], t, norm, on_antipodal, linear_above)
         seen = seen + weight_M[place]
     return merged_M
+
+
+def _turn(left: Tensor, right: Tensor) -> Tensor:
+    """t = a_r / (a_l + a_r); between two weights of 0 the middle. Errors: `RecipeError` for weights that cancel out."""
+    if not left.abs() + right.abs() > 0:
+        return torch.tensor(0.5, dtype=torch.float64)
+    return normalised(torch.stack([left, right]))[1]
 
 
 def _nearest_first(gram_MM: Tensor) -> list[int]:
@@ -153,7 +182,7 @@ def _nearest_first(gram_MM: Tensor) -> list[int]:
     return way
 
 
-def _in_pairs(gram_MM: Tensor, weight_M: Tensor, norm: Norm, on_antipodal: Antipodal) -> Tensor:
+def _in_pairs(gram_MM: Tensor, weight_M: Tensor, norm: Norm, on_antipodal: Antipodal, linear_above: float) -> Tensor:
     """A balanced tree: neighbours merge, then what they became, until one is left; weights add up."""
     normalised(weight_M)  # refuses weights that sum to nothing
     left: list[tuple[Tensor, Tensor]] = list(zip(torch.eye(len(weight_M), dtype=torch.float64), weight_M, strict=True))
@@ -161,9 +190,8 @@ def _in_pairs(gram_MM: Tensor, weight_M: Tensor, norm: Norm, on_antipodal: Antip
         rest = left[len(left) // 2 * 2 :]
         paired = []
         for (one_M, one), (two_M, two) in zip(left[0::2], left[1::2], strict=False):
-            both = one + two
-            t = two / both if both > 0 else torch.tensor(0.5, dtype=torch.float64)
-            paired.append((slerp(gram_MM, one_M, two_M, t, norm, on_antipodal), both))
+            merged_M = slerp(gram_MM, one_M, two_M, _turn(one, two), norm, on_antipodal, linear_above)
+            paired.append((merged_M, one + two))
         left = paired + rest
     return left[0][0]
 
@@ -179,7 +207,7 @@ def orders(count: int) -> list[tuple[int, ...]]:
 def order_spread(gram_MM: Tensor, weight_M: Tensor, accumulate: Accumulate = "sum") -> float:
     """The largest angle, in degrees, between sequential SLERPs in two orders: how much the order decides."""
     ways = orders(len(weight_M))
-    found_OM = torch.stack([_in_order(gram_MM, weight_M, way, accumulate, "raw", "linear") for way in ways])
+    found_OM = torch.stack([_in_order(gram_MM, weight_M, way, accumulate, on_antipodal="linear") for way in ways])
     product_OO = found_OM @ gram_MM @ found_OM.T
     length_O = product_OO.diagonal().clamp_min(0).sqrt()
     if not length_O.all():

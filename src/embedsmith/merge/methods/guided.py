@@ -12,12 +12,14 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Finite, Positive
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method, block_of
-from embedsmith.merge.methods.formulas import normalised
+from embedsmith.merge.methods.formulas import normalised, not_negative
 from embedsmith.merge.stream import Block, RowSums
 
 _FLOOR = 1e-3
 Vectors = Callable[[Block], Tensor]
 """A block to task vectors [K, E]."""
+WeightOf = Callable[[str], Tensor]
+"""A tensor's name to the weights [K] of what is merged."""
 
 
 @merge_methods.register(
@@ -67,8 +69,11 @@ class DeltaGuided(Method):
         def of_run(places: list[int]) -> Vectors:
             return lambda block: block.delta_ME[places]
 
+        def weights_of(places: list[int]) -> WeightOf:
+            return lambda name: not_negative(job.weight_of(name))[places]
+
         within = [
-            _Level(self, of_run(places), job.weight_M[places], self._moved(job, of_run(places)))
+            _Level(self, of_run(places), weights_of(places), self._moved(job, of_run(places)))
             for places in runs.values()
         ]
         last = within[0]
@@ -77,8 +82,11 @@ class DeltaGuided(Method):
             def merged_runs(block: Block) -> Tensor:
                 return torch.stack([level(block) for level in within])
 
-            weight_T = torch.stack([job.weight_M[places].mean() for places in runs.values()])
-            last = _Level(self, merged_runs, weight_T, self._moved(job, merged_runs))
+            def weight_of_runs(name: str) -> Tensor:
+                weight_M = not_negative(job.weight_of(name))
+                return torch.stack([weight_M[places].mean() for places in runs.values()])
+
+            last = _Level(self, merged_runs, weight_of_runs, self._moved(job, merged_runs))
         job.report["effective_parents"] = {} if self.by_rows else last.effective()
 
         def combine(block: Block) -> Tensor:
@@ -107,11 +115,11 @@ class DeltaGuided(Method):
 
 @dataclass(frozen=True)
 class _Level:
-    """One level of the fusion. `vectors`: what is merged; `weight_K`: a; `moved`: s [K] by tensor name."""
+    """One level of the fusion. `vectors`: what is merged; `weight_of`: a [K] and `moved`: s [K] by tensor name."""
 
     how: DeltaGuided
     vectors: Vectors
-    weight_K: Tensor
+    weight_of: WeightOf
     moved: Mapping[str, Tensor]
 
     def __call__(self, block: Block) -> Tensor:
@@ -125,7 +133,7 @@ class _Level:
             moved_KR = vector_KRW.abs().pow(self.how.power).mean(-1) ** (1 / self.how.power)
         else:
             moved_KR = self.moved[block.name][:, None]
-        share_KR = self.share(moved_KR)
+        share_KR = self.share(moved_KR, block.name)
         if self.how.element == 0 or not moved_KR.any():
             return (share_KR[..., None] * vector_KRW).sum(0).flatten()
         floor_R1 = (_FLOOR * moved_KR.mean(0)).clamp_min(torch.finfo(moved_KR.dtype).tiny)[:, None]
@@ -133,19 +141,19 @@ class _Level:
         weight_KRW = (size_KRW / size_KRW.mean(0)).pow_(self.how.element).mul_(share_KR[..., None])
         return (weight_KRW * vector_KRW).sum(0).div_(weight_KRW.sum(0)).flatten()
 
-    def share(self, moved_KR: Tensor) -> Tensor:
-        """a_i f(s_i) of every unit, normalised; a_i alone where nothing moved."""
-        normalised(self.weight_K)  # refuses weights that sum to nothing
+    def share(self, moved_KR: Tensor, name: str) -> Tensor:
+        """a_i f(s_i) of every unit of a tensor, normalised; a_i alone where nothing moved."""
+        weight_K = normalised(self.weight_of(name))  # refuses weights that sum to nothing
         mean_R = moved_KR.mean(0)
         relative_KR = torch.where(mean_R > 0, moved_KR / torch.where(mean_R > 0, mean_R, 1.0), 1.0)
         if self.how.weighting == "softmax":
             factor_KR = torch.softmax(relative_KR / self.how.temperature, 0)
         else:
             factor_KR = relative_KR.clamp_min(0.0 if self.how.layer >= 0 else _FLOOR) ** self.how.layer
-        share_KR = self.weight_K[:, None] * factor_KR
+        share_KR = weight_K[:, None] * factor_KR
         return share_KR / share_KR.sum(0)
 
     def effective(self) -> dict[str, float]:
         """exp of the entropy of the layer's weights: how many parents count, by tensor."""
-        shares = {name: self.share(moved_K[:, None])[:, 0] for name, moved_K in self.moved.items()}
+        shares = {name: self.share(moved_K[:, None], name)[:, 0] for name, moved_K in self.moved.items()}
         return {name: float(torch.exp(-torch.xlogy(share_K, share_K).sum())) for name, share_K in shares.items()}
