@@ -111,7 +111,7 @@ LOSSES: dict[str, tuple[str, Tree]] = {
     **{name: ("sts-0", {}) for name in ("angle", "codiemb_sts", "cosent", "pearson", "pro", "rank_kl")},
     **{name: ("retrieval-0", {}) for name in ("conan_weak", "cosine_consistency", "cross_batch_balance", "f2llm")},
     **{name: ("retrieval-0", {}) for name in ("flops", "gor", "gor_st", "m3_self_distillation", "qwen3")},
-    **{name: ("retrieval-0", {}) for name in ("teacher_vectors", "uniformity")},
+    **{name: ("retrieval-0", {}) for name in ("teacher_neighbours", "teacher_vectors", "uniformity")},
     **{name: ("taught", {}) for name in ("m3_ranked_kd", "margin_mse", "score_kl")},
     "supervised_contrastive": ("topics-train", {}),
     "classifier": ("topics-train", {"classes": 3}),
@@ -179,7 +179,7 @@ def own_jobs(side: Path) -> Iterator[Job]:
         yield of_recipe(side, f"train.{name}", "train", recipe)
     for name, (path, loss) in LOSSES.items():
         source = {"path": f"inputs/{path}.jsonl", "batch_size": 8, "loss": {"type": name.partition("-")[0], **loss}}
-        source |= {"teacher": "inputs/parent-0/model"} if name == "teacher_vectors" else {}
+        source |= {"teacher": "inputs/parent-0/model"} if name.startswith("teacher_") else {}
         heads = {"path": "inputs/heads/model", "max_length": 16}
         yield of_recipe(side, f"loss.{name}", "train", JOINT | {"model": heads, "data": [source]})
     for name, method in METHODS.items():

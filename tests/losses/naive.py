@@ -31,6 +31,7 @@ from tests.losses.naive_retrieval import (
     retromae,
     score_kl,
     supervised_contrastive,
+    teacher_neighbours,
     teacher_vectors,
 )
 from tests.losses.world import Extra, World, dot, everything, exchanged, graded, mean, softmax, unique
@@ -233,6 +234,7 @@ REFERENCES = {
     "sum": total,
     "supervised_contrastive": supervised_contrastive,
     "symmetric": symmetric,
+    "teacher_neighbours": teacher_neighbours,
     "teacher_vectors": teacher_vectors,
     "uniformity": uniformity,
     "weighted": weighted,

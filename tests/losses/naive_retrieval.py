@@ -283,6 +283,26 @@ def teacher_vectors(loss, world):
     return sum(totals) / 2
 
 
+def teacher_neighbours(loss, world):
+    e = world.example
+    totals = []
+    for side in [e.left, e.right] if isinstance(e, Pairs) else [e.query, everything(world) or [63]]:
+        teachers = {text: world.model.teacher[text].tolist() for text in side if text >= 0}
+        texts = [text for text, vector in teachers.items() if not any(math.isnan(x) for x in vector)]
+        values = []
+        for one in texts:
+            others = [text for text in texts if text != one]
+            if not others:
+                continue
+            lengths = {text: math.sqrt(dot(teachers[text], teachers[text])) for text in texts}
+            cosines = [dot(teachers[one], teachers[o]) / (lengths[one] * lengths[o]) for o in others]
+            target = softmax([cosine / loss.temperature for cosine in cosines])
+            found = softmax([world.score(loss.head, one, o) / loss.temperature for o in others])
+            values.append(-math.fsum(p * math.log(q) for p, q in zip(target, found, strict=True)))
+        totals.append(mean(values))
+    return sum(totals) / 2
+
+
 def m3_self_distillation(loss, world):
     t, heads = loss.temperature, list(loss.weights)
     sums = {name: [] for name in (*heads, "ensemble", *(f"{h} taught" for h in heads))}

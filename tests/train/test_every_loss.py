@@ -49,7 +49,7 @@ def test_a_loss_trains_from_a_recipe(name, bert, rows, tmp_path):
     source = {"path": str(rows[kind]), "batch_size": 8, "loss": loss}
     if kind == "scored":
         source |= {"task": "sts", "score_range": [0, 1]}
-    if other := {"teacher_vectors": "teacher", "gist_embed": "guide"}.get(name):
+    if other := {"teacher_vectors": "teacher", "teacher_neighbours": "teacher", "gist_embed": "guide"}.get(name):
         source |= {other: str(bert_with_pooling(bert, tmp_path))}
     tree = {
         "model": {"path": str(bert), "pooling": "mean", **NEEDS.get(name, {})},

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedsmith.core.encoder import Role
+from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
 from embedsmith.data import RecordSet, row_facts, text_id
 from embedsmith.data.record import Text
@@ -35,10 +36,14 @@ def texts_of(task: Task) -> list[tuple[Role, Iterable[str]]] | None:
             return None
 
 
-def warn_of_overlap(tasks: Sequence[Task], trained_on: Sequence[RecordSet[Text]]) -> None:
+def warn_of_overlap(tasks: Sequence[Task], trained_on: Sequence[RecordSet[Text]], probes: Sequence[Task] = ()) -> None:
     """Tell how many of a task's texts are queries or positives of the training data. A corpus may share documents with
     it without giving answers away; queries and scored pairs that were trained on are a warning. Streams, which would be
-    read whole, are not looked at."""
+    read whole, are not looked at.
+
+    Errors: `RecipeError` where queries or pairs of one of the `probes` were trained on: it would not tell what is
+    forgotten.
+    """
     known = [found for found in trained_on if not isinstance(found.records, HasOrder)]
     for task in tasks:
         seen: list[str] = []
@@ -50,6 +55,13 @@ def warn_of_overlap(tasks: Sequence[Task], trained_on: Sequence[RecordSet[Text]]
             if len(ids) and (found := len(_among(ids, known))):
                 seen.append(f"{found:,} of {len(ids):,} {what}")
                 asked = asked or role == "query"
+        if asked and any(task is probe for probe in probes):
+            names = ", ".join(one.name for one in known)
+            raise RecipeError(
+                f"the probe {task.name} is trained on: {' and '.join(seen)} are in the training data ({names})",
+                where="evaluate.probes",
+                fix="leave it out of evaluate.probes, or train on a part that shares no text with it: embedsmith split",
+            )
         if seen:
             tell, advice = (log.warning, _ADVICE) if asked else (log.info, "")
             names = ", ".join(one.name for one in known)

@@ -2,7 +2,7 @@
 
 from embedsmith.losses.codiemb import CoDiEmbSTS, MidNCE
 from embedsmith.losses.conan import CosineConsistency, CrossBatchBalance, balance_weights
-from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherVectors
+from embedsmith.losses.distill import M3RankedKD, MarginMSE, ScoreKL, TeacherNeighbours, TeacherVectors
 from embedsmith.losses.labels import Classifier, SupervisedContrastive
 from embedsmith.losses.published import F2LLM, ConanWeak, GISTEmbed, Qwen3
 from embedsmith.losses.regularisers import GOR, GORST, Flops, Uniformity
@@ -43,6 +43,7 @@ __all__ = [
     "Sum",
     "SupervisedContrastive",
     "Symmetric",
+    "TeacherNeighbours",
     "TeacherVectors",
     "Uniformity",
     "Weighted",

@@ -234,3 +234,62 @@ class TeacherVectors(Loss):
         if self.kind == "mse":
             return (student_ND - teacher_ND).square().mean(-1)
         return 1 - F.cosine_similarity(student_ND, teacher_ND, dim=-1, eps=1e-12)
+
+
+@losses.register(
+    "teacher_neighbours",
+    formula="mean_i -sum_{j != i} p_ij log q_ij,  p = softmax(cos(T_i, T_j) / t),  q = softmax(s_ij / t)",
+    source="Learning without forgetting (1606.09282), equation 2, on the texts of a batch in the place of classes",
+)
+@dataclass(frozen=True)
+class TeacherNeighbours(Loss):
+    """Keep whom each text is near to: the teacher's distribution over the other texts of its side.
+
+        L = mean over sides of mean_i - sum_{j != i} p_ij log q_ij
+        p_i = softmax over j != i of cos(T_i, T_j) / t,      q_i = softmax over j != i of s_ij / t
+
+    over the distinct texts of all ranks that have a teacher vector. It is the distillation loss of Learning without
+    forgetting, whose y^(1/T) / sum y^(1/T) of the outputs y = softmax(s / t_0) is softmax(s / (T t_0)): t = T t_0, with
+    the paper's T = 2. Unlike `teacher_vectors` it leaves the space free to turn, and the widths of both may differ.
+
+    Teacher vectors are those of `teacher_vectors`.
+
+    temperature: the temperature t of both; 0.1 is twice that of a usual contrastive loss.
+    head: the dense head that is compared.
+
+    Batches: retrieval, pairs. Fewer than two texts: 0, connected. Errors: `DataError` when the head `teacher` is
+    missing.
+    """
+
+    batches = (RetrievalBatch, PairBatch)
+
+    temperature: Positive = 0.1
+    head: Word = "dense"
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({TEACHER})
+
+    def __call__(self, batch: Batch) -> LossOutput:
+        if isinstance(batch, PairBatch):
+            ids = (batch.left_id_N, batch.right_id_N)
+        else:
+            assert isinstance(batch, RetrievalBatch)
+            ids = (batch.query_id_Q, batch.document_id_N)
+        first, second = (self._side(batch, *one) for one in zip(batch.sides(), ids, strict=True))
+        return LossOutput((first + second) / 2)
+
+    def _side(self, batch: Batch, side: Side, id_N: Tensor) -> Tensor:
+        if TEACHER not in side.local:
+            fix = "set `teacher` for this source"
+            raise DataError("no teacher vectors in this batch", where=batch.source or None, fix=fix)
+        logit_WNK = side.local[self.head].scores(side.all(self.head), batch.widths) / self.temperature
+        teacher_KD = in_fp32(side.all(TEACHER).vector_ND).detach().to(logit_WNK.dtype)
+        id_K, mine = side.all_ids(id_N), own_rows(side)
+        repeated_K = (id_K[:, None] == id_K[None, :]).tril(-1).any(-1)
+        known_K = torch.isfinite(teacher_KD).all(-1) & (id_K != ABSENT) & ~repeated_K
+        teacher_KD = F.normalize(teacher_KD.masked_fill(~known_K[:, None], 0.0), dim=-1)
+        other_NK = known_K[None, :] & (id_N[:, None] != id_K[None, :])
+        target_NK = (teacher_KD[mine] @ teacher_KD.T / self.temperature).masked_fill(~other_NK, NEVER).softmax(-1)
+        log_WNK = logit_WNK.masked_fill(~other_NK, NEVER).log_softmax(-1)
+        value_WN = -(target_NK * log_WNK).masked_fill(~other_NK, 0.0).sum(-1)
+        return batch.mean_over_rows(value_WN, known_K[mine] & other_NK.any(-1))

@@ -30,8 +30,9 @@ from embedsmith.data.store import RecordStore, StoreCounts
 from embedsmith.losses import balance_weights
 from embedsmith.models import CrossEncoder, Embedder, Model, load
 from embedsmith.models.tokenize import added_tokens
+from embedsmith.train.balance import ConanBalance, TaskRule
 from embedsmith.train.budget import WORTH
-from embedsmith.train.config import Balance, Recipe, TrainConfig
+from embedsmith.train.config import AnchorConfig, Recipe, TrainConfig
 from embedsmith.train.feed import Feed, Lane, Supply, merge_small, mixed_supplies, plan_of
 from embedsmith.train.step import Memory
 
@@ -95,18 +96,29 @@ def derive_memory(config: TrainConfig, device: torch.device) -> Memory:
     return Memory(chunk, least_tokens=least)
 
 
-def build_feed(recipe: Recipe, model: Model, sources: Sequence[Source], balance: Balance | None = None) -> Feed:
-    """Read every source, choose its loss, and plan the batches."""
-    sets = _named_apart(sources, [read_source(source) for source in sources])
+def build_feed(
+    recipe: Recipe,
+    model: Model,
+    sources: Sequence[Source],
+    balance: ConanBalance | TaskRule | None = None,
+    start: Embedder | None = None,
+) -> Feed:
+    """Read every source, choose its loss, and plan the batches. `start`: the model as it was, where the recipe holds
+    it by texts."""
+    anchor = None if start is None else recipe.train.anchor
+    every = [*sources, *([anchor.texts] if anchor is not None and anchor.texts is not None else [])]
+    sets = _named_apart(every, [read_source(source) for source in every])
     _check_same_files(sets)
     config = recipe.train
     supplies = [
-        make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=True)
+        make_supply(source, records, config.rows_a_step, model) for source, records in zip(sources, sets, strict=False)
     ]
     planner = partial(plan_of, config=config.plan, seed=config.seed, max_length=model.settings.max_length)
     if isinstance(model, Embedder):
         planner = partial(planner, model=model)
-    if balance is not None:
+    if isinstance(balance, TaskRule):
+        lanes, steps = _lanes_by_task(balance, merge_small(supplies, config.plan), planner)
+    elif balance is not None:
         lanes, steps = _balanced_lanes(balance, merge_small(supplies, config.plan), planner)
     elif config.plan.batches == "mixed":
         lanes, steps = _mixed_lanes(supplies, config, planner)
@@ -114,13 +126,64 @@ def build_feed(recipe: Recipe, model: Model, sources: Sequence[Source], balance:
         supplies = merge_small(supplies, config.plan)
         plan = planner(supplies, world_size())
         lanes, steps = [Lane(supplies, plan, rank(), world_size())], plan.steps_per_epoch
+    if anchor is not None and start is not None and len(sets) > len(sources):
+        held = [_held_supply(anchor, sets[-1], config.batch_size, model, start)]
+        lanes.append(Lane(held, planner(held, world_size()), rank(), world_size(), anchor.weight, holds=True))
     return Feed(model, lanes, steps, config.seed)
 
 
 Planner = Callable[[Sequence[Supply], int], BatchPlan]
 
 
-def _balanced_lanes(balance: Balance, supplies: Sequence[Supply], planner: Planner) -> tuple[list[Lane], int]:
+def _lanes_by_task(rule: TaskRule, supplies: Sequence[Supply], planner: Planner) -> tuple[list[Lane], int]:
+    """A lane for every task; an epoch ends with the task of most steps, the others are cycled.
+
+    Errors: `RecipeError` where there is one task alone.
+    """
+    of_tasks: dict[str, list[Supply]] = {}
+    for supply in supplies:
+        of_tasks.setdefault(supply.named(rule.by), []).append(supply)
+    if len(of_tasks) < 2:
+        several = rule.by == "task" and len(supplies) > 1
+        raise RecipeError(
+            f"train.balance={name_of(rule)} needs two {rule.by}s or more, and here is one: {next(iter(of_tasks))}",
+            where="data",
+            fix="set train.balance.by=source, to tell its sources apart"
+            if several
+            else "remove train.balance, or add a source of another task",
+        )
+    plans = [planner(group, world_size()) for group in of_tasks.values()]
+    lanes = [Lane(group, plan, rank(), world_size()) for group, plan in zip(of_tasks.values(), plans, strict=True)]
+    return lanes, max(plan.steps_per_epoch for plan in plans)
+
+
+def _held_supply(
+    anchor: AnchorConfig, whole: RecordSet[Text], batch_size: int, model: Model, start: Embedder
+) -> Supply:
+    """Texts on which the model is held to its start. Errors: `RecipeError` for a loss that needs other things than the
+    vectors of both; `DataError` for tokens."""
+    loss, source = anchor.loss, anchor.texts
+    assert source is not None
+    if loss.reads() != {TEACHER}:
+        known = [entry.name for entry in losses.entries() if entry.name.startswith("teacher_")]
+        raise RecipeError(
+            f"train.anchor.loss={name_of(loss)} does not learn from the vectors of a teacher",
+            expected=f"one of {', '.join(known)}, or a sum of them",
+        )
+    loss.check(model.dimension)
+    records = part_of(whole, source.part).texts_only("train.anchor.texts", source.path)
+    return Supply(
+        records,
+        loss,
+        batch_size=source.batch_size or batch_size,
+        weight=1.0,
+        positives=source.positives,
+        negatives=negatives_per_query(source, whole.records),
+        teacher=start,
+    )
+
+
+def _balanced_lanes(balance: ConanBalance, supplies: Sequence[Supply], planner: Planner) -> tuple[list[Lane], int]:
     """Retrieval and similarity in one optimizer step (Conan's cross-GPU batch balance): this rank's lanes, and the
     steps of an epoch (those of the retrieval sources; similarity is cycled).
 

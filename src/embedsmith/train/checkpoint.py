@@ -65,6 +65,7 @@ class RunState:
     `token_budget`: tokens encoded at once on `card`, as measured there or halved since; `None` where nothing was.
     `loss_scale`: by what the loss is multiplied under fp16, `scaled_steps`: steps since it changed, `overflowed_steps`:
     those that were left out because the scaled gradient was too large for fp16, which is how the scale is found.
+    `start`: the fingerprint of the model at the start, where the run is held to it.
     """
 
     step: Steps = 0
@@ -78,6 +79,7 @@ class RunState:
     loss_scale: Finite | None = None
     scaled_steps: Steps = 0
     overflowed_steps: Steps = 0
+    start: str | None = None
 
     def after(self, norm: float) -> "RunState":
         """The state after one more step, whose gradient had that norm.

@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from embedsmith.core.batch import Loss
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.settings import Count, NotNegative, Positive, Range, Word, section
+from embedsmith.core.settings import Count, NotNegative, Positive, Range, Word, did_you_mean, section
+from embedsmith.core.shelf import losses
 from embedsmith.data import PlanConfig, Source
+from embedsmith.losses import TeacherNeighbours
 from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
+from embedsmith.train.balance import Balance, ConanBalance, TaskRule, Told
 from embedsmith.train.freeze import check_grammar
 
 Beta = Annotated[float, Range(ge=0, lt=1)]
@@ -15,27 +19,53 @@ Beta = Annotated[float, Range(ge=0, lt=1)]
 
 @section
 @dataclass(frozen=True)
-class Balance:
-    """Conan's cross-GPU balance: every step has a retrieval part and a similarity part, which move the model together
-    with loss L_retrieval + beta L_similarity (Conan-embedding, section 3.3).
+class ConflictConfig:
+    """How the gradients of the tasks point against each other, measured while training. Nothing of the training
+    changes.
 
-    - `mode`: `balanced`, every rank computes both parts; `split`, the last `sts_ranks` ranks do the similarity part
-      and the others the retrieval part.
-    - `beta`: the weight of the similarity part beside the retrieval part.
-    - `spread_negatives`: all ranks have the same queries and each another slice of their negatives (the paper's
-      figure). Without it each has its own queries with all their negatives, which gives the same loss and encodes
-      less. For the balanced mode.
-    - `sts_ranks`: how many ranks do the similarity part in the mode `split`.
+    - `every`: steps from one measurement to the next.
+    - `share`: of the time that measuring may take at most; a measurement that would take more is left out.
+    - `by`: what counts as one task: every `source` for itself, or all sources of a `task` together; `None` is that of
+      `train.balance`, without it `source`.
     """
 
-    mode: Literal["balanced", "split"] = "balanced"
-    beta: NotNegative = 0.8
-    spread_negatives: bool = False
-    sts_ranks: Count = 1
+    every: Count = 20
+    share: Annotated[float, Range(gt=0, le=1)] = 0.03
+    by: Told | None = None
+
+
+@section
+@dataclass(frozen=True)
+class AnchorConfig:
+    """What holds the model to its start, so that it forgets less.
+
+    - `l2_sp`: alpha of L2-SP (Li et al. 2018): alpha/2 |w - w_start|^2 is added to the loss, over all weights that the
+      model began with; 0 leaves it out.
+    - `l2_new`: its beta: beta/2 |w|^2 over weights that the losses brought along.
+    - `texts`: a source of texts without labels on which the model is held to what it was at the start (learning without
+      forgetting); every step has a batch of them. Rows with queries and positives serve too, for their texts.
+    - `weight`: what the loss on these texts is multiplied by.
+    - `loss`: what is minimised on them, with the model at the start as the teacher: `teacher_neighbours`, whom each
+      text is near to, or `teacher_vectors`, the vectors themselves.
+    """
+
+    l2_sp: NotNegative = 0.0
+    l2_new: NotNegative = 0.0
+    texts: Source | None = None
+    weight: Positive = 1.0
+    loss: Annotated[Loss, losses] = TeacherNeighbours()
 
     def __post_init__(self) -> None:
-        if self.mode == "split" and self.spread_negatives:
-            raise RecipeError("spread_negatives belongs to the balanced mode", fix="remove one of the two")
+        if not self.l2_sp and not self.l2_new and self.texts is None:
+            raise RecipeError("train.anchor holds nothing", fix="set l2_sp, or texts with the path of a source")
+        if self.texts is not None and (given := [key for key in _OWN if getattr(self.texts, key) is not None]):
+            raise RecipeError(
+                f"train.anchor.texts.{given[0]}: these texts have the loss of train.anchor and the start as teacher",
+                fix=f"remove {given[0]} there" + ("; set train.anchor.loss" if given[0] == "loss" else ""),
+            )
+
+
+_OWN = ("loss", "teacher", "guide", "per_class")
 
 
 @section
@@ -65,7 +95,10 @@ class TrainConfig:
       autocast with a scaled loss, for cards that do not multiply bf16.
     - `shard`: `true` spreads the backbone's weights, gradients and optimizer state over the ranks (FSDP2), `zero2` the
       optimizer's state and gradients alone (DeepSpeed, extra `deepspeed`).
-    - `balance`: retrieval and similarity in every step, as Conan does it; `None` draws one source a step.
+    - `balance`: a batch of every task in each step, and the rule by which they move the model together; `None` draws
+      one source a step.
+    - `anchor`: what holds the model to its start, so that it forgets less.
+    - `conflict`: measures how the gradients of the tasks point against each other.
     - `mining`: replaces hard negatives while the model trains; `None` keeps those of the data.
     - `plan`: which rows meet in a batch, and in which order batches come.
     - `micro_batch`: texts encoded at once, to bound memory; `None` does not limit them.
@@ -96,6 +129,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     shard: bool | Literal["zero2"] = False
     balance: Balance | None = None
+    anchor: AnchorConfig | None = None
+    conflict: ConflictConfig | None = None
     mining: LiveNegatives | None = None
     plan: PlanConfig = PlanConfig()
     micro_batch: Count | None = None
@@ -116,8 +151,32 @@ class TrainConfig:
             raise RecipeError("micro_batch and token_budget are both set", fix="keep one of them")
         if self.balance is not None and (self.plan.batches == "mixed" or self.plan.schedule != "proportional"):
             raise RecipeError(
-                "train.balance has both tasks in every step: a schedule or mixed batches mean nothing beside it",
+                "train.balance has all tasks in every step: a schedule or mixed batches mean nothing beside it",
                 fix="remove train.balance, or train.plan.batches and train.plan.schedule",
+            )
+        self._check_by_task()
+
+    def _check_by_task(self) -> None:
+        """Errors: `RecipeError` where the gradients of the tasks cannot be told apart as asked."""
+        rule, conflict = isinstance(self.balance, TaskRule), self.conflict
+        pulled = self.anchor is not None and bool(self.anchor.l2_sp or self.anchor.l2_new)
+        if self.shard == "zero2" and (rule or conflict or pulled):
+            what = "train.balance" if rule else "train.conflict" if conflict else "train.anchor.l2_sp"
+            raise RecipeError(
+                f"{what} under train.shard=zero2: DeepSpeed adds up the gradients of a step and keeps none by itself",
+                fix=f"set train.shard=true or train.shard=false, or remove {what}",
+            )
+        if conflict is None:
+            return
+        if isinstance(self.balance, ConanBalance) and self.balance.mode == "split":
+            raise RecipeError(
+                "train.conflict with train.balance.mode=split: no rank has the gradients of both tasks",
+                fix="set train.balance.mode=balanced, or remove train.conflict",
+            )
+        if isinstance(self.balance, TaskRule) and conflict.by not in (None, self.balance.by):
+            raise RecipeError(
+                f"train.conflict.by={conflict.by} and train.balance.by={self.balance.by}",
+                fix="remove train.conflict.by: the rule says what one task is",
             )
 
     @property
@@ -141,6 +200,8 @@ class EvaluateConfig:
     - `validation`: sources whose loss is reported without training on them.
     - `patience`: evaluations without a better score after which training stops early; `None` never does.
     - `before`: score the model before the first step too, so that the report can tell what training changed.
+    - `probes`: those of `tasks` that tell what is forgotten: how far each lies below its score before the first step is
+      logged as `forgetting/TASK`. None of their queries may be trained on.
     - `embedder`: of `task: rerank`, the embedding model whose ranking is put into order anew in retrieval tasks; its
       own scores are logged too, as `score/TASK/embedder`.
     - `depth`: of `task: rerank`, how many documents of that ranking the reranker reads.
@@ -157,6 +218,7 @@ class EvaluateConfig:
     validation: tuple[Source, ...] = ()
     patience: Count | None = None
     before: bool = True
+    probes: tuple[str, ...] = ()
     embedder: str | None = None
     depth: Count = 100
     geometry: Count | None = None
@@ -170,6 +232,13 @@ class EvaluateConfig:
             raise RecipeError("patience needs a score to watch", fix="set evaluate.held_out and evaluate.every")
         if self.metric is not None and self.metric not in self.tasks:
             raise RecipeError(f"metric {self.metric!r} is not one of evaluate.tasks", expected=", ".join(self.tasks))
+        if strange := next((name for name in self.probes if name not in self.tasks), None):
+            raise RecipeError(
+                f"probes: {strange!r} is not one of evaluate.tasks{did_you_mean(strange, self.tasks)}",
+                expected=", ".join(self.tasks) or "a task that evaluate.tasks names",
+            )
+        if self.probes and not self.before:
+            raise RecipeError("probes need the scores at the start", fix="set evaluate.before=true")
 
     @property
     def scores(self) -> bool:
@@ -213,6 +282,11 @@ class Recipe:
                 f"train.freeze={self.train.freeze[0]} with model.new_tokens: what new tokens mean would not be learned",
                 fix="freeze layers alone, or leave new_tokens out",
             )
+        if self.train.anchor is not None and self.train.anchor.l2_sp and self.model.lora is not None:
+            raise RecipeError(
+                "train.anchor.l2_sp with model.lora: under adapters the weights of the start stay as they are",
+                fix="remove train.anchor.l2_sp, or hold the model by train.anchor.texts",
+            )
         _check_task(self.task, self.train, self.evaluate)
 
 
@@ -225,6 +299,7 @@ def _check_task(task: str, train: TrainConfig, evaluate: EvaluateConfig) -> None
     given = {
         "train.mining": train.mining,
         "train.balance": train.balance,
+        "train.anchor.texts": train.anchor is not None and train.anchor.texts,
         "evaluate.geometry": evaluate.geometry,
         "evaluate.heads": evaluate.heads,
         "evaluate.dims": evaluate.dims,

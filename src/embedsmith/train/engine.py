@@ -78,9 +78,13 @@ class Engine(Protocol):
     backward: Callable[[], AbstractContextManager[None]]
     repeats: bool
 
-    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
-        """Average the gradients over ranks, divide them by `scale`, clip them, and update the weights where their norm
-        is finite. Returns the norm before clipping, the same on every rank.
+    def average(self) -> None:
+        """Average the gradients over ranks: before `step` where something is made of them first. Not of ZeRO-2."""
+        ...
+
+    def step(self, health: Health | None = None, scale: float = 1.0, averaged: bool = False) -> float:
+        """Average the gradients over ranks (unless they are `averaged`), divide them by `scale`, clip them, and update
+        the weights where their norm is finite. Returns the norm before clipping, the same on every rank.
 
         Errors: `TrainingError` where `health` tells of a value that is not finite, before any weight is changed.
         """
@@ -153,8 +157,12 @@ class WholeCopies:
         self.backward: Callable[[], AbstractContextManager[None]] = nullcontext
         self.repeats = True
 
-    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
+    def average(self) -> None:
         average_gradients(self.parameters)
+
+    def step(self, health: Health | None = None, scale: float = 1.0, averaged: bool = False) -> float:
+        if not averaged:
+            self.average()
         _divide([p.grad for p in self.parameters if p.grad is not None], scale)
         return self.update(nn.utils.clip_grad_norm_(self.parameters, self.limit), health)
 
@@ -192,8 +200,12 @@ class Fsdp2(WholeCopies):
         self.agreed = self.same_chunks
         self.repeats = False
 
-    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
+    def average(self) -> None:
         average_gradients(p for p in self.parameters if not isinstance(p, DTensor))  # FSDP2 averages its own
+
+    def step(self, health: Health | None = None, scale: float = 1.0, averaged: bool = False) -> float:
+        if not averaged:
+            self.average()
         groups: tuple[list[Tensor], list[Tensor]] = ([], [])  # one norm cannot be taken of shards and whole tensors
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -251,7 +263,7 @@ class Zero2(WholeCopies):
         self.optimizer, self.backward = self.zero, self.zero.reducing
         self.repeats = False
 
-    def step(self, health: Health | None = None, scale: float = 1.0) -> float:
+    def step(self, health: Health | None = None, scale: float = 1.0, averaged: bool = False) -> float:
         if health is not None:
             health.check(read(health.fault_F))
         self.zero.step()  # DeepSpeed leaves out the update where the norm is not finite, and says inf

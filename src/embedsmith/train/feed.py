@@ -56,6 +56,7 @@ from embedsmith.data.record import Record, Text
 from embedsmith.data.stream import HasOrder
 from embedsmith.data.token_records import tokens_of
 from embedsmith.models import CrossEncoder, Embedder, Model
+from embedsmith.train.balance import Told
 from embedsmith.train.step import Part
 
 
@@ -117,6 +118,10 @@ class Supply:
     def streamed(self) -> bool:
         """Whether its records come in an order of their own, and nothing is known of them before."""
         return isinstance(self.records.records, HasOrder)
+
+    def named(self, by: Told) -> str:
+        """The task that its batches belong to, or the source itself."""
+        return self.records.task if by == "task" else self.records.name
 
     def like(self, other: Supply) -> bool:
         """Whether rows of both may be in one batch: same task, loss and draw."""
@@ -360,6 +365,7 @@ class Lane:
 
     `rank` of `world` ranks takes its slice of the rows; with `spread` it takes all rows and its slice of every row's
     negatives instead. `group` is the process group of those ranks (`None`: all), `weight` that of the part's loss.
+    `holds`: it holds the model to its start and is no task.
     """
 
     supplies: Sequence[Supply]
@@ -369,6 +375,7 @@ class Lane:
     weight: float = 1.0
     group: Group = None
     spread: bool = False
+    holds: bool = False
 
     def draw(self, model: Model, step: int, seed: int) -> tuple[TokenBatch, Part]:
         """This rank's rows of a step."""
@@ -376,13 +383,13 @@ class Lane:
         rows = planned.rows if self.spread else planned.rows_of(self.rank, self.world)
         share = (self.rank, self.world) if self.spread else (0, 1)
         tokens, part = self.supplies[planned.source].draw(model, rows, seed, planned.visit, step, share)
-        return tokens, replace(part, weight=self.weight, group=self.group)
+        return tokens, replace(part, weight=self.weight, group=self.group, holds=self.holds)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The draws of all steps, for one rank: one lane as a rule, several where Conan's balance or a mixed batch moves
-    tasks together."""
+    """The draws of all steps, for one rank: one lane as a rule, several where a balance or a mixed batch moves tasks
+    together, and one more that holds the model to its start."""
 
     model: Model
     lanes: Sequence[Lane]

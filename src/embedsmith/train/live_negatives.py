@@ -254,7 +254,10 @@ def with_live_negatives(feed: Feed, config: LiveNegatives | None) -> Feed:
     for name in config.sources or ():
         if name not in names:
             raise RecipeError(f"no source is called {name!r}", where="train.mining.sources", expected=", ".join(names))
-    lanes = [replace(lane, supplies=[_live(supply, config) for supply in lane.supplies]) for lane in feed.lanes]
+    lanes = [
+        lane if lane.holds else replace(lane, supplies=[_live(supply, config) for supply in lane.supplies])
+        for lane in feed.lanes
+    ]
     return replace(feed, lanes=lanes)
 
 

@@ -37,14 +37,16 @@ from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.split import HELD_OUT
 from embedsmith.evaluate import load_tasks
 from embedsmith.evaluate.overlap import warn_of_overlap
-from embedsmith.models import CrossEncoder, Model, ModelConfig, load, load_reranker
+from embedsmith.models import CrossEncoder, Embedder, Model, ModelConfig, load, load_reranker
 from embedsmith.models.config import ComputeType
 from embedsmith.models.encode import autocast
 from embedsmith.models.lora import has_adapter
 from embedsmith.report.page import save_environment
 from embedsmith.report.run_folder import report_run
+from embedsmith.train.anchor import Anchor
 from embedsmith.train.budget import Card, at_most, card_of, halved, measured_budget
 from embedsmith.train.build import build_extras, build_feed, choose_precision, derive_memory, make_accelerator
+from embedsmith.train.by_task import ByTask
 from embedsmith.train.checkpoint import FIRST_SCALE, Checkpoints, RunState, base_of, flat
 from embedsmith.train.config import Recipe
 from embedsmith.train.engine import Engine, check_shard, make_engine, set_learning_rate
@@ -58,7 +60,7 @@ from embedsmith.train.scoring import Development
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 from embedsmith.train.trained import Trained
 
-_PLACE = re.compile(r"model\.(path|base)|(data|evaluate\.validation)\.\d+\.(path|cache)")
+_PLACE = re.compile(r"model\.(path|base)|((data|evaluate\.validation)\.\d+|train\.anchor\.texts)\.(path|cache)")
 """Keys that say where something lies, which machines may see elsewhere; what lies there is compared by content."""
 
 _DTYPE: Mapping[str, ComputeType | None] = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -70,7 +72,7 @@ WORKERS = 4
 class Run:
     """Everything a step touches. `steps`: of the whole run. `card`: what bounds the memory of a step, if anything does;
     `fitted`: whether it has been asked. `deferred`: whether values are checked together with the norm, in one read of
-    the device."""
+    the device. `by_task`: what goes task by task; `anchor`: what holds the model to its start."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -82,6 +84,8 @@ class Run:
     steps: int
     state: RunState
     mining: LiveMining | None
+    by_task: ByTask
+    anchor: Anchor | None = None
     precision: str = "fp32"
     card: Card | None = None
     fitted: bool = False
@@ -194,12 +198,15 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     run = build(recipe, accelerator, model_folder=None if resume is None else checkpoints.model_folder(resume))
     if resume is not None:
         run.state = checkpoints.load(resume, run.extras, run.engine.optimizer)
+        if run.anchor is not None:
+            run.anchor.refuse_other(run.state.start)
         if run.mining is not None:
             run.mining.load_state_dict(checkpoints.load_mining(resume))
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(stated)
     on_first_rank(lambda: save_environment(output))
-    on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
+    probes = [task for name, task in zip(recipe.evaluate.tasks, tasks, strict=True) if name in recipe.evaluate.probes]
+    on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies], probes))
     on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies], output))
     if has_adapter(run.model.backbone):
         log.info(
@@ -212,7 +219,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
     journal = Journal(output, accelerator, recipe, recipe.train.log_with, run.state.step)
     validation = build_feed(recipe, run.model, recipe.evaluate.validation) if recipe.evaluate.validation else None
     best = recipe.train.final == "best"
-    development = Development(recipe.evaluate, tasks, run.model, run.loss, validation, output, only_best=best)
+    development = Development(recipe.evaluate, tasks, run.model, run.loss, validation, output, best, probes)
     try:
         with Stop() as stop:
             if before := development.before(run.state):
@@ -255,18 +262,35 @@ def build(recipe: Recipe, accelerator: Accelerator, model_folder: Path | None = 
         facts |= {"the device": accelerator.device.type, "train.precision": precision}
         refuse_different(facts, fix="give every machine the same model, and set train.precision")
     check_shard(recipe)
-    feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance), config.mining)
+    start = None if config.anchor is None else start_of(recipe, accelerator.device)
+    teacher = start if isinstance(start, Embedder) else None
+    feed = with_live_negatives(build_feed(recipe, model, recipe.data, config.balance, teacher), config.mining)
     extras = build_extras([supply.loss for supply in feed.supplies], model).to(accelerator.device)
     trained = trained_in_words(model, extras)
     on_first_rank(lambda: log.info("%s", trained))
     engine = make_engine(model, extras, config)
+    by_task = ByTask.of(feed, model, extras, config)
+    anchor = None
+    if config.anchor is not None and start is not None:
+        anchor = Anchor.of(config.anchor, start, model, extras)
     # Ranks start from the same weights but draw their own dropout.
     seed_everything(derive_seed(config.seed, rank()))
     memory = replace(derive_memory(config, accelerator.device), packed=model.packing, agreed=engine.agreed)
     steps = config.steps or math.ceil((config.epochs or 1) * feed.steps_per_epoch)
-    state = RunState(loss_scale=FIRST_SCALE if precision == "fp16" else None)
-    run = Run(recipe, accelerator, model, extras, engine, feed, memory, steps, state, LiveMining.of(feed), precision)
+    began = None if anchor is None else anchor.fingerprint
+    state = RunState(loss_scale=FIRST_SCALE if precision == "fp16" else None, start=began)
+    run = Run(recipe, accelerator, model, extras, engine, feed, memory, steps, state, LiveMining.of(feed), by_task)
+    run = replace(run, anchor=anchor, precision=precision)
     return replace(run, card=card_of(accelerator.device), deferred=accelerator.device.type != "cpu")
+
+
+def start_of(recipe: Recipe, device: torch.device) -> Model:
+    """The model before the first step, with the heads that were made for it, to hold the trained one to."""
+    random = TorchRandom.capture()
+    seed_everything(recipe.train.seed)
+    start = load_trained(recipe, recipe.model, new_heads=True)
+    random.restore()
+    return start.to(device).eval().requires_grad_(False)
 
 
 def load_trained(recipe: Recipe, config: ModelConfig, new_heads: bool = False) -> Model:
@@ -302,12 +326,17 @@ def run_steps(
             meter.add(output)
             bar.advance()
 
+            if math.isfinite(norm):
+                run.by_task.after_step(run.state.step, draw)
+
             if run.mining is not None:  # mine: how hard were the negatives of this step, and which ones come next?
                 run.mining.after_step(run.state.step, run.loss)
 
             before, run.state = run.state.overflowed_steps, run.state.after(norm)
             overflowed = run.state.overflowed_steps > before
             step, last = run.state.step, run.state.step == steps
+            if run.by_task.meter is not None and (measured := run.by_task.meter.taken()):
+                journal.write(step, measured)
             if overflowed:
                 journal.write(step, {"overflowed_steps": run.state.overflowed_steps})
             if run.state.skipped_in_a_row:
@@ -350,7 +379,7 @@ def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:
     run.model.progress = run.state.step / run.steps
     output = differentiated(run, draw)
     try:
-        norm = run.engine.step(output.health, run.state.loss_scale or 1.0)
+        norm = run.engine.step(output.health, run.state.loss_scale or 1.0, output.averaged)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory while the weights are updated ({str(error).splitlines()[0]})",
@@ -366,13 +395,12 @@ def differentiated(run: Run, draw: Draw) -> StepOutput:
 
     Errors: `TrainingError` where texts are encoded one by one already, or where the step cannot be begun anew.
     """
-    progress, random = Progress(run.state.step, run.steps), TorchRandom.capture()
-    how: dict[str, Any] = dict(scale=run.state.loss_scale or 1.0, deferred=run.deferred, together=run.together)
+    random, scale = TorchRandom.capture(), run.state.loss_scale or 1.0
     while True:
         run.engine.optimizer.zero_grad(set_to_none=True)
         try:
             with run.engine.backward(), run.one_cast():
-                return run_step(run.encode, *draw, run.memory, dict(run.extras.items()), progress, **how)
+                return pulled_to_start(run, gradient_of_parts(run, draw, scale), scale)
         except torch.OutOfMemoryError as error:
             if run.card is None or not run.engine.repeats:
                 raise TrainingError(
@@ -383,6 +411,30 @@ def differentiated(run: Run, draw: Draw) -> StepOutput:
         run.engine.optimizer.zero_grad(set_to_none=True)  # outside the handler: what the error held is free again
         run.halve(run.card, draw[0])
         random.restore()
+
+
+def gradient_of_parts(run: Run, draw: Draw, scale: float) -> StepOutput:
+    """The gradient of all parts of a step together, or of one after the other where something is made of them."""
+    progress, extras, step = Progress(run.state.step, run.steps), dict(run.extras.items()), run.state.step
+    how: dict[str, Any] = dict(scale=scale, deferred=run.deferred, together=run.together)
+
+    def each(some: Draw) -> StepOutput:
+        return run_step(run.encode, *some, run.memory, extras, progress, **how)
+
+    if not run.by_task.separate:
+        return each(draw)
+    seed = derive_seed(run.recipe.train.seed, "balance", step)
+    return run.by_task.step(each, run.engine.average, draw, step, seed, scale)
+
+
+def pulled_to_start(run: Run, output: StepOutput, scale: float) -> StepOutput:
+    """The step with the pull of the start on its gradient."""
+    if run.anchor is None or not run.anchor.held:
+        return output
+    if not output.averaged:
+        run.engine.average()
+    penalty = run.anchor.pull(scale)
+    return replace(output, parts={**output.parts, "l2_sp": {"loss": penalty}}, averaged=True)
 
 
 def fit_to_card(run: Run, card: Card) -> None:

@@ -29,7 +29,7 @@ from embedsmith.train.step import Part
 @dataclass(frozen=True)
 class Development:
     """What `EvaluateConfig` asks for, ready to run at any step. Results with their items go to `output/evaluation/`.
-    `loss`: of some parts, by the model as it is."""
+    `loss`: of some parts, by the model as it is. `probes`: those of the tasks that tell what is forgotten."""
 
     config: EvaluateConfig
     tasks: Sequence[Task]
@@ -38,6 +38,7 @@ class Development:
     validation: Feed | None
     output: Path
     only_best: bool = False
+    probes: Sequence[Task] = ()
 
     @cached_property
     def sample(self) -> Sample | None:
@@ -92,7 +93,19 @@ class Development:
             state = replace(state, best_score=score, best_step=state.step, evaluations_without_gain=0)
         else:
             state = replace(state, evaluations_without_gain=state.evaluations_without_gain + 1)
-        return state, values | scores
+        return state, values | scores | on_first_rank(lambda: self._forgetting(scores))
+
+    def _forgetting(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """How far each probe lies below its score before the first step, which was saved then."""
+        if not self.probes:
+            return {}
+        try:
+            before = Results.load(self.output / "evaluation" / "before.json").main_scores()
+        except EvaluationError as error:
+            log.warning("nothing is said of forgetting: %s", error)
+            return {}
+        names = [probe.name for probe in self.probes if probe.name in before]
+        return {f"forgetting/{name}": before[name] - scores[f"score/{name}"] for name in names}
 
     def _scores(self, name: str, improved: Callable[[float], bool]) -> dict[str, float]:
         """Main scores by the names of the tasks, also at every width and of every further head that the recipe names,

@@ -42,7 +42,8 @@ class Part:
     A step usually has one part. It has several, each with a weight and a group of ranks, where losses of different
     tasks must move the model together (Conan's cross-GPU balance). The texts stand in the step's tokens, part after
     part, the first side (queries, or what stands left in pairs) before the second. `given`: vectors of other
-    models of both sides (`teacher`, `guide`). `watch`: shown the batch once it is encoded.
+    models of both sides (`teacher`, `guide`). `watch`: shown the batch once it is encoded. `holds`: it holds the model
+    to its start and is no task.
     """
 
     source: str
@@ -53,6 +54,7 @@ class Part:
     group: Group = None
     given: Mapping[str, tuple[Representation, Representation]] = field(default_factory=dict)
     watch: Callable[[Batch], None] | None = None
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Health:
 @dataclass(frozen=True)
 class StepOutput:
     """`value` is this rank's share of the loss (the mean over ranks is the loss), `parts` its named terms by source.
-    `health`: what is left to be checked before the weights are updated, of a step that has not checked it."""
+    `health`: what is left to be checked before the weights are updated, of a step that has not checked it. `averaged`:
+    whether the gradient is that of all ranks already."""
 
     value: Tensor
     parts: dict[str, dict[str, Tensor]]
@@ -129,6 +132,7 @@ class StepOutput:
     padded_tokens: int
     replayed_chunks: int
     health: Health | None = None
+    averaged: bool = False
 
 
 def run_step(
