@@ -27,6 +27,7 @@ _HOMES = {
     "load_reranker": "embedsmith.models",
     "mine": "embedsmith.api.making",
     "split": "embedsmith.api.making",
+    "sweep": "embedsmith.cli.sweeping",
     "tokenize": "embedsmith.api.making",
 }
 _VERBS = {
@@ -44,7 +45,7 @@ _VERBS = {
 __all__ = [
     *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "distil"),
     *("evaluate", "export", "index", "load", "load_reranker", "merge", "mine", "search", "serve", "split"),
-    *("tokenize", "train"),
+    *("sweep", "tokenize", "train"),
 ]
 
 

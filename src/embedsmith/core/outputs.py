@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ _held: set[Path] = set()
 
 
 @contextmanager
-def claimed(output: str | Path, verb: str) -> Iterator[None]:
-    """No other process writes to `output` until the block ends; inside, the same process may claim it again.
+def claimed(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[None]:
+    """No other process writes to `output` until the block ends; inside, the same process may claim it again. `shared`:
+    processes of one verb take turns, so that this one waits while another holds it.
 
     What killed runs left beside it is removed, and a result that had stepped aside comes back. Of several ranks the
     first claims for all. Errors: `CheckpointError` naming who holds it, or where the lock cannot be written.
@@ -47,7 +49,7 @@ def claimed(output: str | Path, verb: str) -> Iterator[None]:
     file = _lock_of(path)
     with disk_errors(Path(output)):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(file, output)
+        descriptor = _locked(file, output, verb if shared else None)
     _held.add(path)
     try:
         with disk_errors(Path(output)):
@@ -82,8 +84,8 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{_LOCK}")
 
 
-def _locked(file: Path, output: str | Path) -> int:
-    """An open descriptor of the lock's file that this process holds."""
+def _locked(file: Path, output: str | Path, patient_with: str | None) -> int:
+    """An open descriptor of the lock's file that this process holds, once no other process of that verb does."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -91,6 +93,9 @@ def _locked(file: Path, output: str | Path) -> int:
         except BlockingIOError as error:
             told = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
+            if patient_with is not None and (not told or json.dumps({"verb": patient_with})[:-1] in told):
+                time.sleep(0.05)
+                continue
             raise CheckpointError(
                 f"in use by {holder(told)}",
                 where=output,
