@@ -28,6 +28,7 @@ _HOMES = {
     "mine": "embedsmith.api.making",
     "plan": "embedsmith.cli.planning.forecast",
     "split": "embedsmith.api.making",
+    "sweep": "embedsmith.cli.sweeping",
     "tokenize": "embedsmith.api.making",
 }
 _VERBS = {
@@ -45,7 +46,7 @@ _VERBS = {
 __all__ = [
     *("CrossEncoder", "Embedder", "Recipe", "Source", "__version__", "application", "compare", "curate", "distil"),
     *("evaluate", "export", "index", "load", "load_reranker", "merge", "mine", "plan", "search", "serve"),
-    *("split", "tokenize", "train"),
+    *("split", "sweep", "tokenize", "train"),
 ]
 
 

@@ -13,6 +13,7 @@ from embedsmith.api.searching import search as search
 from embedsmith.api.serving import application as application
 from embedsmith.api.serving import serve as serve
 from embedsmith.cli.planning.forecast import plan as plan
+from embedsmith.cli.sweeping import sweep as sweep
 from embedsmith.data import Source as Source
 from embedsmith.models import CrossEncoder as CrossEncoder
 from embedsmith.models import Embedder as Embedder
@@ -42,6 +43,7 @@ __all__ = [
     "search",
     "serve",
     "split",
+    "sweep",
     "tokenize",
     "train",
 ]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -285,9 +285,15 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
 
 def check_stages(recipe: PipelineRecipe) -> None:
     """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
+    for stage, results in placeholders(recipe):
+        resolved(stage, results)
+
+
+def placeholders(recipe: PipelineRecipe) -> Iterator[tuple[Stage, dict[str, str]]]:
+    """Every stage, with words in the place of what the stages before it make."""
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:
-        resolved(stage, results)
+        yield stage, dict(results)
         results[stage.name] = f"(what stage {stage.name} makes)"
 
 

@@ -146,6 +146,7 @@ def name_here(kind: str, name: str) -> str | None:
 
 
 _TELLING: tuple[tuple[str, frozenset[str]], ...] = (
+    ("sweep", frozenset({"sweep"})),
     ("run", frozenset({"stages"})),
     ("merge", frozenset({"parents"})),
     ("mine", frozenset({"searchers"})),

@@ -46,11 +46,12 @@ os.register_at_fork(after_in_child=_let_go)  # else the children of a killed pro
 
 
 @contextmanager
-def claimed(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[None]:
+def claimed(output: str | Path, verb: str, *, shared: bool = False, patient: bool = False) -> Iterator[None]:
     """No other process writes to `output` until the block ends; inside, the same process may claim it again.
 
     What killed runs left beside it is removed, and a result that had stepped aside comes back. Of several ranks the
     first claims for all. `shared`: others that share it may write too, and nothing is removed.
+    `patient`: processes of one verb take turns, so that this one waits while another of them holds it.
     Errors: `CheckpointError` naming who holds it, or where the lock cannot be written.
     """
     path = Path(os.path.realpath(output))  # two names of one folder are one output
@@ -60,7 +61,7 @@ def claimed(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[
     file = _lock_of(path)
     with disk_errors(Path(output)):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(file, output, shared)
+        descriptor = _locked(file, output, shared, verb if patient else None)
     _held[path] = descriptor
     try:
         with disk_errors(Path(output)):
@@ -110,8 +111,9 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{_LOCK}")
 
 
-def _locked(file: Path, output: str | Path, shared: bool) -> int:
-    """An open descriptor of the lock's file that this process holds."""
+def _locked(file: Path, output: str | Path, shared: bool, patient_with: str | None) -> int:
+    """An open descriptor of the lock's file that this process holds; `patient_with`: once no other process of that verb
+    does."""
     until = time.monotonic() + (_ENDING if shared else 0)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -120,7 +122,8 @@ def _locked(file: Path, output: str | Path, shared: bool) -> int:
         except BlockingIOError as error:
             told = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
-            if time.monotonic() < until:
+            of_mine = patient_with is not None and (not told or json.dumps({"verb": patient_with})[:-1] in told)
+            if of_mine or time.monotonic() < until:
                 time.sleep(0.05)
                 continue
             raise CheckpointError(

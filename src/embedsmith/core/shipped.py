@@ -11,7 +11,14 @@ from embedsmith.core.settings import did_you_mean
 _HERE = Path(__file__).parents[1]
 FOLDER = _HERE / "recipes" if (_HERE / "recipes").is_dir() else _HERE.parents[1] / "recipes"
 _ENDINGS = (".yaml", ".yml")
-_FIRST_KEYS = {"stages": "run", "parents": "merge", "searchers": "mine", "steps": "curate", "out": "tokenize"}
+_FIRST_KEYS = {
+    "sweep": "sweep",
+    "stages": "run",
+    "parents": "merge",
+    "searchers": "mine",
+    "steps": "curate",
+    "out": "tokenize",
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The report of a folder: a training run, finished or not, or a merge. What is not there is left out.
+"""The report of a folder: a training run, finished or not, or a merge (a sweep: `pareto.py`). What is not there is left
+out.
 
 Read are `recipe.yaml`, `metrics.jsonl`, `manifest.json`, `finished.json`, `environment.json`, `cut.json`, `merge.json`,
 and in `evaluation/` `before.json`, `after.json` (`Results.save(items=True)`), `geometry-before.json` and
@@ -37,6 +38,7 @@ from embedsmith.report.comparison import (
 from embedsmith.report.model_card import TrainingFacts
 from embedsmith.report.next_steps import Evidence, NextStep, next_steps
 from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
+from embedsmith.report.pareto import SWEEP_FILE, sweep_page
 
 Line = Mapping[str, float]
 _SHOWN = ("models", "coefficients", "notes")
@@ -73,6 +75,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def folder_page(folder: str | Path) -> str:
     """HTML of the folder's report. Errors: see `write_report`."""
+    if (Path(folder) / SWEEP_FILE).is_file():
+        return sweep_page(Path(folder))
     found = Folder.read(Path(folder))
     made = found.comparison()
     sections = [*found.training_sections(), found.negatives_section(), found.throughput_section()]

@@ -56,7 +56,7 @@ from embedsmith.train.held_out import with_held_out
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
 from embedsmith.train.rank_memory import STATE_BYTES
-from embedsmith.train.scoring import Development
+from embedsmith.train.scoring import Development, tell_watch
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 from embedsmith.train.trained import Trained
 
@@ -369,6 +369,8 @@ def run_steps(
             if evaluated and run.out_of_patience:
                 log.info("stopping early: no better score in %d evaluations", run.state.evaluations_without_gain)
                 return
+            if evaluated and not last:
+                tell_watch(checkpoints.output)
 
 
 def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:

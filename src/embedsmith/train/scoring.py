@@ -1,7 +1,9 @@
 """Scores while training: tasks through the evaluator, and the loss of validation sources."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -153,3 +155,23 @@ class Development:
         values = [scores[f"score/{task.name}"] for task in self.tasks]
         metric = self.config.metric
         return sum(values) / len(values) if metric is None else values[self.config.tasks.index(metric)]
+
+
+_watch: ContextVar[Callable[[Path], None] | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Callable[[Path], None]) -> Iterator[None]:
+    """Within the block every run tells `watch` its folder after each evaluation but the last one, when the scores are
+    in metrics.jsonl and the checkpoint is saved. An error that it raises ends the run."""
+    before = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(before)
+
+
+def tell_watch(output: Path) -> None:
+    """Tell whoever watches that the run in a folder has new scores."""
+    if (watch := _watch.get()) is not None:
+        watch(output)

@@ -1,4 +1,4 @@
-"""The verbs that make models: train, mine, merge, run and demo."""
+"""The verbs that make models: train, mine, merge, run, sweep and demo."""
 
 from pathlib import Path
 from typing import Annotated
@@ -166,6 +166,23 @@ def run_stages(
     made = run(load_recipe(recipe_file(recipe, "run"), PipelineRecipe, overrides or []))
     if first_rank():
         say("\n".join(f"{name}: {result}" for name, result in made.items()))
+
+
+@verbs.register("sweep")
+def sweep_recipe(
+    recipe: Annotated[Path, typer.Argument(help="A recipe of train or run, with ranges, or a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes and ranges: key.path=value")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a sweep that is already there.")] = False,
+    device: Device = None,
+) -> None:
+    """Search a recipe's best values: any of them may be a range. The same command continues, or helps.
+
+    Example: embedsmith sweep joint model.path=my/encoder data.0.path=pairs.jsonl data.1.path=scored.jsonl
+    'train.learning_rate={log: [1e-6, 1e-4]}' sweep.trials=20 output=runs/sweep
+    """
+    from embedsmith.cli.sweeping import read_sweep, run_sweep
+
+    show(run_sweep(read_sweep(recipe, overrides or []), overwrite=overwrite).table())
 
 
 @verbs.register("demo")
