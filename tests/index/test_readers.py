@@ -13,7 +13,7 @@ import torch
 
 from embedsmith.core.errors import CheckpointError, SearchError
 from embedsmith.core.reps import Dense
-from embedsmith.index import EdgeStore, open_index
+from embedsmith.index import EdgeStore, edge, open_index
 from embedsmith.index.commands import Place
 from embedsmith.index.filling import run_index
 from tests.index.test_index import HEADS, QUERIES, documents
@@ -133,6 +133,18 @@ def test_on_a_full_disk_nothing_is_lost_and_what_is_there_is_found(folder, tmp_p
         monkeypatch.undo()
     written = written_to(tmp_path / "new")
     assert written.new + written.unchanged == 60
+
+
+def test_a_disk_that_is_full_when_the_folder_is_taken_is_told(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(edge, "sign", full)
+    with pytest.raises(CheckpointError, match="no space left on the disk"):
+        open_index(Words(), EdgeStore(tmp_path / "index"), heads=HEADS, create=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="cannot write here"):
+        open_index(Words(), EdgeStore(tmp_path / "file" / "index"), heads=HEADS, create=True)
 
 
 def test_a_small_disk_is_told_and_the_process_lives(small_disk):
