@@ -290,7 +290,7 @@ def test_f2llm_widths_weigh_as_published():
 
 
 def test_matryoshka_above_the_width_is_refused_before_training():
-    with pytest.raises(RecipeError, match="384"):
+    with pytest.raises(RecipeError, match=r"^matryoshka: dims has 512, the embedding has 384"):
         Matryoshka(InfoNCE(), (512,)).check(384)
 
 

@@ -96,7 +96,7 @@ class Matryoshka(_Wrapper):
         if max(self.dims) > dimension:
             raise RecipeError(
                 f"dims has {max(self.dims)}, the embedding has {dimension} coordinates",
-                where="matryoshka",
+                where=name_of(self),
                 expected=f"widths up to {dimension}",
             )
         for width in self.widths(dimension):
@@ -121,7 +121,7 @@ class Matryoshka(_Wrapper):
         local = batch.sides()[0].local
         dense = [local[head] for head in sorted(self.inner.heads()) if isinstance(local[head], Dense)]
         if not dense:
-            raise RecipeError("the inner loss reads no dense head", where="matryoshka", expected="a dense head")
+            raise RecipeError("the inner loss reads no dense head", where=name_of(self), expected="a dense head")
         dimension = max(representation.tensors()[0].shape[1] for representation in dense)
         self.check(dimension)
         widths = self.widths(dimension)
