@@ -65,6 +65,19 @@ def test_sequential_slerp_equals_the_vectors(accumulate):
     torch.testing.assert_close(coef @ v, merged, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("accumulate", ["sum", "mean"])
+def test_the_average_over_orders_is_the_mean_of_them_all(accumulate):
+    v, a = near(), weights(1.0, 2.0, 0.5)
+    merged = []
+    for way in itertools.permutations(range(M)):
+        merged.append(v[way[0]])
+        for place in range(1, M):
+            before = a[list(way[:place])].sum() if accumulate == "sum" else a[list(way[:place])].mean()
+            merged[-1] = direct_slerp(merged[-1], v[way[place]], a[way[place]] / (before + a[way[place]]))
+    coef = formula.sequential_slerp(v @ v.T, a, accumulate, order="average")
+    torch.testing.assert_close(coef @ v, torch.stack(merged).mean(0), rtol=1e-12, atol=1e-12)
+
+
 def test_a_larger_weight_pulls_towards_its_vector():
     v = near(count=2)
     coef = formula.sequential_slerp(v @ v.T, weights(1e9, 1.0))
