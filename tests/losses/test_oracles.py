@@ -312,6 +312,10 @@ def test_labels_out_of_range_and_missing_are_data_errors():
     loss = Classifier(2)
     with pytest.raises(DataError, match="classes from 0 to 1"):
         run(loss, RETRIEVAL["labels"])
+    batch, _ = make_batch(Tiny(), RETRIEVAL["labels"], loss)
+    for source, where in (("mine", "mine"), ("", "classifier")):
+        with pytest.raises(DataError, match=f"^{where}: a label of"):
+            loss(replace(batch, source=source))
     with pytest.raises(DataError, match="labels"):
         run(loss, RETRIEVAL["plain"])
 

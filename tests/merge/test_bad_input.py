@@ -176,6 +176,15 @@ def test_a_token_that_one_parent_has_keeps_its_row(models, tmp_path):
     assert embedsmith.load(str(result.path)).encode("newword").shape == (16,)
 
 
+def test_a_parent_without_a_token_has_the_bases_row(models, tmp_path):
+    """So that the parent adds nothing to it, where the base knows the token."""
+    row = torch.linspace(-0.05, 0.05, 16)
+    grow_vocabulary(models[0], "newword", row)
+    grow_vocabulary(models[1][1], "newword", 2 * row)
+    result = merge(models, tmp_path, packaging={"vocabulary": "align", "like": "parent1"}, method="average")
+    torch.testing.assert_close(weights(result.path)["embeddings.word_embeddings.weight"][-1], 1.5 * row)
+
+
 def test_tokenizers_that_cut_differently(models, tmp_path):
     path = models[1][1] / "tokenizer.json"
     tokenizer = json.loads(path.read_text())

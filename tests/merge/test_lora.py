@@ -39,7 +39,7 @@ def adapter(base, folder, seed=0, **settings):
 KINDS = {
     "plain": {},
     "rank-stabilised": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 3}},
+    "patterns": {"rank_pattern": {"query": 2}, "alpha_pattern": {"self.value": 3, "value": 5}},
     "dora": {"use_dora": True},
     "embeddings": {"target_modules": ["query", "word_embeddings"]},
     "bias": {"bias": "lora_only"},

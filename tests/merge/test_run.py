@@ -500,6 +500,7 @@ def test_pytorch_files_can_be_parents(models, tmp_path):
     (old / "model.safetensors").unlink()
     one, two = merged((base, [old, parents[1]]), tmp_path / "a"), merged((base, parents[:2]), tmp_path / "b")
     assert all(torch.equal(weights(one.path)[n], t) for n, t in weights(two.path).items())
+    assert [entry["weight"] for entry in two.report["models"]] == [1.0, 1.0, 0.0]  # the base counts for nothing
 
 
 def test_checkpoints_by_pattern(models, tmp_path):

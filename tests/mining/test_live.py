@@ -136,6 +136,24 @@ def test_a_negative_that_is_never_scored_gives_way():
     assert live.draw(np.array([0]), 1).tolist() == [[10, 9]]
 
 
+def test_a_row_whose_pool_is_exhausted_does_not_hold_up_the_others():
+    live = LiveState(parse(LiveNegatives, {"rule": "scheduled", "every": 2}), [4, 60], 2, 0)
+    for step, score in enumerate([0.7, 0.6, 0.35, 0.3, 0.2, 0.15]):
+        see(live, step, score, rows=(0, 1))
+    assert live.exhausted_N.tolist() == [True, False]
+    assert live.draw(np.array([1]), 9).tolist() == [[14, 15]]
+
+
+def test_a_state_that_was_taken_stays_as_it_was():
+    live = state()
+    see(live, 0, 0.9)
+    taken = live.state_dict()
+    kept = {name: value.clone() for name, value in taken.items() if torch.is_tensor(value)}
+    assert kept
+    see(live, 1, 0.3)
+    assert all(torch.equal(taken[name], value) for name, value in kept.items())
+
+
 def test_rows_seen_once_are_scored_again_the_longest_ago_first():
     live = state(rows=6, rule="scheduled", every=4)
     for step, rows in enumerate([(0, 1), (2, 3), (4, 0)]):
