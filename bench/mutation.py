@@ -46,6 +46,7 @@ EQUIVALENT = ROOT / "bench" / "mutation_equivalent.yaml"
 FOLDER = WORK / "mutation"
 HEAVY = ["torch", "transformers", "numpy", "scipy.stats", "pyarrow.parquet", "safetensors.torch", "pydantic", "pytest"]
 LEAST = 12  # mutants of the smallest room
+LONGEST = 300  # seconds of tests for a mutant: one that lives so long is counted as a survivor
 # Tests that reach a room through the verb above it, and so stand in that verb's room.
 ALSO = {"data": ["tests/api/test_tokenizing.py"], "api": ["tests/serve/test_server.py"]}
 Json = dict[str, Any]
@@ -189,15 +190,19 @@ def run_all(mutants: list[Json], maps: dict[str, Json], kept: Json, jobs: int) -
     trees: Queue[Path] = Queue()
     for number in range(jobs):
         trees.put(_copy_of_tree(FOLDER / f"tree-{number}"))
-    lock, left = Lock(), len(mutants)
+    lock, left, equivalent = Lock(), len(mutants), reasons()
 
     def one(mutant: Json) -> None:
         nonlocal left
-        tree = trees.get()
-        try:
-            found = judge(mutant, maps[mutant["room"]], tree, context)
-        finally:
-            trees.put(tree)
+        tests = maps[mutant["room"]]
+        if mutant["key"] in equivalent:
+            found = outcome(mutant, None, 0, 0.0, tests)
+        else:
+            tree = trees.get()
+            try:
+                found = judge(mutant, tests, tree, context)
+            finally:
+                trees.put(tree)
         with lock:
             left -= 1
             kept["mutants"][mutant["key"]] = found
@@ -225,18 +230,24 @@ def judge(mutant: Json, tests: Json, tree: Path, context: Any) -> Json:
         seconds = {name: tests["seconds"].get(name, 0) for name in names}
         child = context.Process(target=_run_tests, args=(tree, seconds, said))
         child.start()
-        child.join()
+        child.join(LONGEST)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # what its tests started
+        lived = child.exitcode in (None, 0)
+        child.join()
     finally:
         target.write_bytes(original)
     killed_by = None
-    if child.exitcode:
+    if not lived:
         killed_by = "time" if child.exitcode == -signal.SIGALRM else "import"
         killed_by = said.read_text(encoding="utf-8") if said.exists() else killed_by
     seconds = round(time.monotonic() - started, 1)
+    return outcome(mutant, killed_by, len(names), seconds, tests)
+
+
+def outcome(mutant: Json, killed_by: str | None, tried: int, seconds: float, tests: Json) -> Json:
     kept = {name: mutant[name] for name in ("key", "room", "module", "line", "operator", "before", "after")}
-    return kept | {"killed_by": killed_by, "tried": len(names), "seconds": seconds, "tests": tests["digest"]}
+    return kept | {"killed_by": killed_by, "tried": tried, "seconds": seconds, "tests": tests["digest"]}
 
 
 class Chosen:
@@ -306,17 +317,22 @@ def _digest(*places: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
+def reasons() -> Json:
+    """Equivalent mutants by key: why no test can see them."""
+    return yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or {} if EQUIVALENT.exists() else {}
+
+
 def table(found: list[Json]) -> str:
-    reasons: Json = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or {} if EQUIVALENT.exists() else {}
+    equivalent = reasons()
     lines = [f"{'room':10} {'mutants':>8} {'equivalent':>11} {'killed':>7} {'%':>6}"]
     rooms = sorted({one["room"] for one in found})
     for room in [*rooms, "all"]:
         ours = [one for one in found if room in ("all", one["room"])]
-        same = sum(one["killed_by"] is None and one["key"] in reasons for one in ours)
+        same = sum(one["killed_by"] is None and one["key"] in equivalent for one in ours)
         killed = sum(one["killed_by"] is not None for one in ours)
         lines.append(f"{room:10} {len(ours):8} {same:11} {killed:7} {100 * killed / max(len(ours) - same, 1):6.1f}")
     for one in found:
-        if one["killed_by"] is None and one["key"] not in reasons:
+        if one["killed_by"] is None and one["key"] not in equivalent:
             lines.append(
                 f"{one['key']} {one['module']}:{one['line']} {one['operator']}\n  - {one['before']}\n  + {one['after']}"
             )
