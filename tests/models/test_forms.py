@@ -129,6 +129,13 @@ def test_splade(base, tmp_path, pooling, most):
         model.encode(["a"])
 
 
+def test_who_asks_for_more_than_a_form_holds_gets_a_model_of_ours(base, tmp_path):
+    modules = [Transformer(str(base), transformer_task="fill-mask"), SpladePooling()]
+    SparseEncoder(modules=modules, device="cpu").save(str(tmp_path / "theirs"))
+    assert load(str(tmp_path / "theirs"), device="cpu").settings.form == "splade"
+    assert load(str(tmp_path / "theirs"), device="cpu", pooling="mean").settings.form == "dense"
+
+
 def test_the_gradient_of_summed_words_is_that_of_the_whole_matrix(base, tmp_path):
     modules = [Transformer(str(base), transformer_task="fill-mask"), SpladePooling("sum")]
     SparseEncoder(modules=modules, device="cpu").save(str(tmp_path / "theirs"))
