@@ -53,6 +53,10 @@ def small(monkeypatch):
         monkeypatch.setattr(*change)
 
 
+def some(*verbs, slow=False):
+    return [pytest.param(verb, marks=pytest.mark.slow if slow else ()) for verb in verbs]
+
+
 def run(verb, base, out, model="model", **how):
     """One verb from Python, with parts of a few rows."""
     model, docs, pairs = str(base / model), str(base / "docs.jsonl"), str(base / "pairs.jsonl")
@@ -176,7 +180,7 @@ def test_shards_make_what_one_process_makes(base, tmp_path, verb):
     same(verb, base, tmp_path)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*some("encode", "mine"), *some("tokenize", "index", "evaluate", slow=True)])
 def test_a_shard_that_is_missing_is_named_and_the_plain_command_makes_it(base, tmp_path, verb):
     with pytest.raises(CheckpointError, match=r"no shard has begun|parts are not there"):
         run(verb, base, tmp_path, join=True)
@@ -192,7 +196,7 @@ def test_a_shard_that_is_missing_is_named_and_the_plain_command_makes_it(base, t
     same(verb, base, tmp_path)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*some("tokenize"), *some("encode", "mine", "index", "evaluate", slow=True)])
 @pytest.mark.parametrize("kill", [2, 5])
 def test_a_killed_shard_loses_nothing(base, tmp_path, verb, kill, monkeypatch):
     write, count = os.fsync, [0]
@@ -244,13 +248,17 @@ def test_another_number_of_shards_recipe_or_model_is_refused_and_the_fixes_work(
 
 def test_a_join_while_a_shard_works_and_a_shard_twice_are_refused(base, tmp_path):
     place = str(tmp_path / "vectors")
-    program = f"from embedsmith.core.sharing import *\nwith Sharing.asked('encode', {place!r}, '1/2').claim(): input(1)"
+    program = f"""from embedsmith.core.outputs import claimed
+with claimed({place!r}, "shards of encode that are at work", shared=True), claimed({place!r} + ".shard-1-of-2", "this"):
+    input(1)"""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program], **pipes) as holder:
         assert holder.stdout.read(1) == b"1"
-        for how in ({"join": True}, {"shard": "1/2"}, {}):
-            with pytest.raises(CheckpointError, match=f"in use by encode --shard 1/2, process {holder.pid}"):
+        for how in ({"join": True}, {}):
+            with pytest.raises(CheckpointError, match="in use by shards of encode that are at work"):
                 run("encode", base, tmp_path, **how)
+        with pytest.raises(CheckpointError, match=f"in use by this, process {holder.pid}"):
+            run("encode", base, tmp_path, shard="1/2")
         run("encode", base, tmp_path, shard="0/2")
         holder.communicate(b"\n")
     run("encode", base, tmp_path)

@@ -65,8 +65,7 @@ def as_lists(pool_NP, size_N):
 @pytest.mark.parametrize("config", CASES, ids=str)
 @pytest.mark.parametrize("piece", [4, 2048])
 def test_pools_are_those_of_a_plain_loop(config, piece, monkeypatch):
-    for module in (live, searchers):
-        monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(searchers, "PIECE", piece)
     texts = texts_of()
     found = as_lists(*pools_of(texts, **config))
     assert found == by_hand(texts, **config)
@@ -75,7 +74,7 @@ def test_pools_are_those_of_a_plain_loop(config, piece, monkeypatch):
 
 
 def of_rank(configs):
-    live.PIECE = searchers.PIECE = 4
+    searchers.PIECE = 4
     return [as_lists(*pools_of(texts_of(), **config)) for config in configs]
 
 
@@ -111,8 +110,7 @@ def test_a_state_of_mined_pools_goes_into_a_checkpoint_with_them():
 
 
 def test_ties_go_to_the_lower_place_across_pieces(monkeypatch):
-    for module in (live, searchers):
-        monkeypatch.setattr(module, "PIECE", 2)
+    monkeypatch.setattr(searchers, "PIECE", 2)
 
     class Same(Words):
         def _dense(self, texts):

@@ -119,7 +119,7 @@ def test_every_part_of_the_key_counts_and_places_do_not(tree, tmp_path):
         models = {}
         for each in (*recipe.searchers, *([recipe.teacher] if recipe.teacher else [])):
             models |= each.open(sides).models()
-        return offline._agreed_key(recipe, texts, models)
+        return offline._agreed_key(offline._facts(recipe, texts, models))
 
     keys = [key(), *(key(**change) for change in CHANGES), key({"words": Words("c")})]
     assert len(set(keys)) == len(keys)
@@ -176,6 +176,6 @@ def test_ranks_that_read_something_else_are_told_what(tree, monkeypatch):
     for name, other in (("recipe", {}), ("texts", "x"), ("models", {"words": "z"}), ("version", 0)):
         monkeypatch.setattr(offline, "objects_of_all_ranks", lambda mine, n=name, o=other: [mine, mine, mine | {n: o}])
         with pytest.raises(DataError) as caught:
-            offline._agreed_key(recipe, texts, {"words": "y"})
+            offline._agreed_key(offline._facts(recipe, texts, {"words": "y"}))
         fix = "give every machine the same files and models"
         assert str(caught.value) == f"mine: rank 2 has another {name} than rank 0\n  to fix: {fix}"

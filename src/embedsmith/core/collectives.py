@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -207,7 +208,12 @@ def on_every_rank(act: Callable[[], T], where: object, fix: str | None = None, g
 def patient_ranks() -> Group:
     """All ranks, as a group in which one may be waited for as long as its share of a work takes. A rank that is gone is
     still noticed at once: its connections end. Collective."""
-    return dist.new_group(backend="gloo", timeout=_WORKING) if world_size() > 1 else None
+    return _patient(dist.group.WORLD) if world_size() > 1 else None
+
+
+@cache
+def _patient(world: Group) -> Group:
+    return dist.new_group(backend="gloo", timeout=_WORKING)
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,14 +36,28 @@ def atomic_file(path: str | Path, mode: str = "w", *, replace: bool = True) -> I
                 file.flush()
                 os.fsync(file.fileno())
             apply_umask(temporary)
-            if replace:
+            if replace or not _linked(temporary, path):
                 temporary.replace(path)
-            else:
-                with suppress(FileExistsError):
-                    os.link(temporary, path)
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file a second name, unless there is one of that name; false where it has none then, since the file system
+    knows no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return path.exists()
+    return True
+
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def write_cache(path: Path, content: bytes) -> None:

@@ -65,14 +65,17 @@ def claimed(output: str | Path, verb: str, *, shared: bool = False, patient: boo
     _held[path] = descriptor
     try:
         with disk_errors(Path(output)):
-            sign(descriptor, verb)
-            if not shared:
+            if shared:  # by name alone: who has signed may end before the others
+                os.pwrite(descriptor, json.dumps({"shared": verb}).encode(), 0)
+            else:
+                sign(descriptor, verb)
                 recover(path)
         yield
     finally:
         _held.pop(path, None)
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last of several that share it
+            if shared:  # only the last may remove it
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()  # while it is held: whoever has opened it sees that it has no name any more
         os.close(descriptor)
 
@@ -149,8 +152,9 @@ def sign(descriptor: int, verb: str) -> None:
 def holder(told: str) -> str:
     """In words, who signed a lock's file."""
     try:
-        return "{verb}, process {pid} on {host} since {since}".format(**json.loads(told))
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(told)
+        return found.get("shared") or "{verb}, process {pid} on {host} since {since}".format(**found)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "another process"
 
 

@@ -17,6 +17,7 @@ works twice at a time.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -88,7 +89,7 @@ class Sharing:
 
     @property
     def note(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.shards.json")
+        return self._beside("shards.json")
 
     @property
     def name(self) -> str:
@@ -108,17 +109,23 @@ class Sharing:
 
             def act() -> None:
                 shared = self.mode == "shard"
-                named = f"{self.verb} --shard {self.index}/{self.count}" if shared else self.verb
-                for place in (self.output, *more):
-                    claims.enter_context(claimed(place, named, shared=shared))
                 if shared:
+                    named = f"{self.verb} --shard {self.index}/{self.count}"
                     claims.enter_context(claimed(self._place(self.index), named))
+                for place in (self.output, *more):
+                    named = f"shards of {self.verb} that are at work" if shared else self.verb
+                    claims.enter_context(claimed(place, named, shared=shared))
 
             self.first(act)
             yield
 
     def _place(self, index: int) -> Path:
-        return self.output.with_name(f"{self.output.name}.shard-{index}-of-{self.count}")
+        """What a shard claims for itself; there is nothing but its lock."""
+        return self._beside(f"shard-{index}-of-{self.count}")
+
+    def _beside(self, name: str) -> Path:
+        output = Path(os.path.realpath(self.output))  # two names of one folder are one output
+        return output.with_name(f"{output.name}.{name}")
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Let the first shard leave the note, and compare with it. `facts`: all that the parts depend on, for JSON.
@@ -134,18 +141,21 @@ class Sharing:
                 json.dump({"shards": self.count, "facts": mine}, file, ensure_ascii=False)
         elif not self.note.exists():
             return
-        known = read_json(self.note, CheckpointError, fix=f"delete {self.note}; finished parts stay")
-        if different := list(_differing(known.get("facts"), mine)):
+        fix = f"delete {self.note}; finished parts stay"
+        known = read_json(self.note, CheckpointError, fix=fix)
+        if not isinstance(known.get("facts"), dict) or type(known.get("shards")) is not int:
+            raise CheckpointError("not what shards agree on", where=self.note, fix=fix)
+        if different := list(_differing(known["facts"], mine)):
             raise CheckpointError(
                 f"its shards were begun with another {', '.join(different[:5])}",
                 where=self.output,
                 fix="give the files, options and model that they were begun with, or choose another output",
             )
-        if self.mode == "shard" and known.get("shards") != self.count:
+        if self.mode == "shard" and known["shards"] != self.count:
             raise CheckpointError(
-                f"this was begun in {known.get('shards')} shards, not in {self.count}",
+                f"this was begun in {known['shards']} shards, not in {self.count}",
                 where=self.output,
-                fix=f"give --shard I/{known.get('shards')}; or delete {self.note} to share what is left anew (finished "
+                fix=f"give --shard I/{known['shards']}; or delete {self.note} to share what is left anew (finished "
                 "parts stay)",
             )
 

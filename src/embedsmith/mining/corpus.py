@@ -56,7 +56,8 @@ class StoredTexts(Sequence[str]):
 
     def __init__(self, folder: Path) -> None:
         self._text_S: Any = np.memmap(folder / "texts.utf8", np.uint8, mode="r")
-        self._start_K, self._end_K, self.loose_K = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+        self._start_K, self._end_K, loose_K = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+        self.loose_K: IndexArray = loose_K
 
     def __len__(self) -> int:
         return len(self._start_K)

@@ -189,7 +189,7 @@ class Texts:
         return self.positives[text_id(self.queries[row])]
 
     def searched(
-        self, open_model: OpenModel, open_reranker: OpenReranker, vectors: Path, sharing: Sharing
+        self, open_model: OpenModel, open_reranker: OpenReranker, vectors: Path, sharing: Sharing | None = None
     ) -> SearchTexts:
         """As searchers and teachers take them."""
         about = (self.instructions, self.found.task, open_model, vectors, open_reranker, sharing)
@@ -262,7 +262,8 @@ class _Work:
         left = [number for number in numbers if number not in done]
         rounds = [left[first : first + sharing.count] for first in range(0, len(left), sharing.count)]
         mine = [one[min(sharing.index, len(one) - 1)] for one in rounds] if together else sharing.share(numbers, done)
-        with progress_bar("mine", len(mine)) as bar:
+        before = len(numbers) - len(mine) if sharing.count == 1 else 0
+        with progress_bar("mine", before + len(mine), before) as bar:
             for place, number in enumerate(mine):
                 self._part(self.starts[number], write=not together or sharing.index < len(rounds[place]))
                 bar.advance()
