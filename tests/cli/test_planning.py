@@ -83,7 +83,7 @@ def test_given_rates_take_the_place_of_what_is_measured(tree, monkeypatch):
 
 
 def test_a_pipeline_on_this_machine_as_typed(bert, files, tmp_path, typed, monkeypatch):
-    monkeypatch.setattr("embedsmith.cli.planning.work._measured_step", lambda *given: (0.5, "half a second"))
+    monkeypatch.setattr("embedsmith.cli.planning.work._measured_step", lambda *given: (0.5, 7.0, "half a second"))
     model = {"path": str(bert), "pooling": "mean"}
     searchers = [{"type": "bm25"}]
     mine = {"data": {"path": "${clean}"}, "searchers": searchers, "candidates": 8, "select": {"negatives": 2}}

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.inputs import local_path
-from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, sweep
+from embedsmith.core.outputs import claimed, delivered, files_of, refuse_foreign_file, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
@@ -69,8 +69,8 @@ def tokenize(job: TokenizeJob) -> Manifest:
     and `TokenJob.write`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer;
     `CheckpointError` for a folder with other files or one that another process writes to.
     """
-    with claimed(job.out, "tokenize"):
-        return _tokenize(job, Path(job.out))
+    with delivered(job.out, "tokenize") as place, claimed(place, "tokenize"):
+        return _tokenize(replace(job, out=place), Path(place))
 
 
 def _tokenize(job: TokenizeJob, out: Path) -> Manifest:

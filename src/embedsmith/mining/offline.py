@@ -22,7 +22,7 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
-from embedsmith.core.outputs import claimed, discard, refuse_foreign_records, sweep
+from embedsmith.core.outputs import claimed, delivered, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.reranker import Reranker
@@ -56,7 +56,8 @@ def mine(
     output that is not ours or that another process writes to; `DataError` for data that cannot be mined from, or that
     differ between ranks; what reading, encoding and searching raise.
     """
-    with ExitStack() as claim:
+    with delivered(recipe.output, "mine") as output, ExitStack() as claim:
+        recipe = replace(recipe, output=output)
         for place in (recipe.output, recipe.folder):
             on_first_rank(partial(lambda path: claim.enter_context(claimed(path, "mine")), place))
         on_first_rank(lambda: _check_output(recipe, overwrite))

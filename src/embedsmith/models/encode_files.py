@@ -26,7 +26,7 @@ from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import CheckpointError, DataError, ModelError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
-from embedsmith.core.outputs import claimed, files_of, sweep
+from embedsmith.core.outputs import claimed, delivered, files_of, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.quantize import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.core.settings import Count, section
@@ -334,8 +334,8 @@ def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
     if not job.files:
         raise DataError("nothing to encode", expected="at least one file")
     refuse_launcher("encode", "start it once, with --processes N")
-    with claimed(job.out, "encode"):
-        return _encode(job, show_progress)
+    with delivered(job.out, "encode") as place, claimed(place, "encode"):
+        return _encode(replace(job, out=Path(place)), show_progress)
 
 
 def _encode(job: EncodeJob, show_progress: bool | None) -> int:
