@@ -9,7 +9,8 @@ import random
 import pytest
 
 import embedsmith.api.evaluating
-import embedsmith.index.commands  # noqa: F401  (both know the real `load` before a test puts another in its place)
+import embedsmith.index.commands
+import embedsmith.index.filling  # noqa: F401  (these know the real `load` before a test puts another in its place)
 from embedsmith.cli import main
 from tests.disks import read_only, small_disk
 from tests.merge.fixtures import folders

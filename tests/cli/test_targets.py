@@ -184,7 +184,7 @@ def test_temporary_files_of_others_are_not_swept(commands, tmp_path, verb):
 
 def test_verbs_of_one_process_refuse_a_launcher(commands, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for verb in {*FOLDERS, *FILES} - {"train", "mine", "run"}:
+    for verb in {*FOLDERS, *FILES} - {"train", "tokenize", "mine", "evaluate", "run"}:
         refused(call(verb, commands[verb](tmp_path / "out")), f"{verb} works in one process")
     assert not (tmp_path / "out").exists()
 

@@ -157,14 +157,14 @@ def test_documents_in_another_role_and_options_that_need_texts_are_refused(tree,
 
 @pytest.mark.parametrize("layout", ["corpus", "inline"])
 def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr(tokencache, "SHARD_ROWS", 7)
+    monkeypatch.setattr(tokencache, "PART_ROWS", 7)
     rows = [{"query": f"cat {n}", "pos": [f"mat {n % 11}"], "neg": [f"mat {n % 5}"]} for n in range(40)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree["data"] = [{"path": str(path)}]
     whole = tmp_path / "whole"
     tokenize(job(tree, whole, layout=layout))
-    write, calls = tokencache.TokenJob._write_shard, []
+    write, calls = tokencache.TokenJob._write_part, []
 
     def failing(job_, shard, tables):
         calls.append(shard)
@@ -172,7 +172,7 @@ def test_stopped_work_continues_and_gives_the_same_files(tree, tmp_path, monkeyp
             raise KeyboardInterrupt
         write(job_, shard, tables)
 
-    monkeypatch.setattr(tokencache.TokenJob, "_write_shard", failing)
+    monkeypatch.setattr(tokencache.TokenJob, "_write_part", failing)
     with pytest.raises(KeyboardInterrupt):
         tokenize(job(tree, tmp_path / "tokens", layout=layout))
     assert not (tmp_path / "tokens" / "pairs_query.parquet").exists()
@@ -234,7 +234,7 @@ def test_files_of_others_are_not_replaced(tree, tmp_path):
 
 
 def test_a_full_disk_keeps_finished_shards(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokencache, "SHARD_ROWS", 7)
+    monkeypatch.setattr(tokencache, "PART_ROWS", 7)
     with tiny_disk(tmp_path) as disk:
         filler = disk / "filler"
         filler.write_bytes(bytes(2 * 2**20 - 40_000))

@@ -18,6 +18,7 @@ from embedsmith.core.collectives import (
     max_over_ranks,
     mean_over_ranks,
     objects_of_all_ranks,
+    on_every_rank,
     on_first_rank,
     rank,
     refuse_different,
@@ -331,3 +332,21 @@ def test_what_stands_beside_a_batch_goes_along():
     assert beside["a"].tolist() == [1.0]
     output = LossOutput(torch.tensor([1.0, 2.0]))
     assert (float(output.value), dict(output.parts)) == (3.0, {})
+
+
+def test_a_failure_on_one_rank_is_one_on_all_of_them_with_its_words(monkeypatch):
+    told = []
+    everyones = lambda mine, group: told.append(mine) or [None, mine, "rank 2 has no disk"]
+    monkeypatch.setattr(collectives, "objects_of_all_ranks", everyones)
+    with pytest.raises(EmbedsmithError) as caught:
+        on_every_rank(lambda: None, "mine", fix="try again")
+    assert str(caught.value) == "mine: another rank failed: rank 2 has no disk\n  to fix: try again"
+
+    def fail():
+        raise DataError("mine own")
+
+    with pytest.raises(DataError, match="mine own"):
+        on_every_rank(fail, "mine")
+    assert told == [None, "mine own"]
+    monkeypatch.setattr(collectives, "objects_of_all_ranks", lambda mine, group: [mine, None])
+    on_every_rank(lambda: None, "mine")

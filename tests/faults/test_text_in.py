@@ -28,7 +28,7 @@ from embedsmith.evaluate import Results, load_task
 from embedsmith.index import read_documents
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.mining.config import Corpus, MineRecipe
-from embedsmith.mining.selection import corpus_texts
+from embedsmith.mining.corpus import corpus_texts
 from embedsmith.models import load
 from embedsmith.report.run_folder import folder_page
 from embedsmith.train import Recipe

@@ -11,10 +11,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from embedsmith.core.errors import CheckpointError, EmbedsmithError, SearchError
+from embedsmith.core.errors import CheckpointError, SearchError
 from embedsmith.core.reps import Dense
 from embedsmith.index import EdgeStore, open_index
-from embedsmith.index.commands import Place, run_index
+from embedsmith.index.commands import Place
+from embedsmith.index.filling import run_index
 from tests.index.test_index import HEADS, QUERIES, documents
 from tests.index.words import Words
 
@@ -224,12 +225,6 @@ def test_vectors_that_are_not_finite_are_refused_by_name(tmp_path):
         index.add(documents())
     with pytest.raises(SearchError, match="the dense vector of the query 'full moon' is not finite"):
         index.search(["cat", "full moon"])
-
-
-def test_several_ranks_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EmbedsmithError, match="on 2 ranks"):
-        run_index("model", "documents", Place(tmp_path / "index"), None, 256)
 
 
 def test_a_second_index_is_refused_before_it_reads(tmp_path):

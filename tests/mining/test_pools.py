@@ -7,10 +7,11 @@ from embedsmith.core.recipe import parse
 from embedsmith.core.reps import Dense
 from embedsmith.data import Record, RecordSet
 from embedsmith.mining import LiveNegatives, live, searchers
+from embedsmith.mining.corpus import corpus_texts
 from embedsmith.mining.live import EMPTY, LiveState, mine_pools
 from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
-from embedsmith.mining.selection import corpus_texts, loose_id
+from embedsmith.mining.selection import loose_id
 from tests.mining.fakes import TOPICS, Words
 from tests.ranks import on_ranks
 

@@ -170,15 +170,6 @@ def test_refusals_name_their_place_and_a_way_out(tree, tmp_path):
     assert message == f"{tmp_path / 'empty.txt'}: no text in this corpus\n  to fix: name another file, or leave it out"
 
 
-def test_parts_that_another_rank_wrote_elsewhere_are_missed(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline._Work, "all_parts", lambda self, starts: None)
-    with pytest.raises(DataError) as caught:
-        run(tree)
-    assert str(caught.value).startswith(f"{tmp_path / 'mined.jsonl.work'}/parts-")
-    assert "5 of 5 parts are not there" in str(caught.value)
-    assert "set work to a folder that all machines share" in str(caught.value)
-
-
 def test_ranks_that_read_something_else_are_told_what(tree, monkeypatch):
     recipe = parse(MineRecipe, tree)
     texts = Texts.read(recipe)

@@ -23,7 +23,6 @@ from embedsmith.mining.searchers import (
     EmbeddingSearcher,
     SearchTexts,
     TextReps,
-    on_every_rank,
     top_of_pieces,
 )
 from embedsmith.mining.selection import fuse, loose_id, overlap, shingles
@@ -239,24 +238,6 @@ def test_an_encoder_without_the_head_or_with_too_few_rows_is_named():
         TextReps(Poor(), ["a"], "query", None, "sparse").piece(0)
     with pytest.raises(ModelError, match="the model gave 1 rows for 2 texts"):
         TextReps(Poor(), ["a", "b"], "query", None, "dense").piece(0)
-
-
-def test_a_failure_on_one_rank_is_one_on_all_of_them_with_its_words(monkeypatch):
-    told = []
-    everyones = lambda mine: told.append(mine) or [None, mine, "rank 2 has no disk"]
-    monkeypatch.setattr(module, "objects_of_all_ranks", everyones)
-    with pytest.raises(SearchError) as caught:
-        on_every_rank(lambda: None, "mine", fix="try again")
-    assert str(caught.value) == "mine: another rank failed: rank 2 has no disk\n  to fix: try again"
-
-    def fail():
-        raise DataError("mine own")
-
-    with pytest.raises(DataError, match="mine own"):
-        on_every_rank(fail, "mine")
-    assert told == [None, "mine own"]
-    monkeypatch.setattr(module, "objects_of_all_ranks", lambda mine: [mine, None])
-    on_every_rank(lambda: None, "mine")
 
 
 @pytest.mark.parametrize("me", [0, 1])

@@ -268,8 +268,8 @@ def test_vectors_too_large_for_small_numbers_are_refused_and_zeros_are_kept(tmp_
 def test_a_file_that_shrinks_meanwhile_leaves_no_zeros(tmp_path, model, text_file, monkeypatch):
     real = EncodeJob.prepare
 
-    def prepare(job, model):
-        count = real(job, model)
+    def prepare(job, model, replace):
+        count = real(job, model, replace)
         text_file.write_text("\n".join(TEXTS[:40]))
         return count
 
@@ -292,9 +292,9 @@ def test_two_at_once(tmp_path, model, text_file):
     assert encode_files(job(model, text_file, out=tmp_path / "out")) == 50
 
 
-def test_several_ranks_are_refused(tmp_path, model, text_file, monkeypatch):
+def test_half_a_launcher_is_refused(tmp_path, model, text_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EmbedsmithError, match=r"on 2 ranks .*\n.*--processes"):
+    with pytest.raises(EmbedsmithError, match=r"no launcher is here.*RANK(.|\n)*unset WORLD_SIZE"):
         encode_files(job(model, text_file, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

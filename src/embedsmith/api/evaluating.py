@@ -2,16 +2,19 @@
 verbs import it inside their functions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from embedsmith.core.collectives import ALONE, Group, lost_ranks, refuse_launcher
 from embedsmith.core.encoder import Encoder, main_head
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
 from embedsmith.core.reranker import Reranker
+from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data import RecordSet, Source, part_of, read_source
 from embedsmith.data.record import Text
 from embedsmith.data.split import HELD_OUT
@@ -21,6 +24,7 @@ from embedsmith.evaluate.mteb.tasks import SampleLimits
 from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.evaluate.rerank import DEPTH, Rerank
 from embedsmith.evaluate.result import Results
+from embedsmith.evaluate.run import ResultCache, digest, task_content
 from embedsmith.evaluate.run import evaluate as score
 from embedsmith.evaluate.tasks.kinds import Task, load_tasks
 from embedsmith.evaluate.variants import FULL, HEADS, HeadScores, score_heads, score_widths
@@ -48,9 +52,11 @@ def evaluate(
     cache: str | Path | None = None,
     rerank: str | Path | Reranker | None = None,
     depth: int = DEPTH,
+    shard: Shard | None = None,
+    join: bool = False,
     **options: Any,
 ) -> Results | HeadScores:
-    """Score a model on tasks.
+    """Score a model on tasks. The ranks of a launcher share the work: all of them must call this.
 
     >>> import embedsmith as es
     >>> scores = es.evaluate("my-model", "scored.jsonl")
@@ -63,10 +69,12 @@ def evaluate(
     by side; by default what the model is made for. `dims`: widths of the vectors that are scored too. `precision`:
     `int8`, `binary` or both: retrieval tasks are searched by such codes too, and `rescore` times as many documents then
     by their full vectors. `cache`: a folder for vectors and results, so that a stopped call continues. `rerank`: a
-    reranker, or its folder or hub id, that orders the first `depth` documents of the model's rankings anew. `options`:
-    of `embedsmith.load`, such as `pooling`, `prompts` and `max_length`.
+    reranker, or its folder or hub id, that orders the first `depth` documents of the model's rankings anew. `shard`:
+    which of how many shards this call is, `(0, 4)`, each of which scores some of the tasks into `cache`; `join`: put
+    their results together (docs/ranks.md). `options`: of `embedsmith.load`, such as `pooling`, `prompts`, `max_length`.
     Errors: `EvaluationError` for unknown tasks and scores that cannot be had; those of `load`.
     """
+    sharing = evaluation_sharing(_path(cache), shard, join)
     named, encoder = _loaded(model, options)
     ranker = rerank_of(rerank, depth)
     if isinstance(encoder, CrossEncoder):
@@ -78,11 +86,11 @@ def evaluate(
     if ranker is not None and (dims or precisions or head == "all"):
         raise EvaluationError("a reranker with dims, precision or head='all'", fix="leave one of them out")
     place = None if data is None else Path(data)
-    scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker)
+    scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker, sharing)
     scored = head or ("dense" if encoder is None else main_head(encoder))
     about = {"model": named, "split": split, "head": scored, **options}
     about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
-    with lines_shown():
+    with lines_shown(), sharing.claim() if cache is not None else nullcontext():
         if (dims or precisions) and head not in (None, "dense"):
             given = "dims" if dims else "precision"
             raise EvaluationError(f"{given} with head={head!r}", fix="leave one of them out: it is of dense vectors")
@@ -91,6 +99,17 @@ def evaluate(
         if dims or precisions:
             return scoring.at_widths(encoder, dims, about, checked_precisions(precisions), rescore)
         return scoring.score(encoder, about)
+
+
+def evaluation_sharing(cache: Path | None, shard: Shard | None, join: bool) -> Sharing:
+    """Who scores what. Errors: `EvaluationError` for shards without a folder for their results; those of
+    `Sharing.asked`."""
+    if cache is None and (shard is not None or join):
+        raise EvaluationError(
+            "shards keep their results in a folder, and none is named",
+            fix="add --keep FOLDER (in Python: cache=FOLDER), the same one for all shards and the join",
+        )
+    return Sharing.asked("evaluate", cache or "scores", shard, join)
 
 
 def checked_precisions(given: Sequence[str]) -> tuple[SearchPrecision, ...]:
@@ -165,7 +184,8 @@ def _path(given: str | Path | None) -> Path | None:
 @dataclass(frozen=True)
 class Scoring:
     """How the verbs score a model. `head`: `None` for the one that it is made for. `cache`: a folder for results and
-    vectors, so that a stopped command continues. `rerank`: what orders the model's rankings anew."""
+    vectors, so that a stopped command continues. `rerank`: what orders the model's rankings anew. `sharing`: who scores
+    what; `None`: this process everything."""
 
     tasks: tuple[str | Path | Task, ...]
     data: Path | None = None
@@ -174,6 +194,12 @@ class Scoring:
     cache: Path | None = None
     weights: Mapping[str, float] | None = None
     rerank: Rerank | None = None
+    sharing: Sharing | None = None
+
+    @property
+    def group(self) -> Group:
+        """The ranks that share the work."""
+        return self.sharing.group if self.sharing is not None and self.sharing.mode == "ranks" else ALONE
 
     def score(self, encoder: Encoder | None, about: Mapping[str, Any]) -> Results:
         """The model on all tasks, with our own evaluator."""
@@ -181,20 +207,61 @@ class Scoring:
         warn_of_overlap(loaded, trained_on(str(about.get("model", ""))))
         if self.head == "hybrid" and encoder is not None:
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)
-        results = None
+        results, share = None, loaded
         if self.cache is not None:
             encoder = None if encoder is None else CachedEncoder.of(encoder, self.cache / "vectors")
             results = self.cache / "results"
-        return score(encoder, loaded, rerank=self.rerank, head=self.head, about=about, cache=results)
+            share = self._share(loaded, encoder, results)
+            if not share:  # more shards than tasks
+                return Results((), dict(about))
+        options = {"rerank": self.rerank, "head": self.head, "cache": results, "group": self.group}
+        with lost_ranks():
+            found = score(encoder, share, about=about, **options)
+        if self.sharing is not None and results is not None:
+            if self.sharing.ends or not self._missing(loaded, encoder, results):
+                self.sharing.first(self.sharing.end)
+            if not self.sharing.ends:
+                self.sharing.tell(len(loaded))
+        return found
+
+    def _share(self, tasks: list[Task], encoder: Encoder | None, results: Path) -> list[Task]:
+        """Those of the tasks that are to be scored here; for a join all, which must be there."""
+        sharing = self.sharing
+        if sharing is None or sharing.mode not in ("shard", "join"):
+            return tasks
+        model = self._known(encoder, results).model
+        sharing.agree({"model": model, "tasks": {task.name: digest(task_content(task)) for task in tasks}})
+        if sharing.mode == "join":
+            sharing.refuse_missing(self._missing(tasks, encoder, results), len(tasks))
+            return tasks
+        return [tasks[number] for number in sharing.share(range(len(tasks)), ())]
+
+    def _missing(self, tasks: list[Task], encoder: Encoder | None, results: Path) -> list[int]:
+        """The numbers of the tasks that are not scored yet."""
+        known = self._known(encoder, results)
+        return [number for number, task in enumerate(tasks) if known.find(task) is None]
+
+    def _known(self, encoder: Encoder | None, results: Path) -> ResultCache:
+        head = self.head or ("dense" if encoder is None else main_head(encoder))
+        return ResultCache.of(encoder, results, self.rerank, head)
+
+    def _refuse_shards(self, what: str) -> None:
+        if self.sharing is not None and self.sharing.mode in ("shard", "join"):
+            raise EvaluationError(f"shards of {what}", fix="start it in one process, or with torchrun")
 
     def side_by_side(
         self, encoder: Encoder, heads: Sequence[str], tune_on: Sequence[str], about: Mapping[str, Any]
     ) -> HeadScores:
         """Every head alone and heads together, on all tasks; weights tuned on the dev split of `tune_on`."""
+        self._refuse_shards("all heads side by side")
+        if tune_on and self.group is not ALONE:
+            raise EvaluationError("weights are tuned by one process", fix="start --tune without the launcher")
         loaded, dev = self._load(self.tasks), self._load(tune_on, "dev")
         if same := [one.name for one in dev if one in loaded]:
             raise EvaluationError(f"weights tuned on {same[0]} and reported on it", fix="tune on another task")
-        return score_heads(encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, cache=self.cache)
+        return score_heads(
+            encoder, loaded, heads, weights=self.weights, tune_on=dev, about=about, cache=self.cache, group=self.group
+        )
 
     def at_widths(
         self,
@@ -205,10 +272,9 @@ class Scoring:
         rescore: int = RESCORE,
     ) -> HeadScores:
         """The whole vectors and their first numbers, in full and as codes, on all tasks."""
-        loaded = self._load(self.tasks)
-        return score_widths(
-            encoder, loaded, widths, precisions=precisions, rescore=rescore, about=about, cache=self.cache
-        )
+        self._refuse_shards("several widths or codes")
+        loaded, options = self._load(self.tasks), {"about": about, "cache": self.cache, "group": self.group}
+        return score_widths(encoder, loaded, widths, precisions=precisions, rescore=rescore, **options)
 
     def chosen(self, results: Results, where: str) -> Results:
         """The asked tasks of a file with results; all of them where none was asked for."""
@@ -227,6 +293,8 @@ class Scoring:
 
     def with_mteb(self, encoder: Encoder, model: str, output: Path, limits: SampleLimits | None) -> Results:
         """The model on all tasks, with mteb."""
+        self._refuse_shards("an evaluation by mteb")
+        refuse_launcher("evaluate --mteb", "start it once, without the launcher")
         chosen = find_mteb_tasks([str(task) for task in self.tasks], data=self.data, split=self.split)
         if self.head == "hybrid":
             encoder = HybridEncoder(encoder, self.weights or M3_WEIGHTS)

@@ -22,6 +22,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.recipe import parse
 from embedsmith.core.settings import did_you_mean, to_plain
+from embedsmith.core.sharing import Shard
 from embedsmith.curate import CurateRecipe
 from embedsmith.curate import Report as CurationReport
 from embedsmith.curate import curate as run_curate
@@ -126,6 +127,8 @@ def mine(
     searchers: Any = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    shard: Shard | None = None,
+    join: bool = False,
     **settings: Any,
 ) -> MineReport:
     """Find hard negatives for records, and write the records with them.
@@ -138,13 +141,14 @@ def mine(
     `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a `MineRecipe`.
     `data`: a path, the keys of a source as a dict, or a `Source`. `searchers`: who proposes candidates: the folder or
     hub id of a model, `"bm25"`, a dict (`{"type": "embedding", "model": "my-model"}`), or a list of these. `output`:
-    the file that is written. `overwrite`: mines again. `settings`: the other keys of the recipe.
+    the file that is written. `overwrite`: mines again. `shard`: which of how many shards this call is, `(0, 4)`;
+    `join`: end the work of shards (docs/ranks.md). `settings`: the other keys of the recipe.
     Errors: those of `embedsmith mine`.
     """
     changes = {"data": None if data is None else source_tree(data), "searchers": _searchers(searchers)}
     whole = recipe_of(MineRecipe, recipe, changes | {"output": output} | settings, where="mine")
     with lines_shown():
-        return run_mine(whole, load, load_reranker, overwrite=overwrite)
+        return run_mine(whole, load, load_reranker, overwrite=overwrite, shard=shard, join=join)
 
 
 def distil(
@@ -286,6 +290,8 @@ def tokenize(
     model: str | Path | Mapping[str, Any] | ModelConfig | None = None,
     data: Any = None,
     out: str | Path | None = None,
+    shard: Shard | None = None,
+    join: bool = False,
     **settings: Any,
 ) -> Manifest:
     """Tokenize sources once, for training without the tokenizer.
@@ -296,9 +302,10 @@ def tokenize(
 
     `recipe`: the path of a YAML recipe of this verb or a recipe as a dict, which the other arguments change; or a
     `TokenizeJob`. `model`, `data`: as for `train`. `out`: the folder of the token cache, which is then a source's path.
+    `shard`: which of how many shards this call is, `(0, 4)`; `join`: end the work of shards (docs/ranks.md).
     `settings`: the other keys of the recipe. Errors: those of `embedsmith tokenize`.
     """
     changes = {"model": model_tree(model), "data": None if data is None else source_trees(data), "out": out}
     whole = recipe_of(TokenizeJob, recipe, changes | settings, where="tokenize")
     with lines_shown():
-        return run_tokenize(whole)
+        return run_tokenize(whole, shard=shard, join=join)

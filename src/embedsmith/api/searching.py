@@ -11,8 +11,10 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.reranker import Reranker
+from embedsmith.core.sharing import Shard
 from embedsmith.index import Document, Filter, Written
-from embedsmith.index.commands import FoundHits, Place, checked_precision, run_index, run_search
+from embedsmith.index.commands import FoundHits, Place, checked_precision, run_search
+from embedsmith.index.filling import run_index
 from embedsmith.models import Embedder
 
 
@@ -37,8 +39,11 @@ def index(
     heads: Sequence[str] | None = None,
     precision: str | None = None,
     batch: int = 256,
+    shard: Shard | None = None,
+    join: bool = False,
 ) -> Indexed:
-    """Index documents under every head of a model; an index that is there is updated.
+    """Index documents under every head of a model; an index that is there is updated. The ranks of a launcher share
+    the work: all of them must call this.
 
     >>> import embedsmith as es
     >>> print(es.index("my-model", ["a cat on the mat", "the big red tree"], to="my-index"))
@@ -48,7 +53,8 @@ def index(
     (`{"id": "a", "text": "...", "lang": "en"}`; what is neither is metadata) and `Document`s; texts are named by their
     numbers. `to`: the index's folder; or `url`, `collection` and `api_key_env` (an environment variable) of a Qdrant
     server. `heads`: all by default. `precision`: `int8` or `binary` finds dense vectors by such codes, kept in memory.
-    `batch`: documents written together.
+    `batch`: documents written together. `shard`: which of how many shards this call is, `(0, 4)`; `join`: end the work
+    of shards (docs/ranks.md).
     Errors: those of `embedsmith index`.
     """
     place = _place(to, url, collection, api_key_env)
@@ -57,7 +63,8 @@ def index(
     )
     with lines_shown():
         known = str(model) if isinstance(model, Path) else model
-        written, size = run_index(known, held, place, heads, batch, precision=checked_precision(precision))
+        codes = checked_precision(precision)
+        written, size = run_index(known, held, place, heads, batch, precision=codes, shard=shard, join=join)
     return Indexed(written.new, written.changed, written.unchanged, size)
 
 

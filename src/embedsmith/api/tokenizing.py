@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.inputs import local_path
@@ -15,12 +17,13 @@ from embedsmith.core.outputs import claimed, delivered, files_of, refuse_foreign
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
+from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.core.shipped import names_recipe, recipe_file
 from embedsmith.data.f2llm import f2llm_source, is_f2llm_folder, negative_columns, parquet_files, task_of_dataset
 from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
 from embedsmith.data.record import TASKS
-from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source
+from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source, TokenizerFacts
 from embedsmith.data.token_cache import MANIFEST, Manifest, TokenJob, refuse_other_folder
 from embedsmith.models import Embedder, ModelConfig
 from embedsmith.models.load import without_weights
@@ -62,58 +65,128 @@ class TokenizeJob:
         )
 
 
-def tokenize(job: TokenizeJob) -> Manifest:
+def tokenize(job: TokenizeJob, *, shard: Shard | None = None, join: bool = False) -> Manifest:
     """Write the token cache of some sources; the same job continues where a stopped one was.
 
-    Datasets that are finished and whose records are unchanged are left alone. Errors: those of `read_source`, `load`
-    and `TokenJob.write`; `RecipeError` for two sources of one name; `DataError` for a cache of another tokenizer;
-    `CheckpointError` for a folder with other files or one that another process writes to.
+    Datasets that are finished and whose records are unchanged are left alone. The ranks of a launcher share the parts.
+    `shard`: which of how many this is, `(0, 4)` or `"0/4"`, for shards that are started each by itself; `join`: end
+    their work. Errors: those of `read_source`, `load` and `TokenJob.write`; `RecipeError` for two sources of one name;
+    `DataError` for a cache of another tokenizer; `CheckpointError` for a folder with other files, one that another
+    process writes to, and parts that are missing at the join.
     """
-    with delivered(job.out, "tokenize") as place, claimed(place, "tokenize"):
-        return _tokenize(replace(job, out=place), Path(place))
+    with delivered(job.out, "tokenize", shared=shard is not None or join) as place:
+        sharing = Sharing.asked("tokenize", place, shard, join)
+        with sharing.claim():
+            return _tokenize(replace(job, out=place), sharing)
 
 
-def _tokenize(job: TokenizeJob, out: Path) -> Manifest:
-    if not (out / MANIFEST).exists() and files_of(out):
-        fix = "choose another folder, or make it known with --adopt"
-        raise CheckpointError("the folder is not empty and holds no token cache", where=out, fix=fix)
-    model = without_weights(job.model)
-    manifest = Manifest.to_write(out, tokenizer_facts(model, job.model.path))
-    sweep(out)
-    manifest.save(out)
+def _tokenize(job: TokenizeJob, sharing: Sharing) -> Manifest:
+    model = sharing.every(lambda: without_weights(job.model))
+    tokenizer = tokenizer_facts(model, job.model.path)
+    known = {"sha256": tokenizer.sha256, "max_length": tokenizer.max_length}
+    sources = [[source.name, str(source.path), source.split] for source in job.data]
+    sharing.agree({"tokenizer": known, "data": sources, "layout": job.layout, "keep_text": job.keep_text})
+    manifest = sharing.first(lambda: _begun(sharing, tokenizer))
     names: set[str] = set()
+    left = 0
     for source in job.data:
-        records = read_source(source).texts_only("tokenizing", source.path)
-        refuse_other_folder(records.name, source.path)
+        records = sharing.every(partial(_records, source))
         if records.name in names:
             raise RecipeError(f"two sources are named {records.name!r}", fix="name one of them: name: ...")
         names.add(records.name)
         one = job.of(records, model)
-        if (before := manifest.datasets.get(records.name)) is not None:
-            if (before.fingerprint, before.probes, before.layout) == (records.fingerprint, one.probes, one.layout):
-                log.info("%s: is tokenized already", records.name)
-                one.clear()
-                continue
-            log.warning("%s: its texts or how they are tokenized have changed: tokenizing it again", records.name)
-        elif not one.parts.exists():
-            for path in one.files:
-                refuse_foreign_file(path, False)
-        one.claim()
-        others = {name: facts for name, facts in manifest.datasets.items() if name != records.name}
-        manifest = replace(manifest, datasets=others)
-        manifest.save(out)  # nobody may read what is half old, half new
-        with progress_bar(f"tokenize {records.name}", total=len(records.records)) as bar:
-            facts = one.write(bar.advance)
-        manifest = replace(manifest, datasets=manifest.datasets | {records.name: facts})
-        manifest.save(out)
-        one.clear()
+        if _is_tokenized(one, manifest):
+            log.info("%s: is tokenized already", records.name)
+            if sharing.ends:
+                sharing.first(one.clear)
+            continue
+        left += 1
+        sharing.first(partial(_open_parts, one, manifest))
+        todo = sharing.share(range(one.count), sharing.first(one.done))
+        sharing.every(partial(_write, one, todo))
+        if sharing.ends:
+            manifest = sharing.first(partial(_assembled, one, manifest, sharing))
+        else:
+            sharing.tell(one.count)
+    if sharing.ends or not left:
+        sharing.first(sharing.end)
     return manifest
 
 
-def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence[str], task: str | None) -> list[str]:
+def _begun(sharing: Sharing, tokenizer: TokenizerFacts) -> Manifest:
+    """The manifest of the folder, made ready."""
+    out = sharing.output
+    if not (out / MANIFEST).exists():
+        if files_of(out):
+            fix = "choose another folder, or make it known with --adopt"
+            raise CheckpointError("the folder is not empty and holds no token cache", where=out, fix=fix)
+        if sharing.mode == "join":
+            sharing.refuse_unbegun()
+    manifest = Manifest.to_write(out, tokenizer)
+    if sharing.mode in ("alone", "ranks"):
+        sweep(out)
+    if sharing.mode != "shard" or not (out / MANIFEST).exists():
+        manifest.save(out)
+    return manifest
+
+
+def _records(source: Source) -> RecordSet:
+    records = read_source(source).texts_only("tokenizing", source.path)
+    refuse_other_folder(records.name, source.path)
+    return records
+
+
+def _is_tokenized(one: TokenJob, manifest: Manifest) -> bool:
+    """Whether the dataset is there as this job would write it."""
+    before, name = manifest.datasets.get(one.records.name), one.records.name
+    if before is None:
+        return False
+    if (before.fingerprint, before.probes, before.layout) == (one.records.fingerprint, one.probes, one.layout):
+        return True
+    log.warning("%s: its texts or how they are tokenized have changed: tokenizing it again", name)
+    return False
+
+
+def _open_parts(one: TokenJob, manifest: Manifest) -> None:
+    if one.records.name not in manifest.datasets and not one.parts.exists():
+        for path in one.files:
+            refuse_foreign_file(path, False)
+    one.claim()
+
+
+def _write(one: TokenJob, todo: Sequence[int]) -> None:
+    total = len(one.records.records)
+    mine = sum(min(one.part_rows, total - part * one.part_rows) for part in todo)
+    with progress_bar(f"tokenize {one.records.name}", mine) as bar:
+        one.write_parts(todo, bar.advance)
+
+
+def _assembled(one: TokenJob, manifest: Manifest, sharing: Sharing) -> Manifest:
+    """The manifest with the dataset, whose parts are put together."""
+    sharing.refuse_missing(set(range(one.count)) - one.done(), one.count)
+    out, name = sharing.output, one.records.name
+    manifest = replace(manifest, datasets={each: facts for each, facts in manifest.datasets.items() if each != name})
+    manifest.save(out)  # nobody may read what is half old, half new
+    manifest = replace(manifest, datasets=manifest.datasets | {name: one.assemble()})
+    manifest.save(out)
+    one.clear()
+    return manifest
+
+
+def run_tokenize(
+    data: Sequence[str],
+    options: dict[str, Any],
+    changes: Sequence[str],
+    task: str | None,
+    shard: Shard | None = None,
+    join: bool = False,
+) -> list[str]:
     """What the command line asks for, done; lines that report it. `task` adopts a cache of another tool."""
     given = {key: value for key, value in options.items() if value is not None}
     if task is not None:
+        refuse_launcher("tokenize --adopt", "start it once, without the launcher")
+        if shard is not None or join:
+            raise RecipeError("--adopt with --shard or --join", fix="leave these out: it only writes a manifest")
         _require(given, "model")
         out = Path(data[0])
         model = without_weights(ModelConfig(given["model"], **{key: given[key] for key in _OF_MODEL if key in given}))
@@ -121,7 +194,7 @@ def run_tokenize(data: Sequence[str], options: dict[str, Any], changes: Sequence
             manifest = adopt(out, model, given["model"], task)
     else:
         job = job_of(data, given, changes)
-        out, manifest = Path(job.out), tokenize(job)
+        out, manifest = Path(job.out), tokenize(job, shard=shard, join=join)
     sets = manifest.datasets.values()
     lines = [f"  {one.name}: {one.rows:,} rows, {one.documents:,} documents, {one.task}, {one.layout}" for one in sets]
     return ["\n".join([f"tokens in {out}, of the tokenizer {manifest.tokenizer.sha256[:16]}:", *lines])]

@@ -70,7 +70,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes around the help would double what it costs to show it
 )
-_OF_SEVERAL = ("train", "mine", "run")
+_OF_SEVERAL = ("train", "tokenize", "mine", "encode", "index", "evaluate", "run")
 """Verbs that share their work among the ranks of a launcher."""
 _OF_ONE = set()
 for _entry in verbs.entries(plugins=False):

@@ -92,14 +92,19 @@ def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any],
     return add
 
 
-def run_mine(tree: dict[str, Any], where: str = "mine", overwrite: bool = False) -> Any:
+def run_mine(
+    tree: dict[str, Any],
+    where: str = "mine",
+    overwrite: bool = False,
+    shard: str | None = None,
+    join: bool = False,
+) -> Any:
     """Mine; returns the report."""
     from embedsmith.mining import MineRecipe, mine
     from embedsmith.models import load, load_reranker
 
     recipe = parse(MineRecipe, tree, where)
-    join_ranks()
-    return mine(recipe, load, load_reranker, overwrite=overwrite)
+    return mine(recipe, load, load_reranker, overwrite=overwrite, shard=shard, join=join)
 
 
 @stage_of("mine", ".jsonl")
@@ -166,16 +171,13 @@ def _evaluate(tree: dict[str, Any], where: str) -> Path:
     from embedsmith.models import load
 
     stage = parse(EvaluateStage, tree, where)
-
-    def score() -> None:
-        refuse_foreign_file(Path(stage.output), '"tasks": [')
-        tasks = load_tasks(stage.tasks, data_dir=stage.data, split=stage.split)
-        about = {"model": stage.model} | ({} if stage.rerank is None else {"rerank": stage.rerank})
-        found = evaluate(load(stage.model), tasks, rerank=rerank_of(stage.rerank, stage.depth), about=about)
-        found.save(Path(stage.output), items=False)
-
     join_ranks()
-    on_first_rank(score)
+    on_first_rank(lambda: refuse_foreign_file(Path(stage.output), '"tasks": ['))
+    tasks = load_tasks(stage.tasks, data_dir=stage.data, split=stage.split)
+    about = {"model": stage.model} | ({} if stage.rerank is None else {"rerank": stage.rerank})
+    ranker = rerank_of(stage.rerank, stage.depth)
+    found = evaluate(load(stage.model), tasks, rerank=ranker, about=about, group=None)
+    on_first_rank(lambda: found.save(Path(stage.output), items=False))
     return Path(stage.output)
 
 

@@ -34,6 +34,7 @@ ALONE: Group = "alone"
 
 STARTING = timedelta(minutes=10)
 """How long a rank waits for all others to start."""
+_WORKING = timedelta(days=365)
 
 
 def world_size(group: Group = None) -> int:
@@ -46,9 +47,10 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if several else 0
 
 
-def join_ranks() -> None:
+def join_ranks(patience: timedelta = default_pg_timeout) -> None:
     """Join the ranks that torchrun (or accelerate launch) started. Nothing without a launcher, nor where they are
-    joined already. Small objects travel by gloo, tensors of a GPU by NCCL.
+    joined already. Small objects travel by gloo, tensors of a GPU by NCCL. `patience`: how long one rank waits for
+    another before it ends (`lost_ranks`).
 
     They are left when the process ends, and not before: what joins again after leaving waits for ranks that are gone.
     """
@@ -56,10 +58,15 @@ def join_ranks() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    store, own, count = next(rendezvous("env://", timeout=STARTING))
-    store.set_timeout(default_pg_timeout)
+    try:
+        store, own, count = next(rendezvous("env://", timeout=STARTING))
+    except ValueError as error:  # a variable of the launcher is missing
+        fix = "start it with torchrun or accelerate launch, or unset WORLD_SIZE for one process"
+        raise TrainingError(f"WORLD_SIZE is set, but no launcher is here: {error}", fix=fix) from error
+    store.set_timeout(patience)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own, world_size=count)
+    joined = PrefixStore("default_pg", store)
+    dist.init_process_group(backend, timeout=patience, store=joined, rank=own, world_size=count)
     atexit.register(_leave)
 
 
@@ -85,6 +92,12 @@ def lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "imed out" in str(error) and dist.is_initialized():
+            raise TrainingError(
+                f"rank {os.environ.get('RANK', rank())} has waited for another one for as long as it may",
+                fix="see what the others do; where they only need longer (the first rank scores, or the data lie far "
+                "away), raise train.rank_timeout, in minutes; the same command goes on",
+            ) from error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise TrainingError(
                 f"rank {os.environ.get('RANK', rank())} lost another process of this run, or never found it",
@@ -160,7 +173,7 @@ def refuse_different(facts: Mapping[str, object], fix: str) -> None:
         raise TrainingError(f"the processes of this run differ: {'; '.join(different)}", fix=fix)
 
 
-def on_first_rank(act: Callable[[], T]) -> T:
+def on_first_rank(act: Callable[[], T], group: Group = None) -> T:
     """Run `act` on the first rank only; every rank gets its (small, picklable) result, or raises its error."""
     outcome: tuple[Any, EmbedsmithError | None] = (None, None)
     if rank() == 0:
@@ -168,11 +181,41 @@ def on_first_rank(act: Callable[[], T]) -> T:
             outcome = (act(), None)
         except EmbedsmithError as error:
             outcome = (None, error)
-    result, raised = objects_of_all_ranks(outcome)[0]
+    result, raised = objects_of_all_ranks(outcome, group)[0]
     if raised is not None:
         raise raised
     value: T = result
     return value
+
+
+class FailedElsewhereError(EmbedsmithError):
+    """Another rank failed, and has told all ranks; this one stops too."""
+
+
+def on_every_rank(act: Callable[[], T], where: object, fix: str | None = None, group: Group = None) -> T:
+    """Run `act` on every rank, and wait for all of them. Errors: the rank's own; an `EmbedsmithError` with its message
+    on the others."""
+    failed: EmbedsmithError | None = None
+    outcome: Any = None
+    try:
+        outcome = act()
+    except FailedElsewhereError:
+        raise  # it was told already
+    except EmbedsmithError as error:
+        failed = error
+    told = objects_of_all_ranks(None if failed is None else str(failed), group)
+    if failed is not None:
+        raise failed
+    if messages := [message for message in told if message]:
+        raise EmbedsmithError(f"another rank failed: {messages[0]}", where=where, fix=fix)
+    value: T = outcome
+    return value
+
+
+def patient_ranks() -> Group:
+    """All ranks, as a group in which one may be waited for as long as its share of a work takes. A rank that is gone is
+    still noticed at once: its connections end. Collective."""
+    return dist.new_group(backend="gloo", timeout=_WORKING) if world_size() > 1 else None
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

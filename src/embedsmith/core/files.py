@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +19,10 @@ TEMPORARY = ".tmp"
 
 
 @contextmanager
-def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_file(path: str | Path, mode: str = "w", *, replace: bool = True) -> Iterator[IO[Any]]:
     """Open `path` for writing; it appears, whole, when the block ends without an error.
 
+    `replace=False`: of several processes that write it the first wins; a file that is there stays as it is.
     Errors: `CheckpointError` when the disk is full or the folder cannot be written.
     """
     path = Path(path)
@@ -35,7 +36,11 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
                 file.flush()
                 os.fsync(file.fileno())
             apply_umask(temporary)
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                with suppress(FileExistsError):
+                    os.link(temporary, path)
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)

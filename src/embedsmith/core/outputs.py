@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,15 +32,18 @@ _ASIDE = ".old"
 _LEFT = re.compile(rf"\.(?P<name>.+)\.[a-z0-9_]{{8}}({re.escape(TEMPORARY)}|{re.escape(_ASIDE)})")
 _LOCK = ".embedsmith.lock"
 _ELSEWHERE = "choose another output"
+_ENDING = 1.0
+"""Seconds that one of several that share an output waits for another that is just letting go of it."""
 _held: set[Path] = set()
 
 
 @contextmanager
-def claimed(output: str | Path, verb: str) -> Iterator[None]:
+def claimed(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[None]:
     """No other process writes to `output` until the block ends; inside, the same process may claim it again.
 
     What killed runs left beside it is removed, and a result that had stepped aside comes back. Of several ranks the
-    first claims for all. Errors: `CheckpointError` naming who holds it, or where the lock cannot be written.
+    first claims for all. `shared`: others that share it may write too, and nothing is removed.
+    Errors: `CheckpointError` naming who holds it, or where the lock cannot be written.
     """
     if is_remote(output):
         what = f"{verb} does not write to object storage"
@@ -51,35 +55,37 @@ def claimed(output: str | Path, verb: str) -> Iterator[None]:
     file = _lock_of(path)
     with disk_errors(Path(output)):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(file, output)
+        descriptor = _locked(file, output, shared)
     _held.add(path)
     try:
         with disk_errors(Path(output)):
             sign(descriptor, verb)
-            recover(path)
+            if not shared:
+                recover(path)
         yield
     finally:
         _held.discard(path)
         with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last of several that share it
             file.unlink()  # while it is held: whoever has opened it sees that it has no name any more
         os.close(descriptor)
 
 
 @contextmanager
-def delivered(output: str | Path, verb: str) -> Iterator[str]:
+def delivered(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[str]:
     """Where an output is to be made: its own path; for a URL of object storage a path on this machine, whose files are
     sent when the block ends (`core/remote.py`). Where it was sent before, those files are brought here first, so that
     the same command goes on, or sees that it is done; after an error what there is is sent too, as `stopped`.
 
-    Errors: those of `claimed`; `CheckpointError` for a place with files that this program did not send, and for ranks
-    on several machines, each of which would make its own copy.
+    Errors: those of `claimed`; `CheckpointError` for a place with files that this program did not send, for `shared`
+    work and for ranks on several machines, each of which would make its own copy.
     """
     if not is_remote(output):
         yield plain_path(str(output))
         return
     ranks = os.environ.get("WORLD_SIZE", "1")
-    if os.environ.get("LOCAL_WORLD_SIZE", ranks) != ranks:
-        what = "ranks on several machines cannot make one output in object storage"
+    if shared or os.environ.get("LOCAL_WORLD_SIZE", ranks) != ranks:
+        what = "shards, and ranks on several machines, cannot make one output in object storage"
         raise CheckpointError(what, where=url_of(output), fix="name a folder that all of them see, and copy it later")
     delivery = Delivery(url_of(output), verb)
     if os.environ.get("RANK", "0") != "0":  # the first rank brings and sends
@@ -95,6 +101,19 @@ def delivered(output: str | Path, verb: str) -> Iterator[str]:
                     delivery.send(STOPPED)
             raise
         delivery.send(COMPLETE)
+
+
+def is_claimed(output: str | Path) -> bool:
+    """Whether a process that is alive has claimed `output`, as far as locks tell."""
+    file = _lock_of(Path(os.path.realpath(output)))
+    try:
+        with file.open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def check_claim(output: str | Path, verb: str) -> None:
@@ -120,15 +139,19 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{_LOCK}")
 
 
-def _locked(file: Path, output: str | Path) -> int:
+def _locked(file: Path, output: str | Path, shared: bool) -> int:
     """An open descriptor of the lock's file that this process holds."""
+    until = time.monotonic() + (_ENDING if shared else 0)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             told = os.pread(descriptor, 1000, 0).decode(errors="replace")
             os.close(descriptor)
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
             raise CheckpointError(
                 f"in use by {holder(told)}",
                 where=output,

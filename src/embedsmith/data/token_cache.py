@@ -5,7 +5,7 @@
                                 negative_1_input_ids, ...
     OUT/NAME_corpus.parquet     doc_id, input_ids of every distinct document, once
     OUT/NAME.parquet            inline layout (F2LLM v1): the documents' input_ids stand in the row itself
-    OUT/.parts/NAME/            finished shards of a dataset that is still being tokenized
+    OUT/.parts/NAME/            finished parts of a dataset that is still being tokenized
 
 Columns of our own beside theirs: lengths (`query_length`, `length`), body offsets (`query_body_start`, `body_start`),
 text ids (`query_id`), further positives (`passage_2_input_ids`, ...), scores, labels and, where asked, the texts.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,7 +40,7 @@ from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Tokeniz
 from embedsmith.data.store import RecordStore
 
 MANIFEST = "manifest.json"
-SHARD_ROWS = 20_000
+PART_ROWS = 20_000
 """Records that are tokenized and kept together, so that a stopped job loses no more."""
 GROUP_ROWS = 50_000
 """Rows of a row group of the finished files."""
@@ -121,7 +122,7 @@ class Tokenize(Protocol):
 
 @dataclass(frozen=True)
 class TokenJob:
-    """One dataset on its way into a cache. The same job, run again after a stop, goes on at the first missing shard."""
+    """One dataset on its way into a cache. The same job, run again after a stop, makes the parts that are missing."""
 
     out: Path
     records: RecordSet
@@ -130,36 +131,45 @@ class TokenJob:
     probes: dict[str, list[int]]
     layout: CacheLayout = "corpus"
     keep_text: bool = False
-    shard_rows: int = field(default_factory=lambda: SHARD_ROWS)
+    part_rows: int = field(default_factory=lambda: PART_ROWS)
 
     def write(self, advance: Callable[[int], None] = lambda rows: None) -> DatasetFacts:
-        """Tokenize the dataset; `advance` is called with the number of rows whenever some are done.
-        Writing overlaps with tokenizing.
-
-        Errors: `CheckpointError` when the disk is full (finished shards stay, the same call continues); `DataError`
-        for shards of another job.
-        """
+        """Tokenize the dataset, all of it. Errors: those of `claim` and `write_parts`."""
         self.claim()
-        count = len(self.records.records)
-        seen = self._seen()
+        self.write_parts([part for part in range(self.count) if part not in self.done()], advance)
+        return self.assemble()
+
+    def write_parts(self, parts: Sequence[int], advance: Callable[[int], None] = lambda rows: None) -> None:
+        """Tokenize some parts (rising); `advance` is called with the number of rows whenever some are done. Writing
+        overlaps with tokenizing.
+
+        Errors: `CheckpointError` when the disk is full (finished parts stay, the same call continues).
+        """
+        count, looked = len(self.records.records), 0
+        seen = np.zeros(0, np.int64)
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending: Future[None] | None = None
-            for shard in range(self.shards):
-                rows = slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, count))
-                if not self._part("query", shard).exists():
-                    tables, seen = self._tokenize_shard(self.records.records[rows], seen)
-                    if pending is not None:
-                        pending.result()
-                    pending = writer.submit(self._write_shard, shard, tables)
+            for part in parts:
+                seen, looked = self._known_before(part, seen, looked), part + 1
+                rows = slice(part * self.part_rows, min((part + 1) * self.part_rows, count))
+                tables, seen = self._tokenize_part(self.records.records[rows], seen)
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(self._write_part, part, tables)
                 advance(rows.stop - rows.start)
             if pending is not None:
                 pending.result()
-        documents = self._assemble()
+
+    def assemble(self) -> DatasetFacts:
+        """All parts to the final files."""
+        *corpus, queries = self.files
+        documents = sum(self._to_parquet(path, "corpus") for path in corpus)
+        self._to_parquet(queries, "query")
         return DatasetFacts(
             name=self.records.name,
             task=self.records.task,
             layout=self.layout,
-            rows=count,
+            rows=len(self.records.records),
             documents=documents,
             prompts=self.prompts,
             document_role=self.document_role,
@@ -169,7 +179,7 @@ class TokenJob:
         )
 
     def clear(self) -> None:
-        """Remove the shards, once the manifest names the dataset."""
+        """Remove the parts, once the manifest names the dataset."""
         discard(self.parts)
         with suppress(OSError):
             self.parts.parent.rmdir()
@@ -179,37 +189,43 @@ class TokenJob:
         return "query" if self.records.task == "sts" else "document"
 
     @property
-    def shards(self) -> int:
-        return -(-len(self.records.records) // self.shard_rows)
+    def count(self) -> int:
+        """How many parts there are."""
+        return -(-len(self.records.records) // self.part_rows)
 
     @property
     def parts(self) -> Path:
         return self.out / ".parts" / self.records.name
 
-    def _part(self, kind: str, shard: int) -> Path:
-        return self.parts / f"{kind}-{shard:06}.arrow"
+    def _part(self, kind: str, part: int) -> Path:
+        return self.parts / f"{kind}-{part:06}.arrow"
 
     def claim(self) -> None:
-        """Shards of an earlier call are used if they are of the same texts, cut in the same way."""
-        names = ("layout", "keep_text", "shard_rows", "prompts", "probes")
-        identity = {name: getattr(self, name) for name in names} | {"fingerprint": self.records.fingerprint}
+        """Parts of an earlier call are used if they are of the same texts, cut in the same way."""
+        names = ("layout", "keep_text", "prompts", "probes")
+        identity = {name: getattr(self, name) for name in names}
+        identity |= {"shard_rows": self.part_rows, "fingerprint": self.records.fingerprint}
         path = self.parts / "job.json"
         fix = f"delete the folder {self.parts}, and run the same command again"
         if path.exists() and read_json(path, fix=fix) != identity:
             raise DataError(
-                "shards of other texts or options are here, from a run that was stopped",
+                "parts of other texts or options are here, from a run that was stopped",
                 where=self.parts,
                 fix="run that command again to finish it, or delete this folder",
             )
-        with atomic_file(path) as file:
+        with atomic_file(path, replace=False) as file:
             json.dump(identity, file)
 
-    def _seen(self) -> IntArray:
-        """Sorted ids of the documents in finished shards."""
-        finished = [shard for shard in range(self.shards) if self._part("query", shard).exists()]
-        paths = [path for shard in finished if (path := self._part("corpus", shard)).exists()]
+    def done(self) -> set[int]:
+        """Parts that are whole on the disk."""
+        return {part for part in range(self.count) if self._part("query", part).exists()}
+
+    def _known_before(self, part: int, seen: IntArray, looked: int) -> IntArray:
+        """Sorted ids of the documents in finished parts before one, of which those before `looked` are `seen`. Parts
+        behind it do not count: a document belongs to the first part that has it, whoever was faster."""
+        paths = [path for one in range(looked, part) if (path := self._part("corpus", one)).exists()]
         ids = [np.asarray(_read_part(path)["id"]) for path in paths]
-        return np.sort(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
+        return np.unique(np.concatenate([seen, *ids])) if ids else seen
 
     @cached_property
     def slots(self) -> dict[str, tuple[str, int]]:
@@ -223,16 +239,15 @@ class TokenJob:
         names = {"passage" if slot == 0 else f"passage_{slot + 1}": ("positives", slot) for slot in range(positives)}
         return names | {f"negative_{slot + 1}": ("negatives", slot) for slot in range(negatives)}
 
-    def _tokenize_shard(self, records: Sequence[Record], seen: IntArray) -> tuple[dict[str, Any], IntArray]:
-        """The shard's tables, and the ids of all documents tokenized so far (of the corpus layout), sorted."""
+    def _tokenize_part(self, records: Sequence[Record], seen: IntArray) -> tuple[dict[str, Any], IntArray]:
+        """The part's tables, and the ids of all documents tokenized so far (of the corpus layout), sorted."""
         columns = self._query_columns(records)
         texts: dict[int, str] = {}
         ids = {name: _slot_ids(records, *slot, texts) for name, slot in self.slots.items()}
         if self.layout == "inline":
             return {"query": pa.table(columns | self._inline_columns(ids, texts))}, seen
         id_N = np.fromiter(texts, np.int64, len(texts))
-        if len(seen):
-            id_N = id_N[seen[np.searchsorted(seen, id_N).clip(max=len(seen) - 1)] != id_N]
+        id_N = id_N[~_among(id_N, seen)]
         names = {
             f"{name}_input_ids": pa.array([None if id_ is None else str(id_) for id_ in slot], pa.string())
             for name, slot in ids.items()
@@ -279,7 +294,7 @@ class TokenJob:
         return pa.table(columns | ({"text": pa.array(texts, pa.string())} if self.keep_text else {}))
 
     def _inline_columns(self, ids: dict[str, list[int | None]], texts: dict[int, str]) -> dict[str, Any]:
-        """The tokens of every slot in its row; each distinct text of a shard is tokenized once."""
+        """The tokens of every slot in its row; each distinct text of a part is tokenized once."""
         place = {id_: number for number, id_ in enumerate(texts)}
         every, _, body = self._tokens(list(texts.values()), self.document_role)
         columns: dict[str, Any] = {}
@@ -292,10 +307,10 @@ class TokenJob:
                 columns[name] = pa.array([None if id_ is None else texts[id_] for id_ in slot], pa.string())
         return columns
 
-    def _write_shard(self, shard: int, tables: dict[str, Any]) -> None:
-        """The shard's corpus first: a shard counts as finished when its queries are there."""
+    def _write_part(self, part: int, tables: dict[str, Any]) -> None:
+        """A part's corpus first: it counts as finished when its queries are there."""
         for kind in sorted(tables):
-            path, schema = self._part(kind, shard), tables[kind].schema
+            path, schema = self._part(kind, part), tables[kind].schema
             with atomic_file(path, "wb") as file, pa.ipc.new_file(file, schema) as sink:
                 sink.write_table(tables[kind])
 
@@ -305,27 +320,39 @@ class TokenJob:
         kinds = ("",) if self.layout == "inline" else ("_corpus", "_query")
         return [self.out / f"{self.records.name}{kind}.parquet" for kind in kinds]
 
-    def _assemble(self) -> int:
-        """All shards to the final files; the number of distinct documents."""
-        *corpus, queries = self.files
-        documents = sum(self._to_parquet(path, "corpus") for path in corpus)
-        self._to_parquet(queries, "query")
-        return documents
-
     def _to_parquet(self, path: Path, kind: str) -> int:
-        paths = [self._part(kind, shard) for shard in range(self.shards)]
+        """All parts in one file; of a document that several have, its first. Its rows."""
+        paths = [self._part(kind, part) for part in range(self.count)]
         schema = pa.unify_schemas([pa.ipc.open_file(pa.memory_map(str(one))).schema for one in paths])
         written = pa.schema([one for one in schema if kind == "query" or one.name != "id"])
         plain = {"compression": "zstd", "compression_level": 1, "use_dictionary": False, "write_statistics": False}
-        rows, waiting = 0, [written.empty_table()]  # gives a column that a shard lacks: it is null there
+        rows, waiting = 0, [written.empty_table()]  # gives a column that a part lacks: it is null there
+        seen = np.zeros(0, np.int64)
         with atomic_file(path, "wb") as file, pq.ParquetWriter(file, written, **plain) as sink:
             for part in paths:
-                waiting.append(_read_part(part))
+                table = _read_part(part)
+                if kind == "corpus":
+                    table, seen = _new_rows(table, seen)
+                waiting.append(table)
                 if sum(map(len, waiting)) >= GROUP_ROWS or part == paths[-1]:
                     group = pa.concat_tables(waiting, promote_options="default").select(written.names)
                     sink.write_table(group, row_group_size=GROUP_ROWS)
                     rows, waiting = rows + len(group), waiting[:1]
         return rows
+
+
+def _new_rows(table: Any, seen: IntArray) -> tuple[Any, IntArray]:
+    """The documents of a part whose ids are not among those `seen`, which are sorted; and these with its own."""
+    id_N = np.asarray(table["id"])
+    new_N = ~_among(id_N, seen)
+    return table if new_N.all() else table.filter(pa.array(new_N)), np.sort(np.concatenate([seen, id_N[new_N]]))
+
+
+def _among(id_N: IntArray, seen: IntArray) -> npt.NDArray[np.bool_]:
+    """Which ids are among sorted ones."""
+    if not len(seen):
+        return np.zeros(len(id_N), bool)
+    return np.asarray(seen[np.searchsorted(seen, id_N).clip(max=len(seen) - 1)] == id_N)
 
 
 def _slot_ids(records: Sequence[Record], role: str, slot: int, texts: dict[int, str]) -> list[int | None]:

@@ -20,7 +20,9 @@ from embedsmith.evaluate.rerank import Rerank
 from embedsmith.search.hybrid import join
 
 PIECE = 2048
-"""Texts an encoder is given at once: enough to sort by length, few enough to hold and to show progress."""
+"""Texts an encoder is given at once, at most: enough to sort by length, few enough to hold and to show progress."""
+_LEAST = 256
+"""Of fewer texts than 16 pieces have a piece is a sixteenth, so that as many ranks share them, but not less."""
 
 _ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _NORMALIZE = {"cosine": True, "dot": False}
@@ -46,8 +48,11 @@ class Reader:
     group: Group = ALONE
     rerank: Rerank | None = None
 
-    def pieces(self, texts: Sequence[str], *, role: Role, task: str, label: str) -> Iterator[Representation]:
-        """Representations of successive pieces of `texts`, on this rank alone.
+    def pieces(
+        self, texts: Sequence[str], *, role: Role, task: str, label: str, share: slice | None = None
+    ) -> Iterator[Representation]:
+        """Representations of successive pieces of `texts`, or of a `share` of them, on this rank alone. Which texts
+        stand in a piece does not depend on the share, so that a text's numbers do not.
 
         Errors: `EvaluationError` for a missing head, a wrong number of rows and values that are not finite.
         """
@@ -58,9 +63,10 @@ class Reader:
                 expected="reranking tasks, or an embedding model whose ranking it puts into order",
                 fix="embedsmith evaluate EMBEDDER --rerank RERANKER; in a recipe evaluate.embedder=EMBEDDER",
             )
-        with progress_bar(label, len(texts), visible=self.progress) as bar:
-            for start in range(0, len(texts), PIECE):
-                piece = texts[start : start + PIECE]
+        share, rows = share or slice(0, len(texts)), piece_rows(len(texts))
+        with progress_bar(label, share.stop - share.start, visible=self.progress) as bar:
+            for start in range(share.start, share.stop, rows):
+                piece = texts[start : start + rows]
                 reps = self.encoder.represent(piece, role=role, task=task, outputs=(self.head,))
                 if self.head not in reps:
                     have = ", ".join(reps)
@@ -71,10 +77,13 @@ class Reader:
 
     def all(self, texts: Sequence[str], *, role: Role, task: str, label: str) -> Representation:
         """Representations of all texts, in their order, on every rank. A collective."""
-        share = self.share(len(texts))
-        mine = texts[share]
-        parts = self.together(lambda: join(list(self.pieces(mine, role=role, task=task, label=label))))
-        return parts[0] if share == slice(0, len(texts)) else join(parts)
+        share = self.share(len(texts), piece_rows(len(texts)))
+
+        def act() -> Representation | None:
+            made = list(self.pieces(texts, role=role, task=task, label=label, share=share))
+            return join(made) if made else None  # more ranks than pieces
+
+        return join([part for part in self.together(act) if part is not None])
 
     def sides(
         self, left: Sequence[str], right: Sequence[str], *, task: str, label: str
@@ -94,12 +103,12 @@ class Reader:
         vector_ND: npt.NDArray[np.float32] = rep.vector_ND.float().numpy()
         return vector_ND
 
-    def share(self, count: int) -> slice:
-        """This rank's part of `count` texts; all of them where there are fewer texts than ranks."""
-        world, mine = world_size(self.group), rank(self.group)
-        if count < world:
-            return slice(0, count)
-        return slice(count * mine // world, count * (mine + 1) // world)
+    def share(self, count: int, rows: int) -> slice:
+        """This rank's part of `count` texts, whole pieces of so many rows; nothing where there are fewer of these than
+        ranks and it gets none."""
+        world, mine, pieces = world_size(self.group), rank(self.group), -(-count // rows)
+        start, stop = (min(pieces * which // world * rows, count) for which in (mine, mine + 1))
+        return slice(start, stop)
 
     def together(self, act: Callable[[], T]) -> list[T]:
         """What `act` returns on every rank, in rank order. Errors: see `as_one`."""
@@ -126,6 +135,11 @@ class Reader:
             name = "" if isinstance(error, EmbedsmithError) else f"{type(error).__name__}: "
             objects_of_all_ranks((None, f"{name}{error}"), self.group)
             raise
+
+
+def piece_rows(count: int) -> int:
+    """How many of `count` texts an encoder is given at once, on any number of ranks."""
+    return min(PIECE, max(-(-count // 16), _LEAST))
 
 
 def _check(representation: Representation, texts: Sequence[str], label: str) -> None:

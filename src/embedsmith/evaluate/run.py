@@ -69,11 +69,7 @@ def evaluate(
     if head is None:
         head = "dense" if encoder is None else main_head(encoder)
     reader = Reader(encoder, head, progress, group, rerank)
-    known = None
-    if cache is not None:
-        models = [fingerprint(encoder)] if encoder is not None else []
-        models += [rerank.fingerprint()] if rerank is not None else []
-        known = ResultCache(Path(cache), digest(*models, head))
+    known = None if cache is None else ResultCache.of(encoder, cache, rerank, head)
     with reader.as_one():
         return Results(tuple(_scored(task, reader, known) for task in tasks), dict(about or {}))
 
@@ -112,6 +108,13 @@ class ResultCache:
 
     folder: Path
     model: str
+
+    @staticmethod
+    def of(encoder: Encoder | None, folder: str | Path, rerank: Rerank | None, head: str) -> ResultCache:
+        """That of one head of a model, or of a reranker behind it."""
+        models = [fingerprint(encoder)] if encoder is not None else []
+        models += [rerank.fingerprint()] if rerank is not None else []
+        return ResultCache(Path(folder), digest(*models, head))
 
     def find(self, task: Task) -> TaskResult | None:
         """The result of the same task by the same model; a file that cannot be read is as good as none."""

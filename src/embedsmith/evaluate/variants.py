@@ -104,12 +104,13 @@ def score_heads(
     tune_on: Sequence[Task] = (),
     about: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
+    group: Group = ALONE,
 ) -> HeadScores:
     """Score every head alone, dense and sparse together, and all heads, each text encoded once for all of them.
 
     `weights`: of the column `all` (and, where they are there, of `dense+sparse`), M3-Embedding's by default.
     `tune_on`: dev tasks; the weights that score best there, by `tuned_weights`, are one more column. `cache`: a folder
-    for vectors, so that a stopped command continues.
+    for vectors, so that a stopped command continues; `group`: see `evaluate`.
     Errors: `EvaluationError` for one head, weights of heads that are not there or all 0, other kinds of dev task.
     """
     if len(heads) < 2:
@@ -130,9 +131,9 @@ def score_heads(
         if tune_on:
             columns["tuned"] = tuned_weights(shared, tune_on, heads)
         results = {
-            name: evaluate(shared, tasks, head=name)
+            name: evaluate(shared, tasks, head=name, group=group)
             if name in heads
-            else evaluate(HybridEncoder(shared, of_heads), tasks, head="hybrid")
+            else evaluate(HybridEncoder(shared, of_heads), tasks, head="hybrid", group=group)
             for name, of_heads in columns.items()
         }
     return HeadScores(results, columns, dict(about or {}))

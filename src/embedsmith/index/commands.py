@@ -1,9 +1,7 @@
-"""The verbs `index` and `search`: where an index lies, which model made it, and how hits are shown."""
+"""Where an index lies; and the verb `search`: which model made the index, and how hits are shown."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,17 +9,15 @@ from typing import Any, cast
 from rich.table import Table
 from rich.text import Text
 
-from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
-from embedsmith.core.errors import DataError, RecipeError, SearchError
-from embedsmith.core.outputs import claimed
+from embedsmith.core.errors import RecipeError, SearchError
 from embedsmith.core.recipe import parse_value
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.terminal import Printed
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
-from embedsmith.index.index import Document, Hit, Written, open_index, read_documents
+from embedsmith.index.index import Hit, open_index
 from embedsmith.index.server import ServerStore
 from embedsmith.models import Embedder, load, load_reranker
 from embedsmith.search.quantised import RESCORE, SearchPrecision
@@ -48,54 +44,6 @@ class Place:
             return ServerStore(self.url, self.collection, api_key=self.api_key)
         assert self.folder is not None
         return EdgeStore(self.folder, read_only=read_only)
-
-
-def run_index(
-    model: str | Embedder,
-    documents: str | Sequence[Document],
-    place: Place,
-    heads: Sequence[str] | None,
-    batch: int,
-    options: Mapping[str, Any] | None = None,
-    precision: SearchPrecision | None = None,
-) -> tuple[Written, int]:
-    """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone. Gives the
-    size, too. `options`: of `load`, for a model by its path. `precision`: see `open_index`.
-
-    A file is read twice: what is wrong with it is an error before anything is encoded.
-    """
-    refuse_launcher("index", "start it once, without the launcher")
-    with nullcontext() if place.folder is None else claimed(place.folder, "index"):
-        return _index(model, documents, place, heads, batch, options or {}, precision)
-
-
-def _index(
-    model: str | Embedder,
-    documents: str | Sequence[Document],
-    place: Place,
-    heads: Sequence[str] | None,
-    batch: int,
-    options: Mapping[str, Any],
-    precision: SearchPrecision | None,
-) -> tuple[Written, int]:
-    def read() -> Iterator[Document]:
-        return read_documents(documents) if isinstance(documents, str) else iter(documents)
-
-    total = sum(1 for _ in read())
-    if total == 0:
-        where = documents if isinstance(documents, str) else None
-        raise DataError("no document in this file", where=where, expected="at least one row with an id and a text")
-    encoder = load(model, **options) if isinstance(model, str) else model
-    store = place.open()
-    try:
-        fresh = store.settings() is None
-        names = heads or (tuple(name for name in encoder.outputs if name != "middle") if fresh else None)
-        name = model if isinstance(model, str) else ""
-        place_of_model = os.path.realpath(name) if os.path.exists(name) else name
-        index = open_index(encoder, store, heads=names, precision=precision, model=place_of_model, create=True)
-        return index.add(read(), batch=batch, total=total), len(index)
-    finally:
-        store.close()
 
 
 def checked_precision(given: str | None) -> SearchPrecision | None:

@@ -118,8 +118,7 @@ class HybridIndex:
                             f"the id {document.id!r} comes twice", fix="give every document an id of its own"
                         )
                     seen.add(document.id)
-                known = self.store.payloads([point_key(document.id) for document in block], ["hash"])
-                hashes = {key: payload.get("hash") for key, payload in known.items()}
+                hashes = self._hashes(block)
                 fresh = [document for document in block if hashes.get(point_key(document.id)) != document.hash]
                 if fresh:
                     self.store.upsert(self._points(fresh))
@@ -130,6 +129,16 @@ class HybridIndex:
         if optimize:
             self.store.optimize()
         return Written(new, changed, unchanged)
+
+    def lacking(self, documents: Sequence[Document]) -> list[bool]:
+        """For each document whether `add` would write it: it is not here with this text and these metadata."""
+        hashes = self._hashes(documents)
+        return [hashes.get(point_key(document.id)) != document.hash for document in documents]
+
+    def _hashes(self, documents: Sequence[Document]) -> dict[str, Any]:
+        """Those of the documents that are here under the same ids, by key."""
+        known = self.store.payloads([point_key(document.id) for document in documents], ["hash"])
+        return {key: payload.get("hash") for key, payload in known.items()}
 
     def delete(self, ids: Sequence[str]) -> None:
         self.store.delete([point_key(id_) for id_ in ids])

@@ -24,8 +24,9 @@ from embedsmith.core.reps import Representation, exceeds
 from embedsmith.core.tokens import IntArray
 from embedsmith.mining.config import LiveNegatives, Selection
 from embedsmith.mining.offline import Texts, candidates_of
-from embedsmith.mining.searchers import PIECE, Searcher, TextReps, top_of_pieces
+from embedsmith.mining.searchers import Searcher, TextReps
 from embedsmith.mining.selection import SUSPECT, conan_window
+from embedsmith.search import merged_top_k
 from embedsmith.search.exact import FloatArray, IndexArray
 from embedsmith.search.hybrid import join
 
@@ -305,15 +306,8 @@ def _on_all_ranks(reps: TextReps, group: Group) -> Representation:
 
 def _searched(query: Representation, documents: TextReps, k: int, group: Group) -> _Found:
     """The best k of the whole corpus for every query, ties to the lower place. Every rank searches its own pieces."""
-    starts = range(0, len(documents), PIECE)[rank(group) :: world_size(group)]
-    mine = np.zeros((len(query), 0), np.float32), np.zeros((len(query), 0), np.int64)
-    if starts:
-        score_Nk, local_Nk = top_of_pieces(query, (documents.piece(start) for start in starts), k)
-        mine = score_Nk, np.asarray(starts, np.int64)[local_Nk // PIECE] + local_Nk % PIECE
-    everyones = objects_of_all_ranks(mine, group)
-    score_NX, index_NX = (np.concatenate(column, axis=1) for column in zip(*everyones, strict=True))
-    order = np.lexsort((index_NX, -score_NX))[:, :k]
-    return _Found(np.take_along_axis(score_NX, order, 1), np.take_along_axis(index_NX, order, 1))
+    mine = documents.top_of_share(query, k, rank(group), world_size(group))
+    return _Found(*merged_top_k(objects_of_all_ranks(mine, group), k))
 
 
 def _guarded(

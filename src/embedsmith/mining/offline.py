@@ -8,32 +8,35 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import objects_of_all_ranks
 from embedsmith.core.encoder import Encoder
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.inputs import read_typed
-from embedsmith.core.outputs import claimed, delivered, discard, refuse_foreign_records, sweep
+from embedsmith.core.inputs import local_path, read_typed
+from embedsmith.core.outputs import delivered, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import to_plain
+from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
+from embedsmith.data.cache import MEMORY_BYTES, files_of, weight
+from embedsmith.data.store import RecordStore
 from embedsmith.mining.config import MineRecipe, Selection
-from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, no_reranker, on_every_rank
+from embedsmith.mining.corpus import StoredTexts, corpus_texts, stored_texts
+from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, SharedSearcher, no_reranker
 from embedsmith.mining.selection import (
     SUSPECT,
     Ranked,
-    corpus_texts,
     fuse,
     loose_id,
     order_of,
@@ -46,62 +49,82 @@ OpenModel = Callable[[str], Encoder]
 OpenReranker = Callable[[str], Reranker]
 
 
-@lost_ranks()
 def mine(
-    recipe: MineRecipe, open_model: OpenModel, open_reranker: OpenReranker = no_reranker, *, overwrite: bool = False
+    recipe: MineRecipe,
+    open_model: OpenModel,
+    open_reranker: OpenReranker = no_reranker,
+    *,
+    overwrite: bool = False,
+    shard: Shard | None = None,
+    join: bool = False,
 ) -> MineReport:
     """Mine as the recipe says, or go on where a stopped run of the same recipe was. A collective of all ranks.
 
-    `open_model` gives the encoder of a path or id, `open_reranker` the reranker. Errors: `CheckpointError` for an
-    output that is not ours or that another process writes to; `DataError` for data that cannot be mined from, or that
-    differ between ranks; what reading, encoding and searching raise.
+    `open_model` gives the encoder of a path or id, `open_reranker` the reranker. `shard`: which of how many this is,
+    `(0, 4)` or `"0/4"`, for shards that are started each by itself; `join`: end their work. The report of a shard is
+    that of its own records. Errors: `CheckpointError` for an output that is not ours or that another process writes to,
+    and for parts that are missing at the join; `DataError` for data that cannot be mined from, or that differ between
+    ranks; `OthersFirstError` for a shard that needs the vectors of others; what reading, encoding and searching raise.
     """
-    with delivered(recipe.output, "mine") as output, ExitStack() as claim:
-        recipe = replace(recipe, output=output)
-        for place in (recipe.output, recipe.folder):
-            on_first_rank(partial(lambda path: claim.enter_context(claimed(path, "mine")), place))
-        on_first_rank(lambda: _check_output(recipe, overwrite))
-        return _mine(recipe, open_model, open_reranker, overwrite)
+    with delivered(recipe.output, "mine", shared=shard is not None or join) as place:
+        recipe = replace(recipe, output=place)
+        sharing = Sharing.asked("mine", recipe.output, shard, join)
+        if overwrite and sharing.mode in ("shard", "join"):
+            fix = f"delete {recipe.output} and {recipe.report_path}, then give the command without it"
+            raise RecipeError("--overwrite with --shard or --join, where others are at work", fix=fix)
+        with sharing.claim(recipe.folder):
+            sharing.first(lambda: _check_output(recipe, overwrite, sharing))
+            return _mine(recipe, open_model, open_reranker, overwrite, sharing)
 
 
-def _check_output(recipe: MineRecipe, overwrite: bool) -> None:
+def _check_output(recipe: MineRecipe, overwrite: bool, sharing: Sharing) -> None:
     under_way = any(recipe.folder.glob("parts-*"))
     refuse_foreign_records(
         Path(recipe.output), recipe.report_path, "corpus", recipe.folder, under_way, overwrite=overwrite
     )
+    if sharing.mode == "shard":  # what others are writing would go
+        return
     for ours in (*recipe.folder.glob("parts-*"), recipe.folder / "vectors"):  # beside them may be other people's files
         sweep(ours)
 
 
-def _mine(recipe: MineRecipe, open_model: OpenModel, open_reranker: OpenReranker, overwrite: bool) -> MineReport:
+def _mine(
+    recipe: MineRecipe, open_model: OpenModel, open_reranker: OpenReranker, overwrite: bool, sharing: Sharing
+) -> MineReport:
     started = time.monotonic()
-    texts = Texts.read(recipe)
-    sides = texts.searched(cache(open_model), open_reranker, recipe.vector_folder)
+    texts = sharing.every(lambda: Texts.read(recipe))
+    sides = texts.searched(cache(open_model), open_reranker, recipe.vector_folder, sharing)
     searchers = [settings.open(sides) for settings in recipe.searchers]
     teacher = None if recipe.teacher is None else recipe.teacher.open(sides)
     models: dict[str, str] = {}
     for scorer in (*searchers, *([] if teacher is None else [teacher])):
         models |= scorer.models()
-    key = _agreed_key(recipe, texts, models)
+    facts = _facts(recipe, texts, models)
+    key = _agreed_key(facts)
     earlier = lambda: MineReport.of_earlier_run(recipe.report_path, recipe.output, key)
-    if not overwrite and (done := on_first_rank(earlier)) is not None:
+    if not overwrite and (done := sharing.first(earlier)) is not None:
+        sharing.first(sharing.end)
         return done
+    sharing.agree(facts)
     parts = recipe.folder / f"parts-{key}"
     if overwrite:
-        on_first_rank(lambda: discard(parts))
-    work = _Work(recipe, texts, searchers, teacher, parts)
-    starts = range(0, len(texts.records), recipe.part)
-    mine_share = lambda: work.all_parts(starts[rank() :: world_size()])
-    on_every_rank(mine_share, "mine", fix="run the same command again")
-    return on_first_rank(lambda: work.finish(key, starts, started))
+        sharing.first(lambda: discard(parts))
+    work = _Work(recipe, texts, searchers, teacher, parts, sharing)
+    if sharing.mode != "join":
+        sharing.every(work.all_parts)
+    if not sharing.ends:
+        sharing.tell(len(work.starts))
+        return work.report_of_share(key, started)
+    return sharing.first(lambda: work.finish(key, started))
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is mined from: records, the corpus, and who is known to answer whom."""
+    """What is mined from: records, the corpus, and who is known to answer whom. Where there are many texts, neither
+    the records' nor the corpus's are held in memory."""
 
     found: RecordSet
-    corpus: list[str]
+    corpus: Sequence[str]
 
     @staticmethod
     def read(recipe: MineRecipe) -> Texts:
@@ -113,7 +136,15 @@ class Texts:
                 expected="retrieval records: queries with positives",
                 fix="declare task: retrieval, or make pairs of labels first (embedsmith curate, labels_to_pairs)",
             )
-        texts = Texts(found, corpus_texts(found.records, recipe.corpus))
+        files = {path: state for one in recipe.corpus for path, state in files_of(local_path(one.path)).items()}
+        if isinstance(found.records, RecordStore) or weight(files) > MEMORY_BYTES:
+            known = repr((found.fingerprint, recipe.corpus, sorted(files.items())))
+            corpus: Sequence[str] = stored_texts(
+                found.records, recipe.corpus, recipe.folder / f"corpus-{_short(known)}"
+            )
+        else:
+            corpus = corpus_texts(found.records, recipe.corpus)
+        texts = Texts(found, corpus)
         if len(texts.corpus) <= recipe.select.skip:
             raise DataError(
                 f"the corpus has {len(texts.corpus)} texts, and the first {recipe.select.skip} ranks are left out",
@@ -144,6 +175,8 @@ class Texts:
     @cached_property
     def loose_K(self) -> IndexArray:
         """Loose ids of the corpus, shifted into the signed range."""
+        if isinstance(self.corpus, StoredTexts):
+            return self.corpus.loose_K
         return np.fromiter((loose_id(text) >> 1 for text in self.corpus), np.int64, len(self.corpus))
 
     @cached_property
@@ -157,9 +190,11 @@ class Texts:
     def positives_of(self, row: int) -> list[int]:
         return self.positives[text_id(self.queries[row])]
 
-    def searched(self, open_model: OpenModel, open_reranker: OpenReranker, vectors: Path) -> SearchTexts:
+    def searched(
+        self, open_model: OpenModel, open_reranker: OpenReranker, vectors: Path, sharing: Sharing
+    ) -> SearchTexts:
         """As searchers and teachers take them."""
-        about = (self.instructions, self.found.task, open_model, vectors, open_reranker)
+        about = (self.instructions, self.found.task, open_model, vectors, open_reranker, sharing)
         return SearchTexts(self.queries, self.corpus, *about)
 
     def hash(self) -> str:
@@ -169,10 +204,14 @@ class Texts:
         return digest.hexdigest()
 
 
-def _agreed_key(recipe: MineRecipe, texts: Texts, models: Mapping[str, str]) -> str:
-    """What the result depends on. Errors: `DataError` where ranks read other data or another model."""
+def _facts(recipe: MineRecipe, texts: Texts, models: Mapping[str, str]) -> dict[str, Any]:
+    """What the result depends on."""
     plain = {name: value for name, value in to_plain(recipe).items() if name not in ("output", "work", "vectors")}
-    facts = {"recipe": plain, "texts": texts.hash(), "models": dict(models), "version": VERSION}
+    return {"recipe": plain, "texts": texts.hash(), "models": dict(models), "version": VERSION}
+
+
+def _agreed_key(facts: Mapping[str, Any]) -> str:
+    """A hash of what the result depends on. Errors: `DataError` where ranks read other data or another model."""
     everywhere = objects_of_all_ranks(facts)
     for number, theirs in enumerate(everywhere):
         different = [name for name in facts if theirs[name] != everywhere[0][name]]
@@ -182,7 +221,10 @@ def _agreed_key(recipe: MineRecipe, texts: Texts, models: Mapping[str, str]) -> 
                 where="mine",
                 fix="give every machine the same files and models",
             )
-    content = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+    return _short(json.dumps(facts, sort_keys=True, ensure_ascii=False))
+
+
+def _short(content: str) -> str:
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
@@ -193,18 +235,38 @@ class _Work:
     searchers: Sequence[Searcher]
     teacher: Scorer | None
     parts: Path
+    sharing: Sharing
+
+    @property
+    def starts(self) -> range:
+        """The first record of every part."""
+        return range(0, len(self.texts.records), self.recipe.part)
 
     def path(self, start: int) -> Path:
         return self.parts / f"part-{start:09d}.jsonl"
 
-    def all_parts(self, starts: Sequence[int]) -> None:
-        """Mine the parts that are not there. Searchers are prepared on every rank: encoding is shared."""
+    def done(self) -> set[int]:
+        """The numbers of the parts that are whole."""
+        return {number for number, start in enumerate(self.starts) if self.counts(start) is not None}
+
+    def all_parts(self) -> None:
+        """Mine this process's share of the parts that are not there. Searchers are prepared on every rank or shard:
+        encoding is shared, too.
+
+        Where all ranks search together, they go through the parts in rounds: each has one of its own, and one for whom
+        none is left helps with the last.
+        """
         for scorer in (*self.searchers, *([] if self.teacher is None else [self.teacher])):
             scorer.prepare(self.parts)
-        todo = [start for start in starts if self.counts(start) is None]
-        with progress_bar("mine", len(starts), len(starts) - len(todo)) as bar:
-            for start in todo:
-                self._part(start)
+        sharing, numbers = self.sharing, range(len(self.starts))
+        done = sharing.first(self.done)
+        together = any(isinstance(one, SharedSearcher) for one in (*self.searchers, self.teacher))
+        left = [number for number in numbers if number not in done]
+        rounds = [left[first : first + sharing.count] for first in range(0, len(left), sharing.count)]
+        mine = [one[min(sharing.index, len(one) - 1)] for one in rounds] if together else sharing.share(numbers, done)
+        with progress_bar("mine", len(mine)) as bar:
+            for place, number in enumerate(mine):
+                self._part(self.starts[number], write=not together or sharing.index < len(rounds[place]))
                 bar.advance()
 
     def counts(self, start: int) -> Counts | None:
@@ -218,36 +280,45 @@ class _Work:
         except (OSError, ValueError):
             return None
 
-    def _part(self, start: int) -> None:
+    def _part(self, start: int, write: bool) -> None:
         stop = min(start + self.recipe.part, len(self.texts.records))
         mined = mine_rows(self.texts, self.recipe, self.searchers, self.teacher, start, stop)
+        if not write:
+            return
         wanted, keeps_all = self.recipe.select.negatives, self.recipe.short == "keep"
         written = [record for record in mined if keeps_all or len(record.negatives) >= wanted]
         write_records(self.path(start), written)
         with atomic_file(self.path(start).with_suffix(".json")) as file:
             json.dump([self.path(start).stat().st_size, asdict(Counts.of(mined, written, wanted))], file)
 
-    def finish(self, key: str, starts: Sequence[int], started: float) -> MineReport:
+    def total(self, numbers: Iterable[int]) -> Counts:
+        """The sums of some parts that are whole."""
+        whole = [counts for number in numbers if (counts := self.counts(self.starts[number])) is not None]
+        columns = zip(*(asdict(counts).values() for counts in whole), strict=True)
+        return Counts(*map(sum, columns)) if whole else Counts(*([0] * len(fields(Counts))))
+
+    def report_of_share(self, key: str, started: float) -> MineReport:
+        """Of a shard: what its own parts gave."""
+        mine = range(len(self.starts))[self.sharing.index :: self.sharing.count]
+        return self.total(mine).report(key, str(self.parts), len(self.texts.corpus), time.monotonic() - started)
+
+    def finish(self, key: str, started: float) -> MineReport:
         """Put the parts together and report. On the first rank."""
-        whole = [counts for start in starts if (counts := self.counts(start)) is not None]
-        if len(whole) < len(starts):
-            raise DataError(
-                f"{len(starts) - len(whole)} of {len(starts)} parts are not there; another rank wrote them elsewhere",
-                where=self.parts,
-                fix="set work to a folder that all machines share",
-            )
-        total = Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in whole), strict=True)))
+        numbers = range(len(self.starts))
+        self.sharing.refuse_missing(set(numbers) - self.done(), len(numbers))
+        total = self.total(numbers)
         if total.negatives == 0:
             raise DataError(
                 f"no record got a negative: {len(self.texts.corpus)} texts, of which every query's own are known",
                 where=self.recipe.data.path,
                 fix="add a corpus, or loosen select.limits, select.skip and select.near_duplicate",
             )
-        self.join([self.path(start) for start in starts], Path(self.recipe.output))
+        self.join([self.path(start) for start in self.starts], Path(self.recipe.output))
         report = total.report(key, self.recipe.output, len(self.texts.corpus), time.monotonic() - started)
         with atomic_file(self.recipe.report_path) as file:
             json.dump(asdict(report), file, indent=1)
         discard(self.parts)
+        self.sharing.end()
         if report.empty:
             log.warning("%d records have no negative", report.empty)
         return report
@@ -437,5 +508,6 @@ class Counts:
         sums = asdict(self)
         positives, negatives = max(sums.pop("positives"), 1), max(self.negatives, 1)
         sums |= {"suspect": self.suspect / negatives, "negative_score": self.negative_score / negatives}
-        sums |= {"positive_score": self.positive_score / positives, "output_bytes": Path(output).stat().st_size}
+        size = Path(output).stat().st_size if Path(output).is_file() else 0  # parts of a shard lie in a folder
+        sums |= {"positive_score": self.positive_score / positives, "output_bytes": size}
         return MineReport(key=key, output=output, corpus=corpus, seconds=round(seconds, 1), **sums)

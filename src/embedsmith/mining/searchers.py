@@ -13,16 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, rank, world_size
+from embedsmith.core.collectives import (
+    FailedElsewhereError,
+    objects_of_all_ranks,
+    on_every_rank,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
 from embedsmith.core.errors import (
     DataError,
-    EmbedsmithError,
     MissingExtraError,
     ModelError,
     RecipeError,
@@ -32,6 +39,7 @@ from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import Count, Positive, Share, Weights, Word
+from embedsmith.core.sharing import Sharing
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.core.words import folded, letters, runs
 from embedsmith.data.record import text_id
@@ -39,6 +47,9 @@ from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder, join
+from embedsmith.search.top_k import merged_top_k
+
+T = TypeVar("T")
 
 PIECE = 2048
 """Texts a file of cached vectors holds, and documents scored at once."""
@@ -59,7 +70,7 @@ def no_reranker(path: str) -> Reranker:
 class SearchTexts:
     """What a searcher or teacher is opened on. `instructions`: the queries' own, or `None`. `open_model` gives the
     encoder of a path or id, the same one each time, `open_reranker` the reranker. `vectors`: the folder where vectors
-    are cached."""
+    are cached. `sharing`: which share of the work this process has (`None`: that of its rank)."""
 
     queries: Sequence[str]
     corpus: Sequence[str]
@@ -68,6 +79,7 @@ class SearchTexts:
     open_model: Callable[[str], Encoder]
     vectors: Path
     open_reranker: Callable[[str], Reranker] = no_reranker
+    sharing: Sharing | None = None
 
 
 class Scorer(Protocol):
@@ -104,20 +116,6 @@ class TeacherSettings(Protocol):
     """What stands on the shelf `teachers`."""
 
     def open(self, texts: SearchTexts) -> Scorer: ...
-
-
-def on_every_rank(act: Callable[[], None], where: str, fix: str | None = None) -> None:
-    """Run `act` on every rank. Errors: the rank's own; `SearchError` with its message on the others."""
-    failed: EmbedsmithError | None = None
-    try:
-        act()
-    except EmbedsmithError as error:
-        failed = error
-    messages = [message for message in objects_of_all_ranks(None if failed is None else str(failed)) if message]
-    if failed is not None:
-        raise failed
-    if messages:
-        raise SearchError(f"another rank failed: {messages[0]}", where=where, fix=fix)
 
 
 # By an embedding model.
@@ -165,17 +163,28 @@ class TextReps:
         place_E = np.concatenate([np.flatnonzero(piece_E == p) for p in set(piece_E)])
         return join(parts).rows(torch.from_numpy(np.argsort(place_E)))
 
-    def compute(self, label: str) -> None:
-        """Let every rank compute its share of the pieces. A collective; an error on one rank is one on all."""
+    def compute(self, label: str, sharing: Sharing | None = None) -> None:
+        """Let every rank or shard compute its share of the pieces. On ranks a collective; an error on one is one on
+        all."""
+        mine, count = (rank(), world_size()) if sharing is None else (sharing.index, sharing.count)
 
         def act() -> None:
-            starts = range(0, len(self.texts), PIECE)[rank() :: world_size()]
+            starts = range(0, len(self.texts), PIECE)[mine::count]
             with progress_bar(label, len(starts)) as bar:
                 for start in starts:
                     self.piece(start)
                     bar.advance()
 
-        on_every_rank(act, label)
+        on_every_rank(act, label, group=None if sharing is None else sharing.group)
+
+    def top_of_share(self, query: Representation, k: int, mine: int, count: int) -> tuple[FloatArray, IndexArray]:
+        """score_Qk and index_Qk of the best `k` of one of `count` shares of the pieces (see `compute`), with places in
+        the whole corpus."""
+        starts = range(0, len(self), PIECE)[mine::count]
+        if not starts:
+            return np.zeros((len(query), 0), np.float32), np.zeros((len(query), 0), np.int64)
+        score_Qk, local_Qk = top_of_pieces(query, (self.piece(start) for start in starts), k)
+        return score_Qk, np.asarray(starts, np.int64)[local_Qk // PIECE] + local_Qk % PIECE
 
 
 def top_of_pieces(
@@ -236,7 +245,10 @@ class EmbeddingSearch:
         head = self.head or main_head(cached)
         queries = TextReps(encoder, texts.queries, "query", task, head, own)
         documents = TextReps(encoder, texts.corpus, "document", task, head)
-        return EmbeddingSearcher(queries, documents, self, {self.model: cached.fingerprint()})
+        alone = EmbeddingSearcher(queries, documents, self, {self.model: cached.fingerprint()}, None, texts.sharing)
+        if self.index == "exact" and texts.sharing is not None and texts.sharing.mode == "ranks":
+            return SharedSearcher(alone, texts.sharing)
+        return alone
 
 
 @dataclass
@@ -248,14 +260,19 @@ class EmbeddingSearcher(Searcher):
     settings: EmbeddingSearch | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     index: ApproximateIndex | None = None
+    sharing: Sharing | None = None
 
     def models(self) -> dict[str, str]:
         return self.fingerprints
 
     def prepare(self, folder: Path) -> None:
-        """Compute what is missing, on all ranks; an approximate index is built once and stays in `folder`."""
-        self.queries.compute("encode queries")
-        self.documents.compute("encode corpus")
+        """Compute what is missing, each rank or shard its share; shards wait for one another here. An approximate index
+        is built once and stays in `folder`."""
+        self.queries.compute("encode queries", self.sharing)
+        self.documents.compute("encode corpus", self.sharing)
+        if self.sharing is not None:
+            about = f"{self.fingerprints} {self.queries.role} {self.documents.task} {self.documents.head}"
+            self.sharing.meet(folder / f"encoded-{text_id(about):016x}")
         if self.settings is None or self.settings.index == "exact":
             return
         factory, effort = self.settings.index, self.settings.effort
@@ -293,6 +310,57 @@ class EmbeddingSearcher(Searcher):
                 right = piece.rows(torch.from_numpy(index_E[part] % PIECE))
                 score_E[part] = left.paired(right)[0].numpy()
         return score_E
+
+
+@dataclass
+class SharedSearcher(Searcher):
+    """The same on all ranks together: each searches and scores the documents of its own share, those that it has
+    encoded, for the queries of all ranks, and gives each rank the answers to its own.
+
+    Every call of `top` and `pairs` is a collective: all ranks make the same calls, each with queries of its own.
+    """
+
+    alone: EmbeddingSearcher
+    sharing: Sharing
+
+    def models(self) -> dict[str, str]:
+        return self.alone.models()
+
+    def prepare(self, folder: Path) -> None:
+        self.alone.prepare(folder)
+
+    def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
+        mine, count = self.sharing.index, self.sharing.count
+
+        def found(start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
+            query = self.alone.queries.rows(np.arange(start, stop))
+            return self.alone.documents.top_of_share(query, k, mine, count)
+
+        return merged_top_k(self._answered((start, stop, k), found), k)
+
+    def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
+        count, score_E = self.sharing.count, np.zeros(len(row_E), np.float32)
+
+        def scored(row_E: IndexArray, index_E: IndexArray) -> FloatArray:
+            held = index_E // PIECE % count == self.sharing.index
+            return self.alone.pairs(row_E[held], index_E[held])
+
+        for holder, answer in enumerate(self._answered((row_E, index_E), scored)):
+            score_E[index_E // PIECE % count == holder] = answer
+        return score_E
+
+    def _answered(self, asked: tuple[Any, ...], act: Callable[..., T]) -> list[T]:
+        """What all ranks say to this one's question, in rank order."""
+        group = self.sharing.group
+        everyones = objects_of_all_ranks(asked, group)
+        for other in everyones:
+            if isinstance(other, str):  # it has failed since, and told all
+                raise FailedElsewhereError(f"another rank failed: {other}", fix="the same command goes on")
+        answers = self.sharing.every(lambda: [act(*one) for one in everyones])
+        mine: list[Any] = [None] * len(answers)
+        for place, answer in enumerate(answers):
+            dist.gather_object(answer, mine if place == self.sharing.index else None, dst=place, group=group)
+        return mine
 
 
 # By BM25, for scripts with and without spaces.

@@ -1,19 +1,16 @@
-"""From a query's candidates to its negatives: which texts there are and when two count as the same, who may be a
-negative, and in which order they are taken."""
+"""From a query's candidates to its negatives: when two texts count as the same, who may be a negative, and in which
+order they are taken."""
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from embedsmith.core.errors import DataError
 from embedsmith.core.seeds import derive_seed
 from embedsmith.core.words import folded, runs
-from embedsmith.data import Record
-from embedsmith.data.formats.texts import read_texts
-from embedsmith.mining.config import Corpus, Mask, Selection
+from embedsmith.mining.config import Mask, Selection
 from embedsmith.search.exact import FloatArray, IndexArray
 
 _GRAM = 5  # characters
@@ -38,18 +35,6 @@ def overlap(left: frozenset[str], right: frozenset[str]) -> float:
     """Jaccard: shared over all."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)
-
-
-def corpus_texts(records: Sequence[Record], more: Iterable[Corpus]) -> list[str]:
-    """The texts negatives are drawn from, each once: the records' positives and negatives, then the files'."""
-    own = (text for record in records for text in (*record.positives, *record.negatives))
-    texts = dict.fromkeys(own)
-    for corpus in more:
-        read = dict.fromkeys(one.text.strip() for one in read_texts(corpus.path, column=corpus.column))
-        if not any(read):
-            raise DataError("no text in this corpus", where=corpus.path, fix="name another file, or leave it out")
-        texts.update((text, None) for text in read if text)
-    return list(texts)
 
 
 @dataclass(frozen=True)

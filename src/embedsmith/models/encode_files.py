@@ -1,9 +1,10 @@
-"""Files of texts to a folder of vectors that can be memory-mapped: in blocks, over several processes, continued after a
-kill.
+"""Files of texts to a folder of vectors that can be memory-mapped: in blocks, over several processes, ranks or shards
+(`core/sharing.py`), continued after a kill.
 
 The folder holds `vectors.npy` (row i is text i), `ids.txt` (line i is its id), `meta.json` (what made it), for int8
-`ranges.npy`, and while work goes on `progress-*.json`: the blocks that are whole on the disk. None of them is believed:
-their sizes must agree, and a block without its vectors is made again.
+`ranges.npy`, and while work goes on `progress-*.json`: the blocks that are whole on the disk, a file for each who
+writes them. None of them is believed: their sizes must agree, and a block without its vectors is made again. Vectors
+are written where they belong, so that nothing has to be joined in the end.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ import numpy as np
 import torch
 from torch.multiprocessing.spawn import ProcessException, spawn
 
-from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role, tokenizer_json
-from embedsmith.core.errors import CheckpointError, DataError, ModelError
+from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
-from embedsmith.core.outputs import claimed, delivered, files_of, sweep
+from embedsmith.core.outputs import delivered, files_of, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.quantize import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.core.settings import Count, section
+from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import Compute, settled_dtype
@@ -67,15 +68,13 @@ class _Array:
     def row_size(self) -> int:
         return self.width * np.dtype(self.kind).itemsize
 
-    def allocate(self) -> None:
+    def allocate(self, replace: bool) -> None:
         """Errors: `CheckpointError` where the disk has no room for it."""
-        try:
-            with disk_errors(self.path), self.path.open("wb") as file:
-                file.write(self.header)
-                allocate(file, self.size)
-        except CheckpointError:
+        if replace:
             self.path.unlink(missing_ok=True)
-            raise
+        with atomic_file(self.path, "wb", replace=replace) as file:
+            file.write(self.header)
+            allocate(file, self.size)
 
     def check(self) -> None:
         """Errors: `CheckpointError` for a file that is missing, of another size or of other numbers."""
@@ -154,9 +153,9 @@ class EncodeJob:
             "inputs": [[path.name, _file_hash(path)] for path in self.files],
         }
 
-    def prepare(self, model: Embedder) -> int:
+    def prepare(self, model: Embedder, replace: bool) -> int:
         """Read everything once: ids, and for int8 the ranges of an evenly spaced sample. Takes the room that the
-        vectors need on the disk; the number of texts."""
+        vectors need on the disk; the number of texts. Without `replace`, what another shard has written stays."""
         with atomic_file(self.out / "ids.txt") as file:
             count = 0
             for count, one in enumerate(self.texts(), start=1):
@@ -167,10 +166,10 @@ class EncodeJob:
             raise DataError("no text in these files", where=", ".join(map(str, self.files)))
         if self.stored == "int8":
             sample = list(islice(self.texts(), 0, None, -(-count // _CALIBRATION)))
-            with atomic_file(self.out / "ranges.npy", "wb") as file:
+            with atomic_file(self.out / "ranges.npy", "wb", replace=replace) as file:
                 [vectors] = self.vectors(model, iter([[one.text for one in sample]]))
                 np.save(file, value_ranges(self.finite_vectors(vectors, sample)))
-        self.array(model, count).allocate()
+        self.array(model, count).allocate(replace)
         return count
 
     def array(self, model: Embedder, count: int) -> _Array:
@@ -196,7 +195,7 @@ class EncodeJob:
             raise _damaged("ranges that are not finite", array.path)
         return ranges
 
-    def write_blocks(self, model: Embedder, count: int, blocks: Sequence[int], worker: int) -> Iterator[int]:
+    def write_blocks(self, model: Embedder, count: int, blocks: Sequence[int], worker: str) -> Iterator[int]:
         """Encode the given blocks (rising); each is on the disk, then entered in this worker's progress file, then
         yielded. While a GPU computes one the next is read and tokenised, in a thread."""
         ranges, array = self.ranges(model), self.array(model, count)
@@ -262,34 +261,39 @@ class EncodeJob:
             return places if set(places) <= set(range(-(-count // self.block))) else []
         return []
 
+    def blocks_named(self, count: int) -> set[int]:
+        """Blocks that are said to be whole on the disk."""
+        return set(chain.from_iterable(self.progress(path, count) for path in self.out.glob("progress-*.json")))
+
     def count_done(self, count: int) -> int:
-        """How many of `count` texts lie in blocks that are said to be whole on the disk."""
-        done = set(chain.from_iterable(self.progress(path, count) for path in self.out.glob("progress-*.json")))
-        return sum(min(self.block, count - place * self.block) for place in done)
+        """How many of `count` texts lie in such blocks."""
+        return sum(min(self.block, count - place * self.block) for place in self.blocks_named(count))
 
-    def blocks_done(self, model: Embedder, count: int) -> set[int]:
-        """Blocks that are done, whoever did them, moved to the first worker's file: the number of processes may
-        change. A block with a row of zeros, as it was allocated, is not done."""
-        parts = sorted(self.out.glob("progress-*.json"))
-        named = sorted(set(chain.from_iterable(self.progress(path, count) for path in parts)))
-        array = self.array(model, count)
+    def blocks_done(self, model: Embedder, count: int, gather: bool) -> list[int]:
+        """Blocks that are done, whoever did them; with `gather` moved to the first worker's file: the number of
+        processes may change. A block with a row of zeros, as it was allocated, is not done."""
+        array, named = self.array(model, count), sorted(self.blocks_named(count))
         done = [place for place in named if array.read(place * self.block, self.block).any(1).all()]
-        _write_json(self.out / "progress-0.json", done)
-        for path in parts:
-            if path.name != "progress-0.json":
-                path.unlink()
-        return set(done)
+        if gather:
+            _write_json(self.out / "progress-0.json", done)
+            for path in self.out.glob("progress-*.json"):
+                if path.name != "progress-0.json":
+                    path.unlink()
+        return done
 
-    def resume_or_start(self, model: Embedder) -> dict[str, Any]:
+    def resume_or_start(self, identity: dict[str, Any], model: Embedder, sharing: Sharing) -> dict[str, Any]:
         """The folder's own state when it was made by the same command; a fresh one when it holds no vectors yet."""
-        identity, out, path = self.identity(model), self.out, self.out / "meta.json"
+        out, path = self.out, self.out / "meta.json"
         if not path.exists() and ((out.exists() and not out.is_dir()) or files_of(out)):
             raise CheckpointError("this is not an empty folder", where=out, fix="choose a new output folder")
         meta = _read_json(path) if path.exists() else {"format": 1, "state": "preparing"}
         if not isinstance(meta, dict) or meta.get("format") != 1 or meta.get("state") not in _STATES:
             raise _damaged("not what encode writes", path)
-        sweep(out)
+        if sharing.mode != "shard":  # what others are writing would go
+            sweep(out)
         if meta["state"] == "preparing":
+            if sharing.mode == "join":
+                sharing.refuse_unbegun()
             meta = {"state": "preparing", **identity}
             _write_json(path, meta)
             return meta
@@ -304,16 +308,17 @@ class EncodeJob:
         self.check(model, meta["count"])
         return meta
 
-    def write_in_processes(self, todo: Sequence[int], count: int, bar: Any) -> None:
+    def write_in_processes(self, todo: Sequence[int], count: int, name: str, bar: Any) -> None:
         """Contiguous shares of the blocks, a process each; the bar follows their progress files. How many threads a
         process has does not depend on how much is left, so that a continued run gives the same numbers."""
         shares = [share.tolist() for share in np.array_split(np.asarray(todo), min(self.processes, len(todo)))]
         threads = max(torch.get_num_threads() // self.processes, 1)
-        context = spawn(_worker, args=(self, count, shares, threads), nprocs=len(shares), join=False, daemon=True)
-        seen = self.count_done(count)
+        context = spawn(_worker, args=(self, count, shares, threads, name), nprocs=len(shares), join=False, daemon=True)
+        first = seen = self.count_done(count)
+        wanted = sum(min(self.block, count - place * self.block) for place in todo)
         try:
             while not context.join(timeout=0.5):
-                done = self.count_done(count)
+                done = min(self.count_done(count), first + wanted)  # other shards write, too
                 bar.advance(done - seen)
                 seen = done
         except ProcessException as error:
@@ -323,42 +328,82 @@ class EncodeJob:
                 where=self.out,
                 fix="run the same command again to continue; with less memory, use fewer processes",
             ) from error
-        bar.advance(count - seen)
+        bar.advance(first + wanted - seen)
 
 
-def encode_files(job: EncodeJob, show_progress: bool | None = None) -> int:
+def encode_files(
+    job: EncodeJob, show_progress: bool | None = None, *, shard: Shard | None = None, join: bool = False
+) -> int:
     """Encode all texts of `job.files` into `job.out`; the number of texts. The same call continues a killed one.
 
-    Errors: `DataError` for unreadable input; `CheckpointError` when `out` holds other vectors, or other files.
+    The ranks of a launcher share the blocks. `shard`: which of how many this is, `(0, 4)` or `"0/4"`, for shards that
+    are started each by itself; `join`: end their work. Errors: `DataError` for unreadable input; `CheckpointError` when
+    `out` holds other vectors, or other files, or when blocks are missing at the join.
     """
     if not job.files:
         raise DataError("nothing to encode", expected="at least one file")
-    refuse_launcher("encode", "start it once, with --processes N")
-    with delivered(job.out, "encode") as place, claimed(place, "encode"):
-        return _encode(replace(job, out=Path(place)), show_progress)
+    with delivered(job.out, "encode", shared=shard is not None or join) as place:
+        job = replace(job, out=Path(place))
+        sharing = Sharing.asked("encode", job.out, shard, join)
+        if sharing.mode == "ranks" and job.processes > 1:
+            raise RecipeError(
+                "--processes under a launcher, whose ranks are the processes", fix="leave --processes out"
+            )
+        with sharing.claim():
+            return _encode(job, sharing, show_progress)
 
 
-def _encode(job: EncodeJob, show_progress: bool | None) -> int:
-    model = load(job.model, **job.changes)
+def _encode(job: EncodeJob, sharing: Sharing, show_progress: bool | None) -> int:
+    model = sharing.every(lambda: load(job.model, **job.changes))
     job = replace(job, dtype=settled_dtype(job.dtype, model.device))  # what `auto` is belongs to the folder's identity
-    meta = job.resume_or_start(model)
-    if meta["state"] == "preparing":
-        meta |= {"count": job.prepare(model), "state": "encoding"}
-        _write_json(job.out / "meta.json", meta)
+    identity = sharing.every(lambda: job.identity(model))
+    sharing.agree(identity)
+    meta = sharing.first(lambda: _begun(job, identity, model, sharing))
     count = int(meta["count"])
+    blocks = range(-(-count // job.block))
     if meta["state"] == "encoding":
-        todo = sorted(set(range(-(-count // job.block))) - job.blocks_done(model, count))
-        with progress_bar("encode", count, done=job.count_done(count), visible=show_progress) as bar:
-            if job.processes == 1 or not todo:
-                for place in job.write_blocks(model, count, todo, worker=0):
-                    bar.advance(min(job.block, count - place * job.block))
-            else:
-                job.write_in_processes(todo, count, bar)
-        job.check(model, count)
+        done = sharing.first(lambda: job.blocks_done(model, count, gather=sharing.ends and sharing.mode != "join"))
+        todo = sharing.share(blocks, set(done))
+        sharing.every(lambda: _write(job, model, count, todo, sharing, show_progress))
+        if not sharing.ends:
+            sharing.tell(len(blocks))
+            return count
+    sharing.first(lambda: _end(job, model, meta, sharing, len(blocks)))
+    return count
+
+
+def _begun(job: EncodeJob, identity: dict[str, Any], model: Embedder, sharing: Sharing) -> dict[str, Any]:
+    """The state of the folder, made ready."""
+    meta = job.resume_or_start(identity, model, sharing)
+    if meta["state"] == "preparing":
+        meta |= {"count": job.prepare(model, replace=sharing.mode != "shard"), "state": "encoding"}
+        _write_json(job.out / "meta.json", meta)
+    return meta
+
+
+def _write(
+    job: EncodeJob, model: Embedder, count: int, todo: Sequence[int], sharing: Sharing, show_progress: bool | None
+) -> None:
+    """Make the given blocks."""
+    every = sum(min(job.block, count - place * job.block) for place in todo)
+    done = 0 if sharing.count > 1 else count - every
+    with progress_bar("encode", done + every, done=done, visible=show_progress) as bar:
+        if job.processes == 1 or not todo:
+            for place in job.write_blocks(model, count, todo, worker=sharing.name):
+                bar.advance(min(job.block, count - place * job.block))
+        else:
+            job.write_in_processes(todo, count, sharing.name, bar)
+
+
+def _end(job: EncodeJob, model: Embedder, meta: dict[str, Any], sharing: Sharing, blocks: int) -> None:
+    """Say that the vectors are whole, if they are."""
+    if meta["state"] == "encoding":
+        sharing.refuse_missing(set(range(blocks)) - job.blocks_named(meta["count"]), blocks)
+        job.check(model, meta["count"])
         _write_json(job.out / "meta.json", meta | {"state": "complete"})
     for path in job.out.glob("progress-*.json"):
         path.unlink()
-    return count
+    sharing.end()
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -378,12 +423,13 @@ def _file_hash(path: Path) -> str:
         raise DataError(f"cannot read this file ({error.strerror})", where=path, fix="check the path") from error
 
 
-def _worker(index: int, job: EncodeJob, count: int, shares: list[list[int]], threads: int) -> None:
+def _worker(index: int, job: EncodeJob, count: int, shares: list[list[int]], threads: int, name: str) -> None:
     torch.set_num_threads(threads)
     device = best_device()
     if device == "cuda":
         device = f"cuda:{index % torch.cuda.device_count()}"
-    for _ in job.write_blocks(load(job.model, device=device, **job.changes), count, shares[index], worker=index + 1):
+    model, worker = load(job.model, device=device, **job.changes), f"{name}-process-{index}"
+    for _ in job.write_blocks(model, count, shares[index], worker):
         pass
 
 

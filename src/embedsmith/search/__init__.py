@@ -2,6 +2,6 @@
 
 from embedsmith.search.exact import TopK
 from embedsmith.search.quantised import Quantised
-from embedsmith.search.top_k import exact_top_k
+from embedsmith.search.top_k import exact_top_k, merged_top_k
 
-__all__ = ["Quantised", "TopK", "exact_top_k"]
+__all__ = ["Quantised", "TopK", "exact_top_k", "merged_top_k"]

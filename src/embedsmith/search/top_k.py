@@ -3,6 +3,8 @@ the best of these."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -47,6 +49,18 @@ def exact_top_k(
     starts = range(0, len(query), _QUERIES)
     parts = [_searched(query[start : start + _QUERIES], document, k, block, device, start) for start in starts]
     return np.concatenate([score for score, _ in parts]), np.concatenate([index for _, index in parts])
+
+
+def merged_top_k(found: Sequence[tuple[FloatArray, IndexArray]], k: int) -> tuple[FloatArray, IndexArray]:
+    """score_Qk and index_Qk of the best `k` in the whole corpus, from those of its parts: what one search gives.
+
+    `found`: `score_Qk, index_Qk` of each part, with indices in the whole corpus. Ties go to the lower index.
+    """
+    if len(found) == 1:
+        return found[0]
+    score_QX, index_QX = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
+    order_Qk = np.lexsort((index_QX, -score_QX))[:, :k]
+    return np.take_along_axis(score_QX, order_Qk, 1), np.take_along_axis(index_QX, order_Qk, 1)
 
 
 def _searched(

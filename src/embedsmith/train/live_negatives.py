@@ -29,10 +29,10 @@ from embedsmith.data.record import Text
 from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
 from embedsmith.losses.candidates import Candidates
 from embedsmith.mining import LiveNegatives
+from embedsmith.mining.corpus import corpus_texts
 from embedsmith.mining.live import EMPTY, LiveState, mine_pools
 from embedsmith.mining.offline import Texts
 from embedsmith.mining.searchers import TextReps
-from embedsmith.mining.selection import corpus_texts
 from embedsmith.models import Embedder
 from embedsmith.train.feed import AHEAD, Feed, Lane, Supply
 from embedsmith.train.step import Part

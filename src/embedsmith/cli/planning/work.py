@@ -26,7 +26,8 @@ from embedsmith.core.errors import MissingExtraError
 from embedsmith.curate import curate
 from embedsmith.data import Source
 from embedsmith.data.record import Record
-from embedsmith.index.commands import Place, run_index
+from embedsmith.index.commands import Place
+from embedsmith.index.filling import run_index
 from embedsmith.index.index import Document
 from embedsmith.mining import mine
 from embedsmith.models import load, load_reranker

@@ -1,6 +1,7 @@
 """The verbs of the command line, a file a group. Rooms are imported inside the functions, so that `--help` costs no
 torch; what they print passes through `show` and `say`."""
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -39,6 +40,12 @@ Device = Annotated[
 """Where everything runs: its callback has seen to it before the verb begins."""
 
 
+ShardOf = Annotated[
+    str | None, typer.Option("--shard", metavar="I/N", help="Make only this share of the work, counted from 0: 0/4.")
+]
+Join = Annotated[bool, typer.Option("--join", help="End the work of shards, when all of them are done.")]
+
+
 def model_options(
     pooling: str | None, prompts: list[str] | None, max_length: int | None, backend: str | None = None
 ) -> dict[str, Any]:
@@ -55,6 +62,11 @@ def show(what: Any, **options: Any) -> None:
     from embedsmith.core.terminal import show as shown
 
     shown(what, **options)
+
+
+def first_rank() -> bool:
+    """Whether this process prints: of a launcher's ranks the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: object) -> None:

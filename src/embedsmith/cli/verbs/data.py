@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import Join, MaxLength, Pooling, Prompts, ShardOf, first_rank, model_options, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -139,8 +139,11 @@ def tokenize_data(
     layout: Annotated[str | None, typer.Option(help="corpus: documents once; inline: in each row.")] = None,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the texts beside their tokens.")] = False,
     adopt: Annotated[str | None, typer.Option(help="DATA is a cache of another tool, of this task, or auto.")] = None,
+    shard: ShardOf = None,
+    join: Join = False,
 ) -> None:
     """Tokenize sources once, to Parquet, for training without the tokenizer; after a stop, the same command goes on.
+    Ranks of torchrun share the work.
 
     Example: embedsmith tokenize pairs.jsonl --model runs/mine/model --out tokens
     """
@@ -148,5 +151,6 @@ def tokenize_data(
 
     tree = {"model": model, "out": out, "max_length": max_length, "layout": layout, "keep_text": keep_text or None}
     tree["pooling"] = pooling
-    for line in run_tokenize(data, tree, changes or [], adopt):
+    lines = run_tokenize(data, tree, changes or [], adopt, shard, join)
+    for line in lines if shard is None and first_rank() else []:
         say(line)

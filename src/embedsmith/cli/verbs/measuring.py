@@ -11,7 +11,19 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import Backend, Device, MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import (
+    Backend,
+    Device,
+    Join,
+    MaxLength,
+    Pooling,
+    Prompts,
+    ShardOf,
+    first_rank,
+    model_options,
+    say,
+    show,
+)
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
 
@@ -109,12 +121,20 @@ def evaluate_model(
     limits: Limits = None,
     rerank: Reranker = None,
     depth: Depth = 100,
+    shard: ShardOf = None,
+    join: Join = False,
 ) -> None:
-    """Score a model, an embedding model or a reranker.
+    """Score a model, an embedding model or a reranker. Ranks of torchrun share the work.
 
     Example: embedsmith evaluate runs/mine/model --tasks pairs-split/pairs-test --json scores.json
     """
-    ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": [')))
+    from embedsmith.api.evaluating import evaluation_sharing
+
+    sharing = evaluation_sharing(keep, shard, join)
+    if shard is not None:
+        ctx.with_resource(sharing.claim())
+    else:
+        sharing.first(lambda: ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": ['))))
     options, more = _model_options(more or [])
     widths, more = _widths(dims, more)
     codes, more = _precisions(precision, more)
@@ -125,7 +145,10 @@ def evaluate_model(
     about |= {} if rerank is None else {"rerank": rerank, "depth": depth}
     named = _named_tasks([*(tasks or []), *more], data, split, with_mteb=mteb is not None)
     encoder = _encoder(model, engine, max_length, batch_size, options)
-    results = what.results(encoder, _ranker(encoder, model, rerank, depth), named, (data, split, keep), about)
+    places = (data, split, keep)
+    results = what.results(encoder, _ranker(encoder, model, rerank, depth), named, places, about, sharing)
+    if shard is not None or not first_rank():
+        return
     if json_file is not None:
         results.save(json_file, items=items)
     show(results.table())
@@ -166,7 +189,9 @@ class _Scored:
         if self.limits is not None and not mteb:
             raise EvaluationError("--limits is for mteb's tasks", fix="add --mteb FOLDER")
 
-    def results(self, encoder: Any, ranker: Any, tasks: list[str], places: tuple[Any, ...], about: Any) -> Any:
+    def results(
+        self, encoder: Any, ranker: Any, tasks: list[str], places: tuple[Any, ...], about: Any, sharing: Any
+    ) -> Any:
         """`places`: the folder of tasks, the split, the folder of what is kept."""
         from embedsmith import __version__
         from embedsmith.api.evaluating import Scoring
@@ -182,7 +207,7 @@ class _Scored:
                 raise EvaluationError("--token-bits of a reranker, which has no vectors", fix="leave it out")
             encoder = ResidualEncoder(encoder, self.token_bits)
         data, split, keep = places
-        scoring = Scoring(tuple(tasks), data, split, self.head, keep, self.weights, ranker)
+        scoring = Scoring(tuple(tasks), data, split, self.head, keep, self.weights, ranker, sharing)
         if self.mteb is not None:
             from embedsmith.evaluate.mteb.tasks import SampleLimits
 

@@ -1,12 +1,11 @@
 """The verbs that make models: train, mine, merge, run and demo."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import Device, say, show
+from embedsmith.cli.verbs import Device, Join, ShardOf, first_rank, say, show
 from embedsmith.core.shelf import verbs
 
 
@@ -40,6 +39,8 @@ def mine_negatives(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Mine again; kept vectors stay.")] = False,
+    shard: ShardOf = None,
+    join: Join = False,
 ) -> None:
     """Find hard negatives for records. The same command continues a run that was stopped; torchrun shares the work.
 
@@ -52,8 +53,8 @@ def mine_negatives(
     tree = read_tree(recipe_file(recipe, "mine"))
     for override in overrides or []:
         apply_override(tree, override)
-    report = run_mine(tree, str(recipe), overwrite)
-    if os.environ.get("RANK", "0") == "0":
+    report = run_mine(tree, str(recipe), overwrite, shard, join)
+    if first_rank():
         say(report.lines())
 
 
@@ -163,7 +164,7 @@ def run_stages(
     from embedsmith.core.shipped import recipe_file
 
     made = run(load_recipe(recipe_file(recipe, "run"), PipelineRecipe, overrides or []))
-    if os.environ.get("RANK", "0") == "0":
+    if first_rank():
         say("\n".join(f"{name}: {result}" for name, result in made.items()))
 
 

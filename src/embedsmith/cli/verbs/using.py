@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import Backend, Device, MaxLength, Pooling, Prompts, model_options, say, show
+from embedsmith.cli.verbs import (
+    Backend,
+    Device,
+    Join,
+    MaxLength,
+    Pooling,
+    Prompts,
+    ShardOf,
+    first_rank,
+    model_options,
+    say,
+    show,
+)
 from embedsmith.core.shelf import verbs
 
 
@@ -29,8 +41,10 @@ def encode_texts(
     prompts: Prompts = None,
     max_length: MaxLength = None,
     backend: Backend = None,
+    shard: ShardOf = None,
+    join: Join = False,
 ) -> None:
-    """Turn files of texts into memory-mapped vectors; the same command continues after a kill.
+    """Turn files of texts into memory-mapped vectors; the same command continues after a kill, torchrun shares.
 
     Example: embedsmith encode passages.jsonl vectors --model runs/mine/model --role document
     """
@@ -48,8 +62,9 @@ def encode_texts(
         "processes": processes,
         **options,
     }
-    count = encode_files(parse(EncodeJob, tree, where="encode"))
-    say(f"{count} vectors in {out}")
+    count = encode_files(parse(EncodeJob, tree, where="encode"), shard=shard, join=join)
+    if shard is None and first_rank():
+        say(f"{count} vectors in {out}")
 
 
 @verbs.register("index")
@@ -71,18 +86,24 @@ def index_documents(
     prompts: Prompts = None,
     max_length: MaxLength = None,
     backend: Backend = None,
+    shard: ShardOf = None,
+    join: Join = False,
 ) -> None:
-    """Index documents under every head of a model; the same command continues after a stop, and updates.
+    """Index documents under every head of a model; the same command continues after a stop, and updates. Ranks of
+    torchrun share the encoding.
 
     Example: embedsmith index runs/mine/model passages.jsonl --to my-index
     """
     from embedsmith.core.keys import checked_variable, key_from
-    from embedsmith.index.commands import Place, checked_precision, run_index
+    from embedsmith.index.commands import Place, checked_precision
+    from embedsmith.index.filling import run_index
 
     place = Place(to, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
     options = model_options(pooling, prompts, max_length, backend)
-    written, size = run_index(model, documents, place, heads, batch, options, checked_precision(precision))
-    say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
+    codes = checked_precision(precision)
+    written, size = run_index(model, documents, place, heads, batch, options, codes, shard=shard, join=join)
+    if shard is None and first_rank():
+        say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
 @verbs.register("search")

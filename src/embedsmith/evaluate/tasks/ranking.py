@@ -17,7 +17,7 @@ from embedsmith.core.reps import Dense, Representation
 from embedsmith.core.shelf import task_kinds
 from embedsmith.data.formats.files import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
-from embedsmith.evaluate.encoding import Reader
+from embedsmith.evaluate.encoding import Reader, piece_rows
 from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Qrels, Ranking
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.evaluate.tasks.kinds import (
@@ -36,8 +36,10 @@ from embedsmith.evaluate.tasks.rows import judged_texts, read_rows, task_in
 from embedsmith.search import Quantised, TopK
 from embedsmith.search.exact import top_of_block
 from embedsmith.search.quantised import RESCORE, SearchPrecision
+from embedsmith.search.top_k import merged_top_k
 
 _CANDIDATE_COLUMNS = (("positive", "negative"), ("pos", "neg"), ("positives", "negatives"))
+_READ = 32  # queries whose documents a reranker reads together, on any number of ranks
 _QRELS = {"query-id", "corpus-id", "score"}
 _NOTES = {
     "queries_without_positives": "queries without a relevant document are left out",
@@ -217,23 +219,18 @@ class RetrievalTask(RankingTask):
         its own share of the corpus.
         """
         depth = wanted + int(self.ignore_identical_ids)
-        share = reader.share(len(document_ids))
-        texts = [self.corpus[document] for document in document_ids[share]]
+        share = reader.share(len(document_ids), piece_rows(len(document_ids)))
+        texts = [self.corpus[document] for document in document_ids]
+        about: dict[str, Any] = {"role": "document", "task": "retrieval", "label": f"{self.name} corpus"}
 
         def search() -> tuple[Any, Any]:
             best = TopK(query_reps, depth)
-            for piece in reader.pieces(texts, role="document", task="retrieval", label=f"{self.name} corpus"):
+            for piece in reader.pieces(texts, **about, share=share):
                 best.add_in_blocks(piece)
             score_Qk, index_Qk = best.result()
             return score_Qk, index_Qk + share.start
 
-        found = reader.together(search)
-        ranking = Ranking(*found[0])
-        if share != slice(0, len(document_ids)):
-            # The shares stand in rank order, so a stable sort keeps the earlier document first in ties.
-            score_QK, index_QK = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
-            order_Qk = np.argsort(-score_QK, axis=1, kind="stable")[:, :depth]
-            ranking = Ranking(*(np.take_along_axis(each, order_Qk, 1) for each in (score_QK, index_QK)))
+        ranking = Ranking(*merged_top_k(reader.together(search), depth))
         return self._without_own(ranking, query_ids, document_ids).first(wanted)
 
     def _by_codes(
@@ -372,13 +369,19 @@ def _reranked(
     reader: Reader, task: RankingTask, ranking: Ranking, query_ids: list[str], document_ids: list[str]
 ) -> Ranking:
     """The ranking as a reranker orders it; every rank reads the documents of its share of the queries."""
-    rerank, share = reader.rerank, reader.share(len(query_ids))
+    rerank, share = reader.rerank, reader.share(len(query_ids), _READ)
     assert rerank is not None
     queries, documents = [task.queries[query] for query in query_ids], [task.corpus[each] for each in document_ids]
-    mine = Ranking(ranking.score_Qk[share], ranking.index_Qk[share])
-    parts = reader.together(lambda: rerank.ordered(mine, queries[share], documents, f"{task.name} reranked"))
-    if share == slice(0, len(query_ids)):
-        return parts[0]
+
+    def act() -> list[Ranking]:
+        label, made = f"{task.name} reranked", []
+        for start in range(share.start, share.stop, _READ):
+            rows = slice(start, min(start + _READ, share.stop))
+            asked = Ranking(ranking.score_Qk[rows], ranking.index_Qk[rows])
+            made.append(rerank.ordered(asked, queries[rows], documents, label))
+        return made
+
+    parts = [part for of_rank in reader.together(act) for part in of_rank]
     return Ranking(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("score_Qk", "index_Qk")))
 
 
