@@ -128,6 +128,12 @@ def test_what_is_wrong_is_named(tree, options, error, told):
         es.plan(tree, **{"gpu": "h100", "disk": 1e9} | options)
 
 
+def test_numbers_that_are_none_are_told_before_anything_is_read(typed):
+    for option, value in (("--texts", "many"), ("--rate", "train=fast"), ("--rate", "train")):
+        _, told, code = typed("plan", "gone.yaml", option, value)
+        assert (code, option in told, "1e6 or 250000" in told) == (1, True, True)
+
+
 def test_a_model_too_large_for_its_card_is_told(tree, monkeypatch):
     from embedsmith.cli.planning import machines
 

@@ -111,6 +111,8 @@ def test_what_is_not_there_and_what_may_not_be_read(closed):
         local_path("s3://bucket/a.jsonl")
     with pytest.raises(CheckpointError, match="no permission"), delivered("s3://bucket/out", "test"):
         pytest.fail("went on")
+    with pytest.raises(CheckpointError, match="a whole bucket"), delivered("s3://bucket", "test"):
+        pytest.fail("went on")
 
 
 @pytest.mark.parametrize(("url", "package", "extra"), [("s3://b/a", "s3fs", "s3"), ("gs://b/a", "gcsfs", "gcs")])

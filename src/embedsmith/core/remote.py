@@ -132,12 +132,14 @@ class Bucket:
         sync_file(local)
 
     def manifest(self, path: str) -> Sent | None:
-        """Of the output at a path, or of the one that it is part of."""
-        parts = PurePosixPath(path)
-        for one in (parts, *parts.parents):
-            name = manifest_of(str(one)) if one.name else ""
+        """Of the output at a path, or of the one that it is part of; the hub has none."""
+        place = PurePosixPath(path)
+        for one in (place, *place.parents) if self.scheme != "hf" else ():
+            if not _within(str(one)):  # beside a bucket is another bucket
+                break
+            name = manifest_of(str(one))
             with self.told(name):
-                if name and self.files.exists(name):
+                if self.files.exists(name):
                     told = json.loads(self.files.cat_file(name))
                     return Sent(told["state"], told["verb"], {k: tuple(v) for k, v in told["files"].items()})
         return None
@@ -146,6 +148,11 @@ class Bucket:
         with self.told():
             self.files.makedirs(str(PurePosixPath(self.path).parent), exist_ok=True)
             self.files.pipe_file(manifest_of(self.path), _text(sent).encode())
+
+
+def _within(path: str) -> bool:
+    """Whether a path lies in a bucket, and is not one."""
+    return len(PurePosixPath(path.lstrip("/")).parts) > 1
 
 
 def manifest_of(path: str) -> str:
@@ -238,6 +245,9 @@ class Delivery:
         Errors: `CheckpointError` for a place with files that this program did not send, or that cannot be reached.
         """
         bucket = Bucket(self.url, CheckpointError)
+        if bucket.scheme == "hf" or not _within(bucket.path):
+            what = "nothing is written here" if bucket.scheme == "hf" else "this is a whole bucket"
+            raise CheckpointError(what, where=self.url, fix="name a folder in a bucket, such as s3://bucket/runs/a")
         sent = bucket.manifest(bucket.path)
         if sent is None:
             if bucket.has(bucket.path):
