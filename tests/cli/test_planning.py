@@ -83,7 +83,7 @@ def test_given_rates_take_the_place_of_what_is_measured(tree, monkeypatch):
 
 
 def test_a_pipeline_on_this_machine_as_typed(bert, files, tmp_path, typed, monkeypatch):
-    monkeypatch.setattr("embedsmith.cli.planning.work._measured_step", lambda *given: (0.5, "half a second"))
+    monkeypatch.setattr("embedsmith.cli.planning.work._measured_step", lambda *given: (0.5, 7.0, "half a second"))
     model = {"path": str(bert), "pooling": "mean"}
     searchers = [{"type": "bm25"}]
     mine = {"data": {"path": "${clean}"}, "searchers": searchers, "candidates": 8, "select": {"negatives": 2}}
@@ -126,6 +126,12 @@ def test_a_pipeline_on_this_machine_as_typed(bert, files, tmp_path, typed, monke
 def test_what_is_wrong_is_named(tree, options, error, told):
     with pytest.raises(error, match=told):
         es.plan(tree, **{"gpu": "h100", "disk": 1e9} | options)
+
+
+def test_numbers_that_are_none_are_told_before_anything_is_read(typed):
+    for option, value in (("--texts", "many"), ("--rate", "train=fast"), ("--rate", "train")):
+        _, told, code = typed("plan", "gone.yaml", option, value)
+        assert (code, option in told, "1e6 or 250000" in told) == (1, True, True)
 
 
 def test_a_model_too_large_for_its_card_is_told(tree, monkeypatch):

@@ -1,6 +1,7 @@
 """What ranks tell each other, and how a batch settles gathered gradients."""
 
 import socket
+import time
 from datetime import timedelta
 
 import pytest
@@ -352,3 +353,25 @@ def test_a_failure_on_one_rank_is_one_on_all_of_them_with_its_words(monkeypatch)
     assert told == [None, "mine own"]
     monkeypatch.setattr(collectives, "objects_of_all_ranks", lambda mine, group: [mine, None])
     on_every_rank(lambda: None, "mine")
+
+
+def wait_in_vain():
+    """Rank 1 comes four seconds late to a collective that has one."""
+    hurried = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=1))
+    if rank() == 1:
+        time.sleep(4)
+        return ""
+    try:
+        with lost_ranks():
+            sum_over_ranks(torch.ones(1), hurried)
+    except TrainingError as error:
+        return str(error)
+    return "nothing was said"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_rank_that_waits_in_vain_says_so(tmp_path):
+    said, _ = on_ranks(2, wait_in_vain, tmp_path)
+    assert "rank 0 has waited for another one for as long as it may" in said
+    assert "train.rank_timeout" in said

@@ -13,7 +13,7 @@ from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.inputs import local_path
-from embedsmith.core.outputs import claimed, files_of, refuse_foreign_file, sweep
+from embedsmith.core.outputs import claimed, delivered, files_of, refuse_foreign_file, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
@@ -74,9 +74,10 @@ def tokenize(job: TokenizeJob, *, shard: Shard | None = None, join: bool = False
     `DataError` for a cache of another tokenizer; `CheckpointError` for a folder with other files, one that another
     process writes to, and parts that are missing at the join.
     """
-    sharing = Sharing.asked("tokenize", job.out, shard, join)
-    with sharing.claim():
-        return _tokenize(job, sharing)
+    with delivered(job.out, "tokenize", shared=shard is not None or join) as place:
+        sharing = Sharing.asked("tokenize", place, shard, join)
+        with sharing.claim():
+            return _tokenize(replace(job, out=place), sharing)
 
 
 def _tokenize(job: TokenizeJob, sharing: Sharing) -> Manifest:

@@ -48,9 +48,10 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if several else 0
 
 
-def join_ranks() -> None:
+def join_ranks(patience: timedelta = default_pg_timeout) -> None:
     """Join the ranks that torchrun (or accelerate launch) started. Nothing without a launcher, nor where they are
-    joined already. Small objects travel by gloo, tensors of a GPU by NCCL.
+    joined already. Small objects travel by gloo, tensors of a GPU by NCCL. `patience`: how long one rank waits for
+    another before it ends (`lost_ranks`).
 
     They are left when the process ends, and not before: what joins again after leaving waits for ranks that are gone.
     """
@@ -63,9 +64,10 @@ def join_ranks() -> None:
     except ValueError as error:  # a variable of the launcher is missing
         fix = "start it with torchrun or accelerate launch, or unset WORLD_SIZE for one process"
         raise TrainingError(f"WORLD_SIZE is set, but no launcher is here: {error}", fix=fix) from error
-    store.set_timeout(default_pg_timeout)
+    store.set_timeout(patience)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=PrefixStore("default_pg", store), rank=own, world_size=count)
+    joined = PrefixStore("default_pg", store)
+    dist.init_process_group(backend, timeout=patience, store=joined, rank=own, world_size=count)
     atexit.register(_leave)
 
 
@@ -91,6 +93,12 @@ def lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "imed out" in str(error) and dist.is_initialized():
+            raise TrainingError(
+                f"rank {os.environ.get('RANK', rank())} has waited for another one for as long as it may",
+                fix="see what the others do; where they only need longer (the first rank scores, or the data lie far "
+                "away), raise train.rank_timeout, in minutes; the same command goes on",
+            ) from error
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise TrainingError(
                 f"rank {os.environ.get('RANK', rank())} lost another process of this run, or never found it",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedsmith.core.errors import DataError, EmbedsmithError
+from embedsmith.core.remote import fetched, is_remote, plain_path
 
 T = TypeVar("T")
 Fault = type[EmbedsmithError]
@@ -28,7 +29,8 @@ MARKS = {
 
 
 def local_path(given: str | Path, error: Fault = DataError) -> Path:
-    """The path of a file or folder to read, with `~` as the home folder. Whether it exists is left open.
+    """The path of a file or folder to read, with `~` as the home folder; of what lies in object storage, a copy on this
+    machine (`core/remote.py`). Whether it exists is left open, but for object storage.
 
     Errors: `error` for an empty path (which the system would take as the current folder), one that cannot be (too long,
     a loop of links, an unknown home, a NUL in it), and for a pipe or device, which may never end.
@@ -36,6 +38,9 @@ def local_path(given: str | Path, error: Fault = DataError) -> Path:
     text = str(given)
     if not text.strip():
         raise error("the path is empty", where=repr(text), fix="name a file or folder; the current folder is .")
+    if is_remote(text):
+        return fetched(text, error)
+    text = plain_path(text)
     shown = text if text.isprintable() else repr(text)
     shown = shown if len(shown) <= 300 else f"{shown[:300]}..."
     try:

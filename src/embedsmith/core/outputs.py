@@ -23,9 +23,10 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from embedsmith.core.errors import CheckpointError, DataError
+from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError
 from embedsmith.core.files import TEMPORARY, apply_umask, disk_errors, sync_file, sync_folder
 from embedsmith.core.inputs import read_json
+from embedsmith.core.remote import COMPLETE, STOPPED, Delivery, is_remote, plain_path, url_of
 
 _ASIDE = ".old"
 _LEFT = re.compile(rf"\.(?P<name>.+)\.[a-z0-9_]{{8}}({re.escape(TEMPORARY)}|{re.escape(_ASIDE)})")
@@ -54,6 +55,9 @@ def claimed(output: str | Path, verb: str, *, shared: bool = False, patient: boo
     `patient`: processes of one verb take turns, so that this one waits while another of them holds it.
     Errors: `CheckpointError` naming who holds it, or where the lock cannot be written.
     """
+    if is_remote(output):
+        what = f"{verb} does not write to object storage"
+        raise CheckpointError(what, where=url_of(output), fix="name a folder of this machine, and copy it there")
     path = Path(os.path.realpath(output))  # two names of one folder are one output
     if path in _held:
         yield
@@ -80,6 +84,38 @@ def claimed(output: str | Path, verb: str, *, shared: bool = False, patient: boo
         os.close(descriptor)
 
 
+@contextmanager
+def delivered(output: str | Path, verb: str, *, shared: bool = False) -> Iterator[str]:
+    """Where an output is to be made: its own path; for a URL of object storage a path on this machine, whose files are
+    sent when the block ends (`core/remote.py`). Where it was sent before, those files are brought here first, so that
+    the same command goes on, or sees that it is done; after an error what there is is sent too, as `stopped`.
+
+    Errors: those of `claimed`; `CheckpointError` for a place with files that this program did not send, for `shared`
+    work and for ranks on several machines, each of which would make its own copy.
+    """
+    if not is_remote(output):
+        yield plain_path(str(output))
+        return
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if shared or os.environ.get("LOCAL_WORLD_SIZE", ranks) != ranks:
+        what = "shards, and ranks on several machines, cannot make one output in object storage"
+        raise CheckpointError(what, where=url_of(output), fix="name a folder that all of them see, and copy it later")
+    delivery = Delivery(url_of(output), verb)
+    if os.environ.get("RANK", "0") != "0":  # the first rank brings and sends
+        yield str(delivery.path)
+        return
+    with claimed(delivery.path, verb):
+        delivery.bring()
+        try:
+            yield str(delivery.path)
+        except BaseException:
+            if delivery.files():
+                with contextlib.suppress(EmbedsmithError):  # the first error is the one to tell
+                    delivery.send(STOPPED)
+            raise
+        delivery.send(COMPLETE)
+
+
 def is_claimed(output: str | Path) -> bool:
     """Whether a process that is alive has claimed `output`, as far as locks tell."""
     file = _lock_of(Path(os.path.realpath(output)))
@@ -95,6 +131,8 @@ def is_claimed(output: str | Path) -> bool:
 
 def check_claim(output: str | Path, verb: str) -> None:
     """What `claimed` would refuse, without writing anything. Errors: `CheckpointError`."""
+    if is_remote(output):
+        return
     path = Path(os.path.realpath(output))
     file = _lock_of(path)
     place = file.parent

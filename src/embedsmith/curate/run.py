@@ -18,7 +18,7 @@ from pydantic import Field
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
-from embedsmith.core.outputs import claimed, discard, files_of, refuse_foreign_records, sweep
+from embedsmith.core.outputs import claimed, delivered, discard, files_of, refuse_foreign_records, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Word, section, to_plain
 from embedsmith.core.shelf import curation_steps, engines
@@ -82,8 +82,10 @@ def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool 
     Errors: `DataError` naming file and line; what the steps raise; `CheckpointError` for an output that is not ours or
     that another process writes to, or a full disk.
     """
-    with claimed(recipe.output, "curate"), claimed(recipe.folder, "curate"):
-        return _curate(recipe, tools, overwrite)
+    with delivered(recipe.output, "curate") as output:
+        recipe = replace(recipe, output=output)
+        with claimed(output, "curate"), claimed(recipe.folder, "curate"):
+            return _curate(recipe, tools, overwrite)
 
 
 def _curate(recipe: CurateRecipe, tools: Tools | None, overwrite: bool) -> Report:

@@ -23,6 +23,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, read_typed
 from embedsmith.core.outputs import atomic_folder
 from embedsmith.core.progress import log
+from embedsmith.core.remote import cache_home
 from embedsmith.data.source import RecordSet, Skipped, Source, source_name
 from embedsmith.data.store import RecordStore, StoreWriter
 
@@ -138,10 +139,10 @@ class Sighting:
 
 
 def _cache(source: Source) -> Path:
-    """The folder that the source names, else `embedsmith` in the user's cache folder (as the XDG convention has it)."""
+    """The folder that the source names, else the user's."""
     if source.cache is not None:
         return Path(os.path.expanduser(source.cache))
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedsmith"
+    return cache_home()
 
 
 def _note(source: Source, tokens: bool = False) -> Path:

@@ -13,6 +13,7 @@ from embedsmith.core.batch import Loss
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import local_path
+from embedsmith.core.remote import is_remote
 from embedsmith.core.settings import Count, Finite, Share, Word, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.columns import Range, Reading, choose_layout
@@ -218,7 +219,7 @@ def open_source(source: Source) -> Rows:
     if source.rows is not None:
         held: HeldRows = source.rows
         return held.opened(source.path, source.split)
-    if source.path.startswith(_HUB):
+    if source.path.startswith(_HUB) and not is_remote(source.path):
         return hub_rows(source.path.removeprefix(_HUB), source.split)
     path = local_path(source.path)
     if path.is_dir() and (source.format == "beir" or is_beir_folder(path)):

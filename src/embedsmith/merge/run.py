@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, files_of
+from embedsmith.core.outputs import Kind, atomic_folder, check_claim, claimed, delivered, files_of
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import load_recipe, parse, save_recipe
 from embedsmith.core.settings import to_plain
@@ -70,8 +70,8 @@ def merge(
     elif settings:
         raise RecipeError("a recipe and single settings are both given", fix="put the settings into the recipe")
     chosen = recipe if isinstance(recipe, MergeRecipe) else load_recipe(recipe, MergeRecipe)
-    with claimed(chosen.output, "merge"):
-        return _merge(chosen, overwrite, check)
+    with delivered(chosen.output, "merge") as place, claimed(place, "merge"):
+        return _merge(replace(chosen, output=place), overwrite, check)
 
 
 def _merge(chosen: MergeRecipe, overwrite: bool, check: Check | None) -> Merged:

@@ -22,7 +22,7 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import local_path, read_typed
-from embedsmith.core.outputs import discard, refuse_foreign_records, sweep
+from embedsmith.core.outputs import delivered, discard, refuse_foreign_records, sweep
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.reranker import Reranker
@@ -66,13 +66,15 @@ def mine(
     and for parts that are missing at the join; `DataError` for data that cannot be mined from, or that differ between
     ranks; `OthersFirstError` for a shard that needs the vectors of others; what reading, encoding and searching raise.
     """
-    sharing = Sharing.asked("mine", recipe.output, shard, join)
-    if overwrite and sharing.mode in ("shard", "join"):
-        fix = f"delete {recipe.output} and {recipe.report_path}, then give the command without it"
-        raise RecipeError("--overwrite with --shard or --join, where others are at work", fix=fix)
-    with sharing.claim(recipe.folder):
-        sharing.first(lambda: _check_output(recipe, overwrite, sharing))
-        return _mine(recipe, open_model, open_reranker, overwrite, sharing)
+    with delivered(recipe.output, "mine", shared=shard is not None or join) as place:
+        recipe = replace(recipe, output=place)
+        sharing = Sharing.asked("mine", recipe.output, shard, join)
+        if overwrite and sharing.mode in ("shard", "join"):
+            fix = f"delete {recipe.output} and {recipe.report_path}, then give the command without it"
+            raise RecipeError("--overwrite with --shard or --join, where others are at work", fix=fix)
+        with sharing.claim(recipe.folder):
+            sharing.first(lambda: _check_output(recipe, overwrite, sharing))
+            return _mine(recipe, open_model, open_reranker, overwrite, sharing)
 
 
 def _check_output(recipe: MineRecipe, overwrite: bool, sharing: Sharing) -> None:

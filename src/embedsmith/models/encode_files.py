@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
-from embedsmith.core.outputs import files_of, sweep
+from embedsmith.core.outputs import delivered, files_of, sweep
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.quantize import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.core.settings import Count, section
@@ -342,11 +342,15 @@ def encode_files(
     """
     if not job.files:
         raise DataError("nothing to encode", expected="at least one file")
-    sharing = Sharing.asked("encode", job.out, shard, join)
-    if sharing.mode == "ranks" and job.processes > 1:
-        raise RecipeError("--processes under a launcher, whose ranks are the processes", fix="leave --processes out")
-    with sharing.claim():
-        return _encode(job, sharing, show_progress)
+    with delivered(job.out, "encode", shared=shard is not None or join) as place:
+        job = replace(job, out=Path(place))
+        sharing = Sharing.asked("encode", job.out, shard, join)
+        if sharing.mode == "ranks" and job.processes > 1:
+            raise RecipeError(
+                "--processes under a launcher, whose ranks are the processes", fix="leave --processes out"
+            )
+        with sharing.claim():
+            return _encode(job, sharing, show_progress)
 
 
 def _encode(job: EncodeJob, sharing: Sharing, show_progress: bool | None) -> int:

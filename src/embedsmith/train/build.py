@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from typing import Literal
@@ -57,7 +58,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 fix="launch with recipes/accelerate/fsdp2.yaml and train.shard=true, which spreads weights, gradients "
                 "and optimizer state over the ranks, with zero2.yaml and train.shard=zero2, or with ddp.yaml",
             )
-    join_ranks()
+    join_ranks(timedelta(minutes=recipe.train.rank_timeout))
     on_cpu = not torch.cuda.is_available() and not has_mps()
     choose_precision(recipe.train)
     AcceleratorState._reset_state()  # accelerate keeps the first run's device for the whole process

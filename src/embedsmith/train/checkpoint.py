@@ -316,7 +316,8 @@ def _refuse_other_recipe(output: Path, recipe: Any) -> None:
     path = output / "recipe.yaml"
     before = flat(to_plain(parse(type(recipe), read_tree(path), where=str(path))))  # keys that are new since then too
     now = flat(to_plain(recipe))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    # a run that was moved, or brought from object storage, lies where it is
+    changed = sorted(key for key in (before.keys() | now.keys()) - {"output"} if before.get(key) != now.get(key))
     if changed:
         listing = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5])
         raise CheckpointError(

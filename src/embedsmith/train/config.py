@@ -104,6 +104,8 @@ class TrainConfig:
     - `micro_batch`: texts encoded at once, to bound memory; `None` does not limit them.
     - `token_budget`: padded tokens whose graphs may be in memory together; `None` keeps all of them on a CPU, and on a
       CUDA card as many as its memory holds, which is measured.
+    - `rank_timeout`: minutes that a rank waits for the others, also while the first of them scores or saves; then it
+      ends with an error, and a launcher starts all of them again.
     - `seed`: of everything that is drawn.
     - `log_every`: steps between two lines of numbers.
     - `checkpoint_every`: steps between two checkpoints; `None` is a tenth of the run.
@@ -135,6 +137,7 @@ class TrainConfig:
     plan: PlanConfig = PlanConfig()
     micro_batch: Count | None = None
     token_budget: Count | None = None
+    rank_timeout: Positive = 30.0
     seed: int = 0
     log_every: Count = 10
     checkpoint_every: Count | None = None

@@ -79,7 +79,8 @@ def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
 
 
 def _memory_in_words(run: Run, tokens: TokenBatch) -> list[str]:
-    """What a rank holds, as the run is spread and as `train.shard` would spread it. Collective under FSDP2."""
+    """What a rank holds, as the run is spread and as `train.shard` would spread it over more ranks, which share the
+    rows of a step. Collective under FSDP2."""
     config, model, ranks = run.recipe.train, run.model, world_size()
     chunks = run.memory.plan(tokens.length_N)
     replayed = max((chunk.tokens for chunk in chunks if not chunk.keep), default=0)
@@ -99,7 +100,7 @@ def _memory_in_words(run: Run, tokens: TokenBatch) -> list[str]:
             optimizer=config.optimizer,
             half=run.precision != "fp32",
             replayed_layers=run.recipe.model.gradient_checkpointing,
-            activations=of_a_token * alive,
+            activations=of_a_token * alive * ranks / count,
         )
 
     lines = [

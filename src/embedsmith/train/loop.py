@@ -28,7 +28,7 @@ from embedsmith.core.collectives import (
 )
 from embedsmith.core.device import cores
 from embedsmith.core.errors import ModelError, TrainingError
-from embedsmith.core.outputs import claimed
+from embedsmith.core.outputs import claimed, delivered
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import Reps
 from embedsmith.core.seeds import TorchRandom, derive_seed, seed_everything
@@ -175,11 +175,12 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     that is not ours or that another process writes to, or a full disk; `TrainingError` when a value is not finite. In
     every case the last checkpoint stays whole.
     """
-    accelerator = make_accelerator(recipe)
-    settings = {key: value for key, value in flat(to_plain(recipe)).items() if not _PLACE.fullmatch(key)}
-    refuse_different(settings, fix="start every process with the same recipe and overrides")
-    with ExitStack() as claim:
-        on_first_rank(lambda: claim.enter_context(claimed(recipe.output, "train")))
+    with delivered(recipe.output, "train") as place, ExitStack() as claim:
+        recipe = replace(recipe, output=place)
+        accelerator = make_accelerator(recipe)
+        settings = {key: value for key, value in flat(to_plain(recipe)).items() if not _PLACE.fullmatch(key)}
+        refuse_different(settings, fix="start every process with the same recipe and overrides")
+        on_first_rank(lambda: claim.enter_context(claimed(place, "train")))
         return _train(recipe, accelerator, overwrite)
 
 

@@ -105,7 +105,7 @@ def _money(cost: float | None) -> str:
 @section
 @dataclass(frozen=True)
 class Texts:
-    """For how many texts, each above 0."""
+    """`counts`: for how many texts a plan is made."""
 
     counts: tuple[Positive, ...] = TEXTS
 

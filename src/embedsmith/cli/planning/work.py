@@ -32,7 +32,7 @@ from embedsmith.index.index import Document
 from embedsmith.mining import mine
 from embedsmith.models import load, load_reranker
 from embedsmith.models.encode_files import EncodeJob, encode_files
-from embedsmith.train import EvaluateConfig
+from embedsmith.train import EvaluateConfig, train
 from embedsmith.train.build import make_accelerator
 from embedsmith.train.loop import build, update
 from embedsmith.train.rank_memory import RankMemory, in_bytes, rank_memory
@@ -311,7 +311,8 @@ def train_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) 
     def seconds(texts: float) -> dict[str, float]:
         saves = steps(texts) / config.checkpoint_every if config.checkpoint_every else 10
         step, talk = speed.step, speed.between_ranks
-        return {"steps": steps(texts) * step, "ranks": steps(texts) * talk, "disk": saves * checkpoint / disk}
+        found = {"steps": steps(texts) * step, "ranks": steps(texts) * talk, "disk": saves * checkpoint / disk}
+        return found | {"start and end": speed.fixed}
 
     kept = (config.keep_checkpoints + 2) * checkpoint
     basis = [
@@ -333,11 +334,12 @@ def train_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a step: of its arithmetic, and of what its ranks then say to each other."""
+    """Seconds of a step: of its arithmetic, and of what its ranks then say to each other. `fixed`: of every run."""
 
     step: float
     between_ranks: float
     basis: tuple[str, ...]
+    fixed: float = 0.0
 
 
 def _step_seconds(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates, tokens: float) -> Speed:
@@ -356,8 +358,8 @@ def _step_seconds(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rate
         basis = f"{given:,.0f} tokens a second of each, as given"
         return Speed(tokens / (given * ranks), talk, (basis, *said))
     if machines.card is None:
-        step, basis = _measured_step(recipe, sample)
-        return Speed(step / machines.nodes, talk, (basis, *said))
+        step, fixed, basis = _measured_step(recipe)
+        return Speed(step / machines.nodes, talk, (basis, *said), fixed)
     length, _ = shape.tokens_a_text(sample, machines)
     passes = 2 if shape.config.lora is not None else 3
     passes += shape.config.gradient_checkpointing
@@ -369,13 +371,16 @@ def _step_seconds(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rate
     return Speed(flops / (machines.card.tflops * 1e12 * machines.utilisation * ranks), talk, (basis, *said))
 
 
-def _measured_step(recipe: Any, sample: TextFacts) -> tuple[float, str]:
-    """Seconds of a step on this machine, of some real ones."""
+def _measured_step(recipe: Any) -> tuple[float, float, str]:
+    """Seconds of a step on this machine, those that every run takes, and how they were found."""
     folder = Path(tempfile.mkdtemp(prefix="embedsmith-plan-"))
     try:
         some = tuple(replace(source, limit=min(source.limit or 5000, 5000)) for source in recipe.data)
-        plain = replace(recipe.train, shard=False, balance=None, log_with=(), steps=1000, epochs=None)
-        tried = replace(recipe, data=some, train=plain, evaluate=EvaluateConfig(), output=str(folder))
+        plain = replace(recipe.train, shard=False, balance=None, log_with=(), steps=2, epochs=None)
+        tried = replace(recipe, data=some, train=plain, evaluate=EvaluateConfig(), output=str(folder / "run"))
+        begun = time.perf_counter()
+        train(tried)
+        whole = time.perf_counter() - begun
         run = build(tried, make_accelerator(tried))
         taken: list[float] = []
         while len(taken) < 3 or (sum(taken) < 5 and len(taken) < 200):
@@ -385,9 +390,9 @@ def _measured_step(recipe: Any, sample: TextFacts) -> tuple[float, str]:
             taken.append(time.perf_counter() - begun)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    later = taken[1:]
-    step = sum(later) / len(later)
-    return step, f"{step:.3g} s a step, the mean of {len(later)} steps here"
+    step = sum(taken[1:]) / len(taken[1:])
+    basis = f"{step:.3g} s a step, the mean of {len(taken[1:])} steps here; a run of two steps took {whole:.1f} s"
+    return step, max(whole - 2 * step, 0.0), basis
 
 
 def _train_memory(recipe: Any, shape: ModelShape, machines: Machines, tokens: float) -> tuple[float, tuple[str, ...]]:
