@@ -168,7 +168,9 @@ def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
         before = joined.get(name)
         if isinstance(before, dict) and isinstance(value, dict):
             joined[name] = _together(before, value)
-        elif isinstance(before, int | float | array) and type(before) is type(value):
+        elif isinstance(before, int | float) and isinstance(value, int | float):
+            joined[name] = before + value
+        elif isinstance(before, array) and isinstance(value, array):
             joined[name] = before + value
         else:
             joined[name] = value
