@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import embedsmith as es
 import embedsmith.curate.run
-from embedsmith.core.errors import DataError, EngineError, RecipeError
+from embedsmith.cli.curation import run_curate
+from embedsmith.core.errors import DataError, EngineError, MissingExtraError, RecipeError
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate import (
     CurateRecipe,
@@ -33,6 +36,7 @@ from embedsmith.curate import (
 )
 from embedsmith.curate.comparison import groups, leaving, linked
 from embedsmith.curate.engines.local import LocalEngine
+from embedsmith.curate.engines.ray_data import RayEngine, _check_reachable
 from embedsmith.curate.ledger import TextRule
 from embedsmith.curate.stages import PART_SHIFT, Stage, key_rows, sketches_at
 from embedsmith.data import Record
@@ -49,7 +53,9 @@ def many(count, seed=0):
         for _ in range(chance.choice((1, 1, 2, 5))):
             rows.append(Record(f"what of {words[0]} and {words[1]}", (" ".join(words),), source="in"))
             words[chance.randrange(40)] = chance.choice(WORDS)
-        rows += [rows[-1]] * chance.choice((0, 0, 1)) + [Record("short", ("no",), source="in")] * chance.choice((0, 0, 1))
+        rows += [rows[-1]] * chance.choice((0, 0, 1)) + [Record("short", ("no",), source="in")] * chance.choice(
+            (0, 0, 1)
+        )
     chance.shuffle(rows)
     return rows[:count]
 
@@ -229,6 +235,7 @@ def test_a_killed_curation_leaves_no_process_that_holds_its_output(tmp_path, par
 import time, embedsmith.curate.run as run, embedsmith.curate.rules as rules
 from embedsmith.curate import *
 from embedsmith.curate.engines.local import LocalEngine
+from embedsmith.curate.engines.ray_data import RayEngine, _check_reachable
 run.PART = 10
 rules.Length.fault = lambda *more: time.sleep(60)
 input = Input(path={str(tmp_path / "in.jsonl")!r})
@@ -251,6 +258,43 @@ def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(DataError, match=r"not there(.|\n)*all of them share"):
         list(Stage(tmp_path).lines(0))
     with pytest.raises(RecipeError, match=r"unknown engine 'rey'(.|\n)*ray"):
-        from embedsmith.cli.curation import run_curate
-
         run_curate(str(tmp_path / "in.jsonl"), [str(tmp_path / "o.jsonl")], ["length"], engine="rey")
+
+
+def test_without_ray_the_line_that_installs_it_is_told(tmp_path, monkeypatch):
+    write_records(tmp_path / "in.jsonl", many(10))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "embedsmith\[ray\]"'):
+        run_curate(str(tmp_path / "in.jsonl"), [str(tmp_path / "o.jsonl")], ["length"], engine="ray")
+
+
+def test_where_no_cluster_answers_it_is_told_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=rf"{address}: no Ray cluster answers(.|\n)*ray start --head"):
+        _check_reachable(address)
+    assert time.monotonic() - began < 10
+
+
+def test_the_engine_of_the_command_line_goes_before_that_of_the_recipe(tmp_path, monkeypatch):
+    """And keeps its settings where it is the same."""
+    made = []
+    monkeypatch.setattr("embedsmith.cli.curation.curate", lambda recipe, tools, overwrite: made.append(recipe.engine))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{input: {path: in.jsonl}, output: o.jsonl, steps: [length], engine: {type: ray, workers: 3}}")
+    for engine, address in ((None, None), ("local", None), (None, "auto"), ("ray", "h:1")):
+        run_curate(str(recipe), [], [], engine=engine, address=address)
+    assert made == [RayEngine(workers=3), LocalEngine(), RayEngine("auto", 3), RayEngine("h:1", 3)]
+    run_curate("in.jsonl", ["o.jsonl", "engine=ray"], ["length"], address="auto")
+    assert made[-1] == RayEngine("auto")
+
+
+def test_the_engine_from_python(monkeypatch):
+    made = []
+    monkeypatch.setattr("embedsmith.api.making.run_curate", lambda recipe, *tools, **more: made.append(recipe.engine))
+    for engine in ("ray", {"type": "ray", "address": "auto"}, {"type": "local", "processes": 2}):
+        es.curate(input="in.jsonl", steps=["length"], output="o.jsonl", engine=engine)
+    assert made == [RayEngine(), RayEngine("auto"), LocalEngine(2)]
+    with pytest.raises(RecipeError, match="processes is 0"):
+        LocalEngine(0)

@@ -33,6 +33,8 @@ from embedsmith.curate.stages import PART_SHIFT, Advance, Drop, Stage, Work, key
 T = TypeVar("T")
 Columns = dict[str, npt.NDArray[Any]]
 """Of rows that go through Ray."""
+_RETRIES = 3
+"""How often a part is done again whose worker was lost; Ray itself would never end."""
 _MOST_PIECES = 1000
 """Of a shuffle: each of them sends something to each other."""
 
@@ -180,8 +182,6 @@ class Cluster:
             self._keeper = actor.remote(self.folder.resolve())
         return step.shared(self.models), replace(
             tools,
-            encoder=None if tools.encoder is None else _Once(tools.encoder),
-            reranker=None if tools.reranker is None else _Once(tools.reranker),
             purse=_Far(self._keeper, f"purse {next(self._purses)}"),  # type: ignore[arg-type]
             caches=_FarCaches(self._keeper),
         )
@@ -200,12 +200,11 @@ class Cluster:
         pieces = self.ray.data.from_items(rows, override_num_blocks=len(rows))
         if holds_model:
             actors = self.ray.data.ActorPoolStrategy(size=self.models)
-            done = pieces.map(
-                _Holder, fn_constructor_args=(held,), compute=actors, num_cpus=0 if self.gpus else 1, num_gpus=self.gpus
-            )
+            place = {"num_gpus": self.gpus} if self.gpus else {"num_cpus": 1}
+            done = pieces.map(_Holder, fn_constructor_args=(held,), compute=actors, max_task_retries=_RETRIES, **place)
         else:
             tasks = self.ray.data.TaskPoolStrategy(size=self.workers)
-            done = pieces.map(lambda row: _outcome(_fetched(held), row), compute=tasks, num_cpus=1)
+            done = pieces.map(lambda row: _outcome(_fetched(held), row), compute=tasks, max_retries=_RETRIES)
         with self._watched():
             for row in done.iter_rows():
                 outcome: _Outcome[T] = row["outcome"]
@@ -287,7 +286,7 @@ class Cluster:
         found: list[Columns] = []
         if rows:
             made = self.ray.data.from_items(rows, override_num_blocks=len(rows))
-            made = made.map_batches(make, batch_size=None, batch_format="numpy", num_cpus=1)
+            made = made.map_batches(make, batch_size=None, batch_format="numpy", max_retries=_RETRIES)
             with self._watched():
                 reduced = made.groupby("bucket").map_groups(reduce, batch_format="numpy")
                 found = list(reduced.iter_batches(batch_size=None, batch_format="numpy"))
@@ -348,19 +347,6 @@ class _Holder:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return _outcome(self.work, row)
-
-
-@dataclass
-class _Once:
-    """Opens each model once in a process."""
-
-    open: Callable[[str], Any]
-    opened: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, name: str) -> Any:
-        if name not in self.opened:
-            self.opened[name] = self.open(name)
-        return self.opened[name]
 
 
 @dataclass(frozen=True)
