@@ -9,15 +9,18 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 import embedsmith as es
 import embedsmith.curate.run
 from embedsmith.cli.curation import run_curate
 from embedsmith.core.errors import DataError, EngineError, MissingExtraError, RecipeError
+from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import curation_steps
 from embedsmith.curate import (
     CurateRecipe,
@@ -29,6 +32,8 @@ from embedsmith.curate import (
     Ledger,
     Length,
     NearDuplicates,
+    ScoreFilter,
+    SyntheticQueries,
     Tools,
     Trivial,
     apply,
@@ -36,11 +41,15 @@ from embedsmith.curate import (
 )
 from embedsmith.curate.comparison import groups, leaving, linked
 from embedsmith.curate.engines.local import LocalEngine
-from embedsmith.curate.engines.ray_data import RayEngine, _check_reachable
+from embedsmith.curate.engines.ray_data import Cluster, RayEngine, _check_reachable
 from embedsmith.curate.ledger import TextRule
 from embedsmith.curate.stages import PART_SHIFT, Stage, key_rows, sketches_at
 from embedsmith.data import Record
 from embedsmith.data.writers import write_records
+from tests.curate.fake_ray import fake_ray
+from tests.curate.test_ask import endpoint, passages, server
+
+__all__ = ["server"]
 
 WORDS = ["fox", "river", "bank", "dog", "tree", "house", "stone", "bird", "cloud", "road", "light", "water", "hill"]
 
@@ -235,7 +244,7 @@ def test_a_killed_curation_leaves_no_process_that_holds_its_output(tmp_path, par
 import time, embedsmith.curate.run as run, embedsmith.curate.rules as rules
 from embedsmith.curate import *
 from embedsmith.curate.engines.local import LocalEngine
-from embedsmith.curate.engines.ray_data import RayEngine, _check_reachable
+from embedsmith.curate.engines.ray_data import Cluster, RayEngine, _check_reachable
 run.PART = 10
 rules.Length.fault = lambda *more: time.sleep(60)
 input = Input(path={str(tmp_path / "in.jsonl")!r})
@@ -298,3 +307,81 @@ def test_the_engine_from_python(monkeypatch):
     assert made == [RayEngine(), RayEngine("auto"), LocalEngine(2)]
     with pytest.raises(RecipeError, match="processes is 0"):
         LocalEngine(0)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Stands in for a cluster: what is sent is pickled, and comes back in any order."""
+    ray = fake_ray()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    @contextmanager
+    def start(self, folder):
+        running = Cluster(ray, folder, 2, self.models or 1, 0)
+        yield running
+        running.close()
+
+    monkeypatch.setattr(RayEngine, "start", start)
+
+
+class Letters:
+    """Vectors that count letters."""
+
+    opened = 0
+
+    def represent(self, texts, *, role, task=None, outputs=("dense",)):
+        return {"dense": Dense(torch.tensor([[float(text.count(one)) + 1e-3 for one in "abcde"] for text in texts]))}
+
+
+def open_letters(name):
+    Letters.opened += 1
+    return Letters(), "letters"
+
+
+def test_a_cluster_gives_what_one_process_gives(cluster, tmp_path, parts_of):
+    labelled = [Record(f"text {place} about dogs", label=place % 3, task="classification") for place in range(40)]
+    paths = [str(tmp_path / name) for name in ("in.jsonl", "labelled.jsonl")]
+    write_records(paths[0], many(120))
+    write_records(paths[1], labelled)
+    parts_of(30)
+    steps = (*STEPS, LabelsToPairs(negatives=2), _Own(), ScoreFilter("m", quantile=0.2))
+    made, opened = [], []
+    for name, engine in (("one", LocalEngine(1)), ("ray", RayEngine(models=2))):
+        Letters.opened, out = 0, tmp_path / f"{name}.jsonl.gz"
+        recipe = CurateRecipe(Input(path=paths), str(out), steps, engine=engine)
+        made.append((without_times(curate(recipe, replace(TOOLS, encoder=open_letters))), out.read_bytes()))
+        opened.append(Letters.opened)
+    assert made[0] == made[1]
+    assert opened == [1, 2]  # once to survey and once to filter, however many parts there are
+
+
+def test_a_cluster_spends_from_one_purse(cluster, tmp_path, parts_of, server):
+    texts = [json.dumps({"text": record.positives[0]}) + "\n" for record in passages(60)]
+    (tmp_path / "in.jsonl").write_text("".join(texts))
+    parts_of(10)
+    asks, out = SyntheticQueries(endpoint(server, max_requests=40, parallel=4)), str(tmp_path / "out.jsonl")
+    recipe = CurateRecipe(Input(path=str(tmp_path / "in.jsonl")), out, (asks,), engine=RayEngine(models=2))
+    report = curate(recipe)
+    assert (sum(server.asked.values()), report.records) == (40, 40)
+    assert report.steps[1].left["the budget is used up"]["count"] == 20
+    assert report.steps[1].notes["asked"]["requests"] == 40
+    assert curate(replace(recipe, steps=(SyntheticQueries(endpoint(server)),))).records == 60
+    assert sum(server.asked.values()) == 60
+
+
+def test_a_share_of_an_endpoint(server):
+    whole = endpoint(server, parallel=8, requests_per_minute=60.0, max_requests=10)
+    share = whole.shared(3)
+    assert (share.parallel, share.requests_per_minute, share.max_requests) == (2, 20.0, 10)
+    assert endpoint(server, parallel=2).shared(9).parallel == 1
+    assert share.identity() == whole.identity()
+
+
+def test_a_fault_on_a_cluster_is_told_as_it_is(cluster, tmp_path, parts_of):
+    write_records(tmp_path / "in.jsonl", many(20))
+    parts_of(10)
+    recipe = CurateRecipe(
+        Input(path=str(tmp_path / "in.jsonl")), str(tmp_path / "o.jsonl"), (_Faulty("fails"),), engine=RayEngine()
+    )
+    with pytest.raises(DataError, match=r"^here: a fault of a step\n  to fix: mend it$"):
+        curate(recipe)

@@ -69,13 +69,15 @@ TOOLS = Tools(
 )
 
 
-def both(tmp_path, steps, rows, ray_engine=None):
+def both(tmp_path, steps, *files, ray_engine):
     """Reports and outputs of both engines."""
-    write_records(tmp_path / "in.jsonl", rows)
+    paths = [str(tmp_path / f"{number}.jsonl") for number in range(len(files))]
+    for path, rows in zip(paths, files):
+        write_records(path, rows)
     made = []
-    for name, engine in (("local", LocalEngine(1)), ("ray", ray_engine or RayEngine())):
+    for name, engine in (("local", LocalEngine(1)), ("ray", ray_engine)):
         out = tmp_path / f"{name}.jsonl.gz"
-        report = curate(CurateRecipe(Input(path=str(tmp_path / "in.jsonl")), str(out), steps, engine=engine), TOOLS)
+        report = curate(CurateRecipe(Input(path=paths), str(out), steps, engine=engine), TOOLS)
         made.append((without_times(report), out.read_bytes()))
     return made
 
@@ -91,7 +93,7 @@ def test_every_step_gives_the_records_of_the_local_engine(ray, small_parts, tmp_
         LabelsToPairs(negatives=2),
         ScoreFilter(str(tmp_path / "opened"), quantile=0.2),
     )
-    local, there = both(tmp_path, steps, [*many(160), *labelled], RayEngine(models=2))
+    local, there = both(tmp_path, steps, many(160), labelled, ray_engine=RayEngine(models=2))
     assert there == local
     assert all(one[3] for one in local[0] if one[0]["type"] in ("length", "exact_duplicates", "near_duplicates"))
     opened = (tmp_path / "opened").read_text().split()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -151,7 +152,9 @@ def _settings(ray: Any) -> Iterator[None]:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`ray_remote_args`")  # nothing else bounds retries until 2.64
+            yield
     finally:
         context.shuffle_strategy, context.execution_options.preserve_order, context.enable_progress_bars = before
         log.setLevel(level)
