@@ -216,7 +216,8 @@ def curate(
     `recipe`: the path of a YAML recipe or a recipe as a dict, which the other arguments change; or a `CurateRecipe`.
     `input`: a path or the keys of `input` as a dict. `steps`: in their order, each a name or a dict
     (`{"type": "length", "query_min": 3}`). `output`: the file that is written. `tasks_folder`: where the names of
-    evaluation tasks are looked up. `overwrite`: does it again. `settings`: the other keys of the recipe.
+    evaluation tasks are looked up. `overwrite`: does it again. `settings`: the other keys of the recipe, such as
+    `engine="ray"`.
     Errors: those of `embedsmith curate`.
     """
     changes = {"input": {"path": str(input)} if isinstance(input, str | Path) else input, "steps": steps}

@@ -11,13 +11,24 @@ from embedsmith.curate import CurateRecipe, Report, curate
 
 
 def run_curate(
-    source: str, more: Sequence[str], steps: Sequence[str], *, data: str | None = None, overwrite: bool = False
+    source: str,
+    more: Sequence[str],
+    steps: Sequence[str],
+    *,
+    data: str | None = None,
+    overwrite: bool = False,
+    engine: str | None = None,
+    address: str | None = None,
 ) -> Report:
-    """`RECIPE.yaml [key=value ...]`, or `IN OUT [key=value ...]` with steps.
+    """`RECIPE.yaml [key=value ...]`, or `IN OUT [key=value ...]` with steps. `engine`, and the `address` of a Ray
+    cluster, go before what the recipe says.
 
     Errors: `RecipeError` for arguments that are neither, and all that a curation raises.
     """
-    recipe = parse(CurateRecipe, tree_of(source, more, steps), where=source if _is_recipe(source) else "curate")
+    tree = tree_of(source, more, steps)
+    if engine or address:
+        tree["engine"] = _engine_of(tree.get("engine"), engine or "ray", address)
+    recipe = parse(CurateRecipe, tree, where=source if _is_recipe(source) else "curate")
     return curate(recipe, curation_tools(data), overwrite=overwrite)
 
 
@@ -40,6 +51,12 @@ def tree_of(source: str, more: Sequence[str], steps: Sequence[str]) -> dict[str,
     for override in overrides:
         apply_override(tree, override)
     return tree
+
+
+def _engine_of(known: Any, name: str, address: str | None) -> dict[str, Any]:
+    """The recipe's settings of the engine that is asked for, if it has any."""
+    settings = known if isinstance(known, dict) and known.get("type") == name else {}
+    return {**settings, "type": name} | ({"address": address} if address else {})
 
 
 def step_of(text: str) -> dict[str, Any]:

@@ -117,6 +117,9 @@ class Spending:
         self.cost += answer.cost
 
 
+_COUNTING = threading.Lock()
+
+
 @dataclass
 class Purse:
     """What a step has spent and may still spend, whoever of its workers asks. Answers count once each, by their keys,
@@ -127,11 +130,10 @@ class Purse:
     requests: int = 0
     cost: float = 0.0
     _counted: set[bytes] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reserve(self, cost: float, max_requests: int | None, max_cost: float | None) -> bool:
         """Whether one more request that costs at most so much may be sent; if so, it is counted as sent."""
-        with self._lock:
+        with _COUNTING:
             if max_requests is not None and self.requests >= max_requests:
                 return False
             if max_cost is not None and self.cost + cost > max_cost:
@@ -142,12 +144,12 @@ class Purse:
 
     def give_back(self, cost: float) -> None:
         """What was reserved and not spent."""
-        with self._lock:
+        with _COUNTING:
             self.cost -= cost
 
     def count(self, answers: Mapping[bytes, Answer], bought: bool) -> None:
         """Answers as they come: bought just now, with what was reserved for them, or kept from before."""
-        with self._lock:
+        with _COUNTING:
             for key, answer in answers.items():
                 if key in self._counted:
                     continue

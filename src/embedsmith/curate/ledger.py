@@ -55,9 +55,28 @@ class Tools:
     purse: Purse = field(default_factory=Purse)
     caches: Callable[[str], AbstractContextManager[Cache]] | None = None
 
+    def for_a_step(self) -> Tools:
+        """With an empty purse, and models that are opened once."""
+        encoder = None if self.encoder is None else OpenedOnce(self.encoder)
+        reranker = None if self.reranker is None else OpenedOnce(self.reranker)
+        return replace(self, encoder=encoder, reranker=reranker, purse=Purse())
+
     def cache(self, name: str) -> AbstractContextManager[Cache]:
         """What is kept under this name."""
         return Cache.open(self.folder, name) if self.caches is None else self.caches(name)
+
+
+@dataclass
+class OpenedOnce:
+    """Opens a model by its name, each once in a process."""
+
+    open: Callable[[str], Any]
+    opened: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> Any:
+        if name not in self.opened:
+            self.opened[name] = self.open(name)
+        return self.opened[name]
 
 
 @dataclass
@@ -169,7 +188,7 @@ def _together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
         if isinstance(before, dict) and isinstance(value, dict):
             joined[name] = _together(before, value)
         elif isinstance(before, int | float | array) and type(before) is type(value):
-            joined[name] = before + value
+            joined[name] = before + value  # type: ignore[operator]
         else:
             joined[name] = value
     return joined
@@ -218,7 +237,7 @@ class PerRecord(ABC):
         return self
 
     def __call__(self, records: Iterable[Record], ledger: Ledger, tools: Tools) -> Iterator[Record]:
-        tools = replace(tools, purse=Purse())
+        tools = tools.for_a_step()
         known = self.prepare(ledger, tools, [self.survey(records, tools)] if self.surveyed else [])
         yield from self.over(records, ledger, tools, known)
         self.conclude(ledger, tools)

@@ -26,14 +26,14 @@ from embedsmith.curate.comparison import Comparison
 from embedsmith.curate.engines import Running
 from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.input_records import Input, InputRecords
-from embedsmith.curate.keeper import Purse, key_of
+from embedsmith.curate.keeper import key_of
 from embedsmith.curate.ledger import Chain, Ledger, PerRecord, Step, Tools
 from embedsmith.curate.outcome import Report, StepReport
 from embedsmith.curate.stages import PART, Advance, Check, Run, Stage, Survey
 from embedsmith.data.record import Record
 from embedsmith.data.writers import batched, write_records
 
-_STAGE = re.compile(r"\d\d-.+-[0-9a-f]{12}(\.json|/part-\d{5,}\.jsonl(\.gz)?)")
+_STAGE = re.compile(r"\d\d-.+-[0-9a-f]{12}(\.jsonl?|/part-\d{5,}\.jsonl(\.gz)?)")
 MAKE_QUERIES = ("synthetic_queries", "long_documents")
 """Steps whose input may be documents without queries."""
 
@@ -242,7 +242,7 @@ class _Curation:
     def _pass(self, step: Step, pile: _Pile, stage: Stage, advance: Advance) -> tuple[Ledger, int]:
         """Write the parts of a stage; what it did, and how many parts there are."""
         ledger, running = Ledger(self.recipe.examples), self.running
-        tools = replace(self.tools, labels=self.tools.labels or self.input.labels, purse=Purse())
+        tools = replace(self.tools.for_a_step(), labels=self.tools.labels or self.input.labels)
         if isinstance(step, PerRecord):
             step, handed = running.equip(step, tools)
             model = step.holds_model

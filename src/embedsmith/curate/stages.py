@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import discard
-from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.comparison import Comparison, Keys, Places
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.curate.outcome import StepReport
 from embedsmith.data.record import Record, RowError, validate
@@ -106,9 +110,10 @@ class Counted:
 def record_of(line: bytes, path: Path) -> Record:
     """Of a line that `write_records` wrote."""
     try:
-        row: dict[str, Any] = json.loads(line)
-        return Record(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-    except (ValueError, TypeError) as error:
+        row = json.loads(line).items()
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row}
+        return Record(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError("a damaged stage file", where=path, fix="delete it and run again") from error
 
 
@@ -163,16 +168,16 @@ class Sketches(Work[list[Any]]):
 
 @dataclass(frozen=True)
 class Drop(Work[Ledger]):
-    """A part without some of its records. `leaving`: of each part, the places of those and what they are like."""
+    """A part without some of its records. `leaving`: of a part, the lines that leave and what each is like."""
 
     comparison: Comparison
     source: Stage
     target: Stage
-    leaving: Mapping[int, Mapping[int, str]]
+    leaving: Callable[[int], Mapping[int, str]]
     examples: int
 
     def __call__(self, number: int, advance: Advance) -> Ledger:
-        ledger, leaving = Ledger(self.examples), self.leaving.get(number, {})
+        ledger, leaving = Ledger(self.examples), self.leaving(number)
         with atomic_file(self.target.part(number), "wb") as file:
             for place, line in enumerate(self.source.lines(number)):
                 ledger.taken += 1
@@ -209,3 +214,29 @@ class Check(Work[Ledger]):
         with atomic_file(self.target.part(number), "wb") as file:
             file.write(gzip.compress(sound, 6, mtime=0) if zipped and sound else sound)
         return ledger
+
+
+PART_SHIFT = 32
+"""A place is the number of a part, and in its last so many bits that of a line."""
+
+
+def key_rows(comparison: Comparison, source: Stage, parts: Iterable[int]) -> tuple[Keys, Places]:
+    """Every key of the records of some parts, each with the place of its record."""
+    keys, places = array("Q"), array("q")
+    for number in parts:
+        for line, sketch in enumerate(Sketches(comparison, source)(number, lambda count: None)):
+            mine = () if sketch is None else comparison.keys(sketch)
+            keys.extend(mine)
+            places.extend([(number << PART_SHIFT) + line] * len(mine))
+    return np.array(keys, np.uint64), np.array(places, np.int64)
+
+
+def sketches_at(comparison: Comparison, source: Stage, places: Places) -> list[Any]:
+    """The sketches of the records at some places, ascending."""
+    found: list[Any] = []
+    for number, some in groupby(places.tolist(), key=lambda place: place >> PART_SHIFT):
+        wanted = {place & (2**PART_SHIFT - 1) for place in some}
+        for line, content in enumerate(source.lines(number)):
+            if line in wanted:
+                found.append(comparison.sketch(record_of(content, source.part(number))))
+    return found

@@ -108,6 +108,8 @@ def curate_data(
     data: Annotated[str | None, typer.Option(help="Folder where names of evaluation tasks are looked up.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do it again; scores and answers stay.")] = False,
     list_steps: Annotated[bool, typer.Option("--list", help="List the steps and their settings.")] = False,
+    engine: Annotated[str | None, typer.Option(help="What it runs on: local (this machine's cores) or ray.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster: host:port, or auto.")] = None,
 ) -> None:
     """Clean, filter and make training data.
 
@@ -123,7 +125,8 @@ def curate_data(
 
     if names_recipe(source, "curate"):
         source = str(recipe_file(source, "curate"))
-    show(run_curate(source, more or [], steps or [], data=data, overwrite=overwrite).table())
+    options: dict[str, Any] = {"data": data, "overwrite": overwrite, "engine": engine, "address": address}
+    show(run_curate(source, more or [], steps or [], **options).table())
 
 
 @verbs.register("tokenize")

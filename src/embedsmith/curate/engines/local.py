@@ -92,7 +92,7 @@ class Processes:
         for number, sketches in enumerate(self.each(Sketches(comparison, source), parts, advance)):
             told = ((place, like_earlier(sketch)) for place, sketch in enumerate(sketches) if sketch is not None)
             leaving = {place: like for place, like in told if like is not None}
-            yield Drop(comparison, source, target, {number: leaving}, examples)(number, advance)
+            yield Drop(comparison, source, target, {number: leaving}.__getitem__, examples)(number, advance)
 
 
 _FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
