@@ -64,7 +64,9 @@ class LiveMerge:
         models = [*parents, start]
         # the first folder that says how to pool; an adapter's is its plain base model's, which does not
         folder = next((one.folder for one in models if (one.folder / "modules.json").exists()), models[0].folder)
-        model = load(str(folder), device=device, **({} if max_length is None else {"max_length": max_length}))
+        model = load(str(folder), device=device)
+        if max_length is not None and max_length < model.settings.max_length:
+            model = load(str(folder), device=device, max_length=max_length)
         names = [name for name, _ in model.named_parameters()]
         for one in (start, *parents):
             if missing := [name for name in names if name not in one.tensors]:
