@@ -2,8 +2,9 @@
 
     python -m bench.merging_peers
 
-Where the peers' method is right the weights agree to float32; where it is not, the table says what is wrong.
-mergekit gets an environment of its own under bench/out on the first run.
+Where the peers' method is right the weights agree to float32; where it is not, the table says what is wrong. The last
+rows are mergekit's own YAML (bench/mergekit_configs.py), run by mergekit and read by us. mergekit gets an environment
+of its own under bench/out on the first run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Co
 
 import embedsmith
 from bench.common import RESULTS, environment, write_json
+from bench.mergekit_configs import config_rows
 from bench.mergekit_env import VERSION, mergekit_python
 
 STEPS = {"usual": 1e-3, "small": 1e-4}
@@ -213,6 +215,10 @@ def main() -> None:
             for row in rows:
                 result = compare(row, *families[row.get("step", "usual")], tool)
                 found.append(result | {"agrees": row["agrees"], "why": row.get("why", "")})
+        root = Path(folder) / "configs"
+        root.mkdir()
+        base, _ = family(root, "qwen3", STEPS["usual"], layers=5)
+        found += [row | {"agrees": not row["why"]} for row in config_rows(root, base)]
     table = Table("peer", "run by", "ours", "difference / |merge - base|", "expected")
     for entry in found:
         verdict = "the same" if entry["agrees"] else entry["why"]

@@ -73,11 +73,25 @@ def table_verdicts(rows: Rows) -> list[dict[str, Any]]:
         above = [name for name, row in table.items() if name not in joints and row["scores"]["mean"] > arms[arm]]
         said = f"{best} {value:.2f}, {arm} {arms[arm]:.2f}; above it: {', '.join(above) or 'none'}"
         found.append(verdict(f"merged mean above the best of {title}", value > arms[arm], said))
+    found.append(parts_verdict(best, table))
     shares = {name: kept_of_parents(row, table) for name, row in merges.items()}
     first = max(shares, key=lambda name: min(shares[name].values()))
     said = "; ".join(f"{n} {', '.join(f'{p} {s:.1%}' for p, s in share.items())}" for n, share in shares.items())
     met = min(shares[first].values()) >= 0.98
     return [*found, verdict("a merge has 98 % of each parent on its task", met, said), *grid_verdict(rows, table)]
+
+
+def parts_verdict(best: str, table: Rows) -> dict[str, Any]:
+    """The best merge against the better of the two models that it is made of, on every score."""
+    parts = {name: table[name]["scores"] for name in TASKS}
+    below = []
+    for score, value in table[best]["scores"].items():
+        part = max(parts, key=lambda name: parts[name].get(score, float("-inf")))
+        if value < parts[part].get(score, float("-inf")):
+            below.append(f"{score} {value:.2f}, {part} {parts[part][score]:.2f}")
+    said = f"{best} lies below its own part on {'; '.join(below)}" if below else f"{best}: below it on no score"
+    top = max(scores["mean"] for scores in parts.values())
+    return verdict("the best merge is above its own best part on the mean", table[best]["scores"]["mean"] > top, said)
 
 
 def kept_of_parents(row: dict[str, Any], table: Rows) -> dict[str, float]:

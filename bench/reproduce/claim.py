@@ -94,7 +94,8 @@ class Claim:
 
     `says`: in words; `source`; `measured`: published figures; `setting`: ours; `checks`: what has to hold; `arms`: own
     runs it needs; `bench`: where rows come from instead; `beside`: arms shown without a check; `shown`: measures;
-    `full`: what a full-scale test needs; `recipes`: ready for it; `untestable`: why, where it cannot be tested here.
+    `parts`: what an arm is made of, other arms; `full`: what a full-scale test needs; `recipes`: ready for it;
+    `untestable`: why, where it cannot be tested here.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Claim:
     bench: Bench | None = None
     beside: tuple[str, ...] = ()
     shown: tuple[Measure, ...] = (RETRIEVAL, STS, MEAN)
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     untestable: str | None = None
 
     def shown_arms(self) -> list[str]:

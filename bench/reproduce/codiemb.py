@@ -190,6 +190,7 @@ CLAIMS = (
         ),
         arms=("codiemb", "uniform soup", "fusion", "fusion by layer", "fusion by parameter"),
         shown=(RETRIEVAL, STS, MEAN, TEST),
+        parts=dict.fromkeys(("uniform soup", "fusion", "fusion by layer", "fusion by parameter"), FUSED),
     ),
     Claim(
         name="codiemb-geometry",

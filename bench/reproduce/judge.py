@@ -7,7 +7,9 @@
   the difference itself decides: above the margin where the margin is negative, else by `Measure.least` at least;
 - a claim is *reproduced* if all its checks hold, *partly* if some do, and *not reproduced* if none does that asks for a
   gain: that nothing is lost proves little where nothing is won (a claim without gains counts all its checks);
-  *untestable here* is said by its text alone; and with missing rows there is no verdict yet.
+  *untestable here* is said by its text alone; and with missing rows there is no verdict yet;
+- whoever wins a check and is made of other arms (a merge) is also held against the best of these: a claim is no less
+  reproduced where it lies below, but that it does is said.
 """
 
 from __future__ import annotations
@@ -132,7 +134,22 @@ def judge(claim: Claim, rows: Sequence[Row], sizes: Mapping[str, Any]) -> dict[s
         "seeds": min(seeds, default=0),
         "checks": [_check_row(check, found) for check, found in zip(claim.checks, gaps)],
         "arms": arms,
+        **({"below": below_parts(claim, outcomes, rows)} if claim.parts else {}),
     }
+
+
+def below_parts(claim: Claim, outcomes: Sequence[str | None], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every arm that won a check and lies below the best arm that it is made of, with the difference between both."""
+    won = {(c.first, c.measure): c for c, outcome in zip(claim.checks, outcomes, strict=True) if outcome == "holds"}
+    found = []
+    for arm, measure in won:
+        against = [Check("", arm, part, measure) for part in claim.parts.get(arm, ())]
+        gaps = {check.second: own for check in against if (own := gap(check, rows)) is not None}
+        if gaps and gaps[best := min(gaps, key=lambda part: gaps[part].value)].value < 0:
+            own = gaps[best]
+            bounds = {"low": _rounded(own.low), "high": _rounded(own.high)}
+            found.append({"arm": arm, "part": best, "measure": measure.words, "value": _rounded(own.value), **bounds})
+    return found
 
 
 def _check_row(check: Check, found: Gap | None) -> dict[str, Any] | None:

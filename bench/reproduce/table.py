@@ -83,11 +83,23 @@ def claim_text(claim: Claim, judged: Judged | None) -> str:
         parts.append("\n".join(arm_table(claim, judged["arms"])))
     if claim.checks:
         parts.append("\n".join(check_table(claim, judged)))
-    parts.append(f"**Verdict.** {word_of(claim, judged)}.")
+    parts.append(f"**Verdict.** {word_of(claim, judged)}.{below_text((judged or {}).get('below') or [])}")
     parts.append(f"**Full scale.** {claim.full} Recipes: {recipes}.")
     if claim.untestable is None:
         parts.insert(3, f"`python -m bench.reproduce {claim.name}`")
     return "\n\n".join(parts)
+
+
+def below_text(below: Sequence[Mapping[str, Any]]) -> str:
+    """That winners lie below what they are made of."""
+    words = []
+    for one in below:
+        bounds = "" if one["low"] is None else f", 95 %: {one['low']:+.2f} to {one['high']:+.2f}"
+        words.append(
+            f" But {one['arm']} lies below {one['part']}, which it is made of ({one['measure']}: {one['value']:+.2f}"
+            f"{bounds})."
+        )
+    return "".join(words)
 
 
 def arm_table(claim: Claim, arms: Mapping[str, Mapping[str, Any]]) -> list[str]:

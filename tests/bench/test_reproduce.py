@@ -14,7 +14,7 @@ from bench.reproduce.claim import MEAN, RETRIEVAL, STS, Bench, Check, Claim, Mea
 from bench.reproduce.claims import CLAIMS, results_of, study_of
 from bench.reproduce.judge import gap, judge, resampled, verdict
 from bench.reproduce.study import replaced, save_lines
-from bench.reproduce.table import BEGIN, END, document_results, results_text, update_document, word_of
+from bench.reproduce.table import BEGIN, END, below_text, document_results, results_text, update_document, word_of
 from scipy.stats import spearmanr, ttest_1samp
 
 from embedsmith.core.recipe import read_tree
@@ -39,6 +39,20 @@ def test_interval_over_seeds_is_students():
     exact = ttest_1samp([2.0, 2.5, 4.0], 0).confidence_interval(0.95)
     assert (found.value, found.how) == (pytest.approx(8.5 / 3), "t")
     assert (found.low, found.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
+
+
+def test_a_winner_below_its_own_best_part_is_said():
+    """It wins its check all the same; of its parts the best counts, and an arm that won nothing is left alone."""
+    claim = replace(
+        CLAIMS["codiemb-fusion"], checks=(Check("", "new", "old", RETRIEVAL), Check("", "old", "new", RETRIEVAL)),
+        parts={"new": ("joint", "half"), "old": ("joint",)}, arms=(),
+    )  # fmt: skip
+    found = [*rows("new", 52.0, 53.0, 55.0), *rows("old", 50.0, 50.5, 51.0)]
+    parts = [*rows("joint", 53.0, 54.5, 55.0), *rows("half", 1.0, 1.0, 1.0)]
+    (below,) = judge(claim, [*found, *parts], {})["below"]
+    assert (below["arm"], below["part"], below["value"]) == ("new", "joint", pytest.approx(-2.5 / 3, abs=1e-4))
+    assert "But new lies below joint, which it is made of (debian-dev: -0.83" in below_text([below])
+    assert judge(claim, [*found, *rows("joint", 51.0, 52.0, 53.0)], {})["below"] == []
 
 
 def test_only_seeds_that_both_arms_have_are_compared():

@@ -8,9 +8,11 @@ import torch
 from embedsmith.calibrate.live_model import LiveMerge
 from embedsmith.calibrate.probe import Probe, TaskBatches
 from embedsmith.calibrate.search import LMCocktail
-from embedsmith.core.errors import CheckpointError
+from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.recipe import parse
 from embedsmith.core.shelf import merge_methods
 from embedsmith.data import Source
+from embedsmith.merge import MergeRecipe, merge
 from embedsmith.merge.folders import open_folder
 from embedsmith.merge.method import Job
 from embedsmith.models import load
@@ -42,6 +44,25 @@ def test_every_data_method_runs_from_a_recipe(folders, name):
         both = torch.stack([parent.tensor(name_).reshape(-1).double() for parent in one.parents])
         assert not torch.allclose(result[name_], both[0], atol=1e-6)
         assert not torch.allclose(result[name_], both[1], atol=1e-6)
+
+
+def test_a_probe_is_read_at_its_length_and_the_merge_keeps_its_own(folders, tmp_path):
+    one, cut = job(folders), {**probe(folders, "pairs", "graded"), "max_length": 5}
+    live = merge_methods.build({"type": "self_positioning", "probe": cut}).live(one)
+    batches = TaskBatches.whole(live, Probe(**sources_of(cut)).sources, [retrieval_records(), sts_records()], 4, 0)
+    longest = max(int(tokens.length_N.max()) for tokens, _ in batches.at(0))
+    assert longest == 5 < LiveMerge.of(one.parents, one.base).model.settings.max_length
+    with pytest.raises(RecipeError, match=r"method\.probe\.max_length"):
+        tree = {"type": "search", "goal": {"tasks": ["x"]}, "probe": cut}
+        parse(MergeRecipe, {"parents": ["a"], "output": "b", "method": tree})
+    parents = [str(folders / f"parent-{place}") for place in range(2)]
+    method = {"type": "lm_cocktail", "probe": cut}
+    made = merge(parents=parents, method=method, output=str(tmp_path / "out"), cache=None)
+    assert load(str(made.path)).settings.max_length == load(parents[0]).settings.max_length
+
+
+def sources_of(tree):
+    return {"sources": tuple(Source(**one) for one in tree["sources"])}
 
 
 def test_methods_whose_weights_sum_to_one_need_no_base(folders):

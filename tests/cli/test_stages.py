@@ -139,8 +139,10 @@ def test_conans_recipes_go_from_pairs_to_a_model(tmp_path, files):
             [
                 f"output={weak}",
                 f"stages.0.recipe.input.path={files[0]}",
-                f"stages.0.recipe.steps.1.model={scorer}",
-                "stages.0.recipe.steps.1.threshold=0.0",
+                "stages.0.recipe.steps.4={type: trivial}",  # of no language, these words, and all alike
+                "stages.0.recipe.steps.7={type: trivial}",
+                f"stages.0.recipe.steps.8.model={scorer}",
+                "stages.0.recipe.steps.8.threshold=0.0",
                 f"stages.1.recipe.model.path={bert}",
                 "stages.1.recipe.data.0.batch_size=8",
                 *(f"stages.1.recipe.{change}" for change in quick),

@@ -128,6 +128,35 @@ def test_an_adapter_saved_by_training(base, tmp_path):
     assert abs(one - two).max() < 1e-5
 
 
+def test_heads_and_tokenizer_of_an_adapters_folder_are_merged_and_kept(tmp_path):
+    """What was trained beside an adapter lies in its folder: as merging the same models as a whole."""
+    base = tiny_base(tmp_path / "base")
+    heads = {"heads": ("dense", "sparse", "multivector"), "dimension": 12}
+    for place in range(2):
+        torch.manual_seed(place)
+        model = embedsmith.load(str(base), new_heads=True, lora={"r": 2}, **heads)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.001 * parameter.requires_grad * torch.randn_like(parameter)
+        model.tokenizer.model_max_length = 17
+        model.save(tmp_path / f"apart{place}", merge=False)
+        model.save(tmp_path / f"whole{place}")
+    found = []
+    for kind in ("apart", "whole"):
+        made = embedsmith.merge(
+            parents=[str(tmp_path / f"{kind}{place}") for place in range(2)], base=str(base), method="average",
+            output=str(tmp_path / f"{kind}-merged"), cache=None,
+        )  # fmt: skip
+        assert {"2_Dense", "sparse_linear.pt", "colbert_linear.pt"} <= {path.name for path in made.path.iterdir()}
+        found.append(
+            embedsmith.load(str(made.path)).represent(["the cat sat"], role="document", outputs=heads["heads"])
+        )
+    apart, whole = found
+    torch.testing.assert_close(apart["dense"].vector_ND, whole["dense"].vector_ND, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(apart["sparse"].weight_NT, whole["sparse"].weight_NT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(apart["multivector"].vector_NTD, whole["multivector"].vector_NTD, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_on_a_quantised_base(base, tmp_path):
     quantised = shutil.copytree(base, tmp_path / "quantised")
     folder, _ = adapter(base, tmp_path / "adapter")

@@ -148,3 +148,16 @@ def test_what_a_kill_at_the_very_start_left_goes(tmp_path):
     assert Checkpoints(tmp_path / "run", 2).open(None, overwrite=False) is None
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".git"]
     assert theirs.exists()
+
+
+def test_one_checkpoint_an_epoch_is_kept(bert, files, tmp_path):
+    tree = {
+        "model": {"path": str(bert), "pooling": "mean"},
+        "data": [{"path": str(files / "pairs.jsonl"), "batch_size": 8, "negatives": 1}],
+        "train": {"epochs": 2, "checkpoint_every": "epoch", "keep_checkpoints": 2, "log_with": []},
+        "output": str(tmp_path / "run"),
+    }
+    run(tree)
+    steps = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(steps) == 2
+    assert steps[1] == 2 * steps[0]

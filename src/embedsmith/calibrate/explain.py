@@ -213,7 +213,7 @@ class Explanation:
         tables = {key: facts.group_rows(key) for key in ("model", "block", "module", "tensor")}
         if probe is None:
             return cls(facts, tables)
-        live = LiveMerge.of(plan.parents, plan.base)
+        live = LiveMerge.of(plan.parents, plan.base, max_length=probe.max_length)
         batches = TaskBatches.whole(live, probe.sources, probe.read(), BATCH, 0)
         slerp_M = sequential_slerp(live.gram().sum(0), facts.weight_M, on_antipodal="linear")
         own_GM = slerp_M.expand(len(live.group_names), -1)

@@ -65,7 +65,7 @@ class Fisher(ProbedMethod):
     seed: int = 0
 
     def prepare(self, job: Job) -> Combine:
-        live = LiveMerge.of(job.parents, job.base)
+        live = self.live(job)
         sets = self.probe.of_parents(live.parents)
         hashes = [] if job.cache is None else [parent.content_hash for parent in job.parents]
         fishers = self.of_parents(live, sets, job.cache, hashes)
@@ -109,6 +109,7 @@ class Fisher(ProbedMethod):
             "model": content_hash,
             "texts": hashlib.sha256(texts.encode()).hexdigest(),
             "negatives": str(self.probe.negatives),
+            "max_length": str(self.probe.max_length),
             **{name: str(getattr(self, name)) for name in names},
         }
 

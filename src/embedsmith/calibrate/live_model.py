@@ -50,10 +50,12 @@ class LiveMerge:
         base: Parent | None = None,
         granularity: Granularity = "model",
         device: str | torch.device | None = None,
+        max_length: int | None = None,
     ) -> Self:
         """The base's weights in one live model, and M task vectors in memory, in fp32.
 
-        Pooling, prompts and tokenizer are those of the first parent that is a whole embedder. Without a base the first
+        Pooling, prompts and tokenizer are those of the first parent that is a whole embedder; it cuts texts at
+        `max_length` tokens, by default where that parent does. Without a base the first
         parent takes its place: enough for methods whose weights sum to 1.
         Errors: `CheckpointError` for parents without the weights that the model needs, or with weights that are not
         finite: better now than after an hour.
@@ -63,6 +65,8 @@ class LiveMerge:
         # the first folder that says how to pool; an adapter's is its plain base model's, which does not
         folder = next((one.folder for one in models if (one.folder / "modules.json").exists()), models[0].folder)
         model = load(str(folder), device=device)
+        if max_length is not None and max_length < model.settings.max_length:
+            model = load(str(folder), device=device, max_length=max_length)
         names = [name for name, _ in model.named_parameters()]
         for one in (start, *parents):
             if missing := [name for name in names if name not in one.tensors]:

@@ -4,7 +4,7 @@ batches of them for losses and gradients at any place of a live model."""
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.seeds import derive_seed
-from embedsmith.core.settings import Count, section
+from embedsmith.core.settings import Count, Range, section
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import RecordSet, Source, read_source, text_id
-from embedsmith.merge.method import Base, Method
-from embedsmith.merge.recipe import MergeRecipe
+from embedsmith.merge.method import Base, Job, Method
+from embedsmith.merge.recipe import Granularity, MergeRecipe
 from embedsmith.train.build import build_extras, derive_memory, make_supply
 from embedsmith.train.config import TrainConfig
 from embedsmith.train.feed import Supply
@@ -37,12 +37,14 @@ class Probe:
 
     `sources`: where they come from. For methods that read every parent on its own task: one a parent in the
     parents' order, or a single one for all. `examples`: at most so many of each source. `negatives`: K, candidates of
-    a query beside its own document: its own negatives first, then other records' documents. `seed`: of the sample.
+    a query beside its own document: its own negatives first, then other records' documents. `max_length`: tokens of a
+    text that are read, by default all that the model reads; the merged model's own length stays. `seed`: of the sample.
     """
 
     sources: tuple[Source, ...]
     examples: Count = 512
     negatives: Count = 7
+    max_length: Annotated[int, Range(ge=4)] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +87,11 @@ class ProbedMethod(Method):
     base: ClassVar[Base] = "optional"
 
     probe: Probe
+
+    def live(self, job: Job, granularity: Granularity = "model") -> LiveMerge:
+        """The job's models as one that reads the probe's texts at the probe's length."""
+        length = self.probe.max_length
+        return LiveMerge.of(job.parents, job.base, granularity=granularity, max_length=length)
 
 
 def texts_of(records: RecordSet) -> list[tuple[str, Role]]:

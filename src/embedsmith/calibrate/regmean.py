@@ -102,7 +102,7 @@ class RegMean(ProbedMethod):
     tolerance: NotNegative = 0.01
 
     def prepare(self, job: Job) -> Combine:
-        live = LiveMerge.of(job.parents, job.base)
+        live = self.live(job)
         delta = self.merge(live, self.probe.of_parents(live.parents), job.weight_M.tolist())
         job.report["regmean"] = {"texts": live.texts}
         return combine_deltas(delta, job.weight_M)

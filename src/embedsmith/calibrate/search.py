@@ -68,6 +68,9 @@ class Search(Method):
     def __post_init__(self) -> None:
         if self.searcher == "self_positioning" and self.probe is None:
             raise RecipeError("searcher self_positioning needs texts to descend on", fix="set method.probe")
+        if self.probe is not None and self.probe.max_length is not None:
+            fix = "take method.probe.max_length away, or use method: self_positioning"
+            raise RecipeError("a search scores whole texts, with the model that reads the probe", fix=fix)
 
     def prepare(self, job: Job) -> Combine:
         live = LiveMerge.of(job.parents, job.base, granularity=job.granularity)
@@ -76,6 +79,8 @@ class Search(Method):
         del report["trials"]
         job.report["search"] = report
         log.info("search: %s after %d merges (%s)", report["best"], len(found.trials), found.stopped)
+        if (better := found.better_parent) is not None:
+            log.warning("search: the best merge (%.4f) lies below its own part %s (%.4f)", found.best.value, *better)
         return combine_coefficients(live.coefficients_by_name(found.best.coefficient_GM, job))
 
     def run(self, live: LiveMerge) -> Study:
@@ -203,9 +208,17 @@ class Study:
             "stopped": self.stopped,
             "texts": self.live.texts,
             "parents": {name: results.main_scores() for name, results in self.parents.items()},
+            "better_parent": None if self.better_parent is None else dict([self.better_parent]),
             "held_out": self.held_out,
             "trials": [trial.row(self.live.names) for trial in self.trials],
         }
+
+    @property
+    def better_parent(self) -> tuple[str, float] | None:
+        """The parent that the goal likes best, where it likes it better than the best merge."""
+        values = {name: self.scorer.value(results) for name, results in self.parents.items()}
+        name = max(values, key=lambda name: values[name], default=None)
+        return None if name is None or values[name] <= self.best.value else (name, values[name])
 
     @cached_property
     def gram_GMM(self) -> Tensor:
@@ -319,7 +332,7 @@ class LMCocktail(ProbedMethod):
     batch_size: Annotated[int, Range(ge=2)] = 16
 
     def prepare(self, job: Job) -> Combine:
-        live = LiveMerge.of(job.parents, job.base)
+        live = self.live(job)
         tasks = TaskBatches.whole(live, self.probe.sources, self.probe.read(), self.batch_size, self.probe.seed)
         losses = tasks.parent_losses()
         job.report["lm_cocktail"] = {

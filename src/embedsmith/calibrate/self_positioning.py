@@ -78,7 +78,7 @@ class SelfPositioning(ProbedMethod, Descent):
 
     def prepare(self, job: Job) -> Combine:
         granularity = "block" if self.per_block and job.granularity == "model" else job.granularity
-        live = LiveMerge.of(job.parents, job.base, granularity=granularity)
+        live = self.live(job, granularity)
         found = Positioning(live, self.batches(live, self.probe), self).descend()
         weights = live.by_parent(found.weights)
         job.report["self_positioning"] = {

@@ -235,35 +235,34 @@ class _Reading:
 
     def setting(self, name: str, place: int | None = None) -> Varying | None:
         """What a parameter is for a model (by its place) or for all; `None` where nothing says so."""
+        last = ("parameters", self.config.parameters)
         if self.config.models:
-            model = self.config.models[place].parameters if place is not None else {}
-            return self.joined(name, [("parameters", self.config.parameters)], [(f"models.{place}.parameters", model)])
+            own = () if place is None else ((f"models.{place}.parameters", self.config.models[place].parameters),)
+            return self.nearest(name, *own, last)
         parts: list[tuple[Range, Varying | None]] = []
         for number, part in enumerate(self.config.slices):
-            source = part.sources[place or 0]
-            own = [(f"slices.{number}.sources.{place}.parameters", source.parameters)] if place is not None else []
-            own.append((f"slices.{number}.parameters", part.parameters))
+            source, key = part.sources[place or 0], f"slices.{number}"
+            own = () if place is None else ((f"{key}.sources.{place}.parameters", source.parameters),)
             assert source.layer_range is not None, "`models` looked at every slice"
-            parts.append((source.layer_range, self.joined(name, [("parameters", self.config.parameters)], own)))
+            found = self.nearest(name, *own, (f"{key}.parameters", part.parameters), last)
+            parts.append((source.layer_range, found))
         if len(parts) == 1 or all(value == parts[0][1] and not varies(value or 0) for _, value in parts):
             return parts[0][1]
         entries = [entry for layers, value in parts for entry in _within(value, layers)]
         return (*entries, *_outside(parts[0][1])) if entries else None
 
-    def joined(
-        self, name: str, last: list[tuple[str, Parameters]], first: list[tuple[str, Parameters]]
-    ) -> Varying | None:
-        """The nearest place that says something; of entries with filters also the next one, for what they leave."""
+    def nearest(self, name: str, *places: tuple[str, Parameters]) -> Varying | None:
+        """What the first place says that says something; what the filters of its entries leave, the next one says."""
         found: list[Where] = []
-        for key, parameters in (*first, *last):
+        for key, parameters in places:
             if name not in parameters:
                 continue
             value: Varying = parse(Varying, parameters[name], where=f"{self.where}: {key}.{name}")  # type: ignore[arg-type]
             entries = _within(value, None)
-            if not found and not any(isinstance(one, Where) for one in (() if not varies(value) else value)):  # type: ignore[union-attr]
-                return value
+            if not found and [entry.filter for entry in entries] == [None]:
+                return entries[0].value
             found += entries
-            if any(one.filter in (None, "*") for one in entries):
+            if any(entry.filter in (None, "*") for entry in entries):
                 break
         return tuple(found) or None
 

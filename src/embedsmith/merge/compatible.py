@@ -33,6 +33,8 @@ _OWN_CHECK = {"backbone", "embedding_config", "projections", "prompts", "default
 _ATTENTION = {"is_causal", "is_decoder", "bidirectional", "use_bidirectional_attention", "attention"}
 """A base that is no embedder may attend in another way: its weights are the ancestor all the same."""
 _UNRELATED = 0.5
+_LAYERS = "Dense layers and their like (kind, in, out, activation, residual)"
+"""What parents must have alike, and a base may lack: the parents' layers then have no ancestor."""
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "Überraschung! 12,5 % teurer als im März 2024?",
@@ -102,7 +104,7 @@ class Sheets:
         for other in others:
             both = first.is_embedder and other.is_embedder
             for what, one, two, fix in (*self._configs(first, other), *(_facts(first, other) if both else ())):
-                if one != two:
+                if one != two and not (two == [] and other is self.base and what == _LAYERS):
                     raise CheckpointError(
                         f"{what} differ: {one!r} in {first.model.id}, {two!r} in {other.model.id}",
                         where="merge",
@@ -213,7 +215,7 @@ def _facts(first: Sheet, other: Sheet) -> Iterator[tuple[str, object, object, st
     have no ancestor), pooling, normalisation and whatever else a folder says, but for what the recipe may choose."""
     one, two = ([layer.shape for layer in sheet.facts.projections] for sheet in (first, other))
     fix = "projections to different spaces cannot be merged: drop them, or train them alike"
-    yield "Dense layers and their like (kind, in, out, activation, residual)", one, two, fix
+    yield _LAYERS, one, two, fix
     for entry in (entry for entry in fields(FolderFacts) if entry.name not in _OWN_CHECK):
         values = getattr(first.facts, entry.name), getattr(other.facts, entry.name)
         yield entry.name, *values, "the vectors mean different things: train the parents with the same setting"

@@ -149,21 +149,9 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     architecture = Architecture.of(facts.backbone, trust_remote_code, cache)
     files, found = _stored(facts.backbone)
     tensors, left_out = architecture.sort(found, facts.backbone)
-    dense = [
-        (path / WEIGHTS, f"projections.{place}.")
-        for place, (kind, path) in enumerate(layer_folders(folder))
-        if kind in ("Dense", "LayerNorm")
-    ]
-    heads = [(facts.backbone / file_name, f"token_heads.{head}.linear.") for head, file_name in FILES.items()]
-    optional = [(folder / POOLER_FILE, "pooler."), *heads, (facts.backbone / SPLADE_FILE, "token_heads.sparse.")]
-    for file, prefix in [*dense, *((file, prefix) for file, prefix in optional if file.exists())]:
-        files.append(file)
-        held: Mapping[str, Weights] = (
-            {key: Held(tensor) for key, tensor in head_state(file).items()}
-            if file.suffix == ".pt"
-            else read_header(file)
-        )
-        tensors |= {f"{prefix}{key}": weights for key, weights in held.items()}
+    own_files, own = _heads(folder, facts.backbone)
+    files += own_files
+    tensors |= own
     return Parent(
         id=name,
         folder=folder,
@@ -175,6 +163,28 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
         token_tables=architecture.token_tables,
         left_out=tuple(left_out),
     )
+
+
+def _heads(folder: Path, backbone: Path) -> tuple[list[Path], dict[str, Weights]]:
+    """The files of what lies beside the encoder (projections, token heads, a pooler), and their tensors."""
+    dense = [
+        (path / WEIGHTS, f"projections.{place}.")
+        for place, (kind, path) in enumerate(layer_folders(folder))
+        if kind in ("Dense", "LayerNorm")
+    ]
+    heads = [(backbone / file_name, f"token_heads.{head}.linear.") for head, file_name in FILES.items()]
+    optional = [(folder / POOLER_FILE, "pooler."), *heads, (backbone / SPLADE_FILE, "token_heads.sparse.")]
+    files: list[Path] = []
+    tensors: dict[str, Weights] = {}
+    for file, prefix in [*dense, *((file, prefix) for file, prefix in optional if file.exists())]:
+        files.append(file)
+        held: Mapping[str, Weights] = (
+            {key: Held(tensor) for key, tensor in head_state(file).items()}
+            if file.suffix == ".pt"
+            else read_header(file)
+        )
+        tensors |= {f"{prefix}{key}": weights for key, weights in held.items()}
+    return files, tensors
 
 
 _ALONE = {
@@ -289,9 +299,22 @@ def _open(spec: ParentSpec, name: str, base: Parent | None, opener: Opener) -> P
         if spec.adapter is not None:
             raise RecipeError(f"{spec.path} is an adapter, and adapter {spec.adapter} is given on top", where=name)
         adapter = AdapterFolder.read(folder)
-        return adapter.on(_base_of(adapter, base, opener), name)
+        return _with_its_heads(adapter.on(_base_of(adapter, base, opener), name), folder)
     opened = opener(folder, name)
-    return opened if spec.adapter is None else AdapterFolder.read(locate(spec.adapter)).on(opened, name)
+    if spec.adapter is None:
+        return opened
+    folder = locate(spec.adapter)
+    return _with_its_heads(AdapterFolder.read(folder).on(opened, name), folder)
+
+
+def _with_its_heads(parent: Parent, folder: Path) -> Parent:
+    """A base with an adapter, and what was trained beside the encoder: it lies in the adapter's folder, and takes the
+    place of the base's."""
+    if not (folder / "modules.json").exists():
+        return parent
+    files, heads = _heads(folder, folder)
+    tensors = {key: weights for key, weights in parent.tensors.items() if key.startswith("backbone.")}
+    return dataclasses.replace(parent, tensors=tensors | heads, files=(*parent.files, *files))
 
 
 def _base_of(adapter: AdapterFolder, base: Parent | None, opener: Opener) -> Parent:

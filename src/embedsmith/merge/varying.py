@@ -95,8 +95,10 @@ def value_at(setting: Varying, name: str, place: Place | None) -> float | None:
 
 def numbers_of(setting: Varying) -> list[float]:
     """Every number it holds, in their order."""
-    values = [setting] if isinstance(setting, int | float) else [getattr(one, "value", one) for one in setting]
-    return [float(n) for value in values for n in (value if isinstance(value, Sequence) else [value])]
+    if isinstance(setting, int | float):
+        return [float(setting)]
+    values = [one.value if isinstance(one, Where) else one for one in setting]
+    return [float(n) for value in values for n in (value if isinstance(value, list | tuple) else [value])]
 
 
 def mean_of(setting: Varying) -> float:
@@ -107,8 +109,8 @@ def mean_of(setting: Varying) -> float:
 
 def check_numbers(name: str, setting: Varying, least: float = -math.inf, most: float = math.inf) -> None:
     """Errors: `RecipeError` for a setting of a form that is none, and for a number that is not finite or outside."""
-    many = not isinstance(setting, int | float)
-    wrong = many and not all(isinstance(one, int | float | Where) for one in setting)
+    parts = (setting,) if isinstance(setting, int | float) else setting
+    wrong = not all(isinstance(one, int | float | Where) for one in parts)
     if wrong or not all(math.isfinite(value) and least <= value <= most for value in numbers_of(setting)):
         limits = "" if math.isinf(least) else f", from {least:g} to {most:g}"
         raise RecipeError(f"{name} is {setting!r}", expected=_FORMS + limits)

@@ -108,7 +108,8 @@ class TrainConfig:
       ends with an error, and a launcher starts all of them again.
     - `seed`: of everything that is drawn.
     - `log_every`: steps between two lines of numbers.
-    - `checkpoint_every`: steps between two checkpoints; `None` is a tenth of the run.
+    - `checkpoint_every`: steps between two checkpoints, or `epoch` for one at the end of each; `None` is a tenth of the
+      run.
     - `keep_checkpoints`: how many checkpoints stay; the best one is kept besides.
     - `final`: whether the result is the last model or the one with the best score of `evaluate`.
     - `log_with`: trackers that get the numbers too; any that accelerate knows.
@@ -140,7 +141,7 @@ class TrainConfig:
     rank_timeout: Positive = 30.0
     seed: int = 0
     log_every: Count = 10
-    checkpoint_every: Count | None = None
+    checkpoint_every: Count | Literal["epoch"] | None = None
     keep_checkpoints: Count = 2
     final: Literal["last", "best"] = "last"
     log_with: tuple[str, ...] = ("tensorboard",)

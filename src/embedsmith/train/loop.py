@@ -316,6 +316,7 @@ def run_steps(
     """All steps from the run's state on, with what is due after each of them."""
     config, evaluate, steps = run.recipe.train, run.recipe.evaluate, run.steps
     tenth = max(steps // 10, 1) if steps < 1000 else 100 * round(steps / 1000)
+    every = run.feed.steps_per_epoch if config.checkpoint_every == "epoch" else config.checkpoint_every or tenth
     if run.out_of_patience:  # stopped between its last checkpoint and its end
         return
     if run.mining is not None:
@@ -359,7 +360,7 @@ def run_steps(
                 journal.write(step, scores)
 
             stopping = bool(agreed_by_hosts(int(stop.asked)))  # whether any rank was asked to
-            if stopping or evaluated or last or step % (config.checkpoint_every or tenth) == 0:
+            if stopping or evaluated or last or step % every == 0:
                 negatives = None if run.mining is None else run.mining.state_dict()
                 checkpoints.save(run.engine.whole_model(), run.extras, run.engine.optimizer, run.state, negatives)
                 manifest.save(step)
