@@ -11,7 +11,8 @@ of each set, and takes from the runs what a user gets from them:
 and prints the rank correlation of minus each cosine with the hurt over all pairs: 1 if the pairs whose gradients agree
 least hurt each other most. Beside it stand the interval in which 95 % of 2,000 resamples of the pairs lie, and how
 often 10,000 shuffles of the pairs correlate as much. Values are means over seeds. Runs that are done are kept, so the
-command can be stopped and continued. The results, with the machine and the versions, are in bench/results/conflict.json.
+command can be stopped and continued. The results, with the machine and the versions, are in
+bench/results/conflict.json.
 """
 
 from __future__ import annotations
