@@ -25,6 +25,7 @@ RULES = {
     "uncertainty": {"type": "uncertainty", "rate": 0.1},
     "gradnorm": {"type": "gradnorm", "by": "source"},
 }
+SLOW, OTHERS = pytest.mark.slow, ("fixed", "pcgrad", "uncertainty")
 
 
 def changed(tree, **train):
@@ -47,6 +48,8 @@ def texts(files, tmp_path):
 
 def assert_close_weights(left, right, atol=2e-5):
     for name, tensor in left.items():
+        if name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam makes as large as any other
+            continue
         torch.testing.assert_close(tensor, right[name], rtol=0, atol=atol, msg=name)
 
 
@@ -74,7 +77,7 @@ def test_equal_weights_give_the_gradient_of_the_sum_of_the_losses(still, monkeyp
     assert seen
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["gradnorm", *(pytest.param(name, marks=SLOW) for name in OTHERS)])
 def test_a_rule_that_is_stopped_goes_on_to_the_same_bits(tree, tmp_path, monkeypatch, name):
     """Dropout is on, and what the rule remembers lies in the checkpoint of step 2."""
     tree = changed(tree, balance=RULES[name], anchor={"l2_sp": 0.1}, conflict={"every": 1, "share": 1.0})
@@ -114,12 +117,14 @@ def work(trees):
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one(still, texts, tmp_path):
-    """Every rule, beside both that holds the model to its start; and with weights in shards."""
+@pytest.mark.parametrize("names", [["gradnorm"], pytest.param(OTHERS, marks=SLOW)])
+def test_two_processes_equal_one(still, texts, tmp_path, names):
+    """Rules, beside both that holds the model to its start; neither; and with weights in shards."""
     held = {"l2_sp": 0.5, "texts": texts}
-    trees = {name: changed(still, balance=rule, steps=3, anchor=held) for name, rule in RULES.items()}
-    trees["alone"] = changed(still, steps=3, anchor=held, conflict={"every": 2, "share": 1.0})
-    trees["shards"] = changed(still, balance="pcgrad", steps=3, anchor={"l2_sp": 0.5}, shard=True)
+    trees = {name: changed(still, balance=RULES[name], steps=3, anchor=held) for name in names}
+    if names == ["gradnorm"]:
+        trees["alone"] = changed(still, steps=3, anchor=held, conflict={"every": 2, "share": 1.0})
+        trees["shards"] = changed(still, balance="pcgrad", steps=3, anchor={"l2_sp": 0.5}, shard=True)
     together = [tree | {"output": str(tmp_path / "two" / name)} for name, tree in trees.items()]
     on_ranks(2, work, tmp_path, together)
     for name, tree in trees.items():
@@ -137,7 +142,7 @@ def test_both_anchors_keep_the_model_nearer_to_its_start(still, texts, tmp_path)
     words = [json.loads(line)["text"] for line in Path(texts["path"]).read_text().splitlines()]
 
     def moved(name, **train):
-        folder = run(changed(still, steps=12, learning_rate=3e-3, **train), output=str(tmp_path / name))
+        folder = run(changed(still, steps=8, learning_rate=3e-3, **train), output=str(tmp_path / name))
         after = es.load(str(folder))
         apart = 1 - (start.encode(words) * after.encode(words)).sum(1).mean()
         began = dict(start.named_parameters())

@@ -58,7 +58,8 @@ class Source:
     - `positives`: texts drawn as positives of a query in a step, at most 10,000, like the negatives;
     - `negatives`: texts drawn as negatives of a query in a step; `None` derives it (`negatives_per_query`);
     - `shuffle`: the probability that a positive is given with its thirds in another order (M3 uses 0.002);
-    - `teacher`: a model whose vectors of the same texts the loss `teacher_vectors` learns from;
+    - `teacher`: a model whose vectors of the same texts the losses `teacher_vectors` and `teacher_neighbours` learn
+      from;
     - `guide`: a model by whose scores a loss drops false negatives (`gist_embed`, `guide_margin` of `infonce`);
     - `loss`: what is minimised on its batches; `None` is the default of the task;
     - `on_error`: `stop` at faulty rows, or `skip`, count and name them;

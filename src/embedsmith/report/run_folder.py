@@ -39,12 +39,21 @@ from embedsmith.report.model_card import TrainingFacts
 from embedsmith.report.next_steps import Evidence, NextStep, next_steps
 from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
 from embedsmith.report.pareto import SWEEP_FILE, sweep_page
+from embedsmith.report.together import (
+    COSINE,
+    FORGETTING,
+    conflict_table,
+    conflict_words,
+    forgetting_words,
+    losses_by_task,
+)
 
 Line = Mapping[str, float]
 _SHOWN = ("models", "coefficients", "notes")
 _PRE = "<pre><code>{}</code></pre>"
 _HARDNESS = "negatives_"
-_OWN = ("score/", "validation_loss/", "geometry/", "loss/", _HARDNESS)
+_TOGETHER = (COSINE, "conflict_share/", FORGETTING, "weight/")
+_OWN = ("score/", "validation_loss/", "geometry/", "loss/", _HARDNESS, *_TOGETHER)
 
 
 def report_run(output: Path, model: Path) -> None:
@@ -79,7 +88,12 @@ def folder_page(folder: str | Path) -> str:
         return sweep_page(Path(folder))
     found = Folder.read(Path(folder))
     made = found.comparison()
-    sections = [*found.training_sections(), found.negatives_section(), found.throughput_section()]
+    sections = [
+        *found.training_sections(),
+        found.together_section(),
+        found.negatives_section(),
+        found.throughput_section(),
+    ]
     if found.geometries:
         sections.append(geometry_section(list(found.geometries.values()), list(found.geometries)))
     if made is not None:
@@ -190,6 +204,7 @@ class Folder:
             score = self.finished.get("best_score")
             mean = "" if score is None else f" with a mean score of {100 * score:.2f}"
             words.append(f"The best checkpoint is that of step {_text(self.finished['best_step'])}{mean}.")
+        words += forgetting_words(self.lines)
         if made is None and self.merge is None:
             advice = "set <code>evaluate.tasks</code> in the recipe to see what training changed"
             words.append(f"No task was scored: {advice}.")
@@ -252,6 +267,26 @@ class Folder:
         training = Section("training", "Training", charts(curves))
         return [training, Section("space", "Geometry while training", charts(space))]
 
+    def together_section(self) -> Section:
+        """How the tasks got on: losses by task, cosines and conflict of their gradients, the weights that a rule gave
+        them, and what the probes forgot."""
+        sources = ((self.manifest or {}).get("sources") or {}).items()
+        of_tasks = losses_by_task(self.lines, {name: str(facts.get("task", "")) for name, facts in sources})
+        keys = dict.fromkeys(key for line in self.lines for key in line)
+        below = {start: [key for key in keys if key.startswith(start)] for start in _TOGETHER}
+        whole = [key for key in below[COSINE] if key.count("/") == 1]
+        tasks = sorted({key for line in of_tasks for key in line} - {"step"})
+        curves = [
+            self._curves(tasks, "Training loss by task", "loss", of_tasks),
+            self._curves(whole, "Cosine between the gradients of", "cosine"),
+            self._curves(below["conflict_share/"], "Share of the weights on which they disagree", ""),
+            self._curves(below["weight/"], "Weights by the rule of train.balance", ""),
+            self._curves(below[FORGETTING], "Forgetting: how far the score lies below the start", ""),
+        ]
+        told = conflict_table(self.lines)
+        told += conflict_words(self.lines) if told else ""
+        return Section("together", "Tasks together", charts(curves) + told)
+
     def negatives_section(self) -> Section:
         """How hard the negatives were, how many were replaced and how many may be false, by source, and what mining
         anew took, where the run reported it."""
@@ -270,12 +305,21 @@ class Folder:
         wait = self._curves(["wait"], "Share of the time spent waiting for data", "", least=0.0)
         return Section("throughput", "Padding and speed", charts([speed, padding, wait]))
 
-    def _curves(self, keys: Sequence[str], title: str, y: str, *, strip: str = "", least: float | None = None) -> str:
-        """One line a key over steps; empty without any value."""
+    def _curves(
+        self,
+        keys: Sequence[str],
+        title: str,
+        y: str,
+        lines: Sequence[Line] | None = None,
+        *,
+        strip: str = "",
+        least: float | None = None,
+    ) -> str:
+        """One line a key over steps; empty without any value. `lines`: other numbers than those of the run."""
         traces = []
         last = [PurePath(key.split("/", 1)[-1]).name for key in keys]
         for key, short in zip(keys, last, strict=True):
-            points = [(line["step"], line[key]) for line in self.lines if key in line]
+            points = [(line["step"], line[key]) for line in (self.lines if lines is None else lines) if key in line]
             if points:
                 steps, values = zip(*points)
                 whole = key.split("/", 1)[-1]  # a column of a task, such as stsb-en/64: two tasks may have it

@@ -171,6 +171,12 @@ def _held_supply(
             f"train.anchor.loss={name_of(loss)} does not learn from the vectors of a teacher",
             expected=f"one of {', '.join(known)}, or a sum of them",
         )
+    if missing := sorted(loss.heads() - set(model.outputs)):
+        raise RecipeError(
+            f"train.anchor.loss={name_of(loss)} reads the head {missing[0]!r}, which the model has not",
+            expected=f"one of {', '.join(model.outputs)}",
+            fix="hold the weights instead, train.anchor.l2_sp, or give the model that head (model.heads)",
+        )
     loss.check(model.dimension)
     records = part_of(whole, source.part).texts_only("train.anchor.texts", source.path)
     return Supply(

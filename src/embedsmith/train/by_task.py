@@ -251,6 +251,11 @@ class ByTask:
         separate = rule is not None or (conflict is not None and apart)
         return ByTask(list(names), by, weights, separate, rule, remembered, meter)
 
+    @property
+    def kept(self) -> int:
+        """How many gradients may lie aside at once."""
+        return len(self.names) if self.separate or self.meter is not None else 0
+
     def step(
         self,
         each: Callable[[Draw], StepOutput],

@@ -1,7 +1,8 @@
 """The recipe of a training run. These dataclasses are the only schema; what can be computed defaults to None."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from embedsmith.core.batch import Loss
 from embedsmith.core.errors import RecipeError
@@ -13,6 +14,8 @@ from embedsmith.mining.config import LiveNegatives
 from embedsmith.models import ModelConfig
 from embedsmith.train.balance import Balance, ConanBalance, TaskRule, Told
 from embedsmith.train.freeze import check_grammar
+
+T = TypeVar("T")
 
 Beta = Annotated[float, Range(ge=0, lt=1)]
 
@@ -243,6 +246,10 @@ class EvaluateConfig:
             )
         if self.probes and not self.before:
             raise RecipeError("probes need the scores at the start", fix="set evaluate.before=true")
+
+    def probes_of(self, tasks: Sequence[T]) -> list[T]:
+        """Those of the loaded tasks that are probes."""
+        return [task for name, task in zip(self.tasks, tasks, strict=True) if name in self.probes]
 
     @property
     def scores(self) -> bool:

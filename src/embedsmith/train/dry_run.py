@@ -42,7 +42,8 @@ def rehearse(recipe: Recipe, *, overwrite: bool = False) -> str:
         recipe = with_held_out(recipe, Path(parts))
         tasks = load_tasks(recipe.evaluate.tasks, data_dir=recipe.evaluate.data)
         run = build(recipe, accelerator)
-        on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies]))
+        known = [supply.records for supply in run.feed.supplies]
+        on_first_rank(lambda: warn_of_overlap(tasks, known, recipe.evaluate.probes_of(tasks)))
         draw = run.feed.draw(0)
         output, rate, norm = update(run, draw)
         held = _memory_in_words(run, draw[0])

@@ -303,7 +303,7 @@ def _sources(feed: Feed) -> dict[str, dict[str, Any]]:
     for lane in feed.lanes:
         for place, supply in enumerate(lane.supplies):
             sources[supply.records.name] = {
-                "task": supply.records.task,
+                "task": "anchor" if lane.holds else supply.records.task,
                 "rows": supply.rows,
                 "content": supply.records.fingerprint,
                 "skipped_rows": sum(skipped.count for skipped in supply.records.skipped),

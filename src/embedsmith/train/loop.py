@@ -206,7 +206,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         log.info("continuing %s at step %d", output, resume)
     checkpoints.claim(stated)
     on_first_rank(lambda: save_environment(output))
-    probes = [task for name, task in zip(recipe.evaluate.tasks, tasks, strict=True) if name in recipe.evaluate.probes]
+    probes = recipe.evaluate.probes_of(tasks)
     on_first_rank(lambda: warn_of_overlap(tasks, [supply.records for supply in run.feed.supplies], probes))
     on_first_rank(lambda: tell_of_cut(run.model, [supply.records for supply in run.feed.supplies], output))
     if has_adapter(run.model.backbone):
@@ -454,6 +454,7 @@ def fit_to_card(run: Run, card: Card) -> None:
         optimizer = run.engine.optimizer
         weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
         held = 0 if optimizer.state else STATE_BYTES[config.optimizer] * weights
+        held += 4 * weights * run.by_task.kept
         budget = measured_budget(card, run.probe, longest, held)
         run.memory, run.state = at_most(run.memory, budget), replace(run.state, token_budget=budget, card=card.name)
 
