@@ -18,7 +18,7 @@ from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = (
     *("application", "compare", "curate", "evaluate", "export", "index", "merge", "mine", "search", "serve", "split"),
-    *("tokenize", "train"),
+    *("sweep", "tokenize", "train"),
 )
 
 
