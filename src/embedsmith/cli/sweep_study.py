@@ -85,7 +85,7 @@ class SharedStudy:
         for name in (_RECIPE, SWEEP_FILE, "study", "report.html"):
             recover(self.output / name)
         clear_temporary(self.output / "best")
-        now = {**self.recipe.tree, "sweep": to_plain(self.recipe.settings)}
+        now = to_plain({**self.recipe.tree, "sweep": self.recipe.settings})
         path = self.output / _RECIPE
         if path.exists():
             before = read_tree(path)
@@ -214,7 +214,8 @@ class SharedStudy:
         values = ", ".join(f"{name} {percent(value)}" for name, value in trial.values.items())
         head = f"# Trial {trial.number} of the sweep in {self.output}: {values}\n"
         head += f"# Run: embedsmith {self.recipe.verb} {path}\n"
-        return head + yaml.safe_dump(self.recipe.tried(trial.changes, output), sort_keys=False, allow_unicode=True)
+        tree = to_plain(self.recipe.tried(trial.changes, output))
+        return head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     @cached_property
     def _stored(self) -> Any:
