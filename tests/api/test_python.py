@@ -18,7 +18,7 @@ from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 
 FUNCTIONS = (
     *("application", "compare", "curate", "evaluate", "export", "index", "merge", "mine", "plan", "search", "serve"),
-    *("split", "tokenize", "train"),
+    *("split", "sweep", "tokenize", "train"),
 )
 
 

@@ -15,7 +15,7 @@ from embedsmith.models import load
 from embedsmith.train import Recipe, train
 from tests.ranks import on_ranks
 
-FOLDERS = ("train", "merge", "convert", "export", "tokenize", "run", "split")
+FOLDERS = ("train", "merge", "convert", "export", "tokenize", "run", "split", "sweep")
 FILES = ("curate", "mine", "evaluate", "compare", "geometry", "report")
 
 
@@ -52,6 +52,11 @@ def commands(model, files, tmp_path, monkeypatch):
         "train": recipe(train),
         "merge": recipe(merge),
         "run": recipe({"stages": stages}),
+        "sweep": recipe(
+            train
+            | {"train": train["train"] | {"learning_rate": {"log": [1e-5, 1e-3]}}}
+            | {"evaluate": {"tasks": [scored]}, "sweep": {"trials": 1}}
+        ),
         "mine": recipe(mine),
         "convert": lambda out: [str(model), str(out)],
         "export": lambda out: [str(model), str(out)],
@@ -102,7 +107,9 @@ def test_what_others_wrote_is_refused_and_stays(commands, tmp_path, verb, what):
         pytest.skip("a pipeline adds a journal to a folder, and replaces nothing there")
     before = seen(tmp_path)
     for more in (
-        [[], ["--overwrite"]] if verb in ("train", "merge", "convert", "export", "split", "curate", "mine") else [[]]
+        [[], ["--overwrite"]]
+        if verb in ("train", "sweep", "merge", "convert", "export", "split", "curate", "mine")
+        else [[]]
     ):
         refused(call(verb, commands[verb](out), *more), str(out))
         assert seen(tmp_path) == before

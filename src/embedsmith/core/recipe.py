@@ -1,6 +1,7 @@
 """Recipes: YAML in, a tree of dataclasses out. The dataclasses are the only schema; an override is `a.b=c`."""
 
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -150,7 +151,7 @@ def _index(node: list[Any], key: str, override: str) -> int:
 def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
     """Check a plain tree against a dataclass. All problems are reported at once; a recipe of another verb is named."""
     try:
-        return TypeAdapter(schema).validate_python(tree)
+        return _adapter(schema).validate_python(tree)
     except ValidationError as error:
         fields = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set()
         if isinstance(tree, dict) and fields and (verb := other_verb(tree, fields)):
@@ -161,6 +162,12 @@ def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
         kept = [one for one in details if one["type"] != "string_type" or tuple(one["loc"][:-1]) not in deeper]
         lines = [_explain(detail, schema, tree) for detail in kept]
         raise RecipeError("\n  ".join(lines), where=where) from None  # whose words repeat the input
+
+
+@functools.cache
+def _adapter(schema: Any) -> Any:
+    """What checks a recipe of this class; building it costs more than all checks."""
+    return TypeAdapter(schema)
 
 
 def _explain(detail: Any, schema: Any, tree: Any) -> str:

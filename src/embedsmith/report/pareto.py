@@ -139,7 +139,7 @@ def _sentences(record: SweepRecord, front: Sequence[SweepTrial]) -> list[str]:
         )
     for name, goal in record.objectives.items() if front else ():
         best = max(front, key=lambda trial: trial.values[name] * (1 if goal == "high" else -1))
-        start = f" ({100 * best.start[name]:.2f} before training)" if name in best.start else ""
+        start = f" ({100 * best.start[name]:.2f} before training)" if goal == "high" and name in best.start else ""
         value = f"{100 * best.values[name]:.2f}{start}"
         words.append(
             f"<b>{html.escape(name)}</b>: {'highest' if goal == 'high' else 'lowest'} in trial {best.number}, {value}."
