@@ -150,8 +150,9 @@ def _index(node: list[Any], key: str, override: str) -> int:
 
 def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
     """Check a plain tree against a dataclass. All problems are reported at once; a recipe of another verb is named."""
+    known: Any = schema
     try:
-        return _adapter(schema).validate_python(tree)
+        checked: T = _adapter(known).validate_python(tree)
     except ValidationError as error:
         fields = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set()
         if isinstance(tree, dict) and fields and (verb := other_verb(tree, fields)):
@@ -162,6 +163,7 @@ def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
         kept = [one for one in details if one["type"] != "string_type" or tuple(one["loc"][:-1]) not in deeper]
         lines = [_explain(detail, schema, tree) for detail in kept]
         raise RecipeError("\n  ".join(lines), where=where) from None  # whose words repeat the input
+    return checked
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedsmith.core.collectives import ALONE, Group, objects_of_all_ranks, rank, world_size
+from embedsmith.core.collectives import ALONE, FailedElsewhereError, Group, objects_of_all_ranks, rank, world_size
 from embedsmith.core.encoder import Encoder, Role, hash_of_model, tokenizer_json
 from embedsmith.core.errors import EmbedsmithError, EvaluationError, MissingExtraError, ModelError
 from embedsmith.core.progress import progress_bar
@@ -28,10 +28,6 @@ _ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _NORMALIZE = {"cosine": True, "dot": False}
 
 T = TypeVar("T")
-
-
-class FailedElsewhereError(EvaluationError):
-    """Another rank failed, so this one stops too."""
 
 
 @dataclass(frozen=True)
