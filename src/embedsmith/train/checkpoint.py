@@ -102,6 +102,12 @@ class RunState:
         in_a_row = self.skipped_in_a_row + 1 if bad else 0
         return replace(self, step=self.step + 1, skipped_steps=self.skipped_steps + bad, skipped_in_a_row=in_a_row)
 
+    def summary(self) -> dict[str, Any]:
+        """What is said of a run that is over."""
+        said = {"steps": self.step, "best_step": self.best_step, "best_score": self.best_score}
+        rare = {"skipped_steps": self.skipped_steps, "overflowed_steps": self.overflowed_steps}
+        return said | {name: count for name, count in rare.items() if count}
+
 
 class Checkpoints:
     """The checkpoints of one output folder, and the folder's beginning and end."""

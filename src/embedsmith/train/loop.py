@@ -237,12 +237,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, overwrite: bool) -> Path:
         model = run.engine.whole_model()
     else:
         model = load_trained(recipe, ModelConfig(path=str(checkpoints.model_folder(final_step))))
-    summary = {"steps": run.state.step, "best_step": run.state.best_step, "best_score": run.state.best_score}
-    if run.state.skipped_steps:
-        summary["skipped_steps"] = run.state.skipped_steps
-    if run.state.overflowed_steps:
-        summary["overflowed_steps"] = run.state.overflowed_steps
-    folder = checkpoints.finish(model, summary)
+    folder = checkpoints.finish(model, run.state.summary())
     on_first_rank(lambda: report_run(output, folder))
     if tasks:
         on_first_rank(lambda: log.info("%s", Trained.of(output)))
@@ -337,13 +332,7 @@ def run_steps(
             before, run.state = run.state.overflowed_steps, run.state.after(norm)
             overflowed = run.state.overflowed_steps > before
             step, last = run.state.step, run.state.step == steps
-            if run.by_task.meter is not None and (measured := run.by_task.meter.taken()):
-                journal.write(step, measured)
-            if overflowed:
-                journal.write(step, {"overflowed_steps": run.state.overflowed_steps})
-            if run.state.skipped_in_a_row:
-                journal.write(step, {"skipped_steps": run.state.skipped_steps})
-                refuse_more_skipped(run.state, config.max_skipped_steps)
+            write_events(run, journal, overflowed)
 
             if step % config.log_every == 0 or last:
                 found = {} if run.mining is None else run.mining.curves()
@@ -373,6 +362,18 @@ def run_steps(
                 return
             if evaluated and not last:
                 tell_watch(checkpoints.output)
+
+
+def write_events(run: Run, journal: Journal, overflowed: bool) -> None:
+    """What does not happen in every step. Errors: `TrainingError` for too many skipped steps in a row."""
+    step, state = run.state.step, run.state
+    if run.by_task.meter is not None and (measured := run.by_task.meter.taken()):
+        journal.write(step, measured)
+    if overflowed:
+        journal.write(step, {"overflowed_steps": state.overflowed_steps})
+    if state.skipped_in_a_row:
+        journal.write(step, {"skipped_steps": state.skipped_steps})
+        refuse_more_skipped(state, run.recipe.train.max_skipped_steps)
 
 
 def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:
