@@ -335,12 +335,11 @@ def run_steps(
             write_events(run, journal, overflowed)
 
             if step % config.log_every == 0 or last:
-                found = {} if run.mining is None else run.mining.curves()
-                found |= {} if run.state.loss_scale is None else {"loss_scale": run.state.loss_scale}
-                report = meter.report(rate, norm, bar)
+                report = meter.report(rate, norm, bar) | ({} if run.mining is None else run.mining.curves())
+                report |= {} if run.state.loss_scale is None else {"loss_scale": run.state.loss_scale}
                 if overflowed:  # that is no news of the model
                     del report["gradient_norm"]
-                journal.write(step, report | found)
+                journal.write(step, report)
 
             evaluated = last or (evaluate.every is not None and step % evaluate.every == 0)
             evaluated = evaluated and bool(evaluate.tasks or evaluate.validation)
