@@ -155,7 +155,8 @@ def agreement(predicted: Sequence[float], measured: Sequence[float]) -> dict[str
     drawn = [chance.integers(0, len(left), len(left)) for _ in range(RESAMPLES)]
     resampled = np.array([rank_correlation(left[rows], right[rows]) for rows in drawn])
     shuffled = np.array([rank_correlation(chance.permutation(left), right) for _ in range(SHUFFLES)])
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    known = resampled[~np.isnan(resampled)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
     as_much = float((np.abs(shuffled) >= abs(rho) - 1e-12).mean())
     return {"rho": rho, "low": float(low), "high": float(high), "chance": as_much}
 
