@@ -60,8 +60,8 @@ class MergekitConfig:
 
     `merge_method`: mergekit's name of it. `models`: what is merged as a whole, or `slices`: layer by layer.
     `base_model`: the ancestor; of slerp the first model. `parameters`: of all models. `dtype`, `out_dtype`: numbers on
-    disk. `tokenizer_source`: whose tokenizer the result has; `tokenizer`: the same with more to it. `chat_template`,
-    `modules`: not here.
+    disk. `tokenizer_source`: whose tokenizer the result has; `tokenizer`: the same with more to it. `chat_template`:
+    refused, an embedder has none. `modules`: refused, an embedder is one.
     """
 
     merge_method: Word
