@@ -36,8 +36,9 @@ def base(tmp_path_factory, bert, files):
     chance = random.Random(1)
     rows = [{"_id": f"d{n}", "text": " ".join(chance.sample(WORDS, chance.randint(1, 12)))} for n in range(60)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = (files / "pairs.jsonl").read_text()
-    (folder / "pairs.jsonl").write_text(pairs + pairs.splitlines()[3] + "\n")  # a document that two parts have
+    pairs = (files / "pairs.jsonl").read_text().splitlines(keepends=True)
+    pairs.insert(15, pairs[8])  # documents of the second part and of the third, which another shard makes before it
+    (folder / "pairs.jsonl").write_text("".join(pairs))
     shutil.copy(files / "scored.jsonl", folder)
     with pytest.MonkeyPatch.context() as patch:
         for change in SMALL:
