@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from embedsmith.calibrate.fisher import Fisher
-from embedsmith.calibrate.probe import Probe, frozen_candidates, texts_of
+from embedsmith.calibrate.probe import Probe, distinct_texts, frozen_candidates
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import Record, RecordSet, Source
 from tests.merge.family import family, retrieval_records, sts_records
@@ -197,4 +197,4 @@ def test_scored_pairs_take_part_where_they_are_alike(tmp_path):
     dull = RecordSet("d", "sts", [Record("a", ("b",), task="sts", positive_scores=(0.1,))], "d")
     with pytest.raises(RecipeError, match="definition=embedding"):
         frozen_candidates(dull, 2, 0)
-    assert texts_of(dull) == [("a", "query"), ("b", "query")]
+    assert distinct_texts(dull) == [("a", "query"), ("b", "query")]

@@ -13,7 +13,7 @@ import typer
 
 import embedsmith
 from embedsmith.cli import app
-from embedsmith.cli.stages import recipe_of
+from embedsmith.cli.stages import recipe_class
 from embedsmith.core.recipe import schema_json
 
 ROOT = Path(embedsmith.__file__).parent
@@ -75,7 +75,7 @@ def keys() -> set[str]:
             walk(part["items"], (*path, "N"), schema)
 
     for verb in ("train", "mine", "merge", "curate", "tokenize", "run"):
-        schema = json.loads(schema_json(recipe_of(verb)))
+        schema = json.loads(schema_json(recipe_class(verb)))
         walk(schema, (), schema)
     return found
 

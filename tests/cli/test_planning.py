@@ -137,7 +137,7 @@ def test_numbers_that_are_none_are_told_before_anything_is_read(typed):
 def test_a_model_too_large_for_its_card_is_told(tree, monkeypatch):
     from embedsmith.cli.planning import machines
 
-    monkeypatch.setitem(machines.CARDS, "h100", machines.CardFacts("h100", 989, 1e4, 450e9))
+    monkeypatch.setitem(machines.CARDS, "h100", machines.GpuCard("h100", 989, 1e4, 450e9))
     tree["data"] = tree["data"][:1]
     found = es.plan(tree, texts=[1e6], gpu="h100", tokens_a_text=10, disk=1e9)
     assert any("not one text of 32 tokens fits h100" in text for text in found.basis["train"])

@@ -33,7 +33,7 @@ def calls(monkeypatch, tmp_path):
         return Path(tree["output"])
 
     for verb, kind in verbs_module.VERBS.items():
-        monkeypatch.setitem(verbs_module.VERBS, verb, verbs_module.Kind(pretend, kind.suffix))
+        monkeypatch.setitem(verbs_module.VERBS, verb, verbs_module.StageKind(pretend, kind.suffix))
     seen_broken_holder = type("Calls", (), {"list": seen, "broken": seen_broken})
     return seen_broken_holder
 

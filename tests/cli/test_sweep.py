@@ -521,7 +521,7 @@ def test_stages_are_swept_too(monkeypatch, quick, recipe, tmp_path):
         return output
 
     for verb in ("train", "merge", "evaluate"):
-        monkeypatch.setitem(stages.VERBS, verb, stages.Kind(pretend, stages.VERBS[verb].suffix))
+        monkeypatch.setitem(stages.VERBS, verb, stages.StageKind(pretend, stages.VERBS[verb].suffix))
     monkeypatch.setattr(sweep_trial, "_of_run", lambda output: [])
     part = {"model": {"path": "m"}, "data": [{"path": "pairs.jsonl"}], "train": {"steps": {"range": [1, 9]}}}
     parents = [{"path": "${one}", "weight": {"range": [0.0, 0.9]}}, {"path": "m", "weight": 1.0}]

@@ -15,12 +15,12 @@ from embedsmith.core.outputs import (
     atomic_folder,
     check_claim,
     claimed,
+    clear_left,
     discard,
     files_of,
     recover,
     refuse_foreign_file,
     refuse_foreign_records,
-    sweep,
 )
 
 PAIR = Kind("pair", ("a.txt", "b.txt", "logs/*.json", "more/**"), ("a.txt", "ours"))
@@ -171,7 +171,7 @@ def test_left_over_temporary_files_go_and_nothing_else_does(tmp_path):
     kept = [".notes", ".a.settings", "x.abcdefgh.tmp", ".tmp", ".a.short.tmp"]
     for name in [*kept, ".a.json.abcd_f12.tmp"]:
         (folder / name).write_text("")
-    sweep(tmp_path / "run")
+    clear_left(tmp_path / "run")
     assert names(folder) == sorted(kept)
 
 

@@ -11,7 +11,7 @@ from embedsmith.core import device
 from embedsmith.core.encoder import fingerprint, hash_of_model, hash_with_weights, represent
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError, ModelError, RecipeError, foreign_errors
 from embedsmith.core.keys import checked_address, checked_variable, key_from
-from embedsmith.core.markdown import block, code, row, without_folders, words
+from embedsmith.core.markdown import block, code, in_line, row, without_folders
 from embedsmith.core.seeds import TorchRandom, derive_seed, random_state, restore_random_state, seed_everything
 from embedsmith.core.terminal import Terminal, show
 from embedsmith.core.text_out import printable, remember_secret, remember_secrets_in, without_secrets
@@ -147,7 +147,7 @@ def test_a_models_hash_counts_weights_names_types_shapes_and_settings():
 
 
 def test_markdown_shows_text_as_text():
-    assert words(" a\n *b* [c](d) <e> & `f` ~g~ \\") == r"a \*b\* \[c\](d) &lt;e&gt; &amp; \`f\` \~g\~ \\"
+    assert in_line(" a\n *b* [c](d) <e> & `f` ~g~ \\") == r"a \*b\* \[c\](d) &lt;e&gt; &amp; \`f\` \~g\~ \\"
     assert (code("a\nb"), code("a`b"), code("``a"), code("")) == (r"`a\nb`", "`` a`b ``", "``` ``a ```", "``")
     assert row("a|b", "c") == "| a\\|b | c |"
     assert block("\nx = 1\n", "yaml") == "```yaml\nx = 1\n```"

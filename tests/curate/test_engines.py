@@ -39,11 +39,11 @@ from embedsmith.curate import (
     apply,
     curate,
 )
-from embedsmith.curate.comparison import groups, leaving, linked
+from embedsmith.curate.comparison import leaving, linked, linked_groups
 from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.engines.ray_data import Cluster, RayEngine, _check_reachable
 from embedsmith.curate.ledger import TextRule
-from embedsmith.curate.stages import PART_SHIFT, Stage, key_rows, sketches_at
+from embedsmith.curate.stages import PART_SHIFT, StageParts, key_rows, sketches_at
 from embedsmith.data import Record
 from embedsmith.data.writers import write_records
 from tests.curate.fake_ray import fake_ray
@@ -108,7 +108,7 @@ def divided(step, stage, parts, buckets):
     """What leaves, found as a cluster finds it: keys in buckets, links, groups in buckets."""
     keys, places = (np.concatenate(each) for each in zip(*(key_rows(step, stage, [part]) for part in range(parts))))
     links = [linked(keys[mine], places[mine]) for b in range(buckets) for mine in [keys % np.uint64(buckets) == b]]
-    place_N, group_N = groups(*(np.concatenate(side) for side in zip(*links)))
+    place_N, group_N = linked_groups(*(np.concatenate(side) for side in zip(*links)))
     gone = []
     for bucket in reversed(range(buckets)):
         mine = np.flatnonzero(group_N % buckets == bucket)
@@ -131,7 +131,7 @@ def divided(step, stage, parts, buckets):
 def test_groups_leave_as_one_process_finds(tmp_path, step):
     """The first of each group stays, and what is like one that left, and like none that stays, stays too."""
     rows, size = many(300, seed=1), 45
-    stage = Stage(tmp_path)
+    stage = StageParts(tmp_path)
     parts = range(0, len(rows), size)
     for number, start in enumerate(parts):
         write_records(stage.part(number), rows[start : start + size])
@@ -145,9 +145,9 @@ def test_groups_leave_as_one_process_finds(tmp_path, step):
 
 
 def test_records_that_share_no_key_are_in_no_group():
-    places, group = groups(np.array([1, 4], np.int64), np.array([3, 9], np.int64))
+    places, group = linked_groups(np.array([1, 4], np.int64), np.array([3, 9], np.int64))
     assert (places.tolist(), group.tolist()) == ([1, 3, 4, 9], [1, 1, 4, 4])
-    assert [len(each) for each in groups(*linked(np.zeros(0, np.uint64), np.zeros(0, np.int64)))] == [0, 0]
+    assert [len(each) for each in linked_groups(*linked(np.zeros(0, np.uint64), np.zeros(0, np.int64)))] == [0, 0]
     one, other = linked(np.array([7, 8, 7, 7], np.uint64), np.array([5, 6, 2, 9], np.int64))
     assert list(zip(one.tolist(), other.tolist())) == [(2, 5), (2, 9)]
 
@@ -265,7 +265,7 @@ curate(CurateRecipe(input, {str(tmp_path / "o.jsonl")!r}, (Length(),), engine=Lo
 
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(DataError, match=r"not there(.|\n)*all of them share"):
-        list(Stage(tmp_path).lines(0))
+        list(StageParts(tmp_path).lines(0))
     with pytest.raises(RecipeError, match=r"unknown engine 'rey'(.|\n)*ray"):
         run_curate(str(tmp_path / "in.jsonl"), [str(tmp_path / "o.jsonl")], ["length"], engine="rey")
 

@@ -17,7 +17,7 @@ import embedsmith
 from embedsmith.cli import main
 from embedsmith.core.errors import EmbedsmithError, RecipeError
 from embedsmith.core.keys import key_from
-from embedsmith.core.markdown import block, code, words
+from embedsmith.core.markdown import block, code, in_line
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.recipe import parse, save_recipe
 from embedsmith.core.settings import to_plain
@@ -165,7 +165,7 @@ def test_nothing_is_printed_past_the_one_place():
 
 @pytest.mark.parametrize("name", ["x | y", "`", "a\n---\nb", "<!-- embedsmith: end -->", "<script>", "[a](b:c)"])
 def test_names_are_no_markup_in_a_card(tmp_path, name):
-    assert "\n" not in words(name) + code(name)
+    assert "\n" not in in_line(name) + code(name)
     facts = TrainingFacts(
         {name: {"task": name, "rows": 1}}, recipe=yaml.safe_dump({"note": f"{name} ```"}), versions={name: "1"}
     )

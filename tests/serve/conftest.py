@@ -5,7 +5,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from embedsmith.index import Document, EdgeStore, open_index
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import embedder
 
@@ -59,4 +59,4 @@ def service(model, index_folder):
 
 @pytest.fixture(scope="session")
 def client(service):
-    return TestClient(application(service), raise_server_exceptions=False)
+    return TestClient(http_app(service), raise_server_exceptions=False)

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from embedsmith.serve import batching
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.limits import ServerLimits
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import embedder
@@ -38,11 +38,11 @@ def refusal(client, path, body, status=400):
     ],
 )
 def test_a_name_of_the_web_that_points_here_is_turned_away_where_there_are_no_keys(service, host, status):
-    here = TestClient(application(service), base_url="http://127.0.0.1:8080")
-    there = TestClient(application(service), base_url="http://10.0.0.7:8080")
+    here = TestClient(http_app(service), base_url="http://127.0.0.1:8080")
+    there = TestClient(http_app(service), base_url="http://10.0.0.7:8080")
     assert here.get("/v1/models", headers={"host": host}).status_code == status
     assert there.get("/v1/models", headers={"host": host}).status_code == 200
-    keyed = TestClient(application(service, keys=[KEY]), base_url="http://127.0.0.1:8080")
+    keyed = TestClient(http_app(service, keys=[KEY]), base_url="http://127.0.0.1:8080")
     told = {"host": host, "authorization": f"Bearer {KEY}"}
     assert keyed.get("/v1/models", headers=told).status_code == 200
 
@@ -99,7 +99,7 @@ def test_other_models_heads_and_paths_are_named(client):
 
 def test_a_server_without_index_reranker_or_heads_says_how_to_start_one(tmp_path):
     model = embedder(tmp_path)
-    client = TestClient(application(Service(Sources({"plain": lambda: model}))), raise_server_exceptions=False)
+    client = TestClient(http_app(Service(Sources({"plain": lambda: model}))), raise_server_exceptions=False)
     assert "--index" in refusal(client, "/search", {"query": "a"})["message"]
     assert "--reranker" in refusal(client, "/rerank", {"query": "a", "texts": ["b"]})["message"]
     for head in ("sparse", "multivector"):
@@ -107,12 +107,12 @@ def test_a_server_without_index_reranker_or_heads_says_how_to_start_one(tmp_path
 
 
 def test_bodies_are_bounded_whatever_the_header_says(model):
-    client = TestClient(application(Service(Sources({"tiny": lambda: model}), ServerLimits(body=1000))))
+    client = TestClient(http_app(Service(Sources({"tiny": lambda: model}), ServerLimits(body=1000))))
     assert "1,000 bytes" in refusal(client, "/v1/embeddings", {"input": "a" * 1000}, 413)["message"]
     pieces = (b"x" * 100 for _ in range(100))
     assert client.post("/v1/embeddings", content=pieces).status_code == 413
     assert client.post("/v1/embeddings", json={"input": "a" * 900}).status_code == 200
-    small = TestClient(application(Service(Sources({"tiny": lambda: model}))))
+    small = TestClient(http_app(Service(Sources({"tiny": lambda: model}))))
     assert refusal(small, "/v1/embeddings", {"input": "a" * 10_000_000}, 413)
     assert refusal(small, "/v1/embeddings", {"input": list(range(10**7, 10**7 + 10**6))}, 413)
     assert refusal(small, "/v1/embeddings", {"input": [5] * 1_000_000})["message"].startswith("text 0 has 1,000,002")
@@ -120,7 +120,7 @@ def test_bodies_are_bounded_whatever_the_header_says(model):
 
 def test_keys_open_the_server_and_are_shown_nowhere(model, caplog):
     service = Service(Sources({"tiny": lambda: model}))
-    client = TestClient(application(service, [KEY, KEY[::-1]]), raise_server_exceptions=False)
+    client = TestClient(http_app(service, [KEY, KEY[::-1]]), raise_server_exceptions=False)
     caplog.set_level(logging.DEBUG)
     ask = lambda **headers: client.post("/v1/embeddings", json={"input": "a"}, headers=headers)
     assert ask().status_code == 401
@@ -140,7 +140,7 @@ def test_keys_open_the_server_and_are_shown_nowhere(model, caplog):
 
 def test_a_full_queue_is_told_with_a_time_to_come_again(model):
     service = Service(Sources({"tiny": lambda: model}), ServerLimits(queue=2))
-    client, batcher = TestClient(application(service)), service.models["tiny"].batcher
+    client, batcher = TestClient(http_app(service)), service.models["tiny"].batcher
     answers = []
     ask = lambda: answers.append(client.post("/v1/embeddings", json={"input": ["a", "b"]}))
     with batching._COMPUTING:
@@ -164,7 +164,7 @@ def test_what_fails_inside_is_told_to_the_log_alone(tmp_path, caplog):
         def represent(self, texts, **how):
             raise RuntimeError("the secret of line 17")
 
-    client = TestClient(application(Service(Sources({"broken": Broken}))), raise_server_exceptions=False)
+    client = TestClient(http_app(Service(Sources({"broken": Broken}))), raise_server_exceptions=False)
     error = refusal(client, "/v1/embeddings", {"input": "a"}, 500)
     assert "secret" not in json.dumps(error)
     assert "the secret of line 17" in caplog.text

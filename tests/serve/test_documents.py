@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from embedsmith.core.errors import SearchError
 from embedsmith.index import EdgeStore
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.service import Service, Sources
 from tests.serve.conftest import HEADS
 from tests.serve.test_server import process
@@ -18,7 +18,7 @@ from tests.serve.test_server import process
 
 def served(model, folder):
     service = Service(Sources({"tiny": lambda: model}, [lambda: EdgeStore(folder)], writable=True))
-    return service, TestClient(application(service), raise_server_exceptions=False)
+    return service, TestClient(http_app(service), raise_server_exceptions=False)
 
 
 def row(number, text="the fox"):

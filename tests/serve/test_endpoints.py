@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from embedsmith.core.errors import SearchError
 from embedsmith.index import EdgeStore, WeightedSum, open_index
 from embedsmith.index.engine import lexical_weights
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import TEXTS, embedder
 from tests.serve.conftest import HEADS, WORDS, Overlap
@@ -68,7 +68,7 @@ def test_a_folder_that_cuts_its_vectors_cuts_them_here(tmp_path):
 
     model = embedder(tmp_path)
     model.settings = dataclasses.replace(model.settings, truncate_dim=8)
-    client = TestClient(application(Service(Sources({"cut": lambda: model}))))
+    client = TestClient(http_app(Service(Sources({"cut": lambda: model}))))
     assert np.abs(vectors(post(client, "/v1/embeddings", input=SOME)) - model.encode(SOME)).max() < 1e-6
     assert vectors(post(client, "/v1/embeddings", input=SOME, dimensions=16)).shape[1] == 16
 
@@ -165,7 +165,7 @@ def test_an_encoder_that_knows_no_tokens_is_served_too():
     from tests.index.words import Words
 
     words = Words()
-    client = TestClient(application(Service(Sources({"words": lambda: words}))), raise_server_exceptions=False)
+    client = TestClient(http_app(Service(Sources({"words": lambda: words}))), raise_server_exceptions=False)
     expected = words.represent(["cat", "a dog"], role="document")["dense"].vector_ND.numpy()
     assert np.abs(vectors(post(client, "/v1/embeddings", input=["cat", "a dog"])) - expected).max() < 1e-6
     assert vectors(post(client, "/v1/embeddings", input="cat", dimensions=4)).shape == (1, 4)

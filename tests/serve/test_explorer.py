@@ -20,7 +20,7 @@ import embedsmith.serve.explorer as pages
 from embedsmith.data.read import read_source
 from embedsmith.data.source import Source
 from embedsmith.serve import atlas
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.explorer import Explorer
 from embedsmith.serve.feedback import FeedbackFile
 from tests.serve.explored import HOSTILE, documents, run_folder, service
@@ -39,7 +39,7 @@ def served(tmp_path_factory):
 @pytest.fixture
 def client(served, tmp_path):
     explorer = Explorer(run_folder(tmp_path), tmp_path / "feedback.jsonl")
-    return TestClient(application(served, explorer=explorer), raise_server_exceptions=False)
+    return TestClient(http_app(served, explorer=explorer), raise_server_exceptions=False)
 
 
 def test_every_file_comes_with_a_policy_that_forbids_all_but_this_server(client):
@@ -133,7 +133,7 @@ def test_what_the_page_is_told_of_the_server(client, served):
         "weights": {"dense": 1.0, "sparse": 0.3, "multivector": 1.0},
     }
     assert (about["reranker"], about["feedback"], about["run"]) == (False, "feedback.jsonl", True)
-    bare = TestClient(application(served)).get("/explorer/about").json()
+    bare = TestClient(http_app(served)).get("/explorer/about").json()
     assert (bare["feedback"], bare["run"]) == (None, False)
 
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_drawn_is_said(client, served):
         answer = client.get(f"/explorer/map?{query}")
         assert answer.status_code in (400, 404)
         assert said in answer.json()["error"]["message"]
-    assert "no run was given" in TestClient(application(served)).get("/explorer/report").json()["error"]["message"]
+    assert "no run was given" in TestClient(http_app(served)).get("/explorer/report").json()["error"]["message"]
 
 
 def test_pca_is_that_of_the_whole_matrix_and_the_same_every_time():
@@ -236,7 +236,7 @@ def test_the_report_says_which_queries_got_worse_and_why(client):
 def test_the_report_is_read_anew_when_the_run_has_gone_on(served, tmp_path):
     run = run_folder(tmp_path)
     (run / "finished.json").unlink()
-    client = TestClient(application(served, explorer=Explorer(run)))
+    client = TestClient(http_app(served, explorer=Explorer(run)))
     assert client.get("/explorer/report").json()["step"] == 10
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "loss/pairs": 1.0}\n')
@@ -335,7 +335,7 @@ def test_marks_that_are_refused(client, served, tmp_path):
     form = client.post("/explorer/feedback", content=text, headers={"Content-Type": "text/plain"})
     assert (other.status_code, form.status_code) == (400, 400)
     assert not path.exists()
-    assert "takes no marks" in marks(TestClient(application(served)), "q", {"d1": 1}).json()["error"]["message"]
+    assert "takes no marks" in marks(TestClient(http_app(served)), "q", {"d1": 1}).json()["error"]["message"]
 
 
 def test_what_the_page_cannot_read_or_write_is_said_before_anything_is_loaded(tmp_path):
@@ -357,7 +357,7 @@ def test_the_verb_hands_on_the_run_and_the_file_of_marks(typed, monkeypatch, tmp
 
 def test_with_keys_the_page_is_open_and_what_it_asks_for_is_not(served, tmp_path):
     explorer = Explorer(None, tmp_path / "feedback.jsonl")
-    client = TestClient(application(served, keys=["a-long-key"], explorer=explorer))
+    client = TestClient(http_app(served, keys=["a-long-key"], explorer=explorer))
     assert client.get("/").status_code == client.get("/explorer/static/main.js").status_code == 200
     for path in ("/explorer/about", "/explorer/map", "/explorer/report"):
         assert client.get(path).status_code == 401

@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'embedsmith[se
 
 import uvicorn
 
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.explorer import Explorer
 from embedsmith.serve.listener import bind
 from tests.serve.explored import HOSTILE, run_folder, service
@@ -53,7 +53,7 @@ def site(tmp_path_factory):
     for keys in ((), (KEY,)):
         listener = bind("127.0.0.1", 0)
         addresses.append(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(application(made, keys, explorer), log_level="error", lifespan="off")
+        config = uvicorn.Config(http_app(made, keys, explorer), log_level="error", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

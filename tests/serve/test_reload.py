@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from embedsmith.core.errors import ModelError, SearchError
 from embedsmith.index import Document, EdgeStore, open_index
 from embedsmith.models import load
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.failures import ClosedError, ReloadingError
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import embedder
@@ -31,7 +31,7 @@ def test_a_swap_drops_no_request_and_mixes_no_models(tmp_path):
     old.save(place)
     loads = []
     service = Service(Sources({"m": lambda: loads.append(1) or load(str(place), device="cpu")}))
-    client = TestClient(application(service), raise_server_exceptions=False)
+    client = TestClient(http_app(service), raise_server_exceptions=False)
     texts = ["the fox", "a dog"]
     before = load(str(place), device="cpu").encode(texts)
     after = changed(embedder(tmp_path / "other"), place).encode(texts)
@@ -69,7 +69,7 @@ def test_what_cannot_be_loaded_changes_nothing(tmp_path):
     made.store.close()
     sources = Sources({"m": lambda: load(str(place), device="cpu")}, [lambda: EdgeStore(index, read_only=True)])
     service = Service(sources)
-    client = TestClient(application(service), raise_server_exceptions=False)
+    client = TestClient(http_app(service), raise_server_exceptions=False)
     found = lambda: [hit["id"] for hit in client.post("/search", json={"query": "fox"}).json()["hits"]]
     assert found() == ["1"]
     service.reload()
@@ -93,7 +93,7 @@ def test_a_closed_service_answers_what_it_took_and_takes_no_more(model):
     future = service.models["m"].submit(["the fox"] * 50, "document")
     service.close()
     assert len(future.result(0).token_N) == 50
-    client = TestClient(application(service), raise_server_exceptions=False)
+    client = TestClient(http_app(service), raise_server_exceptions=False)
     refused = client.post("/v1/embeddings", json={"input": "a"})
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     assert client.get("/health").status_code == 503

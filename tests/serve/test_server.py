@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from embedsmith.models import load
-from embedsmith.serve.app import application
+from embedsmith.serve.app import http_app
 from embedsmith.serve.failures import AddressError
 from embedsmith.serve.listener import bind
 from embedsmith.serve.service import Service, Sources
@@ -51,7 +51,7 @@ def test_the_openai_client_gets_what_encode_gives(model):
     openai = pytest.importorskip("openai")
     texts = mixed_texts(200)
     expected, narrow = model.encode(texts), model.encode(texts, dim=8)
-    with in_thread(application(Service(Sources({"tiny": lambda: model})), [KEY])) as address:
+    with in_thread(http_app(Service(Sources({"tiny": lambda: model})), [KEY])) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
 
         def embedded(**options):

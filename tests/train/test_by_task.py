@@ -12,7 +12,7 @@ import embedsmith as es
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, loop, train
-from embedsmith.train.by_task import ConflictMeter, Weights
+from embedsmith.train.by_task import ConflictMeter, GroupedWeights
 from embedsmith.train.config import ConflictConfig
 from embedsmith.train.step import run_step
 from tests.ranks import on_ranks
@@ -169,7 +169,7 @@ def test_conflict_is_measured_and_changes_nothing(tree, tmp_path):
 
 def meter(**config):
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
-    made = Weights(parameters, {"low": [0], "high": [1]})
+    made = GroupedWeights(parameters, {"low": [0], "high": [1]})
     return ConflictMeter(ConflictConfig(**{"every": 3, "share": 1.0} | config), made, ["a", "b"])
 
 

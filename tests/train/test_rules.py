@@ -14,7 +14,7 @@ from embedsmith.core.settings import to_plain
 from embedsmith.core.shelf import balances
 from embedsmith.train.anchor import Anchor
 from embedsmith.train.balance import Fixed, GradNorm, PCGrad, TaskRule, Uncertainty
-from embedsmith.train.by_task import Weights
+from embedsmith.train.by_task import GroupedWeights
 from embedsmith.train.config import AnchorConfig
 
 
@@ -167,7 +167,7 @@ def test_every_rule_says_what_it_is_and_comes_back_from_a_recipe():
 
 def test_inner_products_and_the_sum_of_gradients_are_those_of_loops():
     parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))]
-    weights = Weights(parameters, {"all": [0, 1]})
+    weights = GroupedWeights(parameters, {"all": [0, 1]})
     torch.manual_seed(0)
     first, second = ([torch.randn(2, 3), torch.randn(4)] for _ in range(2))
     second[1] = None  # a weight that the second task does not read

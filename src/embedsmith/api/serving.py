@@ -58,7 +58,7 @@ def application(
     Errors: those of loading, and `SearchError` for an index that none of the models made.
     """
     with _extra():
-        from embedsmith.serve.app import application as made
+        from embedsmith.serve.app import http_app as made
         from embedsmith.serve.explorer import Explorer
         from embedsmith.serve.service import Service, Sources
 

@@ -13,7 +13,7 @@ from embedsmith.core.collectives import refuse_launcher
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.inputs import local_path
-from embedsmith.core.outputs import claimed, delivered, files_of, refuse_foreign_file, sweep
+from embedsmith.core.outputs import claimed, clear_left, delivered, files_of, refuse_foreign_file
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import section
@@ -124,7 +124,7 @@ def _begun(sharing: Sharing, tokenizer: TokenizerFacts) -> Manifest:
             sharing.refuse_unbegun()
     manifest = Manifest.to_write(out, tokenizer)
     if sharing.mode in ("alone", "ranks"):
-        sweep(out)
+        clear_left(out)
     if sharing.mode != "shard" or not (out / MANIFEST).exists():
         manifest.save(out)
     return manifest

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from embedsmith.calibrate.live_model import LiveMerge, Weights, combine_deltas
-from embedsmith.calibrate.probe import Candidates, ProbedMethod, frozen_candidates, texts_of
+from embedsmith.calibrate.probe import FrozenCandidates, ProbedMethod, distinct_texts, frozen_candidates
 from embedsmith.core.encoder import Role
 from embedsmith.core.files import write_cache
 from embedsmith.core.progress import log, progress_bar
@@ -128,7 +128,7 @@ class Fisher(ProbedMethod):
         }
         generator = torch.Generator().manual_seed(self.seed)
         if self.definition == "embedding":
-            texts = texts_of(records)
+            texts = distinct_texts(records)
             size, passes = len(texts), self._of_embeddings(live, texts, records.task, generator)
         else:
             lists = frozen_candidates(records, self.probe.negatives, self.seed)
@@ -151,7 +151,7 @@ class Fisher(ProbedMethod):
         return {name: tensor / max(count, 1) for name, tensor in total.items()}
 
     def _of_queries(
-        self, live: LiveMerge, lists: Sequence[Candidates], task: str, generator: torch.Generator
+        self, live: LiveMerge, lists: Sequence[FrozenCandidates], task: str, generator: torch.Generator
     ) -> Iterator[Backward]:
         """`isolated`: log p(d|q) over the query's own candidates, one example."""
         for each in lists:
@@ -168,10 +168,10 @@ class Fisher(ProbedMethod):
             log_p_K[k].backward()
             yield 1.0, 1
 
-    def _of_batches(self, live: LiveMerge, lists: Sequence[Candidates], task: str) -> Iterator[Backward]:
+    def _of_batches(self, live: LiveMerge, lists: Sequence[FrozenCandidates], task: str) -> Iterator[Backward]:
         """`batch_square`: (sum_q grad -log p(d+|q))^2 over the documents of the batch, which `measure` divides by the
         number of queries. Another query's document with the same text is no negative."""
-        answers = [Candidates(each.query, each.documents[:1], each.instruction) for each in lists]
+        answers = [FrozenCandidates(each.query, each.documents[:1], each.instruction) for each in lists]
         for start in range(0, len(answers), self.batch_size):
             batch = answers[start : start + self.batch_size]
             if len(batch) < 2:  # a query alone with its own document has no loss
@@ -240,7 +240,7 @@ class Fisher(ProbedMethod):
         return used, counts
 
 
-def _vectors(live: LiveMerge, lists: Sequence[Candidates], task: str) -> tuple[Tensor, Tensor]:
+def _vectors(live: LiveMerge, lists: Sequence[FrozenCandidates], task: str) -> tuple[Tensor, Tensor]:
     """query_QD and document_KD of all lists, of length 1; one forward pass for both."""
     role: Role = "query" if task == "sts" else "document"
     own = [each.instruction for each in lists]

@@ -94,7 +94,7 @@ class ProbedMethod(Method):
         return LiveMerge.of(job.parents, job.base, granularity=granularity, max_length=length)
 
 
-def texts_of(records: RecordSet) -> list[tuple[str, Role]]:
+def distinct_texts(records: RecordSet) -> list[tuple[str, Role]]:
     """Every distinct text with its role, for methods that need no labels. Both sides of a scored pair are queries."""
     found: dict[tuple[str, Role], None] = {}
     for record in records.records:
@@ -105,7 +105,7 @@ def texts_of(records: RecordSet) -> list[tuple[str, Role]]:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class FrozenCandidates:
     """One query, its instruction, and its frozen list of documents: the right one first."""
 
     query: str
@@ -113,7 +113,7 @@ class Candidates:
     instruction: str | None = None
 
 
-def frozen_candidates(records: RecordSet, negatives: int, seed: int) -> list[Candidates]:
+def frozen_candidates(records: RecordSet, negatives: int, seed: int) -> list[FrozenCandidates]:
     """The candidate lists of the per-query losses: d+ and K others, drawn once.
 
     Scored pairs take part from a score of 0.8 on. A text that is one of the query's positives is never a negative; a
@@ -145,7 +145,7 @@ def frozen_candidates(records: RecordSet, negatives: int, seed: int) -> list[Can
             if id_ not in taken:
                 taken.add(id_)
                 chosen.append(text)
-        lists.append(Candidates(record.query, (record.positives[0], *chosen), record.instruction))
+        lists.append(FrozenCandidates(record.query, (record.positives[0], *chosen), record.instruction))
     return lists
 
 

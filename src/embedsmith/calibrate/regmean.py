@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embedsmith.calibrate.live_model import LiveMerge, combine_deltas
-from embedsmith.calibrate.probe import ROLES, ProbedMethod, texts_of
+from embedsmith.calibrate.probe import ROLES, ProbedMethod, distinct_texts
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import NotNegative, Share
@@ -207,7 +207,7 @@ def token_chunks(live: LiveMerge, records: RecordSet) -> list[PaddedTokens]:
     chunks is mixed: a sample that ends early has short texts and long ones."""
     parts = []
     for role in ROLES:
-        texts = [text for text, own in texts_of(records) if own == role]
+        texts = [text for text, own in distinct_texts(records) if own == role]
         if texts:
             parts.append(live.model.tokenize(texts, role, records.task))
     tokens = TokenBatch.concatenate(parts)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from embedsmith.calibrate.live_model import LiveMerge
-from embedsmith.calibrate.probe import ROLES, Probe, texts_of
+from embedsmith.calibrate.probe import ROLES, Probe, distinct_texts
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.core.files import atomic_file
@@ -112,7 +112,7 @@ class EncodedSample:
     @classmethod
     def of(cls, model: Embedder, records: RecordSet) -> Self:
         """Every text under its role. Graded pairs give no answers."""
-        texts = texts_of(records)
+        texts = distinct_texts(records)
         place = {(text_id(text), role): row for row, (text, role) in enumerate(texts)}
         answers = [(r.query, r.positives[0]) for r in records.records if r.task != "sts" and r.positives]
         settings = model.settings

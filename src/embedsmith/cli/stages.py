@@ -73,21 +73,21 @@ class PipelineRecipe:
 
 
 @dataclass(frozen=True)
-class Kind:
+class StageKind:
     """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
 
     run: Callable[[dict[str, Any], str], Path]
     suffix: str
 
 
-VERBS: dict[str, Kind] = {}
+VERBS: dict[str, StageKind] = {}
 
 
 def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any], str], Path]], None]:
     """Decorator for what a stage of a verb does: `(tree, where)` to the path of what it made."""
 
     def add(run: Callable[[dict[str, Any], str], Path]) -> None:
-        VERBS[verb] = Kind(run, suffix)
+        VERBS[verb] = StageKind(run, suffix)
 
     return add
 
@@ -214,7 +214,7 @@ def _export(tree: dict[str, Any], where: str) -> Path:
     return Path(stage.output)
 
 
-def recipe_of(verb: str) -> type:
+def recipe_class(verb: str) -> type:
     """The class of a verb's recipe. Errors: `RecipeError` for a verb without one."""
     from embedsmith.api.tokenizing import TokenizeJob
     from embedsmith.curate import CurateRecipe

@@ -17,7 +17,7 @@ from embedsmith.cli.stages import (
     ExportStage,
     PipelineRecipe,
     placeholders,
-    recipe_of,
+    recipe_class,
     resolved,
 )
 from embedsmith.core.errors import RecipeError
@@ -234,7 +234,7 @@ class SweepRecipe:
         pipeline = parse(PipelineRecipe, tree, self.where)
         for stage, made in placeholders(pipeline):
             schema: Any = {"evaluate": EvaluateStage, "export": ExportStage}.get(stage.verb)
-            yield parse(schema or recipe_of(stage.verb), resolved(stage, made), f"{self.where}: stage {stage.name}")
+            yield parse(schema or recipe_class(stage.verb), resolved(stage, made), f"{self.where}: stage {stage.name}")
 
     def _check_objectives(self) -> None:
         """Errors: `RecipeError` for a name that no task has that the recipe scores, as far as that can be told before

@@ -26,8 +26,7 @@ from embedsmith.cli.sweep_recipe import SweepRecipe
 from embedsmith.cli.sweep_trial import DrawnTrial, trials_of
 from embedsmith.core.errors import CheckpointError, EmbedsmithError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.outputs import Kind, atomic_folder, claimed, discard, recover
-from embedsmith.core.outputs import sweep as clear_temporary
+from embedsmith.core.outputs import Kind, atomic_folder, claimed, clear_left, discard, recover
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import read_tree
 from embedsmith.core.seeds import derive_seed
@@ -84,7 +83,7 @@ class SharedStudy:
             discard(self.output)
         for name in (_RECIPE, SWEEP_FILE, "study", "report.html"):
             recover(self.output / name)
-        clear_temporary(self.output / "best")
+        clear_left(self.output / "best")
         now = to_plain({**self.recipe.tree, "sweep": self.recipe.settings})
         path = self.output / _RECIPE
         if path.exists():

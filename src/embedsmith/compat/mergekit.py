@@ -20,7 +20,7 @@ from embedsmith.core.settings import Word, did_you_mean, section
 from embedsmith.merge import MergeRecipe
 from embedsmith.merge.varying import Varying, Where, varies
 from embedsmith.models.backbone import locate
-from embedsmith.models.folder import FolderFacts, read_json
+from embedsmith.models.folder import FolderFacts, read_folder_json
 
 Parameters = Mapping[str, Any]
 Range = tuple[int, int]
@@ -348,7 +348,7 @@ def _layers_of(models: Sequence[Mapping[str, Any]]) -> int | None:
     out."""
     try:
         facts = FolderFacts.read(locate(models[0]["path"], models[0].get("revision")))
-        config = read_json(facts.backbone / "config.json")
+        config = read_folder_json(facts.backbone / "config.json")
     except ModelError:
         return None
     return next((config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if key in config), None)

@@ -10,7 +10,7 @@ from embedsmith.core.text_out import printable
 _MARKUP = re.compile(r"([\\`*\[\]~])")
 
 
-def words(text: object) -> str:
+def in_line(text: object) -> str:
     """A text in a line."""
     line = printable(" ".join(str(text).split()))
     return _MARKUP.sub(r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

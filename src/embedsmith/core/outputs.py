@@ -207,7 +207,7 @@ def recover(path: Path) -> None:
             _remove(one)
 
 
-def sweep(folder: Path) -> None:
+def clear_left(folder: Path) -> None:
     """Remove the temporary files of killed runs anywhere in a folder that is ours and claimed."""
     for one in sorted(folder.rglob(f".*{TEMPORARY}")):
         if _LEFT.fullmatch(one.name):

@@ -20,7 +20,7 @@ Places = npt.NDArray[np.int64]
 """Of records, in an order that is theirs among all."""
 
 
-class Comparison(ABC):
+class ComparingStep(ABC):
     """A step that takes away records which are like earlier ones that stay.
 
     Whether one leaves depends on the sketches before it of which one shares a key with it, or with one that shares a
@@ -66,7 +66,7 @@ def linked(keys: Keys, places: Places) -> tuple[Places, Places]:
     return pairs[0], pairs[1]
 
 
-def groups(ones: Places, others: Places) -> tuple[Places, Places]:
+def linked_groups(ones: Places, others: Places) -> tuple[Places, Places]:
     """The places that are linked to any, ascending, and the number of the group of each: its first place."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -81,7 +81,7 @@ def groups(ones: Places, others: Places) -> tuple[Places, Places]:
 
 
 def leaving(
-    comparison: Comparison, group_N: Sequence[int], place_N: Sequence[int], sketch_N: Sequence[Any]
+    comparison: ComparingStep, group_N: Sequence[int], place_N: Sequence[int], sketch_N: Sequence[Any]
 ) -> Iterator[tuple[int, str]]:
     """(place, what it is like) of the records of whole groups that leave, whatever their order here."""
     rows = sorted(zip(group_N, place_N, range(len(sketch_N)), strict=True))

@@ -15,7 +15,7 @@ from pydantic import Field
 from embedsmith.core.errors import MissingExtraError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.comparison import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools, short
 from embedsmith.curate.rules import token_shingles
 from embedsmith.data.record import Record, text_id
@@ -27,7 +27,7 @@ _BETWEEN = "\u2063"
 
 @curation_steps.register("exact_duplicates", formula="each text_id(by) at most `keep` times")
 @dataclass(frozen=True)
-class ExactDuplicates(Comparison):
+class ExactDuplicates(ComparingStep):
     """Keep the first records with the same text, drop the later ones.
 
     Same means equal after Unicode normalisation (NFC) and with runs of white space collapsed. Memory: one number a
@@ -72,7 +72,7 @@ class ExactDuplicates(Comparison):
     source="Broder 1997; banded locality-sensitive hashing",
 )
 @dataclass(frozen=True)
-class NearDuplicates(Comparison):
+class NearDuplicates(ComparingStep):
     """Keep the first of records whose texts share most of their shingles, drop the later ones.
 
     Candidates come from hash bands, and leave if the similarity estimated from all hashes reaches the threshold

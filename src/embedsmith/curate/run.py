@@ -18,18 +18,18 @@ from pydantic import Field
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
-from embedsmith.core.outputs import claimed, delivered, discard, files_of, refuse_foreign_records, sweep
+from embedsmith.core.outputs import claimed, clear_left, delivered, discard, files_of, refuse_foreign_records
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Word, section, to_plain
 from embedsmith.core.shelf import curation_steps, engines
-from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.comparison import ComparingStep
 from embedsmith.curate.engines import Running
 from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.input_records import Input, InputRecords
 from embedsmith.curate.keeper import key_of
 from embedsmith.curate.ledger import Chain, Ledger, PerRecord, Step, Tools
 from embedsmith.curate.outcome import Report, StepReport
-from embedsmith.curate.stages import PART, Advance, Check, Run, Stage, Survey
+from embedsmith.curate.stages import PART, Advance, RecordCheck, StageParts, StepRun, Survey
 from embedsmith.data.record import Record
 from embedsmith.data.writers import batched, write_records
 
@@ -119,7 +119,7 @@ def _check_output(recipe: CurateRecipe, overwrite: bool) -> None:
     )
     if strange := [name for name in files_of(stages) if not _STAGE.fullmatch(name)]:
         raise CheckpointError(f"{strange[0]} is no stage of a curation", where=stages, fix="set work to a new folder")
-    sweep(stages)
+    clear_left(stages)
 
 
 def _finished(recipe: CurateRecipe, key: str) -> Report | None:
@@ -135,7 +135,7 @@ def _finished(recipe: CurateRecipe, key: str) -> Report | None:
 class _Pile:
     """The records after a pass, in parts. Those of an input are written as they are first asked for."""
 
-    stage: Stage
+    stage: StageParts
     count: int = 0
     reading: Iterator[int] = iter(())
 
@@ -239,7 +239,7 @@ class _Curation:
             pile = _Pile(stage, len(known.sizes))
         return StepReport.together(reports), pile
 
-    def _pass(self, step: Step, pile: _Pile, stage: Stage, advance: Advance) -> tuple[Ledger, int]:
+    def _pass(self, step: Step, pile: _Pile, stage: StageParts, advance: Advance) -> tuple[Ledger, int]:
         """Write the parts of a stage; what it did, and how many parts there are."""
         ledger, running = Ledger(self.recipe.examples), self.running
         tools = replace(self.tools.for_a_step(), labels=self.tools.labels or self.input.labels)
@@ -249,12 +249,12 @@ class _Curation:
             look = Survey(step, pile.stage, handed)
             surveys = list(running.each(look, pile.parts(), advance, holds_model=model)) if step.surveyed else []
             known = step.prepare(ledger, tools, surveys)
-            work = Run(step, pile.stage, stage, handed, known, ledger.examples)
+            work = StepRun(step, pile.stage, stage, handed, known, ledger.examples)
             for one in running.each(work, pile.parts(), advance, holds_model=model):
                 ledger.merge(one)
             step.conclude(ledger, handed)
             return ledger, pile.count
-        if isinstance(step, Comparison):
+        if isinstance(step, ComparingStep):
             for one in running.without_like(step, pile.stage, stage, pile.parts(), advance, ledger.examples):
                 ledger.merge(one)
             return ledger, pile.count
@@ -268,12 +268,12 @@ class _Curation:
         """The output: what can be trained on."""
         output = Path(self.recipe.output)
         ending = ".jsonl.gz" if output.suffix == ".gz" else ".jsonl"
-        stage = Stage(self._stage(len(self.recipe.steps) + 1, "checked").folder, ending)
+        stage = StageParts(self._stage(len(self.recipe.steps) + 1, "checked").folder, ending)
         if (known := stage.manifest()) is None:
             stage.clear()
             ledger = Ledger(self.recipe.examples)
             with progress_bar("check", total) as bar:
-                work = Check(pile.stage, stage, ledger.examples)
+                work = RecordCheck(pile.stage, stage, ledger.examples)
                 for one in self.running.each(work, pile.parts(), bar.advance):
                     ledger.merge(one)
             known = stage.finish(StepReport.of({"type": "checked for training"}, ledger, 0.0), pile.count)
@@ -283,6 +283,6 @@ class _Curation:
                     shutil.copyfileobj(part, whole)
         return known.report
 
-    def _stage(self, place: int, name: str) -> Stage:
+    def _stage(self, place: int, name: str) -> StageParts:
         key = self.keys[min(place, len(self.keys) - 1)]
-        return Stage(self.recipe.folder / "stages" / f"{place:02d}-{name}-{key[:12]}")
+        return StageParts(self.recipe.folder / "stages" / f"{place:02d}-{name}-{key[:12]}")

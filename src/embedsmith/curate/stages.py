@@ -19,7 +19,7 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import discard
-from embedsmith.curate.comparison import Comparison, Keys, Places
+from embedsmith.curate.comparison import ComparingStep, Keys, Places
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.curate.outcome import StepReport
 from embedsmith.data.record import Record, RowError, validate
@@ -34,7 +34,7 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Manifest:
+class PartsManifest:
     """What is written when all parts of a stage are there: the report, and the size of each part in bytes."""
 
     report: StepReport
@@ -42,7 +42,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageParts:
     """The parts of one pass."""
 
     folder: Path
@@ -55,10 +55,10 @@ class Stage:
     def manifest_path(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.json")
 
-    def manifest(self) -> Manifest | None:
+    def manifest(self) -> PartsManifest | None:
         """That of a finished stage whose parts are all as they were written."""
         try:
-            known = read_typed(self.manifest_path, Manifest)
+            known = read_typed(self.manifest_path, PartsManifest)
             sizes = [self.part(number).stat().st_size for number in range(len(known.sizes))]
             return known if sizes == known.sizes else None
         except (DataError, OSError):
@@ -70,8 +70,8 @@ class Stage:
         discard(self.folder)
         self.folder.mkdir(parents=True)
 
-    def finish(self, report: StepReport, count: int) -> Manifest:
-        manifest = Manifest(report, [self.part(number).stat().st_size for number in range(count)])
+    def finish(self, report: StepReport, count: int) -> PartsManifest:
+        manifest = PartsManifest(report, [self.part(number).stat().st_size for number in range(count)])
         with atomic_file(self.manifest_path) as file:
             json.dump(asdict(manifest), file, ensure_ascii=False)
         return manifest
@@ -97,7 +97,7 @@ class Stage:
 class Counted:
     """The records of a part, which can be read again."""
 
-    stage: Stage
+    stage: StageParts
     number: int
     advance: Advance
 
@@ -117,7 +117,7 @@ def record_of(line: bytes, path: Path) -> Record:
         raise DataError("a damaged stage file", where=path, fix="delete it and run again") from error
 
 
-class Work(Generic[T]):
+class PartWork(Generic[T]):
     """Something that is done with each part, by whatever process. A work can be pickled."""
 
     def __call__(self, number: int, advance: Advance) -> T:
@@ -126,11 +126,11 @@ class Work(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Survey(Work[Any]):
+class Survey(PartWork[Any]):
     """A step's first look at a part."""
 
     step: PerRecord
-    source: Stage
+    source: StageParts
     tools: Tools
 
     def __call__(self, number: int, advance: Advance) -> Any:
@@ -138,12 +138,12 @@ class Survey(Work[Any]):
 
 
 @dataclass(frozen=True)
-class Run(Work[Ledger]):
+class StepRun(PartWork[Ledger]):
     """A step over a part: the part that it makes, and its ledger. `known`: what the step prepared."""
 
     step: PerRecord
-    source: Stage
-    target: Stage
+    source: StageParts
+    target: StageParts
     tools: Tools
     known: Any
     examples: int
@@ -156,23 +156,23 @@ class Run(Work[Ledger]):
 
 
 @dataclass(frozen=True)
-class Sketches(Work[list[Any]]):
+class Sketches(PartWork[list[Any]]):
     """What is compared in place of the records of a part."""
 
-    comparison: Comparison
-    source: Stage
+    comparison: ComparingStep
+    source: StageParts
 
     def __call__(self, number: int, advance: Advance) -> list[Any]:
         return [self.comparison.sketch(record) for record in self.source.records(number, advance)]
 
 
 @dataclass(frozen=True)
-class Drop(Work[Ledger]):
+class Drop(PartWork[Ledger]):
     """A part without some of its records. `leaving`: of a part, the lines that leave and what each is like."""
 
-    comparison: Comparison
-    source: Stage
-    target: Stage
+    comparison: ComparingStep
+    source: StageParts
+    target: StageParts
     leaving: Callable[[int], Mapping[int, str]]
     examples: int
 
@@ -190,11 +190,11 @@ class Drop(Work[Ledger]):
 
 
 @dataclass(frozen=True)
-class Check(Work[Ledger]):
+class RecordCheck(PartWork[Ledger]):
     """A part as the output has it: without what cannot be trained on, compressed where its name says so."""
 
-    source: Stage
-    target: Stage
+    source: StageParts
+    target: StageParts
     examples: int
 
     def __call__(self, number: int, advance: Advance) -> Ledger:
@@ -220,7 +220,7 @@ PART_SHIFT = 32
 """A place is the number of a part, and in its last so many bits that of a line."""
 
 
-def key_rows(comparison: Comparison, source: Stage, parts: Iterable[int]) -> tuple[Keys, Places]:
+def key_rows(comparison: ComparingStep, source: StageParts, parts: Iterable[int]) -> tuple[Keys, Places]:
     """Every key of the records of some parts, each with the place of its record."""
     keys, places = array("Q"), array("q")
     for number in parts:
@@ -231,7 +231,7 @@ def key_rows(comparison: Comparison, source: Stage, parts: Iterable[int]) -> tup
     return np.array(keys, np.uint64), np.array(places, np.int64)
 
 
-def sketches_at(comparison: Comparison, source: Stage, places: Places) -> list[Any]:
+def sketches_at(comparison: ComparingStep, source: StageParts, places: Places) -> list[Any]:
     """The sketches of the records at some places, ascending."""
     found: list[Any] = []
     for number, some in groupby(places.tolist(), key=lambda place: place >> PART_SHIFT):

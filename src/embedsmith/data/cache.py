@@ -43,7 +43,7 @@ def belongs_on_disk(source: Source, size: int) -> bool:
     return source.cache is not None or size > MEMORY_BYTES
 
 
-def files_of(path: Path) -> Files:
+def file_states(path: Path) -> Files:
     """The files of a file or folder, as they are now."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {str(file): state for file in files if (state := _state(file)) is not None}

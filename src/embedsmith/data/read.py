@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import log
-from embedsmith.data.cache import belongs_on_disk, files_of, refuse_vanished, stored, weight
+from embedsmith.data.cache import belongs_on_disk, file_states, refuse_vanished, stored, weight
 from embedsmith.data.formats.columns import Extent, Range, Reading, check_range, rescaled
 from embedsmith.data.formats.files import Rows
 from embedsmith.data.record import Record, RowError, Text
@@ -29,7 +29,7 @@ def read_source(source: Source) -> RecordSet[Text]:
     if path is not None and is_token_cache(path):
         return read_tokens(source)
     if path is not None and path.exists():
-        files, version, rows = files_of(path), None, None
+        files, version, rows = file_states(path), None, None
         size = weight(files)
     else:
         if path is not None:

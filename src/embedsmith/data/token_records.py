@@ -26,7 +26,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import local_path
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.data.cache import files_of, stored
+from embedsmith.data.cache import file_states, stored
 from embedsmith.data.formats.files import parquet_schema, readable_parquet
 from embedsmith.data.record import TASKS, Record, Text, TokenIds, value_faults
 from embedsmith.data.source import DatasetFacts, RecordSet, Source
@@ -92,7 +92,7 @@ def read_tokens(source: Source) -> RecordSet[TokenIds]:
     task: Any = facts.task
     source = replace(source, split=facts.name, format=None, task=task)
     paths = [str(path) for path in _paths(folder, facts)]
-    files = {name: state for name, state in files_of(folder).items() if name in paths}
+    files = {name: state for name, state in file_states(folder).items() if name in paths}
     found = stored(source, files, None, lambda writer: _convert(folder, facts, source, writer), tokens=True)
     hash_ = f"{found.fingerprint}-{manifest.tokenizer.sha256[:16]}"
     return replace(found, tokens=(manifest.tokenizer, facts), fingerprint=hash_)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from embedsmith.core.errors import CheckpointError, MissingExtraError, SearchError
 from embedsmith.core.files import allocate, atomic_file, disk_errors, full_disk
 from embedsmith.core.inputs import local_path, read_json
-from embedsmith.core.outputs import files_of, holder, sign, sweep
+from embedsmith.core.outputs import clear_left, files_of, holder, sign
 from embedsmith.index.engine import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
 
 SETTINGS = "embedsmith_index.json"
@@ -275,7 +275,7 @@ class EdgeStore:
             raise self._busy()
         with disk_errors(self._folder):
             sign(self._locks[-1].fileno(), "index")
-            sweep(self._folder)
+            clear_left(self._folder)
 
     def _lock(self, name: str, how: int) -> bool:
         """Hold one of the locks until `close`; whether it could be had. Where there is none and none can be made,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import DataError
-from embedsmith.core.outputs import discard, sweep
+from embedsmith.core.outputs import clear_left, discard
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data.writers import batched
@@ -84,7 +84,7 @@ class _Filling:
         sharing.agree(facts | {"precision": self.precision})
         heads, fresh = sharing.first(lambda: self._wanted(encoder))
         if sharing.ends:
-            sharing.first(lambda: sweep(work))
+            sharing.first(lambda: clear_left(work))
         cached, batches = CachedEncoder.of(encoder, work), range(-(-total // self.batch))
         missing = sharing.first(lambda: self._missing(cached, heads, fresh))
         mine = sharing.share(batches, set(batches) - missing)

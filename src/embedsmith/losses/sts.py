@@ -20,7 +20,7 @@ from embedsmith.core.shelf import losses
 from embedsmith.losses.candidates import NEVER
 
 
-def scored_pairs(
+def gathered_pairs(
     batch: Batch, head: str, cross_device: bool, scorer: Callable[[PairBatch], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """score_WN and label_N of the pairs of all ranks (of this rank's alone unless `cross_device`); rows without a text
@@ -61,7 +61,7 @@ class CoSENT(Loss):
     cross_device: bool = True
 
     def __call__(self, batch: Batch) -> LossOutput:
-        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device)
         return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
 
 
@@ -120,7 +120,7 @@ class AnglE(Loss):
             assert isinstance(right, Dense)
             return complex_angles(left, right, pairs.widths)
 
-        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device, angles)
+        score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device, angles)
         return LossOutput(ordering_loss(score_WN / self.temperature, label_N))
 
 
@@ -166,7 +166,7 @@ class Pearson(Loss):
     cross_device: bool = True
 
     def __call__(self, batch: Batch) -> LossOutput:
-        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device)
         count = max(len(label_N), 1)
         label_N = label_N - label_N.sum() / count
         score_WN = score_WN - score_WN.sum(-1, keepdim=True) / count
@@ -205,7 +205,7 @@ class RankKL(Loss):
     cross_device: bool = True
 
     def __call__(self, batch: Batch) -> LossOutput:
-        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device)
         log_target_N = (rank_targets(label_N) / self.temperature).log_softmax(-1)
         log_score_WN = (score_WN / self.temperature).log_softmax(-1)
         divergence_W = (log_target_N.exp() * (log_target_N - log_score_WN)).sum(-1)
@@ -253,7 +253,7 @@ class PRO(Loss):
     cross_device: bool = True
 
     def __call__(self, batch: Batch) -> LossOutput:
-        score_WN, label_N = scored_pairs(batch, self.head, self.cross_device)
+        score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device)
         if self.center:
             score_WN = score_WN - score_WN.sum(-1, keepdim=True) / max(len(label_N), 1)
         value_W: Tensor = _PreferenceRanking.apply(score_WN / self.temperature, label_N)  # type: ignore[no-untyped-call]

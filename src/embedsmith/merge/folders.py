@@ -22,7 +22,7 @@ from embedsmith.merge.lora_parent import CONFIG, AdapterFolder
 from embedsmith.merge.parents import Held, Parent, Weights, read_header
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from embedsmith.models.backbone import UNUSED, locate, shard_names, skeleton
-from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, listed_modules, read_json
+from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, listed_modules, read_folder_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES, head_state
 from embedsmith.models.layers import LAYERS
@@ -137,7 +137,7 @@ def open_folder(folder: Path, name: str, trust_remote_code: bool = False, cache:
     facts = FolderFacts.read(folder)
     _refuse_form(facts, folder)
     config = facts.backbone / "config.json"
-    quantised = read_json(config).get("quantization_config") if config.exists() else None
+    quantised = read_folder_json(config).get("quantization_config") if config.exists() else None
     if quantised:  # its numbers are codes, not weights
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ModelError(

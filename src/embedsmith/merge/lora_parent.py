@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embedsmith.core.errors import ModelError
 from embedsmith.merge.parents import Held, Parent, View, Weights, read_header
-from embedsmith.models.folder import AdapterFile, read_typed
+from embedsmith.models.folder import AdapterFile, read_folder_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KINDS = re.compile(
@@ -84,7 +84,7 @@ class AdapterFolder:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Errors: `ModelError` for an unreadable file or another kind of adapter."""
-        config = read_typed(AdapterFile, folder / CONFIG)
+        config = read_folder_file(AdapterFile, folder / CONFIG)
         if config.peft_type != "LORA":
             raise ModelError(
                 f"an adapter of the kind {config.peft_type}", where=folder / CONFIG, expected="a LoRA adapter"

@@ -20,14 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from embedsmith.core.errors import CheckpointError
-from embedsmith.core.markdown import block, code, row, without_folders, words
+from embedsmith.core.markdown import block, code, in_line, row, without_folders
 from embedsmith.core.settings import to_plain
 from embedsmith.merge.folders import INDEX, WEIGHTS, layer_folders, module_folders
 from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.method import block_of
 from embedsmith.merge.parents import DTYPES
 from embedsmith.merge.stream import Block, drawn
-from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, read_json, write_json
+from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, read_folder_json, write_json
 from embedsmith.models.heads.splade import SPLADE_FILE
 from embedsmith.models.heads.tokens import FILES
 
@@ -220,7 +220,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _edit(path: Path, changes: Mapping[str, Any], only_if_there: bool = False) -> None:
     if path.exists() or not only_if_there:
-        found = dict(read_json(path)) if path.exists() else {}
+        found = dict(read_folder_json(path)) if path.exists() else {}
         if "dtype" in changes:
             found.pop("torch_dtype", None)  # the old name of the same key
         write_json(path, found | dict(changes))
@@ -236,10 +236,10 @@ def _card(plan: Plan, report: Mapping[str, Any]) -> str:
         f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}\n" for name, text in plan.prompts.items()
     )
     rows = [
-        row(words(one["id"]), code(one["path"]), _weight(one["weight"]), one["distance"], f"`{one['sha256'][:16]}`")
+        row(in_line(one["id"]), code(one["path"]), _weight(one["weight"]), one["distance"], f"`{one['sha256'][:16]}`")
         for one in report["models"]
     ]
-    notes = "".join(f"- {words(note)}\n" for note in report["notes"])
+    notes = "".join(f"- {in_line(note)}\n" for note in report["notes"])
     recipe = yaml.safe_dump(without_folders(to_plain(plan.recipe)), sort_keys=False, allow_unicode=True)
     return _CARD.format(
         architecture=code((plan.like.config.get("architectures") or ["encoder"])[0]),

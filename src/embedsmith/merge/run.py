@@ -27,7 +27,7 @@ from embedsmith.merge.package import LOSSY, REPORT, Rounding, Slot, TensorFile, 
 from embedsmith.merge.parents import file_hash
 from embedsmith.merge.recipe import MergeRecipe
 from embedsmith.merge.stream import BLOCK, Block
-from embedsmith.models.folder import read_json
+from embedsmith.models.folder import read_folder_json
 from embedsmith.models.write import saved_model
 
 _SPARE = 1 << 24
@@ -130,7 +130,7 @@ def _finished(recipe: MergeRecipe, overwrite: bool) -> dict[str, Any] | None:
         return None
     if to_plain(load_recipe(output / "recipe.yaml", MergeRecipe)) != to_plain(recipe):
         raise CheckpointError("the folder is not empty: it holds a merge of another recipe", where=output, fix=_REPLACE)
-    found: dict[str, Any] = read_json(output / REPORT)
+    found: dict[str, Any] = read_folder_json(output / REPORT)
     return found
 
 

@@ -22,18 +22,18 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import local_path, read_typed
-from embedsmith.core.outputs import delivered, discard, refuse_foreign_records, sweep
+from embedsmith.core.outputs import clear_left, delivered, discard, refuse_foreign_records
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import to_plain
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records
-from embedsmith.data.cache import MEMORY_BYTES, files_of, weight
+from embedsmith.data.cache import MEMORY_BYTES, file_states, weight
 from embedsmith.data.store import RecordStore
 from embedsmith.mining.config import MineRecipe, Selection
 from embedsmith.mining.corpus import StoredTexts, corpus_texts, stored_texts
-from embedsmith.mining.searchers import Scorer, Searcher, SearchTexts, SharedSearcher, no_reranker
+from embedsmith.mining.searchers import PairScorer, Searcher, SearchTexts, SharedSearcher, no_reranker
 from embedsmith.mining.selection import (
     SUSPECT,
     Ranked,
@@ -85,7 +85,7 @@ def _check_output(recipe: MineRecipe, overwrite: bool, sharing: Sharing) -> None
     if sharing.mode == "shard":  # what others are writing would go
         return
     for ours in (*recipe.folder.glob("parts-*"), recipe.folder / "vectors"):  # beside them may be other people's files
-        sweep(ours)
+        clear_left(ours)
 
 
 def _mine(
@@ -136,7 +136,7 @@ class Texts:
                 expected="retrieval records: queries with positives",
                 fix="declare task: retrieval, or make pairs of labels first (embedsmith curate, labels_to_pairs)",
             )
-        files = {path: state for one in recipe.corpus for path, state in files_of(local_path(one.path)).items()}
+        files = {path: state for one in recipe.corpus for path, state in file_states(local_path(one.path)).items()}
         if isinstance(found.records, RecordStore) or weight(files) > MEMORY_BYTES:
             known = repr((found.fingerprint, recipe.corpus, sorted(files.items())))
             corpus: Sequence[str] = stored_texts(
@@ -233,7 +233,7 @@ class _Work:
     recipe: MineRecipe
     texts: Texts
     searchers: Sequence[Searcher]
-    teacher: Scorer | None
+    teacher: PairScorer | None
     parts: Path
     sharing: Sharing
 
@@ -340,7 +340,7 @@ def mine_rows(
     texts: Texts,
     recipe: MineRecipe,
     searchers: Sequence[Searcher],
-    teacher: Scorer | None,
+    teacher: PairScorer | None,
     start: int,
     stop: int,
 ) -> list[Record]:
@@ -392,7 +392,7 @@ def candidates_of(
     return index_Q, score_Q if len(searchers) == 1 else None
 
 
-def _scores(scorer: Scorer, index_Q: Sequence[Sequence[int] | IndexArray], start: int) -> list[FloatArray]:
+def _scores(scorer: PairScorer, index_Q: Sequence[Sequence[int] | IndexArray], start: int) -> list[FloatArray]:
     """Scores of ragged rows of documents."""
     sizes = [len(index_C) for index_C in index_Q]
     row_E = np.repeat(np.arange(start, start + len(sizes)), sizes)
@@ -401,7 +401,7 @@ def _scores(scorer: Scorer, index_Q: Sequence[Sequence[int] | IndexArray], start
 
 
 def _taught(
-    teacher: Scorer, ranked: Sequence[Ranked], positive_Q: Sequence[FloatArray], recipe: MineRecipe, start: int
+    teacher: PairScorer, ranked: Sequence[Ranked], positive_Q: Sequence[FloatArray], recipe: MineRecipe, start: int
 ) -> list[Ranked]:
     """With the teacher's scores of the candidates that the searcher's own limits let through; NaN for the others."""
     kept_Q = [np.flatnonzero(one.may_be_negative(recipe.select)) for one in ranked]

@@ -2,7 +2,8 @@
 `Encoder`.
 
 What a recipe names, such as `{type: bm25, k1: 1.2}`, is a frozen dataclass of settings on the shelf `searchers` or
-`teachers`. Its `open` gives what works: a `Searcher`, or for a teacher a `Scorer`. A package of your own may add one.
+`teachers`. Its `open` gives what works: a `Searcher`, or for a teacher a `PairScorer`. A package of your own may add
+one.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class SearchTexts:
     sharing: Sharing | None = None
 
 
-class Scorer(Protocol):
+class PairScorer(Protocol):
     """Scores of given pairs of a query and a document of the corpus, both by their places."""
 
     def models(self) -> dict[str, str]:
@@ -98,7 +99,7 @@ class Scorer(Protocol):
         ...
 
 
-class Searcher(Scorer, Protocol):
+class Searcher(PairScorer, Protocol):
     """A scorer that also finds candidates in the whole corpus."""
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
@@ -115,7 +116,7 @@ class SearcherSettings(Protocol):
 class TeacherSettings(Protocol):
     """What stands on the shelf `teachers`."""
 
-    def open(self, texts: SearchTexts) -> Scorer: ...
+    def open(self, texts: SearchTexts) -> PairScorer: ...
 
 
 # By an embedding model.
@@ -500,13 +501,13 @@ class CrossEncoderTeacher:
 
     model: Word
 
-    def open(self, texts: SearchTexts) -> Scorer:
+    def open(self, texts: SearchTexts) -> PairScorer:
         """Errors: those of `embedsmith.load_reranker`."""
         return CrossEncoderScorer(texts.open_reranker(self.model), texts.queries, texts.corpus)
 
 
 @dataclass(frozen=True)
-class CrossEncoderScorer(Scorer):
+class CrossEncoderScorer(PairScorer):
     """A reranker; all pairs of a part go through it together. Its scores are as its folder has them: a sigmoid of the
     output unless it names another function."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import log
 from embedsmith.core.settings import section
-from embedsmith.models.self_test import Probe, probe
+from embedsmith.models.self_test import Visibility, probe
 from embedsmith.models.varlen import VARLEN
 
 
@@ -170,7 +170,7 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
                 fix="use model.attention=native; an encoder has no causal form",
             )
         return Attention("causal", "config", causal=True)
-    attempts: dict[How, Probe] = {}
+    attempts: dict[How, Visibility] = {}
     takes_mask = backbone.config._attn_implementation in TAKES_MASKS
     ways: tuple[How, ...] = ("config", "modules", "mask4d") if takes_mask else ("config", "modules")
     for how in ways:
@@ -189,7 +189,7 @@ def switch_attention(backbone: Any, mode: Mode, allow_partial: bool = False) -> 
     return achieved
 
 
-def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Probe], allowed: bool) -> Attention:
+def _partial(backbone: Any, mode: Mode, attempts: Mapping[How, Visibility], allowed: bool) -> Attention:
     """The most that was reached, where that is allowed."""
     steady = {how: found for how, found in attempts.items() if found.steady}
     best = min(steady, key=lambda how: len(steady[how].causal_layers), default=None)

@@ -22,7 +22,7 @@ from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Range, Word
 from embedsmith.models.attention import Mode, prepare_config
 from embedsmith.models.config import ModelConfig
-from embedsmith.models.folder import read_json, read_typed
+from embedsmith.models.folder import read_folder_file, read_folder_json
 from embedsmith.models.heads.base import known_heads
 from embedsmith.models.lora import four_bit_loading, keep_trainable
 from embedsmith.models.self_test import layers_of
@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         read_config(folder, trust_remote_code)
     for path in (folder / name for name in _SETTING_FILES):
         if path.exists():
-            read_typed(_TokenizerFile, path)
+            read_folder_file(_TokenizerFile, path)
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
     with foreign_errors("cannot load the tokenizer", files[0]), transformers_silenced():
         if is_static(folder) and not (folder / "tokenizer_config.json").exists():
@@ -225,7 +225,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             "this folder holds no model", where=folder, expected="a config.json", fix="give the folder of a saved model"
         )
-    _check_counts(read_json(path), path)
+    _check_counts(read_folder_json(path), path)
     with foreign_errors("cannot load the model", path), transformers_silenced():
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
@@ -329,7 +329,7 @@ def shard_names(index: Path) -> list[str]:
 
     Errors: `ModelError` for a damaged index, one that names a place elsewhere, and missing files.
     """
-    names = sorted(set(read_typed(_ShardIndex, index).weight_map.values()))
+    names = sorted(set(read_folder_file(_ShardIndex, index).weight_map.values()))
     if away := [name for name in names if not name or Path(name).name != name or "\\" in name]:
         raise ModelError(
             f"the file {away[0]!r} does not lie beside this index", where=index, expected="names of files in the folder"

@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from embedsmith.core.encoder import Role, tokenizer_json
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError
 from embedsmith.core.files import allocate, atomic_file, disk_errors
-from embedsmith.core.outputs import delivered, files_of, sweep
+from embedsmith.core.outputs import clear_left, delivered, files_of
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.quantize import AnyArray, FloatArray, quantize, value_ranges
 from embedsmith.core.settings import Count, section
@@ -290,7 +290,7 @@ class EncodeJob:
         if not isinstance(meta, dict) or meta.get("format") != 1 or meta.get("state") not in _STATES:
             raise _damaged("not what encode writes", path)
         if sharing.mode != "shard":  # what others are writing would go
-            sweep(out)
+            clear_left(out)
         if meta["state"] == "preparing":
             if sharing.mode == "join":
                 sharing.refuse_unbegun()

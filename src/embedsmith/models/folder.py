@@ -81,7 +81,7 @@ class EmbeddingConfig:
         path = folder / EMBEDDING_CONFIG
         if not path.exists():
             return cls()
-        tree = read_json(path)
+        tree = read_folder_json(path)
         version = tree.get("version", 1)
         if version != 1:
             raise ModelError(f"version {version}", where=path, expected="1", fix="install a newer embedsmith")
@@ -280,7 +280,7 @@ class FolderFiles:
         more = EmbeddingConfig.read(folder)
         listed = (folder / "modules.json").exists()
         path = folder / "config_sentence_transformers.json"
-        general = read_typed(_GeneralFile, path) if listed and path.exists() else _GeneralFile()
+        general = read_folder_file(_GeneralFile, path) if listed and path.exists() else _GeneralFile()
         if general.default_prompt_name is not None and general.default_prompt_name not in (general.prompts or {}):
             raise ModelError(
                 f"default_prompt_name is {general.default_prompt_name!r}, and there is no such prompt",
@@ -318,7 +318,7 @@ class FolderFiles:
                 fix=f"check that the folder was copied as a whole and not mixed with another; {ELSEWHERE}",
             )
         path = self.modules[1].path / "config.json"
-        if self.more.form != "dense" and not read_typed(PoolingFile, path).modes:
+        if self.more.form != "dense" and not read_folder_file(PoolingFile, path).modes:
             pooling, include_prompt = None, True
         else:
             pooling, include_prompt = read_pooling(path, self.more.pooling)
@@ -341,7 +341,7 @@ class FolderFiles:
         """What every form takes from the same files, as `FolderFacts` takes it."""
         places = [place / "sentence_bert_config.json" for place in (backbone, self.folder)]
         path = next((place for place in places if place.exists()), None)
-        encoder = read_typed(_EncoderFile, path) if path is not None else _EncoderFile()
+        encoder = read_folder_file(_EncoderFile, path) if path is not None else _EncoderFile()
         general = self.general
         return {
             "backbone": backbone,
@@ -397,7 +397,7 @@ PYLATE_DENSE = "pylate.models.Dense.Dense"
 
 def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
     """The modules of a sentence-transformers folder, in order, wherever they are listed."""
-    standard = read_typed(tuple[_Module, ...], folder / "modules.json")
+    standard = read_folder_file(tuple[_Module, ...], folder / "modules.json")
     if not more.modules:
         return standard
     try:
@@ -408,7 +408,7 @@ def listed_modules(more: EmbeddingConfig, folder: Path) -> Sequence[_Module]:
 
 def read_pooling(path: Path, named: str | None) -> tuple[str, bool]:
     """Mode (one that sentence-transformers lacks is `named` elsewhere) and whether prompt tokens take part."""
-    config = read_typed(PoolingFile, path)
+    config = read_folder_file(PoolingFile, path)
     if named is not None:
         return named, config.include_prompt
     modes = config.modes
@@ -425,7 +425,7 @@ def read_pooling(path: Path, named: str | None) -> tuple[str, bool]:
 S = TypeVar("S")
 
 
-def read_typed(schema: type[S], path: Path) -> S:
+def read_folder_file(schema: type[S], path: Path) -> S:
     """A JSON file of a model folder as a dataclass (or another type) says it has to be; other keys are left alone.
 
     Errors: `ModelError` naming the file and the key.
@@ -436,9 +436,9 @@ def read_typed(schema: type[S], path: Path) -> S:
     return inputs.read_typed(path, schema, ModelError, fix=fix, strict=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object of keys that are not ours. Errors: as `read_typed`."""
-    return read_typed(dict[str, Any], path)
+def read_folder_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object of keys that are not ours. Errors: as `read_folder_file`."""
+    return read_folder_file(dict[str, Any], path)
 
 
 def write_json(path: Path, value: Any) -> None:

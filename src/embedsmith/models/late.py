@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embedsmith.core.settings import Width
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.folder import read_typed
+from embedsmith.models.folder import read_folder_file
 from embedsmith.models.heads.tokens import MultiVectorHead
 
 
@@ -52,7 +52,7 @@ class WordVectors(Dense):  # type: ignore[misc]
     @staticmethod
     def load(input_path: str) -> WordVectors:
         folder = Path(input_path)
-        config = read_typed(_Config, folder / "config.json")
+        config = read_folder_file(_Config, folder / "config.json")
         made = WordVectors(config.in_features, config.out_features, list(config.left_out))
         made.load_state_dict(load_file(folder / "model.safetensors"))
         return made

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embedsmith.models.folder import EMBEDDING_CONFIG, read_json, read_typed, write_json
+from embedsmith.models.folder import EMBEDDING_CONFIG, read_folder_file, read_folder_json, write_json
 from embedsmith.models.heads.base import known_heads
 
 ST = "sentence_transformers."
@@ -27,7 +27,7 @@ def clear(root: Path) -> None:
 
 
 def modules_in(root: Path) -> tuple[dict[str, Any], ...]:
-    return read_typed(tuple[dict[str, Any], ...], root / "modules.json")
+    return read_folder_file(tuple[dict[str, Any], ...], root / "modules.json")
 
 
 def write_modules(root: Path, types: Mapping[str, str]) -> None:
@@ -39,4 +39,4 @@ def write_modules(root: Path, types: Mapping[str, str]) -> None:
 def name_model(root: Path, kind: str, similarity: str, **more: Any) -> None:
     """What sentence-transformers is to make of the folder."""
     path = root / "config_sentence_transformers.json"
-    write_json(path, {**read_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})
+    write_json(path, {**read_folder_json(path), "model_type": kind, "similarity_fn_name": similarity, **more})

@@ -32,7 +32,7 @@ from embedsmith.models.backbone import (
 from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.expansion import Expansion
-from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_typed
+from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_folder_file
 from embedsmith.models.fused import fuse_kernels
 from embedsmith.models.graphs.graph_embedder import GraphEmbedder
 from embedsmith.models.graphs.layout import FILES, GraphBackend, GraphFacts, backend_of
@@ -224,7 +224,9 @@ class ModelSource:
         if not adapter:
             return cls(config, facts, facts.backbone)
         found = facts.embedding_config.base or {}
-        path = config.base or found.get("path") or read_typed(AdapterFile, folder / ADAPTER).base_model_name_or_path
+        path = (
+            config.base or found.get("path") or read_folder_file(AdapterFile, folder / ADAPTER).base_model_name_or_path
+        )
         if not path:
             raise ModelError(
                 "this adapter does not say what it belongs to", where=folder, fix="say it with model.base=FOLDER"

@@ -29,7 +29,7 @@ from embedsmith.models.backbone import (
 )
 from embedsmith.models.config import ModelConfig, derive_max_length
 from embedsmith.models.cross_encoder import CrossEncoder, activation_named
-from embedsmith.models.folder import AdapterFile, EmbeddingConfig, read_json, read_typed
+from embedsmith.models.folder import AdapterFile, EmbeddingConfig, read_folder_file, read_folder_json
 from embedsmith.models.load import best_device
 from embedsmith.models.lora import ADAPTER, add_adapter, base_facts, check_installed, load_adapter, merged
 from embedsmith.models.pair_text import SIGMOID, PairSettings, answer_token, pair_template
@@ -84,7 +84,7 @@ def is_reranker(path: str) -> bool:
     if _modules_kind(folder) is not None:
         return True
     config = folder / "config.json"
-    names = read_json(config).get("architectures") if config.exists() else None
+    names = read_folder_json(config).get("architectures") if config.exists() else None
     return isinstance(names, list) and any(str(name).endswith(_HEAD) for name in names)
 
 
@@ -156,9 +156,9 @@ def _modules_kind(folder: Path) -> tuple[_Module, ...] | None:
     path = folder / "config_sentence_transformers.json"
     if not (folder / "modules.json").exists() or not path.exists():
         return None
-    if read_typed(_GeneralFile, path).model_type != "CrossEncoder":
+    if read_folder_file(_GeneralFile, path).model_type != "CrossEncoder":
         return None
-    return read_typed(tuple[_Module, ...], folder / "modules.json")
+    return read_folder_file(tuple[_Module, ...], folder / "modules.json")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,11 @@ class RerankerFacts:
         base = folder
         if (folder / ADAPTER).exists():
             said = EmbeddingConfig.read(folder).base or {}
-            name = config.base or said.get("path") or read_typed(AdapterFile, folder / ADAPTER).base_model_name_or_path
+            name = (
+                config.base
+                or said.get("path")
+                or read_folder_file(AdapterFile, folder / ADAPTER).base_model_name_or_path
+            )
             base = locate(str(name), said.get("revision"))
         model_config = read_config(base, config.trust_remote_code)
         names = [str(name) for name in model_config.architectures or []]
@@ -206,7 +210,7 @@ class RerankerFacts:
         return facts
 
     def _of_config(self) -> "RerankerFacts":
-        said = read_typed(_ConfigFile, self.base / "config.json")
+        said = read_folder_file(_ConfigFile, self.base / "config.json")
         newer = said.sentence_transformers and said.sentence_transformers.activation_fn
         return dataclasses.replace(self, activation=newer or said.sbert_ce_default_activation_function or SIGMOID)
 
@@ -218,15 +222,15 @@ class RerankerFacts:
                 where=self.folder / "modules.json",
                 expected="a Transformer in the folder itself, alone or with a LogitScore",
             )
-        general = read_typed(_GeneralFile, self.folder / "config_sentence_transformers.json")
+        general = read_folder_file(_GeneralFile, self.folder / "config_sentence_transformers.json")
         path = self.folder / "sentence_bert_config.json"
-        how = read_typed(_TransformerFile, path) if path.exists() else _TransformerFile()
+        how = read_folder_file(_TransformerFile, path) if path.exists() else _TransformerFile()
         answers = None
         if len(modules) == 2:
             path = (self.folder / modules[1].path / "config.json").resolve()
             if not path.is_relative_to(self.folder.resolve()):
                 raise ModelError(f"the module path {modules[1].path!r} leaves the folder", where=self.folder)
-            score = read_typed(_LogitScoreFile, path)
+            score = read_folder_file(_LogitScoreFile, path)
             answers = (score.true_token_id, score.false_token_id)
         message = (how.modality_config or {}).get("message") or {}
         prompts, usual = general.prompts or {}, general.default_prompt_name

@@ -22,7 +22,7 @@ from torch import nn
 from embedsmith.core.errors import MissingExtraError, ModelError, foreign_errors
 from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.settings import Positive, Share, Width, section
-from embedsmith.models.folder import AdapterFile, read_typed
+from embedsmith.models.folder import AdapterFile, read_folder_file
 from embedsmith.models.new_tokens import grow_table
 from embedsmith.models.self_test import example_ids, kernel_precision, layers_of
 
@@ -266,7 +266,7 @@ def load_adapter(backbone: Any, folder: Path, base: Mapping[str, Any] | None) ->
             expected=f"the base it was trained on ({base.get('path')})",
             fix="put that model back, or say where it is with model.base=FOLDER",
         )
-    read_typed(AdapterFile, folder / ADAPTER)
+    read_folder_file(AdapterFile, folder / ADAPTER)
     with foreign_errors("cannot load the adapter", folder):
         state = load_file(folder / _WEIGHTS)
         peft_config = PeftConfig.from_pretrained(str(folder))

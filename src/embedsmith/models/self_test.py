@@ -21,7 +21,7 @@ LENGTH, SHORTER = 10, 7
 
 
 @dataclass(frozen=True)
-class Probe:
+class Visibility:
     """`ahead_L`: whether each layer sees later tokens (one entry, for the whole, where layers cannot be distinguished),
     in an unpadded and in a padded batch alike; `None` entries contradict themselves. `steady`: a text alone gives the
     states it gives beside a longer one."""
@@ -42,7 +42,7 @@ class Probe:
         return tuple(place for place, ahead in enumerate(self.ahead_L) if ahead is not True)
 
 
-def probe(backbone: Any, call: Call) -> Probe:
+def probe(backbone: Any, call: Call) -> Visibility:
     """Two short random texts through `call`, in eval mode, without gradient. About four forward passes."""
     id_NT = example_ids(backbone, next(backbone.parameters()).device)
     whole_NT = torch.ones_like(id_NT, dtype=torch.bool)
@@ -56,9 +56,9 @@ def probe(backbone: Any, call: Call) -> Probe:
             agreed = tuple(unpadded if unpadded == padded else None for unpadded, padded in both)
             alone_TH = call(id_NT[1:, :SHORTER], whole_NT[1:, :SHORTER])[0]
             together_TH = call(id_NT, padded_NT)[1, :SHORTER]
-            return Probe(agreed, steady=states_agree(backbone, alone_TH, together_TH))
+            return Visibility(agreed, steady=states_agree(backbone, alone_TH, together_TH))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError):
-        return Probe(
+        return Visibility(
             (None,), steady=False
         )  # a family whose own code cannot take this mask, e.g. modernbert-decoder under eager
     finally:

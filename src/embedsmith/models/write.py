@@ -31,7 +31,7 @@ from embedsmith.models.folder import (
     POOLING_NAMES,
     POOLING_SWITCHES,
     EmbeddingConfig,
-    read_json,
+    read_folder_json,
     write_json,
 )
 from embedsmith.models.heads.base import Head, cpu_state, known_heads
@@ -247,7 +247,7 @@ class Saved:
         if self.settings.eos_id is not None:
             # a family's own class would build its processing anew and forget the end token
             path = root / "tokenizer_config.json"
-            write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
+            write_json(path, {**read_folder_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def model_card(self, backend: str | None = None, graph: str = "") -> str:
         """The README.md written beside a model. `graph`: what is said of the graph for `backend` that is in the place

@@ -24,7 +24,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Dense, in_fp32
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.heads.base import Head, HeadSource, Reader
+from embedsmith.models.heads.base import Head, HeadSource, ModelForHead
 from embedsmith.models.heads.splade import LmHead
 
 SHARE = 0.2
@@ -55,7 +55,7 @@ class MntpHead(Head):
             head.requires_grad_(False)
         return head
 
-    def forward(self, model: Reader, padded: PaddedTokens) -> Dense:
+    def forward(self, model: ModelForHead, padded: PaddedTokens) -> Dense:
         """number_N2: the sum of the hidden tokens' cross-entropies, and how many there are."""
         hidden_NT = hidden_words(padded, self.special_S)
         shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)

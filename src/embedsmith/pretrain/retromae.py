@@ -27,7 +27,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.heads.base import Head, HeadSource, Reader
+from embedsmith.models.heads.base import Head, HeadSource, ModelForHead
 from embedsmith.models.heads.splade import LmHead
 from embedsmith.models.pooling import first_index, last_index
 from embedsmith.pretrain.whole_words import WholeWords
@@ -74,7 +74,7 @@ class RetroMaeHead(Head):
             raise ModelError(f"this decoder belongs to another model: {error}", where=file) from error
         return head
 
-    def forward(self, model: Reader, padded: PaddedTokens) -> Dense:
+    def forward(self, model: ModelForHead, padded: PaddedTokens) -> Dense:
         """number_N4: cross-entropy sum and count of the masked tokens, the same of the decoder's."""
         word_NT = self.whole.words(padded)
         hidden_NT = random_words(word_NT, self.whole.groups(padded.id_NT), ENCODER_SHARE)

@@ -28,7 +28,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.heads.base import Head, HeadSource, Reader
+from embedsmith.models.heads.base import Head, HeadSource, ModelForHead
 from embedsmith.models.heads.splade import LmHead
 from embedsmith.pretrain.whole_words import WholeWords
 
@@ -70,7 +70,7 @@ class TsdaeHead(Head):
             raise ModelError(f"this decoder belongs to another model: {error}", where=file) from error
         return head
 
-    def forward(self, model: Reader, padded: PaddedTokens) -> Dense:
+    def forward(self, model: ModelForHead, padded: PaddedTokens) -> Dense:
         """number_N2: the sum of the cross-entropies of a text's tokens, and how many there are."""
         shown = self._thinned(padded)
         sentence_NH = model.pooled_states(shown)

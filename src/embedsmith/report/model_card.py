@@ -15,10 +15,10 @@ import yaml
 from embedsmith.core.errors import ModelError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_text
-from embedsmith.core.markdown import block, row, without_folders, words
+from embedsmith.core.markdown import block, in_line, row, without_folders
 from embedsmith.core.text_out import remember_secret
 from embedsmith.evaluate.result import Results, percent
-from embedsmith.models.folder import read_json
+from embedsmith.models.folder import read_folder_json
 
 _START, _END = "<!-- embedsmith: how it was made -->", "<!-- embedsmith: end -->"
 
@@ -47,7 +47,7 @@ class TrainingFacts:
         """Data, scores and recipe of a run, as far as its folder holds them."""
 
         def facts(name: str) -> dict[str, Any]:
-            return read_json(path) if (path := output / name).is_file() else {}
+            return read_folder_json(path) if (path := output / name).is_file() else {}
 
         paths = [output / "evaluation" / f"{name}.json" for name in ("before", "after")]
         before, after = ({r.task: r for r in Results.load(path)} if path.is_file() else {} for path in paths)
@@ -83,7 +83,9 @@ class TrainingFacts:
             parts.append(f"## Recipe\n\n{summary}\n\n{recipe}\n\n</details>")
         if self.versions:
             parts.append(
-                "Made with " + ", ".join(f"{words(name)} {words(value)}" for name, value in self.versions.items()) + "."
+                "Made with "
+                + ", ".join(f"{in_line(name)} {in_line(value)}" for name, value in self.versions.items())
+                + "."
             )
         return "\n\n".join(parts)
 
@@ -103,7 +105,7 @@ class TrainingFacts:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [row(*map(words, cells)) for cells in (head, *rows)]
+    lines = [row(*map(in_line, cells)) for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
@@ -151,7 +153,7 @@ def _without_what_is_private(folder: Path, public: Path) -> None:
             text = read_text(file, ModelError)
             here = lambda found: Path(found[0]).name if Path(found[0]).exists() else found[0]
             target.write_text(_PATH.sub(here, text), encoding="utf-8")
-        elif file.name in _SETTINGS and (plain := without_folders(known := read_json(file))) != known:
+        elif file.name in _SETTINGS and (plain := without_folders(known := read_folder_json(file))) != known:
             target.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             target.symlink_to(file.resolve())

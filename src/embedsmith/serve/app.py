@@ -39,7 +39,7 @@ _LARGE = 16
 """Texts whose answer is written in a thread, so that others need not wait for it."""
 
 
-def application(service: Service, keys: Sequence[str] = (), explorer: Explorer | None = None) -> FastAPI:
+def http_app(service: Service, keys: Sequence[str] = (), explorer: Explorer | None = None) -> FastAPI:
     """All endpoints of a service. With `keys` every request but those of `gate.OPEN` has to send one of them.
     `explorer`: what the page at `/` may read and write."""
 

@@ -56,7 +56,7 @@ class Remembered(nn.Module):
 
 
 @dataclass(frozen=True)
-class Weights:
+class GroupedWeights:
     """The weights that are trained, and which of them make a group of layers: the embeddings (all of the backbone that
     is in no layer), up to three bands of layers, and the heads with what losses bring."""
 
@@ -64,7 +64,7 @@ class Weights:
     groups: Mapping[str, Sequence[int]]
 
     @staticmethod
-    def of(model: Model, extras: nn.Module) -> Weights:
+    def of(model: Model, extras: nn.Module) -> GroupedWeights:
         parameters = [p for part in (model, extras) for p in part.parameters() if p.requires_grad]
         layers, named = layers_of(model.backbone), dict[int, str]()
         for parameter in model.backbone.parameters():
@@ -75,7 +75,7 @@ class Weights:
         groups: dict[str, list[int]] = {name: [] for name in dict.fromkeys(named.values())}
         for place, parameter in enumerate(parameters):
             groups.setdefault(named.get(id(parameter), "heads"), []).append(place)
-        return Weights(parameters, {name: places for name, places in groups.items() if places})
+        return GroupedWeights(parameters, {name: places for name, places in groups.items() if places})
 
     def take(self) -> list[Tensor | None]:
         """The gradients as they are now, which the weights then no longer have."""
@@ -128,7 +128,7 @@ class ConflictMeter:
     """
 
     config: ConflictConfig
-    weights: Weights
+    weights: GroupedWeights
     names: Sequence[str]
     held: dict[str, Gradients] = field(default_factory=dict)
     seconds: float = 0.0
@@ -222,7 +222,7 @@ class ByTask:
 
     names: Sequence[str]
     by: Told
-    weights: Weights
+    weights: GroupedWeights
     separate: bool
     rule: TaskRule | None = None
     remembered: Remembered | None = None
@@ -239,7 +239,7 @@ class ByTask:
         remembered = None if rule is None else Remembered(rule.begin(list(names)))
         if remembered is not None:
             extras["balance"] = remembered
-        weights = Weights.of(model, extras)
+        weights = GroupedWeights.of(model, extras)
         meter = None if conflict is None else ConflictMeter(conflict, weights, list(names))
         if conflict is not None and len(names) < 2:
             raise RecipeError(
@@ -293,7 +293,7 @@ class ByTask:
         elif self.meter is not None:
             self.meter.of_one(step, self._name(draw[1][tasks[0]]), of_tasks[0])
         self.weights.give(factors, gradients)
-        return joined(outputs)
+        return joined_outputs(outputs)
 
     def after_step(self, step: int, draw: Draw) -> None:
         """Of a step whose parts were not told apart, and whose gradient the weights still have."""
@@ -314,7 +314,7 @@ def _parts_of(draw: Draw) -> Iterator[Draw]:
         start = stop
 
 
-def joined(outputs: Sequence[StepOutput]) -> StepOutput:
+def joined_outputs(outputs: Sequence[StepOutput]) -> StepOutput:
     """The output of a step whose parts were differentiated one after the other."""
     health, healths = None, [output.health for output in outputs if output.health is not None]
     if healths:

@@ -28,7 +28,7 @@ from embedsmith.core.collectives import objects_of_all_ranks, on_first_rank, ran
 from embedsmith.core.errors import CheckpointError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import local_path
-from embedsmith.core.outputs import Kind, atomic_folder, discard, recover, refuse_no_folder, sweep
+from embedsmith.core.outputs import Kind, atomic_folder, clear_left, discard, recover, refuse_no_folder
 from embedsmith.core.progress import log
 from embedsmith.core.recipe import parse, read_tree, save_recipe
 from embedsmith.core.seeds import random_state, restore_random_state
@@ -127,7 +127,7 @@ class Checkpoints:
             recover(self.output / "recipe.yaml")  # that file is the first; all else here may be somebody's
             return None
         saved_model().refuse_foreign(self.output / "model")  # now, and not after hours of training
-        sweep(self.output)
+        clear_left(self.output)
         last = max(self.steps(), default=None)
         if last is not None:
             self._verify(last)
@@ -153,7 +153,7 @@ class Checkpoints:
         if not any((self.output / "model" / name).exists() for name in ("config.json", ADAPTER)):
             what, fix = "this run is finished, but its model is gone", "train it again with --overwrite"
             raise CheckpointError(what, where=self.output / "model", fix=fix)
-        sweep(self.output)  # of a kill after its end
+        clear_left(self.output)  # of a kill after its end
         return True
 
     def claim(self, recipe: Any) -> None:

@@ -18,7 +18,7 @@ from embedsmith.cli.planning.machines import Machines
 from embedsmith.cli.planning.sample import ModelShape, TextFacts, sample_of, sample_of_input, shape_of
 from embedsmith.cli.planning.work import (
     Rates,
-    Work,
+    VerbWork,
     curate_work,
     encode_work,
     fixed_work,
@@ -27,7 +27,7 @@ from embedsmith.cli.planning.work import (
     tokenize_work,
     train_work,
 )
-from embedsmith.cli.stages import PipelineRecipe, recipe_of, resolved
+from embedsmith.cli.stages import PipelineRecipe, recipe_class, resolved
 from embedsmith.compat.config import recipe_tree
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import apply_override, parse
@@ -104,7 +104,7 @@ def _money(cost: float | None) -> str:
 
 @section
 @dataclass(frozen=True)
-class Texts:
+class TextCounts:
     """`counts`: for how many texts a plan is made."""
 
     counts: tuple[Positive, ...] = TEXTS
@@ -131,11 +131,11 @@ def plan(
     `Machines`, such as `nodes`, `gpu`, `cards`, `price`, `utilisation`, `tokens_a_second`.
     Errors: `RecipeError` for a recipe, a card or a rate that is none; those of reading its data and models.
     """
-    counts = Texts(tuple(texts)).counts
+    counts = TextCounts(tuple(texts)).counts
     told = Machines(**machines)
     name = recipe if isinstance(recipe, str | Path) else "the recipe"
     rates = Rates(told, Path.cwd())
-    works: dict[str, Work] = {}
+    works: dict[str, VerbWork] = {}
     last: _Last = None
     for step in _steps(recipe, overrides):
         works[step.name], last = _work(step, rates, last)
@@ -145,7 +145,7 @@ def plan(
     return Forecast(str(name), told, costs, {named: work.basis for named, work in works.items()})
 
 
-def _cost(name: str, work: Work, texts: float, machines: Machines) -> VerbCost:
+def _cost(name: str, work: VerbWork, texts: float, machines: Machines) -> VerbCost:
     seconds = dict(work.seconds(texts))
     spent = sum(seconds.values()) / 3600 * machines.ranks
     price = None if machines.price is None else spent * machines.price
@@ -202,14 +202,14 @@ def _stands_for(verb: str, tree: Mapping[str, Any]) -> str:
 _Last = tuple[ModelShape, TextFacts] | None
 
 
-def _work(step: _Step, rates: Rates, last: _Last) -> tuple[Work, _Last]:
+def _work(step: _Step, rates: Rates, last: _Last) -> tuple[VerbWork, _Last]:
     """What a verb has to do, and the model and the texts of the last one that had both."""
     machines = rates.machines
     if step.verb in ("merge", "export"):
         return fixed_work(step.verb, "its time is that of a model's weights, and does not grow with the texts"), last
     if step.verb == "evaluate":
         return fixed_work("evaluate", "its time is that of its tasks' texts, and does not grow with these"), last
-    recipe: Any = parse(recipe_of(step.verb), step.tree, where=step.name)
+    recipe: Any = parse(recipe_class(step.verb), step.tree, where=step.name)
     if step.verb == "curate":
         return curate_work(recipe, sample_of_input(recipe.input, machines), rates), last
     if step.verb == "mine":

@@ -11,7 +11,7 @@ from embedsmith.core.settings import Count, Positive, Range, did_you_mean, secti
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class GpuCard:
     """A card. `tflops`: dense products of 16 bits, in 10^12 a second; `memory`: bytes; `link`: bytes a second to the
     other cards of its node, each way."""
 
@@ -24,25 +24,25 @@ class CardFacts:
 CARDS = {
     one.name: one
     for one in (
-        CardFacts("a10", 125, 24e9, 32e9),
-        CardFacts("a100-40gb", 312, 40e9, 300e9),
-        CardFacts("a100", 312, 80e9, 300e9),
-        CardFacts("b200", 2250, 180e9, 900e9),
-        CardFacts("h100", 989, 80e9, 450e9),
-        CardFacts("h100-pcie", 756, 80e9, 64e9),
-        CardFacts("h200", 989, 141e9, 450e9),
-        CardFacts("l4", 121, 24e9, 32e9),
-        CardFacts("l40s", 362, 48e9, 32e9),
-        CardFacts("mi300x", 1307, 192e9, 448e9),
-        CardFacts("rtx3090", 71, 24e9, 32e9),
-        CardFacts("rtx4090", 165, 24e9, 32e9),
-        CardFacts("t4", 65, 16e9, 16e9),
-        CardFacts("v100", 125, 32e9, 150e9),
+        GpuCard("a10", 125, 24e9, 32e9),
+        GpuCard("a100-40gb", 312, 40e9, 300e9),
+        GpuCard("a100", 312, 80e9, 300e9),
+        GpuCard("b200", 2250, 180e9, 900e9),
+        GpuCard("h100", 989, 80e9, 450e9),
+        GpuCard("h100-pcie", 756, 80e9, 64e9),
+        GpuCard("h200", 989, 141e9, 450e9),
+        GpuCard("l4", 121, 24e9, 32e9),
+        GpuCard("l40s", 362, 48e9, 32e9),
+        GpuCard("mi300x", 1307, 192e9, 448e9),
+        GpuCard("rtx3090", 71, 24e9, 32e9),
+        GpuCard("rtx4090", 165, 24e9, 32e9),
+        GpuCard("t4", 65, 16e9, 16e9),
+        GpuCard("v100", 125, 32e9, 150e9),
     )
 }
 
 
-def card_named(name: str) -> CardFacts:
+def card_named(name: str) -> GpuCard:
     """Errors: `RecipeError` with the nearest name."""
     if (found := CARDS.get(name.lower())) is None:
         known = ", ".join(sorted(CARDS))
@@ -86,7 +86,7 @@ class Machines:
                 raise RecipeError(f"a rate of {verb!r}", expected="train=TOKENS_A_SECOND or encode=TOKENS_A_SECOND")
 
     @property
-    def card(self) -> CardFacts | None:
+    def card(self) -> GpuCard | None:
         return None if self.gpu is None else card_named(self.gpu)
 
     @property

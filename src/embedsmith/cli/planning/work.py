@@ -42,7 +42,7 @@ BESIDE = 1e9
 
 
 @dataclass(frozen=True)
-class Work:
+class VerbWork:
     """What a verb takes. `seconds`: for n texts, by what takes them, one after the other; `disk`: bytes it writes;
     `memory`: bytes a rank holds; `basis`: what the numbers rest on, a sentence each."""
 
@@ -138,7 +138,7 @@ def _one_text_each(sample: TextFacts) -> list[Record]:
     return [Record(query=text) for text in texts]
 
 
-def encode_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
+def encode_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> VerbWork:
     made = rates.encoding(shape, sample, lambda: encode_line(shape, sample))
     tokenizing, how = _tokenizing(shape, sample, rates)
     disk, disk_basis = rates.disk
@@ -152,7 +152,7 @@ def encode_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
         host, read = texts * tokenizing, texts * written / disk
         return _longest({"cards": made.seconds(texts), "tokenizer": host, "disk": read})
 
-    return Work("encode", seconds, lambda texts: texts * size, 4.0 * shape.size + BESIDE, basis)
+    return VerbWork("encode", seconds, lambda texts: texts * size, 4.0 * shape.size + BESIDE, basis)
 
 
 def _longest(side_by_side: Mapping[str, float]) -> dict[str, float]:
@@ -177,7 +177,7 @@ def _tokenizing(shape: ModelShape, sample: TextFacts, rates: Rates) -> tuple[flo
     return line.each / rates.hosts, (basis,)
 
 
-def tokenize_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
+def tokenize_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) -> VerbWork:
     def run(rows: int, folder: Path) -> None:
         with rows_beside(sample.records, rows, folder) as path:
             tokenize(replace(recipe, data=(Source(path=str(path), task=_task(sample)),), out=str(folder / "tokens")))
@@ -188,14 +188,14 @@ def tokenize_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rate
         return {"hosts": rates.on_hosts(line, texts / sample.texts_a_row)}
 
     basis = (line.basis, f"{line.bytes_each:.0f} bytes a row on the disk")
-    return Work("tokenize", seconds, lambda texts: texts / sample.texts_a_row * line.bytes_each, BESIDE, basis)
+    return VerbWork("tokenize", seconds, lambda texts: texts / sample.texts_a_row * line.bytes_each, BESIDE, basis)
 
 
 def _task(sample: TextFacts) -> Any:
     return sample.records[0].task if sample.records else "retrieval"
 
 
-def curate_work(recipe: Any, sample: TextFacts, rates: Rates) -> Work:
+def curate_work(recipe: Any, sample: TextFacts, rates: Rates) -> VerbWork:
     asking = [step for step in recipe.steps if hasattr(step, "generator")]
     kept = tuple(step for step in recipe.steps if step not in asking)
     basis = tuple(
@@ -216,10 +216,10 @@ def curate_work(recipe: Any, sample: TextFacts, rates: Rates) -> Work:
         return {"hosts": rates.on_hosts(line, texts / sample.texts_a_row)}
 
     basis = (line.basis, *basis, "output and one stage beside it, at most as large as the input")
-    return Work("curate", seconds, lambda texts: 2 * row * texts / sample.texts_a_row, BESIDE, basis)
+    return VerbWork("curate", seconds, lambda texts: 2 * row * texts / sample.texts_a_row, BESIDE, basis)
 
 
-def mine_work(recipe: Any, shapes: Sequence[ModelShape], sample: TextFacts, rates: Rates) -> Work:
+def mine_work(recipe: Any, shapes: Sequence[ModelShape], sample: TextFacts, rates: Rates) -> VerbWork:
     """Encoding, and every query against every document: of n texts, those that are no query are documents."""
     a_row, machines = sample.texts_a_row, rates.machines
     made = [rates.encoding(shape, sample, lambda shape=shape: encode_line(shape, sample)) for shape in shapes]  # type: ignore[misc]
@@ -239,7 +239,7 @@ def mine_work(recipe: Any, shapes: Sequence[ModelShape], sample: TextFacts, rate
     out = sample.bytes_a_text * (a_row + recipe.select.negatives)
     basis = (*(text for each in made for text in each.basis), line.basis, *how)
     memory = 4.0 * max((shape.size for shape in shapes), default=0) + BESIDE
-    return Work("mine", seconds, lambda texts: texts * vectors + 2 * out * texts / a_row, memory, basis)
+    return VerbWork("mine", seconds, lambda texts: texts * vectors + 2 * out * texts / a_row, memory, basis)
 
 
 def _mine_line(recipe: Any, sample: TextFacts) -> Line:
@@ -269,7 +269,7 @@ def _pair_seconds(recipe: Any, shapes: Sequence[ModelShape], rates: Rates) -> tu
     return total, tuple(basis)
 
 
-def index_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
+def index_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> VerbWork:
     texts = _one_text_each(sample)
 
     def run(rows: int, folder: Path) -> None:
@@ -279,7 +279,7 @@ def index_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
     try:
         line = measured_line(f"index with {shape.config.path}", run)
     except MissingExtraError as error:
-        return Work("index", lambda texts: {}, NOTHING, None, (f"index: not tried, {error.what}",))
+        return VerbWork("index", lambda texts: {}, NOTHING, None, (f"index: not tried, {error.what}",))
     encoding = rates.encoding(shape, sample, lambda: line)
     beside = line.each
     if rates.machines.card is not None:
@@ -291,10 +291,10 @@ def index_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
 
     size = max(line.bytes_each, 4.0 * shape.dimension + sample.bytes_a_text)
     basis = (line.basis, f"{size:.0f} bytes a text in the index")
-    return Work("index", seconds, lambda texts: texts * size, 4.0 * shape.size + BESIDE, basis)
+    return VerbWork("index", seconds, lambda texts: texts * size, 4.0 * shape.size + BESIDE, basis)
 
 
-def train_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) -> Work:
+def train_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) -> VerbWork:
     machines, config = rates.machines, recipe.train
     ranks = machines.ranks
     length, how = shape.tokens_a_text(sample, machines)
@@ -329,7 +329,7 @@ def train_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) 
     def size(texts: float) -> float:
         return float(kept + row * texts / sample.texts_a_row)
 
-    return Work("train", seconds, size, memory, (*basis, *told))
+    return VerbWork("train", seconds, size, memory, (*basis, *told))
 
 
 @dataclass(frozen=True)
@@ -427,6 +427,6 @@ def _train_memory(recipe: Any, shape: ModelShape, machines: Machines, tokens: fl
     return longest.total, (text, what)
 
 
-def fixed_work(verb: str, why: str) -> Work:
+def fixed_work(verb: str, why: str) -> VerbWork:
     """A verb whose time does not grow with the texts."""
-    return Work(verb, lambda texts: {}, NOTHING, None, (f"{verb}: {why}",))
+    return VerbWork(verb, lambda texts: {}, NOTHING, None, (f"{verb}: {why}",))

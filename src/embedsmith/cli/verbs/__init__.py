@@ -1,5 +1,5 @@
 """The verbs of the command line, a file a group. Rooms are imported inside the functions, so that `--help` costs no
-torch; what they print passes through `show` and `say`."""
+torch; what they print passes through `print_table` and `say`."""
 
 import os
 import sys
@@ -57,11 +57,11 @@ def model_options(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def show(what: Any, **options: Any) -> None:
+def print_table(what: Any, **options: Any) -> None:
     """Print a table or another thing of rich on the terminal."""
-    from embedsmith.core.terminal import show as shown
+    from embedsmith.core.terminal import show
 
-    shown(what, **options)
+    show(what, **options)
 
 
 def first_rank() -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import print_table, say
 from embedsmith.core.shelf import verbs
 
 
@@ -21,15 +21,15 @@ def list_things(
     from embedsmith.cli.listing import all_shelves, everything_about, one_shelf, recipes, shelf_named
 
     if kind is None:
-        show(all_shelves())
+        print_table(all_shelves())
     elif kind in ("recipe", "recipes") and name is not None:
         from embedsmith.core.shipped import shipped_named
 
         say(shipped_named(name).path.read_text(encoding="utf-8").rstrip())
     elif kind in ("recipe", "recipes"):
-        show(recipes())
+        print_table(recipes())
     elif name is None:
-        show(one_shelf(shelf_named(kind)))
+        print_table(one_shelf(shelf_named(kind)))
     else:
         say(everything_about(shelf_named(kind), name))
 
@@ -53,10 +53,10 @@ def print_schema(
 
     Example: embedsmith schema mine
     """
-    from embedsmith.cli.stages import recipe_of
+    from embedsmith.cli.stages import recipe_class
     from embedsmith.core.recipe import schema_json
 
-    say(schema_json(recipe_of(verb)))
+    say(schema_json(recipe_class(verb)))
 
 
 @verbs.register("doctor")
@@ -73,6 +73,6 @@ def run_doctor(
     if as_json:
         say(json.dumps(found.as_dict(), indent=2))
     else:
-        show(found.table())
+        print_table(found.table())
     if not found.healthy:
         raise typer.Exit(1)

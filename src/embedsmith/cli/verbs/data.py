@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import Join, MaxLength, Pooling, Prompts, ShardOf, first_rank, model_options, say, show
+from embedsmith.cli.verbs import Join, MaxLength, Pooling, Prompts, ShardOf, first_rank, model_options, print_table, say
 from embedsmith.core.shelf import verbs
 
 
@@ -40,7 +40,7 @@ def inspect_data(
         if as_json:
             say(json.dumps(to_plain(plan), indent=2, ensure_ascii=False))
         else:
-            show(plan.table(), soft_wrap=True)
+            print_table(plan.table(), soft_wrap=True)
         return
     tree: dict[str, Any] = {"path": path}
     for override in overrides or []:
@@ -59,7 +59,7 @@ def inspect_data(
         plain = to_plain(found, exact=True) | ({"cut": to_plain(cut)} if model is not None else {})
         say(json.dumps(plain, indent=2, ensure_ascii=False))
         return
-    show(found.tables())
+    print_table(found.tables())
     if cut is not None:
         say(f"{model}: {cut}")
 
@@ -118,7 +118,7 @@ def curate_data(
     from embedsmith.curate.outcome import table_of_steps
 
     if list_steps or source is None:
-        show(table_of_steps())
+        print_table(table_of_steps())
         return
     from embedsmith.cli.curation import run_curate
     from embedsmith.core.shipped import names_recipe, recipe_file
@@ -126,7 +126,7 @@ def curate_data(
     if names_recipe(source, "curate"):
         source = str(recipe_file(source, "curate"))
     options: dict[str, Any] = {"data": data, "overwrite": overwrite, "engine": engine, "address": address}
-    show(run_curate(source, more or [], steps or [], **options).table())
+    print_table(run_curate(source, more or [], steps or [], **options).table())
 
 
 @verbs.register("tokenize")

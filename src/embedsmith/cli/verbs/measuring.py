@@ -21,8 +21,8 @@ from embedsmith.cli.verbs import (
     ShardOf,
     first_rank,
     model_options,
+    print_table,
     say,
-    show,
 )
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.shelf import verbs
@@ -54,7 +54,7 @@ Keep = Annotated[Path | None, typer.Option(help="Folder for vectors and results:
 @contextmanager
 def _claimed(verb: str, keep: Path | None, *files: tuple[Path | None, str]) -> Iterator[None]:
     """What a verb writes, before anything is scored: `files` with a text that stands in each, and a folder to keep."""
-    from embedsmith.core.outputs import claimed, refuse_foreign_file, sweep
+    from embedsmith.core.outputs import claimed, clear_left, refuse_foreign_file
 
     with ExitStack() as claims:
         for path, text in files:
@@ -63,8 +63,8 @@ def _claimed(verb: str, keep: Path | None, *files: tuple[Path | None, str]) -> I
                 refuse_foreign_file(path, text)
         if keep is not None:
             claims.enter_context(claimed(keep, verb))
-            sweep(keep / "vectors")
-            sweep(keep / "results")
+            clear_left(keep / "vectors")
+            clear_left(keep / "results")
         yield
 
 
@@ -151,7 +151,7 @@ def evaluate_model(
         return
     if json_file is not None:
         results.save(json_file, items=items)
-    show(results.table())
+    print_table(results.table())
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def compare_results(
         text = comparison_page(made)
         with atomic_file(report) as file:
             file.write(text)
-    show(made.table())
+    print_table(made.table())
     if report is not None:
         say(f"report: {report}")
 
@@ -409,7 +409,7 @@ def show_geometry(
         text = geometry_page([each.as_dict() for each in geometries], names, together)
         with atomic_file(report) as file:
             file.write(text)
-    show(geometry_table(geometries, names, together))
+    print_table(geometry_table(geometries, names, together))
     if report is not None:
         say(f"report: {report}")
 

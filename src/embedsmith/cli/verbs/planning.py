@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import print_table, say
 from embedsmith.core.shelf import verbs
 
 
@@ -54,4 +54,4 @@ def plan_recipe(
     if as_json:
         say(json.dumps(found.as_dict(), indent=2))
     else:
-        show(found.table(), soft_wrap=True)
+        print_table(found.table(), soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import say, show
+from embedsmith.cli.verbs import print_table, say
 from embedsmith.core.shelf import verbs
 
 
@@ -38,7 +38,7 @@ def start_recipe(
     if not given:
         from embedsmith.cli.listing import recipes
 
-        show(recipes())
+        print_table(recipes())
         say("a copy of one: embedsmith init NAME [FOLDER]; one for your data: embedsmith init --data FILE")
         return
     if len(given) > 2 or model is not None:

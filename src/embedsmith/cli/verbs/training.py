@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedsmith.cli.verbs import Device, Join, ShardOf, first_rank, say, show
+from embedsmith.cli.verbs import Device, Join, ShardOf, first_rank, print_table, say
 from embedsmith.core.shelf import verbs
 
 
@@ -98,7 +98,7 @@ def distil_model(
         batch_size=batch_size,
         learning_rate=learning_rate,
     )
-    show(distil(recipe, overwrite=overwrite).table())
+    print_table(distil(recipe, overwrite=overwrite).table())
 
 
 @verbs.register("merge")
@@ -182,7 +182,7 @@ def sweep_recipe(
     """
     from embedsmith.cli.sweeping import read_sweep, run_sweep
 
-    show(run_sweep(read_sweep(recipe, overrides or []), overwrite=overwrite).table())
+    print_table(run_sweep(read_sweep(recipe, overrides or []), overwrite=overwrite).table())
 
 
 @verbs.register("demo")
@@ -197,4 +197,4 @@ def run_demo(
     """
     from embedsmith.cli.demo import QUESTION, demonstrate
 
-    show(demonstrate(output, steps, ask or QUESTION, say).table())
+    print_table(demonstrate(output, steps, ask or QUESTION, say).table())

@@ -15,8 +15,8 @@ from embedsmith.cli.verbs import (
     ShardOf,
     first_rank,
     model_options,
+    print_table,
     say,
-    show,
 )
 from embedsmith.core.shelf import verbs
 
@@ -164,7 +164,7 @@ def search_index(
         if as_json:
             say(found.as_json())
         else:
-            show(found.table())
+            print_table(found.table())
 
 
 @verbs.register("convert")

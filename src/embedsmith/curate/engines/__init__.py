@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.comparison import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
-from embedsmith.curate.stages import Advance, Stage, Work
+from embedsmith.curate.stages import Advance, PartWork, StageParts
 
 T = TypeVar("T")
 
@@ -21,15 +21,17 @@ class Running(Protocol):
         """The step and its tools as each of its workers has them."""
         ...
 
-    def each(self, work: Work[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False) -> Iterator[T]:
+    def each(
+        self, work: PartWork[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False
+    ) -> Iterator[T]:
         """What the work makes of each part, in their order."""
         ...
 
     def without_like(
         self,
-        comparison: Comparison,
-        source: Stage,
-        target: Stage,
+        comparison: ComparingStep,
+        source: StageParts,
+        target: StageParts,
         parts: Iterable[int],
         advance: Advance,
         examples: int,
@@ -39,7 +41,7 @@ class Running(Protocol):
         ...
 
 
-class Engine(Protocol):
+class CurationEngine(Protocol):
     def start(self, folder: Path) -> AbstractContextManager[Running]:
         """`folder`: where the parts lie."""
         ...

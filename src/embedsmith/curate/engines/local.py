@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 from embedsmith.core.errors import EngineError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import engines
-from embedsmith.curate.comparison import Comparison
+from embedsmith.curate.comparison import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
-from embedsmith.curate.stages import Advance, Drop, Sketches, Stage, Work
+from embedsmith.curate.stages import Advance, Drop, PartWork, Sketches, StageParts
 
 T = TypeVar("T")
 
@@ -55,7 +55,9 @@ class Processes:
     def equip(self, step: PerRecord, tools: Tools) -> tuple[PerRecord, Tools]:
         return step, tools
 
-    def each(self, work: Work[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False) -> Iterator[T]:
+    def each(
+        self, work: PartWork[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False
+    ) -> Iterator[T]:
         rest = iter(parts)
         first = list(islice(rest, 2))
         if holds_model or self.count == 1 or len(first) < 2:
@@ -80,9 +82,9 @@ class Processes:
 
     def without_like(
         self,
-        comparison: Comparison,
-        source: Stage,
-        target: Stage,
+        comparison: ComparingStep,
+        source: StageParts,
+        target: StageParts,
         parts: Iterable[int],
         advance: Advance,
         examples: int,
@@ -96,7 +98,7 @@ class Processes:
 
 
 _FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
-_work: Work[Any] | None = None
+_work: PartWork[Any] | None = None
 
 
 def _cores() -> int:
@@ -104,7 +106,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
-def _begin(work: Work[Any], parent: int) -> None:
+def _begin(work: PartWork[Any], parent: int) -> None:
     """In a new process: it ends with the one that started it, however that ends, and not by itself on Ctrl-C."""
     global _work
     _work = work

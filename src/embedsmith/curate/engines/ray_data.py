@@ -26,10 +26,10 @@ import numpy.typing as npt
 from embedsmith.core.errors import EmbedsmithError, EngineError, MissingExtraError
 from embedsmith.core.settings import Count, Word
 from embedsmith.core.shelf import engines
-from embedsmith.curate.comparison import Comparison, Places, groups, leaving, linked
+from embedsmith.curate.comparison import ComparingStep, Places, leaving, linked, linked_groups
 from embedsmith.curate.keeper import Cache, Purse
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
-from embedsmith.curate.stages import PART_SHIFT, Advance, Drop, Stage, Work, key_rows, sketches_at
+from embedsmith.curate.stages import PART_SHIFT, Advance, Drop, PartWork, StageParts, key_rows, sketches_at
 
 T = TypeVar("T")
 Columns = dict[str, npt.NDArray[Any]]
@@ -195,7 +195,9 @@ class Cluster:
                 self.ray.get(self._keeper.close.remote(), timeout=10)
             self.ray.kill(self._keeper)
 
-    def each(self, work: Work[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False) -> Iterator[T]:
+    def each(
+        self, work: PartWork[T], parts: Iterable[int], advance: Advance, *, holds_model: bool = False
+    ) -> Iterator[T]:
         rows = [{"part": number} for number in parts]
         if not rows:
             return
@@ -218,9 +220,9 @@ class Cluster:
 
     def without_like(
         self,
-        comparison: Comparison,
-        source: Stage,
-        target: Stage,
+        comparison: ComparingStep,
+        source: StageParts,
+        target: StageParts,
         parts: Iterable[int],
         advance: Advance,
         examples: int,
@@ -229,13 +231,13 @@ class Cluster:
         within each group. Of all others nothing is sent."""
         numbers = list(parts)
         links = self._links(comparison, source, numbers)
-        told = self._told(comparison, source, *groups(*links))
+        told = self._told(comparison, source, *linked_groups(*links))
         drop = Drop(comparison, source, target, _Fetched({n: self.ray.put(told[n]) for n in told}), examples)
         for ledger in self.each(drop, numbers, advance):
             advance(ledger.taken)
             yield ledger
 
-    def _links(self, comparison: Comparison, source: Stage, numbers: list[int]) -> tuple[Places, Places]:
+    def _links(self, comparison: ComparingStep, source: StageParts, numbers: list[int]) -> tuple[Places, Places]:
         pieces = self._pieces(len(numbers))
         rows = [{"parts": np.array(some)} for some in np.array_split(np.array(numbers), pieces)] if numbers else []
 
@@ -251,7 +253,7 @@ class Cluster:
         return found("one"), found("other")
 
     def _told(
-        self, comparison: Comparison, source: Stage, place_N: Places, group_N: Places
+        self, comparison: ComparingStep, source: StageParts, place_N: Places, group_N: Places
     ) -> dict[int, dict[int, str]]:
         """Of each part, the lines that leave and what they are like."""
         _, cuts = np.unique(place_N >> PART_SHIFT, return_index=True)  # a part is in one piece
@@ -320,7 +322,7 @@ class _Outcome(Generic[T]):
     error: EmbedsmithError | None = None
 
 
-def _outcome(work: Work[Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def _outcome(work: PartWork[Any], row: Mapping[str, Any]) -> dict[str, Any]:
     counts: list[int] = []
     try:
         outcome = _Outcome(work(int(row["part"]), counts.append), sum(counts))
@@ -329,11 +331,11 @@ def _outcome(work: Work[Any], row: Mapping[str, Any]) -> dict[str, Any]:
     return {"part": row["part"], "outcome": outcome}
 
 
-_works: dict[str, Work[Any]] = {}
+_works: dict[str, PartWork[Any]] = {}
 """The last one that this worker was sent."""
 
 
-def _fetched(held: Any) -> Work[Any]:
+def _fetched(held: Any) -> PartWork[Any]:
     import ray
 
     if held.hex() not in _works:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from embedsmith.core.settings import Count, Width
 from embedsmith.core.shelf import forms
-from embedsmith.models.folder import FolderFacts, FolderFiles, read_pooling, read_typed, write_json
+from embedsmith.models.folder import FolderFacts, FolderFiles, read_folder_file, read_pooling, write_json
 from embedsmith.models.heads.base import cpu_state
 from embedsmith.models.heads.csr import CsrHead, CsrSpec
 from embedsmith.models.layers import LAYERS
@@ -39,7 +39,7 @@ class Csr:
         if kinds[:2] != ("Transformer", "Pooling") or kinds[-1] != "SparseAutoEncoder" or not inside:
             return None
         folder = files.modules[-1].path
-        said = read_typed(_AutoEncoderFile, folder / "config.json")
+        said = read_folder_file(_AutoEncoderFile, folder / "config.json")
         k = files.general.max_active_dims or said.k
         spec = CsrSpec(said.input_dim, said.hidden_dim, k, said.normalize, folder / "model.safetensors")
         pooling, include_prompt = read_pooling(files.modules[1].path / "config.json", files.more.pooling)

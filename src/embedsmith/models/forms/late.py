@@ -20,7 +20,14 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import Count, Width
 from embedsmith.core.shelf import forms
 from embedsmith.models.expansion import Expansion
-from embedsmith.models.folder import PYLATE_DENSE, FolderFacts, FolderFiles, read_json, read_typed, write_json
+from embedsmith.models.folder import (
+    PYLATE_DENSE,
+    FolderFacts,
+    FolderFiles,
+    read_folder_file,
+    read_folder_json,
+    write_json,
+)
 from embedsmith.models.heads.colbert import PUNCTUATION, ColbertHead, ColbertSpec
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.layers import LAYERS
@@ -98,7 +105,7 @@ class Colbert:
         if files.kinds[0] != "Transformer" or set(files.kinds[1:]) != {"Dense"}:
             return None
         path = files.folder / "config_sentence_transformers.json"
-        said = read_typed(_PylateFile, path) if path.exists() else _PylateFile()
+        said = read_folder_file(_PylateFile, path) if path.exists() else _PylateFile()
         if files.general.model_type != "ColBERT" and said == _PylateFile():  # PyLate itself names no type
             return None
         prefixes = {
@@ -173,7 +180,7 @@ class MultiVectors:
         if len(set(others)) != len(others) or ("Normalize" in kinds and kinds.index("Normalize") < after):
             return None
         mask_path = next(module.path for module in files.modules if module.kind == "MultiVectorMask") / "config.json"
-        mask = read_typed(_MaskFile, mask_path)
+        mask = read_folder_file(_MaskFile, mask_path)
         if mask.keep_only_token_ids:
             raise ModelError(
                 f"keep_only_token_ids keeps {len(mask.keep_only_token_ids)} tokens alone",
@@ -185,7 +192,7 @@ class MultiVectors:
         tasks = ("document",) if tasks is None else (tasks,) if isinstance(tasks, str) else tuple(tasks)
         backbone = files.modules[0].path
         path = next((p for p in (backbone, files.folder) if (p / "sentence_bert_config.json").exists()), None)
-        said = _EncoderFile() if path is None else read_typed(_EncoderFile, path / "sentence_bert_config.json")
+        said = _EncoderFile() if path is None else read_folder_file(_EncoderFile, path / "sentence_bert_config.json")
         wanted = {"query": said.query_length, "document": said.document_length}
         lengths = {role: length for role, length in wanted.items() if length is not None}
         expansion, found = None, said.query_expansion
@@ -235,7 +242,7 @@ def write_multivector(saved: Saved, root: Path, layers: Sequence[Projection], sp
         more["query_expansion"] = {**filled, "token": expansion.token, "length": expansion.length}
         if expansion.cut:
             more.pop("query_length", None)
-    write_json(path, {**read_json(path), **more})
+    write_json(path, {**read_folder_json(path), **more})
     name_model(root, "MultiVectorEncoder", "meanmaxsim" if spec.mean else "maxsim")
 
 
@@ -258,10 +265,10 @@ def _layers(files: FolderFiles) -> tuple[Projection, ...]:
 
 def _stanford(files: FolderFiles) -> FolderFacts | None:
     config = files.folder / "config.json"
-    if not config.exists() or _ARCHITECTURE not in (read_json(config).get("architectures") or ()):
+    if not config.exists() or _ARCHITECTURE not in (read_folder_json(config).get("architectures") or ()):
         return None
     path = files.folder / "artifact.metadata"
-    said = read_typed(_StanfordFile, path) if path.exists() else _StanfordFile()
+    said = read_folder_file(_StanfordFile, path) if path.exists() else _StanfordFile()
     if said.similarity not in (None, "cosine"):
         raise ModelError(
             f"similarity {said.similarity!r}", where=path, expected="cosine", fix="use a checkpoint that compares so"

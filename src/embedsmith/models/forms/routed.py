@@ -14,7 +14,7 @@ from pathlib import Path
 
 from embedsmith.core.errors import ModelError
 from embedsmith.core.shelf import forms
-from embedsmith.models.folder import FolderFacts, FolderFiles, module_of, read_json, read_typed, write_json
+from embedsmith.models.folder import FolderFacts, FolderFiles, module_of, read_folder_file, read_folder_json, write_json
 from embedsmith.models.layout import ST, modules_in, name_model, write_modules
 from embedsmith.models.write import Saved
 
@@ -50,7 +50,7 @@ class Router:
         folder = files.modules[place].path
         path = folder / "router_config.json"
         path = path if path.exists() else folder / "config.json"
-        said = read_typed(_RouterFile, path)
+        said = read_folder_file(_RouterFile, path)
         before, behind = files.modules[:place], files.modules[place + 1 :]
         made: dict[str, FolderFacts] = {}
         for role in ROUTES:
@@ -86,7 +86,7 @@ class Router:
                 _move(folder, entry["path"], root / name, first=place == 0)
                 types[name] = entry["type"]
                 structure[role].append(name)
-        kind = read_json(inside / "document" / _GENERAL)
+        kind = read_folder_json(inside / "document" / _GENERAL)
         (inside / "document" / _GENERAL).rename(root / _GENERAL)
         shutil.rmtree(inside)
         (root / "README.md").write_text(saved.model_card(), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Literal
 from embedsmith.core.errors import ModelError
 from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.shelf import forms
-from embedsmith.models.folder import FolderFacts, FolderFiles, read_typed, write_json
+from embedsmith.models.folder import FolderFacts, FolderFiles, read_folder_file, write_json
 from embedsmith.models.heads.splade import SpladeHead, SpladeSpec
 from embedsmith.models.layout import ST, clear, name_model, write_modules
 from embedsmith.models.write import Saved
@@ -33,7 +33,7 @@ class Splade:
     def facts(files: FolderFiles) -> FolderFacts | None:
         if files.kinds not in (("Transformer", "SpladePooling"), ("MLMTransformer", "SpladePooling")):
             return None
-        said = read_typed(_SpladeFile, files.modules[1].path / "config.json")
+        said = read_folder_file(_SpladeFile, files.modules[1].path / "config.json")
         spec = SpladeSpec(files.general.max_active_dims, said.pooling_strategy, _LOGS[said.activation_function])
         shared = files.shared_of_sparse(files.modules[0].path)
         return FolderFacts(**shared, form="splade", heads={"sparse": spec})

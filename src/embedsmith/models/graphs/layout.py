@@ -14,7 +14,7 @@ from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
 from embedsmith.core.settings import section, to_plain
-from embedsmith.models.folder import read_json, write_json
+from embedsmith.models.folder import read_folder_json, write_json
 
 GraphBackend = Literal["onnx", "openvino"]
 Numbers = Literal["fp32", "fp16", "int8"]
@@ -60,7 +60,7 @@ class GraphFacts:
                 where=path.parent,
                 fix=f"export the model itself: embedsmith export MODEL OUT --to {backend}",
             )
-        tree = read_json(path)
+        tree = read_folder_json(path)
         if tree.get("version", 1) != 1:
             raise ModelError(f"version {tree['version']}", where=path, expected="1", fix="install a newer embedsmith")
         try:

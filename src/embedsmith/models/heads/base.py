@@ -102,7 +102,7 @@ class HeadSpec(Protocol):
         ...
 
 
-class Reader(Protocol):
+class ModelForHead(Protocol):
     """A model, as a head sees it that reads a text of its own making."""
 
     backbone: Any
