@@ -39,7 +39,7 @@ from embedsmith.curate import (
     apply,
     curate,
 )
-from embedsmith.curate.comparison import leaving, linked, linked_groups
+from embedsmith.curate.comparing import leaving, linked, linked_groups
 from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.engines.ray_data import Cluster, RayEngine, _check_reachable
 from embedsmith.curate.ledger import TextRule

@@ -11,7 +11,7 @@ from embedsmith.core.shelf import file_kinds, layouts
 from embedsmith.curate import Input, InputRecords
 from embedsmith.data import Record, Source, read_source, write_records
 from embedsmith.data.formats.columns import COMMON, OWN, Layout, known_layouts
-from embedsmith.data.formats.files import Rows, open_rows
+from embedsmith.data.formats.file_kinds import Rows, open_rows
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import open_rows
+from embedsmith.data.formats.file_kinds import open_rows
 from embedsmith.data.formats.texts import FileText, read_texts
 from embedsmith.models.encode_files import EncodeJob
 

@@ -91,7 +91,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.result import TaskResult
 from embedsmith.evaluate.tasks.kinds import Format, TaskKind, has_columns

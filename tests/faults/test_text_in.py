@@ -20,7 +20,7 @@ from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.inputs import local_path, read_json
 from embedsmith.core.recipe import apply_override, load_recipe, parse, read_tree
 from embedsmith.data import Source, read_source, stream
-from embedsmith.data.formats import files as file_rows
+from embedsmith.data.formats import file_kinds as file_rows
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.inspect import inspect_source
 from embedsmith.data.token_cache import Manifest

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge import stream
+from embedsmith.merge import tensor_blocks
 from embedsmith.merge.methods.element import kept_count
-from embedsmith.merge.stream import DRAW_UNIT as UNIT
-from embedsmith.merge.stream import RowSums, drawn, nth_largest
+from embedsmith.merge.tensor_blocks import DRAW_UNIT as UNIT
+from embedsmith.merge.tensor_blocks import RowSums, drawn, nth_largest
 from tests.merge.memory import deltas, flat, job_of, random_family, run
 
 BASE, MOVED = random_family()
@@ -236,7 +236,7 @@ def test_drawn_numbers_belong_to_their_element():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-30])
 def test_streamed_selection_is_exact(scale, monkeypatch):
-    monkeypatch.setattr(stream, "_IN_MEMORY", 0)
+    monkeypatch.setattr(tensor_blocks, "_IN_MEMORY", 0)
     values = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).abs() * scale
     values[0, 100:600] = values[0, 99]  # many equal values
     values[1, :1000] = 0

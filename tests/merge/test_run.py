@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsmith
 from embedsmith.core.errors import CheckpointError, RecipeError
-from embedsmith.merge import folders, method, run, stream
+from embedsmith.merge import folders, method, run, tensor_blocks
 from embedsmith.merge.folders import Architecture
 from embedsmith.models import load
 from embedsmith.models.backbone import skeleton
@@ -344,7 +344,7 @@ def test_sums_do_not_know_the_block_size(models):
     base, parents = models
     tree = {"parents": [str(p) for p in parents], "base": str(base), "method": "slerp", "output": "x", "cache": None}
     job = make_plan(parse(MergeRecipe, tree)).job(("backbone.embeddings.word_embeddings.weight",))
-    grams = [dataclasses.replace(job, block=size).gram.full(job.names) for size in (stream.UNIT, 1 << 20)]
+    grams = [dataclasses.replace(job, block=size).gram.full(job.names) for size in (tensor_blocks.UNIT, 1 << 20)]
     assert torch.equal(*grams)
 
 
@@ -365,10 +365,10 @@ def test_stochastic_rounding_is_right_on_average_and_repeatable():
     from embedsmith.merge.package import Rounding
 
     values = torch.full((20000,), 1 + 1 / 512, dtype=torch.float64)  # a quarter of the way between two bfloat16
-    block = stream.Block("x", (20000,), 0, 20000, None, ())
+    block = tensor_blocks.Block("x", (20000,), 0, 20000, None, ())
     found = Rounding(1)(values, torch.bfloat16, block)
     assert float(found.double().mean()) == pytest.approx(1 + 1 / 512, abs=1e-4)
-    half = stream.Block("x", (20000,), 10000, 20000, None, ())
+    half = tensor_blocks.Block("x", (20000,), 10000, 20000, None, ())
     assert torch.equal(Rounding(1)(values[10000:], torch.bfloat16, half), found[10000:])
     assert set(Rounding()(values, torch.bfloat16, block).tolist()) == {1.0}
 

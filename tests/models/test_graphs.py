@@ -17,11 +17,11 @@ import embedsmith
 from embedsmith.core.encoder import fingerprint
 from embedsmith.core.errors import CheckpointError, ModelError
 from embedsmith.core.reps import Dense
-from embedsmith.index.engine import lexical_weights
+from embedsmith.index.store import lexical_weights
 from embedsmith.models import load
-from embedsmith.models.exports import trace, write
-from embedsmith.models.exports.write import GraphConfig, export_graph
-from embedsmith.models.graphs.layout import output_names
+from embedsmith.models.exports import trace, write_graph
+from embedsmith.models.exports.write_graph import GraphConfig, export_graph
+from embedsmith.models.graphs.graph_files import output_names
 from tests.models import lm
 from tests.models.graphs import FAMILIES, apart, largest_difference, model_of
 from tests.models.tiny import TEXTS

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.reps import each_head
 from embedsmith.models import ModelConfig, load
-from embedsmith.models.heads.tokens import special_ids
+from embedsmith.models.heads.token_states import special_ids
 from tests.models import tiny
 
 BOTH = ("sparse", "multivector")

@@ -17,8 +17,8 @@ from embedsmith.evaluate.run import evaluate
 from embedsmith.evaluate.tasks.kinds import load_tasks
 from embedsmith.models import Embedder, load
 from embedsmith.models.exports.gguf import ExportedFile, write_gguf
-from embedsmith.models.exports.write import Exported, GraphConfig, export_graph
-from embedsmith.models.graphs.layout import Numbers
+from embedsmith.models.exports.write_graph import Exported, GraphConfig, export_graph
+from embedsmith.models.graphs.graph_files import Numbers
 from embedsmith.models.write import saved_model
 
 Target = Literal["onnx", "openvino", "gguf"]

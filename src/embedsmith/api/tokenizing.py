@@ -20,7 +20,7 @@ from embedsmith.core.settings import section
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.core.shipped import names_recipe, recipe_file
 from embedsmith.data.f2llm import f2llm_source, is_f2llm_folder, negative_columns, parquet_files, task_of_dataset
-from embedsmith.data.formats.files import parquet_schema, readable_parquet
+from embedsmith.data.formats.file_kinds import parquet_schema, readable_parquet
 from embedsmith.data.read import read_source
 from embedsmith.data.record import TASKS
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, Source, TokenizerFacts

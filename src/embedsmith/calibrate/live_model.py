@@ -20,7 +20,7 @@ from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.merge.method import Combine, Job, groups
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
-from embedsmith.merge.stream import Block
+from embedsmith.merge.tensor_blocks import Block
 from embedsmith.models import Embedder, load
 
 Weights = Mapping[str, Tensor]

@@ -21,7 +21,7 @@ from embedsmith.core.recipe import apply_override, parse, read_tree
 from embedsmith.core.settings import Count, NotNegative, Positive, Range, Share, Width, did_you_mean, section
 from embedsmith.data import Source, part_of, read_source
 from embedsmith.data.f2llm import f2llm_source, parquet_files
-from embedsmith.data.formats.files import parquet_schema, readable_parquet
+from embedsmith.data.formats.file_kinds import parquet_schema, readable_parquet
 from embedsmith.data.record import TASKS
 from embedsmith.data.token_cache import MANIFEST, Manifest
 from embedsmith.train.config import Beta, Recipe

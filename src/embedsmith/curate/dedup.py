@@ -15,7 +15,7 @@ from pydantic import Field
 from embedsmith.core.errors import MissingExtraError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import curation_steps
-from embedsmith.curate.comparison import ComparingStep
+from embedsmith.curate.comparing import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools, short
 from embedsmith.curate.rules import token_shingles
 from embedsmith.data.record import Record, text_id

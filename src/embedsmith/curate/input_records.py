@@ -16,7 +16,7 @@ from embedsmith.curate.ledger import Ledger
 from embedsmith.curate.structure import READERS, STRUCTURES, Kind, read_page, row_pairs
 from embedsmith.data.formats.columns import Extent, Range, Tier, check_range, known_layouts, rescaled
 from embedsmith.data.formats.datasets import beir_rows, is_beir_folder, is_saved_dataset
-from embedsmith.data.formats.files import Rows
+from embedsmith.data.formats.file_kinds import Rows
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import Record, RowError, Task
 from embedsmith.data.source import Format, Source, open_source, reading_of, source_name, tokens_refused

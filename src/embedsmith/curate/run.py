@@ -22,7 +22,7 @@ from embedsmith.core.outputs import claimed, clear_left, delivered, discard, fil
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Word, section, to_plain
 from embedsmith.core.shelf import curation_steps, engines
-from embedsmith.curate.comparison import ComparingStep
+from embedsmith.curate.comparing import ComparingStep
 from embedsmith.curate.engines import Running
 from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.input_records import Input, InputRecords

@@ -19,7 +19,7 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_typed
 from embedsmith.core.outputs import discard
-from embedsmith.curate.comparison import ComparingStep, Keys, Places
+from embedsmith.curate.comparing import ComparingStep, Keys, Places
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.curate.outcome import StepReport
 from embedsmith.data.record import Record, RowError, validate

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedsmith.core.errors import MissingExtraError
-from embedsmith.data.formats.files import text_lines
+from embedsmith.data.formats.file_kinds import text_lines
 from embedsmith.data.record import Record, RowError
 
 Kind = Literal[

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.errors import DataError
-from embedsmith.data.formats.files import parquet_schema
+from embedsmith.data.formats.file_kinds import parquet_schema
 from embedsmith.data.record import Task
 
 _CLASSES = "amazon_counterfactual amazon_polarity imdb toxic_conversations cola"

@@ -9,7 +9,7 @@ from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import log
 from embedsmith.data.cache import belongs_on_disk, file_states, refuse_vanished, stored, weight
 from embedsmith.data.formats.columns import Extent, Range, Reading, check_range, rescaled
-from embedsmith.data.formats.files import Rows
+from embedsmith.data.formats.file_kinds import Rows
 from embedsmith.data.record import Record, RowError, Text
 from embedsmith.data.source import RecordSet, Skipped, Source, open_source, reading_of, source_name
 from embedsmith.data.store import Fingerprint, StoreWriter

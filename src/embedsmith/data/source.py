@@ -18,7 +18,7 @@ from embedsmith.core.settings import Count, Finite, Share, Word, section
 from embedsmith.core.shelf import Name, layouts, losses
 from embedsmith.data.formats.columns import Range, Reading, choose_layout
 from embedsmith.data.formats.datasets import beir_rows, hub_rows, is_beir_folder
-from embedsmith.data.formats.files import Rows, has_known_kind, open_rows
+from embedsmith.data.formats.file_kinds import Rows, has_known_kind, open_rows
 from embedsmith.data.formats.memory import HeldRows, held_rows
 from embedsmith.data.record import OneByOne, Record, T, Task, Text
 

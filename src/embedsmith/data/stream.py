@@ -32,7 +32,7 @@ from embedsmith.core.inputs import local_path
 from embedsmith.core.progress import log
 from embedsmith.data.formats.columns import Reading, check_range, rescaled, scores_of
 from embedsmith.data.formats.datasets import choose_split, is_saved_dataset, load_datasets, refused
-from embedsmith.data.formats.files import Rows, readable_parquet, table_row
+from embedsmith.data.formats.file_kinds import Rows, readable_parquet, table_row
 from embedsmith.data.record import OneByOne, Record, RowError
 from embedsmith.data.source import RecordSet, Source, reading_of, source_name
 

@@ -27,7 +27,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import local_path
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.cache import file_states, stored
-from embedsmith.data.formats.files import parquet_schema, readable_parquet
+from embedsmith.data.formats.file_kinds import parquet_schema, readable_parquet
 from embedsmith.data.record import TASKS, Record, Text, TokenIds, value_faults
 from embedsmith.data.source import DatasetFacts, RecordSet, Source
 from embedsmith.data.store import StoreWriter

@@ -1,10 +1,10 @@
 """The hybrid index: dense, sparse and multi-vector fields in one engine, in a folder or on a server."""
 
 from embedsmith.index.edge import EdgeStore
-from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, Match, ReciprocalRank, WeightedSum
 from embedsmith.index.index import Document, Hit, HybridIndex, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
+from embedsmith.index.store import Filter, Store
 
 __all__ = [
     "Document",

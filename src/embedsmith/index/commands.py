@@ -15,10 +15,10 @@ from embedsmith.core.recipe import parse_value
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.terminal import Printed
 from embedsmith.index.edge import EdgeStore
-from embedsmith.index.engine import Filter, Store
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
 from embedsmith.index.index import Hit, open_index
 from embedsmith.index.server import ServerStore
+from embedsmith.index.store import Filter, Store
 from embedsmith.models import Embedder, load, load_reranker
 from embedsmith.search.quantised import RESCORE, SearchPrecision
 

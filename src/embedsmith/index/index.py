@@ -17,7 +17,8 @@ from embedsmith.core.reps import MaxSim, MultiVector, Reps
 from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import text_faults
 from embedsmith.data.writers import batched
-from embedsmith.index.engine import (
+from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
+from embedsmith.index.store import (
     FieldSpec,
     Filter,
     Request,
@@ -28,7 +29,6 @@ from embedsmith.index.engine import (
     point_key,
     vectors_of,
 )
-from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
 from embedsmith.search.hybrid import M3_WEIGHTS
 from embedsmith.search.quantised import RESCORE, SearchPrecision
 

@@ -13,7 +13,7 @@ import torch
 from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.merge.parents import MISSING, MeanOfOwners, Parent, Reordered, Weights
 from embedsmith.merge.recipe import Packaging
-from embedsmith.merge.stream import UNIT
+from embedsmith.merge.tensor_blocks import UNIT
 from embedsmith.merge.varying import mean_of
 from embedsmith.models.backbone import load_tokenizer, read_architecture, skeleton
 from embedsmith.models.folder import FolderFacts

@@ -24,7 +24,7 @@ from embedsmith.merge.recipe import MergeRecipe, ParentSpec
 from embedsmith.models.backbone import UNUSED, locate, shard_names, skeleton
 from embedsmith.models.folder import POOLER_FILE, EmbeddingConfig, FolderFacts, listed_modules, read_folder_json
 from embedsmith.models.heads.splade import SPLADE_FILE
-from embedsmith.models.heads.tokens import FILES, head_state
+from embedsmith.models.heads.token_states import FILES, head_state
 from embedsmith.models.layers import LAYERS
 
 

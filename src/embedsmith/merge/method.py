@@ -28,7 +28,7 @@ from embedsmith.core.files import write_cache
 from embedsmith.core.progress import progress_bar
 from embedsmith.merge.parents import Parent
 from embedsmith.merge.recipe import Granularity
-from embedsmith.merge.stream import BLOCK, UNIT, Block, blocks, drawn, nth_largest
+from embedsmith.merge.tensor_blocks import BLOCK, UNIT, Block, blocks, drawn, nth_largest
 from embedsmith.merge.varying import Place, Varying, layer_places, value_at
 
 Combine = Callable[[Block], Tensor]

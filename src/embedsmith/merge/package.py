@@ -26,10 +26,10 @@ from embedsmith.merge.folders import INDEX, WEIGHTS, layer_folders, module_folde
 from embedsmith.merge.merge_plan import Plan
 from embedsmith.merge.method import block_of
 from embedsmith.merge.parents import DTYPES
-from embedsmith.merge.stream import Block, drawn
+from embedsmith.merge.tensor_blocks import Block, drawn
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, read_folder_json, write_json
 from embedsmith.models.heads.splade import SPLADE_FILE
-from embedsmith.models.heads.tokens import FILES
+from embedsmith.models.heads.token_states import FILES
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".gguf", ".ot", ".pkl", ".npz")
 REPORT = "merge.json"

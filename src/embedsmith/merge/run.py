@@ -26,7 +26,7 @@ from embedsmith.merge.methods.formulas import normalised
 from embedsmith.merge.package import LOSSY, REPORT, Rounding, Slot, TensorFile, homes, metadata_of, write_around
 from embedsmith.merge.parents import file_hash
 from embedsmith.merge.recipe import MergeRecipe
-from embedsmith.merge.stream import BLOCK, Block
+from embedsmith.merge.tensor_blocks import BLOCK, Block
 from embedsmith.models.folder import read_folder_json
 from embedsmith.models.write import saved_model
 

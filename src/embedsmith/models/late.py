@@ -19,7 +19,7 @@ from torch import Tensor
 from embedsmith.core.settings import Width
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.folder import read_folder_file
-from embedsmith.models.heads.tokens import MultiVectorHead
+from embedsmith.models.heads.token_states import MultiVectorHead
 
 
 @dataclass(frozen=True)

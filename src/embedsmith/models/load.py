@@ -35,7 +35,7 @@ from embedsmith.models.expansion import Expansion
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_folder_file
 from embedsmith.models.fused import fuse_kernels
 from embedsmith.models.graphs.graph_embedder import GraphEmbedder
-from embedsmith.models.graphs.layout import FILES, GraphBackend, GraphFacts, backend_of
+from embedsmith.models.graphs.graph_files import FILES, GraphBackend, GraphFacts, backend_of
 from embedsmith.models.heads.base import HeadSource
 from embedsmith.models.heads.dense import HeadConfig
 from embedsmith.models.layers import check_widths, width_after

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from embedsmith.curate.comparison import ComparingStep
+from embedsmith.curate.comparing import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.curate.stages import Advance, PartWork, StageParts
 

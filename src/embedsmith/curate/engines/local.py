@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from embedsmith.core.errors import EngineError
 from embedsmith.core.settings import Count
 from embedsmith.core.shelf import engines
-from embedsmith.curate.comparison import ComparingStep
+from embedsmith.curate.comparing import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.curate.stages import Advance, Drop, PartWork, Sketches, StageParts
 

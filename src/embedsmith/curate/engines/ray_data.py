@@ -26,7 +26,7 @@ import numpy.typing as npt
 from embedsmith.core.errors import EmbedsmithError, EngineError, MissingExtraError
 from embedsmith.core.settings import Count, Word
 from embedsmith.core.shelf import engines
-from embedsmith.curate.comparison import ComparingStep, Places, leaving, linked, linked_groups
+from embedsmith.curate.comparing import ComparingStep, Places, leaving, linked, linked_groups
 from embedsmith.curate.keeper import Cache, Purse
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
 from embedsmith.curate.stages import PART_SHIFT, Advance, Drop, PartWork, StageParts, key_rows, sketches_at

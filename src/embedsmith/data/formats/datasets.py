@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from embedsmith.core.errors import DataError, MissingExtraError
-from embedsmith.data.formats.files import Row, Rows, sound_rows
+from embedsmith.data.formats.file_kinds import Row, Rows, sound_rows
 from embedsmith.data.formats.texts import file_in, read_texts
 
 Judgements = dict[str, dict[str, float]]

@@ -9,7 +9,7 @@ from typing import Any
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import kind_of
 from embedsmith.data.formats.datasets import choose_split, dataset_rows
-from embedsmith.data.formats.files import Row, Rows
+from embedsmith.data.formats.file_kinds import Row, Rows
 from embedsmith.data.record import RowError
 
 _HELD = "in memory"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from embedsmith.core.errors import DataError
 from embedsmith.core.inputs import local_path
-from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.data.record import titled
 
 _IDS = ("_id", "id")

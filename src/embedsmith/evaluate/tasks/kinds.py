@@ -19,7 +19,7 @@ from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.inputs import local_path
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.result import TaskResult
 

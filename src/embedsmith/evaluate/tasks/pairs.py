@@ -12,7 +12,7 @@ import numpy as np
 from embedsmith.core.errors import DataError, EvaluationError
 from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.data.formats.texts import text_in
 from embedsmith.evaluate.encoding import Reader
 from embedsmith.evaluate.metrics import Floats, pair_scores, paired_cosines

@@ -15,7 +15,7 @@ from embedsmith.core.inputs import kind_of
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Dense, Representation
 from embedsmith.core.shelf import task_kinds
-from embedsmith.data.formats.files import sound_rows
+from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.encoding import Reader, piece_rows
 from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Qrels, Ranking

@@ -8,7 +8,7 @@ from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.progress import log
 from embedsmith.data import Record, Source, read_source, text_id
 from embedsmith.data.formats.columns import choose_layout
-from embedsmith.data.formats.files import has_known_kind, sound_rows
+from embedsmith.data.formats.file_kinds import has_known_kind, sound_rows
 
 JudgedTexts = tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]
 """Queries and corpus by id, and the judgements."""

@@ -19,7 +19,7 @@ from embedsmith.core.settings import Finite, NotNegative, Range
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method
 from embedsmith.merge.methods.formulas import normalised, norms, not_negative
-from embedsmith.merge.stream import UNIT, Block, RowSums
+from embedsmith.merge.tensor_blocks import UNIT, Block, RowSums
 
 Density = Annotated[float, Range(gt=0, le=1)]
 Thin = Callable[[Block], Tensor]

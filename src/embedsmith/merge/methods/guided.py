@@ -13,7 +13,7 @@ from embedsmith.core.settings import Finite, Positive
 from embedsmith.core.shelf import merge_methods
 from embedsmith.merge.method import Combine, Job, Method, block_of
 from embedsmith.merge.methods.formulas import normalised, not_negative
-from embedsmith.merge.stream import Block, RowSums
+from embedsmith.merge.tensor_blocks import Block, RowSums
 
 _FLOOR = 1e-3
 Vectors = Callable[[Block], Tensor]

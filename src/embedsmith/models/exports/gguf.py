@@ -22,7 +22,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.outputs import claimed, refuse_foreign_file
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.exports.trace import check_traceable
-from embedsmith.models.graphs.layout import Numbers
+from embedsmith.models.graphs.graph_files import Numbers
 from embedsmith.models.tokenize import added_tokens
 
 MARK = "embedsmith.made_from"

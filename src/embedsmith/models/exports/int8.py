@@ -20,7 +20,7 @@ import numpy.typing as npt
 from embedsmith.core.tokens import chunk_rows
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.exports.trace import quiet, save_onnx, wants_prompt
-from embedsmith.models.graphs.layout import MASK
+from embedsmith.models.graphs.graph_files import MASK
 from embedsmith.models.graphs.session import inputs_of
 
 SAMPLE = files("embedsmith.models.exports").joinpath("sample.txt").read_text(encoding="utf-8").splitlines()

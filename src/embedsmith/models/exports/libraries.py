@@ -37,7 +37,7 @@ from embedsmith.models.heads.csr import CsrHead
 from embedsmith.models.heads.dense import Projection
 from embedsmith.models.heads.splade import SpladeHead
 from embedsmith.models.heads.static import StaticHead
-from embedsmith.models.heads.tokens import MultiVectorHead, SparseHead
+from embedsmith.models.heads.token_states import MultiVectorHead, SparseHead
 from embedsmith.models.layout import ST, clear, modules_in, name_model, write_modules
 from embedsmith.models.load import load
 from embedsmith.models.write import Saved, saved_model

@@ -26,7 +26,7 @@ from embedsmith.core.progress import transformers_silenced
 from embedsmith.core.reps import Representation
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.graphs.layout import IDS, MASK, PROMPT, STATES, output_names
+from embedsmith.models.graphs.graph_files import IDS, MASK, PROMPT, STATES, output_names
 from embedsmith.models.lora import has_adapter
 
 OPSET = 20

@@ -17,7 +17,7 @@ from embedsmith.core.tokens import PaddedTokens, TokenBatch, one_of
 from embedsmith.models.config import Settings
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.encode import Compute
-from embedsmith.models.graphs.layout import FILES, KINDS, STATES, GraphBackend, GraphFacts
+from embedsmith.models.graphs.graph_files import FILES, KINDS, STATES, GraphBackend, GraphFacts
 from embedsmith.models.graphs.session import inputs_of, open_session
 
 

@@ -13,7 +13,7 @@ import torch
 
 from embedsmith.core.errors import MissingExtraError, ModelError
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models.graphs.layout import FILES, IDS, MASK, PROMPT, GraphBackend, Numbers
+from embedsmith.models.graphs.graph_files import FILES, IDS, MASK, PROMPT, GraphBackend, Numbers
 
 Array = npt.NDArray[Any]
 

@@ -26,7 +26,7 @@ from embedsmith.core.tokens import TokenBatch
 from embedsmith.models.embedder import Embedder
 from embedsmith.models.exports.int8 import SAMPLE, quantised
 from embedsmith.models.exports.trace import check_traceable, heads_of, wants_prompt, write_onnx
-from embedsmith.models.graphs.layout import FILES, GraphBackend, GraphFacts, Numbers
+from embedsmith.models.graphs.graph_files import FILES, GraphBackend, GraphFacts, Numbers
 from embedsmith.models.load import load
 from embedsmith.models.write import saved_model
 
