@@ -55,7 +55,7 @@ def traced_before(model, traced, monkeypatch):
         shutil.copy(traced / "onnx" / "model.onnx", file)
         return kinds
 
-    monkeypatch.setattr(write, "write_onnx", copied)
+    monkeypatch.setattr(write_graph, "write_onnx", copied)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -177,7 +177,7 @@ def test_a_graph_that_computes_something_else_is_refused(model, traced, monkeypa
         onnx.save(proto, str(file))
         return kinds
 
-    monkeypatch.setattr(write, "write_onnx", wrong)
+    monkeypatch.setattr(write_graph, "write_onnx", wrong)
     with pytest.raises(ModelError, match="does not compute what the model does"):
         export_graph(model, tmp_path / "out", GraphConfig("onnx"), TEXTS)
     assert not (tmp_path / "out").exists()
