@@ -73,6 +73,15 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path):
     assert recipe == Outer("a", Inner(1e-3), Circle(3.0), (Inner(), Inner(widths=(4, 2))))
 
 
+def test_an_override_does_not_replace_what_stands_there_by_a_section():
+    tree = {"stages": [{"recipe": "joint", "set": None}]}
+    with pytest.raises(RecipeError, match=r"'stages.0.recipe.train.steps=5' would replace recipe='joint'(.|\n)*`set`"):
+        apply_override(tree, "stages.0.recipe.train.steps=5")
+    assert tree == {"stages": [{"recipe": "joint", "set": None}]}
+    apply_override(tree, "stages.0.set.a=5")
+    assert tree["stages"][0]["set"] == {"a": 5}
+
+
 @pytest.mark.parametrize(
     ("tree", "words"),
     [

@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what they write, how they stop, continue, refuse and fail."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from embedsmith.core.errors import CheckpointError, DataError, RecipeError, Trai
 from embedsmith.core.recipe import parse
 from embedsmith.train import Recipe, loop, rehearse, train
 from embedsmith.train.checkpoint import Checkpoints
+from embedsmith.train.scoring import Development
 from tests.core.test_files import tiny_disk
 from tests.ranks import on_ranks
 from tests.tinybert import tiny_bert
@@ -249,6 +251,16 @@ def test_a_value_that_is_not_finite_stops_with_the_checkpoint_intact(tree, tmp_p
         run(tree)
     monkeypatch.setattr(loop, "update", update)
     run(tree)
+
+
+def test_a_score_that_is_not_finite_is_never_the_best(tree, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(Development, "_overall", lambda self, scores: math.nan)
+    evaluate = {"tasks": [str(files / "scored.jsonl")], "every": 2}
+    run(tree, evaluate=evaluate, train=tree["train"] | {"steps": 4, "final": "best"})
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    assert (finished["best_step"], finished["best_score"]) == (None, None)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-4" / "state.json").read_text())
+    assert (state["best_score"], state["evaluations_without_gain"]) == (None, 2)
 
 
 def test_evaluation_validation_best_checkpoint_and_early_stop(tree, files, tmp_path):

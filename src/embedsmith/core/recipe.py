@@ -119,7 +119,8 @@ def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `a.b.0.c=value` in place. The value is YAML; list entries are numbered from 0; missing mappings are made."""
+    """Set `a.b.0.c=value` in place. The value is YAML; list entries are numbered from 0; missing mappings are made.
+    Errors: `RecipeError` for a place that is not there, or that is inside something that is no section."""
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"{override!r} is not an override", expected="key.path=value, for example train.steps=500")
@@ -128,7 +129,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for key in parents:
         place: Any = _index(node, key, override) if isinstance(node, list) else key
         held = node[place] if isinstance(node, list) else node.get(place)
-        if not isinstance(held, dict | list):
+        if held is not None and not isinstance(held, dict | list):
+            raise RecipeError(
+                f"{override!r} would replace {key}={held!r} by a section with one key",
+                expected="a key inside a section",
+                fix=f"give {key} whole, as {key}={{...}}; of a stage whose recipe is named, say what changes in its `set`",
+            )
+        if held is None:
             node[place] = held = {}
         node = held
     parsed = parse_value(value, f"the value of {override!r}")

@@ -1,6 +1,7 @@
 """Scores while training: tasks through the evaluator, and the loss of validation sources."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -70,9 +71,10 @@ class Development:
 
     def run(self, state: RunState) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
-        that are kept are the last ones, or with `only_best` those of the best checkpoint."""
+        that are kept are the last ones, or with `only_best` those of the best checkpoint. A score that is not finite, as
+        of a model that gives all texts one vector, is never the best."""
         best = state.best_score
-        better: Callable[[float], bool] = lambda score: best is None or score > best
+        better: Callable[[float], bool] = lambda score: math.isfinite(score) and (best is None or score > best)
         losses: dict[str, list[float]] = {}
         self.model.eval()
         draws = [] if self.validation is None else map(self.validation.draw, range(self.validation.steps_per_epoch))
