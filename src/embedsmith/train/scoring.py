@@ -71,8 +71,8 @@ class Development:
 
     def run(self, state: RunState) -> tuple[RunState, dict[str, float]]:
         """Score the model as it is. Returns the state with the best score kept up to date, and all scores. The results
-        that are kept are the last ones, or with `only_best` those of the best checkpoint. A score that is not finite, as
-        of a model that gives all texts one vector, is never the best."""
+        that are kept are the last ones, or with `only_best` those of the best checkpoint. A score that is not finite is
+        never the best."""
         best = state.best_score
         better: Callable[[float], bool] = lambda score: math.isfinite(score) and (best is None or score > best)
         losses: dict[str, list[float]] = {}
