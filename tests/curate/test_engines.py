@@ -43,7 +43,7 @@ from embedsmith.curate.comparing import leaving, linked, linked_groups
 from embedsmith.curate.engines.local import LocalEngine
 from embedsmith.curate.engines.ray_data import Cluster, RayEngine, _check_reachable
 from embedsmith.curate.ledger import TextRule
-from embedsmith.curate.stages import PART_SHIFT, StageParts, key_rows, sketches_at
+from embedsmith.curate.parts import PART_SHIFT, StageParts, key_rows, sketches_at
 from embedsmith.data import Record
 from embedsmith.data.writers import write_records
 from tests.curate.fake_ray import fake_ray

@@ -25,7 +25,7 @@ from embedsmith.index import (
     open_index,
     read_documents,
 )
-from embedsmith.index.store import Request
+from embedsmith.index.vector_store import Request
 from embedsmith.search.hybrid import Hybrid
 from tests.index.words import Words
 

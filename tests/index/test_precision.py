@@ -14,7 +14,7 @@ from embedsmith.index import Document, EdgeStore, ServerStore, open_index
 from embedsmith.index.commands import Place
 from embedsmith.index.edge import SETTINGS
 from embedsmith.index.filling import run_index
-from embedsmith.index.store import FieldSpec, Request
+from embedsmith.index.vector_store import FieldSpec, Request
 from tests.index.test_index import texts
 from tests.index.words import Words
 

@@ -17,7 +17,7 @@ import embedsmith
 from embedsmith.core.encoder import fingerprint
 from embedsmith.core.errors import CheckpointError, ModelError
 from embedsmith.core.reps import Dense
-from embedsmith.index.store import lexical_weights
+from embedsmith.index.vector_store import lexical_weights
 from embedsmith.models import load
 from embedsmith.models.exports import trace, write_graph
 from embedsmith.models.exports.write_graph import GraphConfig, export_graph

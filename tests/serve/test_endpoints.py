@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 
 from embedsmith.core.errors import SearchError
 from embedsmith.index import EdgeStore, WeightedSum, open_index
-from embedsmith.index.store import lexical_weights
+from embedsmith.index.vector_store import lexical_weights
 from embedsmith.serve.app import http_app
 from embedsmith.serve.service import Service, Sources
 from tests.models.tiny import TEXTS, embedder

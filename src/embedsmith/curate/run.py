@@ -29,7 +29,7 @@ from embedsmith.curate.input_records import Input, InputRecords
 from embedsmith.curate.keeper import key_of
 from embedsmith.curate.ledger import Chain, Ledger, PerRecord, Step, Tools
 from embedsmith.curate.outcome import Report, StepReport
-from embedsmith.curate.stages import PART, Advance, RecordCheck, StageParts, StepRun, Survey
+from embedsmith.curate.parts import PART, Advance, RecordCheck, StageParts, StepRun, Survey
 from embedsmith.data.record import Record
 from embedsmith.data.writers import batched, write_records
 

@@ -4,7 +4,7 @@ from embedsmith.index.edge import EdgeStore
 from embedsmith.index.hits import Fusion, HitExplanation, Match, ReciprocalRank, WeightedSum
 from embedsmith.index.index import Document, Hit, HybridIndex, Written, open_index, read_documents
 from embedsmith.index.server import ServerStore
-from embedsmith.index.store import Filter, Store
+from embedsmith.index.vector_store import Filter, Store
 
 __all__ = [
     "Document",

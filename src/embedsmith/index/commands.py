@@ -18,7 +18,7 @@ from embedsmith.index.edge import EdgeStore
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
 from embedsmith.index.index import Hit, open_index
 from embedsmith.index.server import ServerStore
-from embedsmith.index.store import Filter, Store
+from embedsmith.index.vector_store import Filter, Store
 from embedsmith.models import Embedder, load, load_reranker
 from embedsmith.search.quantised import RESCORE, SearchPrecision
 

@@ -18,7 +18,15 @@ from embedsmith.core.errors import CheckpointError, MissingExtraError, SearchErr
 from embedsmith.core.files import allocate, atomic_file, disk_errors, full_disk
 from embedsmith.core.inputs import local_path, read_json
 from embedsmith.core.outputs import clear_left, files_of, holder, sign
-from embedsmith.index.store import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
+from embedsmith.index.vector_store import (
+    METADATA,
+    FieldSpec,
+    Request,
+    StoredPoint,
+    Vector,
+    checked_settings,
+    conditions,
+)
 
 SETTINGS = "embedsmith_index.json"
 _SHARD = "shard"

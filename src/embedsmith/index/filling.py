@@ -25,7 +25,7 @@ from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data.writers import batched
 from embedsmith.index.commands import Place
 from embedsmith.index.index import Document, HybridIndex, Written, open_index, read_documents
-from embedsmith.index.store import Store
+from embedsmith.index.vector_store import Store
 from embedsmith.models import Embedder, load
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.quantised import SearchPrecision

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import MaxSim, MultiVector, Reps, Sparse
-from embedsmith.index.store import lexical_weights
+from embedsmith.index.vector_store import lexical_weights
 
 HeadScores = Mapping[str, Mapping[str, float]]
 """Head -> document -> score, for the candidates of one query. A head may not know a document."""

@@ -18,7 +18,7 @@ from embedsmith.data.formats.texts import read_texts
 from embedsmith.data.record import text_faults
 from embedsmith.data.writers import batched
 from embedsmith.index.hits import Fusion, HeadScores, WeightedSum, ordered
-from embedsmith.index.store import (
+from embedsmith.index.vector_store import (
     FieldSpec,
     Filter,
     Request,

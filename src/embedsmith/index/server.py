@@ -8,7 +8,15 @@ from embedsmith.core.errors import MissingExtraError, SearchError
 from embedsmith.core.keys import checked_address
 from embedsmith.core.progress import log
 from embedsmith.core.text_out import remember_secret, without_secrets
-from embedsmith.index.store import METADATA, FieldSpec, Request, StoredPoint, Vector, checked_settings, conditions
+from embedsmith.index.vector_store import (
+    METADATA,
+    FieldSpec,
+    Request,
+    StoredPoint,
+    Vector,
+    checked_settings,
+    conditions,
+)
 
 T = TypeVar("T")
 _WAITS = (0.5, 2.0, 8.0)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import MultiVector, Reps, Sparse
-from embedsmith.index.store import check_finite, lexical_weights
+from embedsmith.index.vector_store import check_finite, lexical_weights
 from embedsmith.serve.model import Encoded, Model
 from embedsmith.serve.served_index import Found
 

@@ -22,7 +22,7 @@ from embedsmith.index import (
     Written,
     open_index,
 )
-from embedsmith.index.store import conditions
+from embedsmith.index.vector_store import conditions
 from embedsmith.serve.batching import RetiredError
 from embedsmith.serve.failures import RequestError
 from embedsmith.serve.model import Model, ServedReranker

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from embedsmith.curate.comparing import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
-from embedsmith.curate.stages import Advance, PartWork, StageParts
+from embedsmith.curate.parts import Advance, PartWork, StageParts
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from embedsmith.core.settings import Count
 from embedsmith.core.shelf import engines
 from embedsmith.curate.comparing import ComparingStep
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
-from embedsmith.curate.stages import Advance, Drop, PartWork, Sketches, StageParts
+from embedsmith.curate.parts import Advance, Drop, PartWork, Sketches, StageParts
 
 T = TypeVar("T")
 

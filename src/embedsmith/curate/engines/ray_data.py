@@ -29,7 +29,7 @@ from embedsmith.core.shelf import engines
 from embedsmith.curate.comparing import ComparingStep, Places, leaving, linked, linked_groups
 from embedsmith.curate.keeper import Cache, Purse
 from embedsmith.curate.ledger import Ledger, PerRecord, Tools
-from embedsmith.curate.stages import PART_SHIFT, Advance, Drop, PartWork, StageParts, key_rows, sketches_at
+from embedsmith.curate.parts import PART_SHIFT, Advance, Drop, PartWork, StageParts, key_rows, sketches_at
 
 T = TypeVar("T")
 Columns = dict[str, npt.NDArray[Any]]
