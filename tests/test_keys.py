@@ -16,7 +16,7 @@ from embedsmith.evaluate.tasks.pairs import STSTask
 from embedsmith.evaluate.variants import NarrowEncoder
 from embedsmith.index import Document
 from embedsmith.mining import Selection
-from embedsmith.mining.offline import Texts, _agreed_key
+from embedsmith.mining.offline import Texts, _agreed_key, _facts
 from embedsmith.mining.searchers import CrossEncoderScorer
 from embedsmith.models import load_reranker
 from embedsmith.search.hybrid import HybridEncoder
@@ -159,15 +159,16 @@ def test_key_of_mining(tmp_path):
         {"corpus": [{"path": "c.txt", "column": "x"}]},
         {"part": 5},
     ]
-    keys = [_agreed_key(parse(MineRecipe, tree | change), texts, {}) for change in [{}, *changes]]
-    keys += [_agreed_key(recipe, texts, {"m": "1"}), _agreed_key(recipe, texts, {"m": "2"})]
-    keys += [_agreed_key(recipe, replace(texts, corpus=[*texts.corpus, "x"]), {})]
-    keys += [_agreed_key(recipe, Texts.read(parse(MineRecipe, tree | {"data": {"path": str(other)}})), {})]
+    keys = [_facts(parse(MineRecipe, tree | change), texts, {}) for change in [{}, *changes]]
+    keys += [_facts(recipe, texts, {"m": "1"}), _facts(recipe, texts, {"m": "2"})]
+    keys += [_facts(recipe, replace(texts, corpus=[*texts.corpus, "x"]), {})]
+    keys += [_facts(recipe, Texts.read(parse(MineRecipe, tree | {"data": {"path": str(other)}})), {})]
+    keys = [_agreed_key(facts) for facts in keys]
     assert differ(keys)
     covered = {name for change in changes for name in change} | {"output", "work", "vectors"}
     assert covered == {f.name for f in dataclasses.fields(MineRecipe)}
     elsewhere = {"output": str(tmp_path / "p.jsonl"), "work": "w", "vectors": "v"}
-    assert _agreed_key(parse(MineRecipe, tree | elsewhere), texts, {}) == keys[0]
+    assert _agreed_key(_facts(parse(MineRecipe, tree | elsewhere), texts, {})) == keys[0]
 
 
 def _changed_select():
@@ -205,11 +206,13 @@ def test_key_of_fisher_information():
         for negatives in ((), ("n",))
     )
     settings = {"definition": "isolated", "expectation": "sampled", "temperature": 0.05, "batch_size": 16, "draws": 1}
-    settings |= {"seed": 0, "probe": SimpleNamespace(negatives=7)}
-    others = {name: "other" for name in settings} | {"probe": SimpleNamespace(negatives=8)}
+    settings |= {"seed": 0, "probe": SimpleNamespace(negatives=7, max_length=None)}
+    others = {name: "other" for name in settings} | {"probe": SimpleNamespace(negatives=8, max_length=None)}
     plain, *changed = (
         SimpleNamespace(**settings | {name: others[name]} if name else settings) for name in ("", *settings)
     )
     keys = [Fisher._measured_from(each, "hash", records) for each in (plain, *changed)]
+    shorter = SimpleNamespace(**settings | {"probe": SimpleNamespace(negatives=7, max_length=64)})
+    keys += [Fisher._measured_from(shorter, "hash", records)]
     keys += [Fisher._measured_from(plain, "other", records), Fisher._measured_from(plain, "hash", more)]
     assert differ(keys)

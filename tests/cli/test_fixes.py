@@ -104,7 +104,7 @@ def unknown(text: str) -> Iterator[str]:
     """What a fix says to type that nothing knows."""
     plain = re.sub(r"pip install \S+( \S*==\S*)?|https?://\S+|HF_\w+|export \S+", "", CALLS.sub("", text))
     typed = re.findall(r"(?<![-\w.{\[])([A-Za-z_][\w.]*)=(?=[^=])", plain)
-    typed += re.findall(r"(?<![-\w./`])[a-z_]+(?:\.[a-zN_]+)+", re.sub(r"\S+" + FILES, "", plain))
+    typed += re.findall(r"(?<![-\w./`])[a-z_]+(?:\.[a-zN_][a-zN_\d]*)+", re.sub(r"\S+" + FILES, "", plain))
     yield from (key for key in typed if not is_key(key) and key != "NAME")  # that is for the reader to choose
     names = {key.rpartition(".")[2] for key in keys()} | OTHERS
     yield from (key for key in re.findall(r"\b(?:set|declare) `?([a-z_]+)\b(?![.=])", plain) if key not in names)

@@ -61,7 +61,8 @@ def test_stages_run_in_order_and_hand_on_what_they_made(calls, tmp_path):
     assert calls.list[2][1]["note"] == f"in {tmp_path / 'p'}"
 
 
-def test_a_stage_takes_a_shipped_recipe_by_name(calls, tmp_path):
+def test_a_stage_takes_a_shipped_recipe_by_name(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # that recipe writes beside its reader
     stages = [{"name": "hard", "verb": "mine", "recipe": "mine", "set": ["data.path=raw.jsonl"]}]
     run(parse(PipelineRecipe, {"output": str(tmp_path / "p"), "stages": stages}))
     assert calls.list[0][1]["data"]["path"] == "raw.jsonl"

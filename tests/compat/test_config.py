@@ -67,6 +67,12 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Their relative paths (cache_dir, output_dir) lead into a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")

@@ -166,7 +166,7 @@ class Broken(HashEncoder):
 def error_on_all_ranks():
     try:
         evaluate(Broken(), [small_tasks()["search"]], group=None)
-    except EvaluationError as error:
+    except EmbedsmithError as error:
         return str(error)
     return "no error"
 

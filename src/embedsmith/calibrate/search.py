@@ -69,7 +69,7 @@ class Search(Method):
         if self.searcher == "self_positioning" and self.probe is None:
             raise RecipeError("searcher self_positioning needs texts to descend on", fix="set method.probe")
         if self.probe is not None and self.probe.max_length is not None:
-            fix = "take method.probe.max_length away, or use method: self_positioning"
+            fix = "take max_length of method.probe away, or use method: self_positioning"
             raise RecipeError("a search scores whole texts, with the model that reads the probe", fix=fix)
 
     def prepare(self, job: Job) -> Combine:

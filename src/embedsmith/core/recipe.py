@@ -133,7 +133,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise RecipeError(
                 f"{override!r} would replace {key}={held!r} by a section with one key",
                 expected="a key inside a section",
-                fix=f"give {key} whole, as {key}={{...}}; the stage of a named recipe takes changes in its `set`",
+                fix=f"give {key} as a whole section; the stage of a named recipe takes changes in its `set`",
             )
         if held is None:
             node[place] = held = {}

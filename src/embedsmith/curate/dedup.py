@@ -106,9 +106,9 @@ class NearDuplicates(ComparingStep):
 
     def keys(self, sketch: Sketch) -> Sequence[int]:
         """Of each band of the first part's hashes, with the number of parts: only records of as many are compared."""
-        band_BR = np.array(sketch.hashes[0].digest(), "<u4").reshape(self._bands, -1)
+        bands = np.array(sketch.hashes[0].digest(), "<u4").reshape(self._bands, -1)
         heads = (f"{len(sketch.hashes)} {band} ".encode() for band in range(self._bands))
-        return [_number(head + hashes.tobytes()) for head, hashes in zip(heads, band_BR)]
+        return [_number(head + hashes.tobytes()) for head, hashes in zip(heads, bands)]
 
     def memory(self) -> Callable[[Sketch], str | None]:
         index = _rensa().RMinHashLSH(self.threshold, self.permutations, self._bands)
