@@ -197,7 +197,7 @@ def _check_varying(
     Errors: `RecipeError` naming the setting, and for a density of a parent that no method looks at.
     """
     places = layer_places(parents[0].tensors)
-    thinned = [name for method, own in by_method if method.thins for name in own]
+    thinned = [name for method, own in by_method if getattr(method, "thins", False) for name in own]
     for parent in parents:
         check_filters(parent.weight, names, places, f"weight of {parent.id}")
         if parent.density is not None and not thinned:
