@@ -124,12 +124,13 @@ def test_values_of_overrides_are_held_to_the_same(tmp_path):
         'a="\\0"',
         "betas.9999999999999=1",
         "betas.x=1",
+        "betas.0.x=1",
         "=1",
         "a",
     ):
         with pytest.raises(EmbedsmithError):
             apply_override({"betas": [0.9]}, override)
-    apply_override(tree := {"betas": [0.9]}, "betas.0.x=1")
+    apply_override(tree := {"betas": [None]}, "betas.0.x=1")
     assert tree == {"betas": [{"x": 1}]}
 
 

@@ -126,14 +126,15 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{override!r} is not an override", expected="key.path=value, for example train.steps=500")
     *parents, last = path.split(".")
     node: Any = tree
-    for key in parents:
+    for number, key in enumerate(parents, start=1):
         place: Any = _index(node, key, override) if isinstance(node, list) else key
         held = node[place] if isinstance(node, list) else node.get(place)
         if held is not None and not isinstance(held, dict | list):
+            whole = ".".join(parents[:number])
             raise RecipeError(
-                f"{override!r} would replace {key}={held!r} by a section with one key",
+                f"{override!r} would replace {whole}={held!r} by a section with one key",
                 expected="a key inside a section",
-                fix=f"give {key} as a whole section; the stage of a named recipe takes changes in its `set`",
+                fix=f"give {whole} as a whole section; the stage of a named recipe takes changes in its `set`",
             )
         if held is None:
             node[place] = held = {}
