@@ -75,7 +75,9 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path):
 
 def test_an_override_does_not_replace_what_stands_there_by_a_section():
     tree = {"stages": [{"recipe": "joint", "set": None}]}
-    with pytest.raises(RecipeError, match=r"'stages.0.recipe.train.steps=5' would replace stages.0.recipe='joint'(.|\n)*`set`"):
+    with pytest.raises(
+        RecipeError, match=r"'stages.0.recipe.train.steps=5' would replace stages.0.recipe='joint'(.|\n)*`set`"
+    ):
         apply_override(tree, "stages.0.recipe.train.steps=5")
     assert tree == {"stages": [{"recipe": "joint", "set": None}]}
     apply_override(tree, "stages.0.set.a=5")
