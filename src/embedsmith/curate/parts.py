@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -117,12 +118,12 @@ def record_of(line: bytes, path: Path) -> Record:
         raise DataError("a damaged stage file", where=path, fix="delete it and run again") from error
 
 
-class PartWork(Generic[T]):
+class PartWork(ABC, Generic[T]):
     """Something that is done with each part, by whatever process. A work can be pickled."""
 
+    @abstractmethod
     def __call__(self, number: int, advance: Advance) -> T:
         """`advance` is told of each record that is read. Errors: those of the step."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
