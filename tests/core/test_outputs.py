@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,21 @@ def test_what_had_stepped_aside_comes_back_only_where_nothing_took_its_place(tmp
         recover(tmp_path / "out")
         assert names(tmp_path / "out") == ["a"]
         assert not aside.exists()
+
+
+def test_a_child_of_a_child_closes_nothing_of_its_own(tmp_path):
+    """The number of the lock's descriptor may be another file's by then."""
+    done = textwrap.dedent("""
+        import os, sys
+        from embedsmith.core.outputs import claimed
+        with claimed(sys.argv[1], "train"):
+            if (child := os.fork()) == 0:
+                files = [open(os.devnull) for _ in range(3)]
+                if (inner := os.fork()) == 0:
+                    os._exit(len([os.fstat(file.fileno()) for file in files]) - 3)
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        sys.exit(code)
+    """)
+    ended = subprocess.run([sys.executable, "-c", done, tmp_path / "run"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

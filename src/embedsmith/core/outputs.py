@@ -35,12 +35,14 @@ _ELSEWHERE = "choose another output"
 _ENDING = 1.0
 """Seconds that one of several that share an output waits for another that is just letting go of it."""
 _held: dict[Path, int] = {}
-"""The claimed outputs, each with the descriptor of its lock."""
+"""The claimed outputs, each with the descriptor of its lock; -1 in a forked child, which has let go of it."""
 
 
 def _let_go() -> None:
-    for descriptor in _held.values():
-        os.close(descriptor)
+    for path, descriptor in _held.items():
+        if descriptor >= 0:
+            os.close(descriptor)
+        _held[path] = -1  # its number is free: a child of the child must not close what has it then
 
 
 os.register_at_fork(after_in_child=_let_go)  # else the children of a killed process would go on holding its outputs
