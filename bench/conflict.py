@@ -5,10 +5,8 @@ of each set, and takes from the runs what a user gets from them:
 
     hurt of a pair       mean over its two sets of (loss together - loss alone) / loss alone, on rows that are held out
     cosine of a pair     mean of `cosine/A~B` of `train.conflict` in the run of both
-    corrected cosine     that over the root of the product of `cosine/A~A` and `cosine/B~B`: noise of the batches taken
-                         out, where both are above 0
 
-and prints the rank correlation of minus each cosine with the hurt over all pairs: 1 if the pairs whose gradients agree
+and prints the rank correlation of minus the cosine with the hurt over all pairs: 1 if the pairs whose gradients agree
 least hurt each other most. Beside it stand the interval in which 95 % of 2,000 resamples of the pairs lie, and how
 often 10,000 shuffles of the pairs correlate as much. Values are means over seeds. Runs that are done are kept, so the
 command can be stopped and continued. The results, with the machine and the versions, are in
@@ -63,19 +61,15 @@ def main() -> None:
         made = {both: run_of(both, seed, arguments) for both in [*((name,) for name in names), *combinations(names, 2)]}
         found[seed] = {"~".join(both): row_of(both, made) for both in made if len(both) == 2}
     pairs = {pair: mean_of([of_seed[pair] for of_seed in found.values()]) for pair in found[arguments.seeds[0]]}
-    told = {
-        key: agreement([-row[key] for row in pairs.values()], [row["hurt"] for row in pairs.values()])
-        for key in ("cosine", "corrected")
-    }
+    told = agreement([-row["cosine"] for row in pairs.values()], [row["hurt"] for row in pairs.values()])
     settings = {"steps": arguments.steps, "rows": arguments.rows, "seeds": arguments.seeds}
     write_json(arguments.results, {"environment": environment(), **settings, "pairs": pairs, "agreement": told})
     for pair, row in sorted(pairs.items(), key=lambda each: each[1]["cosine"]):
-        print(f"{pair:20} cosine {row['cosine']:+.3f}  corrected {row['corrected']:+.3f}  hurt {row['hurt']:+.2%}")
-    for key, one in told.items():
-        print(
-            f"{key}: rank correlation {one['rho']:+.2f} over {len(pairs)} pairs, 95 % of resamples from "
-            f"{one['low']:+.2f} to {one['high']:+.2f}, as much by chance {one['chance']:.1%}"
-        )
+        print(f"{pair:20} cosine {row['cosine']:+.3f}  hurt {row['hurt']:+.2%}")
+    print(
+        f"rank correlation {told['rho']:+.2f} over {len(pairs)} pairs, 95 % of resamples from "
+        f"{told['low']:+.2f} to {told['high']:+.2f}, as much by chance {told['chance']:.1%}"
+    )
 
 
 def source(name: str, drawn: Path, rows: int, part: Sequence[float]) -> dict[str, Any]:
@@ -122,12 +116,8 @@ def row_of(both: Sequence[str], made: dict[tuple[str, ...], list[dict[str, float
         for of in (dict.fromkeys(both, lines), {name: made[(name,)] for name in both})
     )
     pair = "~".join(sorted(both))
-    cosine = mean_at(lines, f"cosine/{pair}")
-    own = [mean_at(lines, f"cosine/{name}~{name}") for name in both]
-    noise = math.sqrt(own[0] * own[1]) if min(own) > 0 else math.nan
     return {
-        "cosine": cosine,
-        "corrected": cosine / noise if noise > 0 else cosine,
+        "cosine": mean_at(lines, f"cosine/{pair}"),
         "conflict_share": mean_at(lines, f"conflict_share/{pair}"),
         "hurt": statistics.mean((together[name] - alone[name]) / alone[name] for name in both),
     }

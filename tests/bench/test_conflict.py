@@ -20,14 +20,13 @@ def test_what_predicts_well_is_told_from_what_does_not():
 
 
 def test_a_pair_is_compared_with_each_of_its_sets_alone():
-    lines = [{"cosine/a~b": 0.1, "cosine/a~a": 0.4}, {"cosine/a~b": 0.3, "cosine/b~b": 0.1, "conflict_share/a~b": 0.5}]
+    lines = [{"cosine/a~b": 0.1}, {"cosine/a~b": 0.3, "conflict_share/a~b": 0.5}]
     last = {"validation_loss/a": 1.1, "validation_loss/b": 3.0}
     made = {("b", "a"): [*lines, last], ("a",): [{"validation_loss/a": 9.0}, {"validation_loss/a": 1.0}]}
     made[("b",)] = [{"validation_loss/b": 2.0}]
     found = row_of(("b", "a"), made)
     assert found == {
         "cosine": pytest.approx(0.2),
-        "corrected": pytest.approx(1.0),
         "conflict_share": 0.5,
         "hurt": pytest.approx((0.1 + 0.5) / 2),
     }
