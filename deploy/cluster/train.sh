@@ -18,7 +18,8 @@
 set -euo pipefail
 
 nodes=${SLURM_JOB_NUM_NODES:-1}
-first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
+names=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}")
+first=${names%%$'\n'*}
 processes=${PROCESSES:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 

@@ -3,6 +3,7 @@ shuffle arrive mixed. The real one is in test_ray.py."""
 
 import pickle
 import random
+from itertools import count
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,8 @@ def _sent(value):
 
 
 _far = {}
-"""What is handed on as a reference, by its number."""
+"""What is handed on as a reference, by its number. As in Ray no number comes twice, as `id` would of what is gone."""
+_numbers = count()
 
 
 def _handle(number):
@@ -25,21 +27,26 @@ def _handle(number):
 
 
 class _Handle:
+    def __init__(self):
+        self.number = next(_numbers)
+
     def __reduce__(self):
-        _far[id(self)] = self
-        return _handle, (id(self),)
+        _far[self.number] = self
+        return _handle, (self.number,)
 
 
 class _Ref(_Handle):
     def __init__(self, value):
+        super().__init__()
         self.held = pickle.dumps(value)
 
     def hex(self):
-        return str(id(self))
+        return str(self.number)
 
 
 class _Actor(_Handle):
     def __init__(self, actor):
+        super().__init__()
         for name in (name for name in dir(actor) if callable(getattr(actor, name)) and not name.startswith("_")):
             call = lambda *given, name=name: _Ref(getattr(actor, name)(*_sent(given)))
             setattr(self, name, SimpleNamespace(remote=call))

@@ -83,7 +83,7 @@ def test_the_shell_reads_a_script_and_it_may_be_run(name):
 
 
 def test_a_job_of_several_nodes_starts_torchrun_on_each(programs):
-    said = programs(srun=SRUN, scontrol="echo node7; echo node8", torchrun=None)
+    said = programs(srun=SRUN, scontrol="seq -f node%.0f 7 90000", torchrun=None)
     done(CLUSTER / "train.sh", "recipe.yaml", "output=runs/a b", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="99")
     run, ours = told(said.read_text().splitlines())
     assert (run.nnodes, run.nproc_per_node, run.rdzv_endpoint, run.rdzv_id) == ("2", "8", "node7:29500", "99")
