@@ -72,7 +72,7 @@ class WindowEncoder:
         """Compute a window, longest chunk first, and start the way back of its results; what is returned waits for
         them, which is the one time a window that the host waits for a GPU."""
         while True:
-            chunks = chunks_of(tokens.length_N, self.chunk_tokens, self.packing and self.device.type == "cuda")
+            chunks = chunks_of(tokens.length_N, self.chunk_tokens, self.device, self.packing)
             try:
                 parts = self._computed(tokens, chunks)
                 break
@@ -149,9 +149,12 @@ def works_ahead(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def chunks_of(length_N: IntArray, chunk_tokens: int, packing: bool) -> list[IntArray]:
-    """Rows in chunks of similar length, by real tokens where no padding is computed."""
-    return packed_rows(length_N, chunk_tokens) if packing else chunk_rows(length_N, chunk_tokens)
+def chunks_of(length_N: IntArray, chunk_tokens: int, device: torch.device, packing: bool) -> list[IntArray]:
+    """Rows in chunks of similar length, by real tokens where a card computes no padding. On a CPU a chunk ends where
+    texts get shorter: a few texts that came together from anywhere are mostly padding otherwise."""
+    if packing and device.type == "cuda":
+        return packed_rows(length_N, chunk_tokens)
+    return chunk_rows(length_N, chunk_tokens, least_tokens=_WORTH if device.type == "cpu" else None)
 
 
 def window_rows(device: torch.device, with_tokens: bool) -> int:
@@ -159,6 +162,10 @@ def window_rows(device: torch.device, with_tokens: bool) -> int:
     if device.type != "cuda":
         return BLOCK
     return WITH_TOKENS if with_tokens else ON_GPU
+
+
+_WORTH = 128
+"""Padded tokens with which one core is about as quick, token by token, as with more."""
 
 
 def fitting_tokens(device: torch.device, config: Any) -> int:
