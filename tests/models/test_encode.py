@@ -3,6 +3,7 @@ however it ends no thread is left."""
 
 import logging
 import threading
+import time
 from itertools import count
 
 import numpy as np
@@ -186,6 +187,26 @@ def test_on_a_cpu_short_texts_are_not_padded_to_a_long_one():
     chunks = {kind: chunks_of(length_N, 2048, torch.device(kind), False) for kind in ("cpu", "cuda")}
     assert [chunk.tolist() for chunk in chunks["cpu"]] == [[1, 4], [2, 0, 3]]
     assert len(chunks["cuda"]) == 1
+
+
+def test_threads_of_chunks_stay_and_have_ended_what_they_do_when_one_fails():
+    chunks = [np.array([n]) for n in range(8)]
+    seen = [each for _ in range(3) for each in module._spread(lambda rows: threading.get_ident(), chunks, 2)]
+    assert len(set(seen)) <= 2
+    running, started = [], threading.Barrier(2)
+
+    def compute(rows):
+        if rows[0] < 2:
+            started.wait(10)
+        if rows[0] == 0:
+            raise ZeroDivisionError
+        running.append(int(rows[0]))
+        time.sleep(0.05)
+        running.remove(int(rows[0]))
+
+    with pytest.raises(ZeroDivisionError):
+        list(module._spread(compute, chunks, 2))
+    assert running == []
 
 
 def test_auto_says_what_it_chose(model, caplog):

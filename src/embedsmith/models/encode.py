@@ -6,8 +6,9 @@ and the results of the window before travel back and are used. Of the texts, tok
 windows exist at a time. On a CPU all cores compute, and windows follow each other.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -226,12 +227,24 @@ def _spread(compute: Callable[[IntArray], Reps], chunks: Sequence[IntArray], wor
     if workers == 1:
         yield from map(compute, chunks)
         return
-    threads = torch.get_num_threads()
+    threads, pool = torch.get_num_threads(), _pool_of(workers, os.getpid())
+    futures = [pool.submit(compute, rows) for rows in chunks]
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(compute, chunks)
+        for future in futures:
+            yield future.result()
     finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
         torch.set_num_threads(threads)  # a worker's setting is also the default of threads to come
+
+
+@cache
+def _pool_of(workers: int, process: int) -> ThreadPoolExecutor:
+    """Threads of one core each, which stay: a server would make new ones several times a second, and the library of
+    matrix products keeps memory for every thread it has seen. `process`: a forked one has none of its parent's threads.
+    """
+    return ThreadPoolExecutor(workers, "one core", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def autocast(device: torch.device, dtype: ComputeType | None) -> AbstractContextManager[Any]:
