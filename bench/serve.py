@@ -246,16 +246,25 @@ async def steady(port: int, texts: Sequence[str], rate: float, seconds: float, s
     samples: list[float] = []
     tasks: set[asyncio.Task[None]] = set()
 
+    async def free() -> Caller:
+        while idle:
+            caller = idle.pop()
+            if not caller.reader.at_eof():  # the server ends connections that were idle for long, as every client knows
+                return caller
+            await caller.close()
+        return await Caller.open(port)
+
     async def one(text: str) -> None:
-        caller = idle.pop() if idle else await Caller.open(port)
         start = time.perf_counter()
         try:
+            caller = await free()
             status, content = await caller.ask("/v1/embeddings", body(text))
             counts["answered" if status == 200 and b'"embedding"' in content else "refused"] += 1
             times.append(time.perf_counter() - start)
             idle.append(caller)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError) as error:
             counts["lost"] += 1
+            print("lost:", repr(error), flush=True)
 
     start = time.perf_counter()
     while (now := time.perf_counter() - start) < seconds:

@@ -3,6 +3,7 @@ however it ends no thread is left."""
 
 import logging
 import threading
+import time
 from itertools import count
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_vectors_are_those_of_a_plain_loop_bit_for_bit(model, monkeypatch, in_a_
     expected = np.zeros((len(TEXTS), 16), np.float32)
     for start in range(0, len(TEXTS), 10):
         tokens = model.tokenize(TEXTS[start : start + 10])
-        for rows in chunk_rows(tokens.length_N, 1024):
+        for rows in chunk_rows(tokens.length_N, 1024, least_tokens=128):
             with torch.inference_mode():
                 made = model(tokens.pad(model.pad_id, rows=rows))["dense"].vector_ND
             expected[start + rows] = made.numpy()
@@ -99,15 +100,15 @@ class SmallCard:
 def test_out_of_memory_halves_the_chunks_says_so_and_keeps_the_size(model, monkeypatch, caplog, workers):
     monkeypatch.setattr(module, "derive_workers", lambda device, chunks: workers)
     plain = model.encode(TEXTS)
-    card = SmallCard(model, room=300)
+    card = SmallCard(model, room=200)
     monkeypatch.setattr(model, "forward", card)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_allclose(model.encode(TEXTS), plain, atol=1e-6)
-    assert max(card.sizes) > 300
+    assert max(card.sizes) > 200
     assert "out of memory at a chunk of" in caplog.text
     card.sizes.clear()
     np.testing.assert_allclose(model.encode(TEXTS), plain, atol=1e-6)
-    assert max(card.sizes) <= 300, "the next call knows what fits"
+    assert max(card.sizes) <= 200, "the next call knows what fits"
     assert not model.training
 
 
@@ -176,9 +177,36 @@ def test_a_cpu_computes_with_all_cores_and_a_gpu_leaves_them_free():
 
 
 def test_chunks_by_real_tokens_where_no_padding_is_computed():
-    length_N = np.array([2, 9, 2, 2, 2, 1])
-    assert [chunk.tolist() for chunk in chunks_of(length_N, 18, packing=True)] == [[1, 0, 2, 3, 4, 5]]
-    assert [chunk.tolist() for chunk in chunks_of(length_N, 18, packing=False)] == [[1, 0], [2, 3, 4, 5]]
+    length_N, cuda = np.array([2, 9, 2, 2, 2, 1]), torch.device("cuda")
+    assert [chunk.tolist() for chunk in chunks_of(length_N, 18, cuda, packing=True)] == [[1, 0, 2, 3, 4, 5]]
+    assert [chunk.tolist() for chunk in chunks_of(length_N, 18, cuda, packing=False)] == [[1, 0], [2, 3, 4, 5]]
+
+
+def test_on_a_cpu_short_texts_are_not_padded_to_a_long_one():
+    length_N = np.array([10, 250, 12, 9, 240])
+    chunks = {kind: chunks_of(length_N, 2048, torch.device(kind), False) for kind in ("cpu", "cuda")}
+    assert [chunk.tolist() for chunk in chunks["cpu"]] == [[1, 4], [2, 0, 3]]
+    assert len(chunks["cuda"]) == 1
+
+
+def test_threads_of_chunks_stay_and_have_ended_what_they_do_when_one_fails():
+    chunks = [np.array([n]) for n in range(8)]
+    seen = [each for _ in range(3) for each in module._spread(lambda rows: threading.get_ident(), chunks, 2)]
+    assert len(set(seen)) <= 2
+    running, started = [], threading.Barrier(2)
+
+    def compute(rows):
+        if rows[0] < 2:
+            started.wait(10)
+        if rows[0] == 0:
+            raise ZeroDivisionError
+        running.append(int(rows[0]))
+        time.sleep(0.05)
+        running.remove(int(rows[0]))
+
+    with pytest.raises(ZeroDivisionError):
+        list(module._spread(compute, chunks, 2))
+    assert running == []
 
 
 def test_auto_says_what_it_chose(model, caplog):

@@ -21,7 +21,7 @@ from embedsmith.index.vector_store import lexical_weights
 from embedsmith.models import load
 from embedsmith.models.exports import trace, write_graph
 from embedsmith.models.exports.write_graph import GraphConfig, export_graph
-from embedsmith.models.graphs.graph_files import output_names
+from embedsmith.models.graphs.graph_files import FILES, output_names
 from tests.models import lm
 from tests.models.graphs import FAMILIES, apart, largest_difference, model_of
 from tests.models.tiny import TEXTS
@@ -92,6 +92,24 @@ def load_like(model, **changes):
     return other
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_chunks_are_computed_side_by_side(model, traced, two_threads):
+    graph = load(str(traced))
+    chunks = {"role": "query", "outputs": HEADS, "token_budget": 30}
+    expected, found = (one.represent(TEXTS * 8, **chunks) for one in (model, graph))
+    for head in HEADS:
+        for one, other in zip(expected[head].tensors(), found[head].tensors(), strict=True):
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=0)
+    assert sorted(graph.session._session_of) == [1, 2]
+
+
 def test_states_of_tokens_are_an_output_too(model, traced):
     expected, found = (
         one.represent(TEXTS, role="document", outputs=("tokens",))["tokens"] for one in (model, load(str(traced)))
@@ -130,7 +148,7 @@ def test_the_same_command_again_changes_nothing_and_another_needs_overwrite(mode
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_openvino_computes_the_same_in_the_place_of_another(model, traced, traced_before, tmp_path):
+def test_openvino_computes_the_same_in_the_place_of_another(model, traced, traced_before, two_threads, tmp_path):
     shutil.copytree(traced, tmp_path / "out")
     export_graph(model, tmp_path / "out", GraphConfig("openvino"), TEXTS, overwrite=True)
     assert not (tmp_path / "out" / "onnx").exists()
@@ -139,6 +157,9 @@ def test_openvino_computes_the_same_in_the_place_of_another(model, traced, trace
     for head in HEADS:
         for lengths in ([1], [5, 1, 40], [7] * 33):
             assert max(apart(model, graph, lengths, left, head) for left in (False, True)) <= 1e-5
+    made = graph.encode(TEXTS * 8, token_budget=30)
+    np.testing.assert_allclose(made, model.encode(TEXTS * 8), atol=1e-5)
+    assert sorted(graph.session._model_of) == [False, True]
 
 
 def test_int8_is_near_told_and_refused_below_the_floor(model, traced_before, tmp_path):
@@ -287,6 +308,11 @@ def test_every_family_at_every_length_and_padding(family, tmp_path):
     model = model_of(family, tmp_path / "model")
     export_graph(model, tmp_path / "out", GraphConfig("onnx"), TEXTS)
     assert largest_difference(model, load(str(tmp_path / "out"))) <= 1e-5
+    write_graph.to_openvino(tmp_path / "out" / FILES["onnx"], tmp_path / "out" / FILES["openvino"], half=False)
+    shutil.copy(tmp_path / "out" / "onnx" / "graph.json", tmp_path / "out" / "openvino")
+    graph = load(str(tmp_path / "out"), backend="openvino")
+    for lengths in ([1], [40], [5, 1, 40, 13], [7] * 33):
+        assert max(apart(model, graph, lengths, left) for left in (False, True)) <= 1e-5
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """The thread between callers and a model: order, turns, a bounded queue, failures, and who may share a batch."""
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +85,19 @@ def test_a_long_list_does_not_hold_up_a_short_one(slow, monkeypatch):
     slow.go.set()
     assert short.result(10).values == ["short"]
     assert slow.batches[1][0] == [0, "short", 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("callers", "together"), [(12, 10), (32, 20), (100, 40)])
+def test_in_a_crowd_a_batch_is_larger(slow, monkeypatch, callers, together):
+    ticks = itertools.count()
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 10_000))
+    batcher = Batcher(slow, "test", 10_000)
+    submit(batcher, "first")  # a token a tick: 1,000 of them in a tenth of a second
+    assert slow.started.wait(10)
+    futures = [submit(batcher, caller, cost=100) for caller in range(callers)]
+    slow.go.set()
+    assert [future.result(10).values for future in futures] == [[caller] for caller in range(callers)]
+    assert len(slow.batches[1][0]) == together
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_again(slow):

@@ -147,6 +147,7 @@ def test_models_health_metrics_and_the_manual(client):
     assert told == client.get("/v1/models/tiny").json()
     assert (told["id"], told["heads"], told["dimension"], told["indexed"]) == ("tiny", list(HEADS), 16, True)
     assert client.get("/health").json() == {"status": "ok"}
+    assert client.head("/health").status_code == 200
     post(client, "/v1/embeddings", input=SOME)
     shown = client.get("/metrics").text
     assert 'embedsmith_requests_total{endpoint="/v1/embeddings",status="200"}' in shown

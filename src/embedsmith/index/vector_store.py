@@ -195,7 +195,9 @@ def conditions(filter_: Filter) -> list[tuple[str, str, Any]]:
             raise SearchError(f"the filter on {key!r}", expected='a name such as lang, "two words" or author.name')
         if isinstance(wanted, Mapping):
             if not wanted or set(wanted) - set(_BOUNDS) or not all(map(_is_number, wanted.values())):
-                raise SearchError(f"the filter on {key!r} is {dict(wanted)}", expected=f"numbers for {_BOUNDS}")
+                raise SearchError(
+                    f"the filter on {key!r} is {dict(wanted)}", expected=f"numbers for {', '.join(_BOUNDS)}"
+                )
             found.append((key, "range", {name: float(bound) for name, bound in wanted.items()}))
         elif isinstance(wanted, list | tuple):
             if not wanted or len({type(one) for one in wanted}) > 1 or not all(_is_exact(one) for one in wanted):

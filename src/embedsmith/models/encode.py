@@ -6,8 +6,9 @@ and the results of the window before travel back and are used. Of the texts, tok
 windows exist at a time. On a CPU all cores compute, and windows follow each other.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -72,7 +73,7 @@ class WindowEncoder:
         """Compute a window, longest chunk first, and start the way back of its results; what is returned waits for
         them, which is the one time a window that the host waits for a GPU."""
         while True:
-            chunks = chunks_of(tokens.length_N, self.chunk_tokens, self.packing and self.device.type == "cuda")
+            chunks = chunks_of(tokens.length_N, self.chunk_tokens, self.device, self.packing)
             try:
                 parts = self._computed(tokens, chunks)
                 break
@@ -149,9 +150,12 @@ def works_ahead(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def chunks_of(length_N: IntArray, chunk_tokens: int, packing: bool) -> list[IntArray]:
-    """Rows in chunks of similar length, by real tokens where no padding is computed."""
-    return packed_rows(length_N, chunk_tokens) if packing else chunk_rows(length_N, chunk_tokens)
+def chunks_of(length_N: IntArray, chunk_tokens: int, device: torch.device, packing: bool) -> list[IntArray]:
+    """Rows in chunks of similar length, by real tokens where a card computes no padding. On a CPU a chunk ends where
+    texts get shorter: a few texts that came together from anywhere are mostly padding otherwise."""
+    if packing and device.type == "cuda":
+        return packed_rows(length_N, chunk_tokens)
+    return chunk_rows(length_N, chunk_tokens, least_tokens=_WORTH if device.type == "cpu" else None)
 
 
 def window_rows(device: torch.device, with_tokens: bool) -> int:
@@ -159,6 +163,10 @@ def window_rows(device: torch.device, with_tokens: bool) -> int:
     if device.type != "cuda":
         return BLOCK
     return WITH_TOKENS if with_tokens else ON_GPU
+
+
+_WORTH = 128
+"""Padded tokens with which one core is about as quick, token by token, as with more."""
 
 
 def fitting_tokens(device: torch.device, config: Any) -> int:
@@ -219,12 +227,24 @@ def _spread(compute: Callable[[IntArray], Reps], chunks: Sequence[IntArray], wor
     if workers == 1:
         yield from map(compute, chunks)
         return
-    threads = torch.get_num_threads()
+    threads, pool = torch.get_num_threads(), _pool_of(workers, os.getpid())
+    futures = [pool.submit(compute, rows) for rows in chunks]
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(compute, chunks)
+        for future in futures:
+            yield future.result()
     finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
         torch.set_num_threads(threads)  # a worker's setting is also the default of threads to come
+
+
+@cache
+def _pool_of(workers: int, process: int) -> ThreadPoolExecutor:
+    """Threads of one core each, which stay: a server would make new ones several times a second, and the library of
+    matrix products keeps memory for every thread it has seen. `process`: a forked one has none of its parent's threads.
+    """
+    return ThreadPoolExecutor(workers, "one core", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def autocast(device: torch.device, dtype: ComputeType | None) -> AbstractContextManager[Any]:

@@ -229,6 +229,7 @@ def _add_house(app: FastAPI, service: Service) -> None:
         """One of them."""
         return _json(answers.as_json(about(service.model(name))))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["server"])
     async def health() -> Response:
         """200 while requests are taken, 503 when the server ends."""

@@ -32,18 +32,20 @@ def methods() -> list[str]:
 
 
 class Atlas:
-    """Maps that were drawn, one of each index and method: the second reader gets the first one's.
+    """Maps that were drawn, one of each model's index and method: the second reader gets the first one's.
 
-    A map is drawn anew when the number of documents has changed.
+    A map is drawn anew when the index was opened anew, and when the number of its documents has changed.
     """
 
     def __init__(self) -> None:
-        self._drawn: dict[str, tuple[HybridIndex, int, dict[str, Any]]] = {}
+        self._drawn: dict[tuple[str, str], tuple[HybridIndex, int, dict[str, Any]]] = {}
         self._lock = threading.Lock()
 
-    def map(self, index: HybridIndex, method: str) -> dict[str, Any]:
-        """Plain values for JSON. Errors: `RequestError` for an index without dense vectors, and an unknown method
-        or one that is not installed."""
+    def map(self, name: str, index: HybridIndex, method: str) -> dict[str, Any]:
+        """Plain values for JSON. `name`: of the model that made the index.
+
+        Errors: `RequestError` for an index without dense vectors, and an unknown method or one that is not installed.
+        """
         if method not in ("pca", "umap"):
             raise RequestError(f"no map is drawn by {method[:40]!r}", param="method", expected="pca or umap")
         if method not in methods():
@@ -53,9 +55,9 @@ class Atlas:
             raise RequestError("the map is drawn from dense vectors", expected="an index with the head dense")
         with self._lock:
             count = len(index)
-            kept = self._drawn.get(method)
+            kept = self._drawn.get((name, method))
             if kept is None or kept[0] is not index or kept[1] != count:
-                kept = self._drawn[method] = (index, count, draw(index, method, count))
+                kept = self._drawn[name, method] = (index, count, draw(index, method, count))
             return kept[2]
 
 
@@ -75,7 +77,7 @@ def draw(index: HybridIndex, method: str, total: int) -> dict[str, Any]:
         "variance": variance,
         "total": total,
         "ids": [one.id for one in documents],
-        "texts": [one.text[:_TEXT] for one in documents],
+        "texts": [one.text if len(one.text) <= _TEXT else f"{one.text[: _TEXT - 1]}…" for one in documents],
         "lengths": [len(one.text) for one in documents],
         "x": [round(float(x), 4) for x in point_N2[:, 0]],
         "y": [round(float(y), 4) for y in point_N2[:, 1]],

@@ -2,7 +2,8 @@
 
 One thread a model takes what waits, as much as it computes in about a tenth of a second, and hands every caller its own
 rows. While it computes, the next items gather: nobody waits for a batch to fill up. Callers take turns, so that a long
-list does not hold up a short one. Models take turns too: two that compute at the same time would each be slower.
+list does not hold up a short one. In a crowd a batch is larger: whoever comes now waits for the others anyway, and of
+more items more are of similar length. Models take turns too: two that compute at the same time would each be slower.
 
 A row does not depend on who shares its batch. Padding is masked in attention and left out of pooling, and every other
 operation works on each token by itself; what remains is the order in which a product of another shape adds up, in the
@@ -22,6 +23,8 @@ from embedsmith.core.errors import EmbedsmithError
 
 _SECONDS = 0.1
 """What one batch should take at most: whoever comes now waits for the batch that is computed."""
+_CROWD, _LARGER = 16, 4.0
+"""From so many waiting callers on a batch grows with their number, to so many times that at most."""
 _LEAST, _MOST = 512, 2**17
 """Tokens in a batch, whatever was measured."""
 _START = 10_000.0
@@ -139,7 +142,8 @@ class Batcher(Generic[T, R]):
 
     def _next_batch(self) -> list[tuple[_Job[T, R], int]]:
         """Items of the kind of the first job, one a job in turn. Jobs of other kinds are then the first."""
-        room = min(max(self._tokens_a_second * _SECONDS, _LEAST), _MOST)
+        seconds = _SECONDS * min(max(len(self._jobs) / _CROWD, 1.0), _LARGER)
+        room = min(max(self._tokens_a_second * seconds, _LEAST), _MOST)
         kind = self._jobs[0].kind
         others = deque(job for job in self._jobs if job.kind != kind)
         turn = deque(job for job in self._jobs if job.kind == kind)

@@ -130,7 +130,7 @@ def _add_facts(made: APIRouter, service: Service, explorer: Explorer) -> None:
 
     @made.get("/explorer/map")
     def map_of_index(method: str = "pca", model: str | None = None) -> Response:
-        return _json(atlas.map(_index(service, model), method))
+        return _json(atlas.map(*_index(service, model), method))
 
     @made.get("/explorer/report")
     def report_of_run() -> Response:
@@ -148,7 +148,8 @@ def _add_feedback(made: APIRouter, service: Service, explorer: Explorer) -> None
         query = body.query.strip()
         if not query:
             raise RequestError("the question is empty", param="query")
-        texts = _index(service, body.model).texts([mark.id for mark in body.marks])
+        _, index = _index(service, body.model)
+        texts = index.texts([mark.id for mark in body.marks])
         missing = [mark.id for mark in body.marks if mark.id not in texts]
         if missing:
             raise RequestError(f"no document {missing[0][:80]!r} is in the index", param="marks")
@@ -163,16 +164,17 @@ def _refuse_other_pages(request: Request) -> None:
         raise RequestError("marks are taken from this server's own page, as application/json")
 
 
-def _index(service: Service, model: str | None) -> HybridIndex:
-    """Errors: `RequestError` for a server without an index, `UnknownModelError` for a model without one."""
+def _index(service: Service, model: str | None) -> tuple[str, HybridIndex]:
+    """That of a model, or the first, with the model's name. Errors: `RequestError` for a server without an index,
+    `UnknownModelError` for a model without one."""
     indexes = service.indexes
     if not indexes:
         raise RequestError("this server has no index", fix="start it with one: embedsmith serve MODEL --index FOLDER")
     if model is None:
-        return next(iter(indexes.values()))
+        return next(iter(indexes.items()))
     if model not in indexes:
         raise UnknownModelError(f"the model {model[:80]!r} has no index here", expected=f"one of {', '.join(indexes)}")
-    return indexes[model]
+    return model, indexes[model]
 
 
 class _Report:

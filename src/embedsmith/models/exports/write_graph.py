@@ -107,7 +107,7 @@ def _write_graph(model: Embedder, root: Path, config: GraphConfig, texts: Sequen
         if config.dtype == "int8":
             quantised(model, plain, texts, config.sample)
         if config.to == "openvino":
-            _to_openvino(plain, root / FILES["openvino"], config.dtype == "fp16")
+            to_openvino(plain, root / FILES["openvino"], config.dtype == "fp16")
     facts = GraphFacts(
         dtype=config.dtype,
         heads={head: kind.__name__ for head, kind in kinds.items()},
@@ -120,12 +120,12 @@ def _write_graph(model: Embedder, root: Path, config: GraphConfig, texts: Sequen
     return facts
 
 
-def _to_openvino(onnx_file: Path, file: Path, half: bool) -> None:
+def to_openvino(onnx_file: Path, file: Path, half: bool) -> None:
     """OpenVINO's own form. `half`: weights in 16 bits, as its tools keep them. Errors: `ModelError` naming an operator
     that it lacks."""
     import openvino
 
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         converted = openvino.convert_model(str(onnx_file))
     except Exception as error:

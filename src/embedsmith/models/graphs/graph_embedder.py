@@ -20,6 +20,9 @@ from embedsmith.models.encode import Compute
 from embedsmith.models.graphs.graph_files import FILES, KINDS, STATES, GraphBackend, GraphFacts
 from embedsmith.models.graphs.session import inputs_of, open_session
 
+_SMALL = 2**30
+"""Bytes of a graph whose chunks are computed side by side, one a core."""
+
 
 class GraphEmbedder(Embedder):
     """A folder's graph on `backend`. `frame`: the backbone without weights, of which the tokenizer's checks read sizes.
@@ -27,8 +30,6 @@ class GraphEmbedder(Embedder):
     `heads`: those of the graph that are wanted.
     Errors: those of `open_session`.
     """
-
-    side_by_side = False  # a session takes all cores by itself
 
     def __init__(
         self,
@@ -45,6 +46,8 @@ class GraphEmbedder(Embedder):
         self.folder, self.backend, self.facts = folder, backend, facts
         self.heads = tuple(heads)
         self.session = open_session(folder, backend, facts.dtype)
+        # A graph is opened a second time for it; large products take all cores well by themselves.
+        self.side_by_side = sum(path.stat().st_size for path in self._files) <= _SMALL
 
     @property
     def dimension(self) -> int:
@@ -70,11 +73,16 @@ class GraphEmbedder(Embedder):
         """In the place of weights the hash of the graph's files: what tells one model from another, here too."""
         return {"graph": torch.frombuffer(bytearray(self._digest), dtype=torch.uint8)}
 
+    @property
+    def _files(self) -> list[Path]:
+        """OpenVINO's weights and ONNX's large ones lie beside the graph."""
+        file = self.folder / FILES[self.backend]
+        return sorted(file.parent.glob(f"{file.stem}*"))
+
     @cached_property
     def _digest(self) -> bytes:
-        file = self.folder / FILES[self.backend]
         digest = hashlib.sha256()
-        for path in sorted(file.parent.glob(f"{file.stem}*")):  # OpenVINO's weights and ONNX's large ones lie beside it
+        for path in self._files:
             with path.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         return digest.digest()

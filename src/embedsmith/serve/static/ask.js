@@ -135,7 +135,7 @@ function turn(name) {
 
 function frame(side) {
   const label = comparing ? t("side", { name: side.name }) : t("search");
-  side.list = el("ol", { class: "hits", "aria-label": comparing ? t("hits_of", { name: side.name }) : label });
+  side.list = el("ol", { class: "hits", "aria-label": comparing ? t("hits_of", { name: side.name }) : label, "aria-description": about.feedback ? t("keys_hint") : null });
   side.list.addEventListener("keydown", (event) => keys(event, side));
   side.note = el("p", { class: "soft note-line" });
   side.moreButton = el("button", { type: "button", class: "quiet more-hits", onclick: () => more(side) });
@@ -146,7 +146,8 @@ function frame(side) {
   if (side.weighted) controls.append(weights(side), reset(side));
   const plain = controls.childElementCount === 0;
   return el("section", { class: "side", "data-side": side.name, "aria-label": label },
-    plain ? null : controls, side.note, side.list, side.moreButton);
+    plain ? null : controls, side.note, side.list, side.moreButton,
+    about.feedback ? el("p", { class: "keys-hint", "aria-hidden": "true" }, t("keys_hint")) : null);
 }
 
 function models(side) {

@@ -88,12 +88,12 @@ export class Card {
     const rows = new Map();
     const words = [];
     for (const one of tokens)
-      if (one.weight > 0 && !SIGN.test(asked(one))) rows.set(one.head, [...(rows.get(one.head) ?? []), one]);
+      if (one.weight > 0 && ![asked(one), there(one)].some((token) => SIGN.test(token))) rows.set(one.head, [...(rows.get(one.head) ?? []), one]);
     const lines = [...rows].map(([head, all]) => {
       const best = all.sort((a, b) => b.weight - a.weight).slice(0, TOKENS);
       const most = best[0].weight;
       const strong = best.filter((one) => head === "sparse" || one.weight >= MARKED * most);
-      words.push(...strong.map(there).filter((word) => !SIGN.test(word)));
+      words.push(...strong.map(there));
       return el("p", { class: "token-line" }, el("span", { class: `dot ${colour(head)}`, title: headName(head) }),
         best.map((one) => this.chip(one, head, one.weight / most)));
     });
@@ -141,7 +141,7 @@ const there = (one) => plain(one.token);
 
 const LETTER = /[\p{L}\p{N}]/u;
 
-/** Pieces of a text, with `words` in marks where they begin a word. */
+/** Pieces of a text, with `words` in marks where they begin a word or go on with one that is marked. */
 function marked(text, words) {
   const small = text.toLowerCase();
   if (!words.length || small.length !== text.length) return [text];
@@ -149,11 +149,13 @@ function marked(text, words) {
   let from = 0;
   let place = 0;
   while (place < text.length) {
-    const begins = place === 0 || !LETTER.test(text[place - 1]) || small[place] > "\u2e80";
+    const begins = place === from || !LETTER.test(text[place - 1]) || small[place] > "\u2e80";
     const word = begins ? words.filter((each) => small.startsWith(each, place)).sort((a, b) => b.length - a.length)[0] : undefined;
     if (word === undefined) place += 1;
     else {
-      pieces.push(text.slice(from, place), el("mark", {}, text.slice(place, place + word.length)));
+      const found = text.slice(place, place + word.length);
+      if (pieces.length && place === from) pieces.at(-1).append(found);
+      else pieces.push(text.slice(from, place), el("mark", {}, found));
       from = place += word.length;
     }
   }

@@ -100,6 +100,7 @@ async function begin() {
     const about = await get("explorer/about");
     if (!begun) for (const part of [marks, asking, map]) part.start(about);
     if (!begun) report.start(about, asking.ask);
+    if (!begun && view() === "ask" && matchMedia("(hover: hover)").matches) $("question").focus();
     begun = true;
   } catch (problem) {
     $("ask-status").textContent = problem.message;

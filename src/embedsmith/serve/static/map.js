@@ -4,15 +4,16 @@ import { lastHits } from "./ask.js";
 import { Canvas } from "./canvas.js";
 import { $, el, later, menu } from "./dom.js";
 import { get } from "./server.js";
-import { headName, number, t } from "./words.js";
+import { headName, language, number, t } from "./words.js";
 
 const SHOWN = 9; // kinds that have a colour of their own
 const LENGTH = "";
 
 let about = null;
 let drawn = null; // what the server gave
+let chosen = { method: "pca" }; // and the model whose index it is, where there are several
 let canvas = null;
-let method = "pca";
+let spoken = ""; // the language of what is shown
 let field = null;
 let wanted = "";
 let off = new Set();
@@ -22,36 +23,50 @@ export function start(facts) {
   document.addEventListener("asked", () => canvas?.ring(rings()));
 }
 
-/** Called when the map comes into sight, and when the language changes. */
+/** Called when the map comes into sight, and when the language changes. A map that was drawn is found as it was left. */
 export async function render() {
   if (about === null) return;
   if (about.index === null) {
     $("map-status").textContent = t("no_index");
     return;
   }
-  if (drawn === null) await load();
-  if (drawn !== null) show();
+  if (drawn === null) await load(chosen);
+  else if (spoken !== language()) show();
+  else paint();
 }
 
-async function load() {
+/** Draws a map; where that fails, the one before stays. */
+async function load(asked) {
   $("map-status").textContent = t("map_loading");
   try {
-    drawn = await get(`explorer/map?method=${encodeURIComponent(method)}`);
-    $("map-status").textContent = "";
+    drawn = await get(`explorer/map?${new URLSearchParams(asked)}`);
   } catch (problem) {
+    if (drawn !== null) show();
     $("map-status").textContent = problem.message;
+    return;
   }
+  chosen = asked;
+  off = new Set();
+  if (field !== LENGTH && !(field in drawn.fields)) field = null;
+  show();
 }
 
 function show() {
+  spoken = language();
   const names = Object.keys(drawn.fields);
   if (field === null) field = names.find((name) => drawn.fields[name].kind === "kinds") ?? LENGTH;
   const values = { shown: number(drawn.ids.length), total: number(drawn.total), head: headName(drawn.head) };
   const how = drawn.method === "pca" ? t("map_pca", { share: `${number(100 * drawn.variance, 0)} %` }) : t("map_umap");
   $("map-words").textContent = `${t("map_words", values)} ${how}`;
   const menus = [];
-  if (drawn.methods.length > 1)
-    menus.push(menu(t("drawing"), drawn.methods.map((name) => [name, name.toUpperCase()]), method, again));
+  if (about.models.length > 1) {
+    const models = about.models.map(({ name }) => [name, name]);
+    menus.push(menu(t("model"), models, chosen.model ?? about.index.model, (model) => load({ ...chosen, model })));
+  }
+  if (drawn.methods.length > 1) {
+    const methods = drawn.methods.map((name) => [name, name.toUpperCase()]);
+    menus.push(menu(t("drawing"), methods, chosen.method, (method) => load({ ...chosen, method })));
+  }
   const choices = [...names.map((name) => [name, name]), [LENGTH, t("characters")]];
   menus.push(menu(t("colour_by"), choices, field, (name) => {
     field = name;
@@ -67,12 +82,6 @@ function show() {
   frame();
   paint();
   search();
-}
-
-async function again(name) {
-  method = name;
-  drawn = canvas = null;
-  await render();
 }
 
 function frame() {
