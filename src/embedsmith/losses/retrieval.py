@@ -178,9 +178,14 @@ class InfoNCE(Loss):
         temperature = batch.extras[self.temperature_name]() if self.learn_temperature else self.temperature
         score_WQX, valid_QX = found.scores_of(found.positive_row_QP), found.valid_QP
         valid_Q = valid_QX.any(-1)
-        views = [found, *([self._guide(batch, found)] if self.guided else [])]
+        views = [found]
         limits = [self._limit(score_WQX.detach(), valid_QX, self.margin, self.relative_margin, lambda s, r: s * r)]
         if self.guided:
+            if GUIDE not in batch.query.local:
+                raise DataError(
+                    "no guide for this batch", where=batch.source or None, fix="set `guide` for this source"
+                )
+            views.append(found.seen_by(batch, GUIDE))
             guide_WQX = views[1].scores_of(found.positive_row_QP)
             below = None if self.guide_margin is None else -self.guide_margin
             share = self.guide_relative_margin
@@ -214,11 +219,6 @@ class InfoNCE(Loss):
     @property
     def _together(self) -> bool:
         return self.multi_positive == "inside" or self.grades == "soft"
-
-    def _guide(self, batch: RetrievalBatch, found: Candidates) -> Candidates:
-        if GUIDE not in batch.query.local:
-            raise DataError("no guide for this batch", where=batch.source or None, fix="set `guide` for this source")
-        return found.seen_by(batch, GUIDE)
 
     def _limit(
         self,

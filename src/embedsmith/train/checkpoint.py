@@ -196,7 +196,9 @@ class Checkpoints:
                 with (folder / name).open("wb") as file:
                     torch.save(piece, file)
             (folder / "state.json").write_text(json.dumps(to_plain(state, exact=True)), encoding="utf-8")
-            (folder / FILES).write_text(json.dumps(_hashes(folder), indent=1), encoding="utf-8")
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            hashes = {str(path.relative_to(folder)): _hash(path) for path in files}
+            (folder / FILES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
         for step in self.steps()[: -self.keep]:
             if step != state.best_step:
                 discard(self.path(step))
@@ -307,10 +309,6 @@ def base_of(model: Model) -> str:
 def whole(tensor: Any) -> Any:
     """The full tensor of a shard, on the CPU; anything else as it is. Collective for a shard."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _hash(path: Path) -> str:

@@ -18,14 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Progress
-from embedsmith.core.collectives import (
-    agreed_by_hosts,
-    lost_ranks,
-    on_first_rank,
-    rank,
-    refuse_different,
-    world_size,
-)
+from embedsmith.core.collectives import agreed_by_hosts, lost_ranks, on_first_rank, rank, refuse_different, world_size
 from embedsmith.core.device import cores
 from embedsmith.core.errors import ModelError, TrainingError
 from embedsmith.core.outputs import claimed, delivered
