@@ -3,8 +3,9 @@
     python -m bench.mutants ROOM=COUNT... --seed S
 
 Each kind of change (numbers, comparisons, lost calls, swapped roles, ...) is drawn alike, so that the numbers, which
-are most, do not fill the sample. Annotations are left alone: a change there stops the import and would count as a bug
-that was caught.
+are most, do not fill the sample. Within a kind the order is that of a hash of the seed and the changed line: the sample
+stays what it was but for lines that were written anew. Annotations are left alone: a change there stops the import and
+would count as a bug that was caught.
 """
 
 import argparse
@@ -61,29 +62,60 @@ def main() -> None:
     given = parser.parse_args()
     for item in given.rooms:
         room, _, count = item.partition("=")
-        for mutant in sample(room, int(count), random.Random(f"{given.seed} {room}")):
+        for mutant in sample(room, int(count), f"{given.seed} {room}"):
             print(json.dumps(asdict(mutant)))
 
 
-def sample(room: str, count: int, chance: random.Random) -> Iterator[Mutant]:
-    kinds: dict[str, list[tuple[Path, int, str, int]]] = defaultdict(list)
+@dataclass(frozen=True)
+class Place:
+    """Where an operator can change something. `time`: which of the module's equal lines it is; `position`: of those
+    that the operator finds on that line."""
+
+    path: Path
+    operator: str
+    occurrence: int
+    line: int
+    text: str
+    time: int
+    position: int
+
+    @property
+    def module(self) -> str:
+        return str(self.path.relative_to(PACKAGE))
+
+
+def sample(room: str, count: int, seed: str) -> Iterator[Mutant]:
+    kinds: dict[str, list[Place]] = defaultdict(list)
     for path in sorted((PACKAGE / room).rglob("*.py")):
-        tree = get_ast(path.read_text(encoding="utf-8"))
-        for name in _operators():
-            for occurrence, (line, wanted) in enumerate(_positions(tree, name)):
-                if wanted:
-                    kinds[_kind(name)].append((path, line, name, occurrence))
+        for place in _places(path):
+            kinds[_kind(place.operator)].append(place)
     for places in kinds.values():
-        chance.shuffle(places)
-    seen: Counter[str] = Counter()
+        places.sort(key=lambda one: _hash(seed, one.module, one.operator, one.text, one.time, one.position))
+    chance = random.Random(seed)
     while count > 0 and kinds:
         kind = chance.choice(sorted(kinds))
-        mutant = _mutant(room, *kinds[kind].pop(), seen)
+        mutant = _mutant(room, kinds[kind].pop())
         if not kinds[kind]:
             del kinds[kind]
         if mutant is not None:
             yield mutant
             count -= 1
+
+
+def _places(path: Path) -> Iterator[Place]:
+    source = path.read_text(encoding="utf-8")
+    tree, lines = get_ast(source), [line.strip() for line in source.splitlines()]
+    times = [lines[: at + 1].count(line) for at, line in enumerate(lines)]
+    for name in _operators():
+        found: Counter[int] = Counter()
+        for occurrence, (line, wanted) in enumerate(_positions(tree, name)):
+            found[line] += 1
+            if wanted:
+                yield Place(path, name, occurrence, line, lines[line - 1], times[line - 1], found[line])
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
 
 def _operators() -> list[str]:
@@ -116,21 +148,18 @@ def _in_annotation(node: NodeOrLeaf | None) -> bool:
     return False
 
 
-def _mutant(room: str, path: Path, line: int, operator: str, occurrence: int, seen: Counter[str]) -> Mutant | None:
-    source = path.read_text(encoding="utf-8")
-    text = mutate_code(source, get_operator(operator)(), occurrence)
+def _mutant(room: str, place: Place) -> Mutant | None:
+    source = place.path.read_text(encoding="utf-8")
+    text = mutate_code(source, get_operator(place.operator)(), place.occurrence)
     if text is None or text == source:
         return None
     try:
-        compile(text, str(path), "exec")
+        compile(text, str(place.path), "exec")
     except SyntaxError:
         return None
     before, after = _changed_lines(source, text)
-    module = str(path.relative_to(PACKAGE))
-    name = f"{module} {operator} {before} {after}"
-    seen[name] += 1
-    key = hashlib.sha256(f"{name} {seen[name]}".encode()).hexdigest()[:10]
-    return Mutant(key, room, module, line, operator.split("/")[1], before, after, text)
+    key = _hash(place.module, place.operator, before, after, place.time)[:10]
+    return Mutant(key, room, place.module, place.line, place.operator.split("/")[1], before, after, text)
 
 
 def _changed_lines(source: str, text: str) -> tuple[str, str]:
