@@ -22,15 +22,7 @@ from rich.table import Table
 from tests.faults.fuzz import Judge, inputs
 from tests.faults.hostile import CASES, hostile_round
 from tests.faults.rank_rounds import DIFFERENCES, LOST, fair_round, rank_round
-from tests.faults.rounds import (
-    Undisturbed,
-    full_round,
-    kill_moments,
-    kill_round,
-    limit_round,
-    pair_round,
-    small_disk,
-)
+from tests.faults.rounds import Undisturbed, full_round, kill_moments, kill_round, limit_round, pair_round, small_disk
 from tests.faults.server import Server
 from tests.faults.workplace import MAKING, furnish, use
 

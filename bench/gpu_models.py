@@ -15,14 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModel,
-    BertConfig,
-    Gemma3TextConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    XLMRobertaConfig,
-)
+from transformers import AutoModel, BertConfig, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen3Config, XLMRobertaConfig
 
 WORDS, _FEW = 30_000, 2_000
 _QUERY, _DOCUMENT = (10, 0.35), (72, 0.65)  # median and sigma of the logarithm of the number of words

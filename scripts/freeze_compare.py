@@ -21,7 +21,7 @@ import torch
 import yaml
 
 Facts = dict[str, str]
-MEASURED = re.compile(r"(^|[._])(seconds|per_second)$|(^|\.)embedsmith$")
+MEASURED = re.compile(r"(^|[._])(seconds|per_second|wait)$|(^|\.)embedsmith$")
 """Keys whose values are times, or embedsmith's own version."""
 WHEN = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?")
 

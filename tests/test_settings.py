@@ -6,9 +6,11 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -54,6 +56,27 @@ def test_every_option_is_described():
         assert command.help, f"{name} has no help"
         silent = [one.name for one in command.params if one.name != "help" and not getattr(one, "help", None)]
         assert not silent, f"{name} says nothing of {', '.join(silent)}"
+
+
+OF_OTHERS = {"fast_split", "adam_betas", "max_grad_norm"}  # keys of F2LLM's configs, which `compat` reads
+WRITTEN = {"made_from", "train_text", "train_label"}  # what a file or a task holds, and nobody sets
+
+
+def test_every_setting_is_documented_or_used():
+    """In a page, a recipe, a bench or a test."""
+    root = Path(__file__).resolve().parents[1]
+    files = [
+        root / "README.md",
+        *(file for name in ("docs", "recipes", "bench", "tests") for file in (root / name).rglob("*")),
+    ]
+    texts = (
+        file.read_text("utf-8") for file in files if file.suffix in (".md", ".py", ".yaml") and file != Path(__file__)
+    )
+    words = {word for text in texts for word in re.findall(r"\w+", text)} | OF_OTHERS | WRITTEN
+    unused = [
+        f"{name}: {f.name}" for name, cls in SETTINGS.items() for f in dataclasses.fields(cls) if f.name not in words
+    ]
+    assert not unused
 
 
 def holding(hint, number):

@@ -7,13 +7,7 @@ import torch
 from tests.plans import plan_from
 
 from embedsmith.core.seeds import derive_seed
-from embedsmith.data import (
-    Source,
-    negatives_per_query,
-    pair_texts,
-    read_source,
-    retrieval_texts,
-)
+from embedsmith.data import Source, negatives_per_query, pair_texts, read_source, retrieval_texts
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data in ../shared/data")

@@ -8,15 +8,7 @@ from tests.faults.fuzz import inputs
 from tests.faults.hostile import CASES, hostile_round
 from tests.faults.mutate import mutations, verdict_of
 from tests.faults.rank_rounds import DIFFERENCES, LOST, rank_round
-from tests.faults.rounds import (
-    Undisturbed,
-    full_round,
-    kill_moments,
-    kill_round,
-    limit_round,
-    pair_round,
-    small_disk,
-)
+from tests.faults.rounds import Undisturbed, full_round, kill_moments, kill_round, limit_round, pair_round, small_disk
 from tests.faults.workplace import MAKING
 
 BY_NAME = {command.name: command for command in MAKING}

@@ -17,14 +17,7 @@ from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.mining import Bm25Search, Limits
 from embedsmith.mining import searchers as module
-from embedsmith.mining.searchers import (
-    Bm25,
-    EmbeddingSearch,
-    EmbeddingSearcher,
-    SearchTexts,
-    TextReps,
-    top_of_pieces,
-)
+from embedsmith.mining.searchers import Bm25, EmbeddingSearch, EmbeddingSearcher, SearchTexts, TextReps, top_of_pieces
 from embedsmith.mining.selection import fuse, loose_id, overlap, shingles
 from embedsmith.search import exact_top_k
 from embedsmith.search.approximate import ApproximateIndex

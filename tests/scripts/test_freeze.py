@@ -5,14 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from scripts.freeze_compare import (
-    Removed,
-    compare_facts,
-    compare_folders,
-    help_facts,
-    schema_facts,
-    table_facts,
-)
+from scripts.freeze_compare import Removed, compare_facts, compare_folders, help_facts, schema_facts, table_facts
 
 NOTHING = Removed()
 

@@ -39,7 +39,7 @@ REFUSED = [
     (
         {},
         INFONCE,
-        "pairs: the loss InfoNCE reads the head 'sparse', which the model has not\n  expected: one of dense, middle\n",
+        "pairs: the loss InfoNCE reads the head 'sparse', which the model lacks\n  expected: one of dense, middle\n",
     ),
     ({}, {"loss": "cosent"}, "pairs: the loss CoSENT needs a score for every pair\n  to fix: use a retrieval loss"),
     ({"mining": {"sources": ["x"]}}, {}, "train.mining.sources: no source is called 'x'\n  expected: pairs"),

@@ -71,7 +71,7 @@ def fail_once(run, where, patch):
 
         handle = words.register_hook(hook)
         return
-    module, name = (step_module, "_differentiated") if where == "loss" else (loop.Run, "encode")
+    module, name = (step_module.Side, "settle") if where == "loss" else (loop.Run, "encode")
     real = getattr(module, name)
 
     def failing(*given):
@@ -135,7 +135,7 @@ def test_without_a_card_of_its_own_a_lack_of_memory_names_the_key(built, monkeyp
 
 def test_the_loss_of_several_ranks_cannot_be_begun_anew(monkeypatch):
     monkeypatch.setattr(step_module, "world_size", lambda: 2)
-    monkeypatch.setattr(step_module, "_differentiated", out_of_memory)
+    monkeypatch.setattr(step_module, "_health", out_of_memory)
     from tests.train.test_step import reference
 
     with pytest.raises(TrainingError, match=r"(?s)the loss needs more memory.*train.token_budget"):

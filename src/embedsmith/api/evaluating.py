@@ -89,7 +89,9 @@ def evaluate(
     scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker, sharing)
     scored = head or ("dense" if encoder is None else main_head(encoder))
     about = {"model": named, "split": split, "head": scored, **options}
-    about |= {} if rerank is None else {"rerank": _named(rerank), "depth": depth}
+    if rerank is not None:
+        about["rerank"] = str(rerank) if isinstance(rerank, str | Path) else type(rerank).__name__
+        about["depth"] = depth
     with lines_shown(), sharing.claim() if cache is not None else nullcontext():
         if (dims or precisions) and head not in (None, "dense"):
             given = "dims" if dims else "precision"
@@ -167,10 +169,6 @@ def rerank_of(model: str | Path | Reranker | None, depth: int) -> Rerank | None:
     if model is None:
         return None
     return Rerank(load_reranker(str(model)) if isinstance(model, str | Path) else model, depth)
-
-
-def _named(model: str | Path | Reranker) -> str:
-    return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
 def _listed(tasks: Tasks) -> tuple[Any, ...]:

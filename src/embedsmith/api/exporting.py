@@ -62,7 +62,9 @@ def export(
     out = Path(out)
     with lines_shown(), claimed(out, "export"):
         if to == "gguf":
-            _refuse_for_gguf(texts=texts, floor=floor, tasks=named)
+            for name, of_graphs in (("texts", texts), ("floor", floor), ("tasks", named)):
+                if of_graphs:
+                    raise ModelError(f"{name} with to=gguf: it is for graphs", fix=f"leave {name} out")
             return write_gguf(_loaded(model, options), out, dtype, overwrite=overwrite)
         saved_model().refuse_other(out)
         given: dict[str, Any] = {"to": to, "dtype": dtype, **({} if floor is None else {"floor": floor})}
@@ -88,9 +90,3 @@ def _loaded(model: str | Path | Embedder, options: Mapping[str, Any]) -> Embedde
             )
         return model
     return load(str(model), device="cpu", **options)
-
-
-def _refuse_for_gguf(**given: Any) -> None:
-    for name, value in given.items():
-        if value:
-            raise ModelError(f"{name} with to=gguf: it is for graphs", fix=f"leave {name} out")

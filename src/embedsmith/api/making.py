@@ -251,7 +251,10 @@ def merge(
     Errors: those of `embedsmith merge`.
     """
     check = settings.pop("check", None)
-    changes = {"parents": None if parents is None else [_path_text(parent) for parent in parents], "method": method}
+    changes = {
+        "parents": None if parents is None else [str(p) if isinstance(p, Path) else p for p in parents],
+        "method": method,
+    }
     tree = read_tree(recipe) if isinstance(recipe, str | Path) else recipe
     if isinstance(tree, Mapping) and is_mergekit(tree):
         recipe = mergekit_tree(tree, recipe if isinstance(recipe, str | Path) else "merge")
@@ -283,10 +286,6 @@ def split(
     source = parse(Source, source_tree(data), "data")
     with lines_shown():
         return split_source(source, output or f"{source_name(source)}-split", test=test, seed=seed, overwrite=overwrite)
-
-
-def _path_text(given: Any) -> Any:
-    return str(given) if isinstance(given, Path) else given
 
 
 def tokenize(

@@ -55,8 +55,8 @@ class Facts:
 
     @classmethod
     def of(cls, plan: Plan) -> Self:
-        """Of a planned merge: its Gram matrix, and a second pass. Errors: `RecipeError` without a base: there are no
-        task vectors then."""
+        """Measure a planned merge: from its Gram matrix, and in a second pass over the weights. Errors: `RecipeError`
+        without a base, since there are no task vectors then."""
         if plan.base is None:
             raise RecipeError("there are no task vectors to explain without a base", where="base", fix="set base")
         gram = plan.job(tuple(name for _, own in plan.by_method for name in own)).gram
@@ -81,8 +81,9 @@ class Facts:
             sums[name] = sums[name] + value if name in sums else value
 
     def group_rows(self, granularity: Granularity) -> list[dict[str, Any]]:
-        """One row a group: length of every V_i, against theta_0, its share of the energy, frozen share, angles of
-        pairs, sign conflict less what the angle lets expect, and the interference of the merge."""
+        """One row a group: the length of every V_i beside that of theta_0, the group's share of the energy, the share
+        of frozen elements, the angles between pairs, the sign conflict beyond what the angle explains, and the
+        interference of the merge."""
         tensors = list(self.gram.full_by_name)
         whole = self.gram.of(tensors).diagonal()
         return [self._row(key, members, whole) for key, members in groups(tensors, granularity).items()]
@@ -196,8 +197,9 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Facts of the weights, as `tables` by granularity too. Where a probe was given, how losses look around the SLERP
-    of the parents: `along` its length, `barriers` to it, and cosines of the tasks' `gradients` by place."""
+    """What the weights say, also as one of the `tables` for each granularity. Where a probe was given, what the losses
+    say around the SLERP of the parents: `along` its length, at the `barriers` on the way to it, and by the cosines
+    between the tasks' `gradients` at each place."""
 
     facts: Facts
     tables: dict[str, list[dict[str, Any]]]
@@ -207,7 +209,7 @@ class Explanation:
 
     @classmethod
     def of(cls, recipe: MergeRecipe, probe: Probe | None = None) -> Self:
-        """Of the merge that a recipe describes; it is not written. `probe`: texts for the losses and the gradients."""
+        """Explain the merge that a recipe describes, without writing it. `probe`: texts for losses and gradients."""
         plan = make_plan(recipe)
         facts = Facts.of(plan)
         tables = {key: facts.group_rows(key) for key in ("model", "block", "module", "tensor")}

@@ -154,8 +154,8 @@ class LiveMerge:
         return self.model.represent(texts, role=role, task=task, outputs=outputs, show_progress=False)
 
     def coefficients_by_name(self, coefficient_GM: Tensor, job: Job) -> dict[str, Tensor]:
-        """c_M of every tensor of the job, also noted in merge.json. A tensor that the live model has not gets the mean
-        over the groups."""
+        """c_M of every tensor of the job, also noted in merge.json. A tensor that is not in the live model
+        gets the mean over the groups."""
         job.report["coefficients"] = dict(zip(self.group_names, coefficient_GM.tolist(), strict=False))
         mean_M = coefficient_GM.mean(0)
         return {name: coefficient_GM[self.groups[name]] if name in self.groups else mean_M for name in job.names}

@@ -215,7 +215,7 @@ class Study:
 
     @property
     def better_parent(self) -> tuple[str, float] | None:
-        """The parent that the goal likes best, where it likes it better than the best merge."""
+        """The parent with the best score, and that score, where it is above the best merge's."""
         values = {name: self.scorer.value(results) for name, results in self.parents.items()}
         name = max(values, key=lambda name: values[name], default=None)
         return None if name is None or values[name] <= self.best.value else (name, values[name])

@@ -118,8 +118,9 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
     needed = [Requirement(line) for line in requires(_PACKAGE) or []]
     plain = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     required = tuple(map(Dependency.of, plain))
+    marked = [one for one in needed if one not in plain and one.marker is not None]
     extras = tuple(
-        Extra(name, tuple(Dependency.of(one) for one in needed if one not in plain and _belongs(one, name)))
+        Extra(name, tuple(Dependency.of(one) for one in marked if one.marker and one.marker.evaluate({"extra": name})))
         for name in metadata(_PACKAGE).get_all("Provides-Extra") or []
     )
     problems = [package.problem for package in required if not package.fits]
@@ -141,10 +142,6 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
         problems=tuple(problems),
         advice=((low,) if disk_free_gb < _LOW_DISK_GB else ()) + ((no_gpu,) if no_gpu else ()),
     )
-
-
-def _belongs(requirement: Requirement, extra: str) -> bool:
-    return requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
 
 
 def installed_version(name: str) -> str | None:

@@ -12,14 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from embedsmith.cli.stages import (
-    EvaluateStage,
-    ExportStage,
-    PipelineRecipe,
-    placeholders,
-    recipe_class,
-    resolved,
-)
+from embedsmith.cli.stages import EvaluateStage, ExportStage, PipelineRecipe, placeholders, recipe_class, resolved
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.recipe import parse
 from embedsmith.core.settings import Count, Range, Word, did_you_mean, section

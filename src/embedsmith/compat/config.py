@@ -274,7 +274,11 @@ class Reference:
 
     def source(self, name: str, path: Path) -> dict[str, Any]:
         """A dataset with its loss; hard negatives are counted by what kind of task it is."""
-        own = _of_cache(name, path) if path.is_dir() else f2llm_source(name, path)
+        if path.is_dir():
+            task = Manifest.load(path).datasets[name].task
+            own: dict[str, Any] = {"path": str(path), "name": name, "split": name, "task": task}
+        else:
+            own = f2llm_source(name, path)
         kind = self.dataset_types.get(name, own["task"])
         if path.is_dir() and kind != own["task"]:
             raise RecipeError(
@@ -336,10 +340,6 @@ class Reference:
                 fix="download the data, or make a cache with embedsmith tokenize",
             )
         return dict(list(found.items())[: self.max_datasets or None])
-
-
-def _of_cache(name: str, folder: Path) -> dict[str, Any]:
-    return {"path": str(folder), "name": name, "split": name, "task": Manifest.load(folder).datasets[name].task}
 
 
 def _refuse_whole_queries(name: str, folder: Path, options: str) -> None:

@@ -206,7 +206,7 @@ class _Reading:
         return first
 
     def model(self, given: Any, key: str) -> dict[str, Any]:
-        """A model as one of our parents: path, revision, adapter. Errors: `RecipeError` for a form that is none."""
+        """A model as one of our parents: path, revision, adapter. Errors: `RecipeError` for an unknown form."""
         if isinstance(given, Mapping):
             one, adapter = given.get("model"), given.get("lora")
             if unknown := given.keys() - {"model", "lora", "path", "revision"}:

@@ -52,7 +52,7 @@ class Side:
 
     def __init__(self, local: Reps, group: Group = None) -> None:
         self.local: Reps = {head: representation.leaf() for head, representation in local.items()}
-        self.group = group
+        self.group, self.ranks = group, world_size(group)
         self._gathered: dict[str, Representation] = {}
 
     def __len__(self) -> int:
@@ -69,12 +69,12 @@ class Side:
 
     def beside(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Tensors by name, on the device of the representations."""
-        device = next(iter(self.local.values())).tensors()[0].device
+        device = self._device
         return {name: None if tensor is None else to_device(tensor, device) for name, tensor in tensors.items()}
 
     def all(self, head: str) -> Any:
         """The representation of all ranks' rows, in rank order. A collective on its first call for a head."""
-        if world_size(self.group) == 1:
+        if self.ranks == 1:
             return self.local[head]
         if head not in self._gathered:
             mine = self.local[head]
@@ -85,7 +85,7 @@ class Side:
 
     def all_ids(self, id_N: Tensor) -> Tensor:
         """Per-row integers of all ranks, [W*rows, ...], in the row order of `all`; padding is `ABSENT`."""
-        if world_size(self.group) == 1:
+        if self.ranks == 1:
             return id_N
         padded = id_N.new_full((self.rows, *id_N.shape[1:]), ABSENT)
         padded[: len(id_N)] = id_N
@@ -94,7 +94,7 @@ class Side:
     def alone(self) -> Side:
         """The same leaves as one rank's batch of its own."""
         view = Side.__new__(Side)
-        view.local, view.group, view._gathered = self.local, ALONE, {}
+        view.local, view.group, view.ranks, view._gathered = self.local, ALONE, 1, {}
         return view
 
     def settle(self) -> None:

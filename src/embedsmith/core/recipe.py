@@ -227,14 +227,11 @@ def _walk(schema: Any, tree: Any, location: Sequence[Any]) -> tuple[list[str], l
         tree = tree[part]
         held.append(part)
         if isinstance(part, str):
-            options = [hints for one in _dataclasses_in(schema) if part in (hints := _hints(one))]
+            found = (typing.get_type_hints(one, include_extras=True) for one in _dataclasses_in(schema))
+            options = [hints for hints in found if part in hints]
             schema = options[0][part] if options else None
         schema = _component(schema, tree) or schema
     return sorted({f.name for option in _dataclasses_in(schema) for f in dataclasses.fields(option)}), held
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _component(hint: Any, value: Any) -> type | None:

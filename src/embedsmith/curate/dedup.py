@@ -107,8 +107,8 @@ class NearDuplicates(ComparingStep):
     def keys(self, sketch: Sketch) -> Sequence[int]:
         """Of each band of the first part's hashes, with the number of parts: only records of as many are compared."""
         bands = np.array(sketch.hashes[0].digest(), "<u4").reshape(self._bands, -1)
-        heads = (f"{len(sketch.hashes)} {band} ".encode() for band in range(self._bands))
-        return [_number(head + hashes.tobytes()) for head, hashes in zip(heads, bands)]
+        whole = (f"{len(sketch.hashes)} {band} ".encode() + hashes.tobytes() for band, hashes in enumerate(bands))
+        return [int.from_bytes(blake2b(key, digest_size=8).digest(), "little") for key in whole]
 
     def memory(self) -> Callable[[Sketch], str | None]:
         index = _rensa().RMinHashLSH(self.threshold, self.permutations, self._bands)
@@ -149,10 +149,6 @@ def _rensa() -> Any:
     except ImportError as error:
         raise MissingExtraError("rensa", "curate") from error
     return rensa
-
-
-def _number(content: bytes) -> int:
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 @lru_cache

@@ -232,7 +232,9 @@ def _writer(found: RecordSet) -> Callable[[Path, Iterable[Record]], None]:
 
     def written(path: Path, records: Iterable[Record]) -> None:
         if found.task == "sts" or (found.task == "classification" and not any(found.records[0].positives)):
-            _write_rows(path, pairs(records) if found.task == "sts" else labels(records))
+            rows = pairs(records) if found.task == "sts" else labels(records)
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(map(_line, rows))
         else:
             write_records(path, records)
 
@@ -264,11 +266,6 @@ def write_beir(folder: Path, records: Iterable[Record]) -> None:
                 if (query, id_) not in judged:
                     judged.add((query, id_))
                     qrels.write(f"q{query}\td{id_}\t1\n")
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
 
 
 def _line(row: dict[str, Any]) -> str:

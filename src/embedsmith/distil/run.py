@@ -156,7 +156,9 @@ def distil(recipe: DistilRecipe, *, overwrite: bool = False) -> Distilled:
             student = distil_static(teacher, texts, recipe.dims, seed=recipe.seed)
         else:
             student = _smaller(recipe, [source for source, _ in sets], work, overwrite)
-        sample = texts[:TIMED] or [text for task in tasks for text in _texts_of(task)][:TIMED]
+        from embedsmith.evaluate.model_geometry import Sample
+
+        sample = texts[:TIMED] or [text for task in tasks for text in Sample.of(task, TIMED).texts][:TIMED]
         made = Distilled(out, *(_measured(encoder, tasks, sample) for encoder in (teacher, student)))
         student.save(out)
         _write(made, recipe, work)
@@ -225,12 +227,6 @@ def _texts(record: Record[Any]) -> tuple[str, ...]:
     if not isinstance(record.query, str):
         raise DataError("a token cache has no texts to distil with", fix="name the files that it was made from")
     return (record.query, *record.positives, *record.negatives)
-
-
-def _texts_of(task: Task) -> Sequence[str]:
-    from embedsmith.evaluate.model_geometry import Sample
-
-    return Sample.of(task, TIMED).texts
 
 
 def _measured(encoder: Embedder | StaticStudent, tasks: Sequence[Task], sample: Sequence[str]) -> Measured:

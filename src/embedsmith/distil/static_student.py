@@ -96,7 +96,9 @@ class StaticStudent:
 def distil_static(teacher: Embedder, texts: Sequence[str], width: int, *, seed: int = 0) -> StaticStudent:
     """The static student of a teacher, of so many numbers a text (at most the teacher's). `texts`: to count tokens in
     and to train on; with none, steps 1 to 3 alone."""
-    tokenizer = _plain(teacher)
+    tokenizer: Tokenizer = copy.deepcopy(teacher.tokenizer.backend_tokenizer)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     row_VH = token_vectors(teacher)
     special = sorted(set(teacher.tokenizer.all_special_ids) & set(range(len(row_VH))))
     words_V = torch.ones(len(row_VH), dtype=torch.bool)
@@ -201,14 +203,6 @@ def _axes(centred_VH: Tensor, width: int) -> Tensor:
     sign_D = basis_HD.gather(0, basis_HD.abs().argmax(0, keepdim=True)).sign()
     signed_HD: Tensor = basis_HD * sign_D
     return signed_HD.float()
-
-
-def _plain(teacher: Embedder) -> Tokenizer:
-    """The teacher's tokenizer without padding, truncation and what it puts around a text."""
-    tokenizer: Tokenizer = copy.deepcopy(teacher.tokenizer.backend_tokenizer)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 CUTS = (1, 3, 5, 10, 20, 100)
 _ORDER = ("ndcg", "map", "recall", "precision", "accuracy", "mrr", "spearman", "pearson", "ap", "best_threshold")
 _FLAT = 1e-9  # below this spread of similarities a model does not tell the pairs apart: what is left is rounding
-_FLAT_SCORES = 1e-6  # of a score: what fp32 leaves of a difference that is none
+_FLAT_SCORES = 1e-6  # of a score: what rounding in fp32 makes of equal scores
 
 
 def metric(name: str, of: Of, *, formula: str = "", source: str = "") -> Callable[[F], F]:

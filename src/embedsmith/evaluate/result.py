@@ -179,7 +179,7 @@ class Results(Printed, Sequence[TaskResult]):
 
     @staticmethod
     def load(path: str | Path) -> Results:
-        """Read what `save` wrote. Errors: `EvaluationError` for a file that is none."""
+        """Read what `save` wrote. Errors: `EvaluationError` for a file that holds no results."""
         plain = read_json(path, EvaluationError)
         if not isinstance(plain.get("tasks"), list):
             raise EvaluationError("no results", where=path, expected="JSON that `embedsmith evaluate --json` wrote")

@@ -178,13 +178,18 @@ class InfoNCE(Loss):
         temperature = batch.extras[self.temperature_name]() if self.learn_temperature else self.temperature
         score_WQX, valid_QX = found.scores_of(found.positive_row_QP), found.valid_QP
         valid_Q = valid_QX.any(-1)
-        views = [found, *([self._guide(batch, found)] if self.guided else [])]
-        target_WQX, limits = self._target(score_WQX.detach(), valid_QX), list[Tensor | None]()
-        limits.append(_lowest(target_WQX, self.margin, self.relative_margin, lambda one, r: one * r))
+        views = [found]
+        limits = [self._limit(score_WQX.detach(), valid_QX, self.margin, self.relative_margin, lambda s, r: s * r)]
         if self.guided:
-            target_WQX = self._target(views[1].scores_of(found.positive_row_QP), valid_QX)
+            if GUIDE not in batch.query.local:
+                raise DataError(
+                    "no guide for this batch", where=batch.source or None, fix="set `guide` for this source"
+                )
+            views.append(found.seen_by(batch, GUIDE))
+            guide_WQX = views[1].scores_of(found.positive_row_QP)
             below = None if self.guide_margin is None else -self.guide_margin
-            limits.append(_lowest(target_WQX, below, self.guide_relative_margin, lambda one, r: one - r * one.abs()))
+            share = self.guide_relative_margin
+            limits.append(self._limit(guide_WQX, valid_QX, below, share, lambda s, r: s - r * s.abs()))
         negative_WQX = self._negatives(batch, views, temperature, limits)
         logit_WQX = score_WQX / temperature
         positive_W = batch.mean_over_rows(mean_over_slots(score_WQX.detach(), valid_QX), valid_Q)
@@ -215,14 +220,21 @@ class InfoNCE(Loss):
     def _together(self) -> bool:
         return self.multi_positive == "inside" or self.grades == "soft"
 
-    def _guide(self, batch: RetrievalBatch, found: Candidates) -> Candidates:
-        if GUIDE not in batch.query.local:
-            raise DataError("no guide for this batch", where=batch.source or None, fix="set `guide` for this source")
-        return found.seen_by(batch, GUIDE)
-
-    def _target(self, score_WQX: Tensor, valid_QX: Tensor) -> Tensor:
-        """The scores of the positives by which negatives are judged; the best alone where positives stand together."""
-        return score_WQX.masked_fill(~valid_QX, NEVER).amax(-1, keepdim=True) if self._together else score_WQX
+    def _limit(
+        self,
+        score_WQX: Tensor,
+        valid_QX: Tensor,
+        margin: float | None,
+        relative: float | None,
+        scaled: Callable[[Tensor, float], Tensor],
+    ) -> Tensor | None:
+        """limit_WQX: the score above which a candidate is taken for a false negative, by that of the positive; of the
+        best alone where positives stand together."""
+        if self._together:
+            score_WQX = score_WQX.masked_fill(~valid_QX, NEVER).amax(-1, keepdim=True)
+        limits = [score_WQX + margin] if margin is not None else []
+        limits += [scaled(score_WQX, relative)] if relative is not None else []
+        return torch.stack(limits).amin(0) if limits else None
 
     def _negatives(
         self,
@@ -284,15 +296,6 @@ class InfoNCE(Loss):
             made = [of_term(one, own_limits) for own_limits, one in zip(each, other_positives(views), strict=True)]
             parts.append(torch.cat([torch.stack(blocks).logsumexp(0) for blocks in made], -1))
         return torch.stack(torch.broadcast_tensors(*parts)).logsumexp(0)
-
-
-def _lowest(
-    target_WQX: Tensor, margin: float | None, relative: float | None, scaled: Callable[[Tensor, float], Tensor]
-) -> Tensor | None:
-    """limit_WQX: the score above which a candidate is taken for a false negative."""
-    limits = [target_WQX + margin] if margin is not None else []
-    limits += [scaled(target_WQX, relative)] if relative is not None else []
-    return torch.stack(limits).amin(0) if limits else None
 
 
 def _grades(grade_QX: Tensor | None, row_QX: Tensor, unknown: float) -> Tensor:

@@ -98,8 +98,9 @@ class TensorFile:
 
 @dataclass
 class Rounding:
-    """To the numbers of the file; with a `seed`, to bfloat16, up or down with the probability that is right on average,
-    keyed by the element. What that costs is summed by block of the model: error^2, |V|^2, unchanged elements, elements.
+    """Rounds values to the numbers of the file. With a `seed` they are rounded to bfloat16 at random, up or down with
+    the probability that makes the mean right, and the random number is keyed by the element. The loss is summed by
+    block of the model: error^2, |V|^2, unchanged elements, elements.
     """
 
     seed: int | None = None
@@ -181,7 +182,7 @@ def metadata_of(plan: Plan, file: Path, slots: Mapping[str, Slot]) -> dict[str, 
 
 
 def write_around(plan: Plan, folder: Path, files: Mapping[Path, Mapping[str, Slot]], report: Mapping[str, Any]) -> None:
-    """Everything but the weights, into the folder that holds them in `files`."""
+    """Write everything but the weights into the folder that holds the weights in `files`."""
     source = plan.like.model.folder
     _copy(source, folder)
     for path in module_folders(source):
@@ -211,7 +212,7 @@ def write_around(plan: Plan, folder: Path, files: Mapping[Path, Mapping[str, Slo
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The files of one folder, but for weights and what belongs to them. Links are followed."""
+    """Copy the files of one folder, except weights and what belongs to them. Links are followed."""
     for file in sorted(source.iterdir()):
         skipped = file.suffix in _NOT_COPIED or file.name.endswith(".index.json") or file.name in _OTHERS
         if file.is_file() and not skipped and not file.name.startswith("."):

@@ -34,8 +34,8 @@ what to use instead, which the error says."""
 
 
 def refuse_removed(value: Any) -> Any:
-    """A method, or a list of parents, as a recipe has it. Errors: `RecipeError` for a name, a setting, a value or a key
-    that is gone."""
+    """Give back a method, or a list of parents, as it stands in a recipe. Errors: `RecipeError` for a name, a setting,
+    a value or a key that was removed from embedsmith."""
     found: list[tuple[Any, str]] = []
     for one in value if isinstance(value, list | tuple) else []:
         found += [(f"parents.{key}", f"key {key} of a parent") for key in (one if isinstance(one, Mapping) else ())]

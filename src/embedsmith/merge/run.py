@@ -116,14 +116,15 @@ _REPLACE = "choose another output, or replace it with --overwrite"
 
 
 def _kind() -> Kind:
-    """How a merge is known: a saved model with its report; what a merge copies more is in the new one, too."""
+    """How the folder of a merge is recognised: a saved model with a report. What else lies in it was copied from the
+    parents, and is copied again into the merge that replaces it."""
     own = (REPORT, "recipe.yaml", "verify.json", "report.html")
     return Kind("merge", (*saved_model().entries, *own), (REPORT, '"method"'))
 
 
 def _finished(recipe: MergeRecipe, overwrite: bool) -> dict[str, Any] | None:
-    """The report of the same merge, where it stands there and is to stay. Errors: `CheckpointError` for another merge,
-    and for what is none."""
+    """The report of the same merge, if it is finished already and is not to be replaced. Errors: `CheckpointError`
+    where the output holds another merge, or something that is no merge."""
     output = Path(recipe.output)
     _kind().refuse_other(output)
     if overwrite or not files_of(output):

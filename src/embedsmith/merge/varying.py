@@ -57,7 +57,7 @@ class Where:
 
 
 def _checked(value: Any) -> Any:
-    """One entry alone is a list of it. Errors: `RecipeError` for a list of nothing or of two kinds."""
+    """Take a single entry as a list of one. Errors: `RecipeError` for a list that is empty or mixes two kinds."""
     if isinstance(value, Mapping | Where):
         return [value]
     if not isinstance(value, list | tuple):
@@ -108,7 +108,7 @@ def mean_of(setting: Varying) -> float:
 
 
 def check_numbers(name: str, setting: Varying, least: float = -math.inf, most: float = math.inf) -> None:
-    """Errors: `RecipeError` for a setting of a form that is none, and for a number that is not finite or outside."""
+    """Errors: `RecipeError` for a setting of an unknown form, and for a number that is not finite or out of range."""
     parts = (setting,) if isinstance(setting, int | float) else setting
     wrong = not all(isinstance(one, int | float | Where) for one in parts)
     if wrong or not all(math.isfinite(value) and least <= value <= most for value in numbers_of(setting)):
@@ -131,7 +131,7 @@ def layer_places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def check_filters(setting: Varying, names: Sequence[str], places: Mapping[str, Place], where: str) -> None:
-    """Errors: `RecipeError` for an entry that no tensor fits, and for a tensor that no entry fits."""
+    """Errors: `RecipeError` for an entry that fits no tensor, and for a tensor that no entry fits."""
     for entry in [] if isinstance(setting, int | float) else [one for one in setting if isinstance(one, Where)]:
         if not any(entry.fits(name, places.get(name)) for name in names):
             layers = "" if entry.layers is None else f" in the layers {list(entry.layers)}"

@@ -34,14 +34,7 @@ from embedsmith.data.store import RecordStore
 from embedsmith.mining.config import MineRecipe, Selection
 from embedsmith.mining.corpus import StoredTexts, corpus_texts, stored_texts
 from embedsmith.mining.searchers import PairScorer, Searcher, SearchTexts, SharedSearcher, no_reranker
-from embedsmith.mining.selection import (
-    SUSPECT,
-    Ranked,
-    fuse,
-    loose_id,
-    order_of,
-    take,
-)
+from embedsmith.mining.selection import SUSPECT, Ranked, fuse, loose_id, order_of, take
 from embedsmith.search.exact import FloatArray, IndexArray
 
 VERSION = 3

@@ -29,13 +29,7 @@ from embedsmith.core.collectives import (
     world_size,
 )
 from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
-from embedsmith.core.errors import (
-    DataError,
-    MissingExtraError,
-    ModelError,
-    RecipeError,
-    SearchError,
-)
+from embedsmith.core.errors import DataError, MissingExtraError, ModelError, RecipeError, SearchError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.reranker import Reranker

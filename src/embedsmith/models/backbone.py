@@ -121,7 +121,7 @@ def load_backbone(folder: Path, config: ModelConfig, mode: Mode = "native", four
     then proves). `four_bit`: quantised, for QLoRA.
 
     Errors: `ModelError` for a missing or damaged file, an unknown architecture or one that is no encoder of texts,
-    sizes beyond this machine, weights that do not fit, or an attention kernel that this machine has not.
+    sizes beyond this machine, weights that do not fit, or an attention kernel that this machine lacks.
     """
     if is_static(folder):
         table: nn.Module = load_static(folder, getattr(torch, config.dtype)).eval()

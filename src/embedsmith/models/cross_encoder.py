@@ -54,8 +54,10 @@ class CrossEncoder(nn.Module):
         self.padding_left = settings.asks or tokenizer.padding_side == "left"
         self.packing, self.packs, self.fused, self.progress = False, Packing(why="rerankers pad"), "off", 0.0
         self._fitting: int | None = None
-        for layer in _output_layers(self.backbone):
-            layer.__class__ = ExactLinear
+        inside = {id(module) for module in self.backbone.base_model.modules()}
+        for layer in list(self.backbone.modules()):  # the linear layers behind the transformer
+            if type(layer) is nn.Linear and id(layer) not in inside:
+                layer.__class__ = ExactLinear
 
     @property
     def max_length(self) -> int:
@@ -185,12 +187,6 @@ class ExactLinear(nn.Linear):
         bias = None if self.bias is None else in_fp32(self.bias)
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(in_fp32(input), in_fp32(self.weight), bias)
-
-
-def _output_layers(backbone: Any) -> list[nn.Linear]:
-    """The linear layers behind the transformer."""
-    inside = {id(module) for module in backbone.base_model.modules()}
-    return [module for module in backbone.modules() if type(module) is nn.Linear and id(module) not in inside]
 
 
 def activation_named(path: str) -> nn.Module:

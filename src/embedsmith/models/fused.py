@@ -37,9 +37,7 @@ def fuse_kernels(backbone: Any) -> str:
     The backbone is left as it was where they fail; one line of the log says so.
     """
     try:
-        from liger_kernel.transformers.monkey_patch import (
-            MODEL_TYPE_TO_APPLY_LIGER_FN as known,
-        )
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance as apply
     except _FAILURES:  # not installed, or of another torch, triton or transformers
         return "off (liger-kernel is not installed)"

@@ -136,13 +136,9 @@ def _dense(folder: Path) -> Projection:
     return _with_weights(projection, folder, "Dense")
 
 
-def _layer_norm(folder: Path) -> LayerNorm:
-    return _with_weights(LayerNorm(_config(folder, _NormFile).dimension), folder, "LayerNorm")
-
-
 LAYERS: Mapping[str, Callable[[Path], Any]] = {
     "Dense": _dense,
-    "LayerNorm": _layer_norm,
+    "LayerNorm": lambda folder: _with_weights(LayerNorm(_config(folder, _NormFile).dimension), folder, "LayerNorm"),
     "Dropout": lambda folder: Dropout(_config(folder, _DropoutFile).dropout),
     "Normalize": lambda folder: UnitLength(),
 }

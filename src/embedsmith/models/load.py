@@ -562,7 +562,7 @@ def _with_token(expansion: Expansion | None, tokenizer: Any, path: str) -> Expan
     number = None if token is None else tokenizer.convert_tokens_to_ids(token)
     if number is None or (number == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise ModelError(
-            f"queries are filled up with {token!r}, which the tokenizer has not"
+            f"queries are filled up with {token!r}, which the tokenizer does not have"
             if token
             else "the tokenizer has no mask token, with which queries are filled up",
             where=path,

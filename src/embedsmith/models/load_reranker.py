@@ -318,7 +318,9 @@ def _backbone(facts: RerankerFacts, config: ModelConfig, new_heads: bool) -> Any
             output_loading_info=True,
         )
     inside = f"{backbone.base_model_prefix}."
-    missing = sorted(key for key in report["missing_keys"] if not head or _is_of_encoder(key, inside))
+    missing = sorted(report["missing_keys"])
+    if head:  # a new one; a pooler belongs to it
+        missing = [key for key in missing if key.startswith(inside) and not UNUSED.search(key)]
     if missing:
         raise ModelError(
             f"{len(missing)} weights are missing and would be random: {', '.join(missing[:3])}",
@@ -330,11 +332,6 @@ def _backbone(facts: RerankerFacts, config: ModelConfig, new_heads: bool) -> Any
         enable = getattr(backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return backbone.eval()
-
-
-def _is_of_encoder(key: str, inside: str) -> bool:
-    """Whether a weight is one that a new head does not bring: a pooler belongs to the head."""
-    return key.startswith(inside) and not UNUSED.search(key)
 
 
 def _adapt(backbone: Any, facts: RerankerFacts, config: ModelConfig) -> Mapping[str, Any] | None:

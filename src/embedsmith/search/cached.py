@@ -21,17 +21,7 @@ from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, repre
 from embedsmith.core.errors import SearchError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log
-from embedsmith.core.reps import (
-    Cosine,
-    Dense,
-    Euclidean,
-    Manhattan,
-    MaxSim,
-    MultiVector,
-    Representation,
-    Reps,
-    Sparse,
-)
+from embedsmith.core.reps import Cosine, Dense, Euclidean, Manhattan, MaxSim, MultiVector, Representation, Reps, Sparse
 
 _KINDS: dict[str, type[Representation]] = {
     kind.__name__: kind for kind in (Dense, Sparse, MultiVector, Cosine, Euclidean, Manhattan, MaxSim)

@@ -79,7 +79,7 @@ def described(app: FastAPI) -> dict[str, Any]:
 
 
 def _add_failures(app: FastAPI) -> None:
-    """Every answer that is none, in OpenAI's shape."""
+    """Every error, in OpenAI's shape."""
 
     async def of_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

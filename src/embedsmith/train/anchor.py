@@ -36,7 +36,12 @@ class Anchor:
         held: list[tuple[nn.Parameter, Tensor | None]] = []
         if config.l2_sp:
             began = dict(start.named_parameters())
-            held += [(p, _like(p, began[name].detach())) for name, p in model.named_parameters() if p.requires_grad]
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    whole = began[name].detach().to(p.device, p.dtype)
+                    if isinstance(p, DTensor):  # in shards where the weight is
+                        whole = distribute_tensor(whole, p.device_mesh, p.placements)
+                    held.append((p, whole))
         if config.l2_new:
             held += [(p, None) for p in extras.parameters() if p.requires_grad]
         return Anchor(config, start.fingerprint(), held)
@@ -67,11 +72,3 @@ class Anchor:
                 of_whole += strength / 2 * apart.square().sum()
         sharded = any(isinstance(parameter, DTensor) for parameter, _ in self.held)
         return of_whole + (sum_over_ranks(of_shards) if sharded else 0.0)
-
-
-def _like(parameter: nn.Parameter, began: Tensor) -> Tensor:
-    """The start of a weight, in shards where the weight is."""
-    began = began.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(began, parameter.device_mesh, parameter.placements)
-    return began

@@ -173,7 +173,7 @@ def _held_supply(
         )
     if missing := sorted(loss.heads() - set(model.outputs)):
         raise RecipeError(
-            f"train.anchor.loss={name_of(loss)} reads the head {missing[0]!r}, which the model has not",
+            f"train.anchor.loss={name_of(loss)} reads the head {missing[0]!r}, which the model lacks",
             expected=f"one of {', '.join(model.outputs)}",
             fix="hold the weights instead, train.anchor.l2_sp, or give the model that head (model.heads)",
         )
@@ -247,7 +247,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
         if missing[0] == "dense":  # a public model of words or tokens
             wanted = f"say what the loss reads: data.N.loss.head={model.main_head}, N the source's place from 0"
         raise RecipeError(
-            f"the loss {type(loss).__name__} reads the head {missing[0]!r}, which the model has not",
+            f"the loss {type(loss).__name__} reads the head {missing[0]!r}, which the model lacks",
             where=records.name,
             expected=f"one of {', '.join(model.outputs)}",
             fix=wanted,
@@ -283,7 +283,7 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
 
 
 def _check_models(source: Source, loss: Loss, name: str) -> None:
-    """Errors: `RecipeError` where the loss reads another model that the source has not, or reads no guide."""
+    """Errors: `RecipeError` where the loss reads another model that the source does not name, or reads no guide."""
     for other, given in ((TEACHER, source.teacher), (GUIDE, source.guide)):
         if other in loss.reads() and given is None:
             raise RecipeError(
@@ -315,7 +315,7 @@ def _group_supply(source: Source, whole: RecordSet[Text], batch_size: int | None
         kinds = {entry.name: getattr(entry.thing, "batches", ()) for entry in losses.entries()}
         known = [name for name, read in kinds.items() if isinstance(read, tuple) and GroupBatch in read]
         raise RecipeError(
-            f"the loss {type(loss).__name__} reads vectors, which a reranker has not",
+            f"the loss {type(loss).__name__} reads vectors, which a reranker lacks",
             where=records.name,
             expected=f"one of {', '.join(known)}, or a sum of them",
         )

@@ -176,7 +176,8 @@ class ConflictMeter:
         for first, second in ((j, k) for k in range(len(names)) for j in range(k)):
             pair = "~".join(sorted((names[first], names[second])))
             for group, places in groups.items():
-                self.values |= _named(f"cosine/{pair}{group}", _cosine(gram_PKK[list(places)].sum(0), first, second))
+                if (cosine := _cosine(gram_PKK[list(places)].sum(0), first, second)) is not None:
+                    self.values[f"cosine/{pair}{group}"] = cosine
             of_weights = [_cosine(gram_KK, first, second) for gram_KK in gram_PKK]
             known = [cosine for cosine in of_weights if cosine is not None]
             if known:
@@ -203,10 +204,6 @@ class _Timed:
 
     def __exit__(self, *error: object) -> None:
         self.meter.seconds += self._now() - self.start
-
-
-def _named(name: str, value: float | None) -> dict[str, float]:
-    return {} if value is None else {name: value}
 
 
 def _cosine(gram_KK: Tensor, first: int, second: int) -> float | None:

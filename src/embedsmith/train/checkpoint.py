@@ -88,19 +88,24 @@ class RunState:
         A norm that is not finite at a scale of 1 is a fault of the run and no overflow.
         """
         bad = not math.isfinite(norm)
-        if self.loss_scale is not None:
-            if bad and self.loss_scale > 1:
-                changed = replace(self, loss_scale=self.loss_scale / 2, scaled_steps=0)
-                return replace(changed, step=self.step + 1, overflowed_steps=self.overflowed_steps + 1)
-            grown = not bad and self.scaled_steps + 1 == GROWTH_STEPS
-            scale = self.loss_scale * (2 if grown else 1)
-            steps = 0 if bad or grown else self.scaled_steps + 1
-            return replace(self, loss_scale=scale, scaled_steps=steps)._counted(bad)
-        return self._counted(bad)
-
-    def _counted(self, bad: bool) -> "RunState":
-        in_a_row = self.skipped_in_a_row + 1 if bad else 0
-        return replace(self, step=self.step + 1, skipped_steps=self.skipped_steps + bad, skipped_in_a_row=in_a_row)
+        scale, scaled_steps = self.loss_scale, self.scaled_steps
+        if scale is not None:
+            if bad and scale > 1:
+                overflowed = self.overflowed_steps + 1
+                return replace(
+                    self, step=self.step + 1, loss_scale=scale / 2, scaled_steps=0, overflowed_steps=overflowed
+                )
+            scaled_steps = 0 if bad else scaled_steps + 1
+            if scaled_steps == GROWTH_STEPS:
+                scale, scaled_steps = scale * 2, 0
+        return replace(
+            self,
+            step=self.step + 1,
+            skipped_steps=self.skipped_steps + bad,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if bad else 0,
+            loss_scale=scale,
+            scaled_steps=scaled_steps,
+        )
 
     def summary(self) -> dict[str, Any]:
         """What is said of a run that is over."""
@@ -191,7 +196,9 @@ class Checkpoints:
                 with (folder / name).open("wb") as file:
                     torch.save(piece, file)
             (folder / "state.json").write_text(json.dumps(to_plain(state, exact=True)), encoding="utf-8")
-            (folder / FILES).write_text(json.dumps(_hashes(folder), indent=1), encoding="utf-8")
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            hashes = {str(path.relative_to(folder)): _hash(path) for path in files}
+            (folder / FILES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
         for step in self.steps()[: -self.keep]:
             if step != state.best_step:
                 discard(self.path(step))
@@ -302,10 +309,6 @@ def base_of(model: Model) -> str:
 def whole(tensor: Any) -> Any:
     """The full tensor of a shard, on the CPU; anything else as it is. Collective for a shard."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _hash(path: Path) -> str:

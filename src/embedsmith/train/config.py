@@ -302,7 +302,7 @@ class Recipe:
 
 
 def _check_task(task: str, train: TrainConfig, evaluate: EvaluateConfig) -> None:
-    """Errors: `RecipeError` for what means nothing to a reranker, or to a model that is none."""
+    """Errors: `RecipeError` for what means nothing to a reranker, or to a model that is not one."""
     if task != "rerank":
         if evaluate.embedder is not None:
             raise RecipeError("evaluate.embedder without a reranker", fix="set task=rerank, or leave it out")

@@ -31,7 +31,7 @@ def check_grammar(parts: Sequence[str]) -> None:
 
 
 def freeze(model: Model, parts: Sequence[str]) -> None:
-    """Errors: `RecipeError` for layers that the model has not."""
+    """Errors: `RecipeError` for layers that the model does not have."""
     for part in parts:
         for parameter in _weights(model.backbone, part):
             parameter.requires_grad_(False)

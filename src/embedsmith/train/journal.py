@@ -138,7 +138,9 @@ class Meter:
     def report(self, rate: float, norm: float, bar: Bar) -> dict[str, float]:
         """The values since the last call, averaged over ranks, and a note on the bar. Collective."""
         seconds = time.perf_counter() - self._since
-        mine = dict(zip(self._losses, self._means(), strict=True)) | {"wait": self._waited / seconds}
+        own = [torch.stack(values).mean() for values in self._losses.values()]
+        numbers = read(torch.stack([mean.to(own[0].device) for mean in own])) if own else []  # of all in one read
+        mine = dict(zip(self._losses, numbers, strict=True)) | {"wait": self._waited / seconds}
         means: dict[str, list[float]] = {}
         for theirs in objects_of_all_ranks(mine):  # ranks may hold parts of different sources
             for key, value in theirs.items():
@@ -157,11 +159,6 @@ class Meter:
         bar.note(f"loss {losses} · lr {rate:.1e} · {speed:,.0f} tokens/s · {averages['wait']:.0%} waiting for data")
         self._reset()
         return report
-
-    def _means(self) -> list[float]:
-        """Of every number, in one read of the device."""
-        means = [torch.stack(values).mean() for values in self._losses.values()]
-        return read(torch.stack([mean.to(means[0].device) for mean in means])) if means else []
 
     def warn_of_empty_vectors(self, report: Mapping[str, float]) -> None:
         """Once for each head and source of which most vectors are empty; `report` names them `HEAD_empty/SOURCE`."""

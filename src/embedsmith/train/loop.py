@@ -18,14 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from embedsmith.core.batch import Progress
-from embedsmith.core.collectives import (
-    agreed_by_hosts,
-    lost_ranks,
-    on_first_rank,
-    rank,
-    refuse_different,
-    world_size,
-)
+from embedsmith.core.collectives import agreed_by_hosts, lost_ranks, on_first_rank, rank, refuse_different, world_size
 from embedsmith.core.device import cores
 from embedsmith.core.errors import ModelError, TrainingError
 from embedsmith.core.outputs import claimed, delivered
@@ -399,17 +392,28 @@ def differentiated(run: Run, draw: Draw) -> StepOutput:
 
     Errors: `TrainingError` where texts are encoded one by one already, or where the step cannot be begun anew.
     """
-    random, scale = TorchRandom.capture(), run.state.loss_scale or 1.0
+    random, scale, step = TorchRandom.capture(), run.state.loss_scale or 1.0, run.state.step
+    progress, extras = Progress(step, run.steps), dict(run.extras.items())
+
+    def gradient_of(some: Draw) -> StepOutput:
+        given = (run.encode, *some, run.memory, extras, progress)
+        return run_step(*given, scale=scale, deferred=run.deferred, together=run.together)
+
     while True:
         run.engine.optimizer.zero_grad(set_to_none=True)
         try:
             with run.engine.backward(), run.one_cast():
-                return pulled_to_start(run, gradient_of_parts(run, draw, scale), scale)
+                if run.by_task.separate:  # something is made of the gradients of all parts
+                    seed = derive_seed(run.recipe.train.seed, "balance", step)
+                    output = run.by_task.step(gradient_of, run.engine.average, draw, step, seed, scale)
+                else:
+                    output = gradient_of(draw)
+                return output if run.anchor is None else pulled_to_start(run, run.anchor, output, scale)
         except torch.OutOfMemoryError as error:
             if run.card is None or not run.engine.repeats:
                 raise TrainingError(
                     f"out of memory ({str(error).splitlines()[0]})",
-                    where=f"step {run.state.step}",
+                    where=f"step {step}",
                     fix=f"set train.token_budget={max(run.memory.chunk_tokens // 2, 1)}, and half of it if need be",
                 ) from error
         run.engine.optimizer.zero_grad(set_to_none=True)  # outside the handler: what the error held is free again
@@ -417,27 +421,13 @@ def differentiated(run: Run, draw: Draw) -> StepOutput:
         random.restore()
 
 
-def gradient_of_parts(run: Run, draw: Draw, scale: float) -> StepOutput:
-    """The gradient of all parts of a step together, or of one after the other where something is made of them."""
-    progress, extras, step = Progress(run.state.step, run.steps), dict(run.extras.items()), run.state.step
-    how: dict[str, Any] = dict(scale=scale, deferred=run.deferred, together=run.together)
-
-    def each(some: Draw) -> StepOutput:
-        return run_step(run.encode, *some, run.memory, extras, progress, **how)
-
-    if not run.by_task.separate:
-        return each(draw)
-    seed = derive_seed(run.recipe.train.seed, "balance", step)
-    return run.by_task.step(each, run.engine.average, draw, step, seed, scale)
-
-
-def pulled_to_start(run: Run, output: StepOutput, scale: float) -> StepOutput:
+def pulled_to_start(run: Run, anchor: Anchor, output: StepOutput, scale: float) -> StepOutput:
     """The step with the pull of the start on its gradient."""
-    if run.anchor is None or not run.anchor.held:
+    if not anchor.held:
         return output
     if not output.averaged:
         run.engine.average()
-    penalty = run.anchor.pull(scale)
+    penalty = anchor.pull(scale)
     return replace(output, parts={**output.parts, "l2_sp": {"loss": penalty}}, averaged=True)
 
 

@@ -243,8 +243,23 @@ def _loss(
     Errors: `TrainingError` in place of a lack of memory on several ranks: the others wait in a collective of the loss,
     and no rank can tell them to begin anew.
     """
+    values: list[Tensor] = []
+    named: dict[str, dict[str, Tensor]] = {}
     try:
-        return _differentiated(parts, batches, scale, deferred)
+        for part, batch in zip(parts, batches, strict=True):
+            output = part.loss(batch)
+            value = output.value_W.sum()
+            values.append(part.weight * value)
+            named[part.source] = {"loss": value.detach(), **output.parts, **sparse_activity(batch.sides())}
+        total = torch.stack(values).sum()
+        health = _health(batches, total.detach())
+        if not deferred:
+            health.check(read(health.fault_F))
+        (total if scale == 1 else total * scale).backward()
+        for batch in batches:
+            for side in batch.sides():
+                side.settle()
+        return total.detach(), named, health if deferred else None
     except torch.OutOfMemoryError as error:
         if world_size() == 1:
             raise
@@ -253,26 +268,6 @@ def _loss(
             where=f"step {batches[0].progress.step}",
             fix="lower train.token_budget or train.batch_size, or block_size of the loss",
         ) from error
-
-
-def _differentiated(
-    parts: Sequence[Part], batches: list[Batch], scale: float, deferred: bool
-) -> tuple[Tensor, dict[str, dict[str, Tensor]], Health | None]:
-    values: list[Tensor] = []
-    named: dict[str, dict[str, Tensor]] = {}
-    for part, batch in zip(parts, batches, strict=True):
-        output = part.loss(batch)
-        value = output.value_W.sum()
-        values.append(part.weight * value)
-        named[part.source] = {"loss": value.detach(), **output.parts, **sparse_activity(batch.sides())}
-    total = torch.stack(values).sum()
-    health = _health(batches, total.detach())
-    if not deferred:
-        health.check(read(health.fault_F))
-    (total if scale == 1 else total * scale).backward()
-    for side in (side for batch in batches for side in batch.sides()):
-        side.settle()
-    return total.detach(), named, health if deferred else None
 
 
 def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def plan(
     `recipe`: the path of a YAML recipe of any verb or of a pipeline, the name of a shipped one, or a recipe as a dict.
     `overrides`: changes to it, as on the command line. `texts`: for how many texts. `machines`: the fields of
     `Machines`, such as `nodes`, `gpu`, `cards`, `price`, `utilisation`, `tokens_a_second`.
-    Errors: `RecipeError` for a recipe, a card or a rate that is none; those of reading its data and models.
+    Errors: `RecipeError` for an unknown recipe or card, or a rate that is no number; those of reading data and models.
     """
     counts = TextCounts(tuple(texts)).counts
     told = Machines(**machines)

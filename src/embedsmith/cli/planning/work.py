@@ -150,15 +150,11 @@ def encode_work(shape: ModelShape, sample: TextFacts, rates: Rates) -> VerbWork:
         if rates.machines.card is None:  # its run reads, tokenizes and writes
             return {"run": made.seconds(texts)}
         host, read = texts * tokenizing, texts * written / disk
-        return _longest({"cards": made.seconds(texts), "tokenizer": host, "disk": read})
+        at_once = {"cards": made.seconds(texts), "tokenizer": host, "disk": read}
+        slowest = max(at_once, key=lambda each: at_once[each])
+        return {slowest: at_once[slowest]}
 
     return VerbWork("encode", seconds, lambda texts: texts * size, 4.0 * shape.size + BESIDE, basis)
-
-
-def _longest(side_by_side: Mapping[str, float]) -> dict[str, float]:
-    """Of what runs at the same time, what takes longest."""
-    name = max(side_by_side, key=lambda each: side_by_side[each])
-    return {name: side_by_side[name]}
 
 
 def _tokenizing(shape: ModelShape, sample: TextFacts, rates: Rates) -> tuple[float, tuple[str, ...]]:
@@ -178,9 +174,11 @@ def _tokenizing(shape: ModelShape, sample: TextFacts, rates: Rates) -> tuple[flo
 
 
 def tokenize_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rates) -> VerbWork:
+    task: Any = sample.records[0].task if sample.records else "retrieval"
+
     def run(rows: int, folder: Path) -> None:
         with rows_beside(sample.records, rows, folder) as path:
-            tokenize(replace(recipe, data=(Source(path=str(path), task=_task(sample)),), out=str(folder / "tokens")))
+            tokenize(replace(recipe, data=(Source(path=str(path), task=task),), out=str(folder / "tokens")))
 
     line = measured_line("tokenize", run)
 
@@ -189,10 +187,6 @@ def tokenize_work(recipe: Any, shape: ModelShape, sample: TextFacts, rates: Rate
 
     basis = (line.basis, f"{line.bytes_each:.0f} bytes a row on the disk")
     return VerbWork("tokenize", seconds, lambda texts: texts / sample.texts_a_row * line.bytes_each, BESIDE, basis)
-
-
-def _task(sample: TextFacts) -> Any:
-    return sample.records[0].task if sample.records else "retrieval"
 
 
 def curate_work(recipe: Any, sample: TextFacts, rates: Rates) -> VerbWork:

@@ -43,7 +43,9 @@ class LocalEngine:
 
     @contextmanager
     def start(self, folder: Path) -> Iterator[Processes]:
-        yield Processes(self.processes or _cores())
+        # One where processes cannot be forked safely: those started anew would run the user's script again.
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+        yield Processes(self.processes or cores)
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,6 @@ class Processes:
 
 _FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 _work: PartWork[Any] | None = None
-
-
-def _cores() -> int:
-    """One, where processes cannot be forked safely: those that are started anew would run the user's script again."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
 def _begin(work: PartWork[Any], parent: int) -> None:

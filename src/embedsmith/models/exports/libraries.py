@@ -50,7 +50,7 @@ def export_head(model: Embedder, folder: str | Path, head: ExportedHead, *, over
     returns how to open the folder. `overwrite` replaces another saved model. `options` are changes
     that are values already.
 
-    Errors: `CheckpointError` for a folder with something else in it; `ModelError` for a head that the model has not
+    Errors: `CheckpointError` for a folder with something else in it; `ModelError` for a head that the model lacks
     (none is ever made up), and for what the form cannot express: prompts left out of the heads, attention by a mask,
     an adapter apart.
     """

@@ -29,14 +29,14 @@ from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 
 TRAIN_HEAD = "model.heads=[dense,{}] in a training recipe, or new_heads=True in Python"
-"""How a head that a model has not is made."""
+"""How a head that a model lacks is made."""
 
 
 @dataclass(frozen=True)
 class HeadSource:
     """What a head is built from. `folder`: the model's, with the head's file if it has one. `base`: the folder of the
     language model, where `folder` holds an adapter alone. `adapted`: adapters are trained in place of the backbone's
-    words, so a head that has words of its own keeps them too. `new_heads`: heads that the folder has not are made anew,
+    words, so a head that has words of its own keeps them too. `new_heads`: heads that the folder lacks are made anew,
     to be trained. `specs`: how heads are made that the folder's modules describe. `width`: numbers of the pooled and
     projected vector. The rest are the keys of the recipe's `model`."""
 

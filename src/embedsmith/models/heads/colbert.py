@@ -134,7 +134,7 @@ class ColbertHead(Head):
 
 
 def word_ids(tokenizer: Any, words: Iterable[str]) -> set[int]:
-    """The tokens of words; one that the vocabulary has not is left out, or every unknown word would go with it."""
+    """The tokens of words; one that the vocabulary lacks is left out, or every unknown word would go with it."""
     found = {word: tokenizer.convert_tokens_to_ids(word) for word in words}
     return {
         number
