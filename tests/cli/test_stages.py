@@ -116,6 +116,51 @@ def test_what_is_wrong_is_said_before_anything_runs(calls, tmp_path):
         run(parse(PipelineRecipe, tree(tmp_path / "p")))
 
 
+def seeded(folder, **changes):
+    train = {
+        "name": "joint",
+        "verb": "train",
+        "recipe": {"train": {"steps": 3}, "output": "elsewhere"},
+        "seeds": [0, 7],
+    }
+    parents = [{"path": "${joint}", "weight": 2}, {"path": "other"}]
+    merged = {"name": "merged", "verb": "merge", "recipe": {"parents": parents, "base": "${output}/b"}}
+    return {"output": str(folder), "stages": [train | changes, merged]}
+
+
+def test_a_training_of_several_seeds_is_a_stage_for_each_and_a_parent_for_each(calls, tmp_path):
+    made = run(parse(PipelineRecipe, seeded(tmp_path / "p")))
+    assert {name: path.name for name, path in made.items()} == {n: n for n in ("joint-0", "joint-7", "merged")}
+    assert [tree["train"] for _, tree in calls.list[:2]] == [{"steps": 3, "seed": 0}, {"steps": 3, "seed": 7}]
+    ones = [{"path": str(made[name]), "weight": 2} for name in ("joint-0", "joint-7")]
+    assert calls.list[2][1]["parents"] == [*ones, {"path": "other"}]
+    calls.list.clear()
+    run(parse(PipelineRecipe, seeded(tmp_path / "p", seeds=[0, 8])))
+    assert [where for where, _ in calls.list] == ["stage joint-8", "stage merged"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"verb": "mine"}, r"seeds of a stage mine(.|\n)*expected: a stage train"),
+        ({"seeds": [1, 1]}, r"one of \[1, 1\] comes twice"),
+        ({"seeds": [-1]}, r"seeds\.0"),
+        ({"name": "merged"}, "two stages are called 'merged'"),
+    ],
+)
+def test_seeds_that_mean_nothing_are_refused(tmp_path, changes, words):
+    with pytest.raises(RecipeError, match=words):
+        parse(PipelineRecipe, seeded(tmp_path / "p", **changes))
+
+
+def test_a_place_for_one_model_takes_no_group_of_them(calls, tmp_path):
+    wrong = seeded(tmp_path / "p")
+    wrong["stages"][1]["recipe"]["base"] = "${joint}"
+    with pytest.raises(RecipeError, match=r"stands for 2 models, and here(.|\n)*name one of them, \$\{joint-0\}"):
+        run(parse(PipelineRecipe, wrong))
+    assert calls.list == []
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

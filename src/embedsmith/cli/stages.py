@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +36,8 @@ class Stage:
 
     `name`: what later stages call it by. `verb`: curate, mine, train, merge, evaluate or export. `recipe`: the
     fields of the verb's own recipe, or the path of a file that holds them, or the name of a shipped one. `set`: changes
-    to it, key.path=value.
+    to it, key.path=value. `seeds`: of a training that is run once with each of them, as stages `NAME-0`, `NAME-1`, ...;
+    an entry of a list that names `${NAME}` then stands for one of each, so that a merge has all of them as parents.
 
     In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
     train, merge and export: the folder of the model; evaluate: the file of results), and `${output}` for the
@@ -47,10 +48,23 @@ class Stage:
     verb: Verb
     recipe: dict[str, Any] | str
     set: tuple[str, ...] = ()
+    seeds: tuple[Annotated[int, Range(ge=0)], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.seeds and self.verb != "train":
+            raise RecipeError(f"seeds of a stage {self.verb}", where=f"stage {self.name}", expected="a stage train")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise RecipeError(f"seeds: one of {list(self.seeds)} comes twice", where=f"stage {self.name}")
         if not _NAME.fullmatch(self.name) or self.name == "output":
             raise RecipeError(f"{self.name!r} cannot be a stage's name", expected="letters, digits, _ and -")
+
+    def with_each_seed(self) -> "list[Stage]":
+        """The stage itself, or one for each of its seeds, in the pipeline's folder."""
+        if not self.seeds:
+            return [self]
+        own = {f"{self.name}-{seed}": f"train.seed={seed}" for seed in self.seeds}
+        changes = {name: (*self.set, change, f"output=${{output}}/{name}") for name, change in own.items()}
+        return [replace(self, name=name, set=change, seeds=()) for name, change in changes.items()]
 
 
 @section
@@ -66,6 +80,9 @@ class PipelineRecipe:
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
+        each = tuple(one for stage in self.stages for one in stage.with_each_seed())
+        names += [one.name for one in each if one not in self.stages]
+        object.__setattr__(self, "stages", each)
         if not names:
             raise RecipeError("stages: at least one is needed")
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -312,19 +329,43 @@ def _filled(value: Any, results: dict[str, str], where: str) -> Any:
     """The value with what earlier stages made in the place of `${name}`."""
 
     def made(reference: re.Match[str]) -> str:
-        if reference[1] not in results:
+        name = reference[1]
+        if name in results:
+            return results[name]
+        if group := _group(name, results):
             raise RecipeError(
-                f"{reference[0]} is no earlier stage{did_you_mean(reference[1], results)}",
+                f"${{{name}}} stands for {len(group)} models, and here is place for one",
                 where=f"stage {where}",
-                expected=f"one of {', '.join(results)}",
+                fix=f"name one of them, ${{{group[0]}}}, or put it into a list",
             )
-        return results[reference[1]]
+        raise RecipeError(
+            f"{reference[0]} is no earlier stage{did_you_mean(name, results)}",
+            where=f"stage {where}",
+            expected=f"one of {', '.join(results)}",
+        )
 
     if isinstance(value, dict):
         return {key: _filled(item, results, where) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, results, where) for item in value]
+        return [_filled(item, each, where) for item in value for each in _with_one_of_each_group(item, results)]
     return _REFERENCE.sub(made, value) if isinstance(value, str) else value
+
+
+def _group(name: str, results: dict[str, str]) -> list[str]:
+    """The stages `name-0`, `name-1`, ... that a stage with seeds became."""
+    return [each for each in results if re.fullmatch(rf"{re.escape(name)}-\d+", each)]
+
+
+def _with_one_of_each_group(item: Any, results: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The results for each entry that an entry of a list stands for: with one model of each group that it names."""
+    texts = [text for text in item.values() if isinstance(text, str)] if isinstance(item, dict) else [item]
+    names = [name for text in texts if isinstance(text, str) for name in _REFERENCE.findall(text)]
+    name = next((name for name in names if name not in results and _group(name, results)), None)
+    if name is None:
+        yield results
+        return
+    for one in _group(name, results):
+        yield from _with_one_of_each_group(item, results | {name: results[one]})
 
 
 def _journal(recipe: PipelineRecipe) -> dict[str, Finished]:
