@@ -114,17 +114,24 @@ class Bench:
     results: Path
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
-        """The shipped recipe's training stage, with what the search found."""
-        stages = read_tree(ROOT / "recipes" / "best-of-both.yaml")["stages"]
-        tree: dict[str, Any] = next(stage for stage in stages if stage["verb"] == "train")["recipe"]
-        return changed(tree, read_json(self.results, {}).get("found", {}))
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """The shipped recipe's stages, by verb."""
+        return {stage["verb"]: stage for stage in read_tree(ROOT / "recipes" / "best-of-both.yaml")["stages"]}
 
-    @cached_property
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Its training, with what the search found."""
+        return changed(self.stages["train"]["recipe"], read_json(self.results, {}).get("found", {}))
+
+    @property
     def runs(self) -> list[int]:
-        """How many runs are averaged."""
-        stages = read_tree(ROOT / "recipes" / "best-of-both.yaml")["stages"]
-        return list(next(stage for stage in stages if stage["verb"] == "train")["seeds"])
+        """The seeds of the runs that are averaged."""
+        return list(self.stages["train"]["seeds"])
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """How they are merged."""
+        return dict(self.stages["merge"]["recipe"]["method"])
 
     @cached_property
     def tests(self) -> list[Any]:
