@@ -172,7 +172,8 @@ class Bench:
         ratio = self.recipe["train"]["plan"]["ratio"]
         usual = changed(self.recipe, USUAL)
         usual["data"] = [source for source in usual["data"] if source["task"] == task]
-        return self.trained(f"{task} alone", seed, usual, round(self.steps * ratio[task] / sum(ratio.values())))
+        steps = max(round(self.steps * ratio[task] / sum(ratio.values())), 1)
+        return self.trained(f"{task} alone", seed, usual, steps)
 
     def several(self, seed: int) -> list[Path]:
         return [self.run(len(self.runs) * seed + own) for own in range(len(self.runs))]

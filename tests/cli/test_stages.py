@@ -161,6 +161,30 @@ def test_a_place_for_one_model_takes_no_group_of_them(calls, tmp_path):
     assert calls.list == []
 
 
+def test_a_probe_of_an_evaluate_stage_that_a_training_reads_is_refused_before_it(calls, tmp_path):
+    write(tmp_path / "pairs.jsonl", [{"query": f"q{n}", "pos": [f"a{n}"]} for n in range(9)])
+    write(tmp_path / "known.jsonl", [{"text1": "q3", "text2": "other", "score": 0.5}])
+    write(tmp_path / "new.jsonl", [{"text1": "x", "text2": "y", "score": 0.5}])
+    train = {"model": {"path": "m"}, "data": [{"path": str(tmp_path / "pairs.jsonl")}]}
+    scores = {"model": "${model}", "tasks": [str(tmp_path / f"{name}.jsonl") for name in ("known", "new")]}
+
+    def pipeline(probes):
+        last = {"name": "scores", "verb": "evaluate", "recipe": scores | {"probes": probes}}
+        stages = [{"name": "model", "verb": "train", "recipe": train}, last]
+        return parse(PipelineRecipe, {"output": str(tmp_path / "p"), "stages": stages})
+
+    with pytest.raises(RecipeError, match="the probe known is trained on: 1 of 2 texts"):
+        run(pipeline(scores["tasks"][:1]))
+    assert calls.list == []
+    with pytest.raises(RecipeError, match="'nwe' is not one of the stage's tasks"):
+        run(pipeline(["nwe"]))
+    run(pipeline([]))
+    assert [where for where, _ in calls.list] == ["stage model", "stage scores"]
+    calls.list.clear()
+    run(pipeline(scores["tasks"][1:]))
+    assert [where for where, _ in calls.list] == ["stage scores"]
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

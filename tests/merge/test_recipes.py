@@ -101,6 +101,7 @@ def test_stages_train_merge_and_evaluate(path, texts, tmp_path):
         else:
             start = [] if recipe["model"].startswith("$") else [f"{own}.model={base}"]
             changes += [*start, f"{own}.tasks=[{texts / 'graded.jsonl'}]"]
+            changes += [f"{own}.probes=[]"] if "probes" in recipe else []
     result = CliRunner().invoke(app, ["run", str(path), *changes], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"

@@ -98,6 +98,8 @@ class StageKind:
 
 
 VERBS: dict[str, StageKind] = {}
+_MADE = "(what stage "
+"""How the words begin that stand for what a stage makes."""
 
 
 def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any], str], Path]], None]:
@@ -164,7 +166,8 @@ def _merge(tree: dict[str, Any], where: str) -> Path:
 class EvaluateStage:
     """The arguments that `embedsmith evaluate` has on the command line.
 
-    `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
+    `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `probes`: those of them that tell what
+    is forgotten, whose queries or pairs no training of the pipeline may read. `output`: the file of results.
     `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder. `rerank`: a
     reranker that orders the model's rankings anew. `depth`: documents of a ranking that it reads.
     """
@@ -172,6 +175,7 @@ class EvaluateStage:
     model: str
     tasks: tuple[str, ...]
     output: Word
+    probes: tuple[str, ...] = ()
     data: str | None = None
     split: str = "test"
     rerank: str | None = None
@@ -180,6 +184,11 @@ class EvaluateStage:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise RecipeError("tasks: at least one is needed")
+        if strange := next((name for name in self.probes if name not in self.tasks), None):
+            raise RecipeError(
+                f"probes: {strange!r} is not one of the stage's tasks{did_you_mean(strange, self.tasks)}",
+                expected=", ".join(self.tasks),
+            )
 
 
 @stage_of("evaluate", ".json")
@@ -292,6 +301,8 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
             log.info("stage %s: finished before, %s", stage.name, done.result)
         else:
             log.info("stage %s: %s", stage.name, stage.verb)
+            if stage.verb == "train":
+                on_first_rank(lambda tree=tree, stage=stage: refuse_probes_in(tree, stage.name, recipe))
             started = time.monotonic()
             made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
             done = Finished(key, str(made), round(time.monotonic() - started, 1))
@@ -306,12 +317,28 @@ def check_stages(recipe: PipelineRecipe) -> None:
         resolved(stage, results)
 
 
+def refuse_probes_in(tree: dict[str, Any], stage: str, recipe: PipelineRecipe) -> None:
+    """Errors: `RecipeError` where a stage `train` reads queries or pairs of a probe of a stage `evaluate`."""
+    from embedsmith.data import read_source
+    from embedsmith.evaluate import load_task
+    from embedsmith.evaluate.overlap import warn_of_overlap
+    from embedsmith.train import Recipe
+
+    scored = [resolved(one, results) for one, results in placeholders(recipe) if one.verb == "evaluate"]
+    stages = [parse(EvaluateStage, each, recipe.output) for each in scored]
+    named = {(name, one.data, one.split) for one in stages for name in one.probes if _MADE not in name}
+    if named:
+        trained_on = [read_source(source) for source in parse(Recipe, tree, f"stage {stage}").data]
+        probes = [load_task(name, data_dir=data, split=split) for name, data, split in sorted(named, key=str)]
+        warn_of_overlap(probes, trained_on, probes)
+
+
 def placeholders(recipe: PipelineRecipe) -> Iterator[tuple[Stage, dict[str, str]]]:
     """Every stage, with words in the place of what the stages before it make."""
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:
         yield stage, dict(results)
-        results[stage.name] = f"(what stage {stage.name} makes)"
+        results[stage.name] = f"{_MADE}{stage.name} makes)"
 
 
 def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
