@@ -156,7 +156,7 @@ class Trainers:
         return folder
 
     def _flag(self, arm: str, seed: int, rows: dict[str, Path], folder: Path) -> Path:
-        python = installed("flagembedding", (f"FlagEmbedding=={FLAG}", "transformers<5"), with_dependencies=True)
+        python = installed("FlagEmbedding", (f"FlagEmbedding=={FLAG}", "sentencepiece", "protobuf"))
         pairs = folder.with_name(f"{folder.name}.jsonl")
         pairs.parent.mkdir(parents=True, exist_ok=True)
         lines = [row for name, task in self.tasks(rows).items() for row in _as_pairs(read_lines(rows[name]), task)]
@@ -167,14 +167,13 @@ class Trainers:
             "model_name_or_path": self.base, "train_data": pairs, "train_group_size": 1, "output_dir": folder,
             "cache_path": self.work / "flag-cache", "query_max_len": length, "passage_max_len": length,
             "max_steps": self.steps, "per_device_train_batch_size": BATCH, "learning_rate": RATE, "seed": seed,
-            "warmup_ratio": WARMUP, "weight_decay": 0.0, "save_strategy": "no", "report_to": "none", "use_cpu": True,
-            "ddp_backend": "gloo", "sentence_pooling_method": "mean", "normalize_embeddings": True,
+            "warmup_steps": WARMUP, "weight_decay": 0.0, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+            "sentence_pooling_method": "mean", "normalize_embeddings": True,
             "query_instruction_for_retrieval": prompts.get("query"),
             "passage_instruction_for_retrieval": prompts.get("passage", prompts.get("document")),
         }  # fmt: skip
         options = [str(part) for key, value in told.items() if value is not None for part in (f"--{key}", value)]
-        launch = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", FLAG_VERB]
-        subprocess.run([*launch, *options], check=True, cwd=folder.parent)
+        subprocess.run([str(python), "-m", FLAG_VERB, *options], check=True, cwd=folder.parent)
         return folder
 
     def _joint(self, arm: str, seed: int, rows: dict[str, Path], folder: Path) -> Path:

@@ -295,14 +295,17 @@ def sweep_schema() -> dict[str, Any]:
 _RANGE = "SearchRange"
 
 
-def _with_ranges(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema whose properties may be ranges as well."""
-    known = {"$ref": f"#/$defs/{_RANGE}"}
-    either = {name: {"anyOf": [value, known]} for name, value in schema.get("properties", {}).items()}
-    for name, value in either.items():
-        if "description" in schema["properties"][name]:
-            value["description"] = schema["properties"][name]["description"]
-    return schema | ({"properties": either} if either else {})
+def _with_ranges(schema: Any) -> Any:
+    """A schema in which every property, however deep, may be a range as well."""
+    if isinstance(schema, list):
+        return [_with_ranges(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _with_ranges(value) for key, value in schema.items()}
+    for name, value in made.get("properties", {}).items():
+        text = {"description": value["description"]} if "description" in value else {}
+        made["properties"][name] = {"anyOf": [value, {"$ref": f"#/$defs/{_RANGE}"}], **text}
+    return made
 
 
 def _objectives_spelled_out(given: Any) -> Any:
