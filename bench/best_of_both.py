@@ -141,6 +141,15 @@ class Bench:
     def development(self) -> list[Any]:
         return development(self.setting, self.work)
 
+    @property
+    def start(self) -> Path:
+        return Path(self.setting.model["path"])
+
+    def opened(self, path: Path) -> Any:
+        """A model; the start is a plain folder that does not say how it pools, and what it wants before a text."""
+        settings = {key: value for key, value in self.setting.model.items() if key != "path"}
+        return load(str(path), max_length=self.setting.length, **(settings if path == self.start else {}))
+
     # What is trained --------------------------------------------------------------------------------------------------
 
     def tree(self, recipe: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -201,11 +210,11 @@ class Bench:
         """How far from the start the average goes, chosen once by development scores of the first seed: the best mean
         of what is trained on among the scales whose probes have lost no more than is allowed, on average."""
 
-        def of(path: Path | str) -> dict[str, float]:
-            return scored(load(str(path), max_length=self.setting.length), self.development)
+        def of(path: Path) -> dict[str, float]:
+            return scored(self.opened(path), self.development)
 
         key = self.key("development", 0)
-        start = keep(self.results, key | {"arm": "start"}, lambda: {"scores": of(self.setting.model["path"])})["scores"]
+        start = keep(self.results, key | {"arm": "start"}, lambda: {"scores": of(self.start)})["scores"]
         found: dict[float, dict[str, float]] = {}
         for scale in SCALES:
             made = keep(
@@ -226,7 +235,7 @@ class Bench:
         usual, whole = changed(self.recipe, USUAL), self.steps * len(self.runs)
         merge: dict[str, Any] = {"type": "slerp"}
         return {
-            "start": lambda seed: Path(self.setting.model["path"]),
+            "start": lambda seed: self.start,
             "best of both": lambda seed: self.averaged(seed, self.scale()),
             "best of both, full length": lambda seed: self.averaged(seed, 1.0),
             "one of its runs": lambda seed: self.several(seed)[0],
@@ -253,8 +262,7 @@ class Bench:
             started = time.perf_counter()
             path = make(seed)
             minutes = (time.perf_counter() - started) / 60
-            model = load(str(path), max_length=self.setting.length)
-            return {"scores": scored(model, self.tests), "training_minutes": round(minutes, 2)}
+            return {"scores": scored(self.opened(path), self.tests), "training_minutes": round(minutes, 2)}
 
         return keep(self.results, self.key("tests", seed if arm != "start" else 0) | {"arm": arm}, entry)
 
