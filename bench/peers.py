@@ -123,7 +123,7 @@ class Trainers:
             found[name] = path = folder / f"{name}.jsonl"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [line for row in read_lines(Path(split.train)) for line in _plain(row, split.task)]
+                lines = [_plain(row, split.task) for row in read_lines(Path(split.train))]
                 chosen = list(_cycled(lines, count, random.Random(f"{seed}-{name}")))
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), encoding="utf-8")
         return found
@@ -206,13 +206,11 @@ class Trainers:
         return folder / "model"
 
 
-def _plain(row: dict[str, Any], task: str) -> Iterable[dict[str, Any]]:
-    """A record of a split as every trainer reads it."""
+def _plain(row: dict[str, Any], task: str) -> dict[str, Any]:
+    """A row of a split as every trainer reads it."""
     if task == "retrieval":
-        yield {"query": row["query"], "pos": row["positives"]}
-        return
-    for text, score in zip(row["positives"], row["positive_scores"], strict=True):
-        yield {"text1": row["query"], "text2": text, "score": score}
+        return {"query": row["query"], "pos": row["positives"]}
+    return {name: row[name] for name in ("text1", "text2", "score")}
 
 
 def _cycled(rows: list[dict[str, Any]], count: int, chance: random.Random) -> Iterable[dict[str, Any]]:

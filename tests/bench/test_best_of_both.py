@@ -61,11 +61,11 @@ def test_every_arm_is_trained_scored_and_searched(tmp_path, monkeypatch):
     embedsmith.load(str(tiny_bert(tmp_path / "bert")), pooling="mean").save(tmp_path / "base")
     pairs = [{"query": f"{a} {b}", "pos": [f"the {a} {b} {a}"]} for a in WORDS[2:8] for b in WORDS[8:12]]
     graded = [{"text1": f"{w} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16} for i, w in enumerate(WORDS)]
-    files = {"pairs-test": pairs, "graded-test": graded, "texts": [{"text": each["query"]} for each in pairs]}
+    files = {"debian-dev": pairs, "stsb-en-dev": graded, "texts": [{"text": each["query"]} for each in pairs]}
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     paths = {name: str(tmp_path / f"{name}.jsonl") for name in files}
-    of_task = {"retrieval": "pairs-test", "sts": "graded-test"}
+    of_task = {"retrieval": "debian-dev", "sts": "stsb-en-dev"}
     tasks = [load_task(paths[name]) for name in of_task.values()]
     fakes = {
         "sources": lambda setting, templates, work: [{**one, "path": paths[of_task[one["task"]]]} for one in templates],
@@ -79,13 +79,14 @@ def test_every_arm_is_trained_scored_and_searched(tmp_path, monkeypatch):
         monkeypatch.setattr(best_of_both, name, fake)
     results = tmp_path / "results.json"
     setting = Setting("english", {"path": str(tmp_path / "base")}, ("pairs", "graded"), 16)
-    bench = Bench(setting, 2, 2, tmp_path / "work", results)
+    bench = Bench(setting, 4, 2, tmp_path / "work", results)
     for arm in [*bench.arms("train"), *bench.arms("ablations")]:
         bench.scored(arm, 0)
     bench.table()
     kept = json.loads(results.read_text())
     every = {*bench.arms("train"), *bench.arms("ablations")}
     assert {run["arm"] for run in kept["runs"] if run["part"] == "tests"} == every
+    assert len(kept["summary"]["english, 4 steps"]["verdicts"]) == 6
     count = len(kept["runs"])
     bench.scored("distilled from these", 0)
     assert len(json.loads(results.read_text())["runs"]) == count

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -302,7 +303,7 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
         else:
             log.info("stage %s: %s", stage.name, stage.verb)
             if stage.verb == "train":
-                on_first_rank(lambda tree=tree, stage=stage: refuse_probes_in(tree, stage.name, recipe))
+                on_first_rank(partial(refuse_probes_in, tree, stage.name, recipe))
             started = time.monotonic()
             made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
             done = Finished(key, str(made), round(time.monotonic() - started, 1))

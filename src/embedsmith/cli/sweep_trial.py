@@ -143,7 +143,7 @@ def _of_run(output: Path) -> list[dict[str, float]]:
     for results in (run.results_before, run.results):
         if results is not None:
             main = {f"score/{task}": score for task, score in results.main_scores().items()}
-            own = next((line for line in reversed(lines) if main.items() <= line.items()), {})
+            own: dict[str, float] = next((line for line in reversed(lines) if main.items() <= line.items()), {})
             columns = {key.removeprefix("score/"): score for key, score in own.items() if key.startswith("score/")}
             found.append(columns | _scores(results))
     return found
