@@ -61,12 +61,17 @@ def test_every_arm_is_trained_scored_and_searched(tmp_path, monkeypatch):
     embedsmith.load(str(tiny_bert(tmp_path / "bert")), pooling="mean").save(tmp_path / "base")
     pairs = [{"query": f"{a} {b}", "pos": [f"the {a} {b} {a}"]} for a in WORDS[2:8] for b in WORDS[8:12]]
     graded = [{"text1": f"{w} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16} for i, w in enumerate(WORDS)]
-    files = {"debian-dev": pairs, "stsb-en-dev": graded, "texts": [{"text": each["query"]} for each in pairs]}
+    files = {
+        "debian-dev": pairs,
+        "stsb-en-dev": graded,
+        "outside": graded[4:],
+        "texts": [{"text": each["query"]} for each in pairs],
+    }
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     paths = {name: str(tmp_path / f"{name}.jsonl") for name in files}
     of_task = {"retrieval": "debian-dev", "sts": "stsb-en-dev"}
-    tasks = [load_task(paths[name]) for name in of_task.values()]
+    tasks = [load_task(paths[name]) for name in (*of_task.values(), "outside")]
     fakes = {
         "sources": lambda setting, templates, work: [{**one, "path": paths[of_task[one["task"]]]} for one in templates],
         "unlabelled": lambda work: paths["texts"],
