@@ -116,6 +116,75 @@ def test_what_is_wrong_is_said_before_anything_runs(calls, tmp_path):
         run(parse(PipelineRecipe, tree(tmp_path / "p")))
 
 
+def seeded(folder, **changes):
+    train = {
+        "name": "joint",
+        "verb": "train",
+        "recipe": {"train": {"steps": 3}, "output": "elsewhere"},
+        "seeds": [0, 7],
+    }
+    parents = [{"path": "${joint}", "weight": 2}, {"path": "other"}]
+    merged = {"name": "merged", "verb": "merge", "recipe": {"parents": parents, "base": "${output}/b"}}
+    return {"output": str(folder), "stages": [train | changes, merged]}
+
+
+def test_a_training_of_several_seeds_is_a_stage_for_each_and_a_parent_for_each(calls, tmp_path):
+    made = run(parse(PipelineRecipe, seeded(tmp_path / "p")))
+    assert {name: path.name for name, path in made.items()} == {n: n for n in ("joint-0", "joint-7", "merged")}
+    assert [tree["train"] for _, tree in calls.list[:2]] == [{"steps": 3, "seed": 0}, {"steps": 3, "seed": 7}]
+    ones = [{"path": str(made[name]), "weight": 2} for name in ("joint-0", "joint-7")]
+    assert calls.list[2][1]["parents"] == [*ones, {"path": "other"}]
+    calls.list.clear()
+    run(parse(PipelineRecipe, seeded(tmp_path / "p", seeds=[0, 8])))
+    assert [where for where, _ in calls.list] == ["stage joint-8", "stage merged"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"verb": "mine"}, r"seeds of a stage mine(.|\n)*expected: a stage train"),
+        ({"seeds": [1, 1]}, r"one of \[1, 1\] comes twice"),
+        ({"seeds": [-1]}, r"seeds\.0"),
+        ({"name": "merged"}, "two stages are called 'merged'"),
+    ],
+)
+def test_seeds_that_mean_nothing_are_refused(tmp_path, changes, words):
+    with pytest.raises(RecipeError, match=words):
+        parse(PipelineRecipe, seeded(tmp_path / "p", **changes))
+
+
+def test_a_place_for_one_model_takes_no_group_of_them(calls, tmp_path):
+    wrong = seeded(tmp_path / "p")
+    wrong["stages"][1]["recipe"]["base"] = "${joint}"
+    with pytest.raises(RecipeError, match=r"stands for 2 models, and here(.|\n)*name one of them, \$\{joint-0\}"):
+        run(parse(PipelineRecipe, wrong))
+    assert calls.list == []
+
+
+def test_a_probe_of_an_evaluate_stage_that_a_training_reads_is_refused_before_it(calls, tmp_path):
+    write(tmp_path / "pairs.jsonl", [{"query": f"q{n}", "pos": [f"a{n}"]} for n in range(9)])
+    write(tmp_path / "known.jsonl", [{"text1": "q3", "text2": "other", "score": 0.5}])
+    write(tmp_path / "new.jsonl", [{"text1": "x", "text2": "y", "score": 0.5}])
+    train = {"model": {"path": "m"}, "data": [{"path": str(tmp_path / "pairs.jsonl")}]}
+    scores = {"model": "${model}", "tasks": [str(tmp_path / f"{name}.jsonl") for name in ("known", "new")]}
+
+    def pipeline(probes):
+        last = {"name": "scores", "verb": "evaluate", "recipe": scores | {"probes": probes}}
+        stages = [{"name": "model", "verb": "train", "recipe": train}, last]
+        return parse(PipelineRecipe, {"output": str(tmp_path / "p"), "stages": stages})
+
+    with pytest.raises(RecipeError, match="the probe known is trained on: 1 of 2 texts"):
+        run(pipeline(scores["tasks"][:1]))
+    assert calls.list == []
+    with pytest.raises(RecipeError, match="'nwe' is not one of the stage's tasks"):
+        run(pipeline(["nwe"]))
+    run(pipeline([]))
+    assert [where for where, _ in calls.list] == ["stage model", "stage scores"]
+    calls.list.clear()
+    run(pipeline(scores["tasks"][1:]))
+    assert [where for where, _ in calls.list] == ["stage scores"]
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

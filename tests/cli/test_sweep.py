@@ -17,7 +17,7 @@ import yaml
 
 import embedsmith
 from embedsmith.cli import stages, sweep_study, sweep_trial
-from embedsmith.cli.sweep_recipe import SearchRange, ranges_in
+from embedsmith.cli.sweep_recipe import SearchRange, ranges_in, sweep_schema
 from embedsmith.cli.sweep_study import SharedStudy
 from embedsmith.cli.sweeping import read_sweep, run_sweep
 from embedsmith.core.errors import CheckpointError, DataError, ModelError, RecipeError, TrainingError
@@ -129,6 +129,34 @@ def told(found):
     return [replace(trial, seconds=0.0) for trial in found.trials]
 
 
+def test_widths_and_heads_of_a_run_can_be_objectives(recipe, pretended, monkeypatch):
+    plain, saved, scored = formula, results, {}
+
+    def with_columns(recipe, step):
+        main = plain(recipe, step)
+        scores = main | {"here/16": 1 - main["here"], "here/sparse": main["here"] / 2}
+        scored[recipe.train.learning_rate, step] = scores
+        return scores
+
+    monkeypatch.setitem(globals(), "formula", with_columns)
+    monkeypatch.setitem(globals(), "results", lambda all: saved({n: v for n, v in all.items() if "/" not in n}))
+    recipe["evaluate"] |= {"dims": [16], "heads": ["sparse"]}
+    recipe["sweep"] |= {"objectives": {"narrow": "here/16", "lexical": {"forgetting": ["here/sparse"]}}, "trials": 2}
+    for trial in swept(recipe).trials:
+        start, end = (scored[trial.changes["train.learning_rate"], step] for step in (0, 4))
+        assert trial.values == {"narrow": end["here/16"], "lexical": start["here/sparse"] - end["here/sparse"]}
+
+
+def test_the_schema_of_a_sweep_takes_a_range_wherever_a_value_may_stand(recipe):
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(sweep_schema())
+    shipped = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    assert not list(validator.iter_errors(shipped))
+    assert not list(validator.iter_errors(recipe))
+    for key, value in (("learning_rate", {"log": 5}), ("learning_rat", 1e-5), ("steps", {"logs": [1, 2]})):
+        assert list(validator.iter_errors(recipe | {"train": recipe["train"] | {key: value}})), key
+    assert list(validator.iter_errors(recipe | {"sweep": {"trails": 3}}))
+
+
 # Ranges.
 
 
@@ -195,6 +223,8 @@ def test_a_range_that_is_none_or_that_the_schema_refuses_costs_no_trial(recipe, 
         (["evaluate.before=false"], "(?s)outside is scored once.*evaluate.before=true"),
         (["evaluate.tasks=[]"], "(?s)nothing is scored.*evaluate.held_out=500"),
         (["evaluate={held_out: 9}"], "no task that the recipe scores is called 'here'"),
+        (["sweep.objectives.a=[here/16]"], r"(?s)no training scores the width 16.*evaluate.dims=\[16\]"),
+        (["sweep.objectives.a=[here/sparse]"], r"(?s)no training scores the head sparse.*evaluate.heads=\[sparse\]"),
         (["sweep.sampler=cma"], "'tpe' or 'nsga2'"),
         (["sweep.startup=1"], "greater than or equal to 2"),
     ],

@@ -14,7 +14,8 @@ from embedsmith.merge import MergeRecipe, merge
 from tests.merge.family import retrieval_records, sts_records
 from tests.merge.models import family, tiny_base, weights
 
-FILES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("merge*.yaml"))
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+FILES = [RECIPES / "best-of-both.yaml", *sorted(RECIPES.glob("merge*.yaml"))]
 MERGES = [path for path in FILES if "parents" in read_tree(path)]
 PROBED = [path for path in MERGES if "probe" in read_tree(path)["method"]]
 STAGES = [path for path in FILES if "stages" in read_tree(path)]
@@ -62,7 +63,8 @@ def texts(tmp_path):
     graded = [
         {"text1": r.query, "text2": r.positives[0], "score": r.positive_scores[0]} for r in sts_records(16).records
     ]
-    for name, rows in (("pairs", pairs), ("graded", graded)):
+    alone = [{"text": row["query"]} for row in pairs]
+    for name, rows in (("pairs", pairs), ("graded", graded), ("texts", alone)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path
 
@@ -86,18 +88,24 @@ def test_stages_train_merge_and_evaluate(path, texts, tmp_path):
     for place, stage in enumerate(read_tree(path)["stages"]):
         own, recipe = f"stages.{place}.recipe", stage["recipe"]
         if stage["verb"] == "train":
-            file = "graded" if recipe["data"][0]["task"] == "sts" else "pairs"
             start = [] if recipe["model"]["path"].startswith("$") else [f"{own}.model.path={base}"]
-            quick = ("train.steps=2", "train.log_with=[]", "model.max_length=16", "data.0.batch_size=4")
-            changes += [*start, f"{own}.data.0.path={texts / f'{file}.jsonl'}", *(f"{own}.{c}" for c in quick)]
+            quick = ("train.steps=2", "train.log_with=[]", "model.max_length=16")
+            changes += [*start, *(f"{own}.{c}" for c in quick)]
+            for at, source in enumerate(recipe["data"]):
+                file = texts / ("graded.jsonl" if source["task"] == "sts" else "pairs.jsonl")
+                changes += [f"{own}.data.{at}.path={file}", f"{own}.data.{at}.batch_size=4"]
+            if "anchor" in recipe["train"]:
+                changes += [f"{own}.train.anchor.texts.path={texts / 'texts.jsonl'}"]
         elif stage["verb"] == "merge":
             changes += [f"{own}.base={base}", f"{own}.cache=null"]
         else:
-            changes += [f"{own}.tasks=[{texts / 'graded.jsonl'}]"]
+            start = [] if recipe["model"].startswith("$") else [f"{own}.model={base}"]
+            changes += [*start, f"{own}.tasks=[{texts / 'graded.jsonl'}]"]
+            changes += [f"{own}.probes=[]"] if "probes" in recipe else []
     result = CliRunner().invoke(app, ["run", str(path), *changes], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
-    assert json.loads((out / "scores.json").read_text())
+    assert json.loads((out / f"{read_tree(path)['stages'][-1]['name']}.json").read_text())
     found, start = weights(out / "merged"), weights(base)
     assert any(not torch.equal(found[name], start[name]) for name in found)
     if path.stem == "merge-update":

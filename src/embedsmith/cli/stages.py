@@ -11,7 +11,8 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +37,8 @@ class Stage:
 
     `name`: what later stages call it by. `verb`: curate, mine, train, merge, evaluate or export. `recipe`: the
     fields of the verb's own recipe, or the path of a file that holds them, or the name of a shipped one. `set`: changes
-    to it, key.path=value.
+    to it, key.path=value. `seeds`: of a training that is run once with each of them, as stages `NAME-0`, `NAME-1`, ...;
+    an entry of a list that names `${NAME}` then stands for one of each, so that a merge has all of them as parents.
 
     In any text `${name}` stands for what the earlier stage of that name made (curate and mine: the file of records;
     train, merge and export: the folder of the model; evaluate: the file of results), and `${output}` for the
@@ -47,10 +49,23 @@ class Stage:
     verb: Verb
     recipe: dict[str, Any] | str
     set: tuple[str, ...] = ()
+    seeds: tuple[Annotated[int, Range(ge=0)], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.seeds and self.verb != "train":
+            raise RecipeError(f"seeds of a stage {self.verb}", where=f"stage {self.name}", expected="a stage train")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise RecipeError(f"seeds: one of {list(self.seeds)} comes twice", where=f"stage {self.name}")
         if not _NAME.fullmatch(self.name) or self.name == "output":
             raise RecipeError(f"{self.name!r} cannot be a stage's name", expected="letters, digits, _ and -")
+
+    def with_each_seed(self) -> "list[Stage]":
+        """The stage itself, or one for each of its seeds, in the pipeline's folder."""
+        if not self.seeds:
+            return [self]
+        own = {f"{self.name}-{seed}": f"train.seed={seed}" for seed in self.seeds}
+        changes = {name: (*self.set, change, f"output=${{output}}/{name}") for name, change in own.items()}
+        return [replace(self, name=name, set=change, seeds=()) for name, change in changes.items()]
 
 
 @section
@@ -66,6 +81,9 @@ class PipelineRecipe:
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
+        each = tuple(one for stage in self.stages for one in stage.with_each_seed())
+        names += [one.name for one in each if one not in self.stages]
+        object.__setattr__(self, "stages", each)
         if not names:
             raise RecipeError("stages: at least one is needed")
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -81,6 +99,8 @@ class StageKind:
 
 
 VERBS: dict[str, StageKind] = {}
+_MADE = "(what stage "
+"""How the words begin that stand for what a stage makes."""
 
 
 def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any], str], Path]], None]:
@@ -147,7 +167,8 @@ def _merge(tree: dict[str, Any], where: str) -> Path:
 class EvaluateStage:
     """The arguments that `embedsmith evaluate` has on the command line.
 
-    `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `output`: the file of results.
+    `model`: a folder or hub id. `tasks`: names or paths of tasks, at least one. `probes`: those of them that tell what
+    is forgotten, whose queries or pairs no training of the pipeline may read. `output`: the file of results.
     `data`: the folder where names of tasks are looked up. `split`: which judgements of a BEIR folder. `rerank`: a
     reranker that orders the model's rankings anew. `depth`: documents of a ranking that it reads.
     """
@@ -155,6 +176,7 @@ class EvaluateStage:
     model: str
     tasks: tuple[str, ...]
     output: Word
+    probes: tuple[str, ...] = ()
     data: str | None = None
     split: str = "test"
     rerank: str | None = None
@@ -163,6 +185,11 @@ class EvaluateStage:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise RecipeError("tasks: at least one is needed")
+        if strange := next((name for name in self.probes if name not in self.tasks), None):
+            raise RecipeError(
+                f"probes: {strange!r} is not one of the stage's tasks{did_you_mean(strange, self.tasks)}",
+                expected=", ".join(self.tasks),
+            )
 
 
 @stage_of("evaluate", ".json")
@@ -275,6 +302,8 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
             log.info("stage %s: finished before, %s", stage.name, done.result)
         else:
             log.info("stage %s: %s", stage.name, stage.verb)
+            if stage.verb == "train":
+                on_first_rank(partial(refuse_probes_in, tree, stage.name, recipe))
             started = time.monotonic()
             made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
             done = Finished(key, str(made), round(time.monotonic() - started, 1))
@@ -289,12 +318,28 @@ def check_stages(recipe: PipelineRecipe) -> None:
         resolved(stage, results)
 
 
+def refuse_probes_in(tree: dict[str, Any], stage: str, recipe: PipelineRecipe) -> None:
+    """Errors: `RecipeError` where a stage `train` reads queries or pairs of a probe of a stage `evaluate`."""
+    from embedsmith.data import read_source
+    from embedsmith.evaluate import load_task
+    from embedsmith.evaluate.overlap import warn_of_overlap
+    from embedsmith.train import Recipe
+
+    scored = [resolved(one, results) for one, results in placeholders(recipe) if one.verb == "evaluate"]
+    stages = [parse(EvaluateStage, each, recipe.output) for each in scored]
+    named = {(name, one.data, one.split) for one in stages for name in one.probes if _MADE not in name}
+    if named:
+        trained_on = [read_source(source) for source in parse(Recipe, tree, f"stage {stage}").data]
+        probes = [load_task(name, data_dir=data, split=split) for name, data, split in sorted(named, key=str)]
+        warn_of_overlap(probes, trained_on, probes)
+
+
 def placeholders(recipe: PipelineRecipe) -> Iterator[tuple[Stage, dict[str, str]]]:
     """Every stage, with words in the place of what the stages before it make."""
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:
         yield stage, dict(results)
-        results[stage.name] = f"(what stage {stage.name} makes)"
+        results[stage.name] = f"{_MADE}{stage.name} makes)"
 
 
 def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:
@@ -312,19 +357,43 @@ def _filled(value: Any, results: dict[str, str], where: str) -> Any:
     """The value with what earlier stages made in the place of `${name}`."""
 
     def made(reference: re.Match[str]) -> str:
-        if reference[1] not in results:
+        name = reference[1]
+        if name in results:
+            return results[name]
+        if group := _group(name, results):
             raise RecipeError(
-                f"{reference[0]} is no earlier stage{did_you_mean(reference[1], results)}",
+                f"${{{name}}} stands for {len(group)} models, and here is place for one",
                 where=f"stage {where}",
-                expected=f"one of {', '.join(results)}",
+                fix=f"name one of them, ${{{group[0]}}}, or put it into a list",
             )
-        return results[reference[1]]
+        raise RecipeError(
+            f"{reference[0]} is no earlier stage{did_you_mean(name, results)}",
+            where=f"stage {where}",
+            expected=f"one of {', '.join(results)}",
+        )
 
     if isinstance(value, dict):
         return {key: _filled(item, results, where) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, results, where) for item in value]
+        return [_filled(item, each, where) for item in value for each in _with_one_of_each_group(item, results)]
     return _REFERENCE.sub(made, value) if isinstance(value, str) else value
+
+
+def _group(name: str, results: dict[str, str]) -> list[str]:
+    """The stages `name-0`, `name-1`, ... that a stage with seeds became."""
+    return [each for each in results if re.fullmatch(rf"{re.escape(name)}-\d+", each)]
+
+
+def _with_one_of_each_group(item: Any, results: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The results for each entry that an entry of a list stands for: with one model of each group that it names."""
+    texts = [text for text in item.values() if isinstance(text, str)] if isinstance(item, dict) else [item]
+    names = [name for text in texts if isinstance(text, str) for name in _REFERENCE.findall(text)]
+    name = next((name for name in names if name not in results and _group(name, results)), None)
+    if name is None:
+        yield results
+        return
+    for one in _group(name, results):
+        yield from _with_one_of_each_group(item, results | {name: results[one]})
 
 
 def _journal(recipe: PipelineRecipe) -> dict[str, Finished]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from embedsmith.cli.stages import EvaluateStage, ExportStage, PipelineRecipe, placeholders, recipe_class, resolved
 from embedsmith.core.errors import RecipeError
-from embedsmith.core.recipe import parse
+from embedsmith.core.recipe import parse, schema_tree
 from embedsmith.core.settings import Count, Range, Word, did_you_mean, section
 from embedsmith.data.source import source_name
 from embedsmith.evaluate import load_task
@@ -112,8 +112,9 @@ def ranges_in(tree: Any, place: tuple[str | int, ...] = ()) -> Iterator[SearchRa
 @section
 @dataclass(frozen=True, kw_only=True)
 class SweepObjective:
-    """What is good, of one of two kinds. Names are those of tasks that the recipe scores, or with another than a task's
-    main score `TASK/METRIC`; of several the mean counts.
+    """What is good, of one of two kinds. Names are those of tasks that the recipe scores; with another than a task's
+    main score `TASK/METRIC`, with a narrower width or another head, as `evaluate.dims` and `evaluate.heads` have them,
+    `TASK/256` and `TASK/sparse`. Of several the mean counts.
 
     `score`: scores after training, to be high. `forgetting`: how far scores fell since the start, to be low.
     """
@@ -233,7 +234,8 @@ class SweepRecipe:
         """Errors: `RecipeError` for a name that no task has that the recipe scores, as far as that can be told before
         anything is made, and for forgetting without scores at the start."""
         tree = self.tried({one.name: one.ends[0] for one in self.ranges})
-        rounds = [names for recipe in self._parsed(tree) for names in _rounds(recipe)]
+        recipes = list(self._parsed(tree))
+        rounds = [names for recipe in recipes for names in _rounds(recipe)]
         if not rounds:
             fix = "evaluate.held_out=500, or evaluate.tasks=[FILE]"
             raise RecipeError("nothing is scored, so nothing can be searched for", where=self.where, fix=fix)
@@ -245,10 +247,58 @@ class SweepRecipe:
                     what = f"no task that the recipe scores is called {name!r}{did_you_mean(name, known)}"
                     expected = f"one of {', '.join(dict.fromkeys(known))}"
                     raise RecipeError(what, where=f"sweep.objectives.{title}", expected=expected)
+                _check_column(name.removeprefix(task).removeprefix("/"), recipes, f"sweep.objectives.{title}")
                 if objective.forgetting and known.count(task) < 2:
                     fix = "evaluate.before=true; in a pipeline an evaluate stage of the model to start from"
                     what = f"{task} is scored once, so that what is forgotten of it cannot be told"
                     raise RecipeError(what, where=f"sweep.objectives.{title}", fix=fix)
+
+
+def _check_column(column: str, recipes: Sequence[Any], where: str) -> None:
+    """Errors: `RecipeError` for a width or a head, in the place of a metric, that no training scores."""
+    key = "dims" if column.isdigit() else "heads"
+    runs = [recipe.evaluate for recipe in recipes if isinstance(recipe, Recipe)]
+    if (column.isdigit() or column in _HEADS) and not any(column in map(str, getattr(run, key)) for run in runs):
+        what = f"no training scores {'the width' if key == 'dims' else 'the head'} {column}"
+        raise RecipeError(what, where=where, fix=f"evaluate.{key}=[{column}]")
+
+
+_HEADS = ("sparse", "multivector", "hybrid")
+
+
+def sweep_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe of `train` in which any value may be a range, with the section `sweep`."""
+    trained, searched = schema_tree(Recipe), schema_tree(SweepSettings)
+    definitions = trained.pop("$defs", {})
+    whole = {"type": "object", **_with_ranges(trained)}
+    objectives = searched["properties"]["objectives"]["additionalProperties"]
+    short = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    searched["properties"]["objectives"]["additionalProperties"] = {"anyOf": [objectives, *short]}
+    whole["properties"]["sweep"] = {key: value for key, value in searched.items() if key != "$defs"}
+    named = {"type": "array", "minItems": 2, "maxItems": 2}
+    kinds = {"log": named, "range": named, "from": {"type": "array", "minItems": 1}}
+    ranges = [
+        {"type": "object", "properties": {kind: value}, "required": [kind], "additionalProperties": False}
+        for kind, value in kinds.items()
+    ]
+    of_train = {name: _with_ranges(each) for name, each in definitions.items()}
+    return whole | {"$defs": of_train | searched.get("$defs", {}) | {_RANGE: {"anyOf": ranges}}}
+
+
+_RANGE = "SearchRange"
+
+
+def _with_ranges(schema: Any) -> Any:
+    """A schema in which every property, however deep, may be a range as well."""
+    if isinstance(schema, list):
+        return [_with_ranges(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _with_ranges(value) for key, value in schema.items()}
+    for name, value in made.get("properties", {}).items():
+        text = {"description": value["description"]} if "description" in value else {}
+        made["properties"][name] = {"anyOf": [value, {"$ref": f"#/$defs/{_RANGE}"}], **text}
+    return made
 
 
 def _objectives_spelled_out(given: Any) -> Any:

@@ -76,11 +76,11 @@ class DrawnTrial:
         curve = [point for path in sorted(self.folder.rglob("metrics.jsonl")) for point in self._curve(path)]
         return replace(trial, curve=tuple(curve), seconds=round(time.monotonic() - started, 1))
 
-    def _measured(self, trial: SweepTrial, rounds: Sequence[Results]) -> SweepTrial:
+    def _measured(self, trial: SweepTrial, rounds: Sequence[Mapping[str, float]]) -> SweepTrial:
         """The trial with its values, from what was scored, in its order."""
         first: dict[str, float] = {}  # of what is scored again later
         last: dict[str, float] = {}
-        for scores in map(_scores, rounds):
+        for scores in rounds:
             first = {name: last[name] for name in scores if name in last} | first
             last |= scores
         values: dict[str, float] = {}
@@ -120,7 +120,7 @@ class DrawnTrial:
         return points
 
 
-def _made(verb: str, tree: dict[str, Any], where: str) -> list[Results]:
+def _made(verb: str, tree: dict[str, Any], where: str) -> list[dict[str, float]]:
     """Run a trial's recipe; everything that was scored, in its order."""
     if verb == "train":
         return _of_run(train(parse(Recipe, tree, where)).parent)
@@ -130,13 +130,23 @@ def _made(verb: str, tree: dict[str, Any], where: str) -> list[Results]:
         if stage.verb == "train":
             found += _of_run(made[stage.name].parent)
         elif stage.verb == "evaluate":
-            found.append(Results.load(made[stage.name]))
+            found.append(_scores(Results.load(made[stage.name])))
     return found
 
 
-def _of_run(output: Path) -> list[Results]:
+def _of_run(output: Path) -> list[dict[str, float]]:
+    """What a run scored before and after. Scores at other widths and of other heads are in its metrics alone, in the
+    line that has the same main scores: the last one, or with `final: best` that of the best checkpoint."""
     run = Trained.of(output)
-    return [results for results in (run.results_before, run.results) if results is not None]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = []
+    for results in (run.results_before, run.results):
+        if results is not None:
+            main = {f"score/{task}": score for task, score in results.main_scores().items()}
+            own: dict[str, float] = next((line for line in reversed(lines) if main.items() <= line.items()), {})
+            columns = {key.removeprefix("score/"): score for key, score in own.items() if key.startswith("score/")}
+            found.append(columns | _scores(results))
+    return found
 
 
 def _scores(results: Results) -> dict[str, float]:

@@ -268,8 +268,12 @@ def save_recipe(recipe: Any, path: str | Path) -> None:
 
 def schema_json(schema: type) -> str:
     """The JSON Schema of a recipe, for editors."""
-    made = TypeAdapter(schema).json_schema(schema_generator=_Described)
-    return json.dumps(made, indent=2, ensure_ascii=False)
+    return json.dumps(schema_tree(schema), indent=2, ensure_ascii=False)
+
+
+def schema_tree(schema: type) -> dict[str, Any]:
+    """The JSON Schema of a recipe, as a tree."""
+    return TypeAdapter(schema).json_schema(schema_generator=_Described)
 
 
 class _Described(GenerateJsonSchema):

@@ -129,7 +129,9 @@ def build_feed(
         lanes, steps = [Lane(supplies, plan, rank(), world_size())], plan.steps_per_epoch
     if anchor is not None and start is not None and len(sets) > len(sources):
         held = [_held_supply(anchor, sets[-1], config.batch_size, model, start)]
-        lanes.append(Lane(held, planner(held, world_size()), rank(), world_size(), anchor.weight, holds=True))
+        own = replace(config.plan, schedule="proportional", ratio={})  # shares of tasks: its texts are none
+        plan = planner(held, world_size(), config=own)
+        lanes.append(Lane(held, plan, rank(), world_size(), anchor.weight, holds=True))
     return Feed(model, lanes, steps, config.seed)
 
 

@@ -47,16 +47,22 @@ def list_losses(
 
 @verbs.register("schema")
 def print_schema(
-    verb: Annotated[str, typer.Argument(help="Whose recipe: train, mine, merge, curate, tokenize or run.")] = "train",
+    verb: Annotated[
+        str, typer.Argument(help="Whose recipe: train, mine, merge, curate, tokenize, run, sweep.")
+    ] = "train",
 ) -> None:
     """Print the JSON Schema of a recipe with the meaning of every key, for your editor.
 
     Example: embedsmith schema mine
     """
     from embedsmith.cli.stages import recipe_class
+    from embedsmith.cli.sweep_recipe import sweep_schema
     from embedsmith.core.recipe import schema_json
 
-    say(schema_json(recipe_class(verb)))
+    text = (
+        json.dumps(sweep_schema(), indent=2, ensure_ascii=False) if verb == "sweep" else schema_json(recipe_class(verb))
+    )
+    say(text)
 
 
 @verbs.register("doctor")

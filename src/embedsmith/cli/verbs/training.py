@@ -188,12 +188,12 @@ def sweep_recipe(
 @verbs.register("demo")
 def run_demo(
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 48,
     ask: Annotated[str | None, typer.Option(help="The question to answer at the end.")] = None,
 ) -> None:
     """Train, score and search something real, offline, in minutes.
 
-    Example: embedsmith demo --output runs/demo --steps 80
+    Example: embedsmith demo --output runs/demo --steps 48
     """
     from embedsmith.cli.demo import QUESTION, demonstrate
 
