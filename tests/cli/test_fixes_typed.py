@@ -77,7 +77,8 @@ SCORED = "{path: %/scored.jsonl, score_range: [0, 1]}"
 MODEL = "evaluate @/model %/scored.jsonl"
 CASES = {
     "no pooling": (f"{TRAIN} model.path=@/bert", r"(model\.pooling=mean)"),
-    "no pooling, evaluate": ("evaluate @/bert %/scored.jsonl", r"(model\.pooling=mean)"),
+    "no pooling, evaluate": ("evaluate @/bert %/scored.jsonl", r"example (--pooling) (mean)"),
+    "a loss by its name elsewhere": (f"{TRAIN} data.0.loss.type=mnrl", r"typed: (data\.0\.loss\.type=infonce)"),
     "typing error": (f"{TRAIN} train.epoch=1", r"did you mean '(epochs)'", f"{TRAIN} train.$0=1 train.steps=null"),
     "too small": (f"{TRAIN} data.0.path=@/few.jsonl train.plan.small=drop", r"set (train\.plan\.small=shrink)"),
     "duplicates": (f"{TRAIN} data.0.path=@/same.jsonl", r"set (train\.plan\.duplicates=allow)"),

@@ -24,7 +24,7 @@ from embedsmith.core.tokens import IntArray
 from embedsmith.core.words import runs
 from embedsmith.data import RecordSet, Source, read_source, row_facts
 from embedsmith.data.source import source_name
-from embedsmith.data.split import Split, split_source
+from embedsmith.data.split import NO_PART, Split, split_source
 
 SAMPLE = 2000
 """Rows whose texts are measured, spread over the file."""
@@ -190,7 +190,7 @@ def _split(looked: Looked, folder: Path, overwrite: bool) -> Split | None:
         out = folder / f"{looked.found.name}-split"
         return split_source(looked.source, out, test=HELD_OUT, overwrite=overwrite)
     except DataError as error:
-        if "hang together" not in error.what:
+        if NO_PART not in error.what:
             raise
         return None
 
@@ -249,7 +249,7 @@ def _source(looked: Looked, split: Split | None, rows: int, batch: int) -> tuple
     why_held = "; too few rows, or all share texts" if split is None else ", with no text in common"
     lines = [
         f"  - path: {_quoted(path)}  # {rows:,} rows of {looked.source.path}; {held}{why_held}",
-        f"    task: {found.task}  # its columns are those of the format {found.format}",
+        f"    task: {found.task}  # {looked.source.path} has the columns of the format {found.format}",
         f"    loss: {loss}  # {why}",
         f"    batch_size: {batch}  # {_why_batch(found.task, batch, rows)}",
     ]

@@ -341,8 +341,8 @@ class ModelSource:
                 "this folder does not say how to pool",
                 where=config.path,
                 expected=f"pooling, one of {', '.join(poolings.names())}",
-                fix="say the one it was trained with, for example model.pooling=mean; where a verb takes no such key, "
-                "make an embedder of the folder first: embedsmith convert MODEL NEW_FOLDER model.pooling=mean",
+                fix="say the one it was trained with, for example --pooling mean, in a recipe model.pooling=mean; or "
+                "make an embedder of the folder once: embedsmith convert MODEL NEW_FOLDER pooling=mean",
             )
         try:
             pooling_named(pooling)

@@ -199,8 +199,8 @@ class EvaluateConfig:
 
     - `tasks`: names or paths for `embedsmith evaluate`, scored at every evaluation; none by default.
     - `held_out`: where no `tasks` are named, rows of every source of `data` that are scored instead of being trained
-      on, at most a tenth of it and so that no text is in both parts (those of `embedsmith split`); `None` trains on
-      all.
+      on, at most a tenth of it and so that no text is in both parts (those of `embedsmith split`, the same for every
+      seed of the run); `None` trains on all.
     - `data`: the folder in which the tasks are looked up; `None` is that of `embedsmith evaluate`.
     - `every`: steps between evaluations; `None` measures only at the end.
     - `metric`: the task whose main score chooses the best checkpoint; `None` is the mean over tasks.

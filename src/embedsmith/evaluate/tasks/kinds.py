@@ -138,8 +138,9 @@ def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -
     found = known.get(name) or known.get(f"{name}-{split}")
     if found is None:
         where = "no data folder was found" if folder is None else f"{folder} holds no tasks"
+        beside = [str(path.with_name(other.name)) for other in path.parent.glob("[!.]*")]
         raise EvaluationError(
-            f"no task is called {name!r}, and there is no such path{did_you_mean(name, known)}",
+            f"no task is called {name!r}, and there is no such path{did_you_mean(name, (*known, *beside))}",
             expected=f"a path, or one of: {', '.join(known)}" if known else "a path to an STS file or a BEIR folder",
             fix=None if known else f"name the folder with the data; {where}",
         )
