@@ -74,10 +74,12 @@ class PipelineRecipe:
 
 @dataclass(frozen=True)
 class StageKind:
-    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
+    """A verb as a stage: what runs it, how its output is named where the recipe does not say, and what checks its
+    recipe before any stage runs."""
 
     run: Callable[[dict[str, Any], str], Path]
     suffix: str
+    check: Callable[[dict[str, Any], str], None] = lambda tree, where: None
 
 
 VERBS: dict[str, StageKind] = {}
@@ -87,7 +89,7 @@ def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any],
     """Decorator for what a stage of a verb does: `(tree, where)` to the path of what it made."""
 
     def add(run: Callable[[dict[str, Any], str], Path]) -> None:
-        VERBS[verb] = StageKind(run, suffix)
+        VERBS[verb] = StageKind(run, suffix, lambda tree, where: _check(verb, tree, where))
 
     return add
 
@@ -235,7 +237,22 @@ def recipe_class(verb: str) -> type:
     return recipes[verb]
 
 
+def _check(verb: str, tree: dict[str, Any], where: str) -> None:
+    """The recipe of a stage is one, and what it scores is there; what earlier stages make is not. Errors: those of
+    reading a recipe; `EvaluationError` for a task that is nowhere."""
+    from embedsmith.compat.mergekit import merge_tree
+    from embedsmith.evaluate.tasks.kinds import check_tasks
+
+    own = {"evaluate": EvaluateStage, "export": ExportStage}
+    read: Any = parse(own.get(verb) or recipe_class(verb), merge_tree(tree, where) if verb == "merge" else tree, where)
+    scored = read.evaluate if verb == "train" else read
+    if verb in ("train", *own):
+        known = [task for task in scored.tasks if _MADE not in task]
+        check_tasks(known, where=where, data_dir=scored.data, split=getattr(scored, "split", "test"))
+
+
 JOURNAL = "pipeline.json"
+_MADE = "(what stage "
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -284,9 +301,10 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
 
 
 def check_stages(recipe: PipelineRecipe) -> None:
-    """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
+    """Read the recipe of every stage before any runs, so that a mistake in the last one costs nothing. Errors:
+    `RecipeError`; `EvaluationError` for a task that is nowhere."""
     for stage, results in placeholders(recipe):
-        resolved(stage, results)
+        VERBS[stage.verb].check(resolved(stage, results), f"stage {stage.name}")
 
 
 def placeholders(recipe: PipelineRecipe) -> Iterator[tuple[Stage, dict[str, str]]]:
@@ -294,7 +312,7 @@ def placeholders(recipe: PipelineRecipe) -> Iterator[tuple[Stage, dict[str, str]
     results: dict[str, str] = {"output": recipe.output}
     for stage in recipe.stages:
         yield stage, dict(results)
-        results[stage.name] = f"(what stage {stage.name} makes)"
+        results[stage.name] = f"{_MADE}{stage.name} makes)"
 
 
 def resolved(stage: Stage, results: dict[str, str]) -> dict[str, Any]:

@@ -76,6 +76,11 @@ def load(
     """An embedder in eval mode from a transformers folder, a sentence-transformers folder or a hub id; of a folder that
     `embedsmith export` made, the graph in it (`backend`).
 
+    >>> import embedsmith as es
+    >>> model = es.load("my-model", max_length=16)
+    >>> model.encode(["how do I reset my password?"], role="query").shape
+    (1, 16)
+
     `overrides` are the fields of `ModelConfig`. `device=None` is the current GPU where there is one, else the CPU.
     `new_heads`: heads that are asked for and not in the folder are made, random, for you to train them.
     Errors: `ModelError` naming the file and the fix; `RecipeError` for an unknown override.

@@ -262,6 +262,12 @@ class EvaluateConfig:
 class Recipe:
     """Everything a training run depends on.
 
+    >>> import embedsmith as es
+    >>> from embedsmith.models import ModelConfig
+    >>> recipe = es.Recipe(model=ModelConfig("my-model"), data=(es.Source(path="pairs.jsonl"),), output="runs/made")
+    >>> es.train(recipe, steps=2).folder.as_posix()
+    'runs/made/model'
+
     - `task`: what is trained: `embed`, an embedding model; `rerank`, a reranker, which reads a query and a document
       together (docs/rerankers.md).
     - `model`: the encoder to start from, with its pooling, prompts and heads.

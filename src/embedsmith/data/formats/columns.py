@@ -248,7 +248,11 @@ def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> 
 def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
     known = sorted({column for layout in candidates for column in layout.known})
     hints = [f"{key!r}{near}" for key in keys if key not in known and (near := did_you_mean(key, known))]
-    shapes = "; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in candidates)
+    required = {layout.name: [one.required for one in candidates if one.name == layout.name] for layout in candidates}
+    shapes = "; ".join(
+        f"{name}: {', '.join(first)}{f' (and {len(others)} like it)' if others else ''}"
+        for name, (first, *others) in required.items()
+    )
     hint = f"; {', '.join(hints)}" if hints else ""
     return DataError(
         f"the columns fit no known format; found: {', '.join(keys) or 'none'}{hint}",
