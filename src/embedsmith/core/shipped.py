@@ -33,7 +33,7 @@ class Shipped:
 
 def shipped_recipes() -> dict[str, Shipped]:
     """All of them by name: the path in the folder without its ending, as in `decoder/full`."""
-    paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path.name))
+    paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     return {one.name: one for one in map(_described, paths)}
 
 
