@@ -97,6 +97,9 @@ def test_a_start_that_failed_claims_nothing(held):
 def test_a_dry_run_names_what_would_be_scored_and_writes_nothing(held, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert "evaluated: pairs-test, scored-test, at the end" in rehearse(parse(Recipe, held))
+    held["evaluate"] |= {"before": True, "every": 2}
+    told = rehearse(parse(Recipe, held))
+    assert "evaluated: pairs-test, scored-test, before the first step, every 2 steps and at the end" in told
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -224,7 +224,7 @@ def _recipe(
     pooling = _pooling(model)
     reasons = [f"max_length {length}: {longest} ({how})"]
     reasons += [f"{one.found.name}: {batch} rows a step" for one, batch in zip(looked, batches)]
-    few = [f"{one.found.name}: {count} rows are few; some hundreds teach more" for one, count in zip(looked, rows)]
+    few = [f"{one.found.name}: few rows ({count}); some hundreds teach more" for one, count in zip(looked, rows)]
     reasons += [text for text, count in zip(few, rows) if count < FEW_ROWS]
     reasons += [f"{steps} steps: {epochs} passes over {sum(rows):,} rows", f"learning rate {rate}: {why_rate}"]
     lines = [
