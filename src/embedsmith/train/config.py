@@ -264,8 +264,10 @@ class Recipe:
 
     >>> import embedsmith as es
     >>> from embedsmith.models import ModelConfig
-    >>> recipe = es.Recipe(model=ModelConfig("my-model"), data=(es.Source(path="pairs.jsonl"),), output="runs/made")
-    >>> es.train(recipe, steps=2).folder.as_posix()
+    >>> from embedsmith.train import TrainConfig
+    >>> pairs = es.Source(path="pairs.jsonl", batch_size=8)
+    >>> recipe = es.Recipe(ModelConfig("my-model"), data=(pairs,), output="runs/made", train=TrainConfig(steps=2))
+    >>> es.train(recipe).folder.as_posix()
     'runs/made/model'
 
     - `task`: what is trained: `embed`, an embedding model; `rerank`, a reranker, which reads a query and a document
