@@ -258,15 +258,17 @@ def _source(looked: Looked, split: Split | None, rows: int, batch: int) -> tuple
     path = looked.source.path if split is None else split.train
     held = "nothing is held out" if split is None else f"{split.test_rows:,} rows are held out in {split.test}"
     why_held = "; too few rows, or all share texts" if split is None else ", with no text in common"
+    named = looked.source.columns is not None
+    how = "by the columns that were named" if named else f"as the format {found.format}"
     lines = [
         f"  - path: {_quoted(path)}  # {rows:,} rows of {looked.source.path}; {held}{why_held}",
-        f"    task: {found.task}  # {looked.source.path} has the columns of the format {found.format}",
+        f"    task: {found.task}  # {looked.source.path} is read {how}",
         f"    loss: {loss}  # {why}",
         f"    batch_size: {batch}  # {_why_batch(found.task, batch, rows)}",
     ]
     if split is None:  # a part that is held out leaves a file of our own layout
-        how = {key: getattr(looked.source, key) for key in ("format", "columns", "split")}
-        lines += [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in how.items() if value]
+        said = {key: getattr(looked.source, key) for key in ("format", "columns", "split")}
+        lines += [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in said.items() if value]
     if split is None and found.score_range not in (None, (0.0, 1.0)):
         lines.append(f"    score_range: {list(found.score_range)}  # {found.scores}")
     if found.task == "retrieval" and looked.negatives:
