@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from embedsmith.core.collectives import join_ranks, on_first_rank
-from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
@@ -248,7 +248,7 @@ def _check(verb: str, tree: dict[str, Any], where: str) -> None:
     scored = read.evaluate if verb == "train" else read
     if verb in ("train", *own):
         known = [task for task in scored.tasks if _MADE not in task]
-        check_tasks(known, where=where, data_dir=scored.data, split=getattr(scored, "split", "test"))
+        check_tasks(known, data_dir=scored.data, split=getattr(scored, "split", "test"))
 
 
 JOURNAL = "pipeline.json"
@@ -303,8 +303,14 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
 def check_stages(recipe: PipelineRecipe) -> None:
     """Read the recipe of every stage before any runs, so that a mistake in the last one costs nothing. Errors:
     `RecipeError`; `EvaluationError` for a task that is nowhere."""
-    for stage, results in placeholders(recipe):
-        VERBS[stage.verb].check(resolved(stage, results), f"stage {stage.name}")
+    for place, (stage, results) in enumerate(placeholders(recipe)):
+        where = f"stage {stage.name}"
+        try:
+            VERBS[stage.verb].check(resolved(stage, results), where)
+        except EvaluationError as error:
+            key = f"stages.{place}.recipe.{'evaluate.' * (stage.verb == 'train')}tasks"
+            fix = f"name a file or folder that is there: {key}=[FILE]"
+            raise EvaluationError(error.what, where=where, expected=error.expected, fix=fix) from error
 
 
 def placeholders(recipe: PipelineRecipe) -> Iterator[tuple[Stage, dict[str, str]]]:
