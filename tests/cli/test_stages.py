@@ -133,7 +133,7 @@ def test_a_mistake_in_the_last_stage_is_said_before_the_first_runs(tmp_path, fil
     right = {"model": "${clean}", "tasks": [str(files[1]), "${clean}"]}
     for change, error, words in (
         ({"modle": "x"}, RecipeError, r"stage scores: modle: unknown key \(did you mean 'model'"),
-        ({"tasks": ["nowhere"]}, EvaluationError, r"(?s)stage scores: no task is called 'nowhere'.*stages\.1\.recipe\.tasks="),
+        ({"tasks": ["nowhere"]}, EvaluationError, r"(?s)scores: no task is called 'nowhere'.*stages\.1\.recipe\.tasks"),
     ):
         stages = [first, {"name": "scores", "verb": "evaluate", "recipe": right | change}]
         with pytest.raises(error, match=words):
