@@ -52,6 +52,10 @@ LAYOUTS: dict[str, Callable[[int], list[Row]]] = {
     "anchor/positive": lambda n: [{"anchor": q, "positive": p} for q, p, _ in pairs(n)],
     "positive/anchor": lambda n: [{"positive": p, "anchor": q} for q, p, _ in pairs(n)],
     "anchor/positive/negative": lambda n: [{"anchor": q, "positive": p, "negative": x} for q, p, x in pairs(n)],
+    "anchor/positive/negative_n": lambda n: [
+        {"anchor": q, "positive": p, "negative_1": x, "negative_2": y}
+        for (q, p, x), (_, y, _) in zip(pairs(n), pairs(n + 2)[2:])
+    ],
     "query/positive/negative": lambda n: [{"query": q, "positive": p, "negative": x} for q, p, x in pairs(n)],
     "question/answer": lambda n: [{"question": q, "answer": p} for q, p, _ in pairs(n)],
     "query/answer": lambda n: [{"query": q, "answer": p} for q, p, _ in pairs(n)],
@@ -68,6 +72,17 @@ LAYOUTS: dict[str, Callable[[int], list[Row]]] = {
     ],
     "messages": lambda n: [
         {"messages": [_message(q)], "positive_messages": [[_message(p)]], "negative_messages": [[_message(x)]]}
+        for q, p, x in pairs(n)
+    ],
+    "codiemb": lambda n: [
+        {
+            "task_type": "ir",
+            "query": ["Find the description.", "", q],
+            "positives": [["", "", p]],
+            "negatives": [["", "", x]],
+            "positive_scores": [1.0],
+            "negative_scores": [0.0],
+        }
         for q, p, x in pairs(n)
     ],
     "sentence1/sentence2/label": lambda n: [

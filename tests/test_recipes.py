@@ -68,3 +68,15 @@ def test_a_training_recipe_scores_rows_that_are_not_trained_on_or_says_what_to_s
     (split,) = re.findall(r"embedsmith split ([\w-]+)\.jsonl", words)
     settings = re.findall(r"(?:data\.\d\.path|evaluate\.\w+)=\S*[\w\]]", words[words.index("embedsmith split") :])
     assert load_recipe(path, Recipe, settings).evaluate.tasks == (f"{split}-split/{split}-test",)
+
+
+def test_a_training_stage_scores_rows_that_are_not_trained_on():
+    """Not where texts are only read, and not where mined pairs hang together by the texts that they share."""
+    stages = {
+        f"{path.stem} {stage['name']}": stage["recipe"].get("evaluate")
+        for path in FILES
+        for stage in read_tree(path).get("stages", ())
+        if stage["verb"] == "train"
+    }
+    unscored = {name for name, evaluated in stages.items() if evaluated != {"held_out": 500}}
+    assert unscored == {"m3 pretrain", "conan-supervised supervised"}

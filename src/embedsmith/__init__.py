@@ -1,6 +1,6 @@
 """embedsmith: make a text-embedding model from start to finish.
 
-Everything that the command line does is a function here, which takes the same keys as the verb's recipe:
+What the command line makes, scores, searches and serves is a function here, which takes the keys of the verb's recipe:
 
     import embedsmith as es
 

@@ -20,6 +20,7 @@ FUNCTIONS = (
     *("application", "compare", "curate", "evaluate", "export", "index", "merge", "mine", "plan", "search", "serve"),
     *("split", "sweep", "tokenize", "train"),
 )
+OTHERS = ("Recipe", "Source", "distil", "load", "load_reranker")
 
 
 def verb(name):
@@ -27,7 +28,7 @@ def verb(name):
     return embedsmith._verb(thing.__name__) if inspect.ismodule(thing) else thing
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OTHERS])
 def test_help_shows_an_example_that_runs(name, workplace):
     thing = getattr(embedsmith, name)
     assert ">>> import embedsmith as es" in pydoc.render_doc(thing)
@@ -38,6 +39,11 @@ def test_help_shows_an_example_that_runs(name, workplace):
         runner.run(test)
     assert runner.tries >= 2
     assert runner.failures == 0
+
+
+def test_rows_are_no_task_and_the_way_out_is_named(workplace):
+    with pytest.raises(EvaluationError, match=r"a dict is no task(.|\n)*embedsmith\.split\(rows\)\.test"):
+        embedsmith.evaluate("my-model", [{"query": "a", "positive": "b"}])
 
 
 def test_a_shipped_recipe_of_tokens_and_a_split_that_holds_nothing(workplace):

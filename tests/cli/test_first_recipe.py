@@ -84,6 +84,14 @@ def test_a_text_of_many_rows_may_come_twice_in_a_batch(recipe_of):
     assert "is in 30 rows" in text
 
 
+def test_a_single_row_is_a_batch_of_its_own_and_said_to_be_few(tmp_path):
+    path, told = first_recipe(rows_to(tmp_path / "pairs.jsonl", pairs(1)), tmp_path, None)
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert tree["data"][0]["batch_size"] == 1
+    assert "plan" not in tree["train"]
+    assert "few rows (1)" in told
+
+
 def test_texts_without_a_letter(recipe_of):
     assert recipe_of([{"query": "?" * (n + 1), "pos": ["!" * (n + 1)]} for n in range(5)])[0]["data"]
 

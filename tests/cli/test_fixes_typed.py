@@ -32,6 +32,7 @@ def place(tmp_path_factory, files):
     rows("docs", ({"_id": str(n), "text": f"the cat {n}"} for n in range(5)))
     rows("plain", ({"text1": f"a {n}", "text2": f"b {n}", "score": n % 9 - 3} for n in range(20)))
     (folder / "texts.txt").write_text("the cat\na dog\n")
+    (folder / "odd.csv").write_text("title,body\nthe cat,a dog\nthe tree,a cat\n")
     flat = {"query": [f"the cat {n}" for n in range(20)], "passage": ["a dog"] * 20, "negative_1": ["tree"] * 20}
     (folder / "flat").mkdir()
     pq.write_table(pa.table(flat), folder / "flat" / "flat.parquet")
@@ -77,7 +78,15 @@ SCORED = "{path: %/scored.jsonl, score_range: [0, 1]}"
 MODEL = "evaluate @/model %/scored.jsonl"
 CASES = {
     "no pooling": (f"{TRAIN} model.path=@/bert", r"(model\.pooling=mean)"),
-    "no pooling, evaluate": ("evaluate @/bert %/scored.jsonl", r"(model\.pooling=mean)"),
+    "no pooling, evaluate": ("evaluate @/bert %/scored.jsonl", r"example (--pooling) (mean)"),
+    "a loss by its name elsewhere": (f"{TRAIN} data.0.loss.type=mnrl", r"typed: (data\.0\.loss\.type=infonce)"),
+    "odd columns": ("inspect @/odd.csv", r"typed: (columns\.query=title) (columns\.positives=body)"),
+    "odd columns, init": (
+        "init --data @/odd.csv --model @/model @/first",
+        r"typed: (columns\.query=title) (columns\.positives=body)",
+        "init --data @/odd.csv --model @/model @/first $0 $1",
+        "train @/first/recipe.yaml train.steps=1 train.log_with=[] --dry-run",
+    ),
     "typing error": (f"{TRAIN} train.epoch=1", r"did you mean '(epochs)'", f"{TRAIN} train.$0=1 train.steps=null"),
     "too small": (f"{TRAIN} data.0.path=@/few.jsonl train.plan.small=drop", r"set (train\.plan\.small=shrink)"),
     "duplicates": (f"{TRAIN} data.0.path=@/same.jsonl", r"set (train\.plan\.duplicates=allow)"),

@@ -126,7 +126,9 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
         assert names[found].verb == verb
     for verb, name in [("train", "mixture"), ("curate", "curate-clean"), ("curate", "clean"), ("tokenize", "tokenize")]:
         assert names_recipe(name, verb), "where data may stand too"
-        assert not names_recipe(name, "mine")
+    assert not names_recipe("clean", "mine")
+    with pytest.raises(RecipeError, match="this looks like a recipe of train"):
+        names_recipe("mixture", "mine")
     Path("joint").write_text("a: 1")
     assert not names_recipe("joint", "train")
     assert recipe_file("joint", "train") == Path("joint")

@@ -85,3 +85,14 @@ def test_inspect_tells_what_a_model_would_cut(length, words, typed, bert, files)
     over = [max(each - length, 0) for each in lengths]
     assert (cut["tokens"], cut["longest"]) == (sum(lengths), max(lengths))
     assert (cut["cut"], cut["lost"]) == (sum(each > 0 for each in over), sum(over))
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "mine", "distil", "run", "sweep", "encode", "index", "search", "evaluate", "compare", "geometry"]
+)
+def test_a_device_is_named_wherever_a_model_computes(verb, typed):
+    needed = {"encode": ["a", "b", "--model", "c"], "geometry": ["a", "--task", "b"]}
+    needed |= {"distil": ["a", "b"], "index": ["a", "b"]}
+    _, err, code = typed(verb, *needed.get(verb, ["a"]), "--device", "tpu")
+    assert code == 1
+    assert "no device is called 'tpu'" in err

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from embedsmith.cli import app
 from embedsmith.cli import stages as verbs_module
 from embedsmith.cli.stages import PipelineRecipe, run
-from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 from embedsmith.core.recipe import load_recipe, parse
 from embedsmith.models import load
 from tests.tinybert import WORDS, tiny_bert
@@ -195,6 +195,19 @@ def files(tmp_path):
     pairs = [{"query": f"{a} {b}", "pos": [f"the {a} {b} {a}"]} for a in WORDS[2:8] for b in WORDS[8:12]]
     scored = [{"text1": f"{w} cat", "text2": f"{WORDS[-i]} dog", "score": i / 16} for i, w in enumerate(WORDS)]
     return write(tmp_path / "pairs.jsonl", pairs), write(tmp_path / "scored.jsonl", scored)
+
+
+def test_a_mistake_in_the_last_stage_is_said_before_the_first_runs(tmp_path, files):
+    first = {"name": "clean", "verb": "curate", "recipe": {"input": {"path": str(files[0])}, "steps": []}}
+    right = {"model": "${clean}", "tasks": [str(files[1]), "${clean}"]}
+    for change, error, words in (
+        ({"modle": "x"}, RecipeError, r"stage scores: modle: unknown key \(did you mean 'model'"),
+        ({"tasks": ["nowhere"]}, EvaluationError, r"(?s)scores: no task is called 'nowhere'.*stages\.1\.recipe\.tasks"),
+    ):
+        stages = [first, {"name": "scores", "verb": "evaluate", "recipe": right | change}]
+        with pytest.raises(error, match=words):
+            run(parse(PipelineRecipe, {"output": str(tmp_path / "p"), "stages": stages}))
+    assert not (tmp_path / "p").exists()
 
 
 def test_conans_recipes_go_from_pairs_to_a_model(tmp_path, files):

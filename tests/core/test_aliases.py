@@ -105,3 +105,10 @@ def test_a_recipe_of_another_verb_is_recognised(verb, typed, tmp_path):
             out, err, code = typed(verb, path)
             assert (out, code) == ("", 1)
             assert f"this looks like a recipe of {other}\n  to fix: embedsmith {other} {path}\n" in err
+
+
+def test_the_name_of_a_recipe_of_another_verb_is_recognised(typed):
+    for verb, name, other in (("mine", "joint", "train"), ("curate", "joint", "train"), ("train", "merge", "merge")):
+        _, err, code = typed(verb, name)
+        assert code == 1
+        assert f"this looks like a recipe of {other}\n  to fix: embedsmith {other} {name}\n" in err

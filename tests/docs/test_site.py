@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -21,6 +22,7 @@ def test_a_page_is_in_the_navigation_and_its_links_lead_somewhere(page):
     assert page.relative_to(DOCS).as_posix() in listed, "a new page goes into the nav of mkdocs.yml"
     text = _FENCED.sub("", page.read_text(encoding="utf-8"))
     assert [link for link in _LINK.findall(text) if not (page.parent / link).exists()] == []
+    assert "/embedsmith/embedsmith" not in text, "no public address is known: link to files of the repository"
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md"])
@@ -28,6 +30,13 @@ def test_links_of_the_first_pages_lead_somewhere(page):
     links = _LINK.findall(_FENCED.sub("", (ROOT / page).read_text(encoding="utf-8")))
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_extra_is_explained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (DOCS / "versions.md").read_text(encoding="utf-8").partition("## Extras")[2]
+    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines() if line[:1] == "|")))
+    assert named == set(project["optional-dependencies"]) - {"dev", "docs"}
 
 
 @pytest.mark.slow

@@ -143,3 +143,15 @@ def test_the_page_says_what_changed_what_to_try_and_nothing_that_is_not_set(run)
     assert "null" not in shown
     assert "{}" not in shown
     assert math.isfinite(text.index("item by item"))
+
+
+def test_rows_that_a_program_held_are_trained_on_by_its_own_call():
+    """No file has them: a command that names the recipe could not read them."""
+    held = replace(QUIET, recipe=with_data(rows="40 rows (0a1b2c3d) in memory", batch_size=8))
+    commands = {step.what: step.command for step in next_steps(held)}
+    changed = "micro_batch=None, token_budget=4096, output='runs/a-larger-batches', data={0: {'batch_size': 32}}"
+    assert commands["Take larger batches"] == f"es.train(..., {changed})"
+    (finish,) = next_steps(replace(held, finished=False))
+    assert finish.command == "es.train(...)"
+    unscored = replace(held, recipe={**held.recipe, "evaluate": {}})
+    assert all("Score it" not in step.what for step in next_steps(unscored))

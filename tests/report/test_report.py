@@ -1,13 +1,16 @@
 """The report of a run that finished, of one that did not, of a comparison: in words, and in a browser."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
 from embedsmith.core.errors import EvaluationError
+from embedsmith.core.recipe import load_recipe
 from embedsmith.evaluate import TaskResult, evaluate
 from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.model_geometry import Geometry, Sample
@@ -17,6 +20,7 @@ from embedsmith.merge.recipe import ParentSpec
 from embedsmith.models import load
 from embedsmith.report import comparison_page, folder_page, geometry_page, write_report
 from embedsmith.report.comparison import words_about
+from embedsmith.report.merge_steps import merge_steps
 from embedsmith.report.page import Section, chart, page
 from tests.evaluate.examples import NamedEncoder, small_tasks
 from tests.evaluate.fakes import ConstantEncoder
@@ -96,6 +100,32 @@ def test_the_report_of_a_merge_says_what_went_in(merged):
     ):
         assert word in text, word
     assert "<h2>Scores</h2>" in text
+
+
+def test_the_report_of_a_merge_says_what_to_try(merged, tmp_path):
+    shown = folder_page(merged)
+    assert "What to try next" in shown
+    commands = [html.unescape(text) for text in re.findall(r'class="command"><code>(.*?)</code>', shown)]
+    for words in map(shlex.split, commands):
+        assert words[:3] == ["embedsmith", "merge", f"{merged}/recipe.yaml"]
+        changed = load_recipe(words[2], MergeRecipe, words[3:])
+        assert changed.output.startswith(f"{merged}-")
+    assert len(commands) == 2  # less far, another method; the weights differ already
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("evaluate: {tasks: [asked]}")
+    models = [{"id": "base", "distance": "-", "path": "b"}]
+    models += [
+        {"id": name, "distance": way, "path": str(run / "model")} for name, way in (("one", "1%"), ("two", "4%"))
+    ]
+    recipe = {"method": {"type": "ties", "scale": 0.3}, "parents": [{}, {}]}
+    steps = merge_steps("made", recipe, models, None)
+    assert [shlex.split(step.command)[-2:] for step in steps] == [
+        ["--tasks", "asked"],
+        ["parents.0.weight=2", "output=made-weighed"],
+        ["method=slerp", "output=made-slerp"],
+    ]
+    assert merge_steps("made", {"method": "ties"}, models, None) == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from embedsmith.core.errors import DataError, ModelError, RecipeError
 from embedsmith.core.recipe import parse, read_tree
 from embedsmith.data import Source, read_source, text_id
 from embedsmith.train import Recipe, loop, rehearse
+from embedsmith.train.held_out import with_held_out
 from tests.train.test_loop import assert_equal_weights, metrics, run, weights
 
 
@@ -71,6 +72,15 @@ def test_a_run_goes_on_with_the_parts_that_it_began_with(held, tmp_path, monkeyp
     assert_equal_weights(weights(run(held).parent), weights(whole))
 
 
+def test_runs_of_other_seeds_are_scored_on_the_same_texts(held, tmp_path):
+    asked = []
+    for seed in (0, 1):
+        held["train"]["seed"] = seed
+        (task, _) = with_held_out(parse(Recipe, held), tmp_path / str(seed)).evaluate.tasks
+        asked.append((Path(task) / "queries.jsonl").read_text())
+    assert asked[0] == asked[1]
+
+
 def test_a_start_that_failed_claims_nothing(held):
     right = held["model"]["path"]
     held["model"]["path"] = right + "-nowhere"
@@ -87,6 +97,9 @@ def test_a_start_that_failed_claims_nothing(held):
 def test_a_dry_run_names_what_would_be_scored_and_writes_nothing(held, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert "evaluated: pairs-test, scored-test, at the end" in rehearse(parse(Recipe, held))
+    held["evaluate"] |= {"before": True, "every": 2}
+    told = rehearse(parse(Recipe, held))
+    assert "evaluated: pairs-test, scored-test, before the first step, every 2 steps and at the end" in told
     assert sorted(tmp_path.rglob("*")) == before
 
 

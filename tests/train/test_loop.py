@@ -336,7 +336,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be_done(tree, tmp_path):
         r"  loss: cosent, temperature 0\.1",
         r"  no text is longer than the 32 tokens of max_length",
         r"steps: 12, of which 8 are an epoch, at a learning rate of up to 0\.001",
-        r"on: 1 process\(es\), cpu, fp32",
+        r"on: 1 process, cpu, fp32",
         r"memory: 2,048 padded tokens are encoded at once; all graphs of a step are kept",
         r"evaluated: nothing: evaluate\.tasks is empty",
         r"a rank holds [\d.]+ kB \(weights [\d.]+ kB, gradients [\d.]+ kB, optimizer [\d.]+ kB, activations .*\)",

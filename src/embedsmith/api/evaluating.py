@@ -172,7 +172,16 @@ def rerank_of(model: str | Path | Reranker | None, depth: int) -> Rerank | None:
 
 
 def _listed(tasks: Tasks) -> tuple[Any, ...]:
-    return tuple(tasks) if isinstance(tasks, list | tuple) else (tasks,)
+    listed = tuple(tasks) if isinstance(tasks, list | tuple) else (tasks,)
+    if wrong := [
+        one for one in listed if not (isinstance(one, str | Path) or callable(getattr(one, "evaluate", None)))
+    ]:
+        raise EvaluationError(
+            f"a {type(wrong[0]).__name__} is no task",
+            expected="names, paths or tasks",
+            fix="hold a part of your rows out, and score that: embedsmith.split(rows).test",
+        )
+    return listed
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -19,18 +19,21 @@ import numpy as np
 from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.outputs import claimed, refuse_foreign_file
+from embedsmith.core.recipe import apply_override, parse
 from embedsmith.core.shipped import shipped_named
 from embedsmith.core.tokens import IntArray
 from embedsmith.core.words import runs
 from embedsmith.data import RecordSet, Source, read_source, row_facts
 from embedsmith.data.source import source_name
-from embedsmith.data.split import Split, split_source
+from embedsmith.data.split import NO_PART, Split, split_source
 
 SAMPLE = 2000
 """Rows whose texts are measured, spread over the file."""
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 HELD_OUT, LEAST_ROWS = 0.1, 20
 """The share of the rows that is scored on, and the rows below which nothing is held out."""
+FEW_ROWS = 100
+"""Rows below which a model learns little."""
 ENGLISH = "sentence-transformers/all-MiniLM-L6-v2"
 CHINESE = "BAAI/bge-small-zh-v1.5"
 OTHERS = "intfloat/multilingual-e5-small"
@@ -78,8 +81,11 @@ class FirstRecipe:
     said: tuple[str, ...]
 
 
-def first_recipe(data: Sequence[str], folder: Path, model: str | None, overwrite: bool = False) -> tuple[Path, str]:
+def first_recipe(
+    data: Sequence[str], folder: Path, model: str | None, overwrite: bool = False, read_as: Sequence[str] = ()
+) -> tuple[Path, str]:
     """Look at the files, hold out a part of each, write `folder/recipe.yaml`. Returns its path and what to tell.
+    `read_as`: settings of all of them, `key=value`.
 
     Errors: those of reading a source; `RecipeError` for a task without a loss; `CheckpointError` for a recipe or a
     split that is there already and that `overwrite` does not replace.
@@ -87,7 +93,7 @@ def first_recipe(data: Sequence[str], folder: Path, model: str | None, overwrite
     path = folder / "recipe.yaml"
     with claimed(path, "init"):
         refuse_another(path, overwrite)
-        sources = _named_apart(data)
+        sources = _named_apart(data, read_as)
         model = model or _suggested_model([_looked(source, None) for source in sources])
         tokenizer = _tokenizer_of(model)
         looked = [_looked(source, tokenizer) for source in sources]
@@ -98,12 +104,15 @@ def first_recipe(data: Sequence[str], folder: Path, model: str | None, overwrite
     return path, "\n".join((*made.said, f"recipe: {path}", f"next: embedsmith train {path} --dry-run, and without it"))
 
 
-def _named_apart(data: Sequence[str]) -> list[Source]:
+def _named_apart(data: Sequence[str], read_as: Sequence[str]) -> list[Source]:
     """Files of one name in two folders get numbers: what is held out of them lies under their names."""
+    settings: dict[str, Any] = {}
+    for setting in read_as:
+        apply_override(settings, setting)
     names = [source_name(Source(path=one)) for one in data]
     counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
     apart = (f"{name}-{count}" if count > 1 else name for name, count in zip(names, counts))
-    return [Source(path=one, name=name) for one, name in zip(data, apart)]
+    return [parse(Source, {**settings, "path": one, "name": name}, where="init") for one, name in zip(data, apart)]
 
 
 def refuse_another(path: Path, overwrite: bool) -> None:
@@ -190,7 +199,7 @@ def _split(looked: Looked, folder: Path, overwrite: bool) -> Split | None:
         out = folder / f"{looked.found.name}-split"
         return split_source(looked.source, out, test=HELD_OUT, overwrite=overwrite)
     except DataError as error:
-        if "hang together" not in error.what:
+        if NO_PART not in error.what:
             raise
         return None
 
@@ -203,7 +212,7 @@ def _recipe(
 ) -> FirstRecipe:
     rows = [one.rows if split is None else split.train_rows for one, split in zip(looked, splits)]
     batches = [_batch(count, one.repeats) for count, one in zip(rows, looked)]
-    repeats = [one for one, count, batch in zip(looked, rows, batches) if batch * one.repeats > count]
+    repeats = [one for one, count, batch in zip(looked, rows, batches) if count < batch * one.repeats > batch]
     length, cut = _max_length(np.concatenate([one.lengths for one in looked]), model)
     epochs = 3 if sum(rows) < 10_000 else 2 if sum(rows) < 100_000 else 1
     steps = max(epochs * sum(max(count // batch, 1) for count, batch in zip(rows, batches)), 1)
@@ -215,6 +224,8 @@ def _recipe(
     pooling = _pooling(model)
     reasons = [f"max_length {length}: {longest} ({how})"]
     reasons += [f"{one.found.name}: {batch} rows a step" for one, batch in zip(looked, batches)]
+    few = [f"{one.found.name}: few rows ({count}); some hundreds teach more" for one, count in zip(looked, rows)]
+    reasons += [text for text, count in zip(few, rows) if count < FEW_ROWS]
     reasons += [f"{steps} steps: {epochs} passes over {sum(rows):,} rows", f"learning rate {rate}: {why_rate}"]
     lines = [
         f"{MARK} for {', '.join(one.source.path for one in looked)}. Change what you like.",
@@ -247,12 +258,17 @@ def _source(looked: Looked, split: Split | None, rows: int, batch: int) -> tuple
     path = looked.source.path if split is None else split.train
     held = "nothing is held out" if split is None else f"{split.test_rows:,} rows are held out in {split.test}"
     why_held = "; too few rows, or all share texts" if split is None else ", with no text in common"
+    named = looked.source.columns is not None
+    how = "by the columns that were named" if named else f"as the format {found.format}"
     lines = [
         f"  - path: {_quoted(path)}  # {rows:,} rows of {looked.source.path}; {held}{why_held}",
-        f"    task: {found.task}  # its columns are those of the format {found.format}",
+        f"    task: {found.task}  # {looked.source.path} is read {how}",
         f"    loss: {loss}  # {why}",
         f"    batch_size: {batch}  # {_why_batch(found.task, batch, rows)}",
     ]
+    if split is None:  # a part that is held out leaves a file of our own layout
+        said = {key: getattr(looked.source, key) for key in ("format", "columns", "split")}
+        lines += [f"    {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in said.items() if value]
     if split is None and found.score_range not in (None, (0.0, 1.0)):
         lines.append(f"    score_range: {list(found.score_range)}  # {found.scores}")
     if found.task == "retrieval" and looked.negatives:
@@ -267,11 +283,11 @@ def _batch(rows: int, repeats: int) -> int:
     batch share a text, so that a text of many rows makes batches smaller, down to 8."""
     most = 128 if rows >= 100_000 else 64
     most = min(most, max(1 << int(math.log2(max(rows // repeats, 1))), 8))
-    return min(most, 1 << int(math.log2(max(rows / 8, 4))))
+    return min(most, 1 << int(math.log2(max(rows / 8, 4))), rows)
 
 
 def _why_batch(task: str, batch: int, rows: int) -> str:
-    small = f"; more would leave few batches of {rows:,} rows" if batch < 64 else ""
+    small = f"; more would leave few batches of {rows:,} rows" if batch < min(64, rows) else ""
     if task == "retrieval":
         return f"each query sees {batch - 1} answers of others as negatives{small}"
     return f"rows that are compared with each other{small}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from embedsmith.core.collectives import join_ranks, on_first_rank
-from embedsmith.core.errors import CheckpointError, RecipeError
+from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
 from embedsmith.core.outputs import claimed, recover, refuse_foreign_file
@@ -92,10 +92,12 @@ class PipelineRecipe:
 
 @dataclass(frozen=True)
 class StageKind:
-    """A verb as a stage: what runs it, and how its output is named where the recipe does not say."""
+    """A verb as a stage: what runs it, how its output is named where the recipe does not say, and what checks its
+    recipe before any stage runs."""
 
     run: Callable[[dict[str, Any], str], Path]
     suffix: str
+    check: Callable[[dict[str, Any], str], None] = lambda tree, where: None
 
 
 VERBS: dict[str, StageKind] = {}
@@ -107,7 +109,7 @@ def stage_of(verb: str, suffix: str = "") -> Callable[[Callable[[dict[str, Any],
     """Decorator for what a stage of a verb does: `(tree, where)` to the path of what it made."""
 
     def add(run: Callable[[dict[str, Any], str], Path]) -> None:
-        VERBS[verb] = StageKind(run, suffix)
+        VERBS[verb] = StageKind(run, suffix, lambda tree, where: _check(verb, tree, where))
 
     return add
 
@@ -262,7 +264,22 @@ def recipe_class(verb: str) -> type:
     return recipes[verb]
 
 
+def _check(verb: str, tree: dict[str, Any], where: str) -> None:
+    """The recipe of a stage is one, and what it scores is there; what earlier stages make is not. Errors: those of
+    reading a recipe; `EvaluationError` for a task that is nowhere."""
+    from embedsmith.compat.mergekit import merge_tree
+    from embedsmith.evaluate.tasks.kinds import check_tasks
+
+    own = {"evaluate": EvaluateStage, "export": ExportStage}
+    read: Any = parse(own.get(verb) or recipe_class(verb), merge_tree(tree, where) if verb == "merge" else tree, where)
+    scored = read.evaluate if verb == "train" else read
+    if verb in ("train", *own):
+        known = [task for task in scored.tasks if _MADE not in task]
+        check_tasks(known, data_dir=scored.data, split=getattr(scored, "split", "test"))
+
+
 JOURNAL = "pipeline.json"
+_MADE = "(what stage "
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -313,9 +330,16 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
 
 
 def check_stages(recipe: PipelineRecipe) -> None:
-    """Resolve every stage before any runs, so that a wrong reference costs nothing. Errors: `RecipeError`."""
-    for stage, results in placeholders(recipe):
-        resolved(stage, results)
+    """Read the recipe of every stage before any runs, so that a mistake in the last one costs nothing. Errors:
+    `RecipeError`; `EvaluationError` for a task that is nowhere."""
+    for place, (stage, results) in enumerate(placeholders(recipe)):
+        where = f"stage {stage.name}"
+        try:
+            VERBS[stage.verb].check(resolved(stage, results), where)
+        except EvaluationError as error:
+            key = f"stages.{place}.recipe.{'evaluate.' * (stage.verb == 'train')}tasks"
+            fix = f"name a file or folder that is there: {key}=[FILE]"
+            raise EvaluationError(error.what, where=where, expected=error.expected, fix=fix) from error
 
 
 def refuse_probes_in(tree: dict[str, Any], stage: str, recipe: PipelineRecipe) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shlex
 import types
 import typing
 from collections import Counter
@@ -23,6 +24,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import kind_of, read_text
 from embedsmith.core.settings import descriptions, did_you_mean, to_plain
 from embedsmith.core.shelf import SHELVES
+from embedsmith.core.shipped import as_typed
 
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ RECIPE_BYTES, VALUES, DEPTH = 2**20, 100_000, 60
 """What a recipe may have at most: bytes (1 MiB), values with all aliases written out, and levels of nesting."""
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
+_NAME_HERE = re.compile(r"use (?:type: )?(\w+|\{.*\})(?=$|[;,])")
+"""The fix of a name of another tool (core/aliases.py), where it is a value by itself."""
 
 
 def load_recipe(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
@@ -164,7 +168,8 @@ def parse(schema: type[T], tree: Any, where: str = "recipe") -> T:
     except ValidationError as error:
         fields = {f.name for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else set()
         if isinstance(tree, dict) and fields and (verb := other_verb(tree, fields)):
-            fix = f"embedsmith {verb} {where}" if where.endswith((".yaml", ".yml", ".json")) else f"embedsmith {verb}"
+            file = f" {as_typed(where)}" if where.endswith((".yaml", ".yml", ".json")) else ""
+            fix = f"embedsmith {verb}{file}"
             raise RecipeError(f"this looks like a recipe of {verb}", where=where, fix=fix) from None
         details = error.errors()
         deeper = {tuple(detail["loc"][:-2]) for detail in details if len(detail["loc"]) > 2}
@@ -191,9 +196,18 @@ def _explain(detail: Any, schema: Any, tree: Any) -> str:
     if detail["type"] in ("missing", "missing_argument"):
         return f"{place}: this key is required"
     if isinstance(cause, Exception):
-        return f"{place}: {cause}"
+        return f"{place}: {cause}{_typed(place, cause, detail['input'])}"
     message = "this wants keys with their values" if detail["type"] == "dataclass_type" else detail["msg"]
     return f"{place}: {message} (got {detail['input']!r})"
+
+
+def _typed(place: str, cause: Exception, given: Any) -> str:
+    """The fix of a name of another tool as it is typed behind a command."""
+    meant = _NAME_HERE.match(getattr(cause, "fix", None) or "")
+    if meant is None:
+        return ""
+    place = f"{place}.type" if isinstance(given, Mapping) and meant[1].isidentifier() else place
+    return f" (typed: {shlex.quote(f'{place}={meant[1]}')})"
 
 
 def _hint(name: str, known: Sequence[str], schema: Any) -> str:

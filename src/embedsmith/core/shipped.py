@@ -33,7 +33,7 @@ class Shipped:
 
 def shipped_recipes() -> dict[str, Shipped]:
     """All of them by name: the path in the folder without its ending, as in `decoder/full`."""
-    paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path.name))
+    paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     return {one.name: one for one in map(_described, paths)}
 
 
@@ -63,14 +63,26 @@ def shipped_named(name: str) -> Shipped:
     return short[name]
 
 
+def as_typed(path: str | Path) -> str:
+    """A recipe's file as it is named on the command line: one that ships by its name."""
+    path = Path(path)
+    return path.relative_to(FOLDER).with_suffix("").as_posix() if path.is_relative_to(FOLDER) else str(path)
+
+
 def names_recipe(given: str, verb: str) -> bool:
-    """Whether a verb that reads data files too is given a recipe: a `.yaml`, or the name of a shipped recipe of this
-    verb where no file or folder has it."""
+    """Whether a verb that reads data files too is given a recipe: a `.yaml`, or the name of a shipped recipe where no
+    file or folder has it. Errors: `RecipeError` for the name of another verb's recipe."""
     if given.endswith(_ENDINGS):
         return True
     known = shipped_recipes()
     found = known.get(f"{verb}-{given}") or known.get(given)
-    return found is not None and found.verb == verb and not Path(given).exists()
+    if found is None or Path(given).exists():
+        return False
+    if found.verb != verb:
+        raise RecipeError(
+            f"this looks like a recipe of {found.verb}", where=given, fix=f"embedsmith {found.verb} {given}"
+        )
+    return True
 
 
 def recipe_file(given: str | Path, verb: str) -> Path:

@@ -34,6 +34,10 @@ MOST = 10_000
 class Source:
     """One source of training or validation records. Everything but `path` can be left out.
 
+    >>> import embedsmith as es
+    >>> es.split(es.Source(path="pairs.jsonl", limit=20), "parts").test_rows
+    2
+
     - `path`: a file (.jsonl, .json, .csv, .tsv, .parquet; text kinds also .gz), a BEIR folder, a saved dataset, or
       the id of a dataset on the Hugging Face hub (`owner/name`); of `rows`, what messages call them;
     - `rows`: from Python, in place of a file: a list of dicts, or a `datasets.Dataset`; columns are found by their

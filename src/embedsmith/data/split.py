@@ -29,6 +29,9 @@ from embedsmith.data.writers import write_records
 HELD_OUT = "held-out"
 """The folder in a run's where the parts of its sources are (`evaluate.held_out`)."""
 
+NO_PART = "hang together"
+"""What an error says of rows of which no part can be held out."""
+
 _FACTS = "split.json"
 _KIND = Kind("split", (_FACTS, "*-train.jsonl", "*-test.jsonl", "*-test/**"), (_FACTS, '"test_rows"'))
 
@@ -135,7 +138,7 @@ def _held_out(facts: RowFacts, wanted: int, seed: int, where: str) -> tuple[npt.
         largest, least = int(rows_C.max()), int(rows_C.min())
         more = "" if len(rows_C) == 1 else f"hold out more: --test {least}; or "
         raise DataError(
-            f"rows hang together by texts that they share, {least:,} to {largest:,} of {len(facts):,}: no {wanted:,} "
+            f"rows {NO_PART} by texts that they share, {least:,} to {largest:,} of {len(facts):,}: no {wanted:,} "
             "can be held out",
             where=where,
             fix=f"{more}remove texts that many rows share, or take another file for the test",

@@ -193,8 +193,8 @@ vectors = {pooled}
 
 
 _ATTENDED = """\
-This model has parts that only embedsmith (`pip install embedsmith`) knows; sentence-transformers loads it through that
-package. See `embedding_config.json`.
+This model has parts that only the Python package embedsmith knows; sentence-transformers loads it through that package.
+See `embedding_config.json`.
 """
 
 

@@ -76,6 +76,11 @@ def load(
     """An embedder in eval mode from a transformers folder, a sentence-transformers folder or a hub id; of a folder that
     `embedsmith export` made, the graph in it (`backend`).
 
+    >>> import embedsmith as es
+    >>> model = es.load("my-model", max_length=16)
+    >>> model.encode(["how do I reset my password?"], role="query").shape
+    (1, 16)
+
     `overrides` are the fields of `ModelConfig`. `device=None` is the current GPU where there is one, else the CPU.
     `new_heads`: heads that are asked for and not in the folder are made, random, for you to train them.
     Errors: `ModelError` naming the file and the fix; `RecipeError` for an unknown override.
@@ -341,8 +346,8 @@ class ModelSource:
                 "this folder does not say how to pool",
                 where=config.path,
                 expected=f"pooling, one of {', '.join(poolings.names())}",
-                fix="say the one it was trained with, for example model.pooling=mean; where a verb takes no such key, "
-                "make an embedder of the folder first: embedsmith convert MODEL NEW_FOLDER model.pooling=mean",
+                fix="say the one it was trained with, for example --pooling mean, in a recipe model.pooling=mean; or "
+                "make an embedder of the folder once: embedsmith convert MODEL NEW_FOLDER pooling=mean",
             )
         try:
             pooling_named(pooling)

@@ -51,6 +51,11 @@ def load_reranker(
 ) -> CrossEncoder:
     """A reranker in eval mode from a folder or hub id.
 
+    >>> import embedsmith as es
+    >>> reranker = es.load_reranker("my-model", new_heads=True)
+    >>> reranker.score(["how do I reset my password?"], ["Open Settings, choose Security, then Reset."]).shape
+    torch.Size([1])
+
     `overrides` are those fields of `ModelConfig` that mean something to a reranker: `max_length`, `template` and
     `instructions` of a language model (the instruction called `default`), `lora`, `dtype` and how to run it.
     `new_heads`: a model that gives no scores yet gets a new head, random, for you to train it.

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from embedsmith.core.recipe import apply_override
 from embedsmith.evaluate.compare import Difference
 from embedsmith.evaluate.result import Results
 
@@ -30,7 +31,8 @@ _SMALL_BATCH = 32
 
 @dataclass(frozen=True)
 class NextStep:
-    """`what` to do, `why`: the figures that say so, `command`: the line that does it. Plain text."""
+    """`what` to do, `why`: the figures that say so, `command`: the line that does it (`es.train(..., steps=9)` is the
+    program's own call with these keywords). Plain text."""
 
     what: str
     why: str
@@ -92,8 +94,23 @@ class Evidence:
 
     def again(self, name: str, *changes: str) -> str:
         """The run once more with changes, in a folder beside it."""
-        words = ["embedsmith", "train", f"{self.folder}/recipe.yaml", *changes, f"output={self.folder}-{name}"]
-        return shlex.join(words)
+        return self.train(*changes, f"output={self.folder}-{name}")
+
+    def train(self, *changes: str) -> str:
+        """The line that trains by the run's recipe; of rows that a program held, which no file has, its call."""
+        if not self.in_memory:
+            return shlex.join(["embedsmith", "train", f"{self.folder}/recipe.yaml", *changes])
+        tree: dict[str, Any] = {}
+        for change in changes:
+            apply_override(tree, change)
+        words = [f"{key}={value!r}" for key, value in (tree.pop("train", {}) | tree).items() if key != "data"]
+        words += [f"data={{{place}: {settings!r}}}" for place, settings in tree.get("data", {}).items()]
+        return f"es.train(..., {', '.join(words)})" if words else "es.train(...)"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether some of the rows were in the memory of a program."""
+        return any(source.get("rows") for source in self.recipe.get("data", ()))
 
     def steps(self, count: int) -> tuple[str, str]:
         return f"train.steps={max(count, 1)}", "train.epochs=null"
@@ -111,8 +128,8 @@ def next_steps(evidence: Evidence) -> list[NextStep]:
 def _finish(evidence: Evidence) -> NextStep | None:
     if evidence.finished:
         return None
-    command = shlex.join(["embedsmith", "train", f"{evidence.folder}/recipe.yaml"])
-    return NextStep("Finish it", f"The run stopped after step {evidence.last_step}; it goes on from there.", command)
+    why = f"The run stopped after step {evidence.last_step}; it goes on from there."
+    return NextStep("Finish it", why, evidence.train())
 
 
 def _score_it(evidence: Evidence) -> NextStep | None:
@@ -121,7 +138,9 @@ def _score_it(evidence: Evidence) -> NextStep | None:
     if evidence.changes or scores or evidence.reranker:
         return None
     read = [
-        str(source["path"]) for source in evidence.recipe["data"] if source.get("task") in ("sts", "retrieval", None)
+        str(source["path"])
+        for source in evidence.recipe["data"]
+        if source.get("task") in ("sts", "retrieval", None) and not source.get("rows")
     ]
     if not read:
         return None

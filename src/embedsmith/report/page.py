@@ -142,7 +142,7 @@ overflow-wrap:anywhere}
 .summary{background:var(--card);border:1px solid var(--line);border-left:4px solid var(--accent);border-radius:8px;
 padding:4px 18px;margin:0 0 16px}.summary p{margin:.6rem 0}
 nav{position:sticky;top:0;z-index:5;background:var(--bg);border-bottom:1px solid var(--line)}
-nav div{max-width:1080px;margin:0 auto;padding:8px 20px;display:flex;gap:6px 16px;overflow-x:auto;white-space:nowrap}
+nav div{max-width:1080px;margin:0 auto;padding:8px 20px;display:flex;flex-wrap:wrap;gap:4px 12px;white-space:nowrap}
 nav a{color:var(--accent);text-decoration:none;font-size:.92rem}nav a:hover{text-decoration:underline}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 18px 18px;margin:18px 0}
 h2{font-size:1.15rem;margin:.2rem 0 .8rem}h3{font-size:1rem;margin:1.1rem 0 .4rem}

@@ -35,6 +35,7 @@ from embedsmith.report.comparison import (
     similarity_section,
     words_about,
 )
+from embedsmith.report.merge_steps import merge_steps
 from embedsmith.report.model_card import TrainingFacts
 from embedsmith.report.next_steps import Evidence, NextStep, next_steps
 from embedsmith.report.page import PAGE_MARK, Section, chart, charts, environment_section, finite, page, table
@@ -217,11 +218,13 @@ class Folder:
         return [str(each) for each in found or () if isinstance(found, list)] + held_out_tasks(self.path)
 
     def next_steps(self, made: Comparison | None) -> list[NextStep]:
-        """What the figures ask for; nothing for a merge."""
+        """What the figures ask for."""
         recipe = _tree(self.recipe)
-        if self.merge is not None or not isinstance(recipe, dict):
+        if not isinstance(recipe, dict):
             return []
         changes = made.differences(len(made.models) - 1) if made is not None and len(made.models) > 1 else ()
+        if self.merge is not None:
+            return merge_steps(str(self.path), recipe, _models(self.merge), changes if made is not None else None)
         finished, after = self.finished is not None, self.results.get("after")
         return next_steps(Evidence(str(self.path), recipe, self.lines, finished, changes, after, self.cut))
 

@@ -199,8 +199,8 @@ class EvaluateConfig:
 
     - `tasks`: names or paths for `embedsmith evaluate`, scored at every evaluation; none by default.
     - `held_out`: where no `tasks` are named, rows of every source of `data` that are scored instead of being trained
-      on, at most a tenth of it and so that no text is in both parts (those of `embedsmith split`); `None` trains on
-      all.
+      on, at most a tenth of it and so that no text is in both parts (those of `embedsmith split`, the same for every
+      seed of the run); `None` trains on all.
     - `data`: the folder in which the tasks are looked up; `None` is that of `embedsmith evaluate`.
     - `every`: steps between evaluations; `None` measures only at the end.
     - `metric`: the task whose main score chooses the best checkpoint; `None` is the mean over tasks.
@@ -261,6 +261,14 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class Recipe:
     """Everything a training run depends on.
+
+    >>> import embedsmith as es
+    >>> from embedsmith.models import ModelConfig
+    >>> from embedsmith.train import TrainConfig
+    >>> pairs = es.Source(path="pairs.jsonl", batch_size=8)
+    >>> recipe = es.Recipe(ModelConfig("my-model"), data=(pairs,), output="runs/made", train=TrainConfig(steps=2))
+    >>> es.train(recipe).folder.as_posix()
+    'runs/made/model'
 
     - `task`: what is trained: `embed`, an embedding model; `rerank`, a reranker, which reads a query and a document
       together (docs/rerankers.md).

@@ -64,15 +64,16 @@ def _in_words(run: Run, tasks: Sequence[Task]) -> list[str]:
     memory, kept = run.memory, run.memory.kept_tokens
     bound = "all graphs of a step are kept" if kept is None else f"graphs of {kept:,} tokens are kept"
     bound = bound if memory.max_rows is None else f"graphs of {memory.max_rows:,} texts are kept"
-    every = run.recipe.evaluate.every
-    when = f"every {every} steps and at the end" if every else "at the end"
+    evaluated = run.recipe.evaluate
+    times = ["before the first step"] * evaluated.before + [f"every {evaluated.every} steps"] * bool(evaluated.every)
+    when = f"{', '.join(times)} and at the end" if times else "at the end"
     scored = f"{', '.join(task.name for task in tasks)}, {when}" if tasks else "nothing: evaluate.tasks is empty"
     return [
         f"model: {run.recipe.model.path}, {count:,} parameters, texts of up to {run.model.max_length:,} tokens",
         *_sources_in_words(run.model, run.feed),
         f"steps: {run.steps:,}, of which {run.feed.steps_per_epoch:,} are an epoch, at a learning rate of up to "
         f"{config.learning_rate:g}",
-        f"on: {world_size()} process(es), {run.accelerator.device}, {run.precision}",
+        f"on: {world_size()} process{'es' * (world_size() > 1)}, {run.accelerator.device}, {run.precision}",
         f"memory: {memory.chunk_tokens:,} padded tokens are encoded at once; {bound}",
         f"packing: {run.model.packs}; fused kernels: {run.model.fused}",
         f"evaluated: {scored}",

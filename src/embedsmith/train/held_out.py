@@ -2,7 +2,8 @@
 names no task.
 
 The parts are those of `embedsmith split`, written once into the run's folder: a run that is continued reads what it
-began with, and the trained model can be scored on the same texts afterwards.
+began with, and the trained model can be scored on the same texts afterwards. They do not depend on the run's seed: runs
+that differ in it alone are scored on the same texts, and none has learned what another is scored on.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.data import Source
 from embedsmith.data.record import Task
 from embedsmith.data.source import source_name
-from embedsmith.data.split import Split, split_source
+from embedsmith.data.split import NO_PART, Split, split_source
 from embedsmith.train.config import Recipe
 
 _SHARE = 0.1
@@ -57,11 +58,13 @@ def _parted(recipe: Recipe, places: Sequence[Path], rows: int) -> list[Split]:
                 where=f"data: {source.path}",
                 fix="score a file of its own, evaluate.held_out=null evaluate.tasks=[FILE]",
             )
-    seed, splits = recipe.train.seed, []
+    splits = []
     for source, place in zip(recipe.data, places, strict=True):
         try:
-            splits.append(split_source(source, place, test=_SHARE, most=rows, seed=seed, overwrite=True))
+            splits.append(split_source(source, place, test=_SHARE, most=rows, overwrite=True))
         except DataError as error:
+            if NO_PART not in error.what:
+                raise
             fix = f"{error.fix}; or hold nothing out: evaluate.held_out=null"
             raise DataError(error.what, where=error.where, expected=error.expected, fix=fix) from error
     return splits

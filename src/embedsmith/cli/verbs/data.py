@@ -1,12 +1,27 @@
 """The verbs of data: inspect, split, curate and tokenize."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from embedsmith.cli.verbs import Join, MaxLength, Pooling, Prompts, ShardOf, first_rank, model_options, print_table, say
+from embedsmith.core.errors import EmbedsmithError
 from embedsmith.core.shelf import verbs
+
+
+@contextmanager
+def fixes_of_one_file() -> Iterator[None]:
+    """A fix that names a source by its place in a recipe, as it is typed behind a verb of data files."""
+    try:
+        yield
+    except EmbedsmithError as error:
+        if "data.N." not in (error.fix or ""):
+            raise
+        fix = str(error.fix).replace("data.N.", "").replace(", N its place from 0", "")
+        raise type(error)(error.what, where=error.where, expected=error.expected, fix=fix) from error
 
 
 @verbs.register("inspect")
@@ -46,7 +61,8 @@ def inspect_data(
     for override in overrides or []:
         apply_override(tree, override)
     source = parse(Source, tree, where="inspect")
-    found, cut = inspect_source(source, samples), None
+    with fixes_of_one_file():
+        found, cut = inspect_source(source, samples), None
     if model is not None:
         from embedsmith.data.read import read_source
         from embedsmith.models.config import ModelConfig
@@ -93,7 +109,8 @@ def split_data(
         raise RecipeError(f"--test {test:g}", expected="a share such as 0.1, or a number of rows from 1")
     source = parse(Source, tree, where="split")
     out = places[0] if places else f"{source_name(source)}-split"
-    say(split_source(source, out, test=test, seed=seed, overwrite=overwrite).lines())
+    with fixes_of_one_file():
+        say(split_source(source, out, test=test, seed=seed, overwrite=overwrite).lines())
 
 
 @verbs.register("curate")

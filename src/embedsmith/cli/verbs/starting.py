@@ -12,7 +12,11 @@ from embedsmith.core.shelf import verbs
 @verbs.register("init")
 def start_recipe(
     places: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEMPLATE] [FOLDER]", help="A shipped recipe; where to write it.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEMPLATE] [FOLDER] [KEY=VALUE]...",
+            help="A shipped recipe; where to write it; how to read the files of --data: columns.query=title",
+        ),
     ] = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="A data file to make a recipe for.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id; by default by the texts' script.")] = None,
@@ -24,16 +28,19 @@ def start_recipe(
     """
     from embedsmith.core.errors import RecipeError
 
-    given = [place for place in places or [] if not (data and Path(place).is_file())]
+    read_as = [place for place in places or [] if data and "=" in place]
+    given = [place for place in places or [] if place not in read_as and not (data and Path(place).is_file())]
     if data:
         from embedsmith.cli.first_recipe import first_recipe
+        from embedsmith.cli.verbs.data import fixes_of_one_file
 
         if len(given) > 1:
             raise RecipeError(
                 f"{len(given)} folders: {', '.join(given)}", expected="embedsmith init --data FILE [FOLDER]"
             )
-        data += [place for place in places or [] if place not in given]  # of --data a.jsonl b.jsonl
-        say(first_recipe(data, Path(given[0] if given else "."), model, overwrite)[1])
+        data += [place for place in places or [] if place not in (*given, *read_as)]  # of --data a.jsonl b.jsonl
+        with fixes_of_one_file():
+            say(first_recipe(data, Path(given[0] if given else "."), model, overwrite, read_as)[1])
         return
     if not given:
         from embedsmith.cli.listing import recipes

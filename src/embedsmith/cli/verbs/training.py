@@ -39,6 +39,7 @@ def mine_negatives(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Mine again; kept vectors stay.")] = False,
+    device: Device = None,
     shard: ShardOf = None,
     join: Join = False,
 ) -> None:
@@ -50,10 +51,11 @@ def mine_negatives(
     from embedsmith.core.recipe import apply_override, read_tree
     from embedsmith.core.shipped import recipe_file
 
-    tree = read_tree(recipe_file(recipe, "mine"))
+    path = recipe_file(recipe, "mine")
+    tree = read_tree(path)
     for override in overrides or []:
         apply_override(tree, override)
-    report = run_mine(tree, str(recipe), overwrite, shard, join)
+    report = run_mine(tree, str(path), overwrite, shard, join)
     if first_rank():
         say(report.lines())
 
@@ -74,6 +76,7 @@ def distil_model(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="The highest rate.")] = 1e-4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a student that is there.")] = False,
+    device: Device = None,
 ) -> None:
     """Make a small student of a model: fewer layers, narrower ones, or a static table.
 
@@ -153,6 +156,7 @@ def share_one_heap() -> None:
 def run_stages(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe with stages, or a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes: stages.0.recipe.output=...")] = None,
+    device: Device = None,
 ) -> None:
     """Run stages in order: curate, mine, train, merge, evaluate. The same command goes on after a stop.
 

@@ -82,6 +82,7 @@ def index_documents(
     precision: Annotated[
         str | None, typer.Option(help="int8 or binary: find dense vectors by such codes, kept in memory.")
     ] = None,
+    device: Device = None,
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,
@@ -126,6 +127,7 @@ def search_index(
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
     rerank: Annotated[str | None, typer.Option(help="A reranker that orders the candidates anew.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
+    device: Device = None,
     pooling: Pooling = None,
     prompts: Prompts = None,
     max_length: MaxLength = None,

@@ -2,6 +2,7 @@
 in, declared or inferred from a whole file, which is moved to [0, 1]."""
 
 import math
+import shlex
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -248,14 +249,21 @@ def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> 
 def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> DataError:
     known = sorted({column for layout in candidates for column in layout.known})
     hints = [f"{key!r}{near}" for key in keys if key not in known and (near := did_you_mean(key, known))]
-    shapes = "; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in candidates)
+    required = {layout.name: [one.required for one in candidates if one.name == layout.name] for layout in candidates}
+    shapes = "; ".join(
+        f"{name}: {', '.join(first)}{f' (and {len(others)} like it)' if others else ''}"
+        for name, (first, *others) in required.items()
+    )
     hint = f"; {', '.join(hints)}" if hints else ""
+    roles = {"query": "title", "positives": "body"} if len(keys) < 2 else dict(zip(("query", "positives"), keys))
+    declared = ", ".join(f"{role}: {key}" for role, key in roles.items())
+    typed = " ".join(shlex.quote(f"data.N.columns.{role}={key}") for role, key in roles.items())
     return DataError(
         f"the columns fit no known format; found: {', '.join(keys) or 'none'}{hint}",
         where=where,
         expected=shapes,
-        fix="rename them, or say what they are, for example columns: {query: title, positives: body} beside the path "
-        "(typed: data.N.columns.query=title data.N.columns.positives=body, N its place from 0)",
+        fix=f"rename them, or say what they are, for example columns: {{{declared}}} beside the path (typed: {typed}, "
+        "N its place from 0)",
     )
 
 

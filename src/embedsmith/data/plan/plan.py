@@ -296,7 +296,7 @@ class BatchPlan:
             unseen = "".join(f", {count:,} rows left out ({why})" for why, count in account.unseen.items())
             rows = f"{source.name}: {source.task}, {account.rows:,} rows"
             drawn = f" ({account.drawn:,} rows)" if fewest != most else ""
-            lines.append(f"{rows}, {steps:,} steps of {size} an epoch{drawn}{unseen}")
+            lines.append(f"{rows}, {steps:,} step{'s' * (steps != 1)} of {size} an epoch{drawn}{unseen}")
         return lines
 
     def steps_with(self, source: int, epoch: int = 0) -> IntArray:

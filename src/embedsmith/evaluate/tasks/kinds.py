@@ -100,6 +100,14 @@ def load_task(name_or_path: str | Path, *, data_dir: str | Path | None = None, s
     )
 
 
+def check_tasks(names: Sequence[str], *, data_dir: str | Path | None = None, split: str = "test") -> None:
+    """Whether there are such tasks, without reading any; what the kind before a colon makes of a name is left open.
+    Errors: `EvaluationError` for one that is nowhere."""
+    for name in names:
+        if name.partition(":")[0] not in task_kinds.names():
+            _locate(name, data_dir, split)
+
+
 def load_tasks(names: Sequence[str | Path], *, data_dir: str | Path | None = None, split: str = "test") -> list[Task]:
     """Several tasks, each under a name of its own: files of one name are told apart by the folders they lie in, as in
     `dev/questions` and `test/questions`. Errors: those of `load_task`."""
@@ -138,8 +146,9 @@ def _locate(name_or_path: str | Path, data_dir: str | Path | None, split: str) -
     found = known.get(name) or known.get(f"{name}-{split}")
     if found is None:
         where = "no data folder was found" if folder is None else f"{folder} holds no tasks"
+        beside = [str(path.with_name(other.name)) for other in path.parent.glob("[!.]*")]
         raise EvaluationError(
-            f"no task is called {name!r}, and there is no such path{did_you_mean(name, known)}",
+            f"no task is called {name!r}, and there is no such path{did_you_mean(name, (*known, *beside))}",
             expected=f"a path, or one of: {', '.join(known)}" if known else "a path to an STS file or a BEIR folder",
             fix=None if known else f"name the folder with the data; {where}",
         )

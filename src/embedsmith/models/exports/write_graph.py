@@ -206,7 +206,7 @@ def _card(facts: GraphFacts, config: GraphConfig) -> str:
         "## The graph\n",
         f"The folder holds no weights but a graph, `{FILES[config.to]}` ({_NAMES[config.to]}, {facts.dtype}), from "
         f"`input_ids` and `attention_mask` to `last_hidden_state` and {heads}; `embedsmith.load` runs it "
-        "(`pip install embedsmith[export]`).\n",
+        "(with its extra `export`).\n",
         f"Beside the model it was made from: mean cosine {facts.cosine['mean']:.4f}, "
         f"least {facts.cosine['least']:.4f}, over {facts.cosine['texts']:.0f} texts.\n",
     ]
