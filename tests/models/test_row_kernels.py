@@ -51,7 +51,7 @@ ROWS = [(1,), (5, 300), (128, 128, 128), (1, 127, 129, 255, 1), (40, 3, 700, 2, 
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("reach", [None, 0, 1, 100, 127, 128, 129, 400])
+@pytest.mark.parametrize("reach", [None, 1, 127, 128, 400])
 def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(causal, reach):
     for lengths in ROWS:
         text_S = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -85,7 +85,6 @@ def test_flex_attention_equals_texts_apart(flex, causal, reach):
     ("family", "changes", "options"),
     [
         ("bert", NO_DROPOUT, {}),
-        ("xlm-roberta", NO_DROPOUT | {"pad_token_id": 1}, {}),
         ("modernbert", LOCAL, {}),
         ("qwen3", {"num_key_value_heads": 1}, {"attention": "causal", "padding_side": "left", "pooling": "last"}),
         ("mistral", {"sliding_window": 6}, {"attention": "bidirectional"}),
