@@ -32,7 +32,7 @@ from typing import Any
 from bench.common import RESULTS, WORK, environment, read_json, write_json
 
 LIMITS = {
-    "gradients": 20,
+    "gradients": 40,
     "search": 20,
     "minilm": 30,
     "bert": 35,
@@ -41,7 +41,7 @@ LIMITS = {
     "caching": 30,
     "encode": 45,
 }
-"""Seconds that each part may take, 275 in all: what is imported once comes on top."""
+"""Seconds that each part may take, 295 in all: what is imported once comes on top."""
 
 TARGETS: list[tuple[str, str, str, float]] = [
     ("decoder", "full.mfu", ">=", 0.50),
@@ -50,6 +50,7 @@ TARGETS: list[tuple[str, str, str, float]] = [
     ("m3", "dense.mfu", ">=", 0.45),
     ("m3", "three_heads_over_dense", "<=", 1.35),
     ("bert", "times_as_fast", ">=", 3),
+    ("bert", "times_as_fast_as_flattened", ">=", 1.3),
     ("minilm", "times_as_fast_64", ">=", 2),
     ("minilm", "times_as_fast_256", ">=", 2),
     ("caching", "memory_ratio", "<=", 1.3),
@@ -191,7 +192,10 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"| {part} | {key} | {sign} {target} | {value}{'' if reached else ' (not reached)'} |")
     for label, value in found.get("gradients", {}).items():
         if isinstance(value, dict) and ("cosine" in value or "error" in value):
-            lines.append(f"| gradients | {label} | equal | {json.dumps(value)} |")
+            apart = 1e-4 if "bfloat16" in label else 1e-5
+            reached = value.get("cosine", 0.0) >= 1 - apart
+            said = json.dumps(value) + ("" if reached else " (not reached)")
+            lines.append(f"| gradients | {label} | cosine >= 1 - {apart:g} | {said} |")
     return "\n".join(lines)
 
 

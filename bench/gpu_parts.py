@@ -7,8 +7,9 @@ import gc
 import importlib.util
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from embedsmith.data import Source
 from embedsmith.losses import InfoNCE, M3SelfDistillation
 from embedsmith.models import ModelConfig, load
 from embedsmith.models.lora import LoraConfig
+from embedsmith.models.row_kernels import ROW_KERNELS
 from embedsmith.search import exact_top_k
 from embedsmith.train import Recipe, TrainConfig
 from embedsmith.train.build import make_accelerator
@@ -88,6 +90,21 @@ class Bench:
         return None if peak is None else round(6 * parameters * tokens_a_second / peak, 4)
 
 
+def waits(bench: Bench, act: Callable[[], Any]) -> int | None:
+    """How often the host waits for the card in `act`."""
+    if not bench.cuda:
+        act()
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            act()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
 WARM, GROUPS = 4, 5
 
 
@@ -113,7 +130,7 @@ def trained(
     steps, in which kernels are loaded, are left out."""
     bench.forget()
     group, warm, groups = bench.of(group, 1), bench.of(warm, 1), bench.of(groups, 2)
-    steps = warm + group * groups + (group if bench.around else 0)
+    steps = warm + group * groups + 1 + (group if bench.around else 0)
     recipe = Recipe(
         model=ModelConfig(path=path, pooling=pooling, max_length=bench.longest, **model),
         data=(Source(path=str(rows), task="retrieval", loss=loss, batch_size=batch),),
@@ -121,7 +138,7 @@ def trained(
         train=TrainConfig(steps=steps, precision=bench.precision, log_with=(), **train or {}),
     )
     run = loop.build(recipe, make_accelerator(recipe))
-    draws, seconds, outputs = run.feed.run_ahead(0, steps), [], []
+    draws, seconds, outputs = run.draws(), [], []
 
     def several(count: int) -> None:
         for _ in range(count):
@@ -141,7 +158,8 @@ def trained(
         "real_over_computed_tokens": round(tokens / padded, 3),
         "mfu": bench.mfu(body_parameters(run.model.backbone), tokens / step),
         "peak_GiB": bench.peak_gib(),
-        "packing": bool(run.model.packing),
+        "kernel": run.model.packs.kernel if run.model.packing else "none: padded",
+        "waits_a_step": waits(bench, lambda: several(1)),
     }
     bench.main_work(Path(path).name, lambda: several(group))
     draws.close()  # type: ignore[attr-defined]  # a generator, whose thread ends with it
@@ -227,13 +245,14 @@ def m3(bench: Bench) -> None:
 def bert(bench: Bench) -> None:
     """BERT-base, batches of 256 pairs, beside sentence-transformers."""
     path, batch = saved_embedder(bench, "bert", "mean"), bench.of(256, 4)
-    _beside(bench, path, batch, "")
+    ours = _beside(bench, path, batch, "")
     if not installed("flash_attn"):
         bench.record("sentence_transformers_flattened", "flash_attn is not installed")
         return
     rows = bench.folder / f"rows{batch}.jsonl"
     flat = peer_trained(bench, path, rows, batch, attn_implementation="flash_attention_2", dtype=torch.bfloat16)
     bench.record("sentence_transformers_flattened", flat)
+    ratio(bench, "times_as_fast_as_flattened", ours, flat, "pairs_a_second")
 
 
 def minilm(bench: Bench) -> None:
@@ -243,13 +262,14 @@ def minilm(bench: Bench) -> None:
         _beside(bench, path, batch, f"_{batch}")
 
 
-def _beside(bench: Bench, path: str, batch: int, name: str) -> None:
+def _beside(bench: Bench, path: str, batch: int, name: str) -> dict[str, Any]:
     rows = write_pairs(bench.folder / f"rows{batch}.jsonl", batch * 24)
     ours = trained(bench, path, rows, batch, InfoNCE(0.05), pooling="mean")
     bench.record(f"embedsmith{name}", ours)
     theirs = peer_trained(bench, path, rows, batch)
     bench.record(f"sentence_transformers{name}", theirs)
     ratio(bench, f"times_as_fast{name}", ours, theirs, "pairs_a_second")
+    return ours
 
 
 def caching(bench: Bench) -> None:
@@ -375,22 +395,34 @@ GRADIENT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def gradients(bench: Bench) -> None:
     """The gradient of a packed chunk against the padded one, in every attention mode, as a cosine and as the largest
-    difference over the largest entry."""
-    documents = texts(8, seed=9)
-    for label, (name, options) in GRADIENT_CASES.items():
-        path = save_model(bench.folder, name, 64, tiny=True)
+    difference over the largest entry; then through every kernel that is here, the one that is compiled last."""
+    for label in GRADIENT_CASES:
         for dtype in ("float32", "bfloat16"):
-            try:
-                padded, packed = (
-                    _gradient(load(path, max_length=64, packing=packing, **options), documents, dtype)
-                    for packing in (False, True)
-                )
-            except (EmbedsmithError, RuntimeError) as error:
-                bench.record(f"{label}, {dtype}", {"error": str(error).splitlines()[0]})
-                continue
-            cosine = float(F.cosine_similarity(padded, packed, dim=0))
-            difference = float((padded - packed).abs().max() / padded.abs().max())
-            bench.record(f"{label}, {dtype}", {"cosine": cosine, "largest_difference": difference})
+            _compared(bench, label, dtype, None)
+    for kernel in ROW_KERNELS:
+        for label in ("bidirectional (BERT)", "causal with windows (Gemma3)"):
+            _compared(bench, label, "bfloat16", kernel)
+
+
+def _compared(bench: Bench, label: str, dtype: str, kernel: str | None) -> None:
+    """The one figure, by the kernel that the model chose, or by one of them; nothing where that is not here."""
+    (name, options), documents = GRADIENT_CASES[label], texts(8, seed=9)
+    path, key = save_model(bench.folder, name, 64, tiny=True), f"{label}, {dtype}" + (f", {kernel}" if kernel else "")
+    try:
+        padded, packed = (load(path, max_length=64, packing=packing, **options) for packing in (False, True))
+        if kernel is not None:
+            if (lacking := ROW_KERNELS[kernel].lacks(packed.backbone)) is not None:
+                bench.record(key, f"not here: {lacking}")
+                return
+            packed.packs = replace(packed.packs, kernel=kernel)
+        wanted, found = (_gradient(model, documents, dtype) for model in (padded, packed))
+    except (EmbedsmithError, RuntimeError) as error:
+        bench.record(key, {"error": str(error).splitlines()[0]})
+        return
+    cosine = float(F.cosine_similarity(wanted, found, dim=0))
+    difference = float((wanted - found).abs().max() / wanted.abs().max())
+    through = packed.packs.kernel or str(packed.packs)
+    bench.record(key, {"cosine": cosine, "largest_difference": difference, "kernel": through})
 
 
 def _gradient(model: Any, documents: list[str], dtype: str) -> Tensor:

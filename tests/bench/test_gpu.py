@@ -36,7 +36,11 @@ def test_every_part_gives_its_figures(part, alone, tmp_path):
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
     if part == "search":
         assert found[part]["same_documents"] > 0.99
+    if part == "minilm":
+        assert found[part]["embedsmith_4"]["waits_a_step"] is None, "there is no card"
+        assert found[part]["embedsmith_4"]["kernel"] == "none: padded"
     if part == "gradients":
+        assert found[part]["bidirectional (BERT), bfloat16, flex"] == "not here: there is no GPU"
         assert found[part]["causal, grouped queries (Qwen3), float32"]["cosine"] > 1 - 1e-5
     assert f"| {part} |" in gpu.table(found) or part in ("minilm", "bert", "encode"), "those have figures beside peers"
 
@@ -97,9 +101,11 @@ def test_kinds_of_kernels(kernel, kind):
 
 def test_a_figure_is_held_against_its_target():
     found = {"decoder": {"full": {"mfu": 0.4, "peak_GiB": 30.0}}, "gradients": {"causal": {"error": "none"}}}
+    found["gradients"]["causal, bfloat16"] = {"cosine": 0.99995}
     lines = gpu.table(found).splitlines()[2:]
     assert lines == [
         "| decoder | full.mfu | >= 0.5 | 0.4 (not reached) |",
         "| decoder | full.peak_GiB | <= 40 | 30.0 |",
-        '| gradients | causal | equal | {"error": "none"} |',
+        '| gradients | causal | cosine >= 1 - 1e-05 | {"error": "none"} (not reached) |',
+        '| gradients | causal, bfloat16 | cosine >= 1 - 0.0001 | {"cosine": 0.99995} |',
     ]

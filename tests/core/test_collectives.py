@@ -330,9 +330,6 @@ def test_what_stands_beside_a_batch_goes_along():
         "source": "file",
         "widths": (2, 3),
     }
-    beside = batch.left.beside({"a": torch.ones(1), "b": None})
-    assert beside["b"] is None
-    assert beside["a"].tolist() == [1.0]
     output = LossOutput(torch.tensor([1.0, 2.0]))
     assert (float(output.value), dict(output.parts)) == (3.0, {})
 

@@ -19,7 +19,7 @@ from embedsmith.mining import Bm25Search, Limits
 from embedsmith.mining import searchers as module
 from embedsmith.mining.searchers import Bm25, EmbeddingSearch, EmbeddingSearcher, SearchTexts, TextReps, top_of_pieces
 from embedsmith.mining.selection import fuse, loose_id, overlap, shingles
-from embedsmith.search import exact_top_k
+from embedsmith.search import exact_top_k, given_pairs
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS
@@ -128,7 +128,7 @@ def test_values_that_are_not_finite_are_not_kept(tmp_path):
 
 def test_pairs_and_pieces_equal_whole_scores(monkeypatch):
     monkeypatch.setattr(module, "PIECE", 5)
-    monkeypatch.setattr(module, "_PAIRS", 3)
+    monkeypatch.setattr(given_pairs, "_PAIRS", 3)
     queries, documents = (TextReps(Words(), texts, "query", None, "dense") for texts in (TEXTS[:4], TEXTS))
     whole_QK = Words()._dense(TEXTS[:4]).scores(Words()._dense(TEXTS))[0].numpy()
     row_E, index_E = np.divmod(np.random.default_rng(0).permutation(whole_QK.size), len(TEXTS))

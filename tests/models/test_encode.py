@@ -226,3 +226,16 @@ def test_bf16_on_a_processor_without_its_arithmetic_is_warned_of_once(model, mon
         model.encode(TEXTS[:3], dtype="bfloat16")
     assert len(caplog.messages) == warnings
     assert all("no arithmetic in bfloat16" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_bf16_on_a_card_without_its_arithmetic_is_warned_of_and_auto_takes_fp16(monkeypatch, caplog, capable):
+    module._warn_once.cache_clear()
+    module._say_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capable)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "old card")
+    card = torch.device("cuda:0")
+    assert [module.settled_dtype("bfloat16", card) for _ in range(2)] == ["bfloat16"] * 2
+    warned = "old card has no arithmetic in bfloat16, which is slower there than float16; give dtype=auto, or float16"
+    assert caplog.messages == [warned] * (not capable)
+    assert module.settled_dtype("auto", card) == ("bfloat16" if capable else "float16")

@@ -1,7 +1,9 @@
 """Texts in one row under `embedsmith_varlen`: its reference on the CPU, what chooses it, who reads packed states."""
 
+import inspect
 import logging
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModel, T5Config, T5EncoderModel
 from embedsmith.core.errors import ModelError
 from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import PaddedTokens
-from embedsmith.models import load, packing, varlen
+from embedsmith.models import load, packing, row_kernels, varlen
 from embedsmith.models.pooling import pooled
+from embedsmith.models.row_kernels import ROW_KERNELS, RowKernel, Sight, TextRow
 from embedsmith.models.varlen import VARLEN
 from tests.models.families import tiny
 from tests.models.test_decoders import TEXTS, byte_tokenizer
@@ -139,7 +142,7 @@ def test_families_that_mix_texts_are_refused(folders, family, changes, reason):
 
 def test_a_window_that_is_lost_is_noticed(folders, monkeypatch):
     """The self-test takes texts longer than the window."""
-    monkeypatch.setattr(varlen, "_sight", lambda module, is_causal, window: (True, None))
+    monkeypatch.setattr(varlen, "_causal_and_reach", lambda module, is_causal, window: (True, None))
     with pytest.raises(ModelError, match="MistralModel cannot be packed"):
         embed(folders("mistral", sliding_window=6), packing=True, attention="causal", attn_implementation=VARLEN)
 
@@ -168,7 +171,8 @@ def test_on_a_gpu_rows_are_chosen_and_the_choice_is_said(folders, monkeypatch, c
     assert model.packing
     assert model.backbone.config._attn_implementation == VARLEN
     assert str(model.packs) == (
-        "on (through embedsmith_varlen, proven on this model; attention itself is padded, since there is no GPU)"
+        "on (attention alone is padded, proven on this model; not through torch's varlen attention, flex attention: "
+        "there is no GPU)"
     )
     assert [r.message for r in caplog.records if "packing" in r.message] == [f"packing: on, {model.packs.why}"]
     np.testing.assert_allclose(model.encode(TEXTS), embed(folders("bert")).encode(TEXTS), atol=1e-5)
@@ -226,7 +230,14 @@ def backbone_on(device, head, capability, monkeypatch):
     ],
 )
 def test_heads_and_cards_that_no_kernel_takes(monkeypatch, device, head, capability, why):
-    assert varlen.kernels_missing(backbone_on(device, head, capability, monkeypatch)) == why
+    assert row_kernels.flash_lacks(backbone_on(device, head, capability, monkeypatch)) == why
+
+
+def row_of(*lengths):
+    end_P = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    places = [text * longest + token for text, length in enumerate(lengths) for token in range(length)]
+    return TextRow(end_P, longest, torch.tensor(places), {})
 
 
 def as_in_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -288,16 +299,16 @@ def test_every_torch_is_called_as_it_wants(monkeypatch, kernel, causal, reach):
         return (by_loop(query, key, value, end_P, is_causal, window, scale),)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", below)
-    known = frozenset() if kernel is None else frozenset(varlen.inspect.signature(kernel).parameters)
-    monkeypatch.setattr(varlen, "_varlen_attn", kernel)
-    monkeypatch.setattr(varlen, "_KNOWN", known)
+    known = frozenset() if kernel is None else frozenset(inspect.signature(kernel).parameters)
+    monkeypatch.setattr(row_kernels, "_varlen_attn", kernel)
+    monkeypatch.setattr(row_kernels, "_KNOWN", known)
     query, key, value = torch.randn(9, 4, 6), torch.randn(9, 2, 6), torch.randn(9, 2, 4)
-    end_P, place_S = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9])
-    expected = varlen.attend_apart(query, key, value, end_P, 5, place_S, causal, reach, 0.3)
-    found = varlen._by_kernel(query, key, value, end_P, 5, causal, reach, 0.3, 0.0)
+    row, sight = row_of(4, 5), Sight(causal, reach, 0.3)
+    expected = row_kernels.attend_apart(query, key, value, row, sight)
+    found = ROW_KERNELS["torch"].compute(query, key, value, row, sight)
     torch.testing.assert_close(found, expected)
     assert operator == [0.0] * (kernel is None or (kernel is as_in_torch_2_10 and reach is not None))
-    varlen._by_kernel(query, key, value, end_P, 5, causal, reach, 0.3, 0.1)
+    ROW_KERNELS["torch"].compute(query, key, value, row, replace(sight, dropout=0.1))
     assert operator[-1] == 0.1
 
 
@@ -362,10 +373,8 @@ def test_poolings_of_a_row_equal_those_of_its_rows(pooling):
 
 
 def heads_of(*lengths):
-    end_P = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    places = [text * longest + token for text, length in enumerate(lengths) for token in range(length)]
-    given = {"cu_seq_lens_q": end_P, "max_length_q": longest, "row_place_S": torch.tensor(places)}
+    row = row_of(*lengths)
+    given = {"cu_seq_lens_q": row.end_P, "max_length_q": row.longest, "row_place_S": row.place_S}
     torch.manual_seed(0)
     return [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)], given
 
@@ -388,10 +397,11 @@ def test_kernels_get_the_numbers_of_autocast(monkeypatch, autocast):
         dtypes.extend((query.dtype, key.dtype, value.dtype))
         return query
 
-    monkeypatch.setattr(varlen, "_by_kernel", kernel)
+    kernels = {"any": RowKernel("a kernel", kernel, lambda backbone: None)}
+    monkeypatch.setattr(varlen, "ROW_KERNELS", kernels)
     rows, given = heads_of(3, 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        varlen.attend(SimpleNamespace(is_causal=True), *rows, None, row_kernel=True, **given)
+        varlen.attend(SimpleNamespace(is_causal=True), *rows, None, row_kernel="any", **given)
     assert dtypes == [torch.bfloat16] * 3 * autocast
 
 

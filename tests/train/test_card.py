@@ -4,16 +4,18 @@ card is needed: a toy one counts what is kept for the backward pass."""
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from embedsmith.core.collectives import rank
 from embedsmith.core.errors import EvaluationError, TrainingError
 from embedsmith.core.recipe import parse
 from embedsmith.evaluate import evaluate, load_task
 from embedsmith.models import load
-from embedsmith.train import Recipe, loop
+from embedsmith.train import Recipe, budget, engine, loop
 from embedsmith.train import step as step_module
 from embedsmith.train.budget import WORTH, at_most, measured_budget
 from embedsmith.train.build import derive_memory, make_accelerator
@@ -126,11 +128,34 @@ def test_halving_ends_where_texts_are_encoded_one_by_one(built, monkeypatch):
     assert run.memory.chunk_tokens == longest
 
 
+@pytest.mark.parametrize("where", ["a step", "the probe"])
+def test_a_backward_pass_that_cannot_be_compiled_is_done_without(built, monkeypatch, where, caplog):
+    """torch may compile it only when it is needed: the step is begun anew, with the same random state."""
+    run, calm = (built(ToyCard(), batch_size=8) for _ in range(2))
+    run.fitted = calm.fitted = where == "a step"
+    words = run.model.backbone.get_input_embeddings().weight
+    monkeypatch.setattr(run.model.backbone, "_compiled_call_impl", run.model.backbone._call_impl)
+
+    def hook(gradient):
+        handle.remove()
+        raise TorchDynamoException("no such instruction\n\nand much more")
+
+    handle = words.register_hook(hook)
+    assert two_steps(run) == two_steps(calm)
+    assert run.model.backbone._compiled_call_impl is None
+    assert caplog.text.count("compile: off, BertModel cannot be compiled: no such instruction\n") == 1
+    handle = words.register_hook(hook)
+    with pytest.raises(TorchDynamoException):
+        loop.update(run, run.feed.draw(2))
+
+
 def test_without_a_card_of_its_own_a_lack_of_memory_names_the_key(built, monkeypatch):
     run = replace(built(), card=None)
     monkeypatch.setattr(loop.Run, "encode", out_of_memory)
-    with pytest.raises(TrainingError, match=r"(?s)toy card is full.*train.token_budget=500000"):
-        loop.update(run, run.feed.draw(0))
+    draw = run.feed.draw(0)
+    taken = len(draw[0]) * int(draw[0].length_N.max())
+    with pytest.raises(TrainingError, match=rf"(?s)toy card is full.*train.token_budget={taken // 2},"):
+        loop.update(run, draw)
 
 
 def test_the_loss_of_several_ranks_cannot_be_begun_anew(monkeypatch):
@@ -171,6 +196,63 @@ def test_ranks_begin_a_step_anew_together(tree, tmp_path):
     state = json.loads((tmp_path / "two/checkpoints/step-3/state.json").read_text())
     assert state["card"] == "toy card"
     assert 10 < state["token_budget"] < 200
+
+
+def fitted_shards(tree):
+    """Budget, chunks and norm of a first step on a rank's own card, and what is said of it."""
+    recipe = parse(Recipe, tree)
+    run = replace(loop.build(recipe, make_accelerator(recipe)), card=ToyCard(10**8 >> rank()))
+    said = []
+    budget.log.info = lambda text, *values: said.append(text % values)
+    draw = run.feed.draw(0)
+    _, _, norm = loop.update(run, draw)
+    assert all(p.grad is None or torch.isfinite(p.grad.to_local()).all() for p in run.model.backbone.parameters())
+    return run.memory.chunk_tokens, len(run.memory.plan(draw[0].length_N)), norm, run.state.card, said
+
+
+@pytest.mark.dist
+def test_ranks_with_shards_take_what_fits_the_smallest_of_their_cards(tree, tmp_path):
+    """The passes of the probe are collectives too: every rank makes the same."""
+    tree["train"] |= {"shard": True, "log_with": []}
+    (budgets, chunks, norms, cards, said) = zip(*on_ranks(2, fitted_shards, tmp_path, tree), strict=True)
+    assert len(set(budgets)) == 1
+    assert budgets[0] > 1000
+    assert (chunks, cards) == ((1, 1), ("toy card", "toy card"))
+    assert norms[0] == norms[1] > 0
+    assert said[0][-1] == f"toy card: up to {budgets[0]:,} tokens at once, as another rank has room for no more"
+    assert said[1][-1].endswith(f"up to {budgets[0]:,} tokens at once")
+
+
+def test_where_no_step_can_be_begun_anew_the_probe_is_not_either_and_less_is_taken():
+    """Other ranks wait in a pass of the probe."""
+    tried = []
+
+    def probe(texts):
+        tried.append(texts)
+        return out_of_memory() if texts > 128 else 16 * texts
+
+    with pytest.raises(TrainingError, match="one text of 16 tokens"):
+        measured_budget(ToyCard(), probe, 16, held=0, repeats=False)
+    assert tried == [128, 128, 256]
+    sizes = []
+    card = ToyCard(10**5)
+    card.peak = lambda act: (act(), 1000 + 160 * sizes[-1])[1]
+    count = lambda texts: sizes.append(texts) or 16 * texts
+    assert [measured_budget(card, count, 16, 0, repeats=one) for one in (True, False)] == [7920, 5940]
+
+
+def test_what_zero2_will_hold_and_how_its_gradients_are_tried(monkeypatch):
+    """DeepSpeed is not asked: gradients go nowhere."""
+    weight = torch.nn.Parameter(torch.ones(30))
+    groups = [{"params": [weight]}]
+    inner = SimpleNamespace(state={})
+    one = SimpleNamespace(zero=SimpleNamespace(param_groups=groups, inner=inner), bytes_a_weight=8)
+    monkeypatch.setattr(engine, "world_size", lambda: 4)
+    assert engine.Zero2.to_hold.fget(one) == (8 + 4) * 8 + 4 * engine.BUCKET_OF_ZERO2
+    inner.state = {"is": "there"}
+    assert engine.Zero2.to_hold.fget(one) == 4 * 8 + 4 * engine.BUCKET_OF_ZERO2
+    engine.Zero2.try_backward(one, (weight * 2).sum())
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("free_bytes", [2 * 10**7, 10**8])

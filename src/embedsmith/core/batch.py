@@ -7,6 +7,9 @@ the loss's backward pass `settle` returns the gradients of gathered rows to the 
 runs inside autograd, so a loss that is undefined on one rank cannot hang the others; but every rank must ask for the
 same gathered views in the same order, so a loss never branches on local data before it has asked.
 
+Who belongs to whom (ids, labels, grades) lies on the host, where it is known before anything is encoded: to compare it
+launches nothing, and no device is waited for. What follows from it for scores is sent to where these are (`to_device`).
+
 With gradients averaged over ranks, "local queries against gathered candidates" gives exactly the parameter gradient
 of one process on the whole batch (proof: tests/train/test_step.py). Tensor names: `shapes.md`.
 """
@@ -25,8 +28,9 @@ from torch import Tensor, nn
 from embedsmith.core.collectives import (
     ALONE,
     Group,
+    agreed_by_hosts,
+    gather_by_hosts,
     gather_rows,
-    max_over_ranks,
     mean_over_ranks,
     rank,
     sum_over_ranks,
@@ -61,16 +65,7 @@ class Side:
     @cached_property
     def rows(self) -> int:
         """Rows a rank contributes to the gathered view; shorter ranks are padded and masked by id."""
-        return max_over_ranks(len(self), self._device, self.group)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.local.values())).tensors()[0].device
-
-    def beside(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-        """Tensors by name, on the device of the representations."""
-        device = self._device
-        return {name: None if tensor is None else to_device(tensor, device) for name, tensor in tensors.items()}
+        return agreed_by_hosts(len(self), self.group)
 
     def all(self, head: str) -> Any:
         """The representation of all ranks' rows, in rank order. A collective on its first call for a head."""
@@ -78,7 +73,7 @@ class Side:
             return self.local[head]
         if head not in self._gathered:
             mine = self.local[head]
-            tokens = max_over_ranks(mine.token_count, self._device, self.group)
+            tokens = agreed_by_hosts(mine.token_count, self.group)
             padded = mine.pad_tokens(tokens).pad_rows(self.rows)
             self._gathered[head] = padded.map(lambda tensor: gather_rows(tensor, self.group)).leaf()
         return self._gathered[head]
@@ -89,7 +84,7 @@ class Side:
             return id_N
         padded = id_N.new_full((self.rows, *id_N.shape[1:]), ABSENT)
         padded[: len(id_N)] = id_N
-        return gather_rows(padded, self.group)
+        return gather_by_hosts(padded, self.group)
 
     def alone(self) -> Side:
         """The same leaves as one rank's batch of its own."""
@@ -149,6 +144,7 @@ class Batch(ABC):
         """
         if valid_Q is None:
             valid_Q = torch.ones(value_WQ.shape[-1], dtype=torch.bool, device=value_WQ.device)
+        valid_Q = to_device(valid_Q, value_WQ.device)
         count = mean_over_ranks(valid_Q.sum().to(value_WQ.dtype), self.group)
         return value_WQ.masked_fill(~valid_Q, 0.0).sum(-1) / count.clamp_min(1e-9)
 
@@ -180,7 +176,7 @@ class RetrievalIds:
 
     def with_sides(self, query: Side, document: Side, **shared: Any) -> RetrievalBatch:
         """The batch of these ids; `shared` are the fields of `Batch`."""
-        return RetrievalBatch(query=query, document=document, **shared, **query.beside(vars(self)))
+        return RetrievalBatch(query=query, document=document, **shared, **vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +209,7 @@ class RetrievalBatch(Batch, RetrievalIds):
     @cached_property
     def positive_id_GP(self) -> Tensor:
         """Positives of all ranks' queries. Slot counts may differ between ranks."""
-        slots = max_over_ranks(self.positive_id_QP.shape[1], self.positive_id_QP.device, self.group)
+        slots = agreed_by_hosts(self.positive_id_QP.shape[1], self.group)
         missing = slots - self.positive_id_QP.shape[1]
         return self.query.all_ids(torch.nn.functional.pad(self.positive_id_QP, (0, missing), value=ABSENT))
 
@@ -241,7 +237,7 @@ class PairIds:
 
     def with_sides(self, left: Side, right: Side, **shared: Any) -> PairBatch:
         """The batch of these pairs; `shared` are the fields of `Batch`."""
-        return PairBatch(left=left, right=right, **shared, **left.beside(vars(self)))
+        return PairBatch(left=left, right=right, **shared, **vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +258,7 @@ class PairBatch(Batch, PairIds):
 
     @cached_property
     def label_G(self) -> Tensor:
-        return gather_rows(self.label_N, self.group)
+        return gather_by_hosts(self.label_N, self.group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +283,7 @@ class GroupIds:
 
     def with_sides(self, pair: Side, **shared: Any) -> GroupBatch:
         """The batch of these groups; `shared` are the fields of `Batch`."""
-        tensors = pair.beside({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
-        return GroupBatch(pair=pair, positives=self.positives, pairs=self.pairs, **shared, **tensors)
+        return GroupBatch(pair=pair, **shared, **vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +303,7 @@ class GroupBatch(Batch, GroupIds):
         A reranker has one output: it is what every loss reads here, whatever head it names."""
         (representation,) = self.pair.local.values()
         score_N: Tensor = representation.floating()[0][:, 0]
-        return score_N[self.pair_QX.clamp_min(0)][None]
+        return score_N[to_device(self.pair_QX.clamp_min(0), score_N.device)][None]
 
 
 def gather_pair_scores(score_WN: Tensor, group: Group = None) -> Tensor:

@@ -144,10 +144,20 @@ def highest_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
     return highest
 
 
-def agreed_by_hosts(value: int) -> int:
+def agreed_by_hosts(value: int, group: Group = None) -> int:
     """The maximum over the ranks, by way of the hosts where they can talk: no device is waited for."""
-    nccl = world_size() > 1 and dist.get_backend() == "nccl"  # ranks that somebody else has joined
-    return max_over_ranks(value, torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu")
+    return max_over_ranks(value, _meeting_place(group), group)
+
+
+def gather_by_hosts(tensor: Tensor, group: Group = None) -> Tensor:
+    """`gather_rows` of a tensor that lies on the host, by the same way."""
+    return tensor if world_size(group) == 1 else gather_rows(tensor.to(_meeting_place(group)), group).cpu()
+
+
+def _meeting_place(group: Group) -> torch.device:
+    """Where small things travel: the host, but of ranks that somebody else has joined for NCCL alone."""
+    alone = world_size(group) > 1 and dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if alone else torch.device("cpu")
 
 
 def objects_of_all_ranks(value: Any, group: Group = None) -> list[Any]:
@@ -246,7 +256,7 @@ def complete_gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:  # all of them are in shards
         return []
-    holders = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device))
+    holders = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in trained], device=_meeting_place(None)))
     gradients: list[Tensor] = []
     for parameter, count in zip(trained, holders.tolist(), strict=True):
         if count > 0:

@@ -25,6 +25,7 @@ from embedsmith.core.batch import ABSENT, RetrievalBatch, Side
 from embedsmith.core.collectives import rank
 from embedsmith.core.reps import Representation, Widths
 from embedsmith.core.settings import Word
+from embedsmith.core.transfer import to_device
 
 R = TypeVar("R")
 
@@ -86,15 +87,17 @@ class Relation:
         return Relation.between(place_Q[:, None], row_QX, place_Q)
 
     def mark(self, mask_QB: Tensor, start: int, value: bool) -> None:
-        """Write `value` at every related pair of the block of candidates that begins at row `start`."""
-        edge = torch.tensor([start, start + mask_QB.shape[1]], device=self.row_J.device)
+        """Write `value` at every related pair of the block of candidates that begins at row `start`, where the mask
+        lies."""
+        edge = torch.tensor([start, start + mask_QB.shape[1]])
         low, high = torch.searchsorted(self.row_J, edge).tolist()
         key_J, row_J = self.key_J[low:high], self.row_J[low:high]
         first_J = torch.searchsorted(self.key_I, key_J)
         count_J = torch.searchsorted(self.key_I, key_J, right=True) - first_J
         pair_E = torch.repeat_interleave(torch.arange(len(key_J), device=key_J.device), count_J)
         within_E = torch.arange(len(pair_E), device=key_J.device) - (count_J.cumsum(0) - count_J)[pair_E]
-        mask_QB[self.query_I[first_J[pair_E] + within_E], row_J[pair_E] - start] = value
+        pairs = (self.query_I[first_J[pair_E] + within_E], row_J[pair_E] - start)
+        mask_QB[tuple(to_device(one_E, mask_QB.device) for one_E in pairs)] = value
 
     def holds(self, key_Q: Tensor, row_QX: Tensor) -> Tensor:
         """related_QX: whether query n, known by its one key, is related to each of the candidates `row_QX[n]`."""
@@ -113,8 +116,8 @@ negatives; other queries' `positives` only; its `own` hard negatives only (in-ba
 class Candidates:
     """Local queries and all ranks' documents of one head, with identities resolved.
 
-    `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count;
-    `valid_QP`: which slots of positives do.
+    `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count, on
+    the host; `valid_QP`: which slots of positives do, beside the representations.
     `excluded`: candidates that are never negatives of a query, by each of these relations.
     `countable_K`: a document that several ranks hold counts once. `positive_K`: it is somebody's positive.
     """
@@ -160,7 +163,7 @@ class Candidates:
             document=document,
             positive_row_QP=positive_row_QP,
             negative_row_QM=negative_row_QM,
-            valid_QP=positive_row_QP != ABSENT,
+            valid_QP=to_device(positive_row_QP != ABSENT, document.tensors()[0].device),
             excluded=(excluded,),
             countable_K=batch.first_of_its_id_K,
             positive_K=torch.zeros_like(batch.first_of_its_id_K).index_fill(0, row_GP[row_GP != ABSENT], True),
@@ -182,9 +185,14 @@ class Candidates:
             self,
             positive_row_QP=row_QP,
             negative_row_QM=self.negative_row_QM.masked_fill(chosen_QM, ABSENT),
-            valid_QP=row_QP != ABSENT,
+            valid_QP=to_device(row_QP != ABSENT, self.device),
             excluded=(*self.excluded, Relation.by_position(listed_QM)),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the representations lie."""
+        return self.query.tensors()[0].device
 
     @cached_property
     def own(self) -> Relation:
@@ -201,7 +209,7 @@ class Candidates:
         def slot(row_Q: Tensor) -> Tensor:
             return self.query.paired(self.document.rows(row_Q), self.widths)
 
-        columns = row_QX.clamp_min(0).unbind(1)
+        columns = to_device(row_QX.clamp_min(0), self.device).unbind(1)
         if self.block_size is None:
             return torch.stack([slot(row_Q) for row_Q in columns], -1)
         replayed = [checkpoint(slot, row_Q, use_reentrant=False, preserve_rng_state=False) for row_Q in columns]
@@ -213,7 +221,7 @@ class Candidates:
         counts_B = self.countable_K[block]
         if negatives != "all":
             counts_B = counts_B & self.positive_K[block]
-        mask_QB = counts_B.expand(len(self.valid_QP), size).clone()
+        mask_QB = to_device(counts_B, self.device).expand(len(self.valid_QP), size).clone()
         if negatives == "positives_and_own":
             self.own.mark(mask_QB, start, True)
         for relation in self.excluded:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, RetrievalBatch, gather_pair_scores
-from embedsmith.core.collectives import max_over_ranks
+from embedsmith.core.collectives import agreed_by_hosts
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import Finite, Positive, Word
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import NEVER, Candidates, cross_entropy, mean_over_slots
 
 
@@ -59,14 +60,15 @@ class CrossBatchBalance(Loss):
         )
         _, query_G = torch.unique(batch.query_id_G, return_inverse=True)
         negative_GM = _distinct(query_G, negative_id_GM, positive_id_GP)
+        known = (negative_GM, query_G, positive_id_GP != ABSENT)
+        negative_GM, query_G, valid_GP = (to_device(one, positive_WGP.device) for one in known)
         lse_WG = _pooled_logsumexp(negative_WGM / self.temperature, negative_GM, query_G)
         loss_WGP = cross_entropy(lse_WG[..., None], positive_WGP / self.temperature)
-        valid_GP = positive_id_GP != ABSENT
         value_WG = mean_over_slots(loss_WGP, valid_GP)
         valid_G = valid_GP.any(-1)
         value_W = value_WG.sum(-1) / valid_G.sum().clamp_min(1)
         pooled_V = torch.zeros_like(query_G).index_add(0, query_G, negative_GM.sum(1))
-        pooled = pooled_V[query_G][valid_G].sum() / valid_G.sum().clamp_min(1)
+        pooled = (pooled_V[query_G] * valid_G).sum() / valid_G.sum().clamp_min(1)
         return LossOutput(value_W, {"negatives": pooled})
 
 
@@ -78,7 +80,7 @@ def _kept(id_QX: Tensor, row_QX: Tensor) -> Tensor:
 
 def _everywhere(batch: RetrievalBatch, score_WQX: Tensor, id_QX: Tensor) -> tuple[Tensor, Tensor]:
     """score_WGX with gradient, and id_GX, of all ranks' rows; slots and rows padded to the largest rank's."""
-    slots = max_over_ranks(id_QX.shape[1], id_QX.device, batch.group)
+    slots = agreed_by_hosts(id_QX.shape[1], batch.group)
     missing = (0, slots - id_QX.shape[1], 0, batch.query.rows - len(id_QX))
     score_WQX = F.pad(score_WQX, missing)
     flat_WG = gather_pair_scores(score_WQX.flatten(1), batch.group)

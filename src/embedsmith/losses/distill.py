@@ -15,6 +15,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.reps import TEACHER, Dense, in_fp32
 from embedsmith.core.settings import Count, Positive, Word, name_of
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import NEVER, Candidates, in_blocks, masked_logsumexp, mean_over_slots, own_rows
 from embedsmith.losses.scored_list import ScoredList, derive_temperature
 
@@ -206,7 +207,7 @@ class TeacherVectors(Loss):
             )
         student_ND = in_fp32(student.vector_ND)
         teacher_ND = teacher.vector_ND.detach().to(student_ND.dtype)
-        known_N = torch.isfinite(teacher_ND).all(-1) & counts_N
+        known_N = torch.isfinite(teacher_ND).all(-1) & to_device(counts_N, teacher_ND.device)
         teacher_ND = teacher_ND.masked_fill(~known_N[:, None], 0.0)
         widths = batch.widths or (student_ND.shape[1],)
         value_WN = torch.stack([self._distance(batch, student_ND[:, :w], teacher_ND) for w in widths])
@@ -284,7 +285,8 @@ class TeacherNeighbours(Loss):
             raise DataError("no teacher vectors in this batch", where=batch.source or None, fix=fix)
         logit_WNK = side.local[self.head].scores(side.all(self.head), batch.widths) / self.temperature
         teacher_KD = in_fp32(side.all(TEACHER).vector_ND).detach().to(logit_WNK.dtype)
-        id_K, mine = side.all_ids(id_N), own_rows(side)
+        mine = own_rows(side)
+        id_K, id_N = (to_device(one, logit_WNK.device) for one in (side.all_ids(id_N), id_N))
         repeated_K = (id_K[:, None] == id_K[None, :]).tril(-1).any(-1)
         known_K = torch.isfinite(teacher_KD).all(-1) & (id_K != ABSENT) & ~repeated_K
         teacher_KD = F.normalize(teacher_KD.masked_fill(~known_K[:, None], 0.0), dim=-1)

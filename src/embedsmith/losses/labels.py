@@ -13,6 +13,7 @@ from embedsmith.core.errors import DataError
 from embedsmith.core.reps import Dense, in_fp32
 from embedsmith.core.settings import Count, Positive, Range, Word
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import in_blocks, masked_logsumexp, own_rows, rows_of
 
 
@@ -44,13 +45,14 @@ class SupervisedContrastive(Loss):
         label_Q = _labels(batch)
         everyone = batch.query.all(self.head)
         id_G, label_G = batch.query_id_G, batch.query.all_ids(label_Q)
-        first_G = rows_of(id_G, id_G) == torch.arange(len(id_G), device=id_G.device)
-        first_G = first_G & (label_G != ABSENT)
+        first_G = (rows_of(id_G, id_G) == torch.arange(len(id_G))) & (label_G != ABSENT)
+        known, device = (id_G, batch.query_id_Q, label_G, label_Q, first_G), everyone.tensors()[0].device
+        id_G, id_Q, label_G, label_Q, first_G = (to_device(one, device) for one in known)
         anchor_Q = first_G[own_rows(batch.query)]
 
         def block(start: int, score_WQB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             here = slice(start, start + score_WQB.shape[-1])
-            other_QB = first_G[here] & (id_G[here] != batch.query_id_Q[:, None])
+            other_QB = first_G[here] & (id_G[here] != id_Q[:, None])
             same_QB = other_QB & (label_G[here] == label_Q[:, None])
             logit_WQB = score_WQB / self.temperature
             return masked_logsumexp(logit_WQB, other_QB), (logit_WQB * same_QB).sum(-1), same_QB.sum(-1)
@@ -108,11 +110,12 @@ class Classifier(Loss):
         assert isinstance(layer, nn.Linear)
         assert isinstance(dense, Dense)
         known_Q = (label_Q != ABSENT) & (batch.query_id_Q != ABSENT)
+        class_Q = to_device(label_Q.clamp_min(0), dense.vector_ND.device)
 
         def at(width: int | None) -> Tensor:
             vector_QD = in_fp32(dense.vector_ND) if width is None else dense.truncate(width).vector_ND
             logit_QC = F.linear(vector_QD, layer.weight[:, :width].to(vector_QD), layer.bias.to(vector_QD))
-            return F.cross_entropy(logit_QC, label_Q.clamp_min(0), reduction="none", label_smoothing=self.smoothing)
+            return F.cross_entropy(logit_QC, class_Q, reduction="none", label_smoothing=self.smoothing)
 
         value_WQ = torch.stack([at(width) for width in batch.widths or (None,)])
         return LossOutput(batch.mean_over_rows(value_WQ, known_Q))

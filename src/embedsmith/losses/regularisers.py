@@ -18,6 +18,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Sparse
 from embedsmith.core.settings import Count, NotNegative, Range, Word
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import Relation, in_blocks, own_rows, rows_of
 
 Sides = Literal["both", "first", "second"]
@@ -128,7 +129,7 @@ class GORST(Loss):
                 for moment in (lambda score: score, torch.square)
             )
             full = one.side.local[self.head].tensors()[0].shape[1]
-            width_W = first_W.new_tensor(view.widths or (full,))
+            width_W = to_device(torch.tensor(view.widths or (full,), dtype=first_W.dtype), first_W.device)
             values.append(first_W.square() + (second_W - 1 / width_W).relu())
         stacked = torch.stack(values)
         return LossOutput(stacked.mean(0) if self.combine == "mean" else stacked.sum(0))
@@ -146,12 +147,14 @@ class _OneSide:
     def mean(self, batch: Batch, of: Callable[[Tensor], Tensor], block_size: Count | None) -> tuple[Tensor, Tensor]:
         """This rank's share of mean_W of `of(score)` over the pairs of all ranks that count, and their number."""
         id_G = self.side.all_ids(self.id_N)
-        first_G = rows_of(id_G, id_G) == torch.arange(len(id_G), device=id_G.device)
+        first_G = rows_of(id_G, id_G) == torch.arange(len(id_G))
+        device = self.side.local[self.head].tensors()[0].device
+        id_G, id_N, first_G = (to_device(one, device) for one in (id_G, self.id_N, first_G))
         first_N = first_G[own_rows(self.side)]
 
         def block(start: int, score_WNB: Tensor) -> tuple[Tensor, Tensor]:
             here = slice(start, start + score_WNB.shape[-1])
-            mask_NB = first_N[:, None] & first_G[here] & (id_G[here] != self.id_N[:, None])
+            mask_NB = first_N[:, None] & first_G[here] & (id_G[here] != id_N[:, None])
             for relation in self.close:
                 relation.mark(mask_NB, start, False)
             return of(score_WNB).masked_fill(~mask_NB, 0.0).sum((1, 2)), mask_NB.sum()
@@ -178,7 +181,7 @@ def _sides_of_retrieval(batch: RetrievalBatch, head: str) -> list[_OneSide]:
     a group."""
     key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q
     key_G, id_GP = batch.query.all_ids(key_Q), batch.positive_id_GP
-    place_G = torch.arange(len(id_GP), device=id_GP.device)
+    place_G = torch.arange(len(id_GP))
     group = Relation.between(key_Q[:, None], place_G[:, None], key_G)
     shared = Relation.between(batch.positive_id_QP, place_G[:, None].expand_as(id_GP).reshape(-1, 1), id_GP.flatten())
     row_E1 = rows_of(id_GP, batch.document_id_K).reshape(-1, 1)
@@ -240,7 +243,8 @@ class Flops(Loss):
             found = side.all(self.head)
             if not isinstance(found, Sparse):
                 raise RecipeError(f"the head {self.head!r} is not sparse", where="flops", expected="a sparse head")
-            kept = found.rows(counts_G)  # the squared mean weight of each word, over the rows that count
+            row_E = to_device(counts_G.nonzero()[:, 0], found.weight_NT.device)
+            kept = found.rows(row_E)  # the squared mean weight of each word, over the rows that count
             if kept.coordinate_NT.numel() == 0:
                 means.append(0 * kept.weight_NT.sum())
             else:

@@ -47,7 +47,7 @@ class Binary(Loss):
         own = ScoredList.of(batch, self.head)
         logit_WQX = own.score_WQX / derive_temperature(self.temperature, batch)
         grade_WQX = own.grade_QX.expand_as(logit_WQX)
-        weight = logit_WQX.new_tensor(self.positive_weight)
+        weight = logit_WQX.new_full((), self.positive_weight)
         value_WQX = F.binary_cross_entropy_with_logits(logit_WQX, grade_WQX, pos_weight=weight, reduction="none")
         return LossOutput(batch.mean_over_rows(value_WQX.flatten(1), own.there_QX.flatten()))
 

@@ -16,6 +16,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.reps import GUIDE, exceeds
 from embedsmith.core.settings import Count, Finite, NotNegative, Positive, Range, Word, name_of
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import (
     NEVER,
     Candidates,
@@ -175,6 +176,7 @@ class InfoNCE(Loss):
         if self.grades == "soft":
             grade_QM = _grades(batch.negative_grade_QM, found.negative_row_QM, unknown=0.0)
             found, grade_QX = found.listing(grade_QM > 0), torch.cat([grade_QX, grade_QM], 1)
+        grade_QX = to_device(grade_QX, found.device)
         temperature = batch.extras[self.temperature_name]() if self.learn_temperature else self.temperature
         score_WQX, valid_QX = found.scores_of(found.positive_row_QP), found.valid_QP
         valid_Q = valid_QX.any(-1)
@@ -278,7 +280,7 @@ class InfoNCE(Loss):
             return in_blocks(term.pairs, self.block_size, block)
 
         if self.negatives == "own":
-            mask_QM = found.negative_row_QM != ABSENT
+            mask_QM = to_device(found.negative_row_QM != ABSENT, found.device)
             own_QM = mask_QM if self.hardness_weight else None
             parts = [lse([view.scores_of(found.negative_row_QM) for view in views], mask_QM, own_QM, limits)]
         else:
@@ -301,7 +303,7 @@ class InfoNCE(Loss):
 def _grades(grade_QX: Tensor | None, row_QX: Tensor, unknown: float) -> Tensor:
     """Graded relevance, as wide as the row slots."""
     if grade_QX is None:
-        return torch.full(row_QX.shape, unknown, device=row_QX.device)
+        return torch.full(row_QX.shape, unknown)
     grade_QX = torch.nn.functional.pad(grade_QX, (0, row_QX.shape[1] - grade_QX.shape[1]), value=float("nan"))
     return grade_QX.nan_to_num(nan=unknown)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embedsmith.core.batch import ABSENT, Batch, GroupBatch, RetrievalBatch
 from embedsmith.core.reps import in_fp32
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import NEVER, Candidates
 
 OF_COSINES, OF_LOGITS = 0.02, 1.0
@@ -58,6 +59,8 @@ class ScoredList:
 
 
 def _listed(score_WQX: Tensor, grade_QX: Tensor, teacher_QX: Tensor, there_QX: Tensor, positives: int) -> ScoredList:
+    device = score_WQX.device
+    teacher_QX, grade_QX, there_QX = (to_device(one, device) for one in (teacher_QX, grade_QX, there_QX))
     teacher_QX, grade_QX = teacher_QX.to(score_WQX.dtype), grade_QX.to(score_WQX.dtype)
     known_QX = there_QX & torch.isfinite(teacher_QX)
     teacher_QX, grade_QX = teacher_QX.masked_fill(~known_QX, 0.0), grade_QX.masked_fill(~there_QX, 0.0)
@@ -67,5 +70,5 @@ def _listed(score_WQX: Tensor, grade_QX: Tensor, teacher_QX: Tensor, there_QX: T
 def _teacher_slots(score_QX: Tensor | None, row_QX: Tensor) -> Tensor:
     """Teacher scores as wide as the row slots; NaN where there is none."""
     if score_QX is None:
-        return torch.full(row_QX.shape, float("nan"), device=row_QX.device)
+        return torch.full(row_QX.shape, float("nan"))
     return F.pad(score_QX, (0, row_QX.shape[1] - score_QX.shape[1]), value=float("nan"))

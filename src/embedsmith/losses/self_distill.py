@@ -11,6 +11,7 @@ from embedsmith.core.batch import Batch, Loss, LossOutput, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import Count, Positive, Range, Weights, name_of
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import (
     NEVER,
     Candidates,
@@ -112,7 +113,8 @@ class M3SelfDistillation(Loss):
             mean_over_slots(torch.cat([contrast_XWQP, distilled_XWQP]), valid_QP), valid_QP.any(-1)
         )
         heads = len(self.weights)
-        scale_X1 = value_XW.new_tensor([self.lambdas[head] for head in self.weights])[:, None]
+        scales = torch.tensor([self.lambdas[head] for head in self.weights], dtype=value_XW.dtype)
+        scale_X1 = to_device(scales, value_XW.device)[:, None]
         ensemble_W, taught_XW = value_XW[heads], value_XW[heads + 1 :]
         contrast_XW = torch.stack(
             [
@@ -131,7 +133,7 @@ class M3SelfDistillation(Loss):
     def _with_ensemble(self, scores: list[Tensor]) -> Tensor:
         """score_XW...: each head's, and their weighted sum last. A head without widths is the same at every width."""
         score_XW = torch.stack(torch.broadcast_tensors(*scores))
-        weight_X = score_XW.new_tensor(list(self.weights.values()))
+        weight_X = to_device(torch.tensor(list(self.weights.values()), dtype=score_XW.dtype), score_XW.device)
         return torch.cat([score_XW, torch.tensordot(weight_X, score_XW, dims=1)[None]])
 
     def _negatives(self, batch: RetrievalBatch, found: list[Candidates]) -> tuple[Tensor, Tensor]:

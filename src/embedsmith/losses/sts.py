@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 
 from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, PairBatch, gather_pair_scores
-from embedsmith.core.collectives import gather_rows
+from embedsmith.core.collectives import gather_by_hosts
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, Widths, in_fp32
 from embedsmith.core.settings import Positive, Word
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import NEVER
 
 
 def gathered_pairs(
     batch: Batch, head: str, cross_device: bool, scorer: Callable[[PairBatch], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """score_WN and label_N of the pairs of all ranks (of this rank's alone unless `cross_device`); rows without a text
-    are left out. Scores are the head's, or what `scorer` makes of a batch."""
+    """score_WN of the pairs of all ranks (of this rank's alone unless `cross_device`), and on the host their label_N;
+    rows without a text are left out. Scores are the head's, or what `scorer` makes of a batch."""
     assert isinstance(batch, PairBatch)
     batch = batch if cross_device else batch.alone()
     score_WN = batch.scores(head) if scorer is None else scorer(batch)
-    real_N = gather_rows(batch.left_id_N, batch.group) != ABSENT
-    score_WN = gather_pair_scores(score_WN, batch.group)[:, real_N]
-    return score_WN, batch.label_G[real_N].to(score_WN.dtype)
+    place_N = (gather_by_hosts(batch.left_id_N, batch.group) != ABSENT).nonzero()[:, 0]
+    score_WN = gather_pair_scores(score_WN, batch.group)[:, to_device(place_N, score_WN.device)]
+    return score_WN, batch.label_G[place_N].to(score_WN.dtype)
 
 
 @losses.register(
@@ -68,8 +69,9 @@ class CoSENT(Loss):
 def ordering_loss(logit_WN: Tensor, label_N: Tensor) -> Tensor:
     """value_W = log(1 + sum_{y_a > y_b} e^{z_b - z_a}), by a running logsumexp over the pairs in order of label."""
     sorted_N, order_N = torch.sort(label_N)
-    logit_WN = logit_WN[:, order_N]
     below_N = torch.searchsorted(sorted_N, sorted_N)  # pairs with a lower label: they end just before this place
+    order_N, below_N = (to_device(one, logit_WN.device) for one in (order_N, below_N))
+    logit_WN = logit_WN[:, order_N]
     running_WN = torch.logcumsumexp(logit_WN, -1)[:, (below_N - 1).clamp_min(0)]
     term_WN = (running_WN - logit_WN).masked_fill(below_N == 0, NEVER)
     zero_W1 = term_WN.new_zeros(len(term_WN), 1)
@@ -168,7 +170,7 @@ class Pearson(Loss):
     def __call__(self, batch: Batch) -> LossOutput:
         score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device)
         count = max(len(label_N), 1)
-        label_N = label_N - label_N.sum() / count
+        label_N = to_device(label_N - label_N.sum() / count, score_WN.device)
         score_WN = score_WN - score_WN.sum(-1, keepdim=True) / count
         covariance_W = (score_WN * label_N).sum(-1) / count
         score_variance_W, label_variance = score_WN.square().sum(-1) / count, label_N.square().sum() / count
@@ -206,11 +208,11 @@ class RankKL(Loss):
 
     def __call__(self, batch: Batch) -> LossOutput:
         score_WN, label_N = gathered_pairs(batch, self.head, self.cross_device)
-        log_target_N = (rank_targets(label_N) / self.temperature).log_softmax(-1)
+        log_target_N = to_device((rank_targets(label_N) / self.temperature).log_softmax(-1), score_WN.device)
         log_score_WN = (score_WN / self.temperature).log_softmax(-1)
         divergence_W = (log_target_N.exp() * (log_target_N - log_score_WN)).sum(-1)
         divergence_W = divergence_W / max(len(label_N), 1) if self.reduction == "reference" else divergence_W
-        tied = (label_N == label_N[:1]).all()
+        tied = to_device((label_N == label_N[:1]).all(), score_WN.device)
         return LossOutput(divergence_W.where(~tied, 0 * divergence_W))
 
 
@@ -279,13 +281,16 @@ class _PreferenceRanking(torch.autograd.Function):
         first = sum(count == 0 for count in below)  # the lowest labels are no anchors
         lowest = int(end_V[first - 1]) if first else 0
         anchors, gradient_WN = max(len(label_N) - lowest, 1), torch.zeros_like(logit_WN)
+        row_A = torch.repeat_interleave(size_V)  # the level of each label
+        known = (label_N, level_V, row_A, order_N)
+        label_N, level_V, row_A, order_N = (to_device(one, logit_WN.device) for one in known)
         sorted_WN, values = logit_WN[:, order_N], []
         for logit_N, gradient_N in zip(sorted_WN.unbind(), gradient_WN.unbind(), strict=True):
             over, start = [logit_N.new_zeros(0)], lowest
             for row in range(first, len(below), _PreferenceRanking.BLOCK):
                 rows = slice(row, row + _PreferenceRanking.BLOCK)
                 stop = int(end_V[rows][-1])
-                block = (logit_N[:stop], label_N[:stop], level_V[rows], size_V[rows])
+                block = (logit_N[:stop], label_N[:stop], level_V[rows], row_A[start:stop] - row)
                 over.append(_rank_block(*block, start, below[row], gradient_N[:stop]))
                 start = stop
             values.append(torch.nn.functional.softplus(torch.cat(over), threshold=50.0).sum() / anchors)
@@ -302,17 +307,16 @@ _TIE = 1e-8
 
 
 def _rank_block(
-    logit_N: Tensor, label_N: Tensor, level_V: Tensor, size_V: Tensor, start: int, below: int, gradient_N: Tensor
+    logit_N: Tensor, label_N: Tensor, level_V: Tensor, level_A: Tensor, start: int, below: int, gradient_N: Tensor
 ) -> Tensor:
     """By how much the logsumexp below exceeds the anchor's own logit, for the anchors from `start` on, whose labels
-    are `level_V`, `size_V` anchors each; adds the gradient of their terms to `gradient_N`. The first `below` labels
+    are `level_V`, `level_A` that of each; adds the gradient of their terms to `gradient_N`. The first `below` labels
     are below all of these anchors. (V: distinct labels, A: anchors.)"""
     gap_VN = level_V[:, None] - label_N
     power_VN = gap_VN * logit_N
     power_VN[:, below:].masked_fill_(gap_VN[:, below:] <= _TIE, float("-inf"))
     top_V1 = power_VN.amax(1, keepdim=True)
     total_V = power_VN.sub_(top_V1).exp_().sum(1)
-    level_A = torch.repeat_interleave(size_V)  # the row of each anchor
     widest_A = gap_VN[:, 0][level_A]
     over_A = torch.addcmul((total_V.log() + top_V1[:, 0])[level_A], logit_N[start:], widest_A, value=-1)
     share_A = over_A.sigmoid()

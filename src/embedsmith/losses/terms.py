@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from embedsmith.core.batch import ABSENT, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import Candidates, Pair, Relation, rows_of
 
 
@@ -29,7 +30,7 @@ def other_queries(batch: RetrievalBatch, heads: Sequence[str], mask_false_negati
     """Queries against other queries: not the same text, nor (masking false negatives) one with a positive in common.
     All heads but the first are compared at their whole width."""
     id_G, id_GP = batch.query_id_G, batch.positive_id_GP
-    place_G = torch.arange(len(id_G), device=id_G.device)
+    place_G, device = torch.arange(len(id_G)), batch.query.local[heads[0]].tensors()[0].device
     counts_G = rows_of(id_G, id_G) == place_G
     excluded = [Relation.between(batch.query_id_Q[:, None], place_G[:, None], id_G)]
     if mask_false_negatives:
@@ -37,7 +38,8 @@ def other_queries(batch: RetrievalBatch, heads: Sequence[str], mask_false_negati
         excluded.append(Relation.between(batch.positive_id_QP, place_E[:, None], id_GP.flatten()))
 
     def mask(start: int, size: int) -> Tensor:
-        mask_QB = counts_G[start : start + size].expand(len(batch.query), size).clone()
+        counts_B = to_device(counts_G[start : start + size], device)
+        mask_QB = counts_B.expand(len(batch.query), size).clone()
         for relation in excluded:
             relation.mark(mask_QB, start, False)
         return mask_QB
@@ -50,7 +52,7 @@ def other_positives(views: Sequence[Candidates]) -> Iterator[Term]:
     """For each slot, its positive against other queries' positives. `views`: the same candidates as several heads see
     them."""
     found = views[0]
-    for row_Q in found.positive_row_QP.clamp_min(0).unbind(1):
+    for row_Q in to_device(found.positive_row_QP.clamp_min(0), found.device).unbind(1):
         mask = lambda start, size: found.allowed(start, size, "positives")
         yield Term([(view.document.rows(row_Q), view.document, view.widths) for view in views], mask)
 
@@ -83,15 +85,17 @@ class CrossBatchMemory(nn.Module):
         query = found.query
         if not isinstance(query, Dense):
             raise RecipeError(f"memory of a {type(query).__name__} head", expected="a dense head")
-        place_X = torch.arange(len(self.id_X), device=self.id_X.device)
-        counts_X = (self.id_X != ABSENT) & (self.source_X == _number(batch.source))
-        counts_X &= rows_of(self.id_X, self.id_X) == place_X
-        counts_X &= rows_of(self.id_X, batch.document_id_K) == ABSENT
+        id_X, key_X, source_X = (one.cpu() for one in (self.id_X, self.key_X, self.source_X))  # a GPU is waited for
+        place_X = torch.arange(len(id_X))
+        counts_X = (id_X != ABSENT) & (source_X == _number(batch.source))
+        counts_X &= rows_of(id_X, id_X) == place_X
+        counts_X &= rows_of(id_X, batch.document_id_K) == ABSENT
         key_Q = _keys(batch)
-        known = Relation.between(key_Q[:, None], place_X[:, None], self.key_X)
+        known = Relation.between(key_Q[:, None], place_X[:, None], key_X)
 
         def mask(start: int, size: int) -> Tensor:
-            mask_QB = counts_X[start : start + size].expand(len(query), size).clone()
+            counts_B = to_device(counts_X[start : start + size], found.device)
+            mask_QB = counts_B.expand(len(query), size).clone()
             if mask_false_negatives:
                 known.mark(mask_QB, start, False)
             return mask_QB
@@ -113,17 +117,17 @@ class CrossBatchMemory(nn.Module):
         key_K = torch.full_like(id_K, largest)
         key_K.scatter_reduce_(0, row_GP[asked_GP], key_G[:, None].expand_as(row_GP)[asked_GP], reduce="amin")
         key_K = key_K.masked_fill(key_K == largest, ABSENT)
-        row_E = (batch.first_of_its_id_K & torch.isfinite(vector_KD).all(1)).nonzero()[:, 0]
+        row_E = (batch.first_of_its_id_K & torch.isfinite(vector_KD).all(1).cpu()).nonzero()[:, 0]
         row_E = row_E[torch.argsort(id_K[row_E])]
         source_E = torch.full_like(row_E, _number(batch.source))
         size = len(self.id_X)
         for kept, new in (
-            (self.vector_XD, vector_KD[row_E].to(self.vector_XD.dtype)),
+            (self.vector_XD, vector_KD[to_device(row_E, vector_KD.device)].to(self.vector_XD.dtype)),
             (self.id_X, id_K[row_E]),
             (self.key_X, key_K[row_E]),
             (self.source_X, source_E),
         ):
-            kept.copy_(torch.cat([new, kept])[:size])
+            kept.copy_(torch.cat([to_device(new, kept.device), kept])[:size])
 
 
 def without_memory(extras: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

@@ -13,6 +13,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, Widths
 from embedsmith.core.settings import Count, NotNegative, Range, Weights, name_of
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import swapped
 from embedsmith.losses.terms import without_memory
 
@@ -127,7 +128,7 @@ class Matryoshka(_Wrapper):
         widths = self.widths(dimension)
         output = self.inner(replace(batch, widths=widths))
         value_W = output.value_W.expand(len(widths))
-        weight_W = value_W.new_tensor(self.width_weights(dimension))
+        weight_W = to_device(torch.tensor(self.width_weights(dimension), dtype=value_W.dtype), value_W.device)
         share_W = weight_W / weight_W.sum()
         parts = {name: part if part.dim() == 0 else (part * share_W).sum() for name, part in output.parts.items()}
         named = {f"width_{width}": value.detach() for width, value in zip(widths, value_W.unbind(), strict=True)}

@@ -40,7 +40,8 @@ from embedsmith.core.words import folded, letters, runs
 from embedsmith.data.record import text_id
 from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
-from embedsmith.search.exact import FloatArray, IndexArray, TopK
+from embedsmith.search.exact import FloatArray, IndexArray, TopK, on_device, search_device
+from embedsmith.search.given_pairs import one_to_one
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder, join
 from embedsmith.search.top_k import merged_top_k
 
@@ -48,7 +49,6 @@ T = TypeVar("T")
 
 PIECE = 2048
 """Texts a file of cached vectors holds, and documents scored at once."""
-_PAIRS = 2**14
 _BLOCK = 256
 """Scores of which the highest is looked at, where the best of very many are sought."""
 
@@ -290,20 +290,21 @@ class EmbeddingSearcher(Searcher):
         return top_of_pieces(query, self.documents.pieces(), k)
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
-        """Piece by piece of the corpus, so that each is read once."""
+        """Piece by piece of the corpus, so that each is read once, on a GPU where there is one."""
         score_E = np.zeros(len(row_E), np.float32)
         if len(row_E) == 0:
             return score_E
         rows, place_E = np.unique(row_E, return_inverse=True)
         query = self.queries.rows(rows)
+        device = search_device(query)
+        query = on_device(query, device)
         order = np.argsort(index_E, kind="stable")
         cuts = np.flatnonzero(np.diff(index_E[order] // PIECE)) + 1
+        found: list[torch.Tensor] = []
         for entries in np.split(order, cuts):
-            piece = self.documents.piece(int(index_E[entries[0]]) // PIECE * PIECE)
-            for part in np.split(entries, range(_PAIRS, len(entries), _PAIRS)):
-                left = query.rows(torch.from_numpy(place_E[part]))
-                right = piece.rows(torch.from_numpy(index_E[part] % PIECE))
-                score_E[part] = left.paired(right)[0].numpy()
+            piece = on_device(self.documents.piece(int(index_E[entries[0]]) // PIECE * PIECE), device)
+            found += one_to_one(query, piece, place_E[entries], index_E[entries] % PIECE)
+        score_E[order] = torch.cat(found).cpu().numpy()  # the one wait for a GPU
         return score_E
 
 

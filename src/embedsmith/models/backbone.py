@@ -464,14 +464,25 @@ def takes(backbone: nn.Module, argument: str) -> bool:
 
 def call_backbone(backbone: Any, arguments: Mapping[str, Any]) -> Any:
     """Its output. A backbone that torch.compile cannot compile is run without, from here on, and a line says so."""
-    if backbone._compiled_call_impl is None:
-        return backbone(**arguments)
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         return backbone(**arguments)
-    except TorchDynamoException as error:
-        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-        log.warning("compile: off, %s cannot be compiled: %s", type(backbone).__name__, reason)
-        backbone._compiled_call_impl = None
-        return backbone(**arguments)
+    except Exception as error:  # a compiler has errors of many kinds
+        if not stops_compiling(backbone, error):
+            raise
+    return backbone(**arguments)
+
+
+def stops_compiling(backbone: Any, error: Exception) -> bool:
+    """Whether an error is one of torch.compile: then the backbone runs without from here on, and a line says so. A
+    backward pass may be compiled only when it is first needed, so its error comes there."""
+    if backbone._compiled_call_impl is None:
+        return False
+    from torch._dynamo.exc import TorchDynamoException
+
+    code = type(error).__module__.split(".")
+    if not (isinstance(error, TorchDynamoException) or code[0] == "triton" or code[:2] == ["torch", "_inductor"]):
+        return False
+    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    log.warning("compile: off, %s cannot be compiled: %s", type(backbone).__name__, reason)
+    backbone._compiled_call_impl = None
+    return True

@@ -29,6 +29,7 @@ from embedsmith.core.reps import (
     in_fp32,
 )
 from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch, one_of
+from embedsmith.core.transfer import to_device
 from embedsmith.models import by_role
 from embedsmith.models.attention import Attention, SoftMask
 from embedsmith.models.backbone import call_backbone, takes, takes_positions
@@ -268,7 +269,7 @@ class Embedder(nn.Module):
                 middle_NH = pooled(self._plain_pooling, middle, pool_NT, padded)
                 reps["middle"] = Dense(F.normalize(middle_NH, dim=-1))
             if "tokens" in outputs:
-                special_S = torch.tensor(self.tokenizer.all_special_ids, device=padded.id_NT.device)
+                special_S = to_device(torch.tensor(self.tokenizer.all_special_ids), padded.id_NT.device)
                 last_NTH = padded.spread(last) if self.packing else last
                 reps["tokens"] = MultiVector(last_NTH, padded.mask_NT & ~one_of(padded.id_NT, special_S))
             for name, head in heads.items():
@@ -303,7 +304,7 @@ class Embedder(nn.Module):
 
     def _part(self, padded: PaddedTokens, with_prompt: bool) -> Tensor:
         """part_NT: the tokens of a text that say something of it."""
-        left_out_S = None if self._left_out_S is None else self._left_out_S.to(padded.id_NT.device)
+        left_out_S = None if self._left_out_S is None else to_device(self._left_out_S, padded.id_NT.device)
         return pool_mask(padded, with_prompt and self.settings.echo is None, left_out_S)
 
     def _pool_mask(self, padded: PaddedTokens) -> Tensor:
@@ -330,7 +331,7 @@ class Embedder(nn.Module):
         """The same as the backbone gives it: of a packed chunk one row, [1, S, H]."""
         dtype, implementation = next(self.backbone.parameters()).dtype, self.backbone.config._attn_implementation
         if self.packing:
-            arguments = packed(padded, self.attention, self.backbone, self._first_position)
+            arguments = packed(padded, self.attention, self.backbone, self._first_position, self.packs.kernel)
         else:
             seen_NT = self._seen(padded)
             if self.attention.mode == "softmask" and self.training:  # as much of the future as the run is along

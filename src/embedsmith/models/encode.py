@@ -193,7 +193,7 @@ def derive_dtype(device: torch.device) -> ComputeType:
 
 
 def settled_dtype(dtype: Compute | None, device: torch.device) -> ComputeType | None:
-    """What is computed in; what `auto` chose is said, and a CPU on which bfloat16 is slow is warned of, once."""
+    """What is computed in; what `auto` chose is said, and where bfloat16 is slow is warned of, once."""
     if dtype == "auto":
         dtype = derive_dtype(device)
         _say_once(f"dtype=auto: computes in {dtype} on {device}")
@@ -201,6 +201,11 @@ def settled_dtype(dtype: Compute | None, device: torch.device) -> ComputeType | 
         _warn_once(
             "this processor has no arithmetic in bfloat16 (neither avx512_bf16 nor amx_bf16): it is several times "
             "slower there than float32; leave dtype out, or give dtype=auto"
+        )
+    elif dtype == "bfloat16" and device.type == "cuda" and derive_dtype(device) != "bfloat16":
+        _warn_once(
+            f"{torch.cuda.get_device_name(device)} has no arithmetic in bfloat16, which is slower there than float16; "
+            "give dtype=auto, or float16"
         )
     return dtype
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from embedsmith.core.progress import log
 from embedsmith.models.backbone import takes
+from embedsmith.models.row_kernels import half_of
 from embedsmith.models.self_test import (
     example_ids,
     first_layer_weight,
@@ -83,7 +84,7 @@ def _restore_code(code: ModuleType, before: Mapping[str, Any], rotation: Any) ->
 
 
 def _measured(backbone: Any) -> list[tuple[Tensor, Tensor | None, torch.dtype | None]]:
-    """States and a gradient of made-up texts, in the numbers of the weights and, where these are fp32, under bf16."""
+    """States and a gradient of made-up texts, in the numbers of the weights and, where these are fp32, in 16 bits."""
     id_NT = example_ids(backbone, backbone.device)
     mask_NT = torch.ones_like(id_NT)
     arguments: dict[str, Any] = {"input_ids": id_NT, "attention_mask": mask_NT}
@@ -96,8 +97,9 @@ def _measured(backbone: Any) -> list[tuple[Tensor, Tensor | None, torch.dtype | 
         with kernel_precision(backbone):
             found.append((*states_and_gradient(backbone, arguments, place_S, weight), None))
         if backbone.dtype == torch.float32:
-            with torch.autocast(backbone.device.type, torch.bfloat16):
-                found.append((*states_and_gradient(backbone, arguments, place_S, weight), torch.bfloat16))
+            half = half_of(backbone.device)
+            with torch.autocast(backbone.device.type, half):
+                found.append((*states_and_gradient(backbone, arguments, place_S, weight), half))
     finally:
         backbone.train(was_training)
     return found

@@ -7,12 +7,12 @@ of varlen.py as cumulative lengths, to flex attention as a block mask, to sdpa a
 self-test on the model itself refuses it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from embedsmith.core.errors import ModelError
@@ -20,6 +20,8 @@ from embedsmith.core.progress import log, transformers_silenced
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.attention import Attention, as_mask
 from embedsmith.models.backbone import position_table, takes
+from embedsmith.models.flex_rows import text_blocks
+from embedsmith.models.row_kernels import NOT_INSTALLED, ROW_KERNELS, dropout_agrees, drops_attention, half_of
 from embedsmith.models.self_test import (
     LENGTH,
     SHORTER,
@@ -30,24 +32,26 @@ from embedsmith.models.self_test import (
     states_agree,
     states_and_gradient,
 )
-from embedsmith.models.varlen import VARLEN, dropout_agrees, kernels_missing
+from embedsmith.models.varlen import VARLEN
 
 BUCKET = 64
-"""Tokens to a multiple of which the row of a compiled model is filled up: few graphs, and sizes that kernels like."""
+"""Tokens to a multiple of which a row is filled up for what is compiled: few graphs, and sizes that kernels like."""
 
 
-def packed(padded: PaddedTokens, attention: Attention, backbone: Any, first: int) -> dict[str, Any]:
+def packed(
+    padded: PaddedTokens, attention: Attention, backbone: Any, first: int, kernel: str | None = None
+) -> dict[str, Any]:
     """The backbone's arguments for the real tokens of a chunk as one row; positions begin anew with every text, at
-    `first`.
+    `first`. `kernel`: the one of `ROW_KERNELS` that computes its attention.
 
-    The row of a compiled backbone ends with one more text, of made-up tokens, that fills it up to a bucket.
+    The row of what is compiled ends with one more text, of made-up tokens, that fills it up to a bucket.
     """
     implementation, size = backbone.config._attn_implementation, padded.mask_NT.shape[1]
     place_S, longest = padded.place_S, size
     id_S = padded.id_NT.flatten()[place_S]
     column_S = (padded.mask_NT.cumsum(1) - 1).flatten()[place_S]
     text_S, length_N = place_S // size, padded.mask_NT.sum(1)
-    if backbone._compiled_call_impl is not None:
+    if backbone._compiled_call_impl is not None or kernel == "flex":
         more = -len(id_S) % BUCKET
         longest = -(-max(size, BUCKET) // BUCKET) * BUCKET
         id_S, text_S = F.pad(id_S, (0, more)), F.pad(text_S, (0, more), value=len(length_N))
@@ -62,21 +66,14 @@ def packed(padded: PaddedTokens, attention: Attention, backbone: Any, first: int
         return arguments | {
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=id_S.device),
             "row_place_S": text_S * longest + column_S,
-            "row_kernel": kernels_missing(backbone) is None,
+            "row_kernel": kernel,
+            "row_blocks": {},
             "sees_all": attention.how == "mask4d",
         }
     if implementation.startswith("flash"):
         return arguments
     if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            same = text_S[query] == text_S[key]
-            return same & (query >= key) if attention.causal else same
-
-        size, device = len(text_S), text_S.device
-        blocks = create_block_mask(sees, None, None, size, size, device=str(device), _compile=device.type == "cuda")
-        return arguments | {"attention_mask": blocks}
+        return arguments | {"attention_mask": text_blocks(text_S, attention.causal, None)}
     sees_SS = text_S[:, None] == text_S[None, :]
     sees_SS = sees_SS.tril() if attention.causal else sees_SS
     dtype = next(backbone.parameters()).dtype
@@ -101,10 +98,12 @@ def unpacked(states: Any, padded: PaddedTokens) -> BaseModelOutput:
 
 @dataclass(frozen=True)
 class Packing:
-    """Whether a model packs its chunks (`on`), and `why` or why not, in words."""
+    """Whether a model packs its chunks (`on`), and `why` or why not, in words. `kernel`: the one of `ROW_KERNELS` that
+    computes its attention."""
 
     on: bool = False
     why: str = "not asked for"
+    kernel: str | None = None
 
     def __str__(self) -> str:
         return f"{'on' if self.on else 'off'} ({self.why})"
@@ -130,7 +129,7 @@ def decide_packing(
     try:
         if fast and implementation is None:
             _use_varlen(backbone)
-        check_packing(backbone, attention, max_length)
+        found = proven_packing(backbone, attention, max_length)
     except ModelError as error:
         changed = backbone.config._attn_implementation != name
         backbone.config._attn_implementation = name
@@ -139,14 +138,9 @@ def decide_packing(
             return Packing(why=error.what)
         if not changed:
             raise
-        check_packing(backbone, attention, max_length)  # by a mask, as without a GPU
-    found = backbone.config._attn_implementation
-    missing = kernels_missing(backbone) if found == VARLEN else None
-    how = f"through {found}, proven on this model" + (
-        f"; attention itself is padded, since {missing}" if missing else ""
-    )
-    log.info("packing: on, %s", how)
-    return Packing(True, how)
+        found = proven_packing(backbone, attention, max_length)  # by a mask, as without a GPU
+    log.info("packing: on, %s", found.why)
+    return found
 
 
 def _is_fast(backbone: Any) -> bool:
@@ -160,12 +154,38 @@ def _use_varlen(backbone: Any) -> None:
         raise ModelError(f"{type(backbone).__name__} takes no attention but its own", fix="set model.packing=false")
 
 
-def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
-    """Prove on the model itself that two texts in one row have the states, and pass on the gradient, that they have
-    apart. Where a window limits what tokens see, texts of twice its length are taken.
+def proven_packing(backbone: Any, attention: Attention, max_length: int) -> Packing:
+    """The attention under which two texts in one row have, on the model itself, the states, and pass on the gradient,
+    that they have apart: of our own the best kernel that passes. Where a window limits what tokens see, texts of twice
+    its length are taken.
 
     Errors: `ModelError` for softmask training, for windows that a mask would lift, and where the states differ.
     """
+    name, implementation = type(backbone).__name__, backbone.config._attn_implementation
+    length = _length_of_proof(backbone, attention, max_length)
+    failed: dict[str, list[str]] = {}
+    for key, kernel in ROW_KERNELS.items() if implementation == VARLEN else ():
+        reason = kernel.lacks(backbone)
+        if reason is None and not kernel.drops and drops_attention(backbone):
+            reason = "it drops no share of attention, as this model does while it trains"
+        if (reason := reason or _difference(backbone, attention, length, key)) is None:
+            return Packing(True, f"through {kernel.words}, proven on this model{_because(failed)}", key)
+        failed.setdefault(reason, []).append(kernel.words)
+    if reason := _difference(backbone, attention, length, None):
+        raise ModelError(f"{name} cannot be packed: {reason}", fix="set model.packing=false")
+    if implementation != VARLEN:
+        return Packing(True, f"through {implementation}, proven on this model")
+    return Packing(True, f"attention alone is padded, proven on this model{_because(failed)}")
+
+
+def _because(failed: Mapping[str, list[str]]) -> str:
+    """Why not through other kernels. That a package is not there is no reason: torch brings what it does, too."""
+    told = (f"; not through {', '.join(words)}: {why}" for why, words in failed.items() if why != NOT_INSTALLED)
+    return "".join(told)
+
+
+def _length_of_proof(backbone: Any, attention: Attention, max_length: int) -> int:
+    """Tokens of the texts that a row is tried with. Errors: `ModelError` for what no row can be tried with."""
     name, implementation = type(backbone).__name__, backbone.config._attn_implementation
     if attention.mode == "softmask":
         raise ModelError(
@@ -186,30 +206,36 @@ def check_packing(backbone: Any, attention: Attention, max_length: int) -> None:
             fix=f"set model.packing=false, model.max_length={window}, or on a GPU "
             "model.attn_implementation=flash_attention_2",
         )
-    length = LENGTH if window >= max_length else max(min(2 * window + 2, max_length), LENGTH)
-    reason = "it takes no positions" if not takes(backbone, "position_ids") else None
-    if reason := reason or _difference(backbone, attention, length):
-        raise ModelError(f"{name} cannot be packed: {reason}", fix="set model.packing=false")
+    if not takes(backbone, "position_ids"):
+        raise ModelError(f"{name} cannot be packed: it takes no positions", fix="set model.packing=false")
+    return LENGTH if window >= max_length else max(min(2 * window + 2, max_length), LENGTH)
 
 
-def _difference(backbone: Any, attention: Attention, length: int) -> str | None:
-    """What is different in a row, in words, in the numbers of the weights, and in those of autocast where a kernel is
-    used under it alone; `None` where nothing is."""
+def _difference(backbone: Any, attention: Attention, length: int, kernel: str | None) -> str | None:
+    """What is different in a row, in words: in the numbers of the weights, and in those of autocast where a kernel is
+    used; `None` where nothing is."""
     try:
         with kernel_precision(backbone):
-            same = _same(backbone, attention, length, None)
-        if backbone.config._attn_implementation == VARLEN and kernels_missing(backbone) is None:
-            same = same and dropout_agrees(backbone)
+            same = _same(backbone, attention, length, kernel, None)
+        if same and kernel is not None:
+            same = not ROW_KERNELS[kernel].drops or dropout_agrees(backbone, ROW_KERNELS[kernel])
             if same and backbone.dtype == torch.float32:
-                with torch.autocast(backbone.device.type, torch.bfloat16):
-                    same = _same(backbone, attention, length, torch.bfloat16)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        # a family whose own code cannot take this mask or these positions
+                half = half_of(backbone.device)
+                with torch.autocast(backbone.device.type, half):
+                    same = _same(backbone, attention, length, kernel, half)
+    except _FAILURES as error:
+        # a family whose own code cannot take this mask or these positions, or a kernel that this machine cannot run
         return f"its code fails on a row ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
     return None if same else "a text's states depend on what else is in its row"
 
 
-def _same(backbone: Any, attention: Attention, length: int, dtype: torch.dtype | None) -> bool:
+_FAILURES = (
+    *(RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError),
+    *(ImportError, OSError, AssertionError),
+)
+
+
+def _same(backbone: Any, attention: Attention, length: int, kernel: str | None, dtype: torch.dtype | None) -> bool:
     """Whether states and gradient agree within the rounding of `dtype`, or of what the backbone computes in."""
     id_NT = example_ids(backbone, backbone.device, length=length)
     mask_NT = torch.ones_like(id_NT, dtype=torch.bool)
@@ -220,12 +246,12 @@ def _same(backbone: Any, attention: Attention, length: int, dtype: torch.dtype |
     apart: dict[str, Any] = {"input_ids": id_NT, "attention_mask": mask, **more}
     if attention.how == "mask4d":
         apart["position_ids"] = (mask_NT.cumsum(1) - 1).clamp_min(0)
-    row = packed(padded, attention, backbone, first_position(backbone)) | more
+    row = packed(padded, attention, backbone, first_position(backbone), kernel) | more
     weight, was_training = first_layer_weight(backbone), backbone.training
     backbone.eval()
     try:
         expected_SH, pull = states_and_gradient(backbone, apart, padded.place_S, weight)
-        found_SH, found_pull = states_and_gradient(backbone, row, slice(None), weight)
+        found_SH, found_pull = states_and_gradient(backbone, row, slice(len(padded.place_S)), weight)
     finally:
         backbone.train(was_training)
     agree = states_agree(backbone, expected_SH, found_SH, dtype)

@@ -11,6 +11,7 @@ from embedsmith.core.collectives import mean_over_ranks
 from embedsmith.core.reps import in_fp32
 from embedsmith.core.settings import Word
 from embedsmith.core.shelf import losses
+from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import own_rows
 
 Texts = Literal["documents", "queries", "both"]
@@ -118,9 +119,9 @@ def _sums(batch: Batch, sides: Texts, head: str) -> torch.Tensor:
     assert isinstance(batch, RetrievalBatch)
     own_N = batch.first_of_its_id_K[own_rows(batch.document)]  # a text that several ranks hold counts once
     both = {"queries": (batch.query, batch.query_id_Q != ABSENT), "documents": (batch.document, own_N)}
-    rows = [
-        in_fp32(side.local[head].tensors()[0]).masked_fill(~counts_N[:, None], 0.0)
-        for name, (side, counts_N) in both.items()
-        if sides in (name, "both")
-    ]
+    rows: list[torch.Tensor] = []
+    for name, (side, counts_N) in both.items():
+        if sides in (name, "both"):
+            sum_N4 = in_fp32(side.local[head].tensors()[0])
+            rows.append(sum_N4.masked_fill(~to_device(counts_N, sum_N4.device)[:, None], 0.0))
     return torch.cat(rows).sum(0)

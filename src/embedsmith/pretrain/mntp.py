@@ -14,6 +14,7 @@ always the mask token).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class MntpHead(Head):
     def forward(self, model: ModelForHead, padded: PaddedTokens) -> Dense:
         """number_N2: the sum of the hidden tokens' cross-entropies, and how many there are."""
         hidden_NT = hidden_words(padded, self.special_S)
-        shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
+        shown = replace(padded, id_NT=self._replaced(padded.id_NT, hidden_NT))
         before_NTH = model.states(shown).last_hidden_state[:, :-1]
         chosen_NT = hidden_NT[:, 1:]
         with torch.autocast(before_NTH.device.type, enabled=False):

@@ -16,6 +16,7 @@ pre-trained; ratios are that code's defaults (M3's own are not published).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class RetroMaeHead(Head):
         """number_N4: cross-entropy sum and count of the masked tokens, the same of the decoder's."""
         word_NT = self.whole.words(padded)
         hidden_NT = random_words(word_NT, self.whole.groups(padded.id_NT), ENCODER_SHARE)
-        shown = PaddedTokens(self._replaced(padded.id_NT, hidden_NT), padded.mask_NT, padded.body_NT, padded.is_query_N)
+        shown = replace(padded, id_NT=self._replaced(padded.id_NT, hidden_NT))
         state_NTH = model.states(shown).last_hidden_state
         row_N = torch.arange(len(state_NTH), device=state_NTH.device)
         sentence_NH = state_NTH[row_N, first_index(padded.mask_NT)]

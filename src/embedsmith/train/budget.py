@@ -22,6 +22,9 @@ from embedsmith.train.step import Memory
 SHARE = 0.8
 """Of the memory that is left, what encoding may take: the rest is for representations, the loss and fragments."""
 
+SHARE_OF_ONE_TRY = 0.6
+"""The same where a step that runs out of memory cannot be begun anew."""
+
 PROBE_TOKENS = 2048
 """Tokens of the smaller probe: enough that what every step costs is not most of it."""
 
@@ -74,34 +77,42 @@ def card_of(device: torch.device) -> Card | None:
     return CudaCard(device) if device.type == "cuda" else None
 
 
-def measured_budget(card: Card, probe: Probe, longest: int, held: int) -> int:
+def measured_budget(card: Card, probe: Probe, longest: int, held: int, *, repeats: bool = True) -> int:
     """Tokens whose graphs fit on the card beside `held` bytes that are not allocated yet. `longest`: tokens of a text
-    of full length. Collective: the smallest of all ranks. The random state stays as it was.
+    of full length. `repeats`: whether a step that lacks memory can be begun anew; where it cannot, the probe is not
+    tried again either: its passes may be collectives, which other ranks wait in. Collective: the smallest of all ranks.
+    The random state stays as it was.
 
     Errors: `TrainingError` for a card that cannot take one such text.
     """
     random, few = TorchRandom.capture(), max(PROBE_TOKENS // longest, 1)
-    budget = 0
-    with suppress(torch.OutOfMemoryError):
-        budget = _measured(card, probe, few, held)
-    if budget < longest and few > 1:
+    share = SHARE if repeats else SHARE_OF_ONE_TRY
+    own = 0
+    try:
+        own = _measured(card, probe, few, held, share)
+    except torch.OutOfMemoryError as error:
+        if not repeats:
+            raise too_small(card, longest) from error
+    if repeats and own < longest and few > 1:
         with suppress(torch.OutOfMemoryError):
-            budget = _measured(card, probe, 1, held)
+            own = _measured(card, probe, 1, held, share)
     random.restore()
-    budget = -agreed_by_hosts(-budget)
+    budget = -agreed_by_hosts(-own)
     if budget < longest:
         raise too_small(card, longest)
+    if budget < own:
+        log.info("%s: up to %s tokens at once, as another rank has room for no more", card.name, f"{budget:,}")
     return budget
 
 
-def _measured(card: Card, probe: Probe, few: int, held: int) -> int:
+def _measured(card: Card, probe: Probe, few: int, held: int, share: float) -> int:
     probe(few)  # kernels are loaded, and their workspaces allocated
     tokens: list[int] = []
     peaks = [card.peak(lambda rows=rows: tokens.append(probe(rows))) for rows in (few, 2 * few)]  # type: ignore[misc]
     of_a_token = max((peaks[1] - peaks[0]) / max(tokens[1] - tokens[0], 1), 1.0)
     fixed = max(peaks[0] - of_a_token * tokens[0], 0.0)
     free = card.free()
-    budget = int(SHARE * (free - fixed - held) / of_a_token)
+    budget = int(share * (free - fixed - held) / of_a_token)
     log.info(
         "%s: %.1f GB free, %.1f GB for every step and %.2f MB a token: up to %s tokens at once",
         card.name,

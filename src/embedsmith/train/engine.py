@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from embedsmith.core.collectives import average_gradients, complete_gradients, max_over_ranks, rank, world_size
+from embedsmith.core.collectives import agreed_by_hosts, average_gradients, complete_gradients, rank, world_size
 from embedsmith.core.errors import MissingExtraError, RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.core.transfer import read
@@ -43,6 +43,7 @@ from embedsmith.models.self_test import layers_of
 from embedsmith.train.checkpoint import whole
 from embedsmith.train.config import Recipe, TrainConfig
 from embedsmith.train.optimizers import make_optimizer
+from embedsmith.train.rank_memory import STATE_BYTES
 from embedsmith.train.step import Chunk, Health
 
 
@@ -71,12 +72,20 @@ class Engine(Protocol):
     """What differs between the ways of spreading a run. `optimizer` updates the weights of the model and of the extras
     of its losses. `agreed`: makes the chunks of all ranks alike, where a forward pass is a collective (see `Memory`).
     `backward()` is around all backward passes of a step. `repeats`: whether a step may be begun anew in its midst, with
-    its gradients thrown away: not where a collective is part of its passes."""
+    its gradients thrown away: not where a collective is part of its passes. `to_hold`: bytes that the first update of
+    the weights will allocate for good."""
 
     optimizer: torch.optim.Optimizer
     agreed: Agreement | None
     backward: Callable[[], AbstractContextManager[None]]
     repeats: bool
+
+    @property
+    def to_hold(self) -> int: ...
+
+    def try_backward(self, value: Tensor) -> None:
+        """A backward pass whose gradients are thrown away, with the memory and the collectives of a step's."""
+        ...
 
     def average(self) -> None:
         """Average the gradients over ranks: before `step` where something is made of them first. Not of ZeRO-2."""
@@ -156,6 +165,19 @@ class WholeCopies:
         self.agreed: Agreement | None = None
         self.backward: Callable[[], AbstractContextManager[None]] = nullcontext
         self.repeats = True
+        self.bytes_a_weight = STATE_BYTES[config.optimizer]
+
+    @property
+    def to_hold(self) -> int:
+        weights = (weight for group in self.optimizer.param_groups for weight in group["params"])
+        mine = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
+        return 0 if self.optimizer.state else self.bytes_a_weight * sum(weight.numel() for weight in mine)
+
+    def try_backward(self, value: Tensor) -> None:
+        try:
+            value.backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def average(self) -> None:
         average_gradients(self.parameters)
@@ -191,8 +213,7 @@ class Fsdp2(WholeCopies):
         heads = model.token_heads.items()  # also those that lay in the model's folder unasked
         _refuse_heads(["splade" if n == "sparse" else n for n, head in heads if head.reads_words])
         self.copy = copy.deepcopy(model).cpu() if rank() == 0 else None
-        self.device = next(model.backbone.parameters()).device
-        mesh = init_device_mesh(self.device.type, (world_size(),))
+        mesh = init_device_mesh(next(model.backbone.parameters()).device.type, (world_size(),))
         for layer in layers_of(model.backbone):
             fully_shard(layer, mesh=mesh)
         fully_shard(model.backbone, mesh=mesh)
@@ -221,8 +242,8 @@ class Fsdp2(WholeCopies):
 
     def same_chunks(self, chunks: list[Chunk], length_N: IntArray) -> list[Chunk]:
         """The same number of chunks on every rank, all kept or all replayed; idle ones encode one text for nothing."""
-        count = max_over_ranks(len(chunks), self.device)
-        keep = not max_over_ranks(int(not all(chunk.keep for chunk in chunks)), self.device)
+        count = agreed_by_hosts(len(chunks))
+        keep = not agreed_by_hosts(int(not all(chunk.keep for chunk in chunks)))
         row = chunks[-1].rows[:1]
         idle = Chunk(row, int(length_N[row].max(initial=1)), keep, idle=True)
         return [*(replace(chunk, keep=keep) for chunk in chunks), *[idle] * (count - len(chunks))]
@@ -250,6 +271,8 @@ def _refuse_heads(words: list[str]) -> None:
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_OF_ZERO2 = 100_000_000
+"""Numbers of the gradients that DeepSpeed averages at once."""
 
 
 class Zero2(WholeCopies):
@@ -262,6 +285,19 @@ class Zero2(WholeCopies):
         self.zero = ZeroAdamW(nn.ModuleList([model, extras]), inner, config.clip_norm)
         self.optimizer, self.backward = self.zero, self.zero.reducing
         self.repeats = False
+
+    @property
+    def to_hold(self) -> int:
+        """Of its shard the moments, and beside the whole gradients, which a probe has too, that of the shard and the
+        bucket through which gradients go to their shards."""
+        weights: int = sum(weight.numel() for group in self.zero.param_groups for weight in group["params"])
+        moments = 0 if self.zero.inner.state else self.bytes_a_weight
+        return (moments + 4) * math.ceil(weights / world_size()) + 4 * BUCKET_OF_ZERO2
+
+    def try_backward(self, value: Tensor) -> None:
+        """Not through `backward`, of which DeepSpeed would take note."""
+        trained = [weight for group in self.zero.param_groups for weight in group["params"]]
+        torch.autograd.grad(value, trained, allow_unused=True)
 
     def step(self, health: Health | None = None, scale: float = 1.0, averaged: bool = False) -> float:
         if health is not None:
@@ -284,7 +320,7 @@ class ZeroAdamW(torch.optim.Optimizer):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         config = {
             "train_micro_batch_size_per_gpu": 1,  # counted nowhere: batches are the plan's
-            "zero_optimization": {"stage": 2, "overlap_comm": False},
+            "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": BUCKET_OF_ZERO2},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "gradient_clipping": clip_norm or 0.0,

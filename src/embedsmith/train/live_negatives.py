@@ -14,16 +14,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from embedsmith.core.batch import ABSENT, Batch, Loss, RetrievalBatch
-from embedsmith.core.collectives import gather_rows, objects_of_all_ranks
+from embedsmith.core.collectives import gather_by_hosts, objects_of_all_ranks
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError, TrainingError
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Reps
 from embedsmith.core.tokens import IntArray, TokenBatch
+from embedsmith.core.transfer import to_device
 from embedsmith.data import Record, text_id
 from embedsmith.data.record import Text
 from embedsmith.losses import M3RankedKD, MarginMSE, ScoreKL
@@ -96,16 +96,17 @@ class LiveSource:
 
 def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
     """score_QS of the negatives with the given ids, NaN for those the batch does not hold, and in one more column the
-    lowest score of a drawn positive, on the CPU."""
+    lowest score of a drawn positive."""
     found = Candidates.of(batch.alone(), head, mask_false_negatives=False, block_size=None)
-    negative_QM = found.scores_of(found.negative_row_QM)[0].masked_fill(found.negative_row_QM == ABSENT, float("nan"))
+    absent_QM = to_device(found.negative_row_QM == ABSENT, found.device)
+    negative_QM = found.scores_of(found.negative_row_QM)[0].masked_fill(absent_QM, float("nan"))
     positive_QP = found.scores_of(found.positive_row_QP)[0].masked_fill(~found.valid_QP, float("inf"))
     id_QM = batch.negative_id_QM
     if id_QM.shape[1] == 0:
         negative_QM, id_QM = negative_QM[:, :0], id_QM[:, :0]
-    same_QSM = (id_QS.to(id_QM.device)[:, :, None] == id_QM[:, None, :]) & ~negative_QM.isnan()[:, None, :]
+    same_QSM = to_device(id_QS[:, :, None] == id_QM[:, None, :], found.device) & ~negative_QM.isnan()[:, None, :]
     score_QS = negative_QM.nan_to_num()[:, None, :].mul(same_QSM).sum(-1) / same_QSM.sum(-1)  # 0 / 0 is NaN
-    return torch.cat([score_QS, positive_QP.amin(1, keepdim=True)], 1).cpu()
+    return torch.cat([score_QS, positive_QP.amin(1, keepdim=True)], 1)
 
 
 @dataclass
@@ -234,10 +235,8 @@ def _learns_from_scores(loss: Loss) -> bool:
 def _over_ranks(lane: Lane, score_QX: Tensor) -> Tensor:
     """Scores of the rows of all ranks in row order; of a slot that only some ranks hold, theirs."""
     if lane.world == 1:
-        return score_QX
-    nccl = dist.get_backend(lane.group) == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-    gathered = gather_rows(score_QX.to(device), lane.group).cpu()
+        return score_QX.cpu()
+    gathered = gather_by_hosts(score_QX.cpu(), lane.group)
     if not lane.spread:
         return gathered
     stacked = gathered.unflatten(0, (lane.world, -1))

@@ -31,6 +31,7 @@ from embedsmith.data.split import HELD_OUT
 from embedsmith.evaluate import load_tasks
 from embedsmith.evaluate.overlap import warn_of_overlap
 from embedsmith.models import CrossEncoder, Embedder, Model, ModelConfig, load, load_reranker
+from embedsmith.models.backbone import stops_compiling
 from embedsmith.models.config import ComputeType
 from embedsmith.models.encode import autocast
 from embedsmith.models.lora import has_adapter
@@ -48,7 +49,6 @@ from embedsmith.train.freeze import freeze, trained_in_words
 from embedsmith.train.held_out import with_held_out
 from embedsmith.train.journal import Journal, Meter, RunManifest, tell_of_cut
 from embedsmith.train.live_negatives import LiveMining, with_live_negatives
-from embedsmith.train.rank_memory import STATE_BYTES
 from embedsmith.train.scoring import Development, tell_watch
 from embedsmith.train.step import Memory, Part, StepOutput, evaluate_parts, run_step
 from embedsmith.train.trained import Trained
@@ -123,10 +123,12 @@ class Run:
         try:
             with self.one_cast():
                 made = self.encode(tokens, heads).values()
-                torch.stack([t.float().sum() for rep in made for t in rep.floating()]).sum().backward()
-        finally:
-            self.engine.optimizer.zero_grad(set_to_none=True)
-        return len(tokens.id_S)
+                self.engine.try_backward(torch.stack([t.float().sum() for rep in made for t in rep.floating()]).sum())
+            return len(tokens.id_S)
+        except Exception as error:
+            if not (self.engine.repeats and stops_compiling(self.model.backbone, error)):
+                raise
+        return self.probe(texts)
 
     def loss(self, tokens: TokenBatch, parts: Sequence[Part]) -> Tensor:
         """The loss of some parts by the model as it is, without gradient."""
@@ -388,11 +390,12 @@ def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:
 
 def differentiated(run: Run, draw: Draw) -> StepOutput:
     """The gradients of a step and its output. Where the card runs out of memory, the step is begun anew with half as
-    much of it at once, which gives the same gradient.
+    much of it at once, which gives the same gradient; where it cannot be compiled, without.
 
     Errors: `TrainingError` where texts are encoded one by one already, or where the step cannot be begun anew.
     """
     random, scale, step = TorchRandom.capture(), run.state.loss_scale or 1.0, run.state.step
+    lacking = True
     progress, extras = Progress(step, run.steps), dict(run.extras.items())
 
     def gradient_of(some: Draw) -> StepOutput:
@@ -410,14 +413,21 @@ def differentiated(run: Run, draw: Draw) -> StepOutput:
                     output = gradient_of(draw)
                 return output if run.anchor is None else pulled_to_start(run, run.anchor, output, scale)
         except torch.OutOfMemoryError as error:
+            lacking = True
             if run.card is None or not run.engine.repeats:
+                taken = min(run.memory.chunk_tokens, len(draw[0]) * int(draw[0].length_N.max(initial=1)))
                 raise TrainingError(
                     f"out of memory ({str(error).splitlines()[0]})",
                     where=f"step {step}",
-                    fix=f"set train.token_budget={max(run.memory.chunk_tokens // 2, 1)}, and half of it if need be",
+                    fix=f"set train.token_budget={max(taken // 2, 1)}, and half of it if need be",
                 ) from error
+        except Exception as error:
+            lacking = False
+            if not (run.engine.repeats and stops_compiling(run.model.backbone, error)):
+                raise
         run.engine.optimizer.zero_grad(set_to_none=True)  # outside the handler: what the error held is free again
-        run.halve(run.card, draw[0])
+        if lacking and run.card is not None:
+            run.halve(run.card, draw[0])
         random.restore()
 
 
@@ -439,13 +449,11 @@ def fit_to_card(run: Run, card: Card) -> None:
     if not agreed_by_hosts(int(before is None)):
         assert before is not None
         run.memory = at_most(run.memory, before)
-    elif run.engine.repeats and config.micro_batch is None and config.token_budget is None:
+    elif config.micro_batch is None and config.token_budget is None:
         longest = len(full_length(run.model, 1).id_S)
-        optimizer = run.engine.optimizer
-        weights = sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
-        held = 0 if optimizer.state else STATE_BYTES[config.optimizer] * weights
-        held += 4 * weights * run.by_task.kept
-        budget = measured_budget(card, run.probe, longest, held)
+        weights = sum(weight.numel() for group in run.engine.optimizer.param_groups for weight in group["params"])
+        held = run.engine.to_hold + 4 * weights * run.by_task.kept
+        budget = measured_budget(card, run.probe, longest, held, repeats=run.engine.repeats)
         run.memory, run.state = at_most(run.memory, budget), replace(run.state, token_budget=budget, card=card.name)
 
 

@@ -224,7 +224,7 @@ def _batches(
         for number, size in enumerate(part.ids.sizes):
             local = {head: each[0].of_pieces(each, place_N[start : start + size]) for head, each in made.items()}
             for name, given in part.given.items():
-                local[name] = given[number].map(partial(torch.Tensor.to, device=device))
+                local[name] = given[number].map(partial(to_device, device=device))
             sides.append(Side(local, part.group))
             start += size
         about: dict[str, Any] = {"task": part.task, "source": part.source, "group": part.group}

@@ -27,6 +27,7 @@ from embedsmith.evaluate.result import Results, TaskResult
 from embedsmith.evaluate.run import digest
 from embedsmith.evaluate.tasks.kinds import data_folder, known_tasks, load_task
 from embedsmith.search import TopK
+from embedsmith.search.exact import on_device, search_device
 
 _TYPES = {"dense": "dense", "sparse": "sparse", "multivector": "late-interaction", "hybrid": "hybrid"}
 _INNER = ("model", "checkpoints")  # folder names that say nothing about which model it is
@@ -215,9 +216,12 @@ class MtebSearch:
         documents = self._reader.all(texts, role="document", task=task, label="candidates")
         place = {document: row for row, document in enumerate(wanted)}
         run: dict[str, dict[str, float]] = {}
+        device = search_device(reps)
+        reps = on_device(reps, device)
         for number, query in enumerate(query_ids):
             ids = list(top_ranked.get(query, ()))
             mine = documents.rows(torch.tensor([place[document] for document in ids], dtype=torch.int64))
+            mine = on_device(mine, device)
             score_K = reps.rows(slice(number, number + 1)).scores(mine)[0, 0].tolist() if ids else []
             best = sorted(zip(score_K, ids, strict=True), reverse=True)[:top_k]
             run[query] = {document: score for score, document in best}

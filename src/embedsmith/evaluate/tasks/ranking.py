@@ -34,7 +34,7 @@ from embedsmith.evaluate.tasks.kinds import (
 )
 from embedsmith.evaluate.tasks.rows import judged_texts, read_rows, task_in
 from embedsmith.search import Quantised, TopK
-from embedsmith.search.exact import top_of_block
+from embedsmith.search.exact import on_device, search_device, top_of_block
 from embedsmith.search.quantised import RESCORE, SearchPrecision
 from embedsmith.search.top_k import merged_top_k
 
@@ -344,10 +344,15 @@ class RerankingTask(RankingTask):
         asked, texts = [self.queries[query] for query in query_ids], [self.corpus[document] for document in wanted]
         query_reps = reader.all(asked, role="query", task=self.kind, label=f"{self.name} queries")
         reps = reader.all(texts, role="document", task=self.kind, label=f"{self.name} candidates")
+        device = search_device(query_reps)
+        query_reps, score_QK = on_device(query_reps, device), []
+        index_QK = [torch.tensor(sorted({place[each] for each in self.candidates[query]})) for query in query_ids]
+        for number, index_K in enumerate(index_QK):
+            mine = on_device(reps.rows(index_K), device)
+            score_QK.append(query_reps.rows(slice(number, number + 1)).scores(mine)[0, 0].float())
         rows = []
-        for number, query in enumerate(query_ids):
-            index_K = torch.tensor(sorted({place[document] for document in self.candidates[query]}))
-            score_K = query_reps.rows(slice(number, number + 1)).scores(reps.rows(index_K))[0, 0].float()
+        scored = torch.cat(score_QK).cpu().split([len(index_K) for index_K in index_QK])  # the one wait for a GPU
+        for index_K, score_K in zip(index_QK, scored, strict=True):
             best = top_of_block(score_K[None], max(self.cuts))
             rows.append((best[0][0].numpy(), index_K[best[1][0]].numpy()))
         return self._result(query_ids, wanted, {self.cuts: Ranking.of(rows)}, f"map_at_{max(self.cuts)}")
