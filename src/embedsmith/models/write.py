@@ -188,8 +188,10 @@ class Saved:
     def _save_settings(self, root: Path) -> None:
         """Lengths, prompts and the pooling, as sentence-transformers reads them."""
         settings = self.settings
-        lengths = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
-        write_json(root / "sentence_bert_config.json", lengths)
+        rules = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
+        if settings.expansion is None and settings.main != "multivector":  # PyLate has a place of its own for them
+            rules |= {f"{role}_length": length for role, length in settings.lengths.items()}
+        write_json(root / "sentence_bert_config.json", rules)
         versions = {
             "sentence_transformers": "5.1.0",  # whose layout this is: the last series with the legacy schema
             "transformers": transformers.__version__,

@@ -97,16 +97,19 @@ class Router:
 
 
 def route_of(role: str, said: _RouterFile, path: Path) -> str:
-    """The route of texts of a role, by the rules of sentence-transformers' Router. Errors: `ModelError` for none."""
+    """The route of texts of a role, by the rules of sentence-transformers' Router: the mapping that says the most of
+    them, wherever it is listed, else the route that is called by the role, or `text`. Errors: `ModelError` for none."""
+    mapped: dict[tuple[object, object], str] = {}
     for key, route in (said.parameters.route_mappings or {}).items():
         try:
             task, modality = ast.literal_eval(key)
         except (ValueError, SyntaxError, TypeError) as error:
             raise ModelError(f"route_mappings has the key {key!r}", where=path, expected="(task, modality)") from error
-        if task in (role, None) and modality in ("text", None) and route in said.structure:
-            return route
-    if role in said.structure:
-        return role
+        mapped[task, modality] = route
+    fitting = (mapped.get(key) for key in ((role, "text"), (role, None), (None, "text"), (None, None)))
+    for name in (*fitting, role, "text"):
+        if name in said.structure:
+            return name
     names = ", ".join(said.structure) or "(none)"
     raise ModelError(
         f"this Router has no route for the role {role!r}: its routes are {names}",

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from embedsmith.core.shelf import forms
 from embedsmith.models.folder import FolderFacts, FolderFiles, write_json
-from embedsmith.models.heads.static import StaticWeights
+from embedsmith.models.heads.static import StaticHead, StaticWeights
 from embedsmith.models.layers import LAYERS
 from embedsmith.models.layout import ST, clear, modules_in, name_model, write_modules
 from embedsmith.models.static import WEIGHTS
@@ -47,7 +47,9 @@ class SparseStatic:
         if files.kinds != ("SparseStaticEmbedding",):
             return None
         shared = files.shared_of_sparse(files.modules[0].path)
-        return FolderFacts(**shared, form="sparse_static", heads={"sparse": StaticWeights()})
+        return FolderFacts(
+            **shared, form="sparse_static", heads={"sparse": StaticWeights(files.general.max_active_dims)}
+        )
 
     @staticmethod
     def write(saved: Saved, root: Path) -> None:
@@ -56,4 +58,6 @@ class SparseStatic:
         save_file({"weight": weight_V}, root / WEIGHTS)
         write_json(root / "config.json", {"frozen": False})
         write_modules(root, {"": ST + "sparse_encoder.models.SparseStaticEmbedding"})
-        name_model(root, "SparseEncoder", "dot")
+        head = saved.heads["sparse"]
+        assert isinstance(head, StaticHead)
+        name_model(root, "SparseEncoder", "dot", max_active_dims=head.terms)
