@@ -90,7 +90,7 @@ class Router:
         (inside / "document" / _GENERAL).rename(root / _GENERAL)
         shutil.rmtree(inside)
         (root / "README.md").write_text(saved.model_card(), encoding="utf-8")
-        parameters = {"default_route": "document", "allow_empty_key": True, "route_mappings": {}}
+        parameters = {"default_route": "document", "allow_empty_key": True}
         write_json(root / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
         write_modules(root, {"": ST + "models.Router"})
         name_model(root, kind.get("model_type", "SentenceTransformer"), kind["similarity_fn_name"])
@@ -108,7 +108,7 @@ def route_of(role: str, said: _RouterFile, path: Path) -> str:
         mapped[task, modality] = route
     fitting = (mapped.get(key) for key in ((role, "text"), (role, None), (None, "text"), (None, None)))
     for name in (*fitting, role, "text"):
-        if name in said.structure:
+        if name is not None and name in said.structure:
             return name
     names = ", ".join(said.structure) or "(none)"
     raise ModelError(
