@@ -52,7 +52,7 @@ def naive(left, right, i, j):
         for rep, n in ((left, i), (right, j)):
             weights: dict[int, float] = {}
             for c, w in zip(rep.coordinate_NT[n].tolist(), rep.weight_NT[n].tolist()):
-                weights[c] = max(weights.get(c, 0.0), w)
+                weights[c] = max(weights.get(c, -math.inf), w)
             rows.append(weights)
         return sum(w * rows[1].get(c, 0.0) for c, w in rows[0].items())
     best = []
@@ -61,7 +61,13 @@ def naive(left, right, i, j):
     return sum(best) / len(best)
 
 
-@pytest.mark.parametrize("make", [dense, euclidean, manhattan, sparse, multi])
+def signed(n, **options):
+    """A table of weights that was trained has some below 0."""
+    made = sparse(n, **options)
+    return Sparse(made.coordinate_NT, made.weight_NT - 0.5)
+
+
+@pytest.mark.parametrize("make", [dense, euclidean, manhattan, sparse, signed, multi])
 def test_scores_equal_a_naive_loop(make):
     left, right = make(4, seed=1), make(4, seed=2)
     score_WQK, paired_WN = left.scores(right), left.paired(right)
@@ -100,7 +106,7 @@ def test_padding_of_documents_puts_no_floor_under_multivector_scores():
     assert query.scores(passage).item() == -1.0
 
 
-@pytest.mark.parametrize("make", [dense, sparse, multi])
+@pytest.mark.parametrize("make", [dense, sparse, signed, multi])
 def test_scores_ignore_token_and_row_padding(make):
     left, right = make(3, seed=1), make(4, seed=2)
     padded = right.pad_tokens(right.token_count + 3).pad_rows(6)

@@ -11,6 +11,8 @@ from transformers import (
     BertForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
@@ -42,6 +44,8 @@ def language_model(kind: str, vocabulary: int, positions: int = 40) -> Any:
     if kind == "distilbert":
         small = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "initializer_range": 0.3}
         return DistilBertForMaskedLM(DistilBertConfig(vocab_size=vocabulary, **small))
+    if kind == "electra":
+        return ElectraForMaskedLM(ElectraConfig(**shape, embedding_size=12))
     if kind == "modernbert":
         return ModernBertForMaskedLM(ModernBertConfig(**shape, **_MARKS))
     ties = {"num_key_value_heads": 2, "tie_word_embeddings": kind == "llama-tied"}

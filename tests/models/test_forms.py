@@ -13,12 +13,16 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling, StaticEmbedding
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
+from sentence_transformers.util import select_max_active_dims
 
 from embedsmith.core.errors import ModelError
+from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models import load
+from embedsmith.models.heads.static import StaticHead
 from tests.models import lm
 
 QUERIES = ["the red cat", "a big old tree", "far", ""]
+ROLES = ("query", "document")
 DOCUMENTS = ["the cat sat on the mat", "a dog ran by the tree .", "", "new new red mat !", "the big , old tree"]
 
 
@@ -100,27 +104,30 @@ def test_layers_between_pooling_and_the_end(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("similarity", "cut"), [("cosine", 5), ("manhattan", None), more("dot", 5), more("euclidean", 5), more("dot", None)]
+    ("similarity", "cut"), [("cosine", 5), ("dot", 5), more("manhattan", None), more("euclidean", 5), more("dot", None)]
 )
 def test_scores_follow_the_folder(base, tmp_path, similarity, cut):
-    peer = SentenceTransformer(
-        modules=[Transformer(str(base)), Pooling(16)], device="cpu", similarity_fn_name=similarity, truncate_dim=cut
-    )
+    transformer = Transformer(str(base), query_length=4, document_length=6)
+    modules = [transformer, Pooling(16), *([Normalize()] if cut else [])]
+    peer = SentenceTransformer(modules=modules, device="cpu", similarity_fn_name=similarity, truncate_dim=cut)
     model = same_in_both_directions(peer, SentenceTransformer, tmp_path)
     assert (model.settings.similarity, model.settings.truncate_dim) == (similarity, cut)
+    vectors = model.encode_query(QUERIES), model.encode_document(DOCUMENTS)
+    np.testing.assert_allclose(model.similarity(*vectors), theirs(peer), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("pooling", "most"),
+    ("family", "pooling", "most"),
     [
-        ({"pooling_strategy": "sum", "activation_function": "log1p_relu"}, None),
-        more({}, None),
-        more({}, 4),
-        more({"pooling_strategy": "sum"}, 4),
-        more({"activation_function": "log1p_relu"}, None),
+        ("bert", {"pooling_strategy": "sum", "activation_function": "log1p_relu"}, None),
+        ("electra", {}, None),
+        more("bert", {}, 4),
+        more("bert", {"pooling_strategy": "sum"}, 4),
+        more("bert", {"activation_function": "log1p_relu"}, None),
     ],
 )
-def test_splade(base, tmp_path, pooling, most):
+def test_splade(tmp_path, family, pooling, most):
+    base = lm.folder(tmp_path / "base", family)
     modules = [Transformer(str(base), transformer_task="fill-mask"), SpladePooling(**pooling)]
     peer = SparseEncoder(modules=modules, device="cpu", max_active_dims=most)
     model = same_in_both_directions(peer, SparseEncoder, tmp_path)
@@ -159,9 +166,10 @@ def test_the_gradient_of_summed_words_is_that_of_the_whole_matrix(base, tmp_path
 
 
 def test_inference_free_splade(base, tmp_path):
-    torch.manual_seed(0)
+    """The weights of tokens may be below 0: sentence-transformers trains them from 0 on."""
+    torch.manual_seed(1)
     encoder = Transformer(str(base), transformer_task="fill-mask")
-    table = SparseStaticEmbedding(encoder.tokenizer, weight=torch.rand(len(encoder.tokenizer)))
+    table = SparseStaticEmbedding(encoder.tokenizer, weight=torch.randn(len(encoder.tokenizer)))
     router = Router.for_query_document([table], [encoder, SpladePooling()])
     peer = SparseEncoder(modules=[router], device="cpu", similarity_fn_name="dot")
     model = same_in_both_directions(peer, SparseEncoder, tmp_path)
@@ -171,6 +179,32 @@ def test_inference_free_splade(base, tmp_path):
     both = model(mixed.pad(model.pad_id), ("sparse",))["sparse"]
     queries, documents = both.rows(slice(0, len(QUERIES))), both.rows(slice(len(QUERIES), None))
     np.testing.assert_allclose(queries.scores(documents)[0].detach().numpy(), scores(model), atol=1e-5)
+
+
+def test_a_bounded_table_keeps_the_weights_that_theirs_keeps():
+    torch.manual_seed(0)
+    id_NT, weight_V = torch.tensor([[5, 3, 5, 2, 9, 0, 0], [7, 7, 0, 0, 0, 0, 0]]), torch.randn(10)
+    padded = PaddedTokens(id_NT, id_NT != 0, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool))
+    found = StaticHead(2)(weight_V[id_NT][..., None], padded, padded.mask_NT).over(torch.arange(10))
+    whole_NV = torch.zeros(2, 10).scatter(1, id_NT, weight_V[id_NT] * padded.mask_NT)
+    torch.testing.assert_close(found, select_max_active_dims(whole_NV, 2))
+
+
+def test_a_table_of_weights_that_are_zero_learns(base, tmp_path):
+    encoder = Transformer(str(base), transformer_task="fill-mask")
+    table = SparseStaticEmbedding(encoder.tokenizer)
+    router = Router.for_query_document([table], [encoder, SpladePooling()])
+    SparseEncoder(modules=[router], device="cpu").save(str(tmp_path / "theirs"))
+    model = load(str(tmp_path / "theirs"), device="cpu")
+    queries, documents = (
+        model(model.tokenize(["the red cat"], r).pad(model.pad_id), ("sparse",))["sparse"] for r in ROLES
+    )
+    queries.scores(documents).sum().backward()
+    gradient_V = model.query_side.backbone.embedding.weight.grad[:, 0]
+    words = torch.tensor(sorted(encoder.tokenizer.convert_tokens_to_ids(["the", "red", "cat"])))
+    wanted_V = torch.zeros_like(gradient_V).index_copy(0, words, documents.over(words)[0])
+    torch.testing.assert_close(gradient_V, wanted_V)
+    assert wanted_V.any()
 
 
 def test_csr(base, tmp_path):
@@ -185,6 +219,8 @@ def test_csr(base, tmp_path):
 def test_static(base, tmp_path, normalised):
     torch.manual_seed(0)
     tokenizer = lm.tiny_tokenizer()
+    if normalised:
+        tokenizer.backend_tokenizer.enable_truncation(9)  # which cuts texts there, too
     table = StaticEmbedding(tokenizer, embedding_weights=torch.randn(len(tokenizer), 12))
     peer = SentenceTransformer(modules=[table, *([Normalize()] if normalised else [])], device="cpu")
     model = same_in_both_directions(peer, SentenceTransformer, tmp_path)

@@ -18,6 +18,7 @@ import embedsmith as es
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.models import load
 from embedsmith.models.exports.libraries import export_head
+from embedsmith.models.forms import routed
 from tests.models import lm
 
 TEXTS = ["the red cat sat", "a big old tree", "far on the mat", "the dog ran by", "new blue mat", "old far dog"]
@@ -211,6 +212,14 @@ def test_a_router_without_a_route_for_a_role_is_named_and_the_fix_works(folders,
     assert load(folder, device="cpu").query_side is not None
 
 
+def test_a_mapping_that_says_more_goes_before_one_that_says_less(tmp_path):
+    """By sentence-transformers' rules, in whatever order they are listed."""
+    mapped = {"(None, None)": "rest", "(None, 'text')": "texts", "('query', None)": "asked", "('query', 'image')": "no"}
+    said = routed._RouterFile({}, dict.fromkeys(("rest", "texts", "asked", "no"), ()), routed._Parameters(None, mapped))
+    assert [routed.route_of(role, said, tmp_path) for role in routed.ROUTES] == ["asked", "texts"]
+    assert routed.route_of("query", routed._RouterFile({}, {"image": (), "text": ()}), tmp_path) == "text"
+
+
 def test_a_loss_that_reads_no_output_of_the_model_says_what_to_write(folders, tmp_path):
     with pytest.raises(RecipeError, match=r"reads the head 'dense'(.|\n)*loss.head=multivector"):
         es.train(model=str(folders / "late"), data=str(folders / "pairs.jsonl"), steps=1, output=tmp_path / "run")
@@ -219,13 +228,12 @@ def test_a_loss_that_reads_no_output_of_the_model_says_what_to_write(folders, tm
 def test_models_of_one_kind_merge_and_those_that_would_lose_weights_do_not(folders, tmp_path):
     for name in ("late", "static"):
         one = load(str(folders / name), device="cpu")
-        one.save(tmp_path / name / "a")
         before = {key: value.clone() for key, value in one.state_dict().items()}
         with torch.no_grad():
             for parameter in one.parameters():
                 parameter.mul_(1.02)
         one.save(tmp_path / name / "b")
-        parents = [str(tmp_path / name / one) for one in "ab"]
+        parents = [str(folders / name), str(tmp_path / name / "b")]  # theirs, and what became of it here
         es.merge(parents=parents, method="average", output=tmp_path / name / "merged")
         merged = load(str(tmp_path / name / "merged"), device="cpu")
         assert merged.main_head == one.main_head

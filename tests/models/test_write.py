@@ -119,6 +119,7 @@ def test_the_layout_is_the_legacy_one(tmp_path):
     assert (general["prompts"], general["default_prompt_name"]) == (PROMPTS, None)
     assert general["similarity_fn_name"] == "cosine"
     assert read["tokenizer_config.json"]["model_max_length"] == 40
+    assert read["tokenizer_config.json"]["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
     assert read["tokenizer.json"]["truncation"] is None
     assert all(not name.startswith("projections") for name in load_file(tmp_path / "saved/model.safetensors"))
     card = saved["README.md"].read_text(encoding="utf-8")

@@ -184,7 +184,8 @@ def _prefix_cosines(
 
 @dataclass(frozen=True)
 class Sparse(Representation):
-    """Weights of vocabulary entries. A repeated coordinate counts with its largest weight; weight 0 is padding."""
+    """Weights of vocabulary entries. A repeated coordinate counts with its largest weight; weight 0 at coordinate 0 is
+    padding."""
 
     coordinate_NT: Tensor = _tokens(pad=0)
     weight_NT: Tensor = _tokens(pad=0.0)
@@ -202,9 +203,11 @@ class Sparse(Representation):
         if not len(vocabulary_V):  # there is no text on the other side
             return in_fp32(self.weight_NT).new_zeros(len(self), 0)
         place_NT = torch.searchsorted(vocabulary_V, self.coordinate_NT).clamp_max(len(vocabulary_V) - 1)
-        weight_NT = in_fp32(self.weight_NT) * (vocabulary_V[place_NT] == self.coordinate_NT)
+        there_NT = (vocabulary_V[place_NT] == self.coordinate_NT) & ((self.weight_NT != 0) | (self.coordinate_NT != 0))
+        weight_NT = in_fp32(self.weight_NT).masked_fill(~there_NT, float("-inf"))  # below any weight under 0
         weight_NV = weight_NT.new_zeros(len(weight_NT), len(vocabulary_V))
-        return weight_NV.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=True)
+        weight_NV = weight_NV.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=False)
+        return weight_NV.masked_fill(weight_NV == float("-inf"), 0.0)
 
 
 @dataclass(frozen=True)

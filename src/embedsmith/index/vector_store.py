@@ -176,7 +176,7 @@ def lexical_weights(representation: Sparse) -> list[dict[int, float]]:
     for coordinates, weights in rows:
         best: dict[int, float] = {}
         for coordinate, weight in zip(coordinates, weights, strict=True):
-            if weight > best.get(coordinate, 0.0):
+            if weight != 0 and weight > best.get(coordinate, -math.inf):
                 best[coordinate] = weight
         found.append(best)
     return found

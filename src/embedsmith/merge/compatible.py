@@ -16,6 +16,7 @@ from embedsmith.merge.recipe import Packaging
 from embedsmith.merge.tensor_blocks import UNIT
 from embedsmith.merge.varying import mean_of
 from embedsmith.models.backbone import load_tokenizer, read_architecture, skeleton
+from embedsmith.models.expansion import with_token
 from embedsmith.models.folder import FolderFacts
 from embedsmith.models.static import is_static
 
@@ -69,6 +70,9 @@ class Sheet:
         table = is_static(folder)
         config = dict((skeleton(folder).config if table else read_architecture(folder)[1]).to_dict())  # type: ignore
         facts = FolderFacts.read(model.folder)
+        if facts.expansion is not None and facts.expansion.token is None:
+            tokenizer = load_tokenizer(facts.backbone, trust_remote_code=False)
+            facts = replace(facts, expansion=with_token(facts.expansion, tokenizer, facts.backbone))
         return cls(model, facts, config, facts.similarity or "cosine")
 
     @property
@@ -185,8 +189,12 @@ class Sheets:
         tokenizers = {name: load_tokenizer(folder, trust_remote_code=False) for name, folder in folders.items()}
         vocabularies: dict[str, Mapping[str, int]] = {name: found.get_vocab() for name, found in tokenizers.items()}
         target = vocabularies[like.id]
+        tables = all(sheet.facts.form == "static" for sheet in self.every)  # whose texts stand without special tokens
         for (name, other), text in itertools.product(tokenizers.items(), PROBES):
-            mine, theirs = (one.convert_ids_to_tokens(one(text)["input_ids"]) for one in (tokenizers[like.id], other))
+            mine, theirs = (
+                one.convert_ids_to_tokens(one(text, add_special_tokens=not tables)["input_ids"])
+                for one in (tokenizers[like.id], other)
+            )
             if mine != theirs and set(vocabularies[name]) == set(target):
                 raise CheckpointError(
                     f"the tokenizers of {like.id} and {name} cut {text!r} differently: {mine[:8]} and {theirs[:8]}",

@@ -228,7 +228,11 @@ def derive_max_length(asked: int | None, folder: int | None, tokenizer: int | No
     """
     most = 10_000_000 if positions is None else positions
     if asked is not None and not 4 <= asked <= most:
-        raise ModelError(f"max_length={asked} is not possible for this model", expected=f"from 4 to {most}")
+        raise ModelError(
+            f"max_length={asked} is not possible for this model",
+            expected=f"from 4 to {most}",
+            fix=f"set model.max_length={min(max(asked, 4), most)}",
+        )
     # transformers writes 1e30 where there is no maximum
     said = (bound if bound is not None and bound < 1_000_000 else None for bound in (folder, tokenizer))
     bounds = (asked, *said, positions)

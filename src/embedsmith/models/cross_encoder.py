@@ -28,7 +28,7 @@ from embedsmith.models.lora import has_adapter, merged, save_adapter
 from embedsmith.models.packing import Packing
 from embedsmith.models.pair_text import SIGMOID, PairSettings, PairText
 from embedsmith.models.tokenize import Instruction
-from embedsmith.models.write import refuse_not_finite, saved_model
+from embedsmith.models.write import name_tokenizer, refuse_not_finite, saved_model
 
 SCORE = "score"
 """The name of a reranker's only output, a number a pair."""
@@ -256,6 +256,7 @@ class SavedReranker:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         tokenizer.save_pretrained(root)
+        name_tokenizer(root)
 
     def _save_modules(self, root: Path) -> None:
         """What sentence-transformers 6 reads of a model with a prompt, and of one that is asked."""

@@ -536,7 +536,8 @@ class Embedder(nn.Module):
         width = dim or self.encoded_dimension
         if width < vector_ND.shape[1] or dim is not None:
             vector_ND = vector_ND[:, :width]
-            vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or self.settings.normalize else vector_ND
+            cosines = self.settings.normalize and self.settings.similarity == "cosine"
+            vector_ND = F.normalize(vector_ND, dim=-1) if dim is not None or cosines else vector_ND
         vectors: FloatArray = vector_ND.numpy()
         return vectors
 

@@ -71,9 +71,8 @@ class EmbeddingConfig:
     def standard(self) -> bool:
         """Whether standard files alone give the same vectors in sentence-transformers."""
         plain = self.pooling is None and self.echo is None and self.pool_special_tokens and self.base is None
-        return (
-            plain and self.attention.in_config and not self.lengths and self.expansion is None and self.form == "dense"
-        )
+        late = self.expansion is not None or (self.lengths and self.main == "multivector")
+        return plain and self.attention.in_config and not late and self.form == "dense"
 
     @classmethod
     def read(cls, folder: Path) -> EmbeddingConfig:
@@ -160,6 +159,14 @@ class _EncoderFile:
 
     max_seq_length: Annotated[int, Range(ge=4)] | None = None
     do_lower_case: bool | None = None
+    query_length: Annotated[int, Range(ge=4)] | None = None
+    document_length: Annotated[int, Range(ge=4)] | None = None
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """By role, where it has another than the model."""
+        both = {"query": self.query_length, "document": self.document_length}
+        return {role: length for role, length in both.items() if length is not None}
 
 
 @dataclass(frozen=True)
@@ -353,7 +360,7 @@ class FolderFiles:
             "truncate_dim": general.truncate_dim,
             "embedding_config": self.more,
             "main": self.more.main,
-            "lengths": self.more.lengths,
+            "lengths": self.more.lengths or encoder.lengths,
             "expansion": self.more.expansion,
         }
 

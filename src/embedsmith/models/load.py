@@ -31,7 +31,7 @@ from embedsmith.models.backbone import (
 )
 from embedsmith.models.config import ModelConfig, Settings, Similarity, derive_max_length
 from embedsmith.models.embedder import Embedder
-from embedsmith.models.expansion import Expansion
+from embedsmith.models.expansion import with_token
 from embedsmith.models.folder import EMBEDDING_CONFIG, POOLER_FILE, AdapterFile, FolderFacts, read_folder_file
 from embedsmith.models.fused import fuse_kernels
 from embedsmith.models.graphs.graph_embedder import GraphEmbedder
@@ -409,7 +409,7 @@ class ModelSource:
             truncate_dim=facts.truncate_dim,
             main=facts.main if self.form == facts.form else "dense",
             lengths={**facts.lengths, **self._filled_queries()},
-            expansion=_with_token(config.expansion or facts.expansion, tokenizer, config.path),
+            expansion=with_token(config.expansion or facts.expansion, tokenizer, config.path),
             form=self.form,
         )
         if settings.echo is not None and settings.echo.count("{text}") != 2:
@@ -557,23 +557,6 @@ def _similarity(named: str | None) -> Similarity:
     """What a folder names, where that compares two vectors: a sparse or multi-vector model (maxsim) has a cosine for
     its dense vectors."""
     return next((known for known in get_args(Similarity) if known == named), "cosine")
-
-
-def _with_token(expansion: Expansion | None, tokenizer: Any, path: str) -> Expansion | None:
-    """How queries are filled up, with the token that fills them. Errors: `ModelError` where there is none."""
-    if expansion is None:
-        return None
-    token = expansion.token or tokenizer.mask_token or tokenizer.eos_token
-    number = None if token is None else tokenizer.convert_tokens_to_ids(token)
-    if number is None or (number == tokenizer.unk_token_id and token != tokenizer.unk_token):
-        raise ModelError(
-            f"queries are filled up with {token!r}, which the tokenizer does not have"
-            if token
-            else "the tokenizer has no mask token, with which queries are filled up",
-            where=path,
-            fix="copy the folder again, as a whole",
-        )
-    return dataclasses.replace(expansion, token=token)
 
 
 def best_device() -> str:

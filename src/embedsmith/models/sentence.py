@@ -80,6 +80,5 @@ class EmbedsmithSparse(EmbedsmithModule):
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [N, V]."""
         sparse: Any = self.represented(features, "sparse")
-        weight_NV = sparse.weight_NT.new_zeros(len(sparse), self.get_embedding_dimension())
-        weight_NV = weight_NV.scatter_reduce(1, sparse.coordinate_NT, sparse.weight_NT, reduce="amax")
-        return {**features, "sentence_embedding": weight_NV}
+        vocabulary_V = torch.arange(self.get_embedding_dimension(), device=sparse.coordinate_NT.device)
+        return {**features, "sentence_embedding": sparse.over(vocabulary_V)}

@@ -65,6 +65,15 @@ def saved_model() -> Kind:
     )
 
 
+def name_tokenizer(root: Path, as_it_is: bool = False) -> None:
+    """Give the class of a saved tokenizer a name that version 4 of transformers knows too, where version 5 has one of
+    its own for a tokenizer of no family. `as_it_is`: also where a family's class would change it."""
+    path = root / "tokenizer_config.json"
+    said = read_folder_json(path)
+    if as_it_is or said.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**said, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def refuse_not_finite(module: nn.Module | None) -> None:
     """Errors: `ModelError` for weights among which are NaN or infinite ones."""
     named = [] if module is None else list(module.named_parameters())
@@ -188,8 +197,10 @@ class Saved:
     def _save_settings(self, root: Path) -> None:
         """Lengths, prompts and the pooling, as sentence-transformers reads them."""
         settings = self.settings
-        lengths = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
-        write_json(root / "sentence_bert_config.json", lengths)
+        rules = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
+        if settings.expansion is None and settings.main != "multivector":  # PyLate has a place of its own for them
+            rules |= {f"{role}_length": length for role, length in settings.lengths.items()}
+        write_json(root / "sentence_bert_config.json", rules)
         versions = {
             "sentence_transformers": "5.1.0",  # whose layout this is: the last series with the legacy schema
             "transformers": transformers.__version__,
@@ -244,10 +255,8 @@ class Saved:
             tokenizer.save_pretrained(root)
         finally:
             tokenizer.model_max_length = bound
-        if self.settings.eos_id is not None:
-            # a family's own class would build its processing anew and forget the end token
-            path = root / "tokenizer_config.json"
-            write_json(path, {**read_folder_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
+        # a family's own class would build its processing anew and forget the end token
+        name_tokenizer(root, as_it_is=self.settings.eos_id is not None)
 
     def model_card(self, backend: str | None = None, graph: str = "") -> str:
         """The README.md written beside a model. `graph`: what is said of the graph for `backend` that is in the place

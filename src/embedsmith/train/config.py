@@ -153,7 +153,7 @@ class TrainConfig:
         object.__setattr__(self, "freeze", (self.freeze,) if isinstance(self.freeze, str) else self.freeze)
         check_grammar(self.freeze)
         if self.steps is not None and self.epochs is not None:
-            raise RecipeError("steps and epochs are both set", fix="keep one of them")
+            raise RecipeError("steps and epochs are both set", fix="take one of them back: train.epochs=null")
         if self.micro_batch is not None and self.token_budget is not None:
             raise RecipeError("micro_batch and token_budget are both set", fix="keep one of them")
         if self.balance is not None and (self.plan.batches == "mixed" or self.plan.schedule != "proportional"):

@@ -271,8 +271,8 @@ def _loss(
 
 
 def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
-    """Of every sparse head: `HEAD_active`, the mean number of weights above 0 a text, `HEAD_empty`, the share of texts
-    without any, and `HEAD_zero`, the share of weights that are 0 (padding among them)."""
+    """Of every sparse head: `HEAD_active`, the mean number of weights a text that are not 0, `HEAD_empty`, the share of
+    texts without any, and `HEAD_zero`, the share of weights that are 0 (padding among them)."""
     found: dict[str, list[Tensor]] = {}
     for side in sides:
         for head, rep in side.local.items():
@@ -280,7 +280,7 @@ def sparse_activity(sides: Iterable[Side]) -> dict[str, Tensor]:
                 found.setdefault(head, []).append(rep.weight_NT)
     values: dict[str, Tensor] = {}
     for head, weights in found.items():
-        active_N = torch.cat([(weight_NT > 0).sum(1) for weight_NT in weights]).float()
+        active_N = torch.cat([(weight_NT != 0).sum(1) for weight_NT in weights]).float()
         slots = sum(weight_NT.numel() for weight_NT in weights)
         values[f"{head}_active"] = active_N.mean()
         values[f"{head}_empty"] = (active_N == 0).float().mean()

@@ -90,23 +90,26 @@ class Router:
         (inside / "document" / _GENERAL).rename(root / _GENERAL)
         shutil.rmtree(inside)
         (root / "README.md").write_text(saved.model_card(), encoding="utf-8")
-        parameters = {"default_route": "document", "allow_empty_key": True, "route_mappings": {}}
+        parameters = {"default_route": "document", "allow_empty_key": True}
         write_json(root / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
         write_modules(root, {"": ST + "models.Router"})
         name_model(root, kind.get("model_type", "SentenceTransformer"), kind["similarity_fn_name"])
 
 
 def route_of(role: str, said: _RouterFile, path: Path) -> str:
-    """The route of texts of a role, by the rules of sentence-transformers' Router. Errors: `ModelError` for none."""
+    """The route of texts of a role, by the rules of sentence-transformers' Router: the mapping that says the most of
+    them, wherever it is listed, else the route that is called by the role, or `text`. Errors: `ModelError` for none."""
+    mapped: dict[tuple[object, object], str] = {}
     for key, route in (said.parameters.route_mappings or {}).items():
         try:
             task, modality = ast.literal_eval(key)
         except (ValueError, SyntaxError, TypeError) as error:
             raise ModelError(f"route_mappings has the key {key!r}", where=path, expected="(task, modality)") from error
-        if task in (role, None) and modality in ("text", None) and route in said.structure:
-            return route
-    if role in said.structure:
-        return role
+        mapped[task, modality] = route
+    fitting = (mapped.get(key) for key in ((role, "text"), (role, None), (None, "text"), (None, None)))
+    for name in (*fitting, role, "text"):
+        if name is not None and name in said.structure:
+            return name
     names = ", ".join(said.structure) or "(none)"
     raise ModelError(
         f"this Router has no route for the role {role!r}: its routes are {names}",

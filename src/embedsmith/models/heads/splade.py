@@ -178,13 +178,17 @@ def _parts(model: Any) -> tuple[nn.Module, nn.Module | None]:
     if "vocab_transform" in children:  # DistilBERT
         steps = (children[name] for name in ("vocab_transform", "activation", "vocab_layer_norm"))
         return output, nn.Sequential(*steps)
-    return output, children.get("head")  # ModernBERT; decoders have none
+    return output, children.get(
+        "head", children.get("generator_predictions")
+    )  # ModernBERT, ELECTRA; decoders have none
 
 
 def _output(model: Any) -> tuple[nn.Module, str]:
     """The output layer, and the path of the module that holds it, empty for the model itself."""
     output = model.get_output_embeddings()
-    path = next(name for name, module in model.named_modules() if module is output)
+    path = next((name for name, module in model.named_modules() if module is output), None)
+    if path is None:
+        raise _unknown_form(model)
     return output, path.rpartition(".")[0]
 
 
@@ -199,13 +203,13 @@ def _split(model: Any, backbone: Any) -> LmHead:
     output: Any = found
     table, weight_VH, bias = backbone.get_input_embeddings(), output.weight.detach(), output.bias
     head = LmHead(table, transform, None if tied else weight_VH, None if bias is None else bias.detach())
-    with torch.no_grad():
-        logit_NTV = F.linear(head.states(hidden_NTH), weight_VH, bias)
+    try:
+        with torch.no_grad():
+            logit_NTV = F.linear(head.states(hidden_NTH), weight_VH, bias)
+    except (AttributeError, RuntimeError, TypeError) as error:  # parts that do not fit together
+        raise _unknown_form(model) from error
     if not torch.allclose(logit_NTV, expected_NTV, atol=1e-3, rtol=1e-3):
-        raise ModelError(
-            f"{type(model).__name__} does more with its scores than a linear layer",
-            fix="use the lexical sparse head: model.sparse=lexical",
-        )
+        raise _unknown_form(model)
     if head.weight_VH is not None and (more := len(table.weight) - len(weight_VH)) > 0:  # words were added
         mean_H = weight_VH.float().mean(0).to(weight_VH.dtype)
         head.weight_VH = nn.Parameter(torch.cat([weight_VH, mean_H.expand(more, -1)]))
@@ -213,6 +217,13 @@ def _split(model: Any, backbone: Any) -> LmHead:
         more = len(head.output_VH) - len(head.bias_V)
         head.bias_V = nn.Parameter(F.pad(head.bias_V.detach(), (0, more)))
     return head
+
+
+def _unknown_form(model: Any) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} does more with its scores than a linear layer behind one transform",
+        fix="use the lexical sparse head: model.sparse=lexical",
+    )
 
 
 @dataclass(frozen=True)
