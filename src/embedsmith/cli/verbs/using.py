@@ -178,8 +178,9 @@ def search_index(
             options=options,
         )
     else:
-        if name := next((n for n, v in (("--texts", texts_of), ("--approximate", approximate)) if v), None):
-            raise SearchError(f"{name} without --vectors", fix=f"leave {name} out, or name vectors: --vectors FOLDER")
+        if alone := [n for n, v in (("--texts", texts_of), ("--approximate", approximate)) if v]:
+            what = f"{alone[0]} without --vectors"
+            raise SearchError(what, fix=f"leave {alone[0]} out, or name vectors: --vectors FOLDER")
         hits = indexing.run_search(
             place,
             texts,
