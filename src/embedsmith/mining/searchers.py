@@ -34,7 +34,7 @@ from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import Count, Weights, Word
-from embedsmith.core.sharing import Sharing
+from embedsmith.core.sharing import OthersFirstError, Sharing
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.data.record import text_id
 from embedsmith.search.approximate import ApproximateIndex, found_share
@@ -298,7 +298,10 @@ class EmbeddingSearcher(Searcher):
 
         on_every_rank(act, "build the index", group=group)
         if self.sharing is not None:
-            self.sharing.meet(folder / f"indexed-{place.name}")
+            try:
+                self.sharing.meet(folder / f"indexed-{place.name}")
+            except OthersFirstError:  # who lacks blocks is not at work: they are made here
+                index.build(range(len(index.starts)))
         note = folder / f"recall-{place.name}.json"
         if mine > 0 and count > 1 and self.share == (0, 1):  # of shards the first measures
             return

@@ -100,7 +100,6 @@ class ApproximateIndex:
                 else:
                     index.add_with_ids(vector_ND, np.arange(start, stop))
             path = self._path(block)
-            path.with_suffix(".json").unlink(missing_ok=True)
             _write(index, path)
             with atomic_file(path.with_suffix(".json")) as file:
                 json.dump([stop - start, path.stat().st_size], file)
