@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from embedsmith.core.errors import CheckpointError, DataError, MissingExtraError
+import embedsmith as es
+from embedsmith.core.errors import CheckpointError, DataError, EmbedsmithError, MissingExtraError
 from embedsmith.core.inputs import local_path, read_text
 from embedsmith.core.outputs import atomic_folder, claimed, delivered
 from embedsmith.core.recipe import parse
 from embedsmith.core.remote import Delivery, is_remote, url_of
 from embedsmith.data import Source, read_source
+from embedsmith.evaluate.result import Results
+from embedsmith.models import Embedder, load
 from embedsmith.models.encode_files import EncodeJob, encode_files
 from embedsmith.train import Recipe, train
 
@@ -240,3 +243,70 @@ def test_training_and_encoding_from_and_to_a_bucket(bucket, files, tree, tmp_pat
         np.load(local_path(out) / "vectors.npy") for out in (str(tmp_path / "vectors"), "memory://bucket/vectors")
     )
     np.testing.assert_array_equal(left, right)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, bert):
+    folder = tmp_path_factory.mktemp("small") / "model"
+    load(str(bert), pooling="mean").save(folder)
+    return folder
+
+
+def write(verb, model, files, out):
+    """One verb with its output at `out`."""
+    model, pairs = str(model), str(files / "pairs.jsonl")
+    if verb == "index":
+        return es.index(model, [{"id": "a", "text": "a cat"}, {"id": "b", "text": "the red mat"}], to=f"{out}/made")
+    if verb == "evaluate":
+        scores = es.evaluate(model, str(files / "scored.jsonl"), cache=f"{out}/made")
+        return scores.save(f"{out}/scores.json")
+    if verb == "export":
+        return es.export(model, f"{out}/made.gguf", to="gguf")
+    return es.distil(model, f"{out}/made", data=pairs, static=True, dims=4)
+
+
+WRITTEN = ("index", "evaluate", "export", "distil")
+
+
+@pytest.mark.parametrize("verb", WRITTEN)
+def test_a_verb_writes_into_a_bucket_what_it_writes_on_this_disk(bucket, model, files, tmp_path, verb):
+    write(verb, model, files, tmp_path / "here")
+    write(verb, model, files, "memory://bucket")
+    name = "made.gguf" if verb == "export" else "made"
+    assert json.loads(bucket.cat(f"/bucket/.{name}.embedsmith.json"))["state"] == "complete"
+    write(verb, model, files, "memory://bucket")  # finished is finished
+    if verb == "index":
+        places = (str(tmp_path / "here/made"), "memory://bucket/made")
+        here, there = (es.search("the red cat", place, model=str(model)) for place in places)
+        assert [hit.id for hit in there[0].hits] == [hit.id for hit in here[0].hits] == ["b", "a"]
+    elif verb == "evaluate":
+        here, there = (Results.load(f"{place}/scores.json") for place in (tmp_path / "here", "memory://bucket"))
+        assert here.main_scores() == there.main_scores()
+        assert any(name.startswith("made/results/") for name in names(bucket))
+    elif verb == "export":
+        assert bucket.cat("/bucket/made.gguf") == (tmp_path / "here/made.gguf").read_bytes()
+    else:
+        left, right = (
+            es.load(place).encode("a cat") for place in (str(tmp_path / "here/made"), "memory://bucket/made")
+        )
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("verb", WRITTEN)
+def test_a_bucket_without_permission_is_refused_before_any_work(closed, model, files, verb, monkeypatch):
+    monkeypatch.setattr(Embedder, "represent", lambda *given, **options: pytest.fail("worked"))
+    with pytest.raises(CheckpointError, match=r"bucket/\.made.*no permission \(Access Denied\)\n.*AWS_PROFILE"):
+        write(verb, model, files, "s3://bucket")
+
+
+def test_a_model_and_data_in_a_bucket_without_permission_are_told(closed, model, files):
+    for call in (
+        lambda: es.evaluate(str(model), "s3://bucket/scored.jsonl"),
+        lambda: es.evaluate("s3://bucket/model", str(files / "scored.jsonl")),
+        lambda: es.index(str(model), "s3://bucket/documents.jsonl", to="index"),
+        lambda: es.export("s3://bucket/model", "out.gguf", to="gguf"),
+        lambda: es.search("a cat", "s3://bucket/index"),
+        lambda: es.search("a cat", vectors="s3://bucket/vectors", model=str(model)),
+    ):
+        with pytest.raises(EmbedsmithError, match=r"s3://bucket/.*no permission \(Access Denied\)\n.*AWS_PROFILE"):
+            call()

@@ -340,13 +340,15 @@ def test_two_models_have_an_approximate_index_each_and_a_damaged_one_is_built_ag
     monkeypatch.setattr(module._Work, "finish", lambda *arguments: None)
     run(tree, searchers=both)
     monkeypatch.undo()
-    indexes = list((tmp_path / "mined.jsonl.work").rglob("*.faiss"))
+    indexes = list((tmp_path / "mined.jsonl.work").rglob("block-*.faiss"))
     assert len(indexes) == 2
     indexes[0].write_bytes(b"")
     indexes[1].write_bytes(indexes[1].read_bytes()[:-7])
     for path in (tmp_path / "mined.jsonl.work").rglob("part-*"):
         path.unlink()
     assert [record.negatives for record in mined(tree, searchers=both)] == expected
+    told = json.loads((tmp_path / "mined.report.json").read_text())["recall"]
+    assert told == {"Flat of other": 1.0, "Flat of words": 1.0}
 
 
 def test_bm25_gives_only_documents_that_share_a_word_and_counts_what_is_short(tree, tmp_path):

@@ -17,10 +17,10 @@ from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.mining import Bm25Search, Limits
 from embedsmith.mining import searchers as module
-from embedsmith.mining.searchers import Bm25, EmbeddingSearch, EmbeddingSearcher, SearchTexts, TextReps, top_of_pieces
+from embedsmith.mining.bm25 import Bm25
+from embedsmith.mining.searchers import EmbeddingSearch, EmbeddingSearcher, SearchTexts, TextReps, top_of_pieces
 from embedsmith.mining.selection import fuse, loose_id, overlap, shingles
 from embedsmith.search import exact_top_k, given_pairs
-from embedsmith.search.approximate import ApproximateIndex
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.hybrid import M3_WEIGHTS
 from tests.mining.fakes import Words
@@ -138,25 +138,6 @@ def test_pairs_and_pieces_equal_whole_scores(monkeypatch):
     expected = exact_top_k(query, Words()._dense(TEXTS), 6)
     actual = top_of_pieces(query, documents.pieces(), 6)
     np.testing.assert_allclose(actual[0], expected[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("factory", ["HNSW8,Flat", "IVF2,Flat"])
-def test_an_approximate_index_finds_nearly_the_same(tmp_path, factory):
-    pytest.importorskip("faiss")
-    chance = np.random.default_rng(0)
-    vector_ND = torch.from_numpy(chance.standard_normal((300, 8)).astype(np.float32))
-    index = ApproximateIndex.build([Dense(vector_ND[:200]), Dense(vector_ND[200:])], factory, effort=64)
-    index.save(tmp_path / "index.faiss")
-    query = Dense(vector_ND[:20])
-    score, found = ApproximateIndex.load(tmp_path / "index.faiss", 64).top(query, 10)
-    exact_score, exact = exact_top_k(query, vector_ND, 10)
-    shared = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
-    assert shared > 0.9 * exact.size
-    np.testing.assert_allclose(score[:, 0], exact_score[:, 0], atol=1e-5)
-    with pytest.raises(SearchError, match="dimension"):
-        index.top(Dense(vector_ND[:, :4]), 2)
-    with pytest.raises(SearchError, match="cannot make an index"):
-        ApproximateIndex.build([Dense(vector_ND[:5])], "IVF64,Flat")
 
 
 def test_limits():

@@ -208,6 +208,55 @@ def test_shards_on_two_ranks_equal_one_process(tree, decoder, tmp_path, model, e
         torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-5)
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "together"), [(2, None), (4, None), (4, 2)])
+def test_shards_of_packed_rows_with_layers_computed_again_equal_one_process(tree, decoder, tmp_path, ranks, together):
+    """As a decoder of 7B weights is trained: FSDP2, on one axis or two, activation checkpointing, packed sequences."""
+    model = {"path": str(decoder), "max_length": 48, "pooling": "last", "attention": "causal"}
+    tree["train"] = tree["train"] | {"steps": 4, "checkpoint_every": 2, "token_budget": 256, "log_with": []}
+    train(parse(Recipe, tree | {"model": model, "output": str(tmp_path / "one")}))
+    tree = tree | {"model": model | {"packing": True, "gradient_checkpointing": True}}
+    tree["train"] = tree["train"] | {"shard": True, "shard_ranks": together}
+    several = tree | {"output": str(tmp_path / "several")}
+    held = on_ranks(ranks, held_in_shards, tmp_path, several)
+    assert len(set(held)) == 1
+    assert held[0] == pytest.approx(1 / (together or ranks), abs=0.05)
+    one = load_file(tmp_path / "one/model/model.safetensors")
+    for _ in range(2):
+        for name, tensor in load_file(tmp_path / "several/model/model.safetensors").items():
+            torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-5)
+        assert metrics(tmp_path / "one") == pytest.approx(metrics(tmp_path / "several"), rel=1e-4)
+        for path in (tmp_path / "several/model", tmp_path / "several/checkpoints/step-4"):
+            shutil.rmtree(path)
+        (tmp_path / "several/finished.json").unlink()
+        on_ranks(ranks, sharded, tmp_path, several)
+
+
+def held_in_shards(tree):
+    """What a rank holds of the weights of the backbone, as a share."""
+    held = []
+    made = Fsdp2.__init__
+
+    def counting(self, *given):
+        made(self, *given)
+        weights = list(self.model.backbone.parameters())
+        held.append(sum(w.to_local().numel() for w in weights) / sum(w.numel() for w in weights))
+
+    Fsdp2.__init__ = counting
+    sharded(tree)
+    return round(held[0], 3)
+
+
+def test_ranks_that_make_no_whole_copies_are_refused(tree, monkeypatch):
+    with pytest.raises(RecipeError, match=r"train\.shard_ranks without train\.shard=true"):
+        parse(Recipe, tree | {"train": tree["train"] | {"shard_ranks": 2}})
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("embedsmith.train.engine.world_size", lambda: 4)
+    with pytest.raises(RecipeError, match=r"train\.shard_ranks=3 of 4 ranks"):
+        check_shard(parse(Recipe, tree | {"train": tree["train"] | {"shard": True, "shard_ranks": 3}}))
+
+
 def test_an_adapter_that_16_bits_cannot_hold_is_no_lost_run(tree, decoder, tmp_path, monkeypatch, caplog):
     """What will be written is said at the start; at the end the adapter lies beside its base, and loads."""
     monkeypatch.setattr(lora, "SAME", 1.1)

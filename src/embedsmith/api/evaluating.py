@@ -2,8 +2,8 @@
 verbs import it inside their functions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from embedsmith.core.collectives import ALONE, Group, lost_ranks, refuse_launcher
 from embedsmith.core.encoder import Encoder, main_head
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
+from embedsmith.core.outputs import delivered
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
 from embedsmith.core.reranker import Reranker
@@ -85,17 +86,22 @@ def evaluate(
     precisions = (precision,) if isinstance(precision, str) else tuple(precision)
     if ranker is not None and (dims or precisions or head == "all"):
         raise EvaluationError("a reranker with dims, precision or head='all'", fix="leave one of them out")
-    place = None if data is None else Path(data)
-    scoring = Scoring(_listed(tasks), place, split, head, _path(cache), weights, ranker, sharing)
     scored = head or ("dense" if encoder is None else main_head(encoder))
     about = {"model": named, "split": split, "head": scored, **options}
     if rerank is not None:
         about["rerank"] = str(rerank) if isinstance(rerank, str | Path) else type(rerank).__name__
         about["depth"] = depth
-    with lines_shown(), sharing.claim() if cache is not None else nullcontext():
-        if (dims or precisions) and head not in (None, "dense"):
-            given = "dims" if dims else "precision"
-            raise EvaluationError(f"{given} with head={head!r}", fix="leave one of them out: it is of dense vectors")
+    if (dims or precisions) and head not in (None, "dense"):
+        given = "dims" if dims else "precision"
+        raise EvaluationError(f"{given} with head={head!r}", fix="leave one of them out: it is of dense vectors")
+    with lines_shown(), ExitStack() as claims:
+        kept: Path | None = None
+        if cache is not None:
+            kept = Path(claims.enter_context(delivered(cache, "evaluate", shared=shard is not None or join)))
+            sharing = replace(sharing, output=kept)
+            claims.enter_context(sharing.claim())
+        place = None if data is None else Path(data)
+        scoring = Scoring(_listed(tasks), place, split, head, kept, weights, ranker, sharing)
         if head == "all":
             return scoring.side_by_side(encoder, [name for name in HEADS if name in encoder.outputs], (), about)
         if dims or precisions:

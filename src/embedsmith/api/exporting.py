@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from embedsmith.core.errors import ModelError, RecipeError
-from embedsmith.core.outputs import claimed
+from embedsmith.core.outputs import claimed, delivered
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.recipe import parse
 from embedsmith.core.settings import did_you_mean
@@ -59,8 +59,8 @@ def export(
         if value not in known:
             raise RecipeError(f"{name}={value!r}{did_you_mean(value, known)}", expected=f"one of {', '.join(known)}")
     named = [tasks] if isinstance(tasks, str | Path) else list(tasks)
-    out = Path(out)
-    with lines_shown(), claimed(out, "export"):
+    with lines_shown(), delivered(out, "export") as place, claimed(place, "export"):
+        out = Path(place)
         if to == "gguf":
             for name, of_graphs in (("texts", texts), ("floor", floor), ("tasks", named)):
                 if of_graphs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.errors import DataError
+from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown
 from embedsmith.core.reranker import Reranker
@@ -15,6 +15,7 @@ from embedsmith.core.sharing import Shard
 from embedsmith.index import Document, Filter, Written
 from embedsmith.index.commands import FoundHits, Place, checked_precision, run_search
 from embedsmith.index.filling import run_index
+from embedsmith.index.stored_search import run_stored_search
 from embedsmith.models import Embedder
 
 
@@ -84,6 +85,10 @@ def search(
     filter: Filter | None = None,
     explain: bool = False,
     rerank: str | Path | Reranker | None = None,
+    vectors: str | Path | Sequence[str | Path] = (),
+    texts: str | Path | Sequence[str | Path] = (),
+    approximate: str | None = None,
+    effort: int = 128,
 ) -> list[FoundHits]:
     """Search an index by all heads together: the `k` best documents of every query.
 
@@ -99,15 +104,26 @@ def search(
     `rescore`: of an index with codes, how many times as many of these are scored in full. `filter`: of metadata, such
     as `{"lang": "en"}`. `explain`: say which tokens matched. `rerank`: a reranker, or its folder or hub id, that reads
     the first `candidates` hits and orders them anew.
+    `vectors`: instead of an index, folders that `encode` has written with `model`, searched where they lie; `texts`:
+    the files that were encoded, to show texts; `approximate`: search by such an index of FAISS (`IVF4096,Flat`), where
+    a query looks at `effort` candidates. Ranks of a launcher share the search: all of them must call this.
     Errors: those of `embedsmith search`.
     """
-    place = _place(index, url, collection, api_key_env)
-    texts = [queries] if isinstance(queries, str) else list(queries)
+    asked = [queries] if isinstance(queries, str) else list(queries)
     known = str(model) if isinstance(model, Path) else model
+    if folders := [vectors] if isinstance(vectors, str | Path) else list(vectors):
+        if index is not None or url is not None:
+            raise SearchError("both vectors and an index", fix="name one of them")
+        files = [texts] if isinstance(texts, str | Path) else list(texts)
+        with lines_shown():
+            return run_stored_search(
+                folders, asked, k, model=known, texts=files, approximate=approximate, effort=effort
+            )
+    place = _place(index, url, collection, api_key_env)
     with lines_shown():
         return run_search(
             place,
-            texts,
+            asked,
             k,
             model=known,
             weights=weights,

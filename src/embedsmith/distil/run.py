@@ -22,7 +22,7 @@ from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import CheckpointError, DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json
-from embedsmith.core.outputs import claimed
+from embedsmith.core.outputs import claimed, delivered
 from embedsmith.core.progress import log
 from embedsmith.core.settings import Count, NotNegative, Positive, Width, Word, section, to_plain
 from embedsmith.data import Record, RecordSet, Source, read_source
@@ -138,10 +138,10 @@ def distil(recipe: DistilRecipe, *, overwrite: bool = False) -> Distilled:
 
     Errors: `CheckpointError` for an output with something else in it; those of `load`, `train` and `evaluate`.
     """
-    out = Path(recipe.output)
-    work = out.with_name(f"{out.name}.distil")
     tasks = load_tasks(recipe.tasks, data_dir=recipe.tasks_folder)
-    with claimed(out, "distil"):
+    with delivered(recipe.output, "distil") as place, claimed(place, "distil"):
+        out = Path(place)
+        work = out.with_name(f"{out.name}.distil")
         found = None if overwrite else _finished(recipe, out, work)
         if found is not None:
             log.info("%s: distilled before; --overwrite does it again", out)

@@ -16,6 +16,7 @@ from rich.table import Table
 from embedsmith.core.errors import EvaluationError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, typed
+from embedsmith.core.outputs import delivered
 from embedsmith.core.terminal import Printed
 from embedsmith.evaluate.metrics import added_metrics
 
@@ -171,11 +172,12 @@ class Results(Printed, Sequence[TaskResult]):
         return json.dumps(self.as_dict(items=items), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, path: str | Path, *, items: bool = False) -> None:
-        """Write JSON; the file appears whole or not at all."""
-        if Path(path).is_dir():
-            raise EvaluationError("this is a folder", where=path, expected="a file to write JSON to")
-        with atomic_file(path) as file:
-            file.write(self.to_json(items=items))
+        """Write JSON; the file appears whole or not at all. It may lie in object storage."""
+        with delivered(path, "evaluate") as place:
+            if Path(place).is_dir():
+                raise EvaluationError("this is a folder", where=path, expected="a file to write JSON to")
+            with atomic_file(place) as file:
+                file.write(self.to_json(items=items))
 
     @staticmethod
     def load(path: str | Path) -> Results:

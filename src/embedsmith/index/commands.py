@@ -11,6 +11,7 @@ from rich.text import Text
 
 from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError, SearchError
+from embedsmith.core.inputs import local_path
 from embedsmith.core.recipe import parse_value
 from embedsmith.core.reranker import Reranker
 from embedsmith.core.terminal import Printed
@@ -43,7 +44,7 @@ class Place:
         if self.url is not None:
             return ServerStore(self.url, self.collection, api_key=self.api_key)
         assert self.folder is not None
-        return EdgeStore(self.folder, read_only=read_only)
+        return EdgeStore(local_path(self.folder, SearchError) if read_only else self.folder, read_only=read_only)
 
 
 def checked_precision(given: str | None) -> SearchPrecision | None:

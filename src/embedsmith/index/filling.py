@@ -9,7 +9,7 @@ there ranks and shards write their batches themselves.
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import DataError
-from embedsmith.core.outputs import clear_left, discard
+from embedsmith.core.outputs import clear_left, delivered, discard
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data.writers import batched
@@ -52,25 +52,29 @@ def run_index(
 
     A file is read twice: what is wrong with it is an error before anything is encoded.
     """
-    sharing = Sharing.asked("index", place.folder or f"{place.collection}.index", shard, join)
-    filling = _Filling(model, documents, place, tuple(heads or ()), batch, dict(options or {}), precision, sharing)
+    given = (model, documents, tuple(heads or ()), batch, dict(options or {}), precision)
     if place.folder is None:
+        sharing = Sharing.asked("index", f"{place.collection}.index", shard, join)
         with lost_ranks():
-            return filling.on_server()
-    with sharing.claim():
-        return filling.in_folder(place.folder.with_name(f"{place.folder.name}.work"))
+            return _Filling(place, sharing, *given).on_server()
+    with delivered(place.folder, "index", shared=shard is not None or join) as where:
+        folder = Path(where)
+        sharing = Sharing.asked("index", folder, shard, join)
+        with sharing.claim():
+            filling = _Filling(replace(place, folder=folder), sharing, *given)
+            return filling.in_folder(folder.with_name(f"{folder.name}.work"))
 
 
 @dataclass(frozen=True)
 class _Filling:
+    place: Place
+    sharing: Sharing
     model: str | Embedder
     documents: str | Sequence[Document]
-    place: Place
     heads: tuple[str, ...]
     batch: int
     options: Mapping[str, Any]
     precision: SearchPrecision | None
-    sharing: Sharing
 
     def in_folder(self, work: Path) -> tuple[Written, int]:
         sharing = self.sharing

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from embedsmith.core.collectives import objects_of_all_ranks
 from embedsmith.core.encoder import Encoder
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
-from embedsmith.core.inputs import local_path, read_typed
+from embedsmith.core.inputs import local_path, read_json, read_typed
 from embedsmith.core.outputs import clear_left, delivered, discard, refuse_foreign_records
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
@@ -300,7 +300,7 @@ class _Work:
         """Put the parts together and report. On the first rank."""
         numbers = range(len(self.starts))
         self.sharing.refuse_missing(set(numbers) - self.done(), len(numbers))
-        total = self.total(numbers)
+        total, recall = self.total(numbers), self.recall()
         if total.negatives == 0:
             raise DataError(
                 f"no record got a negative: {len(self.texts.corpus)} texts, of which every query's own are known",
@@ -309,6 +309,7 @@ class _Work:
             )
         self.join([self.path(start) for start in self.starts], Path(self.recipe.output))
         report = total.report(key, self.recipe.output, len(self.texts.corpus), time.monotonic() - started)
+        report = replace(report, recall=recall)
         with atomic_file(self.recipe.report_path) as file:
             json.dump(asdict(report), file, indent=1)
         discard(self.parts)
@@ -316,6 +317,11 @@ class _Work:
         if report.empty:
             log.warning("%d records have no negative", report.empty)
         return report
+
+    def recall(self) -> dict[str, float]:
+        """What searchers have measured of their approximate indexes."""
+        found = [read_json(path) for path in sorted(self.parts.glob("recall-*.json"))]
+        return {f"{one['index']} of {', '.join(one['models'])}": one["recall"] for one in found}
 
     @staticmethod
     def join(paths: Sequence[Path], output: Path) -> None:
@@ -429,7 +435,8 @@ def _record(texts: Texts, recipe: MineRecipe, row: int, ranked: Ranked, scores: 
 class MineReport:
     """What a mining gave. `suspect`: share of the negatives with a score above 0.95 times their weakest positive's (an
     estimate of the false ones). `short`: records with fewer negatives than asked for, `empty`: with none, `dropped`:
-    left out for that."""
+    left out for that. `recall`: by approximate index, which share of the 10 nearest texts it finds, on a sample of up
+    to 100 queries."""
 
     key: str
     output: str
@@ -444,6 +451,7 @@ class MineReport:
     positive_score: float
     seconds: float
     output_bytes: int = 0
+    recall: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of_earlier_run(path: Path, output: str, key: str) -> MineReport | None:
@@ -462,6 +470,7 @@ class MineReport:
             f"{self.records:,} records, {self.negatives:,} negatives from {self.corpus:,} texts in {self.output}\n"
             f"short {self.short:,}, without any {self.empty:,}, left out {self.dropped:,}; mean score of negatives "
             f"{self.negative_score:.3f}, of positives {self.positive_score:.3f}, suspect {self.suspect:.1%}"
+            + "".join(f"\n{index} finds {share:.1%} of the nearest texts" for index, share in self.recall.items())
         )
 
 

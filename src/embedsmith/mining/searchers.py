@@ -8,13 +8,11 @@ one.
 
 from __future__ import annotations
 
-import logging
-from array import array
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ import torch.distributed as dist
 
 from embedsmith.core.collectives import (
     FailedElsewhereError,
+    Group,
     objects_of_all_ranks,
     on_every_rank,
     on_first_rank,
@@ -29,16 +28,16 @@ from embedsmith.core.collectives import (
     world_size,
 )
 from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
-from embedsmith.core.errors import DataError, MissingExtraError, ModelError, RecipeError, SearchError
-from embedsmith.core.progress import progress_bar
+from embedsmith.core.errors import ModelError, RecipeError
+from embedsmith.core.files import atomic_file
+from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import MultiVector, Representation
 from embedsmith.core.reranker import Reranker
-from embedsmith.core.settings import Count, Positive, Share, Weights, Word
-from embedsmith.core.sharing import Sharing
+from embedsmith.core.settings import Count, Weights, Word
+from embedsmith.core.sharing import OthersFirstError, Sharing
 from embedsmith.core.shelf import searchers, teachers
-from embedsmith.core.words import folded, letters, runs
 from embedsmith.data.record import text_id
-from embedsmith.search.approximate import ApproximateIndex
+from embedsmith.search.approximate import ApproximateIndex, found_share
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK, on_device, search_device
 from embedsmith.search.given_pairs import one_to_one
@@ -49,8 +48,8 @@ T = TypeVar("T")
 
 PIECE = 2048
 """Texts a file of cached vectors holds, and documents scored at once."""
-_BLOCK = 256
-"""Scores of which the highest is looked at, where the best of very many are sought."""
+_SAMPLE, _NEAREST = 100, 10
+"""Queries on which an approximate search is compared with an exact one, and the neighbours of each that count."""
 
 
 def no_reranker(path: str) -> Reranker:
@@ -94,7 +93,7 @@ class PairScorer(Protocol):
 
 
 class Searcher(PairScorer, Protocol):
-    """A scorer that also finds candidates in the whole corpus."""
+    """A scorer that also finds candidates in the corpus."""
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         """score_Qk, index_Qk of queries `start` to `stop - 1`, best first; index -1 where fewer were found."""
@@ -151,6 +150,10 @@ class TextReps:
         own = None if self.instructions is None else self.instructions[rows]
         return replace(self, texts=self.texts[rows], instructions=own)
 
+    def between(self, start: int, stop: int) -> Representation:
+        """Representations of the texts from `start`, where a piece begins, to before `stop`."""
+        return join([self.piece(place) for place in range(start, stop, PIECE)]).rows(slice(0, stop - start))
+
     def rows(self, index_E: IndexArray) -> Representation:
         """Representations of the given texts, in that order."""
         piece_E = index_E // PIECE
@@ -182,6 +185,12 @@ class TextReps:
         return score_Qk, np.asarray(starts, np.int64)[local_Qk // PIECE] + local_Qk % PIECE
 
 
+def rank_share(sharing: Sharing | None) -> tuple[int, int]:
+    """Which rank's share of the corpus is searched here, of how many; alone, and as a shard, a process has all of
+    it."""
+    return (0, 1) if sharing is None or sharing.mode != "ranks" else (sharing.index, sharing.count)
+
+
 def top_of_pieces(
     query: Representation, pieces: Iterator[Representation], k: int, device: torch.device | str | None = None
 ) -> tuple[FloatArray, IndexArray]:
@@ -210,8 +219,8 @@ class EmbeddingSearch:
     model: its folder or hub id.
     head: the output that is compared: `dense`, `sparse`, `multivector`, `hybrid`; `None` is what the model is made for.
     weights: of the heads in a hybrid score (`None`: M3's).
-    index: `exact`, or a FAISS factory string (`HNSW32,Flat`, `IVF4096,Flat`) for dense vectors.
-    effort: how many candidates a query looks at in such an index (efSearch or nprobe).
+    index: `exact`, or a FAISS factory string (`IVF4096,Flat`, `HNSW32,Flat`) for dense vectors.
+    effort: how many candidates a query looks at in such an index (nprobe or efSearch).
     task: whose prompts are used (`None`: that of the data).
     instructions: a record's own instruction takes the place of the query's prompt, as in training; false for a model
         that was not trained with any.
@@ -240,15 +249,15 @@ class EmbeddingSearch:
         head = self.head or main_head(cached)
         queries = TextReps(encoder, texts.queries, "query", task, head, own)
         documents = TextReps(encoder, texts.corpus, "document", task, head)
-        alone = EmbeddingSearcher(queries, documents, self, {self.model: cached.fingerprint()}, None, texts.sharing)
-        if self.index == "exact" and texts.sharing is not None and texts.sharing.mode == "ranks":
-            return SharedSearcher(alone, texts.sharing)
-        return alone
+        about = {self.model: cached.fingerprint()}
+        alone = EmbeddingSearcher(queries, documents, self, about, None, texts.sharing, rank_share(texts.sharing))
+        return SharedSearcher.of(alone, texts.sharing)
 
 
 @dataclass
 class EmbeddingSearcher(Searcher):
-    """Neighbours by a model's representations: exact in blocks, or from an approximate index."""
+    """Neighbours by a model's representations: exact in blocks, or from an approximate index. `share`: which of how
+    many shares of the corpus are searched."""
 
     queries: TextReps
     documents: TextReps
@@ -256,38 +265,74 @@ class EmbeddingSearcher(Searcher):
     fingerprints: dict[str, str] = field(default_factory=dict)
     index: ApproximateIndex | None = None
     sharing: Sharing | None = None
+    share: tuple[int, int] = (0, 1)
 
     def models(self) -> dict[str, str]:
         return self.fingerprints
 
     def prepare(self, folder: Path) -> None:
-        """Compute what is missing, each rank or shard its share; shards wait for one another here. An approximate index
-        is built once and stays in `folder`."""
+        """Compute what is missing, each rank or shard its share; shards wait for one another here. The blocks of an
+        approximate index are shared in the same way, and stay in `folder`."""
         self.queries.compute("encode queries", self.sharing)
         self.documents.compute("encode corpus", self.sharing)
+        about = f"{self.fingerprints} {self.queries.role} {self.documents.task} {self.documents.head}"
         if self.sharing is not None:
-            about = f"{self.fingerprints} {self.queries.role} {self.documents.task} {self.documents.head}"
             self.sharing.meet(folder / f"encoded-{text_id(about):016x}")
-        if self.settings is None or self.settings.index == "exact":
-            return
-        factory, effort = self.settings.index, self.settings.effort
+        if self.settings is not None and self.settings.index != "exact":
+            self._build_index(folder, self.settings.index, self.settings.effort)
+
+    def _build_index(self, folder: Path, factory: str, effort: int) -> None:
         what = f"{sorted(self.fingerprints.values())} {self.documents.task} {self.documents.head}"
-        path = folder / f"{factory.replace(',', '-')}-{text_id(what):016x}.faiss"
+        place = folder / f"{factory.replace(',', '-')}-{text_id(what):016x}"
+        self.index = index = ApproximateIndex(place, factory, len(self.documents), self.documents.between, effort)
+        mine, count = (rank(), world_size()) if self.sharing is None else (self.sharing.index, self.sharing.count)
+        group = None if self.sharing is None else self.sharing.group
 
-        def build() -> None:
+        def act() -> None:
+            index.train()
+            blocks = range(len(index.starts))[mine::count]
+            with progress_bar(f"build {factory}", len(blocks)) as bar:
+                for block in blocks:
+                    index.build([block])
+                    bar.advance()
+
+        on_every_rank(act, "build the index", group=group)
+        if self.sharing is not None:
             try:
-                ApproximateIndex.load(path, effort, len(self.documents))
-            except SearchError:  # absent, or not whole
-                ApproximateIndex.build(self.documents.pieces(), factory, effort).save(path)
+                self.sharing.meet(folder / f"indexed-{place.name}")
+            except OthersFirstError:  # who lacks blocks is not at work: they are made here
+                index.build(range(len(index.starts)))
+        note = folder / f"recall-{place.name}.json"
+        if mine > 0 and count > 1 and self.share == (0, 1):  # of shards the first measures
+            return
+        if not on_first_rank(note.exists, group):
+            recall = self._recall(index, group)
+            on_first_rank(lambda: self._keep_recall(note, factory, recall), group)
 
-        on_first_rank(build)
-        self.index = ApproximateIndex.load(path, effort, len(self.documents))
+    def _recall(self, index: ApproximateIndex, group: Group) -> float:
+        """On a sample of the queries: which share of the nearest documents the index finds."""
+        row_S = np.unique(np.linspace(0, len(self.queries) - 1, _SAMPLE).astype(np.int64))
+        query = self.queries.rows(row_S)
+        mine = self.documents.top_of_share(query, _NEAREST, *self.share), self._approximate(index, query, _NEAREST)
+        exact, found = (
+            merged_top_k(column, _NEAREST) for column in zip(*objects_of_all_ranks(mine, group), strict=True)
+        )
+        return found_share(exact[1], found[1])
+
+    def _keep_recall(self, note: Path, factory: str, recall: float) -> None:
+        with atomic_file(note) as file:
+            json.dump({"models": sorted(self.fingerprints), "index": factory, "recall": recall}, file)
+        log.info("%s finds %.1f %% of the %d nearest, on a sample of queries", factory, 100 * recall, _NEAREST)
+
+    def _approximate(self, index: ApproximateIndex, query: Representation, k: int) -> tuple[FloatArray, IndexArray]:
+        mine, count = self.share
+        return index.top(query, k, range(len(index.starts))[mine::count])
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
         query = self.queries.rows(np.arange(start, stop))
         if self.index is not None:
-            return self.index.top(query, k)
-        return top_of_pieces(query, self.documents.pieces(), k)
+            return self._approximate(self.index, query, k)
+        return self.documents.top_of_share(query, k, *self.share)
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
         """Piece by piece of the corpus, so that each is read once, on a GPU where there is one."""
@@ -310,14 +355,19 @@ class EmbeddingSearcher(Searcher):
 
 @dataclass
 class SharedSearcher(Searcher):
-    """The same on all ranks together: each searches and scores the documents of its own share, those that it has
-    encoded, for the queries of all ranks, and gives each rank the answers to its own.
+    """The same on all ranks together: each searches and scores the documents of its own share, the pieces r, r + n,
+    r + 2n, ... of rank r of n, for the queries of all ranks, and gives each rank the answers to its own.
 
     Every call of `top` and `pairs` is a collective: all ranks make the same calls, each with queries of its own.
     """
 
-    alone: EmbeddingSearcher
+    alone: Searcher
     sharing: Sharing
+
+    @staticmethod
+    def of(alone: Searcher, sharing: Sharing | None) -> Searcher:
+        """A searcher of one share as one of the ranks; where there are none, as it is."""
+        return alone if sharing is None or sharing.mode != "ranks" else SharedSearcher(alone, sharing)
 
     def models(self) -> dict[str, str]:
         return self.alone.models()
@@ -326,13 +376,7 @@ class SharedSearcher(Searcher):
         self.alone.prepare(folder)
 
     def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
-        mine, count = self.sharing.index, self.sharing.count
-
-        def found(start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
-            query = self.alone.queries.rows(np.arange(start, stop))
-            return self.alone.documents.top_of_share(query, k, mine, count)
-
-        return merged_top_k(self._answered((start, stop, k), found), k)
+        return merged_top_k(self._answered((start, stop, k), self.alone.top), k)
 
     def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
         count, score_E = self.sharing.count, np.zeros(len(row_E), np.float32)
@@ -357,130 +401,6 @@ class SharedSearcher(Searcher):
         for place, answer in enumerate(answers):
             dist.gather_object(answer, mine if place == self.sharing.index else None, dst=place, group=group)
         return mine
-
-
-# By BM25, for scripts with and without spaces.
-
-Tokens = Literal["mixed", "characters", "words"]
-
-
-@searchers.register("bm25", source="the library bm25s")
-@dataclass(frozen=True, kw_only=True)
-class Bm25Search:
-    """Candidates by BM25, through the library bm25s.
-
-    tokens: what a text is cut into: `mixed` takes words, and single characters and pairs of them where a script has no
-        spaces (Chinese, Japanese, Thai, ...); `characters` the latter everywhere; `words` only words.
-    k1: how soon a word that comes again stops counting more.
-    b: how much long documents are held against theirs, from 0 (not at all) to 1.
-    """
-
-    tokens: Tokens = "mixed"
-    k1: Positive = 1.5
-    b: Share = 0.75
-
-    def words(self, text: str) -> list[str]:
-        """The words of a text, in lower case. `mixed`: a run of a script without spaces gives its characters and their
-        pairs; `characters`: every run does; `words`: none does."""
-        found: list[str] = []
-        for run, unspaced in runs(folded(text)):
-            if self.tokens == "words" or (self.tokens == "mixed" and not unspaced):
-                found.append(run)
-            else:
-                single = letters(run)
-                found += single + [left + right for left, right in pairwise(single)]
-        return found
-
-    def open(self, texts: SearchTexts) -> Searcher:
-        return Bm25(self, texts.queries, texts.corpus)
-
-
-@dataclass
-class _WordNumbers(Sequence[list[int]]):
-    """The words of documents as numbers, all in one array: as lists of words they would take many times the texts'
-    memory."""
-
-    word_S: array[int] = field(default_factory=lambda: array("i"))
-    end_K: array[int] = field(default_factory=lambda: array("q"))
-
-    def append(self, words: Sequence[int]) -> None:
-        self.word_S.extend(words)
-        self.end_K.append(len(self.word_S))
-
-    def __len__(self) -> int:
-        return len(self.end_K)
-
-    def __getitem__(self, place: Any) -> Any:
-        return self.word_S[self.end_K[place - 1] if place else 0 : self.end_K[place]].tolist()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.__getitem__, range(len(self)))
-
-
-class Bm25(Searcher):
-    """A BM25 index over a corpus, of the words that the queries have: all others count only for the length of their
-    documents, as one word that no query asks for. Scores of a query are computed for the whole corpus at a time, [K]
-    numbers."""
-
-    def __init__(self, settings: Bm25Search, queries: Sequence[str], corpus: Sequence[str]) -> None:
-        self.settings, self.queries, self.corpus = settings, queries, corpus
-
-    def prepare(self, folder: Path) -> None:
-        """Index the corpus. Errors: `MissingExtraError`; `DataError` for a corpus without a single token."""
-        try:
-            import bm25s
-        except ImportError as error:
-            raise MissingExtraError("bm25s", "search") from error
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the library sets it to talk about every step
-        known = dict.fromkeys(word for query in self.queries for word in self.settings.words(query))
-        vocabulary = {word: number for number, word in enumerate(("", *known))}
-        rows = _WordNumbers()
-        for text in self.corpus:
-            rows.append([vocabulary.get(word, 0) for word in self.settings.words(text)])
-        if not rows.word_S:
-            raise DataError("no text of the corpus has a word in it", expected="tokens that fit its script")
-        self._index: Any = bm25s.BM25(k1=self.settings.k1, b=self.settings.b)
-        self._index.index(bm25s.tokenization.Tokenized(rows, vocabulary), show_progress=False)
-
-    def top(self, start: int, stop: int, k: int) -> tuple[FloatArray, IndexArray]:
-        """score_Qk and index_Qk, ties to the lower index. A document that shares no word with the query is none."""
-        queries, k = self.queries[start:stop], min(k, len(self.corpus))
-        score_Qk, index_Qk = np.zeros((len(queries), k), np.float32), np.full((len(queries), k), -1, np.int64)
-        for row, query in enumerate(queries):
-            score_K = self.scores(query)
-            reached = np.flatnonzero((score_K >= _floor(score_K, k)) & (score_K > 0))
-            order = reached[np.argsort(-score_K[reached], kind="stable")][:k]
-            score_Qk[row, : len(order)], index_Qk[row, : len(order)] = score_K[order], order
-        return score_Qk, index_Qk
-
-    def pairs(self, row_E: IndexArray, index_E: IndexArray) -> FloatArray:
-        """Only the given documents are looked up, and words are added in the same order as for the whole corpus."""
-        score_E = np.zeros(len(row_E), np.float32)
-        weight_P, document_P, start_V = (self._index.scores[name] for name in ("data", "indices", "indptr"))
-        for row in np.unique(row_E):
-            mine = np.flatnonzero(row_E == row)
-            for word in self._index.get_tokens_ids(self.settings.words(self.queries[int(row)])):
-                column = slice(start_V[word], start_V[word + 1])
-                place_E = np.searchsorted(document_P[column], index_E[mine])
-                found_E = np.append(document_P[column], -1)[place_E] == index_E[mine]
-                score_E[mine[found_E]] += weight_P[column][place_E[found_E]]
-        return score_E
-
-    def scores(self, query: str) -> FloatArray:
-        """score_K of every document; zeros for a query without a known word."""
-        known = [token for token in self.settings.words(query) if token in self._index.vocab_dict]
-        if not known:
-            return np.zeros(len(self.corpus), np.float32)
-        return np.asarray(self._index.get_scores(known), np.float32)
-
-
-def _floor(score_K: FloatArray, k: int) -> float:
-    """The k-th highest score, or a little less where that is found faster: the k-th of the highest in k or more blocks,
-    which k scores reach."""
-    rows = len(score_K) // _BLOCK
-    if rows >= k:
-        score_K = score_K[: rows * _BLOCK].reshape(rows, _BLOCK).max(1)
-    return float(np.partition(score_K, len(score_K) - k)[len(score_K) - k])
 
 
 # By a model that reads query and document together.

@@ -4,7 +4,7 @@ one."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,21 @@ from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
 
 FloatArray = npt.NDArray[np.float32]
 IndexArray = npt.NDArray[np.int64]
-Vectors = npt.NDArray[Any] | Tensor | Representation
-"""A matrix [N, D] (NumPy, memory-mapped or torch), or a representation of any kind."""
+
+
+class StoredMatrix(Protocol):
+    """A matrix whose rows are read when they are asked for."""
+
+    ndim: int
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice) -> FloatArray: ...
+
+
+Vectors = npt.NDArray[Any] | Tensor | Representation | StoredMatrix
+"""A matrix [N, D] (NumPy, memory-mapped, torch, or in files: `search.stored`), or a representation of any kind."""
 
 _BUDGET = {"cpu": 2**20, "cuda": 2**27}  # numbers of a block of scores: 4 MB stay in a CPU's cache, 512 MB fill a GPU
 _TOKEN_BUDGET = {"cpu": 2**24, "cuda": 2**29}  # the same for heads of tokens: 64 MB and 2 GB

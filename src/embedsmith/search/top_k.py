@@ -42,7 +42,8 @@ def exact_top_k(
     device = search_device(query, device)
     if device.type != "cpu" or isinstance(query, Representation):
         return _searched(query, document, k, block, device)
-    if isinstance(document, np.memmap) or len(query) <= _QUERIES:
+    in_memory = isinstance(document, np.ndarray | torch.Tensor) and not isinstance(document, np.memmap)
+    if not in_memory or len(query) <= _QUERIES:
         return _searched(query, document, k, block, device)
     # Documents in memory may be read again for every part of the queries: what is kept of one part fits the cache.
     check_matrix(query, "the queries")

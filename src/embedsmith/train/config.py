@@ -98,6 +98,8 @@ class TrainConfig:
       autocast with a scaled loss, for cards that do not multiply bf16.
     - `shard`: `true` spreads the backbone's weights, gradients and optimizer state over the ranks (FSDP2), `zero2` the
       optimizer's state and gradients alone (DeepSpeed, extra `deepspeed`).
+    - `shard_ranks`: with `shard: true`, how many ranks hold the weights together, such as the cards of one node; every
+      so many ranks hold a copy, and between copies travel gradients alone (`None`: all ranks hold one).
     - `balance`: a batch of every task in each step, and the rule by which they move the model together; `None` draws
       one source a step.
     - `anchor`: what holds the model to its start, so that it forgets less.
@@ -134,6 +136,7 @@ class TrainConfig:
     max_skipped_steps: Annotated[int, Range(ge=0)] = 10
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     shard: bool | Literal["zero2"] = False
+    shard_ranks: Count | None = None
     balance: Balance | None = None
     anchor: AnchorConfig | None = None
     conflict: ConflictConfig | None = None
@@ -161,6 +164,8 @@ class TrainConfig:
                 "train.balance has all tasks in every step: a schedule or mixed batches mean nothing beside it",
                 fix="remove train.balance, or train.plan.batches and train.plan.schedule",
             )
+        if self.shard_ranks is not None and self.shard is not True:
+            raise RecipeError("train.shard_ranks without train.shard=true", fix="set train.shard=true, or remove it")
         self._check_by_task()
 
     def _check_by_task(self) -> None:

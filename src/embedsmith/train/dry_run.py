@@ -98,7 +98,7 @@ def _memory_in_words(run: Run, tokens: TokenBatch) -> list[str]:
         return rank_memory(
             facts,
             shard=shard,
-            ranks=count,
+            ranks=min(config.shard_ranks or count, count) if shard is True else count,
             optimizer=config.optimizer,
             half=run.precision != "fp32",
             replayed_layers=run.recipe.model.gradient_checkpointing,

@@ -9,7 +9,9 @@ Whole copies: every rank has all weights; gradients are averaged after the last 
 FSDP2 (`train.shard: true`): each rank keeps its part of the backbone's weights and optimizer state. Every forward and
 backward pass of a sharded backbone is a collective, so all ranks must make the same number of them in the same order:
 chunk counts are agreed, with idle chunks where a rank has fewer, and either all chunks keep their graph or none does.
-FSDP2 averages the gradient of its parameters itself; heads and extras stay whole and are averaged as ever.
+FSDP2 averages the gradient of its parameters itself; heads and extras stay whole and are averaged as ever. With
+`train.shard_ranks` the ranks form a mesh of two axes: so many hold the weights together, and there are several copies;
+weights are gathered within a copy, and the shards of gradients averaged between the copies.
 
 ZeRO-2 (`train.shard: zero2`): every rank keeps all weights, and its part of the gradients and the optimizer state.
 DeepSpeed's engine is given the weights, the optimizer and, once a step, the gradients, and nothing else: it never runs
@@ -146,6 +148,11 @@ def check_shard(recipe: Recipe) -> None:
     _refuse_heads(words)
     if not dist.is_initialized():
         raise RecipeError("train.shard needs several processes", fix="start the run with torchrun")
+    if (together := recipe.train.shard_ranks) is not None and world_size() % together:
+        raise RecipeError(
+            f"train.shard_ranks={together} of {world_size()} ranks",
+            expected=f"a number that divides {world_size()}, such as the cards of one node",
+        )
 
 
 def make_engine(model: Model, extras: nn.ModuleDict, config: TrainConfig) -> Engine:
@@ -213,7 +220,10 @@ class Fsdp2(WholeCopies):
         heads = model.token_heads.items()  # also those that lay in the model's folder unasked
         _refuse_heads(["splade" if n == "sparse" else n for n, head in heads if head.reads_words])
         self.copy = copy.deepcopy(model).cpu() if rank() == 0 else None
-        mesh = init_device_mesh(next(model.backbone.parameters()).device.type, (world_size(),))
+        self.device = next(model.backbone.parameters()).device
+        together = config.shard_ranks or world_size()
+        shape = (world_size(),) if together == world_size() else (world_size() // together, together)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
         for layer in layers_of(model.backbone):
             fully_shard(layer, mesh=mesh)
         fully_shard(model.backbone, mesh=mesh)

@@ -1,6 +1,11 @@
 """The machines of a plan: cards with their arithmetic and memory, nodes of them, and what is known of disk and network.
 
-The figures of cards are those of their makers' data sheets: dense products of 16 bits, without sparsity.
+The figures of cards are those of their makers' data sheets: dense products of 16 bits, without sparsity (half of what
+a sheet gives with it), memory in units of 10^9, and half of what a sheet gives for both ways of a link. NVIDIA: A10,
+A100, H100 (SXM and PCIe), H200, L4, L40S, T4, V100 (SXM2), HGX B200 (1,000 W, 180 GB; the chip has 192), and the papers
+on the architectures Ada and GA102 (products of fp16 with sums in fp32) for RTX 4090 and 3090. AMD: Instinct MI300X
+(seven links of 64 GB/s). Cards without NVLink have their PCIe slot of 16 lanes: 16, 32 or 64 GB/s of generation 3, 4
+or 5.
 """
 
 from dataclasses import dataclass

@@ -400,7 +400,7 @@ def _train_memory(recipe: Any, shape: ModelShape, machines: Machines, tokens: fl
         return rank_memory(
             shape.facts,
             shard=config.shard,
-            ranks=machines.ranks,
+            ranks=min(config.shard_ranks or machines.ranks, machines.ranks),
             optimizer=config.optimizer,
             half=half,
             replayed_layers=shape.config.gradient_checkpointing,

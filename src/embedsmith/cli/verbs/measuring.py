@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,28 +130,40 @@ def evaluate_model(
     """
     from embedsmith.api.evaluating import evaluation_sharing
 
-    sharing = evaluation_sharing(keep, shard, join)
-    if shard is not None:
-        ctx.with_resource(sharing.claim())
-    else:
-        sharing.first(lambda: ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": ['))))
-    options, more = _model_options(more or [])
-    widths, more = _widths(dims, more)
-    codes, more = _precisions(precision, more)
-    what = _Scored(head, tuple(widths), codes, rescore, token_bits, _weights(weight), tuple(tune or ()), mteb, limits)
-    what.check(engine, rerank)
-    options |= model_options(pooling, prompts, None, backend)
-    about = {"model": model, "engine": engine, "max_length": max_length, "split": split, **options}
-    about |= {} if rerank is None else {"rerank": rerank, "depth": depth}
-    named = _named_tasks([*(tasks or []), *more], data, split, with_mteb=mteb is not None)
-    encoder = _encoder(model, engine, max_length, batch_size, options)
-    places = (data, split, keep)
-    results = what.results(encoder, _ranker(encoder, model, rerank, depth), named, places, about, sharing)
-    if shard is not None or not first_rank():
-        return
-    if json_file is not None:
-        results.save(json_file, items=items)
+    shared = shard is not None or join
+    with _made_here(json_file) as json_file, _made_here(keep, shared) as keep:
+        sharing = evaluation_sharing(keep, shard, join)
+        if shard is not None:
+            ctx.with_resource(sharing.claim())
+        else:
+            sharing.first(lambda: ctx.with_resource(_claimed("evaluate", keep, (json_file, '"tasks": ['))))
+        options, more = _model_options(more or [])
+        widths, more = _widths(dims, more)
+        codes, more = _precisions(precision, more)
+        weights = _weights(weight)
+        what = _Scored(head, tuple(widths), codes, rescore, token_bits, weights, tuple(tune or ()), mteb, limits)
+        what.check(engine, rerank)
+        options |= model_options(pooling, prompts, None, backend)
+        about = {"model": model, "engine": engine, "max_length": max_length, "split": split, **options}
+        about |= {} if rerank is None else {"rerank": rerank, "depth": depth}
+        named = _named_tasks([*(tasks or []), *more], data, split, with_mteb=mteb is not None)
+        encoder = _encoder(model, engine, max_length, batch_size, options)
+        places = (data, split, keep)
+        results = what.results(encoder, _ranker(encoder, model, rerank, depth), named, places, about, sharing)
+        if shard is not None or not first_rank():
+            return
+        if json_file is not None:
+            results.save(json_file, items=items)
     print_table(results.table())
+
+
+@contextmanager
+def _made_here(output: Path | None, shared: bool = False) -> Iterator[Path | None]:
+    """A path on this machine for an output, which is sent in the end where it belongs into object storage."""
+    from embedsmith.core.outputs import delivered
+
+    with nullcontext() if output is None else delivered(output, "evaluate", shared=shared) as place:
+        yield None if place is None else Path(place)
 
 
 @dataclass(frozen=True)

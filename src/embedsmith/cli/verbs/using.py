@@ -126,6 +126,16 @@ def search_index(
     filters: Annotated[list[str] | None, typer.Option("--filter", help="lang=en, or 'year={gte: 2000}'")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which tokens matched.")] = False,
     rerank: Annotated[str | None, typer.Option(help="A reranker that orders the candidates anew.")] = None,
+    vectors: Annotated[
+        list[str] | None, typer.Option(help="Instead of an index: a folder that encode has written; may be repeated.")
+    ] = None,
+    texts_of: Annotated[
+        list[str] | None, typer.Option("--texts", help="With --vectors: the files that were encoded, to show texts.")
+    ] = None,
+    approximate: Annotated[
+        str | None, typer.Option(help="With --vectors: search by such an index of FAISS (IVF4096,Flat); made once.")
+    ] = None,
+    effort: Annotated[int, typer.Option(min=1, help="With --approximate: candidates a query looks at.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a query.")] = False,
     device: Device = None,
     pooling: Pooling = None,
@@ -133,11 +143,11 @@ def search_index(
     max_length: MaxLength = None,
     backend: Backend = None,
 ) -> None:
-    """Search an index by all heads together, with the score of each.
+    """Search an index by all heads together, with the score of each; or folders of vectors, of any size.
 
     Example: embedsmith search 'how do I reset my password' --index my-index -k 5
     """
-    from embedsmith.core.errors import DataError
+    from embedsmith.core.errors import DataError, SearchError
     from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index import commands as indexing
     from embedsmith.index import read_documents
@@ -149,20 +159,45 @@ def search_index(
     texts = [*(queries or []), *from_file]
     where = indexing.parse_pairs(filters or [], "the filter")
     given = indexing.parse_weights(weights or [])
-    for found in indexing.run_search(
-        place,
-        texts,
-        k,
-        model=model,
-        weights=given,
-        rrf=rrf,
-        candidates=candidates,
-        filter=where,
-        explained=explain,
-        rerank=rerank,
-        rescore=rescore,
-        options=model_options(pooling, prompts, max_length, backend),
-    ):
+    options = model_options(pooling, prompts, max_length, backend)
+    if vectors:
+        from embedsmith.index.stored_search import run_stored_search
+
+        of_index = {"--index": index, "--url": url, "--weight": weights, "--rrf": rrf, "--filter": filters}
+        for name, value in (of_index | {"--explain": explain, "--rerank": rerank}).items():
+            if value:
+                raise SearchError(
+                    f"{name} with --vectors", fix=f"leave {name} out, or make an index (embedsmith index)"
+                )
+        hits = run_stored_search(
+            vectors,
+            texts,
+            k,
+            model=model,
+            texts=texts_of or (),
+            approximate=approximate,
+            effort=effort,
+            options=options,
+        )
+    else:
+        if alone := [n for n, v in (("--texts", texts_of), ("--approximate", approximate)) if v]:
+            what = f"{alone[0]} without --vectors"
+            raise SearchError(what, fix=f"leave {alone[0]} out, or name vectors: --vectors FOLDER")
+        hits = indexing.run_search(
+            place,
+            texts,
+            k,
+            model=model,
+            weights=given,
+            rrf=rrf,
+            candidates=candidates,
+            filter=where,
+            explained=explain,
+            rerank=rerank,
+            rescore=rescore,
+            options=options,
+        )
+    for found in hits if first_rank() else ():
         if as_json:
             say(found.as_json())
         else:
@@ -217,7 +252,7 @@ def export_model(
     from typing import cast
 
     from embedsmith.core.errors import ModelError
-    from embedsmith.core.outputs import claimed
+    from embedsmith.core.outputs import claimed, delivered
     from embedsmith.models.exports.libraries import ExportedHead, export_head
     from embedsmith.models.load import load
     from embedsmith.models.write import saved_model
@@ -242,9 +277,9 @@ def export_model(
     if given := [name for name, value in (("--texts", texts), ("--floor", floor), ("--task", task)) if value]:
         raise ModelError(f"{given[0]} without --to", fix="add --to onnx or --to openvino")
     name = cast("ExportedHead", head or "dense")
-    with claimed(out, "export"):
-        saved_model().refuse_other(out)
-        say(export_head(load(model, device="cpu", **options), out, name, overwrite=overwrite))
+    with delivered(out, "export") as place, claimed(place, "export"):
+        saved_model().refuse_other(Path(place))
+        say(export_head(load(model, device="cpu", **options), Path(place), name, overwrite=overwrite))
 
 
 @verbs.register("push")
