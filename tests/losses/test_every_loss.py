@@ -7,6 +7,7 @@ import torch
 
 from embedsmith.core.collectives import rank, world_size
 from embedsmith.core.errors import RecipeError
+from embedsmith.core.reps import Sparse
 from embedsmith.core.settings import to_plain
 from embedsmith.core.shelf import losses
 from embedsmith.losses import CrossBatchBalance, Flops, InfoNCE, M3SelfDistillation, Uniformity, Weighted
@@ -80,13 +81,15 @@ def has_fixed_weights(loss):
 @pytest.mark.parametrize(("name", "loss"), [(n, one) for n, one in EVERY if not has_fixed_weights(one)], ids=str)
 def test_gradcheck(name, loss):
     def fill(representation, remaining):
-        return representation.map(lambda tensor: next(remaining) if tensor.is_floating_point() else tensor)
+        """A weight of 0 is padding, and no variable."""
+        kept = lambda tensor: tensor != 0 if isinstance(representation, Sparse) else 1
+        return representation.map(lambda old: next(remaining) * kept(old) if old.is_floating_point() else old)
 
     for example in list(examples_for(loss).values())[:2]:
         model, extras = Tiny(), make_extras(loss)
         batch, made = make_batch(model, example, loss, extras, leaves=False)
         reps = [representation for pair, _ in made for _, representation in sorted(pair.items())]
-        inputs = [t.detach().requires_grad_() for r in reps for t in r.floating()]
+        inputs = [t.detach().clone().requires_grad_() for r in reps for t in r.floating()]
 
         def value(*tensors, batch=batch, made=made):
             remaining = iter(tensors)

@@ -337,8 +337,11 @@ def check_stages(recipe: PipelineRecipe) -> None:
         try:
             VERBS[stage.verb].check(resolved(stage, results), where)
         except EvaluationError as error:
-            key = f"stages.{place}.recipe.{'evaluate.' * (stage.verb == 'train')}tasks"
-            fix = f"name a file or folder that is there: {key}=[FILE]"
+            fix = "name files or folders that are there"
+            if stage.verb == "train":
+                fix += f": stages.{place}.recipe.evaluate.tasks=[FILE]"
+            else:
+                fix += f": stages.{place}.recipe.tasks=[FILE]"
             raise EvaluationError(error.what, where=where, expected=error.expected, fix=fix) from error
 
 

@@ -256,11 +256,11 @@ class SweepRecipe:
 
 def _check_column(column: str, recipes: Sequence[Any], where: str) -> None:
     """Errors: `RecipeError` for a width or a head, in the place of a metric, that no training scores."""
-    key = "dims" if column.isdigit() else "heads"
     runs = [recipe.evaluate for recipe in recipes if isinstance(recipe, Recipe)]
-    if (column.isdigit() or column in _HEADS) and not any(column in map(str, getattr(run, key)) for run in runs):
-        what = f"no training scores {'the width' if key == 'dims' else 'the head'} {column}"
-        raise RecipeError(what, where=where, fix=f"evaluate.{key}=[{column}]")
+    if column.isdigit() and not any(int(column) in run.dims for run in runs):
+        raise RecipeError(f"no training scores the width {column}", where=where, fix=f"evaluate.dims=[{column}]")
+    if column in _HEADS and not any(column in run.heads for run in runs):
+        raise RecipeError(f"no training scores the head {column}", where=where, fix=f"evaluate.heads=[{column}]")
 
 
 _HEADS = ("sparse", "multivector", "hybrid")

@@ -205,8 +205,8 @@ class Sparse(Representation):
         place_NT = torch.searchsorted(vocabulary_V, self.coordinate_NT).clamp_max(len(vocabulary_V) - 1)
         there_NT = (vocabulary_V[place_NT] == self.coordinate_NT) & ((self.weight_NT != 0) | (self.coordinate_NT != 0))
         weight_NT = in_fp32(self.weight_NT).masked_fill(~there_NT, float("-inf"))  # below any weight under 0
-        weight_NV = weight_NT.new_zeros(len(weight_NT), len(vocabulary_V))
-        weight_NV = weight_NV.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=False)
+        lowest_NV = weight_NT.new_full((len(weight_NT), len(vocabulary_V)), float("-inf"))
+        weight_NV = lowest_NV.scatter_reduce(1, place_NT, weight_NT, reduce="amax", include_self=True)
         return weight_NV.masked_fill(weight_NV == float("-inf"), 0.0)
 
 
