@@ -3,10 +3,13 @@
 import math
 
 import pytest
+from bench import conflict
 from bench.conflict import agreement, row_of
 
 
-def test_what_predicts_well_is_told_from_what_does_not():
+def test_what_predicts_well_is_told_from_what_does_not(monkeypatch):
+    monkeypatch.setattr(conflict, "RESAMPLES", 500)
+    monkeypatch.setattr(conflict, "SHUFFLES", 1000)
     hurt = [0.01 * n for n in range(12)]
     well = agreement([value**3 for value in hurt], hurt)
     assert well["rho"] == pytest.approx(1)
