@@ -43,7 +43,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         vectors_of_examples(Path(sys.argv[1]))
         return
-    python = installed("frameworks", PACKAGES, with_dependencies=True)
+    # langchain-huggingface wants an older one
+    python = installed("frameworks", PACKAGES, with_dependencies=True, apart_from=("huggingface-hub",))
     from embedsmith.models import load
 
     model = load(minilm(), device="cpu", prompts=PROMPTS)

@@ -19,10 +19,13 @@ def mergekit_python() -> Path:
     return installed("mergekit", _PACKAGES)
 
 
-def installed(name: str, packages: Sequence[str], *, with_dependencies: bool = False) -> Path:
+def installed(
+    name: str, packages: Sequence[str], *, with_dependencies: bool = False, apart_from: Sequence[str] = ()
+) -> Path:
     """The interpreter of an environment `bench/out/NAME` with these packages over ours, made on first use.
 
-    `with_dependencies`: also what they need and ours does not have, within constraints.txt."""
+    `with_dependencies`: also what they need and ours does not have, within constraints.txt but for `apart_from`, where
+    they want other versions."""
     folder = WORK / name
     python = folder / "bin" / "python"
     target = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -33,7 +36,9 @@ def installed(name: str, packages: Sequence[str], *, with_dependencies: bool = F
         (target / "parent.pth").write_text(site.getsitepackages()[0] + "\n", encoding="utf-8")
         if with_dependencies:  # by pip: uv does not look where the .pth leads, and would install torch again
             pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-            done = subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), *packages])
+            lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+            (folder / "constraints.txt").write_text("".join(n for n in lines if n.partition("==")[0] not in apart_from))
+            done = subprocess.run([*pip, "-c", str(folder / "constraints.txt"), *packages])
             if done.returncode:
                 sys.exit(f"{packages[0]} could not be installed: it needs pip and a package index")
             complete.touch()

@@ -39,7 +39,7 @@ DOCUMENTS = [
 PROMPTS = {"query": "query: ", "document": "passage: "}
 WRITTEN: dict[str, dict[str, Any]] = {
     "m3": {},
-    "m3 with prompts": {"prompts": PROMPTS},
+    "m3 with prompts": {"prompts": PROMPTS, "heads_include_prompt": True},
     "colbert": {"multivector": "colbert"},
     "colbert with prompts": {"multivector": "colbert", "prompts": PROMPTS},
 }
