@@ -347,7 +347,7 @@ class ModelSource:
                 where=config.path,
                 expected=f"pooling, one of {', '.join(poolings.names())}",
                 fix="say the one it was trained with, for example --pooling mean, in a recipe model.pooling=mean; or "
-                "make an embedder of the folder once: embedsmith convert MODEL NEW_FOLDER --pooling mean",
+                "make an embedder of the folder once: embedsmith convert MODEL NEW_FOLDER --pooling=mean",
             )
         try:
             pooling_named(pooling)
