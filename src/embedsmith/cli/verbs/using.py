@@ -107,6 +107,29 @@ def index_documents(
         say(f"{written.new} new, {written.changed} changed, {written.unchanged} unchanged; {size} in the index")
 
 
+def _queries_of(file: str | None) -> list[str]:
+    """Errors: `DataError` for a file without one."""
+    from embedsmith.core.errors import DataError
+    from embedsmith.index import read_documents
+
+    found = [document.text for document in read_documents(file)] if file else []
+    if file and not found:
+        raise DataError("no query in this file", where=file)
+    return found
+
+
+def _refuse_mixed(vectors: bool, of_index: dict[str, Any], of_vectors: dict[str, Any]) -> None:
+    """Errors: `SearchError` for an option that says nothing of what is searched."""
+    from embedsmith.core.errors import SearchError
+
+    for name in (name for name, value in (of_index if vectors else of_vectors).items() if value):
+        if vectors:
+            fix = f"leave {name} out, or make an index (embedsmith index)"
+            raise SearchError(f"{name} with --vectors", fix=fix)
+        fix = f"leave {name} out, or name vectors: --vectors FOLDER"
+        raise SearchError(f"{name} without --vectors", fix=fix)
+
+
 @verbs.register("search")
 def search_index(
     queries: Annotated[list[str] | None, typer.Argument(help="One or more queries.")] = None,
@@ -147,56 +170,26 @@ def search_index(
 
     Example: embedsmith search 'how do I reset my password' --index my-index -k 5
     """
-    from embedsmith.core.errors import DataError, SearchError
     from embedsmith.core.keys import checked_variable, key_from
     from embedsmith.index import commands as indexing
-    from embedsmith.index import read_documents
+    from embedsmith.index.stored_search import run_stored_search
 
     place = indexing.Place(index, url, collection, key_from(checked_variable(api_key_env, "--api-key-env")))
-    from_file = [document.text for document in read_documents(file)] if file else []
-    if file and not from_file:
-        raise DataError("no query in this file", where=file)
-    texts = [*(queries or []), *from_file]
-    where = indexing.parse_pairs(filters or [], "the filter")
-    given = indexing.parse_weights(weights or [])
-    options = model_options(pooling, prompts, max_length, backend)
+    texts = [*(queries or []), *_queries_of(file)]
+    where, heads = indexing.parse_pairs(filters or [], "the filter"), indexing.parse_weights(weights or [])
+    more: dict[str, Any] = {"model": model, "options": model_options(pooling, prompts, max_length, backend)}
+    _refuse_mixed(
+        bool(vectors),
+        {"--index": index, "--url": url, "--weight": weights, "--rrf": rrf, "--filter": filters, "--explain": explain}
+        | {"--rerank": rerank},
+        {"--texts": texts_of, "--approximate": approximate},
+    )
     if vectors:
-        from embedsmith.index.stored_search import run_stored_search
-
-        of_index = {"--index": index, "--url": url, "--weight": weights, "--rrf": rrf, "--filter": filters}
-        for name, value in (of_index | {"--explain": explain, "--rerank": rerank}).items():
-            if value:
-                raise SearchError(
-                    f"{name} with --vectors", fix=f"leave {name} out, or make an index (embedsmith index)"
-                )
-        hits = run_stored_search(
-            vectors,
-            texts,
-            k,
-            model=model,
-            texts=texts_of or (),
-            approximate=approximate,
-            effort=effort,
-            options=options,
-        )
+        more |= {"texts": texts_of or (), "approximate": approximate, "effort": effort}
+        hits = run_stored_search(vectors, texts, k, **more)
     else:
-        if alone := [n for n, v in (("--texts", texts_of), ("--approximate", approximate)) if v]:
-            what = f"{alone[0]} without --vectors"
-            raise SearchError(what, fix=f"leave {alone[0]} out, or name vectors: --vectors FOLDER")
-        hits = indexing.run_search(
-            place,
-            texts,
-            k,
-            model=model,
-            weights=given,
-            rrf=rrf,
-            candidates=candidates,
-            filter=where,
-            explained=explain,
-            rerank=rerank,
-            rescore=rescore,
-            options=options,
-        )
+        more |= {"weights": heads, "rrf": rrf, "candidates": candidates, "rescore": rescore, "rerank": rerank}
+        hits = indexing.run_search(place, texts, k, filter=where, explained=explain, **more)
     for found in hits if first_rank() else ():
         if as_json:
             say(found.as_json())
