@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from embedsmith.cli import app
 from embedsmith.cli import stages as verbs_module
-from embedsmith.cli.stages import PipelineRecipe, run
+from embedsmith.cli.stages import PipelineRecipe, check_stages, run
 from embedsmith.core.errors import CheckpointError, EvaluationError, RecipeError
 from embedsmith.core.recipe import load_recipe, parse
 from embedsmith.models import load
@@ -256,3 +256,14 @@ def test_conans_recipes_go_from_pairs_to_a_model(tmp_path, files):
         assert any("negatives_hardness/mine" in line for line in metrics)
         assert metrics[-1][f"loss/{similarity}"] > 0
         shutil.rmtree(supervised / "supervised")
+
+
+def test_the_place_of_a_stage_is_counted_as_in_the_recipe():
+    """Not as they run: a stage with three seeds is one."""
+    trained = {"model": {"path": "m"}, "data": [{"path": "pairs.jsonl", "task": "retrieval", "batch_size": 4}]}
+    stages = [
+        {"name": "run", "verb": "train", "seeds": [0, 1, 2], "recipe": trained},
+        {"name": "scores", "verb": "evaluate", "recipe": {"model": "${run-0}", "tasks": ["nothing-there.jsonl"]}},
+    ]
+    with pytest.raises(EvaluationError, match=r"stages\.1\.recipe\.tasks="):
+        check_stages(parse(PipelineRecipe, {"output": "runs/p", "stages": stages}))

@@ -279,7 +279,6 @@ def _check(verb: str, tree: dict[str, Any], where: str) -> None:
 
 
 JOURNAL = "pipeline.json"
-_MADE = "(what stage "
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -332,8 +331,10 @@ def _run(recipe: PipelineRecipe) -> dict[str, Path]:
 def check_stages(recipe: PipelineRecipe) -> None:
     """Read the recipe of every stage before any runs, so that a mistake in the last one costs nothing. Errors:
     `RecipeError`; `EvaluationError` for a task that is nowhere."""
-    for place, (stage, results) in enumerate(placeholders(recipe)):
-        where = f"stage {stage.name}"
+    place, before = -1, None
+    for stage, results in placeholders(recipe):
+        place += stage.recipe is not before  # stages that differ by the seed alone stand in one place, with one recipe
+        where, before = f"stage {stage.name}", stage.recipe
         try:
             VERBS[stage.verb].check(resolved(stage, results), where)
         except EvaluationError as error:

@@ -19,13 +19,10 @@ from embedsmith.index.commands import FoundHits
 from embedsmith.index.index import Hit
 from embedsmith.models import Embedder, load
 from embedsmith.models.encode_files import weights_hash
-from embedsmith.search.approximate import ApproximateIndex, found_share
+from embedsmith.search.approximate import COMPARED, ApproximateIndex, found_share
 from embedsmith.search.exact import FloatArray, IndexArray
 from embedsmith.search.stored import StoredVectors
 from embedsmith.search.top_k import merged_top_k
-
-_SAMPLE = 100
-"""Queries on which an approximate search is compared with an exact one."""
 
 
 def run_stored_search(
@@ -63,10 +60,10 @@ def run_stored_search(
         index = _index(vectors, approximate, effort, Path(work) if work else None)
         blocks = range(len(index.starts))[share[0] :: share[1]]
         score_Qk, index_Qk = _merged(lambda: index.top(query, k, blocks), k)
-        some = query.rows(slice(0, _SAMPLE))
+        some = query.rows(slice(0, COMPARED))
         exact = _merged(lambda: vectors.top(some, k, share), k)[1]
         if rank() == 0:
-            found = found_share(exact, index_Qk[:_SAMPLE])
+            found = found_share(exact, index_Qk[:COMPARED])
             message = "%s finds %.1f %% of the %d nearest, on %d of the queries; --effort raises it (now %d)"
             log.info(message, approximate, 100 * found, k, len(some), effort)
     return on_first_rank(lambda: list(_hits(vectors, queries, score_Qk, index_Qk, texts)))

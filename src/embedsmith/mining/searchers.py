@@ -37,7 +37,7 @@ from embedsmith.core.settings import Count, Weights, Word
 from embedsmith.core.sharing import OthersFirstError, Sharing
 from embedsmith.core.shelf import searchers, teachers
 from embedsmith.data.record import text_id
-from embedsmith.search.approximate import ApproximateIndex, found_share
+from embedsmith.search.approximate import COMPARED, ApproximateIndex, found_share
 from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK, on_device, search_device
 from embedsmith.search.given_pairs import one_to_one
@@ -48,8 +48,8 @@ T = TypeVar("T")
 
 PIECE = 2048
 """Texts a file of cached vectors holds, and documents scored at once."""
-_SAMPLE, _NEAREST = 100, 10
-"""Queries on which an approximate search is compared with an exact one, and the neighbours of each that count."""
+_NEAREST = 10
+"""Neighbours of a query that count where an approximate search is compared with an exact one."""
 
 
 def no_reranker(path: str) -> Reranker:
@@ -311,7 +311,7 @@ class EmbeddingSearcher(Searcher):
 
     def _recall(self, index: ApproximateIndex, group: Group) -> float:
         """On a sample of the queries: which share of the nearest documents the index finds."""
-        row_S = np.unique(np.linspace(0, len(self.queries) - 1, _SAMPLE).astype(np.int64))
+        row_S = np.unique(np.linspace(0, len(self.queries) - 1, COMPARED).astype(np.int64))
         query = self.queries.rows(row_S)
         mine = self.documents.top_of_share(query, _NEAREST, *self.share), self._approximate(index, query, _NEAREST)
         exact, found = (

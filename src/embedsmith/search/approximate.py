@@ -34,6 +34,8 @@ _RUN = 2048
 """Vectors that lie side by side in a sample; blocks begin at multiples of it."""
 _SAMPLE, _PER_CELL = 2**18, 40
 """Vectors to train on: so many, or so many a cell where that is more (FAISS asks for 39)."""
+COMPARED = 100
+"""Queries on which an approximate search is compared with an exact one, or fewer where there are fewer."""
 
 Rows = Callable[[int, int], Representation]
 """Gives the vectors of some places, from the first to before the last."""
