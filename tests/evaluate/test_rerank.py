@@ -65,6 +65,8 @@ def test_the_first_documents_are_ordered_anew_and_no_others_are_read(depth):
     for query, value in zip(result.item_ids, result.items["ndcg_at_10"], strict=True):
         assert value == pytest.approx(ndcg(query, ordered(query, first(query, depth))), abs=1e-9)
     assert reranker.read == [7 * depth]
+    beyond = {name for name in result.scores if int(name.rpartition("_")[2]) > 10}
+    assert ("recall_at_100" in beyond) if depth == 20 else not beyond  # 20 documents are the whole corpus
 
 
 def test_candidates_are_ordered_by_the_reranker_alone():

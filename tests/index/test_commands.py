@@ -115,7 +115,6 @@ def test_files_without_a_text_are_named(model, documents, tmp_path):
     [
         ('{"_id": "1", "text": "the dog"}', "line 1"),
         ('{"_id": "4", "text": "a \\ud800 dog"}', "broken Unicode"),
-        ('{"_id": "4", "text": "  "}', "empty text"),
     ],
 )
 def test_a_wrong_document_is_said_before_any_is_encoded(model, documents, tmp_path, row, says):
@@ -124,6 +123,17 @@ def test_a_wrong_document_is_said_before_any_is_encoded(model, documents, tmp_pa
     with pytest.raises(DataError, match=rf"docs.jsonl:4: .*{says}"):
         typed("index", model, documents, "--to", str(tmp_path / "index"), "--batch", "1")
     assert not (tmp_path / "index").exists()
+
+
+def test_documents_without_a_text_are_left_out_and_told_and_such_a_query_is_refused(model, documents, tmp_path, caplog):
+    with open(documents, "a", encoding="utf-8") as file:
+        file.write('\n{"_id": "4", "text": " ", "title": ""}\n{"_id": "5", "text": ""}')
+    place = str(tmp_path / "index")
+    assert "3 new, 0 changed, 0 unchanged; 3 in the index" in typed("index", model, documents, "--to", place)
+    told = [line for line in caplog.messages if "left out" in line]
+    assert [line.rpartition("docs.jsonl")[2] for line in told] == [":4: documents without a text, left out: 2"]
+    with pytest.raises(DataError, match=r"docs.jsonl:4: empty text"):
+        typed("search", "-i", place, "--file", documents)
 
 
 def test_a_query_of_broken_unicode(model, documents, tmp_path):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from embedsmith.cli.stages import EvaluateStage, ExportStage, PipelineRecipe, placeholders, recipe_class, resolved
 from embedsmith.core.errors import RecipeError
@@ -19,6 +19,7 @@ from embedsmith.core.settings import Count, Range, Word, did_you_mean, section
 from embedsmith.data.source import source_name
 from embedsmith.evaluate import load_task
 from embedsmith.train import Recipe
+from embedsmith.train.config import HeadScored
 
 _Number = int | float
 _KINDS = ("log", "range", "from")
@@ -259,11 +260,8 @@ def _check_column(column: str, recipes: Sequence[Any], where: str) -> None:
     runs = [recipe.evaluate for recipe in recipes if isinstance(recipe, Recipe)]
     if column.isdigit() and not any(int(column) in run.dims for run in runs):
         raise RecipeError(f"no training scores the width {column}", where=where, fix=f"evaluate.dims=[{column}]")
-    if column in _HEADS and not any(column in run.heads for run in runs):
+    if column in get_args(HeadScored) and not any(column in run.heads for run in runs):
         raise RecipeError(f"no training scores the head {column}", where=where, fix=f"evaluate.heads=[{column}]")
-
-
-_HEADS = ("sparse", "multivector", "hybrid")
 
 
 def sweep_schema() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from embedsmith.core.collectives import lost_ranks, objects_of_all_ranks
 from embedsmith.core.encoder import Encoder, fingerprint
 from embedsmith.core.errors import DataError
 from embedsmith.core.outputs import clear_left, delivered, discard
-from embedsmith.core.progress import progress_bar
+from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data.writers import batched
 from embedsmith.index.commands import Place
@@ -133,18 +133,22 @@ class _Filling:
         finally:
             store.close()
 
-    def _read(self) -> Iterator[Document]:
-        return read_documents(self.documents) if isinstance(self.documents, str) else iter(self.documents)
+    def _read(self, left_out: list[str] | None = None) -> Iterator[Document]:
+        if not isinstance(self.documents, str):
+            return iter(self.documents)
+        return read_documents(self.documents, [] if left_out is None else left_out)
 
     def _counted(self) -> tuple[int, str]:
         """How many documents there are, and a hash of all. Errors: `DataError` for none."""
-        digest, count = hashlib.blake2b(digest_size=16), 0
-        for document in self._read():
+        digest, count, left_out = hashlib.blake2b(digest_size=16), 0, list[str]()
+        for document in self._read(left_out):
             count += 1
             digest.update(f"{document.id} {document.hash}".encode("utf-8", "surrogatepass"))
         if count == 0:
             where = self.documents if isinstance(self.documents, str) else None
             raise DataError("no document in this file", where=where, expected="at least one row with an id and a text")
+        if left_out:
+            log.warning("%s: documents without a text, left out: %d", left_out[0], len(left_out))
         return count, digest.hexdigest()
 
     def _encoder(self) -> Embedder:

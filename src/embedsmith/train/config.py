@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 Beta = Annotated[float, Range(ge=0, lt=1)]
 
+HeadScored = Literal["sparse", "multivector", "hybrid"]
+"""What is scored beside `dense` while training."""
+
 
 @section
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ class EvaluateConfig:
     embedder: str | None = None
     depth: Count = 100
     geometry: Count | None = None
-    heads: tuple[Literal["sparse", "multivector", "hybrid"], ...] = ()
+    heads: tuple[HeadScored, ...] = ()
     dims: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.encoding import Reader, piece_rows
 from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Qrels, Ranking
+from embedsmith.evaluate.rerank import Rerank
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.evaluate.tasks.kinds import (
     ENDINGS,
@@ -186,14 +187,15 @@ class RetrievalTask(RankingTask):
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
         document_ids = sorted(self.corpus, reverse=True)
-        metric = "ndcg_at_10" if 10 in self.cuts else f"ndcg_at_{max(self.cuts)}"
+        cuts = self._read_by(reader.rerank)
+        metric = "ndcg_at_10" if 10 in cuts else f"ndcg_at_{max(cuts)}"
         if reader.rerank is not None:
             found = reader.rerank.found
             if self.name not in found:
                 query_reps, wanted = self._asked(reader, query_ids), max(*self.cuts, reader.rerank.depth)
                 found[self.name] = self._ranking(reader, query_reps, query_ids, document_ids, wanted)
             ranking = _reranked(reader, self, found[self.name], query_ids, document_ids)
-            return self._result(query_ids, document_ids, {self.cuts: ranking}, metric)
+            return self._result(query_ids, document_ids, {cuts: ranking}, metric)
         if self.precision == "float32":
             query_reps = self._asked(reader, query_ids)
             size = 4 * query_reps.vector_ND.shape[1] if isinstance(query_reps, Dense) else None
@@ -204,6 +206,12 @@ class RetrievalTask(RankingTask):
         if size is None:
             return result
         return replace(result, counts={**result.counts, "bytes_per_vector": size, "bytes": size * len(document_ids)})
+
+    def _read_by(self, rerank: Rerank | None) -> tuple[int, ...]:
+        """The cuts at which a ranking says something: those beyond what a reranker reads are left out."""
+        if rerank is None or rerank.depth >= len(self.corpus):
+            return self.cuts
+        return tuple(cut for cut in self.cuts if cut <= max(rerank.depth, 10)) or (min(self.cuts),)
 
     def _asked(self, reader: Reader, query_ids: list[str]) -> Representation:
         asked = [self.queries[query] for query in query_ids]
