@@ -21,8 +21,10 @@ from rich.console import Console
 
 from bench.common import DATA, RESULTS, WORK, data_path, environment, minilm, write_json
 from bench.quality_joint import read_lines
-from embedsmith.data import Source
+from embedsmith.data import Source, text_id
 from embedsmith.distil.run import DistilRecipe, distil
+from embedsmith.evaluate import load_task
+from embedsmith.evaluate.overlap import texts_of
 
 RESULT = RESULTS / "distil.json"
 TASKS = ("stsb-en-test", "sts13-test", "xquad-en")
@@ -30,16 +32,19 @@ TRAINED = ("sts/stsb-en-train.jsonl", "sts/sick-train.jsonl", "pairs/debian-en-t
 
 
 def texts_file(count: int, folder: Path) -> Path:
-    """Distinct texts of the training files in turn, `count` of them, as one file."""
+    """Distinct texts of the training files in turn, `count` of them, without those that are scored, as one file."""
+    tasks = [load_task(name, data_dir=DATA) for name in TASKS]
+    scored = {text_id(text) for task in tasks for _, texts in texts_of(task) or () for text in texts}
     wells: list[list[str]] = []
     for name in TRAINED:
         rows = read_lines(data_path(name))
         both = [(row.get("text1") or row["query"], row.get("text2") or row["pos"][0]) for row in rows]
-        wells.append(list(dict.fromkeys(text[:300] for pair in both for text in pair)))
+        texts = dict.fromkeys(text[:300] for pair in both for text in pair)
+        wells.append([text for text in texts if text_id(text) not in scored])
     share = count // len(wells)
-    texts = list(dict.fromkeys(text for well in wells for text in well[:share]))
+    chosen = list(dict.fromkeys(text for well in wells for text in well[:share]))
     path = folder / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), encoding="utf-8")
     return path
 
 
