@@ -18,7 +18,7 @@ import torch
 
 import embedsmith as es
 import embedsmith.curate.run
-from embedsmith.cli.curation import run_curate
+from embedsmith.api.curating import run_curate
 from embedsmith.core.errors import DataError, EngineError, MissingExtraError, RecipeError
 from embedsmith.core.reps import Dense
 from embedsmith.core.shelf import curation_steps
@@ -289,7 +289,7 @@ def test_where_no_cluster_answers_it_is_told_at_once():
 def test_the_engine_of_the_command_line_goes_before_that_of_the_recipe(tmp_path, monkeypatch):
     """And keeps its settings where it is the same."""
     made = []
-    monkeypatch.setattr("embedsmith.cli.curation.curate", lambda recipe, tools, overwrite: made.append(recipe.engine))
+    monkeypatch.setattr("embedsmith.api.curating.curate", lambda recipe, tools, overwrite: made.append(recipe.engine))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{input: {path: in.jsonl}, output: o.jsonl, steps: [length], engine: {type: ray, workers: 3}}")
     for engine, address in ((None, None), ("local", None), (None, "auto"), ("ray", "h:1")):

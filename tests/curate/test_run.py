@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from embedsmith.cli.curation import run_curate, step_of, tree_of
+from embedsmith.api.curating import run_curate, step_of, tree_of
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.recipe import load_recipe
 from embedsmith.core.reps import Dense

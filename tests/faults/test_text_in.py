@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedsmith.api.curating import run_curate
 from embedsmith.api.tokenizing import TokenizeJob, tokenize
-from embedsmith.cli.curation import run_curate
 from embedsmith.cli.stages import PipelineRecipe
 from embedsmith.compat.config import read_recipe, read_reference
 from embedsmith.core.errors import EmbedsmithError

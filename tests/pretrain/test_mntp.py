@@ -9,6 +9,7 @@ from embedsmith.models import load
 from embedsmith.pretrain import mntp
 from embedsmith.pretrain.losses import MNTP
 from embedsmith.pretrain.mntp import MntpHead, hidden_words
+from embedsmith.pretrain.whole_words import shown_by_bert
 from embedsmith.train.step import Memory, run_step
 from tests.models import lm
 from tests.models.families import tiny
@@ -74,7 +75,8 @@ def test_what_is_hidden(tmp_path):
     words = ~torch.isin(padded.id_NT[0], special_S)
     words[0] = False
     assert 0.18 < hidden_NT[:, words].float().mean() < 0.22
-    shown_NT = model.token_heads["mntp"]._replaced(padded.id_NT, hidden_NT)
+    head = model.token_heads["mntp"]
+    shown_NT = shown_by_bert(padded.id_NT, hidden_NT, head.mask_id, len(head.lm.output_VH))
     assert torch.equal(shown_NT[~hidden_NT], padded.id_NT[~hidden_NT])
     assert 0.75 < (shown_NT[hidden_NT] == model.token_heads["mntp"].mask_id).float().mean() < 0.85
 
@@ -113,7 +115,7 @@ def test_words_for_a_mask(tmp_path):
     monkey = byte_tokenizer()
     monkey.get_vocab = dict  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="neither a mask token nor the word"):
-        mntp._mask_id(monkey)
+        MntpHead(head.lm, monkey)
 
 
 def test_adapters_leave_the_output_layer_alone(tmp_path):

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from embedsmith.core.collectives import ALONE, Group, lost_ranks, refuse_launcher
-from embedsmith.core.encoder import Encoder, main_head
+from embedsmith.core.encoder import Encoder, Reranker, main_head
 from embedsmith.core.errors import EmbedsmithError, EvaluationError
 from embedsmith.core.outputs import delivered
 from embedsmith.core.progress import lines_shown, log
 from embedsmith.core.recipe import parse, read_tree
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data import RecordSet, Source, part_of, read_source
 from embedsmith.data.record import Text

@@ -1,8 +1,6 @@
 """A model for other runtimes, from Python and for the verb `export`: a graph or a GGUF file, and what it costs in the
 score of a task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args

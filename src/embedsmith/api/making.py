@@ -4,8 +4,6 @@ Each takes the keys of its verb's recipe as keywords, with texts and dicts where
 lies in a file, with keywords that change it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedsmith.api.curating import curation_tools
-from embedsmith.api.keywords import keyed, model_tree, recipe_of, source_tree, source_trees
 from embedsmith.api.tokenizing import TokenizeJob
 from embedsmith.api.tokenizing import tokenize as run_tokenize
 from embedsmith.compat.config import recipe_tree
@@ -76,7 +73,10 @@ def train(
     Errors: `RecipeError` naming the keyword and the nearest known one; those of `embedsmith train`.
     """
     changes = {"model": model_tree(model), "data": None if data is None else source_trees(data), "output": output}
-    changes |= {"train": _of_train(settings) if settings else None, "evaluate": _of_evaluate(evaluate), "task": task}
+    changes |= {"train": _of_train(settings) if settings else None, "evaluate": evaluate, "task": task}
+    if isinstance(evaluate, str | list | tuple):
+        tasks = [evaluate] if isinstance(evaluate, str) else [str(one) for one in evaluate]
+        changes["evaluate"] = {"tasks": tasks}
     if isinstance(recipe, Recipe):
         whole = recipe_of(Recipe, recipe, changes, where="train")
     else:
@@ -84,7 +84,10 @@ def train(
         whole = parse(
             Recipe, {"output": "runs", **tree}, where=str(recipe) if isinstance(recipe, str | Path) else "train"
         )
-        whole = whole if "output" in tree else dataclasses.replace(whole, output=_named_after(whole))
+        if "output" not in tree:  # a folder that the same arguments always have, and no others
+            content = json.dumps(to_plain(whole), sort_keys=True, ensure_ascii=False).encode()
+            name = f"{Path(whole.model.path).name}-{hashlib.blake2b(content, digest_size=4).hexdigest()}"
+            whole = dataclasses.replace(whole, output=f"runs/{name}")
     with lines_shown():
         folder = run_train(whole, overwrite=overwrite)
     return Trained.of(folder.parent)
@@ -106,18 +109,6 @@ def _of_train(settings: Mapping[str, Any]) -> Any:
             )
     single = {key: value for key, value in settings.items() if key != "train"}
     return {**to_plain(together), **single} if isinstance(together, TrainConfig) else {**together, **single}
-
-
-def _of_evaluate(given: Any) -> Any:
-    if isinstance(given, str):
-        return {"tasks": [given]}
-    return {"tasks": [str(task) for task in given]} if isinstance(given, list | tuple) else given
-
-
-def _named_after(recipe: Recipe) -> str:
-    """A folder that the same arguments always have, and no others."""
-    content = json.dumps(to_plain(recipe), sort_keys=True, ensure_ascii=False)
-    return f"runs/{Path(recipe.model.path).name}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
 
 
 def mine(
@@ -314,3 +305,63 @@ def tokenize(
     whole = recipe_of(TokenizeJob, recipe, changes | settings, where="tokenize")
     with lines_shown():
         return run_tokenize(whole, shard=shard, join=join)
+
+
+def recipe_of(schema: type[R], given: Any, changes: Mapping[str, Any], where: str) -> R:
+    """The recipe that `given` (one of these, a path, a dict or `None`) becomes with `changes`; those that are `None`
+    change nothing.
+
+    Errors: `RecipeError` for unknown keys, with the nearest known one, and for a whole recipe with changes.
+    """
+    if isinstance(given, schema):
+        if changed := [key for key, value in changes.items() if value is not None]:
+            raise RecipeError(
+                f"a whole {schema.__name__} and {changed[0]} are both given",
+                where=where,
+                fix=f"put {changed[0]} into the recipe: dataclasses.replace(recipe, {changed[0]}=VALUE)",
+            )
+        return given
+    tree = read_tree(given) if isinstance(given, str | Path) else given
+    return parse(schema, keyed(tree, changes), where=str(given) if isinstance(given, str | Path) else where)
+
+
+def keyed(tree: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with changes; of sections that both have as dicts, the keys of both. Paths become texts."""
+    made = dict(tree or {})
+    for key, value in changes.items():
+        if value is None:
+            continue
+        both = isinstance(value, Mapping) and isinstance(made.get(key), Mapping)
+        made[key] = {**made[key], **value} if both else str(value) if isinstance(value, Path) else value
+    return made
+
+
+def model_tree(given: Any) -> Any:
+    """The section `model`: a folder or hub id alone is its path. Errors: `RecipeError` for a loaded model."""
+    if hasattr(given, "represent"):
+        fix = "give its folder or hub id; a model in memory can be saved first: model.save(FOLDER)"
+        raise RecipeError("model is a loaded model", expected="a folder or hub id, or a dict of its settings", fix=fix)
+    return {"path": str(given)} if isinstance(given, str | Path) else given
+
+
+def source_trees(given: Any) -> list[Any]:
+    """The section `data`: one source or several."""
+    several = isinstance(given, list | tuple) and not is_rows(given)
+    return [source_tree(one) for one in given] if several else [source_tree(given)]
+
+
+def source_tree(given: Any) -> Any:
+    """One source: a path alone, or rows in memory, become its only key."""
+    if isinstance(given, str | Path):
+        return {"path": str(given)}
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, Mapping):
+        return {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    return {"rows": given}
+
+
+def is_rows(given: Any) -> bool:
+    """Whether a list holds rows of data, and not sources: dicts that name no path."""
+    first = given[0] if len(given) else None
+    return isinstance(first, Mapping) and "path" not in first and "rows" not in first

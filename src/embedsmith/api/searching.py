@@ -1,16 +1,14 @@
 """A hybrid index from Python: `index` makes or updates one, `search` asks it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedsmith.core.encoder import Reranker
 from embedsmith.core.errors import DataError, SearchError
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.sharing import Shard
 from embedsmith.index import Document, Filter, Written
 from embedsmith.index.commands import FoundHits, Place, checked_precision, run_search

@@ -1,7 +1,5 @@
 """Models over HTTP: `serve` runs the server, `application` is what it runs, for tests and for other servers."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os
@@ -10,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedsmith.core.encoder import Encoder
+from embedsmith.core.encoder import Encoder, Reranker
 from embedsmith.core.errors import EmbedsmithError, MissingExtraError, RecipeError
 from embedsmith.core.inputs import local_path, read_text
 from embedsmith.core.keys import checked_variable, key_from
 from embedsmith.core.progress import lines_shown, log
-from embedsmith.core.reranker import Reranker
 from embedsmith.index import Store
 from embedsmith.index.commands import Place
 from embedsmith.models import CrossEncoder, load, load_reranker

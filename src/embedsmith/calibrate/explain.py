@@ -86,26 +86,26 @@ class Facts:
         interference of the merge."""
         tensors = list(self.gram.full_by_name)
         whole = self.gram.of(tensors).diagonal()
-        return [self._row(key, members, whole) for key, members in groups(tensors, granularity).items()]
-
-    def _row(self, key: str, members: Sequence[str], whole: Tensor) -> dict[str, Any]:
-        full = self.gram.full(members)
-        gram_MM = full[:-1, :-1]
-        size = sum(self.gram.size_by_name[name] for name in members)
-        moved_M = torch.stack([self.gram.nonzero_by_name[name] for name in members]).sum(0)
-        row: dict[str, Any] = {"group": key, "weights": size}
-        for i, name in enumerate(self.names):
-            square = float(gram_MM[i, i])
-            row[f"norm/{name}"] = math.sqrt(max(square, 0.0))
-            row[f"relative/{name}"] = math.sqrt(max(square, 0.0) / max(float(full[-1, -1]), 1e-300))
-            row[f"energy/{name}"] = square / max(float(whole[i]), 1e-300)
-            row[f"frozen/{name}"] = 1 - int(moved_M[i]) / max(size, 1)
-            row[f"missing/{name}"] = self.missing(members)[i]
-        for i, j in itertools.combinations(range(len(self.names)), 2):
-            label = f"{self.names[i]}|{self.names[j]}"
-            row[f"angle/{label}"] = math.degrees(math.acos(float(cosines(gram_MM)[i, j])))  # 90 where one is zero
-            row |= {f"{key_}/{label}": value for key_, value in self.conflict(members, i, j).items()}
-        return row
+        rows = []
+        for key, members in groups(tensors, granularity).items():
+            full = self.gram.full(members)
+            gram_MM = full[:-1, :-1]
+            size = sum(self.gram.size_by_name[name] for name in members)
+            moved_M = torch.stack([self.gram.nonzero_by_name[name] for name in members]).sum(0)
+            row: dict[str, Any] = {"group": key, "weights": size}
+            for i, name in enumerate(self.names):
+                square = float(gram_MM[i, i])
+                row[f"norm/{name}"] = math.sqrt(max(square, 0.0))
+                row[f"relative/{name}"] = math.sqrt(max(square, 0.0) / max(float(full[-1, -1]), 1e-300))
+                row[f"energy/{name}"] = square / max(float(whole[i]), 1e-300)
+                row[f"frozen/{name}"] = 1 - int(moved_M[i]) / max(size, 1)
+                row[f"missing/{name}"] = self.missing(members)[i]
+            for i, j in itertools.combinations(range(len(self.names)), 2):
+                label = f"{self.names[i]}|{self.names[j]}"
+                row[f"angle/{label}"] = math.degrees(math.acos(float(cosines(gram_MM)[i, j])))  # 90 where one is zero
+                row |= {f"{key_}/{label}": value for key_, value in self.conflict(members, i, j).items()}
+            rows.append(row)
+        return rows
 
     def missing(self, members: Sequence[str]) -> list[float]:
         """I_i = 1 - <V_m, V_i> / |V_i|^2: 0 where the merge holds all of a parent's move, 1 where nothing. NaN where

@@ -116,6 +116,9 @@ class Demonstration:
         return Group(scores, answers, closing)
 
 
+_KIND = Kind("demo", ("report.json", "data/*.jsonl", "data/*/*.jsonl", "data/*/qrels/test.tsv", "run/**"))
+
+
 def demonstrate(
     output: Path, steps: int = STEPS, question: str = QUESTION, say: Callable[[str], None] = log.info, top: int = 20
 ) -> Demonstration:
@@ -126,33 +129,28 @@ def demonstrate(
     """
     with claimed(output, "demo"):
         _KIND.refuse_foreign(output)
-        return _demonstrate(output, steps, question, say, top)
+        encoder = encoder_folder()
+        questions, papers = read_faq(), read_papers()
+        files = prepare(output / "data", questions, papers)
+        passages = distinct(each.answer for each in questions)
 
+        say(f"{len(questions)} questions with answers, {len(papers)} papers; three tenths of both are held out")
+        answers_before = best_passages(load(str(encoder)), question, passages, top)
 
-_KIND = Kind("demo", ("report.json", "data/*.jsonl", "data/*/*.jsonl", "data/*/qrels/test.tsv", "run/**"))
+        say(
+            f"training {steps} steps, two of questions to one of similarity; scored before the first and after the last"
+        )
+        started = time.perf_counter()
+        folder = train(recipe(encoder, files, output / "run", steps), overwrite=True)
+        minutes = (time.perf_counter() - started) / 60
+        before, after = (Results.load(output / "run" / "evaluation" / f"{when}.json") for when in ("before", "after"))
 
-
-def _demonstrate(output: Path, steps: int, question: str, say: Callable[[str], None], top: int) -> Demonstration:
-    encoder = encoder_folder()
-    questions, papers = read_faq(), read_papers()
-    files = prepare(output / "data", questions, papers)
-    passages = distinct(each.answer for each in questions)
-
-    say(f"{len(questions)} questions with answers, {len(papers)} papers; three tenths of both are held out")
-    answers_before = best_passages(load(str(encoder)), question, passages, top)
-
-    say(f"training {steps} steps, two of questions to one of similarity; scored before the first and after the last")
-    started = time.perf_counter()
-    folder = train(recipe(encoder, files, output / "run", steps), overwrite=True)
-    minutes = (time.perf_counter() - started) / 60
-    before, after = (Results.load(output / "run" / "evaluation" / f"{when}.json") for when in ("before", "after"))
-
-    say("asking the trained model")
-    answers_after = best_passages(load(str(folder)), question, passages, top)
-    found = Demonstration(before, after, question, answers_before, answers_after, folder, minutes)
-    with atomic_file(output / "report.json") as file:
-        json.dump(found.as_dict(), file, indent=2, ensure_ascii=False)
-    return found
+        say("asking the trained model")
+        answers_after = best_passages(load(str(folder)), question, passages, top)
+        found = Demonstration(before, after, question, answers_before, answers_after, folder, minutes)
+        with atomic_file(output / "report.json") as file:
+            json.dump(found.as_dict(), file, indent=2, ensure_ascii=False)
+        return found
 
 
 def recipe(encoder: Path, files: Files, output: Path, steps: int) -> Recipe:

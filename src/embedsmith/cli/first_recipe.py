@@ -9,7 +9,7 @@ of its numbers is what it is.
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,12 @@ def first_recipe(
     with claimed(path, "init"):
         refuse_another(path, overwrite)
         sources = _named_apart(data, read_as)
-        model = model or _suggested_model([_looked(source, None) for source in sources])
+        if not model:  # by the script of the texts
+            shown = [_looked(source, None) for source in sources]
+            if max(one.unspaced for one in shown) > 0.3:
+                model = CHINESE
+            else:
+                model = ENGLISH if min(one.latin for one in shown) > 0.95 else OTHERS
         tokenizer = _tokenizer_of(model)
         looked = [_looked(source, tokenizer) for source in sources]
         splits = [_split(one, folder, overwrite) for one in looked]
@@ -148,35 +153,22 @@ def _looked(source: Source, tokenizer: Any) -> Looked:
     words = [run for text in texts for run in runs(text)]
     spaced = [word for word, unspaced in words if not unspaced]
     letters = sum(len(word) for word, _ in words)
+    if tokenizer is not None:
+        lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    else:  # guessed, with the special tokens: 1.3 a word, and one a letter of Chinese
+        guesses = (sum(len(run) if unspaced else 1.3 for run, unspaced in runs(text)) for text in texts)
+        lengths = [math.ceil(guess) + 2 for guess in guesses]
+    facts = row_facts(found.records)
+    both = (np.unique(ids, return_counts=True)[1] for ids in (facts.query_id_N, facts.positive_id_P))
     return Looked(
         source,
         found,
-        np.fromiter(_lengths(texts, tokenizer), np.int64, len(texts)),
+        np.asarray(lengths, np.int64),
         (letters - sum(map(len, spaced))) / max(letters, 1),
         sum(map(str.isascii, spaced)) / max(len(spaced), 1),
         max(len(record.negatives) for record in records),
-        _repeats(found),
+        max(int(count_T.max(initial=1)) for count_T in both),
     )
-
-
-def _repeats(found: RecordSet) -> int:
-    facts = row_facts(found.records)
-    both = (np.unique(ids, return_counts=True)[1] for ids in (facts.query_id_N, facts.positive_id_P))
-    return max(int(count_T.max(initial=1)) for count_T in both)
-
-
-def _lengths(texts: Sequence[str], tokenizer: Any) -> Iterable[int]:
-    """Tokens of each text with the special ones: counted, or guessed as 1.3 a word and one a letter of Chinese."""
-    if tokenizer is not None:
-        return (len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
-    return (math.ceil(sum(len(run) if unspaced else 1.3 for run, unspaced in runs(text))) + 2 for text in texts)
-
-
-def _suggested_model(looked: Sequence[Looked]) -> str:
-    """By the script of the texts."""
-    if max(one.unspaced for one in looked) > 0.3:
-        return CHINESE
-    return ENGLISH if min(one.latin for one in looked) > 0.95 else OTHERS
 
 
 def _tokenizer_of(model: str) -> Any:
@@ -256,6 +248,11 @@ def _source(looked: Looked, split: Split | None, rows: int, batch: int) -> tuple
     found = looked.found
     loss, why = _LOSSES[found.task]
     path = looked.source.path if split is None else split.train
+    if found.task == "retrieval":
+        why_batch = f"each query sees {batch - 1} answers of others as negatives"
+    else:
+        why_batch = "rows that are compared with each other"
+    small = f"; more would leave few batches of {rows:,} rows" if batch < min(64, rows) else ""
     held = "nothing is held out" if split is None else f"{split.test_rows:,} rows are held out in {split.test}"
     why_held = "; too few rows, or all share texts" if split is None else ", with no text in common"
     named = looked.source.columns is not None
@@ -264,7 +261,7 @@ def _source(looked: Looked, split: Split | None, rows: int, batch: int) -> tuple
         f"  - path: {_quoted(path)}  # {rows:,} rows of {looked.source.path}; {held}{why_held}",
         f"    task: {found.task}  # {looked.source.path} is read {how}",
         f"    loss: {loss}  # {why}",
-        f"    batch_size: {batch}  # {_why_batch(found.task, batch, rows)}",
+        f"    batch_size: {batch}  # {why_batch}{small}",
     ]
     if split is None:  # a part that is held out leaves a file of our own layout
         said = {key: getattr(looked.source, key) for key in ("format", "columns", "split")}
@@ -284,13 +281,6 @@ def _batch(rows: int, repeats: int) -> int:
     most = 128 if rows >= 100_000 else 64
     most = min(most, max(1 << int(math.log2(max(rows // repeats, 1))), 8))
     return min(most, 1 << int(math.log2(max(rows / 8, 4))), rows)
-
-
-def _why_batch(task: str, batch: int, rows: int) -> str:
-    small = f"; more would leave few batches of {rows:,} rows" if batch < min(64, rows) else ""
-    if task == "retrieval":
-        return f"each query sees {batch - 1} answers of others as negatives{small}"
-    return f"rows that are compared with each other{small}"
 
 
 def _max_length(lengths: IntArray, model: str) -> tuple[int, float]:

@@ -87,15 +87,11 @@ def settings(entry: Entry[Any]) -> str:
     """`name=default` of every field; a name alone must be given."""
     if not dataclasses.is_dataclass(entry.thing):
         return ""
-    return ", ".join(_setting(f) for f in dataclasses.fields(entry.thing) if f.init)
-
-
-def _setting(f: dataclasses.Field[object]) -> str:
-    if f.default is not dataclasses.MISSING:
-        return f"{f.name}={to_plain(f.default)}"
-    if f.default_factory is not dataclasses.MISSING:
-        return f"{f.name}={to_plain(f.default_factory())}"
-    return f.name
+    shown = []
+    for f in (f for f in dataclasses.fields(entry.thing) if f.init):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        shown.append(f.name if default is dataclasses.MISSING else f"{f.name}={to_plain(default)}")
+    return ", ".join(shown)
 
 
 def _name(entry: Entry[Any]) -> str:

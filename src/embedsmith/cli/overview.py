@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from embedsmith.core.collectives import world_size
-from embedsmith.core.tokens import TokenBatch
 from embedsmith.data import Account
 from embedsmith.models.cut import CutTexts, cut_of
 from embedsmith.train.build import make_accelerator
@@ -106,24 +105,22 @@ def _sources(run: Run, lane: Lane) -> list[SourceOverview]:
     for place, (supply, account) in enumerate(zip(lane.supplies, lane.plan.account(0), strict=True)):
         steps = _spread(lane.plan.steps_with(place), SAMPLED_STEPS)
         drawn = [lane.draw(run.model, int(step), run.recipe.train.seed)[0] for step in steps]
+        real = padded = 0  # tokens of the draws of this rank
+        for length_N in (one.length_N for one in drawn):
+            real += int(length_N.sum())
+            padded += sum(len(each.rows) * int(length_N[each.rows].max()) for each in run.memory.plan(length_N))
         scale = account.steps * lane.world / max(len(drawn), 1)
-        real, padded = (scale * sum(each) for each in zip(*(_tokens(run, one) for one in drawn), (0, 0), strict=True))
         name, task = supply.records.name, supply.records.task
         cut = cut_of(run.model, supply.records)
-        found.append(SourceOverview(name, task, account, round(real), round(padded), len(drawn), None, cut))
+        found.append(
+            SourceOverview(name, task, account, round(scale * real), round(scale * padded), len(drawn), None, cut)
+        )
     return found
 
 
 def _spread(steps: Sequence[int] | np.ndarray[tuple[int, ...], np.dtype[np.int64]], count: int) -> list[int]:
     places = np.linspace(0, len(steps) - 1, min(count, len(steps))).astype(int)
     return [int(steps[place]) for place in places]
-
-
-def _tokens(run: Run, drawn: TokenBatch) -> tuple[int, int]:
-    """(real, padded) tokens of one draw on this rank."""
-    length_N = drawn.length_N
-    chunks = run.memory.plan(length_N)
-    return int(length_N.sum()), sum(len(chunk.rows) * int(length_N[chunk.rows].max()) for chunk in chunks)
 
 
 def _timings(run: Run) -> list[float]:

@@ -303,28 +303,24 @@ def run(recipe: PipelineRecipe) -> dict[str, Path]:
     with ExitStack() as claim:
         on_first_rank(lambda: claim.enter_context(claimed(recipe.output, "run")))
         on_first_rank(lambda: recover(Path(recipe.output) / JOURNAL))
-        return _run(recipe)
-
-
-def _run(recipe: PipelineRecipe) -> dict[str, Path]:
-    results: dict[str, str] = {"output": recipe.output}
-    key = ""
-    for stage in recipe.stages:
-        tree = resolved(stage, results)
-        content = json.dumps([key, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
-        key = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
-        done = _journal(recipe).get(stage.name)
-        if done is not None and done.key == key and Path(done.result).exists():
-            log.info("stage %s: finished before, %s", stage.name, done.result)
-        else:
-            log.info("stage %s: %s", stage.name, stage.verb)
-            if stage.verb == "train":
-                on_first_rank(partial(refuse_probes_in, tree, stage.name, recipe))
-            started = time.monotonic()
-            made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
-            done = Finished(key, str(made), round(time.monotonic() - started, 1))
-            _enter(recipe, stage.name, done)
-        results[stage.name] = done.result
+        results: dict[str, str] = {"output": recipe.output}
+        key = ""
+        for stage in recipe.stages:
+            tree = resolved(stage, results)
+            content = json.dumps([key, stage.verb, tree], sort_keys=True, ensure_ascii=False, default=str)
+            key = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+            done = _journal(recipe).get(stage.name)
+            if done is not None and done.key == key and Path(done.result).exists():
+                log.info("stage %s: finished before, %s", stage.name, done.result)
+            else:
+                log.info("stage %s: %s", stage.name, stage.verb)
+                if stage.verb == "train":
+                    on_first_rank(partial(refuse_probes_in, tree, stage.name, recipe))
+                started = time.monotonic()
+                made = VERBS[stage.verb].run(tree, f"stage {stage.name}")
+                done = Finished(key, str(made), round(time.monotonic() - started, 1))
+                _enter(recipe, stage.name, done)
+            results[stage.name] = done.result
     return {stage.name: Path(results[stage.name]) for stage in recipe.stages}
 
 

@@ -388,7 +388,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain tree of the same."""
     tree = read_tree(path)
-    if _is_flat(tree):
+    if "model_path" in tree or (len(_FLAT & tree.keys()) > 1 and not {"model", "data"} & tree.keys()):
+        # a config of the reference: it has some of its keys, and none of a recipe's sections
         changes = [one for one in overrides if _key(one) not in _OF_RECIPE]
         overrides = [one for one in overrides if _key(one) in _OF_RECIPE]
         tree = read_reference(tree, changes, where=path).recipe_tree()
@@ -399,11 +400,6 @@ def recipe_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 _FLAT = {f.name for f in fields(Reference)}
 _OF_RECIPE = {f.name for f in fields(Recipe)}
-
-
-def _is_flat(tree: Mapping[str, Any]) -> bool:
-    """A config of the reference: it has some of its keys, and none of a recipe's sections."""
-    return "model_path" in tree or (len(_FLAT & tree.keys()) > 1 and not {"model", "data"} & tree.keys())
 
 
 def _key(override: str) -> str:

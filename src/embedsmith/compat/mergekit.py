@@ -249,7 +249,11 @@ class _Reading:
         if len(parts) == 1 or all(value == parts[0][1] and not varies(value or 0) for _, value in parts):
             return parts[0][1]
         entries = [entry for layers, value in parts for entry in _within(value, layers)]
-        return (*entries, *_outside(parts[0][1])) if entries else None
+        outside = [  # tensors outside the layers: the first number of each entry
+            Where(value=one.value if isinstance(one.value, int | float) else one.value[0], filter=one.filter)
+            for one in _within(parts[0][1], None)
+        ]
+        return (*entries, *outside) if entries else None
 
     def nearest(self, name: str, *places: tuple[str, Parameters]) -> Varying | None:
         """What the first place says that says something; what the filters of its entries leave, the next one says."""
@@ -363,15 +367,6 @@ def _within(value: Varying | None, layers: Range | None) -> list[Where]:
     if all(isinstance(one, int | float) for one in value):
         return [Where(value=tuple(value), layers=layers)]  # type: ignore[arg-type]  # numbers
     return [Where(value=one.value, filter=_ours(one.filter), layers=layers) for one in value if isinstance(one, Where)]
-
-
-def _outside(value: Varying | None) -> list[Where]:
-    """What a setting says of tensors outside the layers: the first number of each entry."""
-    entries = _within(value, None)
-    return [
-        Where(value=one.value if isinstance(one.value, int | float) else one.value[0], filter=one.filter)
-        for one in entries
-    ]
 
 
 def _ours(name: str | None) -> str | None:

@@ -116,15 +116,10 @@ def _tasks(flags: argparse.Namespace, names: list[str]) -> list[Any]:
                 f"--data {folder} holds no {absent[0]}; found: {', '.join(known) or 'no tasks'}",
                 expected=f"a folder with corpus.jsonl, queries.jsonl and qrels/, or with one of: {', '.join(names)}",
             )
-    return [
-        task
-        for name in names
-        for task in find_mteb_tasks([name], data=folder, split=_split(flags.split, name, folder), languages=languages)
-    ]
-
-
-def _split(given: str | None, name: str, folder: Path) -> str:
-    """The judgements of a task: those asked for, `test`, or the only ones."""
-    place = next((path for path in (Path(name), folder / name) if path.is_dir()), folder)
-    splits = sorted({path.name.partition(".")[0] for path in place.glob("qrels/*.tsv*")})
-    return given or (splits[0] if len(splits) == 1 else "test")
+    found: list[Any] = []
+    for name in names:
+        place = next((path for path in (Path(name), folder / name) if path.is_dir()), folder)
+        splits = sorted({path.name.partition(".")[0] for path in place.glob("qrels/*.tsv*")})
+        split = flags.split or (splits[0] if len(splits) == 1 else "test")  # or the only judgements that there are
+        found += find_mteb_tasks([name], data=folder, split=split, languages=languages)
+    return found

@@ -1,4 +1,5 @@
-"""How search, mining and evaluation know a model: a cached matrix, a server or another library's model fits too."""
+"""How search, mining, evaluation and the server know a model, an encoder or a reranker: a cached matrix, a server or
+another library's model fits too."""
 
 import hashlib
 import inspect
@@ -110,6 +111,17 @@ class TokenEncoder(Protocol):
 
     def vectors(self, reps: Reps, dim: int | None) -> npt.NDArray[np.float32]:
         """The dense vectors as users of the model get them: cut and normalised."""
+        ...
+
+
+class Reranker(Protocol):
+    """What reads a query and a document together."""
+
+    def score(self, queries: Sequence[str], documents: Sequence[str]) -> torch.Tensor:
+        """score_N, fp32 on the CPU: how well the i-th document answers the i-th query; more is better.
+
+        Scores of one query order its documents; what they are worth across models is the model's own affair.
+        """
         ...
 
 

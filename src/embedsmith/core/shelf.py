@@ -145,15 +145,27 @@ class Shelf(Generic[T]):
         return core_schema.no_info_plain_validator_function(self.build)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        """A name, or an object with the fields of a component: what they hold, their defaults and meanings. Shallow,
+        because wrappers hold components of their own kind."""
+        from pydantic import TypeAdapter
+
         choices: list[dict[str, Any]] = [{"type": "string", "enum": self.names()}]
         for entry in self.entries():
+            component: Any = entry.thing
+            properties: dict[str, Any] = {"type": {"const": entry.name}}
+            meanings, hints = descriptions(component), typing.get_type_hints(component, include_extras=True)
+            for f in dataclasses.fields(component):
+                properties[f.name] = TypeAdapter(hints[f.name]).json_schema() if is_plain(hints[f.name]) else {}
+                properties[f.name] |= {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}
+                properties[f.name] |= {"description": meanings[f.name]} if f.name in meanings else {}
             choices.append(
                 {
                     "type": "object",
                     "title": entry.name,
                     "description": entry.summary,
                     "required": ["type"],
-                    **_properties(entry),
+                    "properties": properties,
+                    "additionalProperties": False,
                 }
             )
         return {"anyOf": choices}
@@ -179,21 +191,6 @@ class Name:
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         one = {"type": "string", "enum": self.shelf.names()}
         return {"anyOf": [one, {"type": "string", "pattern": r"^\w+(\+\w+)+$"}]} if self.joined else one
-
-
-def _properties(entry: Entry[Any]) -> dict[str, Any]:
-    """What a component's fields hold, their defaults and meanings. Shallow, because wrappers hold components of their
-    own kind."""
-    from pydantic import TypeAdapter
-
-    properties: dict[str, Any] = {"type": {"const": entry.name}}
-    meanings = descriptions(entry.thing)
-    hints = typing.get_type_hints(entry.thing, include_extras=True)
-    for f in dataclasses.fields(entry.thing):
-        properties[f.name] = TypeAdapter(hints[f.name]).json_schema() if is_plain(hints[f.name]) else {}
-        properties[f.name] |= {} if f.default is dataclasses.MISSING else {"default": to_plain(f.default)}
-        properties[f.name] |= {"description": meanings[f.name]} if f.name in meanings else {}
-    return {"properties": properties, "additionalProperties": False}
 
 
 def _home(thing: Any) -> str:

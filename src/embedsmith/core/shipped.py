@@ -33,24 +33,21 @@ class Shipped:
 
 def shipped_recipes() -> dict[str, Shipped]:
     """All of them by name: the path in the folder without its ending, as in `decoder/full`."""
-    paths = sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
-    return {one.name: one for one in map(_described, paths)}
+    found = {}
+    for path in sorted(FOLDER.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        name = path.relative_to(FOLDER).with_suffix("").as_posix()
+        verb = verb_of_keys(line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#")))
+        comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+        summary = comment.partition(". ")[0].partition(" Run: ")[0].rstrip(".")
+        found[name] = Shipped(name, "accelerate launch" if name.startswith("accelerate/") else verb, summary, path)
+    return found
 
 
 def verb_of_keys(keys: Iterable[str]) -> str:
     """The verb whose recipe has such keys."""
     known = set(keys)
     return next((verb for key, verb in _FIRST_KEYS.items() if key in known), "train")
-
-
-def _described(path: Path) -> Shipped:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    name = path.relative_to(FOLDER).with_suffix("").as_posix()
-    keys = [line.partition(":")[0] for line in lines if line and not line.startswith((" ", "#"))]
-    verb = verb_of_keys(keys)
-    comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
-    summary = comment.partition(". ")[0].partition(" Run: ")[0].rstrip(".")
-    return Shipped(name, "accelerate launch" if name.startswith("accelerate/") else verb, summary, path)
 
 
 def shipped_named(name: str) -> Shipped:

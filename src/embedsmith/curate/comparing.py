@@ -2,8 +2,6 @@
 their order, or by many that each see those which could be alike.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby

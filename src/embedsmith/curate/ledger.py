@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from embedsmith.core.encoder import Encoder, Role
-from embedsmith.core.reranker import Reranker
+from embedsmith.core.encoder import Encoder, Reranker, Role
 from embedsmith.core.seeds import derive_seed
 from embedsmith.curate.keeper import Cache, Purse
 from embedsmith.data.record import Record

@@ -85,30 +85,26 @@ def curate(recipe: CurateRecipe, tools: Tools | None = None, *, overwrite: bool 
     with delivered(recipe.output, "curate") as output:
         recipe = replace(recipe, output=output)
         with claimed(output, "curate"), claimed(recipe.folder, "curate"):
-            return _curate(recipe, tools, overwrite)
-
-
-def _curate(recipe: CurateRecipe, tools: Tools | None, overwrite: bool) -> Report:
-    makes_queries = any(type(step).registered_name in MAKE_QUERIES for step in recipe.steps)
-    records = InputRecords(recipe.input, makes_queries, Ledger(recipe.examples))
-    if Path(recipe.output).resolve() in {Path(path).resolve() for path in records.paths}:
-        raise RecipeError(f"the output {recipe.output} is also the input", fix="write to another file")
-    _check_output(recipe, overwrite)
-    keys = [key_of(version("embedsmith"), records.identity, recipe.examples).hex()]
-    for step in recipe.steps:
-        keys.append(key_of(keys[-1], to_plain(step)).hex())
-    if overwrite:
-        discard(recipe.folder / "stages")
-    elif (done := _finished(recipe, keys[-1])) is not None:
-        return done
-    tools = replace(tools or Tools(), folder=recipe.folder)
-    with recipe.engine.start(recipe.folder) as running:
-        report = _Curation(recipe, records, tools, keys, running).all()
-    with atomic_file(recipe.report_path) as file:
-        json.dump(report.as_dict(), file, indent=2, ensure_ascii=False)
-    if not recipe.keep_stages:
-        discard(recipe.folder / "stages")
-    return report
+            makes_queries = any(type(step).registered_name in MAKE_QUERIES for step in recipe.steps)
+            records = InputRecords(recipe.input, makes_queries, Ledger(recipe.examples))
+            if Path(recipe.output).resolve() in {Path(path).resolve() for path in records.paths}:
+                raise RecipeError(f"the output {recipe.output} is also the input", fix="write to another file")
+            _check_output(recipe, overwrite)
+            keys = [key_of(version("embedsmith"), records.identity, recipe.examples).hex()]
+            for step in recipe.steps:
+                keys.append(key_of(keys[-1], to_plain(step)).hex())
+            if overwrite:
+                discard(recipe.folder / "stages")
+            elif (done := _finished(recipe, keys[-1])) is not None:
+                return done
+            tools = replace(tools or Tools(), folder=recipe.folder)
+            with recipe.engine.start(recipe.folder) as running:
+                report = _Curation(recipe, records, tools, keys, running).all()
+            with atomic_file(recipe.report_path) as file:
+                json.dump(report.as_dict(), file, indent=2, ensure_ascii=False)
+            if not recipe.keep_stages:
+                discard(recipe.folder / "stages")
+            return report
 
 
 def _check_output(recipe: CurateRecipe, overwrite: bool) -> None:

@@ -107,7 +107,14 @@ class ScoreFilter(PerRecord):
                     yield record
                     continue
                 found.extend(scores)
-                if (left := self._above(record, scores, known, ledger)) is not None:
+                if self.keep_scores and record.teacher_positive_scores is None:
+                    record = replace(record, teacher_positive_scores=tuple(round(score, 4) for score in scores))
+                low = f"score below {known:.2f}"
+                if max(scores) < known:
+                    ledger.record_left(low, record, f"score {max(scores):.3f}")
+                    continue
+                below = [low if one < known else None for one in scores]
+                if (left := ledger.without(record, below, [None] * len(record.negatives))) is not None:
                     yield left
             more = {"scores": found, "records passed unscored": unscored, "pairs scored anew": scorer.scored}
             ledger.merge(Ledger(notes=more))
@@ -132,16 +139,6 @@ class ScoreFilter(PerRecord):
     def _scored(self, records: Iterable[Record], scorer: _Scorer) -> Iterator[tuple[Record, list[float] | None]]:
         for batch in batched(records, self.batch_size):
             yield from zip(batch, scorer(batch), strict=True)
-
-    def _above(self, record: Record, scores: list[float], threshold: float, ledger: Ledger) -> Record | None:
-        if self.keep_scores and record.teacher_positive_scores is None:
-            record = replace(record, teacher_positive_scores=tuple(round(score, 4) for score in scores))
-        low = f"score below {threshold:.2f}"
-        if max(scores) < threshold:
-            ledger.record_left(low, record, f"score {max(scores):.3f}")
-            return None
-        below = [low if one < threshold else None for one in scores]
-        return ledger.without(record, below, [None] * len(record.negatives))
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """Queries made by a language model: for passages, for long articles, and in other languages."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -164,17 +164,14 @@ class _Tally:
                 ("negatives", record.negatives),
             ):
                 tally.lengths[role].extend([len(text if isinstance(text, str) else text.ids) for text in texts])
-            tally._identify(record)
+            query, positives = text_id(record.query), tuple(map(text_id, record.positives))
+            negatives = tuple(map(text_id, record.negatives))
+            tally.contents.append(hash((query, positives, negatives, record.positive_scores)))
+            tally.queries.append(query)
+            tally.positives.extend(positives)
+            if negatives:
+                tally.negatives_that_are_positives += len({*positives} & {*negatives})
         return tally
-
-    def _identify(self, record: Record[Any]) -> None:
-        query, positives = text_id(record.query), tuple(map(text_id, record.positives))
-        negatives = tuple(map(text_id, record.negatives))
-        self.contents.append(hash((query, positives, negatives, record.positive_scores)))
-        self.queries.append(query)
-        self.positives.extend(positives)
-        if negatives:
-            self.negatives_that_are_positives += len({*positives} & {*negatives})
 
 
 def _repeats(values: array[int]) -> int:

@@ -10,7 +10,7 @@ from embedsmith.core.progress import log
 from embedsmith.data.cache import belongs_on_disk, file_states, refuse_vanished, stored, weight
 from embedsmith.data.formats.columns import Extent, Range, Reading, check_range, rescaled
 from embedsmith.data.formats.file_kinds import Rows
-from embedsmith.data.record import Record, RowError, Text
+from embedsmith.data.record import Record, RowError, Text, typed_for_source
 from embedsmith.data.source import RecordSet, Skipped, Source, open_source, reading_of, source_name
 from embedsmith.data.store import Fingerprint, StoreWriter
 from embedsmith.data.stream import stream_source
@@ -178,7 +178,7 @@ class _Pass:
             where=first.where,
             expected=first.expected,
             fix=f"{first.fix or 'correct the row'}; or leave such rows out with on_error: skip beside its path "
-            "(typed: data.N.on_error=skip, N its place from 0)",
+            + typed_for_source("on_error=skip"),
         )
 
     def _range(self, declared: Range | None) -> tuple[Range | None, str]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 import re
+import shlex
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
@@ -100,6 +101,17 @@ class OneByOne(Sequence[Record[T]], Generic[T]):
         return self.row(place % len(self))
 
 
+def typed_for_source(*settings: str) -> str:
+    """How settings of a source are typed behind a command with a recipe, for the fix of an error."""
+    typed = " ".join(shlex.quote(f"data.N.{setting}") for setting in settings)
+    return f"(typed: {typed}, N its place from 0)"
+
+
+def for_one_file(fix: str) -> str:
+    """A fix behind a verb of one file, where settings are typed without a place."""
+    return fix.replace("data.N.", "").replace(", N its place from 0", "")
+
+
 class RowError(DataError):
     """One row is wrong. `kind` groups rows with the same fault; `line` is its place in the file, from 1."""
 
@@ -129,6 +141,13 @@ def text_id(text: Text) -> int:
         return text.id
     normal = " ".join(unicodedata.normalize("NFC", text).split())
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def ids_among(id_N: npt.NDArray[np.int64], sorted_M: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which ids are among those of another array, which is sorted."""
+    if not len(sorted_M):
+        return np.zeros(len(id_N), bool)
+    return np.asarray(sorted_M[np.searchsorted(sorted_M, id_N).clip(max=len(sorted_M) - 1)] == id_N)
 
 
 def draw_texts(
@@ -192,7 +211,7 @@ def _faults(record: Record) -> Iterator[RowError]:
     yield from value_faults(record)
 
 
-_NO_SCORE = "give every pair a score, or declare `task: retrieval` (typed: data.N.task=retrieval, N its place from 0)"
+_NO_SCORE = f"give every pair a score, or declare `task: retrieval` {typed_for_source('task=retrieval')}"
 
 
 def value_faults(record: Record[Any]) -> Iterator[RowError]:

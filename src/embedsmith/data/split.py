@@ -22,7 +22,7 @@ from embedsmith.core.outputs import Kind, atomic_folder, claimed
 from embedsmith.data.mixture import part_of
 from embedsmith.data.plan.separate import RowFacts, row_facts
 from embedsmith.data.read import read_source
-from embedsmith.data.record import Record, Scores, text_id
+from embedsmith.data.record import Record, Scores, ids_among, text_id
 from embedsmith.data.source import RecordSet, Source
 from embedsmith.data.writers import write_records
 
@@ -191,19 +191,11 @@ class _Parts:
         for place in np.flatnonzero(self.held_N == part).tolist():
             record = self.found.records[place]
             ids = np.asarray([text_id(text) for text in record.negatives], np.int64)
-            kept = np.flatnonzero(~_is_among(ids, others)).tolist()
+            kept = np.flatnonzero(~ids_among(ids, others)).tolist()
             if len(kept) < len(ids):
                 self.left_out += len(ids) - len(kept)
                 record = _with_negatives(record, kept)
             yield record
-
-
-def _is_among(ids: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Whether each id is one of `others`, which are sorted."""
-    if not len(others):
-        return np.zeros(len(ids), bool)
-    near_N: npt.NDArray[np.int64] = others[np.searchsorted(others, ids).clip(max=len(others) - 1)]
-    return np.asarray(near_N == ids, bool)
 
 
 def _with_negatives(record: Record, places: list[int]) -> Record:

@@ -16,7 +16,6 @@ import glob
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -371,7 +370,7 @@ def _opened(name: str) -> IO[bytes]:
 
 def _state_of(name: str) -> bytes:
     """What distinguishes a file from a later version of it, without reading it whole."""
-    with _reading(name):
+    try:
         if "://" in name:
             import fsspec
 
@@ -383,12 +382,5 @@ def _state_of(name: str) -> bytes:
             size = file.seek(0, 2)
             file.seek(max(size - _END, 0))
             return b"%d" % size + head + file.read()
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Says which file an error comes from."""
-    try:
-        yield
     except OSError as error:
         raise DataError(f"not a readable file ({error})", where=name, fix="copy it again") from error

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -35,7 +34,7 @@ from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import read_json, read_typed
 from embedsmith.core.outputs import discard
 from embedsmith.core.tokens import IntArray, TokenBatch
-from embedsmith.data.record import Record, text_id
+from embedsmith.data.record import Record, ids_among, text_id
 from embedsmith.data.source import CacheLayout, DatasetFacts, RecordSet, TokenizerFacts
 from embedsmith.data.store import RecordStore
 
@@ -247,7 +246,7 @@ class TokenJob:
         if self.layout == "inline":
             return {"query": pa.table(columns | self._inline_columns(ids, texts))}, seen
         id_N = np.fromiter(texts, np.int64, len(texts))
-        id_N = id_N[~_among(id_N, seen)]
+        id_N = id_N[~ids_among(id_N, seen)]
         names = {
             f"{name}_input_ids": pa.array([None if id_ is None else str(id_) for id_ in slot], pa.string())
             for name, slot in ids.items()
@@ -331,28 +330,17 @@ class TokenJob:
         with atomic_file(path, "wb") as file, pq.ParquetWriter(file, written, **plain) as sink:
             for part in paths:
                 table = _read_part(part)
-                if kind == "corpus":
-                    table, seen = _new_rows(table, seen)
+                if kind == "corpus":  # the documents that no part before has
+                    id_N = np.asarray(table["id"])
+                    new_N = ~ids_among(id_N, seen)
+                    table = table if new_N.all() else table.filter(pa.array(new_N))
+                    seen = np.sort(np.concatenate([seen, id_N[new_N]]))
                 waiting.append(table)
                 if sum(map(len, waiting)) >= GROUP_ROWS or part == paths[-1]:
                     group = pa.concat_tables(waiting, promote_options="default").select(written.names)
                     sink.write_table(group, row_group_size=GROUP_ROWS)
                     rows, waiting = rows + len(group), waiting[:1]
         return rows
-
-
-def _new_rows(table: Any, seen: IntArray) -> tuple[Any, IntArray]:
-    """The documents of a part whose ids are not among those `seen`, which are sorted; and these with its own."""
-    id_N = np.asarray(table["id"])
-    new_N = ~_among(id_N, seen)
-    return table if new_N.all() else table.filter(pa.array(new_N)), np.sort(np.concatenate([seen, id_N[new_N]]))
-
-
-def _among(id_N: IntArray, seen: IntArray) -> npt.NDArray[np.bool_]:
-    """Which ids are among sorted ones."""
-    if not len(seen):
-        return np.zeros(len(id_N), bool)
-    return np.asarray(seen[np.searchsorted(seen, id_N).clip(max=len(seen) - 1)] == id_N)
 
 
 def _slot_ids(records: Sequence[Record], role: str, slot: int, texts: dict[int, str]) -> list[int | None]:

@@ -28,7 +28,7 @@ from embedsmith.core.inputs import local_path
 from embedsmith.core.tokens import IntArray, TokenBatch
 from embedsmith.data.cache import file_states, stored
 from embedsmith.data.formats.file_kinds import parquet_schema, readable_parquet
-from embedsmith.data.record import TASKS, Record, Text, TokenIds, value_faults
+from embedsmith.data.record import TASKS, Record, Text, TokenIds, typed_for_source, value_faults
 from embedsmith.data.source import DatasetFacts, RecordSet, Source
 from embedsmith.data.store import StoreWriter
 from embedsmith.data.token_cache import MANIFEST, SCORES, Manifest, Tokenize
@@ -106,7 +106,7 @@ def _chosen(manifest: Manifest, source: Source, folder: Path) -> DatasetFacts:
             "several datasets" if source.split is None and names else f"no dataset {source.split!r}",
             where=folder,
             expected=f"one of those in its manifest: {', '.join(names) or 'none'}",
-            fix=f"set split to one of them (typed: data.N.split={next(iter(names), 'NAME')}, N its place from 0)",
+            fix=f"set split to one of them {typed_for_source('split=' + next(iter(names), 'NAME'))}",
         )
     facts = manifest.datasets[name]
     if facts.task not in TASKS:

@@ -4,8 +4,6 @@ OUT             the student, a model's folder
 OUT.distil/     what it was made of: start/ and run/ (a training run) of a smaller student, distil.json, report.html
 """
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json
@@ -25,7 +23,7 @@ from embedsmith.core.inputs import read_json
 from embedsmith.core.outputs import claimed, delivered
 from embedsmith.core.progress import log
 from embedsmith.core.settings import Count, NotNegative, Positive, Width, Word, section, to_plain
-from embedsmith.data import Record, RecordSet, Source, read_source
+from embedsmith.data import RecordSet, Source, read_source
 from embedsmith.distil.smaller import write_smaller
 from embedsmith.distil.static_student import STATIC, StaticStudent, distil_static
 from embedsmith.evaluate import evaluate, load_tasks
@@ -149,7 +147,8 @@ def distil(recipe: DistilRecipe, *, overwrite: bool = False) -> Distilled:
         (STATIC if recipe.static else saved_model()).refuse_other(out)
         teacher = load(recipe.teacher)
         sets = [_records(source) for source in recipe.data]
-        every = (_texts(record) for _, records in sets for record in records.records)
+        records = (one for source, found in sets for one in found.texts_only("distilling", source.path).records)
+        every = ((record.query, *record.positives, *record.negatives) for record in records)
         texts = list(dict.fromkeys(chain.from_iterable(every)))
         student: Embedder | StaticStudent
         if recipe.static:
@@ -221,12 +220,6 @@ def _records(source: Source) -> tuple[Source, RecordSet[Any]]:
         raise
     texts = dataclasses.replace(source, format="texts", task="retrieval")
     return texts, read_source(texts)
-
-
-def _texts(record: Record[Any]) -> tuple[str, ...]:
-    if not isinstance(record.query, str):
-        raise DataError("a token cache has no texts to distil with", fix="name the files that it was made from")
-    return (record.query, *record.positives, *record.negatives)
 
 
 def _measured(encoder: Embedder | StaticStudent, tasks: Sequence[Task], sample: Sequence[str]) -> Measured:

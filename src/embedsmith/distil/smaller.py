@@ -1,7 +1,5 @@
 """Where a smaller student begins: with the teacher's own weights, in fewer layers or in narrower ones."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

@@ -11,8 +11,6 @@ No transformer runs: a text costs a look-up a token. Sources: model2vec (1 to 3)
 idea of model2vec's Tokenlearn, with a cosine in place of its regression.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterator, Sequence

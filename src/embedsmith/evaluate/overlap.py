@@ -9,7 +9,7 @@ from embedsmith.core.encoder import Role
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
 from embedsmith.data import RecordSet, row_facts, text_id
-from embedsmith.data.record import Text
+from embedsmith.data.record import Text, ids_among
 from embedsmith.data.stream import HasOrder
 from embedsmith.evaluate.tasks.kinds import Task
 from embedsmith.evaluate.tasks.labelled import ClassificationTask, ClusteringTask
@@ -79,6 +79,5 @@ def _among(ids: Ids, sets: Sequence[RecordSet[Text]]) -> Ids:
         for trained in (facts.query_id_N, facts.positive_id_P):
             for start in range(0, len(trained), _ROWS):
                 some = np.asarray(trained[start : start + _ROWS])
-                near = ids[np.searchsorted(ids, some).clip(max=len(ids) - 1)]
-                found.append(np.unique(near[near == some]))
+                found.append(np.unique(some[ids_among(some, ids)]))
     return np.unique(np.concatenate(found))

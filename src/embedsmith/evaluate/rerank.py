@@ -1,17 +1,14 @@
 """Rerankers in an evaluation: they put the candidates of reranking tasks into order, and of retrieval tasks the first
 documents of an embedder's ranking."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from embedsmith.core.encoder import fingerprint
+from embedsmith.core.encoder import Reranker, fingerprint
 from embedsmith.core.errors import EvaluationError
-from embedsmith.core.reranker import Reranker
 from embedsmith.evaluate.metrics import Ranking
 
 Scores = npt.NDArray[np.float32]

@@ -196,8 +196,12 @@ class Results(Printed, Sequence[TaskResult]):
         for name in ("score", "items", "seconds"):
             table.add_column(name, justify="right")
         table.add_column("also")
+        # Metrics of other packages last. Similarities of a dense model are cosines, so those are not repeated.
+        added = [form for name in added_metrics() for form in (f"cosine_{name}", name, f"{name}_at_10")]
         for result in self.tasks:
-            also = "  ".join(f"{name} {percent(result.scores[name])}" for name in _beside(result))
+            shown = [name for name in (*_SHOWN, *added) if name in result.scores]
+            beside = [name for name in shown if f"cosine_{name}" not in shown]
+            also = "  ".join(f"{name} {percent(result.scores[name])}" for name in beside)
             items = str(next(iter(result.counts.values()), len(result.item_ids)))
             cells = (result.task, result.metric, percent(result.main_score), items, f"{result.seconds:.1f}", also)
             table.add_row(*cells)
@@ -207,14 +211,6 @@ class Results(Printed, Sequence[TaskResult]):
 _RANKED = ("recall_at_10", "recall_at_100", "mrr_at_10", "map_at_100")
 _BY_LENGTH = tuple(f"ndcg_at_10_length_{quarter}" for quarter in range(1, 5))
 _SHOWN = ("cosine_pearson", "pearson", *_RANKED, "f1", "ami", *_BY_LENGTH)
-
-
-def _beside(result: TaskResult) -> list[str]:
-    """The scores shown next to the main one, those of metrics of other packages last. Similarities of a dense model are
-    cosines, so those are not repeated."""
-    added = [form for name in added_metrics() for form in (f"cosine_{name}", name, f"{name}_at_10")]
-    shown = [name for name in (*_SHOWN, *added) if name in result.scores]
-    return [name for name in shown if f"cosine_{name}" not in shown]
 
 
 def short_names(names: Sequence[str], longest: int = 40) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.hits import Fusion, HitExplanation, Match, ReciprocalRank, WeightedSum
-from embedsmith.index.index import Document, Hit, HybridIndex, Written, open_index, read_documents
+from embedsmith.index.index import Document, Hit, HybridIndex, Written, open_index, read_documents, reranked_hits
 from embedsmith.index.server import ServerStore
 from embedsmith.index.vector_store import Filter, Store
 
@@ -22,4 +22,5 @@ __all__ = [
     "Written",
     "open_index",
     "read_documents",
+    "reranked_hits",
 ]

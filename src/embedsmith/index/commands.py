@@ -2,22 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
 
-from embedsmith.core.encoder import Role
+from embedsmith.core.encoder import Reranker, Role
 from embedsmith.core.errors import RecipeError, SearchError
 from embedsmith.core.inputs import local_path
 from embedsmith.core.recipe import parse_value
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.terminal import Printed
 from embedsmith.index.edge import EdgeStore
 from embedsmith.index.hits import Fusion, HitExplanation, ReciprocalRank, WeightedSum
-from embedsmith.index.index import Hit, open_index
+from embedsmith.index.index import Hit, open_index, reranked_hits
 from embedsmith.index.server import ServerStore
 from embedsmith.index.vector_store import Filter, Store
 from embedsmith.models import Embedder, load, load_reranker
@@ -130,7 +130,13 @@ def run_search(
                 where=place.folder or place.url,
                 fix="make one: embedsmith index MODEL DOCUMENTS --to FOLDER",
             )
-        encoder = model if isinstance(model, Embedder) else _loaded(model, settings["model"], options or {})
+        if isinstance(model, Embedder):
+            encoder = model
+        elif named := model or settings["model"]:
+            encoder = load(named, **options or {})
+        else:
+            what = "this index was made by a model in memory"
+            raise SearchError(what, fix="name the model, or its folder: model=...")
         index = open_index(encoder, store, model=model if isinstance(model, str) else "")
         fusion: Fusion | None = None if weights is None else WeightedSum(weights)
         if rrf:
@@ -139,7 +145,9 @@ def run_search(
         wanted = k if reranker is None else max(k, candidates)
         hits = index.search(queries, wanted, fusion=fusion, candidates=candidates, filter=filter, rescore=rescore)
         if reranker is not None:
-            hits = [found[:k] for found in _reranked(reranker, queries, hits)]
+            asked = [query for query, found in zip(queries, hits, strict=True) for _ in found]
+            scores = iter(reranker.score(asked, [hit.text for found in hits for hit in found]).tolist())
+            hits = [reranked_hits(found, islice(scores, len(found)))[:k] for found in hits]
         reasons = [
             [_explain(encoder, index.heads, query, hit) for hit in found] if explained else []
             for query, found in zip(queries, hits, strict=True)
@@ -147,25 +155,6 @@ def run_search(
         return [FoundHits(*found) for found in zip(queries, hits, reasons, strict=True)]
     finally:
         store.close()
-
-
-def _reranked(model: Reranker, queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> list[list[Hit]]:
-    """Hits by the reranker's scores, the order of the index where these are equal. What was a hit's score stands among
-    the others as `first`."""
-    asked = [query for query, found in zip(queries, hits, strict=True) for _ in found]
-    scores = iter(model.score(asked, [hit.text for found in hits for hit in found]).tolist())
-    scored = [
-        [replace(hit, score=score, scores={**hit.scores, "first": hit.score}) for hit, score in zip(found, scores)]
-        for found in hits
-    ]
-    return [sorted(found, key=lambda hit: -hit.score) for found in scored]
-
-
-def _loaded(given: str | None, kept: str, options: Mapping[str, Any]) -> Embedder:
-    """Errors: `SearchError` for an index of a model in memory, which has no place to load it from."""
-    if not given and not kept:
-        raise SearchError("this index was made by a model in memory", fix="name the model, or its folder: model=...")
-    return load(given or kept, **options)
 
 
 def _explain(model: Embedder, heads: Sequence[str], query: str, hit: Hit) -> HitExplanation:

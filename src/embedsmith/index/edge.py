@@ -91,16 +91,13 @@ class EdgeStore:
         place = Path(self._copy.name)
         with self._moment(fcntl.LOCK_SH), disk_errors(place):
             self._check_files()
-            self._copy_shard(place / _SHARD)
+            try:
+                shutil.copytree(self._folder / _SHARD, place / _SHARD, copy_function=_copy_data)
+            except shutil.Error as error:  # names of files and what the system said of each
+                wrong = error.args[0][0]
+                raise SearchError(f"cannot read {wrong[0]}: {wrong[2]}", where=self._folder) from error
         self._let_go(but_copy=True)
         self._load(place / _SHARD)
-
-    def _copy_shard(self, place: Path) -> None:
-        try:
-            shutil.copytree(self._folder / _SHARD, place, copy_function=_copy_data)
-        except shutil.Error as error:  # names of files and what the system said of each
-            wrong = error.args[0][0]
-            raise SearchError(f"cannot read {wrong[0]}: {wrong[2]}", where=self._folder) from error
 
     def _load(self, shard: Path) -> None:
         with self._errors():

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,16 @@ class Hit:
     scores: Mapping[str, float]
     text: str
     metadata: Mapping[str, Any]
+
+
+def reranked_hits(hits: Sequence[Hit], scores: Iterable[float]) -> list[Hit]:
+    """Hits by a reranker's scores, in the order that they have where these are equal. What was a hit's score stands
+    among the others as `first`."""
+    scored = [
+        replace(hit, score=score, scores={**hit.scores, "first": hit.score})
+        for hit, score in zip(hits, scores, strict=True)
+    ]
+    return sorted(scored, key=lambda hit: -hit.score)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedsmith.core.collectives import join_ranks, objects_of_all_ranks, on_every_rank, on_first_rank, rank, world_size
+from embedsmith.core.collectives import join_ranks, on_every_rank, on_first_rank, rank, world_size
 from embedsmith.core.errors import SearchError
 from embedsmith.core.progress import log
 from embedsmith.core.reps import Cosine, Dense, Euclidean, Manhattan
@@ -22,7 +22,7 @@ from embedsmith.models.encode_files import weights_hash
 from embedsmith.search.approximate import COMPARED, ApproximateIndex, found_share
 from embedsmith.search.exact import FloatArray, IndexArray
 from embedsmith.search.stored import StoredVectors
-from embedsmith.search.top_k import merged_top_k
+from embedsmith.search.top_k import top_k_of_ranks
 
 
 def run_stored_search(
@@ -48,7 +48,9 @@ def run_stored_search(
         raise SearchError("no query", expected="one query or more, or --file")
     join_ranks()
     vectors = on_every_rank(lambda: StoredVectors(*folders), "search")
-    encoder = model if isinstance(model, Embedder) else on_every_rank(lambda: _loaded(model, options or {}), "search")
+    if model is None:
+        raise SearchError("which model made these vectors?", fix="give --model, the one that they were encoded with")
+    encoder = model if isinstance(model, Embedder) else on_every_rank(lambda: load(model, **options or {}), "search")
     query = on_every_rank(lambda: _encoded(encoder, vectors, queries), "search")
     share = (rank(), world_size())
     if approximate is None:
@@ -67,12 +69,6 @@ def run_stored_search(
             message = "%s finds %.1f %% of the %d nearest, on %d of the queries; --effort raises it (now %d)"
             log.info(message, approximate, 100 * found, k, len(some), effort)
     return on_first_rank(lambda: list(_hits(vectors, queries, score_Qk, index_Qk, texts)))
-
-
-def _loaded(model: str | None, options: Mapping[str, Any]) -> Embedder:
-    if model is None:
-        raise SearchError("which model made these vectors?", fix="give --model, the one that they were encoded with")
-    return load(model, **options)
 
 
 def _encoded(model: Embedder, vectors: StoredVectors, queries: Sequence[str]) -> Dense:
@@ -112,7 +108,7 @@ def _index(vectors: StoredVectors, factory: str, effort: int, work: Path | None)
 
 def _merged(search: Any, k: int) -> tuple[FloatArray, IndexArray]:
     """What all ranks have found in their shares."""
-    return merged_top_k(objects_of_all_ranks(on_every_rank(search, "search")), k)
+    return top_k_of_ranks(on_every_rank(search, "search"), k)
 
 
 def _hits(

@@ -41,16 +41,15 @@ class LowRank(View):
         group = max(1, _ROWS // width)
         first = start // width // group * group
         last = min(-(-stop // width), rows)
-        found = [self._rows(row, min(row + group, rows)) for row in range(first, last, group)]
+        found = []
+        for row in range(first, last, group):
+            end = min(row + group, rows)
+            whole_RC = self.whole.read(row * width, end * width).double().view(-1, width)
+            sum_RC = whole_RC + self.left_RK[row:end] @ self.right_KC
+            if self.magnitude_R is not None:
+                sum_RC *= (self.magnitude_R[row:end] / sum_RC.norm(dim=1))[:, None]
+            found.append(sum_RC.float().view(-1))
         return torch.cat(found)[start - first * width : stop - first * width]
-
-    def _rows(self, first: int, last: int) -> Tensor:
-        width = self.shape[1]
-        whole_RC = self.whole.read(first * width, last * width).double().view(-1, width)
-        sum_RC = whole_RC + self.left_RK[first:last] @ self.right_KC
-        if self.magnitude_R is not None:
-            sum_RC *= (self.magnitude_R[first:last] / sum_RC.norm(dim=1))[:, None]
-        return sum_RC.float().view(-1)
 
 
 @dataclass(frozen=True)

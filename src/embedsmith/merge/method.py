@@ -13,6 +13,7 @@ import zipfile
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,15 @@ Combine = Callable[[Block], Tensor]
 Base = Literal["needed", "optional"]
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _FORMAT = "gram-1"
+
+
+@contextmanager
+def settings_of(tensors: str) -> Iterator[None]:
+    """An error of settings is told with the tensors that they are for."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(error.what, where=tensors, expected=error.expected, fix=error.fix) from error
 
 
 @dataclass(frozen=True)

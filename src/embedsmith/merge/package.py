@@ -236,10 +236,10 @@ def _card(plan: Plan, report: Mapping[str, Any]) -> str:
     prompts = "".join(
         f"- {code(name)}: {code(json.dumps(text, ensure_ascii=False))}\n" for name, text in plan.prompts.items()
     )
-    rows = [
-        row(in_line(one["id"]), code(one["path"]), _weight(one["weight"]), one["distance"], f"`{one['sha256'][:16]}`")
-        for one in report["models"]
-    ]
+    rows = []
+    for one in report["models"]:
+        weight = f"{one['weight']:g}" if isinstance(one["weight"], int | float) else "varies: see below"
+        rows.append(row(in_line(one["id"]), code(one["path"]), weight, one["distance"], f"`{one['sha256'][:16]}`"))
     notes = "".join(f"- {in_line(note)}\n" for note in report["notes"])
     recipe = yaml.safe_dump(without_folders(to_plain(plan.recipe)), sort_keys=False, allow_unicode=True)
     return _CARD.format(
@@ -252,10 +252,6 @@ def _card(plan: Plan, report: Mapping[str, Any]) -> str:
         notes=notes,
         recipe=block(recipe, "yaml"),
     )
-
-
-def _weight(weight: Any) -> str:
-    return f"{weight:g}" if isinstance(weight, int | float) else "varies: see below"
 
 
 _CARD = """\

@@ -1,8 +1,6 @@
 """Candidates by BM25, for scripts with and without spaces. In memory are only those words of the corpus that the
 queries ask for; of several ranks, each holds those of its own share."""
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections import Counter

@@ -26,9 +26,9 @@ from embedsmith.mining.config import LiveNegatives, Selection
 from embedsmith.mining.offline import Texts, candidates_of
 from embedsmith.mining.searchers import Searcher, TextReps
 from embedsmith.mining.selection import SUSPECT, conan_window
-from embedsmith.search import merged_top_k
 from embedsmith.search.exact import FloatArray, IndexArray
 from embedsmith.search.hybrid import join
+from embedsmith.search.top_k import top_k_of_ranks
 
 EMPTY = -1
 """The candidate of a slot that holds none: a pool smaller than the number of negatives."""
@@ -307,7 +307,7 @@ def _on_all_ranks(reps: TextReps, group: Group) -> Representation:
 def _searched(query: Representation, documents: TextReps, k: int, group: Group) -> _Found:
     """The best k of the whole corpus for every query, ties to the lower place. Every rank searches its own pieces."""
     mine = documents.top_of_share(query, k, rank(group), world_size(group))
-    return _Found(*merged_top_k(objects_of_all_ranks(mine, group), k))
+    return _Found(*top_k_of_ranks(mine, k, group))
 
 
 def _guarded(

@@ -18,14 +18,13 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from embedsmith.core.collectives import objects_of_all_ranks
-from embedsmith.core.encoder import Encoder
+from embedsmith.core.encoder import Encoder, Reranker
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.inputs import local_path, read_json, read_typed
 from embedsmith.core.outputs import clear_left, delivered, discard, refuse_foreign_records
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import exceeds
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import to_plain
 from embedsmith.core.sharing import Shard, Sharing
 from embedsmith.data import Record, RecordSet, read_source, text_id, write_records

@@ -27,12 +27,11 @@ from embedsmith.core.collectives import (
     rank,
     world_size,
 )
-from embedsmith.core.encoder import Encoder, Role, fingerprint, main_head, represent
+from embedsmith.core.encoder import Encoder, Reranker, Role, fingerprint, main_head, represent
 from embedsmith.core.errors import ModelError, RecipeError
 from embedsmith.core.files import atomic_file
 from embedsmith.core.progress import log, progress_bar
 from embedsmith.core.reps import MultiVector, Representation
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import Count, Weights, Word
 from embedsmith.core.sharing import OthersFirstError, Sharing
 from embedsmith.core.shelf import searchers, teachers
@@ -42,7 +41,7 @@ from embedsmith.search.cached import CachedEncoder
 from embedsmith.search.exact import FloatArray, IndexArray, TopK, on_device, search_device
 from embedsmith.search.given_pairs import one_to_one
 from embedsmith.search.hybrid import M3_WEIGHTS, HybridEncoder, join
-from embedsmith.search.top_k import merged_top_k
+from embedsmith.search.top_k import merged_top_k, top_k_of_ranks
 
 T = TypeVar("T")
 
@@ -306,23 +305,23 @@ class EmbeddingSearcher(Searcher):
         if mine > 0 and count > 1 and self.share == (0, 1):  # of shards the first measures
             return
         if not on_first_rank(note.exists, group):
-            recall = self._recall(index, group)
-            on_first_rank(lambda: self._keep_recall(note, factory, recall), group)
+            self._note_recall(index, note, group)
 
-    def _recall(self, index: ApproximateIndex, group: Group) -> float:
-        """On a sample of the queries: which share of the nearest documents the index finds."""
+    def _note_recall(self, index: ApproximateIndex, note: Path, group: Group) -> None:
+        """Tell, and keep in a file, which share of the nearest documents the index finds on a sample of the queries."""
         row_S = np.unique(np.linspace(0, len(self.queries) - 1, COMPARED).astype(np.int64))
         query = self.queries.rows(row_S)
-        mine = self.documents.top_of_share(query, _NEAREST, *self.share), self._approximate(index, query, _NEAREST)
-        exact, found = (
-            merged_top_k(column, _NEAREST) for column in zip(*objects_of_all_ranks(mine, group), strict=True)
-        )
-        return found_share(exact[1], found[1])
+        _, exact_Sk = top_k_of_ranks(self.documents.top_of_share(query, _NEAREST, *self.share), _NEAREST, group)
+        _, found_Sk = top_k_of_ranks(self._approximate(index, query, _NEAREST), _NEAREST, group)
 
-    def _keep_recall(self, note: Path, factory: str, recall: float) -> None:
-        with atomic_file(note) as file:
-            json.dump({"models": sorted(self.fingerprints), "index": factory, "recall": recall}, file)
-        log.info("%s finds %.1f %% of the %d nearest, on a sample of queries", factory, 100 * recall, _NEAREST)
+        def write() -> None:
+            recall = found_share(exact_Sk, found_Sk)
+            with atomic_file(note) as file:
+                json.dump({"models": sorted(self.fingerprints), "index": index.factory, "recall": recall}, file)
+            message = "%s finds %.1f %% of the %d nearest, on a sample of queries"
+            log.info(message, index.factory, 100 * recall, _NEAREST)
+
+        on_first_rank(write, group)
 
     def _approximate(self, index: ApproximateIndex, query: Representation, k: int) -> tuple[FloatArray, IndexArray]:
         mine, count = self.share

@@ -1,7 +1,5 @@
 """Two models behind one: queries through the one, documents through the other, in the order in which they came."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np

@@ -1,8 +1,6 @@
 """The model card, README.md, written beside a model: what it is, its prompts, and how to load it anywhere; Markdown
 with the metadata block that model hubs read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

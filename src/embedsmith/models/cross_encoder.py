@@ -99,17 +99,13 @@ class CrossEncoder(nn.Module):
             arguments["use_cache"] = False
         if self.settings.asks and takes(self.backbone, "logits_to_keep"):
             arguments["logits_to_keep"] = 1
-        logits = call_backbone(self.backbone, arguments | {"return_dict": True}).logits
-        return {SCORE: Dense(self._answer(in_fp32(logits)))}
-
-    def _answer(self, logits: Tensor) -> Tensor:
-        """score_N1 of the logits of a head [N, 1], or of the vocabulary [N, T, V]."""
-        if not self.settings.asks:
-            return logits
+        logits = in_fp32(call_backbone(self.backbone, arguments | {"return_dict": True}).logits)
+        if not self.settings.asks:  # a head gives [N, 1]
+            return {SCORE: Dense(logits)}
         last_NV = logits[:, -1]
         score_N = last_NV[:, self.settings.yes_id]
         score_N = score_N if self.settings.no_id is None else score_N - last_NV[:, self.settings.no_id]
-        return score_N[:, None]
+        return {SCORE: Dense(score_N[:, None])}
 
     def score(
         self,
@@ -227,7 +223,12 @@ class SavedReranker:
             save_adapter(self.backbone.base_model, root, str((self.base or {}).get("path", "")))
             EmbeddingConfig(base=self.base).write(root)
         else:
-            whole = self._whole()
+            whole = self.backbone
+            if has_adapter(whole.base_model):
+                whole = copy.copy(self.backbone)
+                whole._modules = dict(self.backbone._modules)
+                setattr(whole, self.backbone.base_model_prefix, merged(self.backbone.base_model))
+                whole.tie_weights()
             names = {"sentence_transformers": {"activation_fn": settings.activation, "version": "5.1.0"}}
             whole.config.update({} if settings.asks else names)
             whole.save_pretrained(root)
@@ -235,16 +236,6 @@ class SavedReranker:
         if settings.asks or settings.prompt is not None:
             self._save_modules(root)
         (root / "README.md").write_text(self.card(), encoding="utf-8")
-
-    def _whole(self) -> Any:
-        """The backbone with its adapter merged."""
-        if not has_adapter(self.backbone.base_model):
-            return self.backbone
-        whole = copy.copy(self.backbone)
-        whole._modules = dict(self.backbone._modules)
-        setattr(whole, self.backbone.base_model_prefix, merged(self.backbone.base_model))
-        whole.tie_weights()
-        return whole
 
     def _save_tokenizer(self, root: Path) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)  # truncation and bounds are the saved one's alone

@@ -1,7 +1,5 @@
 """How queries are filled up with a token, as ColBERT does."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

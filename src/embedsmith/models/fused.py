@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedsmith.core.progress import log
 from embedsmith.models.backbone import takes
@@ -53,7 +53,12 @@ def fuse_kernels(backbone: Any) -> str:
         apply(model=backbone, cross_entropy=False, fused_linear_cross_entropy=False)
         rotation = getattr(code, ROTATION, None)
         _restore_code(code, before_code, rotation)
-        agree = _agree(backbone, expected, _measured(backbone))
+        again: Any = _measured(backbone)
+        agree = all(
+            states_agree(backbone, state, found_state, dtype)
+            and (pull is None or gradients_agree(backbone, pull, found_pull, dtype))
+            for (state, pull, dtype), (found_state, found_pull, _) in zip(expected, again, strict=True)
+        )
         reason = "its states or gradients differ" if not agree else None
     except _FAILURES as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -103,11 +108,3 @@ def _measured(backbone: Any) -> list[tuple[Tensor, Tensor | None, torch.dtype | 
     finally:
         backbone.train(was_training)
     return found
-
-
-def _agree(backbone: nn.Module, expected: Any, found: Any) -> bool:
-    return all(
-        states_agree(backbone, state, found_state, dtype)
-        and (pull is None or gradients_agree(backbone, pull, found_pull, dtype))
-        for (state, pull, dtype), (found_state, found_pull, _) in zip(expected, found, strict=True)
-    )

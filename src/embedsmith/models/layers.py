@@ -4,8 +4,6 @@
 A kind more is one class with these members and its place in `LAYERS`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Pieces of a sentence-transformers folder that several forms write: its list of modules, a layer over tokens, what the
 model is called, and a root without what only the dense form needs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -387,6 +387,8 @@ class ModelSource:
             said = facts.pooling is not None or facts.form != "dense"
             takes_part = saved.pool_special_tokens if said else not sink
             special = takes_part or pooling in ("last", "cls")  # which take a single token as it is
+        expansion = config.expansion
+        filled = {} if expansion is None or not expansion.cut else {"query": expansion.length}
         settings = Settings(
             pooling=pooling,
             max_length=derive_max_length(
@@ -408,7 +410,7 @@ class ModelSource:
             similarity=config.similarity or _similarity(facts.similarity),
             truncate_dim=facts.truncate_dim,
             main=facts.main if self.form == facts.form else "dense",
-            lengths={**facts.lengths, **self._filled_queries()},
+            lengths={**facts.lengths, **filled},
             expansion=with_token(config.expansion or facts.expansion, tokenizer, config.path),
             form=self.form,
         )
@@ -423,11 +425,6 @@ class ModelSource:
                     fix="shorten the prompt or raise model.max_length",
                 )
         return settings
-
-    def _filled_queries(self) -> dict[str, int]:
-        """The length to which queries are cut that the user wants filled up."""
-        expansion = self.config.expansion
-        return {} if expansion is None or not expansion.cut else {"query": expansion.length}
 
     def prompted(self, settings: Settings) -> Settings:
         """Prompts as the user gave them, or made from a template and the tasks' instructions."""

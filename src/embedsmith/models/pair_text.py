@@ -6,8 +6,6 @@ A language model is asked in a chat template whose messages have the roles `syst
 pair that is too long loses the end of its document: what the template puts behind the document stays.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

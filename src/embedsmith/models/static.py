@@ -6,8 +6,6 @@ The table is a backbone like any other: token ids in, states out. Pooling, heads
 those of all models. No special tokens stand around a text, and the text of no token has a vector of zeros.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -27,6 +27,7 @@ from embedsmith.core.shelf import heads
 from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource, ModelForHead
 from embedsmith.models.heads.splade import LmHead
+from embedsmith.pretrain.whole_words import shown_by_bert
 
 SHARE = 0.2
 
@@ -43,7 +44,12 @@ class MntpHead(Head):
     def __init__(self, lm: LmHead, tokenizer: Any) -> None:
         super().__init__()
         self.lm = lm
-        self.mask_id = _mask_id(tokenizer)
+        mask_id = tokenizer.get_vocab().get("_") if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        if mask_id is None:
+            raise ModelError(
+                "the tokenizer has neither a mask token nor the word '_'", expected="one of them, for mntp"
+            )
+        self.mask_id = int(mask_id)
         self.register_buffer("special_S", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
 
     @classmethod
@@ -59,7 +65,7 @@ class MntpHead(Head):
     def forward(self, model: ModelForHead, padded: PaddedTokens) -> Dense:
         """number_N2: the sum of the hidden tokens' cross-entropies, and how many there are."""
         hidden_NT = hidden_words(padded, self.special_S)
-        shown = replace(padded, id_NT=self._replaced(padded.id_NT, hidden_NT))
+        shown = replace(padded, id_NT=shown_by_bert(padded.id_NT, hidden_NT, self.mask_id, len(self.lm.output_VH)))
         before_NTH = model.states(shown).last_hidden_state[:, :-1]
         chosen_NT = hidden_NT[:, 1:]
         with torch.autocast(before_NTH.device.type, enabled=False):
@@ -67,12 +73,6 @@ class MntpHead(Head):
             total_N = 0.0 * in_fp32(before_NTH).sum((1, 2))  # connected where nothing is hidden
             total_N = total_N.index_add(0, chosen_NT.nonzero()[:, 0], value_S)
             return Dense(torch.stack([total_N, chosen_NT.sum(1).to(total_N.dtype)], 1))
-
-    def _replaced(self, id_NT: Tensor, hidden_NT: Tensor) -> Tensor:
-        dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
-        word_NT = torch.randint(len(self.lm.output_VH), id_NT.shape, device=id_NT.device)
-        shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), self.mask_id, id_NT)
-        return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
 
     def save(self, folder: Path) -> None:
         self.lm.save(folder / self.file, {})
@@ -84,12 +84,3 @@ def hidden_words(padded: PaddedTokens, special_S: Tensor) -> Tensor:
     word_NT[:, 0] = False
     word_NT[:, 1:] &= padded.mask_NT[:, :-1]
     return word_NT & (torch.rand(word_NT.shape, device=word_NT.device) < SHARE)
-
-
-def _mask_id(tokenizer: Any) -> int:
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    found = tokenizer.get_vocab().get("_")
-    if found is None:
-        raise ModelError("the tokenizer has neither a mask token nor the word '_'", expected="one of them, for mntp")
-    return int(found)

@@ -31,7 +31,7 @@ from embedsmith.core.tokens import PaddedTokens
 from embedsmith.models.heads.base import Head, HeadSource, ModelForHead
 from embedsmith.models.heads.splade import LmHead
 from embedsmith.models.pooling import first_index, last_index
-from embedsmith.pretrain.whole_words import WholeWords
+from embedsmith.pretrain.whole_words import WholeWords, shown_by_bert
 
 ENCODER_SHARE, DECODER_SHARE = 0.3, 0.5
 _POOL = 128  # masks of a text from which positions draw theirs
@@ -79,7 +79,7 @@ class RetroMaeHead(Head):
         """number_N4: cross-entropy sum and count of the masked tokens, the same of the decoder's."""
         word_NT = self.whole.words(padded)
         hidden_NT = random_words(word_NT, self.whole.groups(padded.id_NT), ENCODER_SHARE)
-        shown = replace(padded, id_NT=self._replaced(padded.id_NT, hidden_NT))
+        shown = replace(padded, id_NT=shown_by_bert(padded.id_NT, hidden_NT, self.mask_id, len(self.lm.output_VH)))
         state_NTH = model.states(shown).last_hidden_state
         row_N = torch.arange(len(state_NTH), device=state_NTH.device)
         sentence_NH = state_NTH[row_N, first_index(padded.mask_NT)]
@@ -91,13 +91,6 @@ class RetroMaeHead(Head):
                 total_N = value_S.new_zeros(len(state_NTH)).index_add(0, chosen_NT.nonzero()[:, 0], value_S)
                 numbers += [total_N, chosen_NT.sum(1).to(total_N.dtype)]
         return Dense(torch.stack(numbers, 1))
-
-    def _replaced(self, id_NT: Tensor, hidden_NT: Tensor) -> Tensor:
-        """BERT's rule: of the hidden tokens 80 % are [MASK], 10 % another word, 10 % as they are."""
-        dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
-        word_NT = torch.randint(len(self.whole.follows_V), id_NT.shape, device=id_NT.device)
-        shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), self.mask_id, id_NT)
-        return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)
 
     def _decode(self, backbone: Any, padded: PaddedTokens, sentence_NH: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's states, and which tokens it has to say."""

@@ -1,4 +1,4 @@
-"""Which tokens of a text are words, and which of them are pieces of one word."""
+"""Which tokens of a text are words, which of them are pieces of one word, and what is shown of hidden ones."""
 
 from typing import Any
 
@@ -30,3 +30,11 @@ class WholeWords(nn.Module):
     def groups(self, id_NT: Tensor) -> Tensor:
         """group_NT: the number of the word that a token belongs to."""
         return (~self.follows_V[id_NT]).long().cumsum(1)
+
+
+def shown_by_bert(id_NT: Tensor, hidden_NT: Tensor, mask_id: int, vocabulary: int) -> Tensor:
+    """BERT's rule: of the hidden tokens 80 % are the mask token, 10 % another word, 10 % as they are."""
+    dice_NT = torch.rand(id_NT.shape, device=id_NT.device)
+    word_NT = torch.randint(vocabulary, id_NT.shape, device=id_NT.device)
+    shown_NT = torch.where(hidden_NT & (dice_NT < 0.8), mask_id, id_NT)
+    return torch.where(hidden_NT & (dice_NT >= 0.9), word_NT, shown_NT)

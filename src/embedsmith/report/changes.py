@@ -1,6 +1,7 @@
 """What training changed, task by task and text by text: what got better, what got worse, and which items moved most."""
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from embedsmith.core.errors import EmbedsmithError
-from embedsmith.evaluate.compare import Comparison, Difference
+from embedsmith.evaluate.compare import Comparison
 from embedsmith.evaluate.result import TaskResult
 from embedsmith.evaluate.tasks.kinds import Task, load_task
 from embedsmith.evaluate.tasks.pairs import STSTask
@@ -56,17 +57,15 @@ def change_section(made: Comparison, texts: Texts) -> Section:
         "Got worse": [gap for gap in gaps if gap.clear and gap.interval.value < 0],
         "No more than chance would do, or not known": [gap for gap in gaps if not gap.clear],
     }
-    body = "".join(f"<h3>{title}</h3>{_list(group)}" for title, group in groups.items() if group)
+    body = ""
+    for title, group in ((title, group) for title, group in groups.items() if group):
+        # one line a task, the largest change first
+        ordered = sorted(group, key=lambda gap: 0 if math.isnan(gap.interval.value) else -abs(gap.interval.value))
+        lines = "".join(f"<li><b>{html.escape(gap.task)}</b> {html.escape(str(gap))}</li>" for gap in ordered)
+        body += f"<h3>{title}</h3><ul>{lines}</ul>"
     for old, new in zip(made.results[0], made.results[-1], strict=True):
         body += _items(old, new, texts.get(new.task, {}))
     return Section("changes", "What changed", body)
-
-
-def _list(gaps: Sequence[Difference]) -> str:
-    """One line a task, the largest change first."""
-    ordered = sorted(gaps, key=lambda gap: -abs(gap.interval.value) if gap.interval.value == gap.interval.value else 0)
-    lines = "".join(f"<li><b>{html.escape(gap.task)}</b> {html.escape(str(gap))}</li>" for gap in ordered)
-    return f"<ul>{lines}</ul>"
 
 
 def _items(old: TaskResult, new: TaskResult, known: Mapping[str, str]) -> str:
@@ -83,10 +82,12 @@ def _items(old: TaskResult, new: TaskResult, known: Mapping[str, str]) -> str:
     counts = [int(found.sum()) for found in (change_N > _LEAST, change_N < -_LEAST)]
     shown = {example.item_id: next(iter(example.texts.values()), "") for example in (*old.examples, *new.examples)}
     texts = {**known, **shown}
-    rows = [
-        [html.escape(_named(new.item_ids[place], texts)), f"{before_N[place]:.2f}", f"{after_N[place]:.2f}"]
-        for place in (*fell, *rose)
-    ]
+    rows = []
+    for place in (*fell, *rose):
+        item, text = new.item_ids[place], texts.get(new.item_ids[place], "")
+        short = text if len(text) <= _LENGTH else text[: _LENGTH - 1] + "…"
+        named = html.escape(f"{item}: {short}" if text else item)
+        rows.append([named, f"{before_N[place]:.2f}", f"{after_N[place]:.2f}"])
     words = (
         f"Of {len(change_N):,} items {counts[0]:,} went better and {counts[1]:,} worse. Those that moved most, with "
         f"{_MEANING.get(new.kind, 'their value')} before and after:"
@@ -110,10 +111,3 @@ def item_values(result: TaskResult) -> npt.NDArray[np.float64] | None:
     rank_N, people_N = (rankdata(values) for values in (column, result.items["score"]))
     nearness_N: npt.NDArray[np.float64] = 1 - np.abs(rank_N - people_N) / (len(column) - 1)
     return nearness_N
-
-
-def _named(item_id: str, texts: dict[str, str]) -> str:
-    text = texts.get(item_id, "")
-    if not text:
-        return item_id
-    return f"{item_id}: {text if len(text) <= _LENGTH else text[: _LENGTH - 1] + '…'}"

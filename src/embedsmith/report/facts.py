@@ -153,15 +153,10 @@ def _curves(lines: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
         series = []
         for key in keys:
             points = [(int(line["step"]), line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+            if len(points) > _POINTS:  # evenly, with the first and the last
+                place_N: npt.NDArray[np.int64] = np.linspace(0, len(points) - 1, _POINTS).round().astype(np.int64)
+                points = [points[place] for place in place_N.tolist()]
             if points:
-                series.append({"name": key.removeprefix(start), "points": _thinned(points)})
+                series.append({"name": key.removeprefix(start), "points": points})
         found.append({"name": start.rstrip("/"), "series": series})
     return found
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `_POINTS`, evenly, with the first and the last."""
-    if len(points) <= _POINTS:
-        return list(points)
-    place_N: npt.NDArray[np.int64] = np.linspace(0, len(points) - 1, _POINTS).round().astype(np.int64)
-    return [points[place] for place in place_N.tolist()]

@@ -120,16 +120,10 @@ def next_steps(evidence: Evidence) -> list[NextStep]:
     """Three steps; of a run that stopped only that it goes on, and none for a folder without a recipe."""
     if not evidence.recipe.get("model") or not evidence.recipe.get("data"):
         return []
-    if (step := _finish(evidence)) is not None:
-        return [step]
+    if not evidence.finished:
+        why = f"The run stopped after step {evidence.last_step}; it goes on from there."
+        return [NextStep("Finish it", why, evidence.train())]
     return list(islice((step for rule in RULES if (step := rule(evidence)) is not None), SHOWN))
-
-
-def _finish(evidence: Evidence) -> NextStep | None:
-    if evidence.finished:
-        return None
-    why = f"The run stopped after step {evidence.last_step}; it goes on from there."
-    return NextStep("Finish it", why, evidence.train())
 
 
 def _score_it(evidence: Evidence) -> NextStep | None:

@@ -102,7 +102,10 @@ def folder_page(folder: str | Path) -> str:
         first = [change_section(made, items_texts(found.tasks())), score_section(made)]
         sections = [*first, *sections, similarity_section(last, name), example_section(last)]
     sections.insert(0, found.next_section(made))
-    recipe = Section("recipe", "Recipe", _PRE.format(html.escape(_said(found.recipe))) if found.recipe else "")
+    text, tree = found.recipe, _tree(found.recipe)
+    if isinstance(tree, dict):
+        text = yaml.safe_dump(_set(tree), sort_keys=False, allow_unicode=True)
+    recipe = Section("recipe", "Recipe", _PRE.format(html.escape(text)) if text else "")
     sections += [found.data_section(), found.merge_section(), recipe, environment_section(found.environment)]
     kind = "Merge" if found.merge is not None else "Training run"
     return page(f"{kind}: {found.path.resolve().name}", found.lead(), found.summary(made), sections)
@@ -360,13 +363,8 @@ def _tree(recipe: str) -> Any:
         return None
 
 
-def _said(recipe: str) -> str:
-    """The recipe without what is not set: keys that hold nothing."""
-    tree = _tree(recipe)
-    return yaml.safe_dump(_set(tree), sort_keys=False, allow_unicode=True) if isinstance(tree, dict) else recipe
-
-
 def _set(value: Any) -> Any:
+    """A tree without what is not set: keys that hold nothing."""
     if isinstance(value, dict):
         kept = {key: _set(each) for key, each in value.items()}
         return {key: each for key, each in kept.items() if each is not None and each != {} and each != []}

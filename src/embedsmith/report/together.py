@@ -1,8 +1,6 @@
 """How the tasks of a run got on with each other, from its lines of numbers: losses by task, the conflict of their
 gradients, what is forgotten."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 

@@ -10,8 +10,6 @@ blocks (`IVF...`) are searched as those of one index, where they lie on the disk
 block, in memory.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +124,13 @@ class ApproximateIndex:
         if blocks not in self._open:
             faiss = _faiss()
             whole = self._read(self.folder / "trained.faiss")
-            found = [(self._span(block)[0], self._block(block)) for block in blocks]
+            found: list[tuple[int, Any]] = []
+            for block in blocks:
+                path = self._path(block)
+                if not self._whole(block):
+                    what = "a part of an index is not there, or not whole"
+                    raise SearchError(what, where=path, fix=f"delete {self.folder}")
+                found.append((self._span(block)[0], self._read(path, faiss.IO_FLAG_MMAP)))  # lists stay on the disk
             cells = faiss.try_extract_index_ivf(whole)
             if cells is not None and found:
                 lists = faiss.InvertedListsPtrVector()
@@ -141,13 +145,6 @@ class ApproximateIndex:
                 _set_effort(index, self.effort)
             self._open[blocks] = found
         return self._open[blocks]
-
-    def _block(self, block: int) -> Any:
-        """Errors: `SearchError` for one that is not there, or not whole."""
-        path = self._path(block)
-        if not self._whole(block):
-            raise SearchError("a part of an index is not there, or not whole", where=path, fix=f"delete {self.folder}")
-        return self._read(path, _faiss().IO_FLAG_MMAP)  # lists of cells stay on the disk
 
     def _whole(self, block: int) -> bool:
         path, (start, stop) = self._path(block), self._span(block)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedsmith.core.ahead import one_ahead
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
+from embedsmith.core.transfer import one_ahead
 
 FloatArray = npt.NDArray[np.float32]
 IndexArray = npt.NDArray[np.int64]
@@ -117,7 +117,9 @@ class TopK:
             rows_between(document, start, start + rows) for start in range(0, len(document), rows)
         )
         if self.device.type == "cuda":  # the next block is read and pinned while one is scored
-            blocks = one_ahead(block.map(_pinned) for block in blocks)
+            blocks = one_ahead(
+                block.map(lambda one: one.pin_memory() if one.device.type == "cpu" else one) for block in blocks
+            )
         for one in blocks:
             self.add(one)
 
@@ -346,7 +348,3 @@ def rows_between(value: Vectors, start: int, stop: int) -> Representation:
 
 def on_device(rep: Representation, device: torch.device) -> Representation:
     return rep.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

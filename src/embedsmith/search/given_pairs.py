@@ -1,7 +1,5 @@
 """Scores of given pairs, each a row of one side with a row of the other, where both lie, in bounded memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ on a disk, and those are read for a few candidates of a query alone. The query i
 look at binary ones, so what is lost is the documents' rounding alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Self
@@ -143,7 +141,8 @@ class Quantised:
             score_QC, index_QC = best.result()
             return score_QC + (query_QD @ (low_D + 128.5 * step_D))[:, None], index_QC  # a code's middle, from -128
         index_QW = self._by_signs(query_QD, count * _WIDE, device)
-        return _best_of(query_QD / np.float32(max(self.width, 1) ** 0.5), index_QW, self._signs_of, count, device)
+        scaled_QD = query_QD / np.float32(max(self.width, 1) ** 0.5)
+        return _best_of(scaled_QD, index_QW, lambda index: self._signs(self.code[index]), count, device)
 
     def _by_signs(self, query_QD: FloatArray, count: int, device: torch.device) -> IndexArray:
         """The best by how many signs of both sides agree: bits counted on a CPU, a product of signs on a GPU."""
@@ -162,9 +161,6 @@ class Quantised:
         """-1 and 1."""
         bit_ND = np.unpackbits(code, axis=-1, count=self.width)
         return torch.from_numpy(bit_ND.astype(np.float32) * 2 - 1)
-
-    def _signs_of(self, index: IndexArray) -> Tensor:
-        return self._signs(self.code[index])
 
 
 def counts_bits(device: torch.device) -> bool:

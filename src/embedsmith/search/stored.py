@@ -1,8 +1,6 @@
 """Vectors in folders that `embedsmith encode` has written, one or several, searched where they lie: rows are read when
 they are asked for, and neither all vectors nor all ids are ever in memory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import replace

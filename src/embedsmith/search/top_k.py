@@ -1,13 +1,12 @@
 """The best k documents of every query: by scoring them all, or by codes that take little memory and the full vectors of
 the best of these."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from embedsmith.core.collectives import Group, objects_of_all_ranks
 from embedsmith.core.reps import Representation
 from embedsmith.search.exact import FloatArray, IndexArray, TopK, Vectors, check_matrix, search_device
 from embedsmith.search.quantised import RESCORE, Quantised, SearchPrecision
@@ -62,6 +61,11 @@ def merged_top_k(found: Sequence[tuple[FloatArray, IndexArray]], k: int) -> tupl
     score_QX, index_QX = (np.concatenate(column, axis=1) for column in zip(*found, strict=True))
     order_Qk = np.lexsort((index_QX, -score_QX))[:, :k]
     return np.take_along_axis(score_QX, order_Qk, 1), np.take_along_axis(index_QX, order_Qk, 1)
+
+
+def top_k_of_ranks(mine: tuple[FloatArray, IndexArray], k: int, group: Group = None) -> tuple[FloatArray, IndexArray]:
+    """The same of what each rank has found in its share of the corpus. Collective."""
+    return merged_top_k(objects_of_all_ranks(mine, group), k)
 
 
 def _searched(

@@ -27,7 +27,8 @@ def embeddings(model: Model, made: Encoded, dimensions: int | None, base_64: boo
     """OpenAI's list of vectors."""
     _check_finite(made.reps)
     vector_ND = np.ascontiguousarray(model.vectors(made.reps, dimensions), dtype="<f4")
-    return _listed(model, made, "embedding", map(_base64, vector_ND) if base_64 else iter(vector_ND.tolist()))
+    encoded = (base64.b64encode(vector_D.tobytes()).decode("ascii") for vector_D in vector_ND)
+    return _listed(model, made, "embedding", encoded if base_64 else iter(vector_ND.tolist()))
 
 
 def sparse(model: Model, made: Encoded) -> bytes:
@@ -56,10 +57,6 @@ def _listed(model: Model, made: Encoded, kind: str, values: Iterator[Any]) -> by
     tokens = sum(made.token_N)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return as_json({"object": "list", "data": data, "model": model.name, "usage": usage})
-
-
-def _base64(vector_D: Vectors) -> str:
-    return base64.b64encode(vector_D.tobytes()).decode("ascii")
 
 
 def _check_finite(reps: Reps) -> None:

@@ -83,7 +83,10 @@ def _add_failures(app: FastAPI) -> None:
 
     async def of_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _told(failure_of_body(error.errors()[0], _keys_of(request)))
+        field = getattr(request.scope.get("route"), "body_field", None)
+        kind = None if field is None else field.field_info.annotation
+        known = list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Body) else []
+        return _told(failure_of_body(error.errors()[0], known))
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -99,13 +102,6 @@ def _add_failures(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, of_http)
     for kind in (EmbedsmithError, Exception):
         app.add_exception_handler(kind, of_any)
-
-
-def _keys_of(request: Request) -> Sequence[str]:
-    """The keys of the body that this endpoint takes."""
-    field = getattr(request.scope.get("route"), "body_field", None)
-    kind = None if field is None else field.field_info.annotation
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Body) else []
 
 
 def _told(failure: Failure) -> Response:

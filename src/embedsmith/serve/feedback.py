@@ -43,7 +43,10 @@ class FeedbackFile:
             rows = self._read()
             place = next((place for place, row in enumerate(rows) if row["query"] == query), len(rows))
             before = rows[place] if place < len(rows) else {"query": query, "pos": [], "neg": []}
-            after = _marked(before, vote_of)
+            kept = {side: [text for text in before[side] if text not in vote_of] for side in ("pos", "neg")}
+            kept["pos"] += [text for text, vote in vote_of.items() if vote > 0]
+            kept["neg"] += [text for text, vote in vote_of.items() if vote < 0]
+            after = {**before, **kept}
             rows[place : place + 1] = [after] if after["pos"] else []
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             if sum(len(line.encode()) for line in lines) > LARGEST:
@@ -76,10 +79,3 @@ def _record(line: str, where: str) -> Row:
         raise DataError("no record of marks", where=where, expected=expected, fix="start the server with another file")
     row.setdefault("neg", [])
     return dict(row)
-
-
-def _marked(row: Row, vote_of: Mapping[str, int]) -> Row:
-    kept = {side: [text for text in row[side] if text not in vote_of] for side in ("pos", "neg")}
-    kept["pos"] += [text for text, vote in vote_of.items() if vote > 0]
-    kept["neg"] += [text for text, vote in vote_of.items() if vote < 0]
-    return {**row, **kept}

@@ -44,11 +44,6 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _is_local(server: Any) -> bool:
-    """Whether a request came in by this machine's own address."""
-    return bool(server) and server[0] in ("127.0.0.1", "::1")
-
-
 def _named_locally(host: str) -> bool:
     """Whether the name that the caller knows the server by is no name of the web, which may point here without leave
     (DNS rebinding)."""
@@ -94,7 +89,9 @@ class Gate:
     def _turned_away(self, scope: Any) -> Failure | None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["path"]
-        if not self._keys and _is_local(scope.get("server")) and not _named_locally(headers.get(b"host", "")):
+        server = scope.get("server")
+        arrived_locally = bool(server) and server[0] in ("127.0.0.1", "::1")
+        if not self._keys and arrived_locally and not _named_locally(headers.get(b"host", "")):
             return Failure(
                 403,
                 "a server without keys on this machine's own address answers to localhost alone; start it with --keys, "

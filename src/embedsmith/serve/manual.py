@@ -24,18 +24,17 @@ def manual(openapi: Mapping[str, Any]) -> str:
         f"<h1>{title} {escape(openapi['info']['version'])}</h1><p>{escape(openapi['info'].get('description', ''))} ",
         'For programs: <a href="openapi.json">openapi.json</a>.</p>',
     ]
+    schemas = openapi.get("components", {}).get("schemas", {})
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
-            parts.append(_operation(f"{method.upper()} {path}", operation, openapi))
+            name, about = f"{method.upper()} {path}", operation.get("description", "")
+            parts.append(f"<section><h2><code>{escape(name)}</code></h2><p>{escape(about)}</p>")
+            content = operation.get("requestBody", {}).get("content", {})
+            schema = content.get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]
+            if schema in schemas:
+                parts.append(_keys(schemas[schema]))
+            parts.append("</section>")
     return "".join([*parts, "</body></html>"])
-
-
-def _operation(name: str, operation: Mapping[str, Any], openapi: Mapping[str, Any]) -> str:
-    text = f"<section><h2><code>{escape(name)}</code></h2><p>{escape(operation.get('description', ''))}</p>"
-    content = operation.get("requestBody", {}).get("content", {})
-    schema = content.get("application/json", {}).get("schema", {})
-    named = openapi.get("components", {}).get("schemas", {}).get(schema.get("$ref", "").rpartition("/")[2])
-    return text + ("" if named is None else _keys(named)) + "</section>"
 
 
 def _keys(schema: Mapping[str, Any]) -> str:

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedsmith.core.encoder import Encoder, Role, TokenEncoder, fingerprint
+from embedsmith.core.encoder import Encoder, Reranker, Role, TokenEncoder, fingerprint
 from embedsmith.core.errors import ModelError
 from embedsmith.core.reps import Dense, Reps, concatenate, each_head
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.tokens import TokenBatch
 from embedsmith.serve.batching import Batcher
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from embedsmith.core.encoder import Role
@@ -21,6 +21,7 @@ from embedsmith.index import (
     WeightedSum,
     Written,
     open_index,
+    reranked_hits,
 )
 from embedsmith.index.vector_store import conditions
 from embedsmith.serve.batching import RetiredError
@@ -142,7 +143,8 @@ class ServedIndex:
             show=False,
         )
         if reranker is not None and hits:
-            hits = _reranked(question.query, hits, reranker)
+            relevance_N = reranker.submit(question.query, [hit.text for hit in hits]).result().relevance_N
+            hits = reranked_hits(hits, relevance_N.tolist())
         hits = hits[: question.k]
         if not question.explain:
             return [Found(hit) for hit in hits]
@@ -167,16 +169,6 @@ class ServedIndex:
             for head, found in told.matches.items()
             for one in found
         ]
-
-
-def _reranked(query: str, hits: Sequence[Hit], reranker: ServedReranker) -> list[Hit]:
-    """The hits by the relevance that the reranker gives. What was a hit's score stands among the others as `first`."""
-    relevance_N = reranker.submit(query, [hit.text for hit in hits]).result().relevance_N.tolist()
-    rescored = [
-        replace(hit, score=score, scores={**hit.scores, "first": hit.score})
-        for hit, score in zip(hits, relevance_N, strict=True)
-    ]
-    return sorted(rescored, key=lambda hit: -hit.score)
 
 
 def open_served(store: Store, models: Sequence[Model], create: bool = False) -> ServedIndex:

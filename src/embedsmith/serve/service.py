@@ -11,10 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from embedsmith.core.encoder import Encoder, Role
+from embedsmith.core.encoder import Encoder, Reranker, Role
 from embedsmith.core.errors import ModelError, SearchError
 from embedsmith.core.progress import log
-from embedsmith.core.reranker import Reranker
 from embedsmith.core.settings import did_you_mean
 from embedsmith.index import Document, HybridIndex, Store, Written
 from embedsmith.serve.batching import RetiredError

@@ -7,6 +7,7 @@ since those two have no recipe and are what a corpus costs afterwards.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,13 @@ def plan(
         works[step.name], last = _work(step, rates, last)
     if last is not None:
         works |= {"encode": encode_work(*last, rates), "index": index_work(*last, rates)}
-    costs = tuple(_cost(named, work, count, told) for count in counts for named, work in works.items())
-    return Forecast(str(name), told, costs, {named: work.basis for named, work in works.items()})
-
-
-def _cost(name: str, work: VerbWork, texts: float, machines: Machines) -> VerbCost:
-    seconds = dict(work.seconds(texts))
-    spent = sum(seconds.values()) / 3600 * machines.ranks
-    price = None if machines.price is None else spent * machines.price
-    return VerbCost(name, work.verb, texts, seconds, work.disk(texts), work.memory, spent, price)
+    costs = []
+    for count, (named, work) in product(counts, works.items()):
+        seconds = dict(work.seconds(count))
+        spent = sum(seconds.values()) / 3600 * told.ranks
+        price = None if told.price is None else spent * told.price
+        costs.append(VerbCost(named, work.verb, count, seconds, work.disk(count), work.memory, spent, price))
+    return Forecast(str(name), told, tuple(costs), {named: work.basis for named, work in works.items()})
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,13 @@ def mine_work(recipe: Any, shapes: Sequence[ModelShape], sample: TextFacts, rate
     """Encoding, and every query against every document: of n texts, those that are no query are documents."""
     a_row, machines = sample.texts_a_row, rates.machines
     made = [rates.encoding(shape, sample, lambda shape=shape: encode_line(shape, sample)) for shape in shapes]  # type: ignore[misc]
-    line = _mine_line(recipe, sample)
+
+    def run(rows: int, folder: Path) -> None:
+        with rows_beside(sample.records, rows, folder) as path:
+            given = {"data": Source(path=str(path)), "output": str(folder / "out.jsonl"), "corpus": ()}
+            mine(replace(recipe, **given, work=None, vectors=None), load, load_reranker)
+
+    line = measured_line("mine", run)
     pair, how = _pair_seconds(recipe, shapes, rates)
     few, many = line.sizes
     row = max(line.each - pair * (a_row - 1) * (few + many) * rates.hosts, 0.0)
@@ -234,15 +240,6 @@ def mine_work(recipe: Any, shapes: Sequence[ModelShape], sample: TextFacts, rate
     basis = (*(text for each in made for text in each.basis), line.basis, *how)
     memory = 4.0 * max((shape.size for shape in shapes), default=0) + BESIDE
     return VerbWork("mine", seconds, lambda texts: texts * vectors + 2 * out * texts / a_row, memory, basis)
-
-
-def _mine_line(recipe: Any, sample: TextFacts) -> Line:
-    def run(rows: int, folder: Path) -> None:
-        with rows_beside(sample.records, rows, folder) as path:
-            given = {"data": Source(path=str(path)), "output": str(folder / "out.jsonl"), "corpus": ()}
-            mine(replace(recipe, **given, work=None, vectors=None), load, load_reranker)
-
-    return measured_line("mine", run)
 
 
 def _pair_seconds(recipe: Any, shapes: Sequence[ModelShape], rates: Rates) -> tuple[float, tuple[str, ...]]:

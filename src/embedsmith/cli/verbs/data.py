@@ -18,9 +18,11 @@ def fixes_of_one_file() -> Iterator[None]:
     try:
         yield
     except EmbedsmithError as error:
-        if "data.N." not in (error.fix or ""):
+        from embedsmith.data.record import for_one_file
+
+        fix = for_one_file(error.fix or "")
+        if fix == (error.fix or ""):
             raise
-        fix = str(error.fix).replace("data.N.", "").replace(", N its place from 0", "")
         raise type(error)(error.what, where=error.where, expected=error.expected, fix=fix) from error
 
 
@@ -137,7 +139,7 @@ def curate_data(
     if list_steps or source is None:
         print_table(table_of_steps())
         return
-    from embedsmith.cli.curation import run_curate
+    from embedsmith.api.curating import run_curate
     from embedsmith.core.shipped import names_recipe, recipe_file
 
     if names_recipe(source, "curate"):

@@ -1,7 +1,8 @@
-"""The verb of the first hour: init."""
+"""The verbs of the first hour: init, and plan, which tells what a recipe would take."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,3 +55,50 @@ def start_recipe(
     from embedsmith.cli.first_recipe import copy_recipe
 
     say(f"recipe: {copy_recipe(given[0], Path(given[1] if len(given) > 1 else '.'), overwrite)}")
+
+
+@verbs.register("plan")
+def plan_recipe(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe of any verb or pipeline, or a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: key.path=value")] = None,
+    texts: Annotated[str, typer.Option(help="For how many texts: 1e6,1e9")] = "1e6,1e7,1e8,1e9",
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(help="Their cards, such as h100; by default this machine, measured.")
+    ] = None,
+    cards: Annotated[int, typer.Option(min=1, help="With --gpu: cards of a machine.")] = 8,
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores of a machine; by default 12 a card.")] = None,
+    utilisation: Annotated[float, typer.Option(help="The share of a card's arithmetic that is reached.")] = 0.3,
+    rate: Annotated[list[str] | None, typer.Option(help="Known tokens/s of a card: train=9000, encode=50000")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens a text, in the place of a look at the data.")] = None,
+    size: Annotated[float | None, typer.Option("--bytes", help="Bytes a text, likewise.")] = None,
+    disk: Annotated[float | None, typer.Option(help="Bytes/s of a machine's disk; by default measured here.")] = None,
+    network: Annotated[float, typer.Option(help="Bytes/s of a machine's network.")] = 12.5e9,
+    price: Annotated[float | None, typer.Option(help="Of a card (without --gpu a machine) for an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Tell what a recipe takes of hours, disk, memory and money at a million to a billion texts, and why.
+
+    Example: embedsmith plan joint model.path=my/encoder data.0.path=pairs.jsonl data.1.path=scored.jsonl
+    --nodes 8 --gpu h100 --price 2.5
+    """
+    from embedsmith.cli.planning.forecast import plan
+    from embedsmith.core.errors import RecipeError
+
+    def numbers(option: str, given: list[str]) -> list[float]:
+        try:
+            return [float(one) for one in given]
+        except ValueError as error:
+            raise RecipeError(f"{option} {','.join(given)}", expected="numbers, such as 1e6 or 250000") from error
+
+    pairs = [one.partition("=") for one in rate or []]
+    values = numbers("--rate", [value for _, _, value in pairs])
+    options: dict[str, Any] = {"nodes": nodes, "gpu": gpu, "cards": cards, "cores": cores, "price": price}
+    options |= {"utilisation": utilisation, "disk": disk, "network": network}
+    options |= {"tokens_a_text": tokens, "bytes_a_text": size}
+    options |= {"tokens_a_second": {verb: value for (verb, _, _), value in zip(pairs, values)} or None}
+    found = plan(recipe, overrides=overrides or [], texts=numbers("--texts", texts.split(",")), **options)
+    if as_json:
+        say(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_table(found.table(), soft_wrap=True)

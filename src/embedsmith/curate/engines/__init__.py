@@ -1,7 +1,5 @@
 """What a curation runs on. Each engine is a value on the shelf of engines; `start` gives what divides the work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -2,7 +2,6 @@
 in, declared or inferred from a whole file, which is moved to [0, 1]."""
 
 import math
-import shlex
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import kind_of
 from embedsmith.core.settings import did_you_mean
 from embedsmith.core.shelf import layouts
-from embedsmith.data.record import Record, RowError, Scores, validate, without_empty
+from embedsmith.data.record import Record, RowError, Scores, typed_for_source, validate, without_empty
 
 ROLES = {
     "query": "query",
@@ -197,7 +196,13 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
     what was found, where none fits, or several that read the row in other ways.
     """
     if columns is not None:
-        return _declared(keys, columns, where)
+        declared = Layout(columns, ())
+        if missing := [name for name in declared.known if name not in keys]:
+            hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
+            raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
+        if "query" not in declared.known.values():
+            raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
+        return declared
     tried: list[Layout] = []
     for tier in typing.get_args(Tier):
         tried += [one for one in known_layouts(tier) if one.name == name or (name is None and not one.by_name)]
@@ -206,16 +211,6 @@ def choose_layout(keys: Sequence[str], name: str | None, columns: Columns | None
                 _refuse_several(fitting, where, by_name=tier == "packages")
             return fitting[0]
     raise _no_layout(tried, list(keys), where)
-
-
-def _declared(keys: Sequence[str], columns: Columns, where: object) -> Layout:
-    declared = Layout(columns, ())
-    if missing := [name for name in declared.known if name not in keys]:
-        hints = ", ".join(f"{name!r}{did_you_mean(name, list(keys))}" for name in missing)
-        raise DataError(f"no column {hints}", where=where, expected=f"one of those found: {', '.join(keys)}")
-    if "query" not in declared.known.values():
-        raise RecipeError("columns: no column is declared to be the query", expected="query, text1 or text")
-    return declared
 
 
 def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> None:
@@ -233,16 +228,14 @@ def _refuse_several(fitting: Sequence[Layout], where: object, by_name: bool) -> 
     first = fitting[0]
     roles = list(zip(("query", "positives", "score"), first.required))
     declared = ", ".join(f"{role}: {name}" for role, name in roles)
-    typed = " ".join(f"data.N.columns.{role}={name}" for role, name in roles)
+    typed = typed_for_source(*(f"columns.{role}={name}" for role, name in roles))
     raise DataError(
         f"the columns fit several formats: {', '.join(names)}",
         where=where,
         expected="; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in reversed(ways.values())),
-        fix=f"name it, for example format: {first.name} beside its path (typed: data.N.format={first.name}, "
-        "N its place from 0)"
+        fix=f"name it, for example format: {first.name} beside its path {typed_for_source(f'format={first.name}')}"
         if len(names) == len(ways)
-        else f"say what they are, for example columns: {{{declared}}} beside the path (typed: {typed}, "
-        "N its place from 0)",
+        else f"say what they are, for example columns: {{{declared}}} beside the path {typed}",
     )
 
 
@@ -257,13 +250,12 @@ def _no_layout(candidates: Sequence[Layout], keys: list[str], where: object) -> 
     hint = f"; {', '.join(hints)}" if hints else ""
     roles = {"query": "title", "positives": "body"} if len(keys) < 2 else dict(zip(("query", "positives"), keys))
     declared = ", ".join(f"{role}: {key}" for role, key in roles.items())
-    typed = " ".join(shlex.quote(f"data.N.columns.{role}={key}") for role, key in roles.items())
+    typed = typed_for_source(*(f"columns.{role}={key}" for role, key in roles.items()))
     return DataError(
         f"the columns fit no known format; found: {', '.join(keys) or 'none'}{hint}",
         where=where,
         expected=shapes,
-        fix=f"rename them, or say what they are, for example columns: {{{declared}}} beside the path (typed: {typed}, "
-        "N its place from 0)",
+        fix=f"rename them, or say what they are, for example columns: {{{declared}}} beside the path {typed}",
     )
 
 
@@ -422,8 +414,8 @@ class Extent:
             f"scores from {low:g} (line {self.low_line}) to {high:g} (line {self.high_line}) fit no known range",
             where=path,
             expected="0 to 1, -1 to 1, 1 to 5 or 0 to 5",
-            fix=f"declare it: score_range: [{low:g}, {high:g}] or wider beside its path (typed: data.N.score_range="
-            f"[{low:g},{high:g}], N its place from 0)",
+            fix=f"declare it: score_range: [{low:g}, {high:g}] or wider beside its path "
+            + typed_for_source(f"score_range=[{low:g},{high:g}]"),
         )
 
 
@@ -462,6 +454,6 @@ def rescaled(record: Record, known: Range | None) -> Record:
     if record.task == "retrieval" and 0.0 in (record.positive_scores or ()):
         raise RowError(
             "a positive with the lowest possible score is not a positive",
-            fix="declare task: sts beside its path (typed: data.N.task=sts, N its place from 0), or remove the rows",
+            fix=f"declare task: sts beside its path {typed_for_source('task=sts')}, or remove the rows",
         )
     return record

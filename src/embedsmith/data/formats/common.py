@@ -8,7 +8,7 @@ from typing import Any
 from embedsmith.core.inputs import kind_of
 from embedsmith.core.shelf import layouts
 from embedsmith.data.formats.columns import Layout, Row
-from embedsmith.data.record import RowError, titled
+from embedsmith.data.record import RowError, titled, typed_for_source
 
 _ANCHORS = (("anchor", "positive"), ("query", "positive"))
 _ANSWERS = (("question", "answer"), ("query", "answer"), ("query", "response"))
@@ -80,8 +80,10 @@ def _entailed(row: Row) -> Row:
     score = None if isinstance(label, bool | float) else NLI_SCORES.get(str(label).strip().lower())
     if score is None:
         kind = "a label that is no class of premise and hypothesis"
-        fix = "remove the row; for labels that are scores, declare columns: {text1: premise, text2: hypothesis, "
-        fix += "score: label} beside the path (typed: data.N.columns.score=label and so on, N its place from 0)"
+        columns = {"text1": "premise", "text2": "hypothesis", "score": "label"}
+        declared = ", ".join(f"{role}: {name}" for role, name in columns.items())
+        typed = typed_for_source(*(f"columns.{role}={name}" for role, name in columns.items()))
+        fix = f"remove the row; for labels that are scores, declare columns: {{{declared}}} beside the path {typed}"
         raise RowError(kind, f"{kind}: {label!r}", expected=", ".join(NLI_SCORES), fix=fix)
     return {**row, "score": score}
 

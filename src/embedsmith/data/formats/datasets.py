@@ -13,6 +13,7 @@ import yaml
 from embedsmith.core.errors import DataError, MissingExtraError
 from embedsmith.data.formats.file_kinds import Row, Rows, sound_rows
 from embedsmith.data.formats.texts import file_in, read_texts
+from embedsmith.data.record import typed_for_source
 
 Judgements = dict[str, dict[str, float]]
 _WHAT_IT_RAISES = (
@@ -155,11 +156,11 @@ def choose_split(found: Any, split: str | None, name: object) -> Any:
         return found
     chosen = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
     if chosen not in found:
+        first = next(iter(found), "train")
         raise DataError(
             f"no split {split!r}" if split else "several splits",
             where=name,
             expected=f"one of those found: {', '.join(found)}",
-            fix=f"say which: split: {next(iter(found), 'train')} beside its path (typed: data.N.split="
-            f"{next(iter(found), 'train')}, N its place from 0)",
+            fix=f"say which: split: {first} beside its path {typed_for_source(f'split={first}')}",
         )
     return found[chosen]

@@ -10,7 +10,7 @@ from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.inputs import kind_of
 from embedsmith.data.formats.datasets import choose_split, dataset_rows
 from embedsmith.data.formats.file_kinds import Row, Rows
-from embedsmith.data.record import RowError
+from embedsmith.data.record import RowError, typed_for_source
 
 _HELD = "in memory"
 _LIKE = '[{"query": "...", "positive": "..."}, ...]'
@@ -54,7 +54,7 @@ class HeldRows:
             raise DataError(
                 what,
                 where=where,
-                fix="name a file (typed: data.N.path=FILE data.N.rows=null), or give the rows again from Python",
+                fix=f"name a file {typed_for_source('path=FILE', 'rows=null')}, or give the rows again from Python",
             )
         return Rows(where, _numbered(found))
 

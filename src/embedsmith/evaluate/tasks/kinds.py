@@ -111,16 +111,14 @@ def check_tasks(names: Sequence[str], *, data_dir: str | Path | None = None, spl
 def load_tasks(names: Sequence[str | Path], *, data_dir: str | Path | None = None, split: str = "test") -> list[Task]:
     """Several tasks, each under a name of its own: files of one name are told apart by the folders they lie in, as in
     `dev/questions` and `test/questions`. Errors: those of `load_task`."""
-    tasks = [load_task(name, data_dir=data_dir, split=split) for name in names]
+    tasks: list[Any] = [load_task(name, data_dir=data_dir, split=split) for name in names]
     paths = [local_path(str(name).rpartition(":")[2], EvaluationError).resolve() for name in names]
-    named = zip(tasks, _apart([task.name for task in tasks], paths), strict=True)
-    return [_called(task, name) for task, name in named]
-
-
-def _called(task: Any, name: str) -> Any:
-    """The task under another name; one that makes its name of something else keeps it."""
-    settable = dataclasses.is_dataclass(task) and "name" in {f.name for f in dataclasses.fields(task)}
-    return dataclasses.replace(task, name=name) if settable and name != task.name else task
+    named = []
+    for task, name in zip(tasks, _apart([task.name for task in tasks], paths), strict=True):
+        # one that makes its name of something else keeps it
+        settable = dataclasses.is_dataclass(task) and "name" in {f.name for f in dataclasses.fields(task)}
+        named.append(dataclasses.replace(task, name=name) if settable and name != task.name else task)
+    return named
 
 
 def _apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:

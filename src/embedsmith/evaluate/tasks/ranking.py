@@ -19,7 +19,6 @@ from embedsmith.data.formats.file_kinds import sound_rows
 from embedsmith.data.formats.texts import read_texts, text_in
 from embedsmith.evaluate.encoding import Reader, piece_rows
 from embedsmith.evaluate.metrics import CUTS, Floats, Graded, Qrels, Ranking
-from embedsmith.evaluate.rerank import Rerank
 from embedsmith.evaluate.result import Example, TaskResult, ends
 from embedsmith.evaluate.tasks.kinds import (
     ENDINGS,
@@ -187,7 +186,10 @@ class RetrievalTask(RankingTask):
     def evaluate(self, reader: Reader) -> TaskResult:
         query_ids = self.judged()
         document_ids = sorted(self.corpus, reverse=True)
-        cuts = self._read_by(reader.rerank)
+        cuts = self.cuts
+        if reader.rerank is not None and reader.rerank.depth < len(self.corpus):
+            # beyond what a reranker reads, a ranking says nothing
+            cuts = tuple(cut for cut in cuts if cut <= max(reader.rerank.depth, 10)) or (min(cuts),)
         metric = "ndcg_at_10" if 10 in cuts else f"ndcg_at_{max(cuts)}"
         if reader.rerank is not None:
             found = reader.rerank.found
@@ -206,12 +208,6 @@ class RetrievalTask(RankingTask):
         if size is None:
             return result
         return replace(result, counts={**result.counts, "bytes_per_vector": size, "bytes": size * len(document_ids)})
-
-    def _read_by(self, rerank: Rerank | None) -> tuple[int, ...]:
-        """The cuts at which a ranking says something: those beyond what a reranker reads are left out."""
-        if rerank is None or rerank.depth >= len(self.corpus):
-            return self.cuts
-        return tuple(cut for cut in self.cuts if cut <= max(rerank.depth, 10)) or (min(self.cuts),)
 
     def _asked(self, reader: Reader, query_ids: list[str]) -> Representation:
         asked = [self.queries[query] for query in query_ids]

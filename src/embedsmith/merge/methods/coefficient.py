@@ -13,7 +13,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import log
 from embedsmith.core.settings import Finite, Positive, Share
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge.method import Base, Combine, Job, Method, combine_coefficients
+from embedsmith.merge.method import Base, Combine, Job, Method, combine_coefficients, settings_of
 from embedsmith.merge.methods import formulas
 from embedsmith.merge.methods.formulas import norm_of, normalised, norms, not_negative
 from embedsmith.merge.varying import Varying, check_numbers, value_at
@@ -61,18 +61,12 @@ class CoefficientMethod(Method):
                 weight_M = self.weight_of(job, name)
                 own = tuple(weight_M.tolist())
                 if own not in by_weights:
-                    where = key if not by_weights else name
-                    by_weights[own] = self._of_group(gram_MM, weight_M, where)
+                    with settings_of(key if not by_weights else name):
+                        by_weights[own] = self.coefficients(gram_MM, weight_M)
                 found[name] = by_weights[own]
             shared = len(by_weights) == 1
             report |= {key: found[names[0]].tolist()} if shared else {name: found[name].tolist() for name in names}
         return found
-
-    def _of_group(self, gram_MM: Tensor, weight_M: Tensor, where: str) -> Tensor:
-        try:
-            return self.coefficients(gram_MM, weight_M)
-        except RecipeError as error:
-            raise RecipeError(error.what, where=where, expected=error.expected, fix=error.fix) from error
 
 
 @merge_methods.register("average", formula="c_i = scale * a_i / sum a", source="Wortsman et al. 2022 (2203.05482)")

@@ -17,7 +17,7 @@ from embedsmith.core.errors import RecipeError
 from embedsmith.core.progress import progress_bar
 from embedsmith.core.settings import Finite, NotNegative, Range
 from embedsmith.core.shelf import merge_methods
-from embedsmith.merge.method import Combine, Job, Method
+from embedsmith.merge.method import Combine, Job, Method, settings_of
 from embedsmith.merge.methods.formulas import normalised, norms, not_negative
 from embedsmith.merge.tensor_blocks import UNIT, Block, RowSums
 
@@ -53,7 +53,11 @@ class Fusion:
         if self.rescale == "l1":
             return replace(self, thin=self._l1_kept(), rescale="none").combine()
         job = self.job
-        votes = {name: _weights(job, name, self.normalize) for name in job.names}
+        votes: dict[str, Tensor] = {}
+        for name in job.names:
+            with settings_of(name):  # negative weights, or such that sum to 0
+                weight_M = not_negative(job.weight_of(name))
+                votes[name] = normalised(weight_M) if self.normalize else weight_M
         shares = self.shares or votes
         sign, stretch = dict.fromkeys(job.groups, 1.0), dict.fromkeys(job.groups, 1.0)
         if self.election is not None or self.rescale != "none":
@@ -129,15 +133,6 @@ class Fusion:
             before_M, after_M = torch.tensor(sums[name], dtype=torch.float64).chunk(2)
             factor[name] = torch.where(after_M > 0, before_M / after_M, 1.0)[:, None]
         return lambda block: self.thin(block) * factor[block.name]
-
-
-def _weights(job: Job, name: str, normalize: bool = True) -> Tensor:
-    """The parents' weights [M] for a tensor. Errors: `RecipeError` naming it where they are negative or sum to 0."""
-    try:
-        weight_M = not_negative(job.weight_of(name))
-        return normalised(weight_M) if normalize else weight_M
-    except RecipeError as error:
-        raise RecipeError(error.what, where=name, expected=error.expected, fix=error.fix) from error
 
 
 def kept_count(density: float, total: int) -> int:

@@ -9,7 +9,7 @@ the results of layers stay in floating point.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,17 @@ def quantised(model: Embedder, file: Path, texts: Sequence[str], most: int) -> N
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     chosen = [texts[place] for place in np.linspace(0, len(texts) - 1, min(most, len(texts))).astype(int)]
-    chunks = list(_chunks(model, chosen))
+    tokens = model.tokenize(chosen)
+    padded = (tokens.pad(model.pad_id, rows=rows) for rows in chunk_rows(tokens.length_N, _CHUNK))  # of similar length
+    chunks = [inputs_of(each, wants_prompt(model)) for each in padded]
     with tempfile.TemporaryDirectory() as scratch, quiet("root"):  # which advises on preparing a graph
         prepared, smooth = Path(scratch) / "prepared.onnx", Path(scratch) / "smooth.onnx"
         quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
         proto = onnx.load(str(prepared))
-        layers = _linear_layers(proto)
+        weights = {one.name for one in proto.graph.initializer}
+        products = (node for node in proto.graph.node if node.op_type == "MatMul")
+        # products of an activation with weights
+        layers = [node for node in products if node.input[1] in weights and node.input[0] not in weights]
         _smooth(proto, layers, _largest(proto, layers, chunks))
         save_onnx(proto, smooth)
         for old in file.parent.glob(f"{file.name}*"):
@@ -62,13 +67,6 @@ def quantised(model: Embedder, file: Path, texts: Sequence[str], most: int) -> N
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
         )
-
-
-def _linear_layers(proto: Any) -> list[Any]:
-    """Products of an activation with weights."""
-    weights = {one.name for one in proto.graph.initializer}
-    found = (node for node in proto.graph.node if node.op_type == "MatMul")
-    return [node for node in found if node.input[1] in weights and node.input[0] not in weights]
 
 
 def _largest(proto: Any, layers: Sequence[Any], chunks: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
@@ -119,13 +117,6 @@ def _smooth(proto: Any, layers: Sequence[Any], largest: Mapping[str, Array]) -> 
     kept = [one for one in proto.graph.initializer if one.name in used]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-
-
-def _chunks(model: Embedder, texts: Sequence[str]) -> Iterator[dict[str, Array]]:
-    """The texts as the graph takes them, in chunks of similar length."""
-    tokens = model.tokenize(texts)
-    for rows in chunk_rows(tokens.length_N, _CHUNK):
-        yield inputs_of(tokens.pad(model.pad_id, rows=rows), wants_prompt(model))
 
 
 class _Reader:

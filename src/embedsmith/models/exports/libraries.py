@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from embedsmith.core.errors import MissingExtraError, ModelError
@@ -137,7 +136,10 @@ def _as_pylate(saved: Saved, root: Path) -> None:
         )
     clear(root)
     write_modules(root, {"": ST + "models.Transformer", "1_Dense": "embedsmith.models.late.WordVectors"})
-    _write_dense(head.linear, root / "1_Dense", left_out=head.marks_S.tolist())
+    linear, folder = head.linear, root / "1_Dense"
+    config = {"in_features": linear.in_features, "out_features": linear.out_features, "left_out": head.marks_S.tolist()}
+    write_json(folder / "config.json", config)
+    save_file({f"linear.{name}": tensor for name, tensor in cpu_state(linear).items()}, folder / "model.safetensors")
     lengths = dict.fromkeys(("query_length", "document_length"), saved.settings.max_length)
     plain = {"query_prefix": "", "document_prefix": "", "skiplist_words": [], "do_query_expansion": False}
     name_model(root, "ColBERT", "MaxSim", **lengths, **plain, attend_to_expansion_tokens=False)
@@ -154,12 +156,6 @@ def _as_multivector(saved: Saved, root: Path) -> None:
     layer.linear = linear
     left_out = tuple(saved.tokenizer.convert_ids_to_tokens(head.marks_S.tolist()))
     write_multivector(saved, root, [layer], ColbertSpec(left_out, ("query", "document"), mean=True))
-
-
-def _write_dense(linear: nn.Linear, folder: Path, **more: Any) -> None:
-    widths = {"in_features": linear.in_features, "out_features": linear.out_features}
-    write_json(folder / "config.json", widths | more)
-    save_file({f"linear.{name}": tensor for name, tensor in cpu_state(linear).items()}, folder / "model.safetensors")
 
 
 def convert(

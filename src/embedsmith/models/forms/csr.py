@@ -1,7 +1,5 @@
 """CSR as sentence-transformers' SparseEncoder has it: a dense model whose vector becomes a few of many directions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

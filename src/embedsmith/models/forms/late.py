@@ -5,8 +5,6 @@ queries filled up with `[MASK]` to a fixed length, punctuation that documents le
 PyLate's, which PyLate and sentence-transformers 6 read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

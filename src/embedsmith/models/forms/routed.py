@@ -4,8 +4,6 @@ Each route is a model of its own, of any form that is known: SPLADE for document
 two dense models, one model with two heads. `write` gives each route a folder of modules again.
 """
 
-from __future__ import annotations
-
 import ast
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """SPLADE, a SparseEncoder of sentence-transformers: a masked-language model whose scores of words become weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

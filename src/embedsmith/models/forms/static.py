@@ -1,7 +1,5 @@
 """Tables in the place of a transformer: StaticEmbedding, model2vec, SparseStaticEmbedding."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -108,9 +108,9 @@ def backend_of(folder: Path, asked: str | None) -> GraphBackend | None:
         fix = f"make one: embedsmith export {folder} NEW_FOLDER --to {asked}"
         if there and not has_weights(folder):
             fix = f"this folder holds one for {there[0]}: --backend {there[0]}"
-        raise ModelError(f"this folder has no graph for {asked}", where=folder / FILES[_known(asked)], fix=fix)
+        raise ModelError(
+            f"this folder has no graph for {asked}",
+            where=folder / FILES["onnx" if asked == "onnx" else "openvino"],
+            fix=fix,
+        )
     return found
-
-
-def _known(backend: str) -> GraphBackend:
-    return "onnx" if backend == "onnx" else "openvino"

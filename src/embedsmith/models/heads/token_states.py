@@ -6,8 +6,6 @@ of it. Sources: M3-Embedding (Chen et al., 2024), section 3.2, whose model has n
 the special tokens, the dropped first position and the files.
 """
 
-from __future__ import annotations
-
 import pickle
 import struct
 from collections.abc import Iterable, Mapping
