@@ -18,8 +18,8 @@ queries a batch). Nothing here names a module of the package, so that the number
       side, of the whole step and of a chunk are three forms);
     - outside of any class: a text, a row of texts (a dict), token ids (in a list, an array or a tensor), vectors (in a
       floating tensor).
-  Lists, tuples and other dicts count as what they hold. An object that holds every row of the file is a store, not a
-  form of one example; models and objects of other libraries are not looked into.
+  Lists, tuples and other dicts count as what they hold. An object that holds every row of the file, as texts or as
+  tokens, is a store, not a form of one example; models and objects of other libraries are not looked into.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class Journey:
         elif (members := _members(value)) is not None:
             for member in members:
                 yield from self.forms_of(member)
-        elif _is_ours(value) and self.carries(value) and len(_names_in(value)) < ROWS:
+        elif _is_ours(value) and self.carries(value) and len(_names_in(value) | _marks_in(value)) < ROWS:
             length = getattr(type(value), "__len__", None)
             yield type(value).__name__ if length is None else f"{type(value).__name__} of {len(value)} texts"
 
@@ -237,6 +237,20 @@ def _words(text: str | bytes) -> set[str]:
 def _names_in(value: Any) -> set[str]:
     """The rows of the file whose text is in a value."""
     return {word for part in _parts(value) if isinstance(part, str | bytes) for word in _words(part)} & set(NAMES)
+
+
+def _marks_in(value: Any) -> set[str]:
+    """The rows of the file whose token is in a value."""
+    import numpy as np
+    import torch
+
+    numbers: set[int] = set()
+    for part in _parts(value):
+        if isinstance(part, torch.Tensor) and part.dtype in (torch.int32, torch.int64):
+            numbers.update(part.unique().tolist())
+        elif isinstance(part, np.ndarray) and part.dtype in (np.int32, np.int64):
+            numbers.update(np.unique(part).tolist())
+    return {NAMES[number - FIRST_ID] for number in numbers if FIRST_ID <= number < FIRST_ID + ROWS}
 
 
 def _has_token(value: Any) -> bool:

@@ -17,7 +17,6 @@ from embedsmith.core.collectives import (
     gather_rows,
     join_ranks,
     lost_ranks,
-    max_over_ranks,
     mean_over_ranks,
     objects_of_all_ranks,
     on_every_rank,
@@ -50,7 +49,7 @@ def talk():
         "mean": one.grad.tolist(),
         "missing": two.grad.tolist(),
         "idle": idle.grad is None,
-        "max": max_over_ranks(rank()),
+        "max": agreed_by_hosts(rank()),
         "objects": objects_of_all_ranks({"rank": rank()}),
         "scalar": float(mean_over_ranks(torch.tensor(float(rank())))),
         "first": on_first_rank(lambda: rank() + 40),
@@ -173,7 +172,7 @@ def move_tensors():
     scaled = own * 2
     total, rows = sum_over_ranks(scaled), gather_rows(scaled.T)
     group = torch.distributed.new_group([1])
-    inside = {} if rank() == 0 else {"group": (world_size(group), rank(group), max_over_ranks(7, group=group))}
+    inside = {} if rank() == 0 else {"group": (world_size(group), rank(group), agreed_by_hosts(7, group=group))}
     differing = []
     for facts in ({"rate": 1}, {"rate": rank()}, {"rate": 1, "more": 2} if rank() else {"rate": 1}):
         try:
@@ -226,8 +225,7 @@ def test_small_gradients_travel_together_and_types_apart(monkeypatch):
 
 def test_one_process_is_its_own_answer():
     tensor = torch.ones(2, requires_grad=True)
-    assert (world_size(), rank(), max_over_ranks(3), objects_of_all_ranks("x")) == (1, 0, 3, ["x"])
-    assert agreed_by_hosts(3) == 3
+    assert (world_size(), rank(), agreed_by_hosts(3), objects_of_all_ranks("x")) == (1, 0, 3, ["x"])
     assert sum_over_ranks(tensor) is tensor
     assert mean_over_ranks(tensor) is tensor
     assert not gather_rows(tensor).requires_grad

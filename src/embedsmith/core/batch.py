@@ -55,8 +55,8 @@ class Side:
     """The texts on one side of a batch: this rank's representations, and all ranks' on demand."""
 
     def __init__(self, local: Reps, group: Group = None) -> None:
-        self.local: Reps = {head: representation.leaf() for head, representation in local.items()}
         self.group, self.ranks = group, world_size(group)
+        self.local: Reps = {head: representation.leaf() for head, representation in local.items()}
         self._gathered: dict[str, Representation] = {}
 
     def __len__(self) -> int:
@@ -179,6 +179,10 @@ class RetrievalIds:
         return RetrievalBatch(query=query, document=document, **shared, **vars(self))
 
 
+Pair = tuple[Representation, Representation, Widths | None]
+"""Queries and candidates as one head represents them, and the widths at which they are compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrievalBatch(Batch, RetrievalIds):
     """Local queries against the candidate documents of all ranks."""
@@ -196,6 +200,10 @@ class RetrievalBatch(Batch, RetrievalIds):
         in `alone`, means still go over the rows of all ranks."""
         return replace(self, query=self.query.alone(), document=self.document.alone())
 
+    def pair(self, head: str) -> Pair:
+        """Local queries and all ranks' candidates as a head represents them."""
+        return self.query.local[head], self.document.all(head), self.widths
+
     @cached_property
     def document_id_K(self) -> Tensor:
         """Ids of all ranks' candidates, in the row order of `document.all`; `ABSENT` marks padding rows."""
@@ -209,6 +217,8 @@ class RetrievalBatch(Batch, RetrievalIds):
     @cached_property
     def positive_id_GP(self) -> Tensor:
         """Positives of all ranks' queries. Slot counts may differ between ranks."""
+        if self.query.ranks == 1:
+            return self.positive_id_QP
         slots = agreed_by_hosts(self.positive_id_QP.shape[1], self.group)
         missing = slots - self.positive_id_QP.shape[1]
         return self.query.all_ids(torch.nn.functional.pad(self.positive_id_QP, (0, missing), value=ABSENT))

@@ -129,12 +129,6 @@ def mean_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
     return tensor if ranks == 1 else sum_over_ranks(tensor, group) / ranks
 
 
-def max_over_ranks(value: int, device: torch.device | str = "cpu", group: Group = None) -> int:
-    if world_size(group) == 1:
-        return value
-    return int(highest_over_ranks(torch.tensor(value, device=device), group))
-
-
 def highest_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
     """Each number's maximum over the ranks, left on its device: nobody waits for it."""
     if world_size(group) == 1:
@@ -146,7 +140,9 @@ def highest_over_ranks(tensor: Tensor, group: Group = None) -> Tensor:
 
 def agreed_by_hosts(value: int, group: Group = None) -> int:
     """The maximum over the ranks, by way of the hosts where they can talk: no device is waited for."""
-    return max_over_ranks(value, _meeting_place(group), group)
+    if world_size(group) == 1:
+        return value
+    return int(highest_over_ranks(torch.tensor(value, device=_meeting_place(group)), group))
 
 
 def gather_by_hosts(tensor: Tensor, group: Group = None) -> Tensor:

@@ -21,24 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from embedsmith.core.batch import ABSENT, RetrievalBatch, Side
+from embedsmith.core.batch import ABSENT, Pair, RetrievalBatch, Side
 from embedsmith.core.collectives import rank
-from embedsmith.core.reps import Representation, Widths
-from embedsmith.core.settings import Word
+from embedsmith.core.reps import Representation
 from embedsmith.core.transfer import to_device
 
 R = TypeVar("R")
 
 NEVER = -1e30
 """The logit of a candidate that does not count. Finite, so that a row without candidates has no NaN gradient."""
-
-
-CrossDevice = bool | tuple[Word, ...]
-"""Whether candidates are those of all ranks: for every head, for none, or for the heads that are named."""
-
-
-def crosses(cross_device: CrossDevice, head: str) -> bool:
-    return cross_device if isinstance(cross_device, bool) else head in cross_device
 
 
 def rows_of(id_X: Tensor, id_K: Tensor) -> Tensor:
@@ -114,27 +105,25 @@ negatives; other queries' `positives` only; its `own` hard negatives only (in-ba
 
 @dataclass(frozen=True)
 class Candidates:
-    """Local queries and all ranks' documents of one head, with identities resolved.
+    """Who is whose candidate among local queries and all ranks' documents, whatever the head that scores them.
 
     `positive_row_QP`, `negative_row_QM`: rows of a query's own documents, `ABSENT` for a slot that does not count, on
-    the host; `valid_QP`: which slots of positives do, beside the representations.
+    the host; `valid_QP`: which slots of positives do, on the `device` of the representations.
     `excluded`: candidates that are never negatives of a query, by each of these relations.
     `countable_K`: a document that several ranks hold counts once. `positive_K`: it is somebody's positive.
     """
 
-    query: Representation
-    document: Representation
     positive_row_QP: Tensor
     negative_row_QM: Tensor
     valid_QP: Tensor
     excluded: tuple[Relation, ...]
     countable_K: Tensor
     positive_K: Tensor
-    widths: Widths | None
+    device: torch.device
     block_size: int | None
 
     @staticmethod
-    def of(batch: RetrievalBatch, head: str, mask_false_negatives: bool, block_size: int | None = None) -> Candidates:
+    def of(batch: RetrievalBatch, mask_false_negatives: bool, block_size: int | None = None) -> Candidates:
         """`mask_false_negatives` excludes every known positive: those of all rows, on all ranks, with the same query
         (the same label where the batch has labels). Without it only the row's own positives are excluded."""
 
@@ -143,12 +132,13 @@ class Candidates:
             id_QX = F.pad(id_QX, (0, 1), value=ABSENT) if id_QX.shape[1] == 0 else id_QX
             repeated_QX = (id_QX[:, :, None] == id_QX[:, None, :]).tril(-1).any(-1)
             counts_QX = ~repeated_QX & (batch.query_id_Q != ABSENT)[:, None]
-            return rows_of(id_QX.masked_fill(~counts_QX, ABSENT), batch.document_id_K)
+            return rows_of(id_QX.masked_fill(~counts_QX, ABSENT), id_K)
 
-        document = batch.document.all(head)
+        device = next(iter(batch.query.local.values())).tensors()[0].device
         key_Q = batch.query_id_Q if batch.label_Q is None else batch.label_Q  # of one key: positives in common
         key_G = batch.query_id_G if batch.label_Q is None else batch.query.all_ids(key_Q)  # the ids are gathered once
-        row_GP = rows_of(batch.positive_id_GP, batch.document_id_K)
+        id_GP, id_K, first_K = batch.positive_id_GP, batch.document_id_K, batch.first_of_its_id_K
+        row_GP = rows_of(id_GP, id_K)
         positive_row_QP = own_rows_of(batch.positive_id_QP)
         negative_row_QM = own_rows_of(batch.negative_id_QM)
         if mask_false_negatives:
@@ -159,22 +149,15 @@ class Candidates:
             known_QM = (negative_row_QM[:, :, None] == positive_row_QP[:, None, :]).any(-1)
         negative_row_QM = negative_row_QM.masked_fill(known_QM, ABSENT)
         return Candidates(
-            query=batch.query.local[head],
-            document=document,
             positive_row_QP=positive_row_QP,
             negative_row_QM=negative_row_QM,
-            valid_QP=to_device(positive_row_QP != ABSENT, document.tensors()[0].device),
+            valid_QP=to_device(positive_row_QP != ABSENT, device),
             excluded=(excluded,),
-            countable_K=batch.first_of_its_id_K,
-            positive_K=torch.zeros_like(batch.first_of_its_id_K).index_fill(0, row_GP[row_GP != ABSENT], True),
-            widths=batch.widths,
+            countable_K=first_K,
+            positive_K=torch.zeros_like(first_K).index_fill(0, row_GP[row_GP != ABSENT], True),
+            device=device,
             block_size=block_size,
         )
-
-    def seen_by(self, batch: RetrievalBatch, head: str) -> Candidates:
-        """The same candidates as another head sees them that stands beside the model's, at its whole width."""
-        side = batch.query.local[head]
-        return replace(self, query=side, document=batch.document.all(head), widths=None)
 
     def listing(self, chosen_QM: Tensor) -> Candidates:
         """Some of a query's own hard negatives among its positives, behind them, and no longer among its negatives."""
@@ -189,25 +172,21 @@ class Candidates:
             excluded=(*self.excluded, Relation.by_position(listed_QM)),
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the representations lie."""
-        return self.query.tensors()[0].device
-
     @cached_property
     def own(self) -> Relation:
         """Each query and its own hard negatives."""
         return Relation.by_position(self.negative_row_QM)
 
-    def scores_of(self, row_QX: Tensor) -> Tensor:
+    def scores_of(self, pair: Pair, row_QX: Tensor) -> Tensor:
         """score_WQX of query n against the documents `row_QX[n]`; an absent slot has the score of row 0, to be masked.
 
         Slot by slot, so that no more than one document a query is copied at a time; in blocks they are computed again
         in the backward pass instead of keeping the copies.
         """
+        query, document, widths = pair
 
         def slot(row_Q: Tensor) -> Tensor:
-            return self.query.paired(self.document.rows(row_Q), self.widths)
+            return query.paired(document.rows(row_Q), widths)
 
         columns = to_device(row_QX.clamp_min(0), self.device).unbind(1)
         if self.block_size is None:
@@ -227,10 +206,6 @@ class Candidates:
         for relation in self.excluded:
             relation.mark(mask_QB, start, False)
         return mask_QB
-
-
-Pair = tuple[Representation, Representation, Widths | None]
-"""Queries and candidates of one head, and the widths at which they are compared."""
 
 
 def in_blocks(pairs: Sequence[Pair], block_size: int | None, reduce: Callable[..., R]) -> list[R]:

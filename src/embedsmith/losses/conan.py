@@ -51,12 +51,13 @@ class CrossBatchBalance(Loss):
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
-        found = Candidates.of(batch.alone(), self.head, mask_false_negatives=False)
+        alone = batch.alone()
+        found, pair = Candidates.of(alone, mask_false_negatives=False), alone.pair(self.head)
         positive_WGP, positive_id_GP = _everywhere(
-            batch, found.scores_of(found.positive_row_QP), _kept(batch.positive_id_QP, found.positive_row_QP)
+            batch, found.scores_of(pair, found.positive_row_QP), _kept(batch.positive_id_QP, found.positive_row_QP)
         )
         negative_WGM, negative_id_GM = _everywhere(
-            batch, found.scores_of(found.negative_row_QM), _kept(batch.negative_id_QM, found.negative_row_QM)
+            batch, found.scores_of(pair, found.negative_row_QM), _kept(batch.negative_id_QM, found.negative_row_QM)
         )
         _, query_G = torch.unique(batch.query_id_G, return_inverse=True)
         negative_GM = _distinct(query_G, negative_id_GM, positive_id_GP)
@@ -164,6 +165,6 @@ class CosineConsistency(Loss):
             counts_N = (batch.label_N >= self.threshold) & (batch.left_id_N != ABSENT)
             return LossOutput(batch.mean_over_rows(1 - batch.scores(self.head), counts_N))
         assert isinstance(batch, RetrievalBatch)
-        found = Candidates.of(batch, self.head, mask_false_negatives=False)
-        value_WQ = mean_over_slots(1 - found.scores_of(found.positive_row_QP), found.valid_QP)
+        pair, found = batch.pair(self.head), Candidates.of(batch, mask_false_negatives=False)
+        value_WQ = mean_over_slots(1 - found.scores_of(pair, found.positive_row_QP), found.valid_QP)
         return LossOutput(batch.mean_over_rows(value_WQ, found.valid_QP.any(-1)))

@@ -119,15 +119,16 @@ class M3RankedKD(Loss):
 
     def __call__(self, batch: Batch) -> LossOutput:
         assert isinstance(batch, RetrievalBatch)
-        found = Candidates.of(batch, self.head, mask_false_negatives=True, block_size=self.block_size)
-        own = ScoredList.of_candidates(batch, found)
+        pair = batch.pair(self.head)
+        found = Candidates.of(batch, mask_false_negatives=True, block_size=self.block_size)
+        own = ScoredList.of_candidates(batch, pair, found)
 
         def block(start: int, score_WQB: Tensor) -> Tensor:
             mask_QB = found.allowed(start, score_WQB.shape[-1], "all")
             found.own.mark(mask_QB, start, False)
             return masked_logsumexp(score_WQB / self.temperature, mask_QB)
 
-        blocks = in_blocks([(found.query, found.document, batch.widths)], self.block_size, block)
+        blocks = in_blocks([pair], self.block_size, block)
         others_WQ = torch.stack(blocks).logsumexp(0)
         order_QX = torch.argsort(own.teacher_QX.masked_fill(~own.known_QX, NEVER), dim=-1, descending=True, stable=True)
         rank_QX = torch.argsort(order_QX, dim=-1)

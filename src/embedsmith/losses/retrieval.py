@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, RetrievalBatch
+from embedsmith.core.batch import ABSENT, Batch, Loss, LossOutput, Pair, RetrievalBatch
 from embedsmith.core.collectives import mean_over_ranks
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.reps import GUIDE, exceeds
@@ -20,11 +20,9 @@ from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import (
     NEVER,
     Candidates,
-    CrossDevice,
     Negatives,
     Relation,
     cross_entropy,
-    crosses,
     in_blocks,
     masked_logsumexp,
     mean_over_slots,
@@ -32,8 +30,16 @@ from embedsmith.losses.candidates import (
 )
 from embedsmith.losses.terms import CrossBatchMemory, Term, other_positives, other_queries, without_memory
 
+CrossDevice = bool | tuple[Word, ...]
+"""Whether candidates are those of all ranks: for every head, for none, or for the heads that are named."""
+
+
+def crosses(cross_device: CrossDevice, head: str) -> bool:
+    return cross_device if isinstance(cross_device, bool) else head in cross_device
+
+
 _Limits = Sequence[Tensor | None]
-"""By view of the candidates, the score above which one is taken for a false negative."""
+"""By pair of queries and candidates, the score above which a candidate is taken for a false negative."""
 
 
 @losses.register(
@@ -171,34 +177,35 @@ class InfoNCE(Loss):
         return LossOutput((output.value_W + back.value_W) / 2, output.parts)
 
     def _one_way(self, batch: RetrievalBatch) -> LossOutput:
-        found = Candidates.of(batch, self.head, self.mask_false_negatives, self.block_size)
-        grade_QX = _grades(batch.positive_grade_QP, found.positive_row_QP, unknown=1.0)
-        if self.grades == "soft":
-            grade_QM = _grades(batch.negative_grade_QM, found.negative_row_QM, unknown=0.0)
-            found, grade_QX = found.listing(grade_QM > 0), torch.cat([grade_QX, grade_QM], 1)
-        grade_QX = to_device(grade_QX, found.device)
+        pairs, found = [batch.pair(self.head)], Candidates.of(batch, self.mask_false_negatives, self.block_size)
+        grade_QX = None
+        if self.grades is not None:
+            grade_QX = _grades(batch.positive_grade_QP, found.positive_row_QP, unknown=1.0)
+            if self.grades == "soft":
+                grade_QM = _grades(batch.negative_grade_QM, found.negative_row_QM, unknown=0.0)
+                found, grade_QX = found.listing(grade_QM > 0), torch.cat([grade_QX, grade_QM], 1)
+            grade_QX = to_device(grade_QX, found.device)
         temperature = batch.extras[self.temperature_name]() if self.learn_temperature else self.temperature
-        score_WQX, valid_QX = found.scores_of(found.positive_row_QP), found.valid_QP
+        score_WQX, valid_QX = found.scores_of(pairs[0], found.positive_row_QP), found.valid_QP
         valid_Q = valid_QX.any(-1)
-        views = [found]
         limits = [self._limit(score_WQX.detach(), valid_QX, self.margin, self.relative_margin, lambda s, r: s * r)]
         if self.guided:
             if GUIDE not in batch.query.local:
                 raise DataError(
                     "no guide for this batch", where=batch.source or None, fix="set `guide` for this source"
                 )
-            views.append(found.seen_by(batch, GUIDE))
-            guide_WQX = views[1].scores_of(found.positive_row_QP)
+            pairs.append((*batch.pair(GUIDE)[:2], None))  # at its whole width
+            guide_WQX = found.scores_of(pairs[1], found.positive_row_QP)
             below = None if self.guide_margin is None else -self.guide_margin
             share = self.guide_relative_margin
             limits.append(self._limit(guide_WQX, valid_QX, below, share, lambda s, r: s - r * s.abs()))
-        negative_WQX = self._negatives(batch, views, temperature, limits)
+        negative_WQX = self._negatives(batch, pairs, found, temperature, limits)
         logit_WQX = score_WQX / temperature
         positive_W = batch.mean_over_rows(mean_over_slots(score_WQX.detach(), valid_QX), valid_Q)
         if self._together:  # the positives of a query are one
             together_WQ1 = masked_logsumexp(logit_WQX, valid_QX)[..., None]
             loss_WQX = cross_entropy(negative_WQX, together_WQ1)
-            if self.grades == "soft":
+            if self.grades == "soft" and grade_QX is not None:
                 grade_QX = grade_QX.to(loss_WQX.dtype).masked_fill(~valid_QX, 0.0)
                 share_QX = grade_QX / grade_QX.sum(-1, keepdim=True).clamp_min(1e-9)
                 over_WQX = (share_QX * (together_WQ1 - logit_WQX)).sum(-1, keepdim=True)  # what each wants of the sum
@@ -206,7 +213,9 @@ class InfoNCE(Loss):
             valid_QX = valid_Q[:, None]
         else:
             loss_WQX = cross_entropy(negative_WQX, logit_WQX)
-        weight_WQX = grade_QX.to(loss_WQX.dtype).expand_as(loss_WQX) if self.grades == "weights" else None
+        weight_WQX = None
+        if self.grades == "weights" and grade_QX is not None:
+            weight_WQX = grade_QX.to(loss_WQX.dtype).expand_as(loss_WQX)
         if self.focal_gamma:
             focal_WQX = (-torch.expm1(-loss_WQX.detach())).pow(self.focal_gamma)
             weight_WQX = focal_WQX if weight_WQX is None else focal_WQX * weight_WQX
@@ -241,15 +250,15 @@ class InfoNCE(Loss):
     def _negatives(
         self,
         batch: RetrievalBatch,
-        views: Sequence[Candidates],
+        pairs: Sequence[Pair],
+        found: Candidates,
         temperature: float | Tensor,
         limits: _Limits,
     ) -> Tensor:
         """The logsumexp of the denominator without the positive: one slot, or one a positive when it depends on it.
 
-        `views`: the candidates as the scored head sees them, then as the guide does; `limits` of each, by which they
-        are dropped."""
-        found = views[0]
+        `pairs`: queries and candidates as the scored head sees them, then as the guide does; `limits` of each, by which
+        candidates are dropped."""
 
         def lse(scores: Sequence[Tensor], mask_QB: Tensor, own_QB: Tensor | None, limits: _Limits) -> Tensor:
             score_WQB = scores[0]
@@ -282,20 +291,20 @@ class InfoNCE(Loss):
         if self.negatives == "own":
             mask_QM = to_device(found.negative_row_QM != ABSENT, found.device)
             own_QM = mask_QM if self.hardness_weight else None
-            parts = [lse([view.scores_of(found.negative_row_QM) for view in views], mask_QM, own_QM, limits)]
+            parts = [lse([found.scores_of(pair, found.negative_row_QM) for pair in pairs], mask_QM, own_QM, limits)]
         else:
             allowed = lambda start, size: found.allowed(start, size, self.negatives)
             own = found.own if self.hardness_weight else None
-            parts = of_term(Term([(v.query, v.document, v.widths) for v in views], allowed), limits, own)
+            parts = of_term(Term(pairs, allowed), limits, own)
         if self.memory_name in batch.extras and self.memory and batch.progress.step >= self.memory_after:
-            parts += of_term(self._kept(batch).term(batch, found, self.mask_false_negatives), limits)
+            parts += of_term(self._kept(batch).term(batch, pairs[0], found, self.mask_false_negatives), limits)
         if self.include_qq:
             heads = [self.head, *([GUIDE] if self.guided else [])]
             parts += of_term(other_queries(batch, heads, self.mask_false_negatives), limits)
         if self.include_dd:
             slots = range(found.positive_row_QP.shape[1])
             each = [[None if limit is None else limit[..., slot, None] for limit in limits] for slot in slots]
-            made = [of_term(one, own_limits) for own_limits, one in zip(each, other_positives(views), strict=True)]
+            made = [of_term(one, bounds) for one, bounds in zip(other_positives(pairs, found), each, strict=True)]
             parts.append(torch.cat([torch.stack(blocks).logsumexp(0) for blocks in made], -1))
         return torch.stack(torch.broadcast_tensors(*parts)).logsumexp(0)
 

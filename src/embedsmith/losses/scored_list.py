@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedsmith.core.batch import ABSENT, Batch, GroupBatch, RetrievalBatch
+from embedsmith.core.batch import ABSENT, Batch, GroupBatch, Pair, RetrievalBatch
 from embedsmith.core.reps import in_fp32
 from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import NEVER, Candidates
@@ -41,12 +41,13 @@ class ScoredList:
             score_WQX, there_QX = in_fp32(batch.scores()), batch.pair_QX != ABSENT
             return _listed(score_WQX, batch.grade_QX, batch.teacher_QX, there_QX, batch.positives)
         assert isinstance(batch, RetrievalBatch)
-        return ScoredList.of_candidates(batch, Candidates.of(batch, head, mask_false_negatives=False))
+        pair = batch.pair(head)
+        return ScoredList.of_candidates(batch, pair, Candidates.of(batch, mask_false_negatives=False))
 
     @staticmethod
-    def of_candidates(batch: RetrievalBatch, found: Candidates) -> ScoredList:
-        row_QX = torch.cat([found.positive_row_QP, found.negative_row_QM], 1)
-        score_WQX = torch.cat([found.scores_of(found.positive_row_QP), found.scores_of(found.negative_row_QM)], -1)
+    def of_candidates(batch: RetrievalBatch, pair: Pair, found: Candidates) -> ScoredList:
+        rows = (found.positive_row_QP, found.negative_row_QM)
+        row_QX, score_WQX = torch.cat(rows, 1), torch.cat([found.scores_of(pair, one) for one in rows], -1)
         sides = ((batch.positive_score_QP, found.positive_row_QP), (batch.negative_score_QM, found.negative_row_QM))
         grade_QX = torch.cat([torch.ones_like(sides[0][1]), torch.zeros_like(sides[1][1])], 1)
         teacher_QX = torch.cat([_teacher_slots(*side) for side in sides], 1)

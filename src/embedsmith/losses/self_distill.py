@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from embedsmith.core.batch import Batch, Loss, LossOutput, RetrievalBatch
+from embedsmith.core.batch import Batch, Loss, LossOutput, Pair, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.settings import Count, Positive, Range, Weights, name_of
 from embedsmith.core.shelf import losses
@@ -15,13 +15,11 @@ from embedsmith.core.transfer import to_device
 from embedsmith.losses.candidates import (
     NEVER,
     Candidates,
-    CrossDevice,
     cross_entropy,
-    crosses,
     in_blocks,
     mean_over_slots,
 )
-from embedsmith.losses.retrieval import InfoNCE
+from embedsmith.losses.retrieval import CrossDevice, InfoNCE, crosses
 
 
 @losses.register(
@@ -100,15 +98,17 @@ class M3SelfDistillation(Loss):
 
     def _together(self, batch: RetrievalBatch, contrasts: Mapping[str, Tensor]) -> LossOutput:
         """All terms over the candidates of `batch`, but for the heads whose L_h is given: `contrasts`, value_W each."""
-        found = [Candidates.of(batch, head, self.mask_false_negatives, self.block_size) for head in self.weights]
-        positive_XWQP = self._with_ensemble([one.scores_of(one.positive_row_QP) for one in found]) / self.temperature
-        lse_XWQ, teacher_XWQ = self._negatives(batch, found)
+        pairs = [batch.pair(head) for head in self.weights]
+        found = Candidates.of(batch, self.mask_false_negatives, self.block_size)
+        scores = [found.scores_of(pair, found.positive_row_QP) for pair in pairs]
+        positive_XWQP = self._with_ensemble(scores) / self.temperature
+        lse_XWQ, teacher_XWQ = self._negatives(pairs, found)
         contrast_XWQP = cross_entropy(lse_XWQ[..., None], positive_XWQP)
         # -sum_c P_c log softmax(s_h)_c = -log softmax(s_h)_positive + s_h of the positive - its mean under P
         share_WQP = torch.sigmoid(positive_XWQP[-1] - lse_XWQ[-1][..., None]).detach()
         mean_XWQP = share_WQP * positive_XWQP[:-1] + (1 - share_WQP) * teacher_XWQ[..., None]
         distilled_XWQP = contrast_XWQP[:-1] + positive_XWQP[:-1] - mean_XWQP
-        valid_QP = found[0].valid_QP
+        valid_QP = found.valid_QP
         value_XW = batch.mean_over_rows(
             mean_over_slots(torch.cat([contrast_XWQP, distilled_XWQP]), valid_QP), valid_QP.any(-1)
         )
@@ -136,17 +136,17 @@ class M3SelfDistillation(Loss):
         weight_X = to_device(torch.tensor(list(self.weights.values()), dtype=score_XW.dtype), score_XW.device)
         return torch.cat([score_XW, torch.tensordot(weight_X, score_XW, dims=1)[None]])
 
-    def _negatives(self, batch: RetrievalBatch, found: list[Candidates]) -> tuple[Tensor, Tensor]:
+    def _negatives(self, pairs: list[Pair], found: Candidates) -> tuple[Tensor, Tensor]:
         """lse_XWQ of the negatives' logits, for each head and the ensemble, and each head's mean logit under the
         ensemble's distribution over negatives (that distribution without gradient)."""
 
         def block(start: int, *score_WQB: Tensor) -> tuple[Tensor, Tensor]:
             logit_XWQB = self._with_ensemble(list(score_WQB)) / self.temperature
-            mask_QB = found[0].allowed(start, logit_XWQB.shape[-1], "all")
+            mask_QB = found.allowed(start, logit_XWQB.shape[-1], "all")
             teacher_WQB = logit_XWQB[-1].detach().masked_fill(~mask_QB, NEVER).softmax(-1)
             return logit_XWQB.masked_fill(~mask_QB, NEVER).logsumexp(-1), (logit_XWQB[:-1] * teacher_WQB).sum(-1)
 
-        blocks = in_blocks([(one.query, one.document, batch.widths) for one in found], self.block_size, block)
+        blocks = in_blocks(pairs, self.block_size, block)
         lse_YXWQ, mean_YXWQ = (torch.stack(list(column)) for column in zip(*blocks, strict=True))
         share_YWQ = lse_YXWQ[:, -1].detach().softmax(0)
         return lse_YXWQ.logsumexp(0), (share_YWQ[:, None] * mean_YXWQ).sum(0)

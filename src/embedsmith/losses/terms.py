@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from embedsmith.core.batch import ABSENT, RetrievalBatch
+from embedsmith.core.batch import ABSENT, Pair, RetrievalBatch
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.reps import Dense, in_fp32
 from embedsmith.core.transfer import to_device
-from embedsmith.losses.candidates import Candidates, Pair, Relation, rows_of
+from embedsmith.losses.candidates import Candidates, Relation, rows_of
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,11 @@ def other_queries(batch: RetrievalBatch, heads: Sequence[str], mask_false_negati
     return Term([(batch.query.local[h], batch.query.all(h), w) for h, w in zip(heads, widths, strict=True)], mask)
 
 
-def other_positives(views: Sequence[Candidates]) -> Iterator[Term]:
-    """For each slot, its positive against other queries' positives. `views`: the same candidates as several heads see
-    them."""
-    found = views[0]
+def other_positives(pairs: Sequence[Pair], found: Candidates) -> Iterator[Term]:
+    """For each slot, its positive against other queries' positives, as several heads see them."""
     for row_Q in to_device(found.positive_row_QP.clamp_min(0), found.device).unbind(1):
         mask = lambda start, size: found.allowed(start, size, "positives")
-        yield Term([(view.document.rows(row_Q), view.document, view.widths) for view in views], mask)
+        yield Term([(document.rows(row_Q), document, widths) for _, document, widths in pairs], mask)
 
 
 class CrossBatchMemory(nn.Module):
@@ -79,10 +77,10 @@ class CrossBatchMemory(nn.Module):
         for name in ("id_X", "key_X", "source_X"):
             self.register_buffer(name, torch.full((size,), ABSENT))
 
-    def term(self, batch: RetrievalBatch, found: Candidates, mask_false_negatives: bool) -> Term:
+    def term(self, batch: RetrievalBatch, pair: Pair, found: Candidates, mask_false_negatives: bool) -> Term:
         """The query against what is kept of its source: not a text that is among the candidates anyway, nor a positive
         of the query (masking false negatives: of any row or step with the same query or class)."""
-        query = found.query
+        query, _, widths = pair
         if not isinstance(query, Dense):
             raise RecipeError(f"memory of a {type(query).__name__} head", expected="a dense head")
         id_X, key_X, source_X = (one.cpu() for one in (self.id_X, self.key_X, self.source_X))  # a GPU is waited for
@@ -101,7 +99,7 @@ class CrossBatchMemory(nn.Module):
             return mask_QB
 
         kept = Dense(self.vector_XD.to(in_fp32(query.vector_ND).dtype))
-        return Term([(query, kept, batch.widths)], mask)
+        return Term([(query, kept, widths)], mask)
 
     @torch.no_grad()
     def add(self, batch: RetrievalBatch, head: str) -> None:

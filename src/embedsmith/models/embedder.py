@@ -191,20 +191,23 @@ class Embedder(nn.Module):
             roles: Sequence[Role] = [role] * len(texts) if isinstance(role, str) else role
             own, theirs = partial(self._tokens, task=task), partial(self.query_side._tokens, task=task)
             return by_role.tokenized({"query": theirs, "document": own}, texts, roles, instruction)
-        return self._in_blocks(lambda settings: self.text(texts, settings, role, task, instruction))
+        if self.settings.mcls is not None:
+            return self._in_blocks(lambda settings: self.text(texts, settings, role, task, instruction))
+        return self.text(texts, self.settings, role, task, instruction)
 
     def tokenize_ids(
         self, rows: Sequence[Sequence[int]], role: Role | Sequence[Role] = "document", task: str | None = None
     ) -> TokenBatch:
         """The same of N texts that are ids of this tokenizer already. Special tokens around a text may be among them or
         left out. Errors: `DataError` for an id that the model does not know, and for more tokens than it reads."""
-        return self._in_blocks(lambda settings: self.text.from_ids(rows, settings, role, task))
+        if self.settings.mcls is not None:
+            return self._in_blocks(lambda settings: self.text.from_ids(rows, settings, role, task))
+        return self.text.from_ids(rows, self.settings, role, task)
 
     def _in_blocks(self, tokenize: Callable[[Settings], TokenBatch]) -> TokenBatch:
-        """What `tokenize` makes under the model's settings, with a CLS before every block of tokens under MCLS."""
+        """What `tokenize` makes under settings that leave room for them, with a CLS before every block of tokens."""
         block = self.settings.mcls
-        if block is None:
-            return tokenize(self.settings)
+        assert block is not None
         ends = len(added_tokens(self.tokenizer)[1])
         shorter = replace(self.settings, max_length=room_for(self.settings.max_length, block, ends))
         return with_cls_blocks(tokenize(shorter), block, ends)
@@ -262,8 +265,11 @@ class Embedder(nn.Module):
                 vector_ND = pooled(pooling, in_fp32(last), pool_NT, padded)
                 for projection in self.projections:
                     vector_ND = projection(vector_ND)
-                if "dense" in outputs:
-                    reps["dense"] = self._as_compared(vector_ND)
+                if "dense" in outputs:  # in the kind that scores vectors as the model's similarity says
+                    settings = self.settings
+                    by_product = Dense if settings.normalize or settings.similarity == "dot" else Cosine
+                    kind = _DISTANCES.get(settings.similarity, by_product)
+                    reps["dense"] = kind(F.normalize(vector_ND, dim=-1) if settings.normalize else vector_ND)
             if "middle" in outputs:
                 middle = in_fp32(given(states.hidden_states[len(states.hidden_states) // 2]))
                 middle_NH = pooled(self._plain_pooling, middle, pool_NT, padded)
@@ -280,15 +286,6 @@ class Embedder(nn.Module):
                     reps[name] = head(in_fp32(hidden), padded, self._part_of(head, padded))
         return reps | own
 
-    def _as_compared(self, vector_ND: Tensor) -> Dense:
-        """Vectors in the kind that scores them as the model's similarity says."""
-        settings = self.settings
-        if settings.normalize:
-            vector_ND = F.normalize(vector_ND, dim=-1)
-        if settings.similarity in _DISTANCES:
-            return _DISTANCES[settings.similarity](vector_ND)
-        return Dense(vector_ND) if settings.normalize or settings.similarity == "dot" else Cosine(vector_ND)
-
     def states(self, padded: PaddedTokens, all_layers: bool = False) -> Any:
         """The backbone's output for a padded chunk, under the model's attention: `last_hidden_state` [N, T, H], and
         `hidden_states` of all layers where they are asked for."""
@@ -302,22 +299,20 @@ class Embedder(nn.Module):
             pooling: Any = self._plain_pooling if self.pooler is None else self.pooler
             return pooled(pooling, in_fp32(states), self._pool_mask(padded), padded)
 
-    def _part(self, padded: PaddedTokens, with_prompt: bool) -> Tensor:
-        """part_NT: the tokens of a text that say something of it."""
-        left_out_S = None if self._left_out_S is None else to_device(self._left_out_S, padded.id_NT.device)
-        return pool_mask(padded, with_prompt and self.settings.echo is None, left_out_S)
-
     def _pool_mask(self, padded: PaddedTokens) -> Tensor:
         """pool_NT: the tokens that are pooled."""
-        if self.settings.mcls is not None:
+        settings = self.settings
+        if settings.mcls is not None:
             return self._cls_mask(padded)
-        return self._part(padded, self.settings.include_prompt) & self._unfilled(padded)
+        pool_NT = pool_mask(padded, settings.include_prompt and settings.echo is None, self._left_out_S)
+        return pool_NT if settings.expansion is None else pool_NT & self._unfilled(padded)
 
     def _part_of(self, head: Any, padded: PaddedTokens) -> Tensor:
         """part_NT: the tokens that a head reads; a CLS between blocks is no word."""
         settings = self.settings
-        part_NT = self._part(padded, head.reads_prompt(settings.include_prompt, settings.heads_include_prompt))
-        if not head.reads_filling:
+        reads_prompt = head.reads_prompt(settings.include_prompt, settings.heads_include_prompt)
+        part_NT = pool_mask(padded, reads_prompt and settings.echo is None, self._left_out_S)
+        if settings.expansion is not None and not head.reads_filling:
             part_NT = part_NT & self._unfilled(padded)
         if settings.mcls is None:
             return part_NT
@@ -333,7 +328,8 @@ class Embedder(nn.Module):
         if self.packing:
             arguments = packed(padded, self.attention, self.backbone, self._first_position, self.packs.kernel)
         else:
-            seen_NT = self._seen(padded)
+            expansion = self.settings.expansion  # others attend to what only fills a query up where it says so
+            seen_NT = padded.mask_NT if expansion is None or expansion.attend else self._unfilled(padded)
             if self.attention.mode == "softmask" and self.training:  # as much of the future as the run is along
                 mask: Tensor | None = self.softmask.bias(seen_NT, self.softmask.alpha(self.progress), dtype)
             else:
@@ -348,16 +344,10 @@ class Embedder(nn.Module):
         with kernel_precision(self.backbone):
             return call_backbone(self.backbone, arguments | {"return_dict": True})
 
-    def _seen(self, padded: PaddedTokens) -> Tensor:
-        """mask_NT of the tokens that others attend to: not those that only fill a query up."""
-        expansion = self.settings.expansion
-        return padded.mask_NT if expansion is None or expansion.attend else self._unfilled(padded)
-
     def _unfilled(self, padded: PaddedTokens) -> Tensor:
         """mask_NT without the tokens that only fill a query up."""
         expansion = self.settings.expansion
-        if expansion is None:
-            return padded.mask_NT
+        assert expansion is not None
         number = self.tokenizer.convert_tokens_to_ids(expansion.token)
         column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)
         word_NT = padded.mask_NT & ((padded.id_NT != number) | ~padded.is_query_N[:, None])

@@ -26,6 +26,7 @@ from embedsmith.core.errors import ModelError
 from embedsmith.core.settings import Count, Range, Width, section
 from embedsmith.core.shelf import poolings
 from embedsmith.core.tokens import PaddedTokens, one_of
+from embedsmith.core.transfer import to_device
 
 
 @poolings.register("cls")
@@ -171,7 +172,7 @@ def pool_mask(padded: PaddedTokens, include_prompt: bool, left_out_S: Tensor | N
     `left_out_S`. Where that leaves none (truncation cut the body, the text is empty), the last real token does."""
     part_NT = padded.mask_NT if include_prompt else padded.body_NT
     if left_out_S is not None:
-        part_NT = part_NT & ~one_of(padded.id_NT, left_out_S)
+        part_NT = part_NT & ~one_of(padded.id_NT, to_device(left_out_S, padded.id_NT.device))
     elif include_prompt:
         return part_NT
     column_T = torch.arange(padded.mask_NT.shape[1], device=padded.mask_NT.device)

@@ -97,10 +97,11 @@ class LiveSource:
 def slot_scores(batch: RetrievalBatch, head: str, id_QS: Tensor) -> Tensor:
     """score_QS of the negatives with the given ids, NaN for those the batch does not hold, and in one more column the
     lowest score of a drawn positive."""
-    found = Candidates.of(batch.alone(), head, mask_false_negatives=False, block_size=None)
+    alone = batch.alone()
+    pair, found = alone.pair(head), Candidates.of(alone, mask_false_negatives=False)
     absent_QM = to_device(found.negative_row_QM == ABSENT, found.device)
-    negative_QM = found.scores_of(found.negative_row_QM)[0].masked_fill(absent_QM, float("nan"))
-    positive_QP = found.scores_of(found.positive_row_QP)[0].masked_fill(~found.valid_QP, float("inf"))
+    negative_QM = found.scores_of(pair, found.negative_row_QM)[0].masked_fill(absent_QM, float("nan"))
+    positive_QP = found.scores_of(pair, found.positive_row_QP)[0].masked_fill(~found.valid_QP, float("inf"))
     id_QM = batch.negative_id_QM
     if id_QM.shape[1] == 0:
         negative_QM, id_QM = negative_QM[:, :0], id_QM[:, :0]

@@ -296,12 +296,7 @@ def full_length(model: Model, texts: int) -> TokenBatch:
 
 
 def run_steps(
-    run: Run,
-    checkpoints: Checkpoints,
-    manifest: RunManifest,
-    journal: Journal,
-    development: Development,
-    stop: Stop,
+    run: Run, checkpoints: Checkpoints, manifest: RunManifest, journal: Journal, development: Development, stop: Stop
 ) -> None:
     """All steps from the run's state on, with what is due after each of them."""
     config, evaluate, steps = run.recipe.train, run.recipe.evaluate, run.steps
@@ -318,16 +313,19 @@ def run_steps(
             meter.add(output)
             bar.advance()
 
-            if math.isfinite(norm):
-                run.by_task.after_step(run.state.step, draw)
-
             if run.mining is not None:  # mine: how hard were the negatives of this step, and which ones come next?
                 run.mining.after_step(run.state.step, run.loss)
 
             before, run.state = run.state.overflowed_steps, run.state.after(norm)
             overflowed = run.state.overflowed_steps > before
             step, last = run.state.step, run.state.step == steps
-            write_events(run, journal, overflowed)
+            if run.by_task.meter is not None:  # do the gradients of the tasks disagree?
+                if math.isfinite(norm):
+                    run.by_task.after_step(step - 1, draw)
+                if measured := run.by_task.meter.taken():
+                    journal.write(step, measured)
+            if not math.isfinite(norm):
+                write_left_out(run, journal, overflowed)
 
             if step % config.log_every == 0 or last:
                 report = meter.report(rate, norm, bar) | ({} if run.mining is None else run.mining.curves())
@@ -358,16 +356,22 @@ def run_steps(
                 tell_watch(checkpoints.output)
 
 
-def write_events(run: Run, journal: Journal, overflowed: bool) -> None:
-    """What does not happen in every step. Errors: `TrainingError` for too many skipped steps in a row."""
-    step, state = run.state.step, run.state
-    if run.by_task.meter is not None and (measured := run.by_task.meter.taken()):
-        journal.write(step, measured)
+def write_left_out(run: Run, journal: Journal, overflowed: bool) -> None:
+    """Of a step whose gradient is not finite, and which changed no weight. The first one that is a fault of the run is
+    warned of. Errors: `TrainingError` for more than `max_skipped_steps` of them in a row."""
+    state, limit = run.state, run.recipe.train.max_skipped_steps
     if overflowed:
-        journal.write(step, {"overflowed_steps": state.overflowed_steps})
-    if state.skipped_in_a_row:
-        journal.write(step, {"skipped_steps": state.skipped_steps})
-        refuse_more_skipped(state, run.recipe.train.max_skipped_steps)
+        journal.write(state.step, {"overflowed_steps": state.overflowed_steps})
+    if not state.skipped_in_a_row:
+        return
+    journal.write(state.step, {"skipped_steps": state.skipped_steps})
+    if state.skipped_steps == 1:
+        log.warning("step %d is skipped: its gradient is not finite; metrics.jsonl counts skipped_steps", state.step)
+    if state.skipped_in_a_row > limit:
+        raise TrainingError(
+            f"the gradient is not finite, {state.skipped_in_a_row} steps in a row (train.max_skipped_steps={limit})",
+            where=f"step {state.step}",
+        )
 
 
 def update(run: Run, draw: Draw) -> tuple[StepOutput, float, float]:
@@ -455,17 +459,6 @@ def fit_to_card(run: Run, card: Card) -> None:
         held = run.engine.to_hold + 4 * weights * run.by_task.kept
         budget = measured_budget(card, run.probe, longest, held, repeats=run.engine.repeats)
         run.memory, run.state = at_most(run.memory, budget), replace(run.state, token_budget=budget, card=card.name)
-
-
-def refuse_more_skipped(state: RunState, limit: int) -> None:
-    """After a step that was skipped: say so, the first time. Errors: `TrainingError` beyond the limit."""
-    if state.skipped_steps == 1:
-        log.warning("step %d is skipped: its gradient is not finite; metrics.jsonl counts skipped_steps", state.step)
-    if state.skipped_in_a_row > limit:
-        raise TrainingError(
-            f"the gradient is not finite, {state.skipped_in_a_row} steps in a row (train.max_skipped_steps={limit})",
-            where=f"step {state.step}",
-        )
 
 
 class Stop:
