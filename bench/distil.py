@@ -74,7 +74,7 @@ def main() -> None:
         Console().print(one.table())
         found[part] = {"teacher": asdict(one.teacher), "student": asdict(one.student)}
         found[part]["seconds"] = round(time.perf_counter() - started)
-    write_json(RESULT, found)
+        write_json(RESULT, found)
 
 
 if __name__ == "__main__":
