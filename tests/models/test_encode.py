@@ -4,6 +4,7 @@ however it ends no thread is left."""
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import numpy as np
@@ -207,6 +208,27 @@ def test_threads_of_chunks_stay_and_have_ended_what_they_do_when_one_fails():
     with pytest.raises(ZeroDivisionError):
         list(module._spread(compute, chunks, 2))
     assert running == []
+
+
+def test_a_thread_of_chunks_has_one_core_however_late_its_first_chunk_comes():
+    before, both = torch.get_num_threads(), threading.Barrier(2)
+
+    def look():
+        both.wait(10)
+        return torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    try:
+        pool = module._pool_of.__wrapped__(2, 0)
+        assert torch.get_num_threads() == 2
+        pool.submit(torch.get_num_threads).result()  # one works, the other does not yet
+        torch.set_num_threads(3)
+        assert [each.result() for each in (pool.submit(look), pool.submit(look))] == [1, 1]
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == 3
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_auto_says_what_it_chose(model, caplog):

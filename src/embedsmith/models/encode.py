@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from threading import Barrier
 from typing import Any, Literal
 
 import numpy as np
@@ -232,7 +233,7 @@ def _spread(compute: Callable[[IntArray], Reps], chunks: Sequence[IntArray], wor
     if workers == 1:
         yield from map(compute, chunks)
         return
-    threads, pool = torch.get_num_threads(), _pool_of(workers, os.getpid())
+    pool = _pool_of(workers, os.getpid())
     futures = [pool.submit(compute, rows) for rows in chunks]
     try:
         for future in futures:
@@ -241,7 +242,6 @@ def _spread(compute: Callable[[IntArray], Reps], chunks: Sequence[IntArray], wor
         for future in futures:
             future.cancel()
         wait(futures)
-        torch.set_num_threads(threads)  # a worker's setting is also the default of threads to come
 
 
 @cache
@@ -249,7 +249,19 @@ def _pool_of(workers: int, process: int) -> ThreadPoolExecutor:
     """Threads of one core each, which stay: a server would make new ones several times a second, and the library of
     matrix products keeps memory for every thread it has seen. `process`: a forked one has none of its parent's threads.
     """
-    return ThreadPoolExecutor(workers, "one core", initializer=torch.set_num_threads, initargs=(1,))
+    threads, begun = torch.get_num_threads(), Barrier(workers + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # the default of threads to come, which a thread takes when it first looks
+        torch.get_num_threads()
+        begun.wait()
+
+    pool = ThreadPoolExecutor(workers, "one core", initializer=begin)
+    for _ in range(workers):  # none is idle before all have begun, so that each call makes a thread
+        pool.submit(int)
+    begun.wait()
+    torch.set_num_threads(threads)
+    return pool
 
 
 def autocast(device: torch.device, dtype: ComputeType | None) -> AbstractContextManager[Any]:
