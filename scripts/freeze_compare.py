@@ -121,6 +121,8 @@ def file_facts(path: Path, removed: Removed, paths: Mapping[str, str]) -> Facts:
         facts = dict(leaves(torch.load(path, map_location="cpu", weights_only=True)))
     elif path.suffix in (".json", ".jsonl", ".yaml"):
         facts = text_facts(without_run(content.decode(), paths), path.suffix)
+        if path.name == "files.json":  # hashes of files that may name the run's folder, and are compared themselves
+            return dict.fromkeys(facts, "is listed")
         return {key: fact for key, fact in facts.items() if not MEASURED.search(key) and not removed.key(key)}
     elif path.suffix == ".md":
         return {
