@@ -82,6 +82,16 @@ def test_scored_pairs_and_labels_are_files_that_evaluate_reads(tmp_path):
     assert read_source(Source(path=split.train)).labels == ("a", "b")
 
 
+def test_of_every_label_a_row_is_left_to_train_on(tmp_path):
+    rows = [{"sentence": f"text {n}", "label": f"label {n // 2}"} for n in range(40)]
+    split = made(tmp_path / "out", [*rows, {"sentence": "alone", "label": "rare"}], test=18)
+    assert split.test_rows == 18
+    assert len(read_source(Source(path=split.train)).labels) == 21
+    assert load_task(f"classification:{split.test}").kind == "classification"
+    with pytest.raises(DataError, match="each of 20 labels would lose its last one"):
+        made(tmp_path / "other", rows[::2])
+
+
 def test_what_cannot_be_split_says_why(tmp_path):
     same = [{"query": f"q{n}", "positive": "one answer"} for n in range(9)]
     with pytest.raises(DataError, match=r"rows hang together.*9 to 9 of 9"):

@@ -93,7 +93,10 @@ def split_source(
         found = part_of(read_source(source), source.part).texts_only("a split", source.path)
         facts = row_facts(found.records)
         wanted = max(min(round(test * len(facts)) if test < 1 else int(test), most or len(facts)), 1)
-        held_N, largest = _held_out(facts, wanted, seed, source.path)
+        label_N = np.zeros(len(facts), np.int64)
+        if found.task == "classification":
+            label_N = np.fromiter((record.label or 0 for record in found.records), np.int64, len(facts))
+        held_N, largest = _held_out(facts, label_N, wanted, seed, source.path)
         parts = _Parts(found, facts, held_N)
         with atomic_folder(output, _KIND, overwrite=overwrite) as folder:
             train, held = f"{found.name}-train.jsonl", f"{found.name}-test"
@@ -121,19 +124,31 @@ def held_out_tasks(run: Path) -> list[str]:
     return [str(path) for path in sorted(run.glob(f"{HELD_OUT}/*/*-test*"))]
 
 
-def _held_out(facts: RowFacts, wanted: int, seed: int, where: str) -> tuple[npt.NDArray[np.bool_], int]:
-    """(whether each row is held out, rows of the largest component)."""
+def _held_out(
+    facts: RowFacts, label_N: npt.NDArray[np.int64], wanted: int, seed: int, where: str
+) -> tuple[npt.NDArray[np.bool_], int]:
+    """(whether each row is held out, rows of the largest component). Of every label a row is left to train on."""
     component_N, least_C = _components(facts)
     rows_C = np.bincount(component_N)
     keys = (blake2b(b"%d %d" % (seed, least), digest_size=8).digest() for least in least_C.tolist())
     order_C = np.argsort(np.fromiter((int.from_bytes(key, "big") >> 1 for key in keys), np.int64, len(least_C)))
     chosen_C, room = np.zeros(len(rows_C), bool), min(wanted, len(facts) - 1)
+    _, class_N, left_L = np.unique(label_N, return_inverse=True, return_counts=True)
+    row_N, end_C, lacking = np.argsort(component_N, kind="stable"), np.cumsum(rows_C), False
     for component in order_C.tolist():
         if rows_C[component] <= room:
-            chosen_C[component] = True
+            rows = row_N[end_C[component] - rows_C[component] : end_C[component]]
+            fewer_L = left_L - np.bincount(class_N[rows], minlength=len(left_L))
+            if not fewer_L.all():
+                lacking = True
+                continue
+            chosen_C[component], left_L = True, fewer_L
             room -= int(rows_C[component])
         if room == 0:
             break
+    if not chosen_C.any() and lacking:
+        what = f"no row can be held out of {len(facts):,}: each of {len(left_L):,} labels would lose its last one"
+        raise DataError(what, where=where, fix="add rows, or take another file for the test")
     if not chosen_C.any():
         largest, least = int(rows_C.max()), int(rows_C.min())
         more = "" if len(rows_C) == 1 else f"hold out more: --test {least}; or "
