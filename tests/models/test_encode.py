@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from embedsmith.core.ahead import one_ahead
 from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import DataError, ModelError
 from embedsmith.core.reps import Dense
 from embedsmith.core.tokens import TokenBatch, chunk_rows
-from embedsmith.core.transfer import one_ahead
 from embedsmith.models import encode as module
 from embedsmith.models.encode import WindowEncoder, chunks_of
 from tests.models import tiny

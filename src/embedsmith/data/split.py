@@ -138,11 +138,12 @@ def _held_out(
     for component in order_C.tolist():
         if rows_C[component] <= room:
             rows = row_N[end_C[component] - rows_C[component] : end_C[component]]
-            fewer_L = left_L - np.bincount(class_N[rows], minlength=len(left_L))
-            if not fewer_L.all():
+            label_K, count_K = np.unique(class_N[rows], return_counts=True)
+            if (left_L[label_K] == count_K).any():
                 lacking = True
                 continue
-            chosen_C[component], left_L = True, fewer_L
+            chosen_C[component] = True
+            left_L[label_K] -= count_K
             room -= int(rows_C[component])
         if room == 0:
             break

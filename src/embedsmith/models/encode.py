@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedsmith.core.ahead import one_ahead
 from embedsmith.core.device import cpu_multiplies_bf16
 from embedsmith.core.errors import DeviceMemoryError
 from embedsmith.core.progress import log
 from embedsmith.core.quantize import AnyArray, FloatArray
 from embedsmith.core.reps import Reps, concatenate, each_head
 from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
-from embedsmith.core.transfer import one_ahead
 from embedsmith.models.config import ComputeType, Similarity
 
 BLOCK = 8192

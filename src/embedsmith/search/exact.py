@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedsmith.core.ahead import one_ahead
 from embedsmith.core.errors import SearchError
 from embedsmith.core.reps import Dense, MultiVector, Representation, Sparse
-from embedsmith.core.transfer import one_ahead
 
 FloatArray = npt.NDArray[np.float32]
 IndexArray = npt.NDArray[np.int64]

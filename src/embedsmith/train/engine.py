@@ -192,9 +192,7 @@ class WholeCopies:
     def step(self, health: Health | None = None, scale: float = 1.0, averaged: bool = False) -> float:
         if not averaged:
             self.average()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if scale != 1 and gradients:
-            torch._foreach_mul_(gradients, 1 / scale)
+        _divide([p.grad for p in self.parameters if p.grad is not None], scale)
         return self.update(nn.utils.clip_grad_norm_(self.parameters, self.limit), health)
 
     def update(self, norm: Tensor, health: Health | None) -> float:
@@ -244,8 +242,7 @@ class Fsdp2(WholeCopies):
             if parameter.grad is not None:
                 groups[not isinstance(parameter, DTensor)].append(parameter.grad)
         for group in groups:
-            if scale != 1 and group:
-                torch._foreach_mul_(group, 1 / scale)
+            _divide(group, scale)
         norms = [nn.utils.get_total_norm(group) for group in groups if group]
         full: list[Tensor] = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
         total: Tensor = torch.linalg.vector_norm(torch.stack(full))
@@ -267,6 +264,12 @@ class Fsdp2(WholeCopies):
             return self.model
         self.copy.load_state_dict(state)
         return self.copy
+
+
+def _divide(gradients: list[Tensor], scale: float) -> None:
+    """Take a loss scale out of gradients again, in few kernels."""
+    if scale != 1 and gradients:
+        torch._foreach_mul_(gradients, 1 / scale)
 
 
 def _refuse_heads(words: list[str]) -> None:

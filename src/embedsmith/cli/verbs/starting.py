@@ -1,4 +1,4 @@
-"""The verbs of the first hour: init, and plan, which tells what a recipe would take."""
+"""The verbs before a run: init, which writes a recipe, and plan, which tells what one would take."""
 
 import json
 from pathlib import Path
