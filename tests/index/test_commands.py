@@ -5,8 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import embedsmith as es
 from embedsmith.cli import app
 from embedsmith.core.errors import DataError, SearchError
+from embedsmith.index import Document
 from embedsmith.models import load
 from tests.tinybert import tiny_bert
 
@@ -131,9 +133,19 @@ def test_documents_without_a_text_are_left_out_and_told_and_such_a_query_is_refu
     place = str(tmp_path / "index")
     assert "3 new, 0 changed, 0 unchanged; 3 in the index" in typed("index", model, documents, "--to", place)
     told = [line for line in caplog.messages if "left out" in line]
-    assert [line.rpartition("docs.jsonl")[2] for line in told] == [":4: documents without a text, left out: 2"]
+    said = ": documents without a text, left out: 2 (the first: '4')"
+    assert [line.rpartition("docs.jsonl")[2] for line in told] == [said]
     with pytest.raises(DataError, match=r"docs.jsonl:4: empty text"):
         typed("search", "-i", place, "--file", documents)
+
+
+def test_given_documents_without_a_text_are_left_out_as_those_of_a_file(model, tmp_path, caplog):
+    given = ["a cat", " ", {"id": "x", "text": ""}, Document("y", "\n"), {"id": "z", "text": "a tree"}]
+    assert str(es.index(model, given, to=tmp_path / "index")) == "2 new, 0 changed, 0 unchanged; 2 in the index"
+    assert "documents without a text, left out: 3 (the first: '1')" in caplog.messages
+    with pytest.raises(DataError, match="no document with a text"):
+        es.index(model, ["", " "], to=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_query_of_broken_unicode(model, documents, tmp_path):

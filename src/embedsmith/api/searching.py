@@ -50,10 +50,10 @@ def index(
 
     `model`: a folder, a hub id, or a model that is loaded. `documents`: a file, a BEIR folder, or texts, dicts
     (`{"id": "a", "text": "...", "lang": "en"}`; what is neither is metadata) and `Document`s; texts are named by their
-    numbers. `to`: the index's folder; or `url`, `collection` and `api_key_env` (an environment variable) of a Qdrant
-    server. `heads`: all by default. `precision`: `int8` or `binary` finds dense vectors by such codes, kept in memory.
-    `batch`: documents written together. `shard`: which of how many shards this call is, `(0, 4)`; `join`: end the work
-    of shards (docs/ranks.md).
+    numbers. One without a text is left out, and told. `to`: the index's folder; or `url`, `collection` and
+    `api_key_env` (an environment variable) of a Qdrant server. `heads`: all by default. `precision`: `int8` or
+    `binary` finds dense vectors by such codes, kept in memory. `batch`: documents written together. `shard`: which of
+    how many shards this call is, `(0, 4)`; `join`: end the work of shards (docs/ranks.md).
     Errors: those of `embedsmith index`.
     """
     place = _place(to, url, collection, api_key_env)
@@ -146,7 +146,7 @@ def _document(number: int, given: str | Mapping[str, Any] | Document) -> Documen
         return Document(str(number), given)
     name = "_id" if "_id" in given else "id"
     text = given.get("text")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
         raise DataError("no text", where=f"document {number}", expected='a dict such as {"id": "a", "text": "..."}')
     metadata = {key: value for key, value in given.items() if key not in (name, "text")}
     return Document(str(given.get(name, number)), text, metadata)

@@ -8,7 +8,7 @@ there ranks and shards write their batches themselves.
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ def run_index(
     shard: Shard | None = None,
     join: bool = False,
 ) -> tuple[Written, int]:
-    """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone. Gives the
-    size, too. `options`: of `load`, for a model by its path. `precision`: see `open_index`. `shard`, `join`: see
-    `Sharing`; a shard of an index in a folder writes nothing there, and gives zeros.
+    """Index the documents of a file or BEIR folder, or given ones; what is there unchanged is left alone, and what has
+    no text is left out and told. Gives the size, too. `options`: of `load`, for a model by its path. `precision`: see
+    `open_index`. `shard`, `join`: see `Sharing`; a shard of an index in a folder writes nothing there, and gives zeros.
 
     A file is read twice: what is wrong with it is an error before anything is encoded.
     """
@@ -133,22 +133,28 @@ class _Filling:
         finally:
             store.close()
 
-    def _read(self, left_out: list[str] | None = None) -> Iterator[Document]:
-        if not isinstance(self.documents, str):
-            return iter(self.documents)
-        return read_documents(self.documents, [] if left_out is None else left_out)
+    def _given(self) -> Iterable[Document]:
+        return read_documents(self.documents, empty=True) if isinstance(self.documents, str) else self.documents
+
+    def _read(self) -> Iterator[Document]:
+        """All but those without a text, which can be found by nothing."""
+        return (document for document in self._given() if document.text.strip())
 
     def _counted(self) -> tuple[int, str]:
         """How many documents there are, and a hash of all. Errors: `DataError` for none."""
-        digest, count, left_out = hashlib.blake2b(digest_size=16), 0, list[str]()
-        for document in self._read(left_out):
+        digest, count, empty = hashlib.blake2b(digest_size=16), 0, list[str]()
+        for document in self._given():
+            if not document.text.strip():
+                empty.append(document.id)
+                continue
             count += 1
             digest.update(f"{document.id} {document.hash}".encode("utf-8", "surrogatepass"))
+        where = self.documents if isinstance(self.documents, str) else None
         if count == 0:
-            where = self.documents if isinstance(self.documents, str) else None
-            raise DataError("no document in this file", where=where, expected="at least one row with an id and a text")
-        if left_out:
-            log.warning("%s: documents without a text, left out: %d", left_out[0], len(left_out))
+            raise DataError("no document with a text", where=where, expected="at least one row with an id and a text")
+        if empty:
+            place = f"{where}: " if where else ""
+            log.warning("%sdocuments without a text, left out: %d (the first: %r)", place, len(empty), empty[0])
         return count, digest.hexdigest()
 
     def _encoder(self) -> Embedder:

@@ -51,21 +51,18 @@ class Document:
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def read_documents(path: str | Path, left_out: list[str] | None = None) -> Iterator[Document]:
+def read_documents(path: str | Path, *, empty: bool = False) -> Iterator[Document]:
     """The documents of a BEIR folder's corpus or of a file of any kind that the data room reads, one after another.
 
     `_id` or `id` names a document, `text` is its text with `title`, where there is one, in front; all other fields are
-    metadata. A document whose text is empty can be found by nothing: with `left_out` its place (`file:line`) is added
-    there, without it is an error. Errors: `DataError` naming file and line for a row that is not like that, or whose
-    id came before.
+    metadata. `empty`: documents without a text are among them; without it such a document is an error.
+    Errors: `DataError` naming file and line for a row that is not like that, or whose id came before.
     """
     for one in read_texts(path, ids="unique", metadata=True):
         text = one.text.strip()
-        if not text and left_out is not None:
-            left_out.append(one.where)
-            continue
-        for fault in text_faults("text", [text]):
-            raise fault.at(one.where)
+        if text or not empty:
+            for fault in text_faults("text", [text]):
+                raise fault.at(one.where)
         yield Document(str(one.id), text, one.metadata)
 
 
