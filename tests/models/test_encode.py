@@ -231,6 +231,24 @@ def test_a_thread_of_chunks_has_one_core_however_late_its_first_chunk_comes():
         torch.set_num_threads(before)
 
 
+def test_where_the_system_gives_no_more_threads_nothing_waits_for_ever(monkeypatch):
+    start, left = threading.Thread.start, count()
+
+    def refused(thread):
+        if next(left) == 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before, threads = set(threading.enumerate()), torch.get_num_threads()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        module._pool_of.__wrapped__(2, 0)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == threads
+
+
 def test_auto_says_what_it_chose(model, caplog):
     module._say_once.cache_clear()
     chosen = "bfloat16" if cpu_multiplies_bf16() else "float32"

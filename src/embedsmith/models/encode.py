@@ -257,10 +257,15 @@ def _pool_of(workers: int, process: int) -> ThreadPoolExecutor:
         begun.wait()
 
     pool = ThreadPoolExecutor(workers, "one core", initializer=begin)
-    for _ in range(workers):  # none is idle before all have begun, so that each call makes a thread
-        pool.submit(int)
-    begun.wait()
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(workers):  # none is idle before all have begun, so that each call makes a thread
+            pool.submit(int)
+        begun.wait()
+    except RuntimeError:  # the system gives no more threads: those that have begun must not wait for ever
+        begun.abort()
+        raise
+    finally:
+        torch.set_num_threads(threads)
     return pool
 
 
