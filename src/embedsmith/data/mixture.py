@@ -10,7 +10,7 @@ import numpy as np
 from embedsmith.core.errors import DataError, RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import RowFacts, row_facts
-from embedsmith.data.record import OneByOne, Record, Text
+from embedsmith.data.record import OneByOne, Record, Text, typed_for_source
 from embedsmith.data.source import RecordSet
 from embedsmith.data.stream import HasOrder
 
@@ -79,8 +79,7 @@ def part_of(found: RecordSet[Text], part: tuple[float, float] | None) -> RecordS
         raise DataError(
             f"no row falls into part {list(part)}",
             where=found.name,
-            fix="widen it: data.N.part=[0, 0.5], with N its place in the recipe from 0 "
-            "(of validation: evaluate.validation.N.part)",
+            fix=f"widen it {typed_for_source('part=[0, 0.5]')}, or evaluate.validation.N.part where it validates",
         )
     digest = hashlib.blake2b(f"{found.fingerprint} {low} {high}".encode(), digest_size=16).hexdigest()
     return replace(found, records=Selected(found.records, rows, facts.take(rows)), fingerprint=digest)

@@ -25,7 +25,7 @@ from embedsmith.core.reps import GUIDE, TEACHER
 from embedsmith.core.settings import name_of
 from embedsmith.core.shelf import losses
 from embedsmith.data import BatchPlan, RecordSet, Source, negatives_per_query, part_of, read_source
-from embedsmith.data.record import Text
+from embedsmith.data.record import Text, typed_for_source
 from embedsmith.data.source import TokenizerFacts
 from embedsmith.data.store import RecordStore, StoreCounts
 from embedsmith.losses import balance_weights
@@ -241,13 +241,13 @@ def make_supply(source: Source, whole: RecordSet[Text], batch_size: int | None, 
     records = part_of(whole, source.part)
     if source.loss is None and records.task not in DEFAULT_LOSSES:
         what = f"the task {records.task!r} has no default loss"
-        raise RecipeError(f"{source.path}: {what}", fix="say what is minimised: data.N.loss=NAME, N its place from 0")
+        raise RecipeError(f"{source.path}: {what}", fix=f"say what is minimised {typed_for_source('loss=NAME')}")
     loss: Loss = source.loss or losses.build(DEFAULT_LOSSES[records.task])
     loss.check(model.dimension)
     if missing := sorted(loss.heads() - set(model.outputs)):
         wanted = f"add it: model.heads=[{', '.join(sorted({*loss.heads(), 'dense'}))}]"
         if missing[0] == "dense":  # a public model of words or tokens
-            wanted = f"say what the loss reads: data.N.loss.head={model.main_head}, N the source's place from 0"
+            wanted = f"say what the loss reads {typed_for_source(f'loss.head={model.main_head}')}"
         raise RecipeError(
             f"the loss {type(loss).__name__} reads the head {missing[0]!r}, which the model lacks",
             where=records.name,

@@ -12,7 +12,7 @@ import numpy as np
 from embedsmith.core.errors import RecipeError
 from embedsmith.core.tokens import IntArray
 from embedsmith.data.plan.separate import Ints
-from embedsmith.data.record import Record, Text
+from embedsmith.data.record import Record, Text, typed_for_source
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ClassBatches:
                 f"per_class={texts} with batch_size {batch_size or 'by tokens'}",
                 where=where,
                 expected="a batch_size that is a multiple of per_class",
-                fix=f"set batch_size of the source, for example data.N.batch_size={16 * texts}",
+                fix=f"set batch_size of the source {typed_for_source(f'batch_size={16 * texts}')}",
             )
         labels = [record.label for record in records]
         if (unknown := labels.count(None)) > 0:
@@ -49,10 +49,11 @@ class ClassBatches:
         made = ClassBatches(np.asarray(labels, np.int64), batch_size // texts, texts)
         if made.batches == 0:
             large = int((made.groups_C > 0).sum())
+            most = max(large, 1) * texts
             raise RecipeError(
                 f"{batch_size} rows with {texts} of a class are {made.classes} classes, and {large} have so many rows",
                 where=where,
-                fix=f"set data.N.batch_size={max(large, 1) * texts} or less, N its place from 0, or lower per_class",
+                fix=f"lower per_class, or set batch_size to {most} or less {typed_for_source(f'batch_size={most}')}",
             )
         return made
 

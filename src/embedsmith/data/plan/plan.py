@@ -19,6 +19,7 @@ from embedsmith.data.plan.classes import ClassBatches
 from embedsmith.data.plan.config import PlanConfig
 from embedsmith.data.plan.passes import Cut, Order, Pass, cut, fitted
 from embedsmith.data.plan.separate import RowFacts
+from embedsmith.data.record import typed_for_source
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class PlannedSource:
             raise RecipeError("the source is empty", where=where, fix="remove it from the recipe")
         if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % world):
             down, up = self.batch_size // world * world, -(-self.batch_size // world) * world
-            near = " or ".join(str(value) for value in sorted({down, max(up, world)}) if value > 0)
+            near = [size for size in sorted({down, max(up, world)}) if size > 0]
             raise RecipeError(
                 f"batch_size {self.batch_size} cannot be shared equally by {world} ranks",
                 where=where,
-                fix=f"set batch_size to {near} (train.batch_size, or data.N.batch_size where the source has one)",
+                fix=f"set train.batch_size to {' or '.join(map(str, near))}, or the source's own where it has one "
+                + typed_for_source(f"batch_size={near[-1]}"),
             )
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise RecipeError(
