@@ -3,7 +3,8 @@
 `python -m bench.train_speed` fine-tunes MiniLM on one-line queries and whole package descriptions (mixed lengths, cut
 at --max-length tokens) with each engine in a process of its own, in turn, several rounds. Every round has new rows,
 the same for all engines. Only training steps are timed, tokenisation included, the first step left out. The figure is
-the median over rounds of the ratio within a round. Results: bench/results/train_speed.json.
+the median over rounds of the ratio within a round. bf16 is timed where the processor multiplies it, or with
+--engines. Results: bench/results/train_speed.json.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from typing import Any
 
 from bench.common import RESULTS, ROOT, WORK, data_path, environment, minilm, write_json
 from bench.quality_joint import read_lines
+from embedsmith.core.device import cpu_multiplies_bf16
 
 BASELINE = "sentence-transformers fp32"
 ENGINES = (BASELINE, "embedsmith fp32", "embedsmith bf16", "sentence-transformers bf16")
 TARGET = {"embedsmith fp32": 1.5}
+
+
+def quick_here() -> list[str]:
+    return [name for name in ENGINES if name.endswith("fp32") or cpu_multiplies_bf16()]
 
 
 def main() -> None:
@@ -33,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=quick_here())
     parser.add_argument("--results", type=Path, default=RESULTS / "train_speed.json")
     parser.add_argument("--measure", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
