@@ -141,7 +141,8 @@ def main() -> None:
                 print(f"{verb:10} {way:7} {rows:9,} {seconds:8.1f} s {mib:8.0f} MiB {cpu:8.1f} s of cpu", flush=True)
                 found = {"rows": rows, "seconds": round(seconds, 1), "mib": round(mib), "cpu": round(cpu, 1)}
                 if verb in SEARCHERS:
-                    found |= {"recall": json.loads((mine / "mined.report.json").read_bytes())["recall"]}
+                    recall = json.loads((mine / "mined.report.json").read_bytes())["recall"]
+                    found |= {"recall": {name.partition(" of ")[0]: share for name, share in recall.items()}}
                 found |= {"same": same}
                 kept[f"{verb} {way}"] = environment() | found
                 write_json(RESULTS / "ranks.json", kept)
