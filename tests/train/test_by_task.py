@@ -177,6 +177,8 @@ def test_cosines_are_those_of_whole_gradients_and_of_each_group():
     a, b = [torch.tensor([1.0, 2, 2]), torch.tensor([3.0, 0])], [torch.tensor([2.0, -1, 2]), torch.tensor([-1.0, 5])]
     made = meter()
     made.of_one(0, "a", a)
+    for each in a:
+        each.zero_()  # the next step's gradients come into the same memory
     assert made.taken() == {}
     made.of_one(1, "b", b)
     values = made.taken()
@@ -190,6 +192,14 @@ def test_cosines_are_those_of_whole_gradients_and_of_each_group():
     made.of_one(3, "b", b)
     made.of_one(4, "b", [-each for each in b])
     assert made.taken()["cosine/b~b"] == pytest.approx(-1)
+
+
+def test_a_weight_that_no_task_reaches_keeps_no_gradient_and_those_behind_it_get_theirs():
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
+    made = GroupedWeights(parameters, {"all": [0, 1]})
+    made.give([2.0, 1.0], [[None, torch.tensor([1.0, 2.0])], [None, torch.tensor([-1.0, 5.0])]])
+    assert parameters[0].grad is None
+    assert parameters[1].grad.tolist() == [1.0, 9.0]
 
 
 def test_measuring_keeps_to_its_share_of_the_time():

@@ -223,7 +223,7 @@ def test_ranks_with_shards_take_what_fits_the_smallest_of_their_cards(tree, tmp_
     assert said[1][-1].endswith(f"up to {budgets[0]:,} tokens at once")
 
 
-def test_where_no_step_can_be_begun_anew_the_probe_is_not_either_and_less_is_taken():
+def test_where_no_step_can_be_begun_anew_the_probe_is_not_either_and_less_is_taken(caplog):
     """Other ranks wait in a pass of the probe."""
     tried = []
 
@@ -239,6 +239,11 @@ def test_where_no_step_can_be_begun_anew_the_probe_is_not_either_and_less_is_tak
     card.peak = lambda act: (act(), 1000 + 160 * sizes[-1])[1]
     count = lambda texts: sizes.append(texts) or 16 * texts
     assert [measured_budget(card, count, 16, 0, repeats=one) for one in (True, False)] == [7920, 5940]
+    caplog.set_level("INFO")
+    card.free_bytes, card.peak = 10**9, lambda act: (act(), 10**8 + 160_000 * sizes[-1])[1]
+    measured_budget(card, count, 16, 4 * 10**8)
+    said = "toy card: 1.0 GB free, 0.5 GB for every step and 0.01 MB a token: up to 40,000 tokens at once"
+    assert caplog.messages[-1] == said
 
 
 def test_what_zero2_will_hold_and_how_its_gradients_are_tried(monkeypatch):
