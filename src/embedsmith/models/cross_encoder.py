@@ -19,10 +19,10 @@ from embedsmith.core.encoder import hash_with_weights, tokenizer_json
 from embedsmith.core.errors import ModelError
 from embedsmith.core.outputs import atomic_folder, claimed
 from embedsmith.core.progress import progress_bar, transformers_silenced
-from embedsmith.core.reps import Dense, Reps, in_fp32
-from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch
+from embedsmith.core.reps import Dense, in_fp32
+from embedsmith.core.tokens import PaddedTokens, TokenBatch
 from embedsmith.models.backbone import call_backbone, takes
-from embedsmith.models.encode import Compute, WindowEncoder, fitting_tokens, settled_dtype, window_rows
+from embedsmith.models.encode import Compute, run_windows, window_rows
 from embedsmith.models.folder import EmbeddingConfig, write_json
 from embedsmith.models.lora import has_adapter, merged, save_adapter
 from embedsmith.models.packing import Packing
@@ -53,7 +53,7 @@ class CrossEncoder(nn.Module):
         # The answer stands behind the last token, which on the left-padded side of a chunk is its last column.
         self.padding_left = settings.asks or tokenizer.padding_side == "left"
         self.packing, self.packs, self.fused, self.progress = False, Packing(why="rerankers pad"), "off", 0.0
-        self._fitting: int | None = None
+        self.fitting: int | None = None  # tokens in a chunk, where the card was too small for more
         inside = {id(module) for module in self.backbone.base_model.modules()}
         for layer in list(self.backbone.modules()):  # the linear layers behind the transformer
             if type(layer) is nn.Linear and id(layer) not in inside:
@@ -134,7 +134,7 @@ class CrossEncoder(nn.Module):
 
         with progress_bar("rerank", len(queries), visible=visible if show_progress is None else show_progress) as bar:
             logits = [torch.zeros(0, 1)]
-            for reps in self._computed(windows(), token_budget, dtype, bar.advance):
+            for reps in run_windows(self, self, windows(), token_budget, dtype, bar.advance):
                 logits += reps[SCORE].tensors()
         score_N: Tensor = activation_named(self.settings.activation)(torch.cat(logits))[:, 0]
         return score_N
@@ -144,25 +144,6 @@ class CrossEncoder(nn.Module):
         scores = self.score([query] * len(documents), documents).tolist()
         order = sorted(range(len(documents)), key=lambda place: -scores[place])
         return [(place, scores[place]) for place in order[:k]]
-
-    def _computed(
-        self, windows: Iterator[TokenBatch], token_budget: int | None, dtype: Compute | None, advance: Any
-    ) -> Iterator[Reps]:
-        def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
-            made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows))
-            return made
-
-        known = self._fitting if token_budget is None else token_budget
-        size = known or fitting_tokens(self.device, self.backbone.config)
-        engine = WindowEncoder(compute, self.device, size, settled_dtype(dtype, self.device), False, advance)
-        was_training = self.training  # training goes on after an evaluation
-        self.eval()
-        try:
-            yield from engine.run(windows)
-        finally:
-            self.train(was_training)
-            if engine.chunk_tokens < size:
-                self._fitting = engine.chunk_tokens
 
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write a folder that sentence-transformers' CrossEncoder, transformers and servers read; a saved model that is

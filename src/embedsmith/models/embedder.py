@@ -28,7 +28,7 @@ from embedsmith.core.reps import (
     each_head,
     in_fp32,
 )
-from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch, one_of
+from embedsmith.core.tokens import PaddedTokens, TokenBatch, one_of
 from embedsmith.core.transfer import to_device
 from embedsmith.models import by_role
 from embedsmith.models.attention import Attention, SoftMask
@@ -36,10 +36,8 @@ from embedsmith.models.backbone import call_backbone, takes, takes_positions
 from embedsmith.models.config import Settings
 from embedsmith.models.encode import (
     Compute,
-    WindowEncoder,
     compare,
-    fitting_tokens,
-    settled_dtype,
+    run_windows,
     window_rows,
 )
 from embedsmith.models.heads.base import TRAIN_HEAD, Head, known_heads
@@ -106,7 +104,7 @@ class Embedder(nn.Module):
         self.progress = 0.0
         self.packing, self.packs, self._first_position = False, Packing(), first_position(backbone)
         self.fused = "off (no GPU)"
-        self._fitting: int | None = None  # tokens in a chunk, where the card was too small for more
+        self.fitting: int | None = None  # tokens in a chunk, where the card was too small for more
         self._takes_positions, self._takes_cache = takes_positions(backbone), takes(backbone, "use_cache")
         # Of a text with many CLS the vector is the mean of their states; a middle layer has no trained weights.
         self._plain_pooling = mean if settings.mcls is not None or pooler is not None else pooling
@@ -422,23 +420,9 @@ class Embedder(nn.Module):
     ) -> Iterator[Reps]:
         """Representations of windows of tokenised texts, as `represent` gives them; a window is made, in a thread,
         while a GPU computes the one before. `advance` is told how many rows are done."""
-
-        def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
-            made: Reps = self(tokens.pad(self.pad_id, self.device, self.padding_left, rows), outputs)
-            return made
-
-        device, chosen = self.device, settled_dtype(dtype, self.device)
-        known = self._fitting if token_budget is None else token_budget
-        size = known or fitting_tokens(device, self.backbone.config)
-        engine = WindowEncoder(compute, device, size, chosen, self.packing, advance, self.side_by_side)
-        was_training = self.training  # training goes on after an evaluation
-        self.eval()
-        try:
-            yield from engine.run(windows)
-        finally:
-            self.train(was_training)
-            if engine.chunk_tokens < size:
-                self._fitting = engine.chunk_tokens
+        return run_windows(
+            self, partial(self, outputs=outputs), windows, token_budget, dtype, advance, self.side_by_side
+        )
 
     def encode_windows(
         self,

@@ -26,7 +26,7 @@ from embedsmith.core.errors import DeviceMemoryError
 from embedsmith.core.progress import log
 from embedsmith.core.quantize import AnyArray, FloatArray
 from embedsmith.core.reps import Reps, concatenate, each_head
-from embedsmith.core.tokens import IntArray, TokenBatch, chunk_rows, packed_rows
+from embedsmith.core.tokens import IntArray, PaddedTokens, TokenBatch, chunk_rows, packed_rows
 from embedsmith.models.config import ComputeType, Similarity
 
 BLOCK = 8192
@@ -144,6 +144,35 @@ class _TooLargeError(Exception):
     def __init__(self, rows: IntArray) -> None:
         super().__init__(rows)
         self.rows = rows
+
+
+def run_windows(
+    model: Any,
+    forward: Callable[[PaddedTokens], Reps],
+    windows: Iterator[TokenBatch],
+    token_budget: int | None,
+    dtype: Compute | None,
+    advance: Callable[[int], None],
+    side_by_side: bool = True,
+) -> Iterator[Reps]:
+    """What `forward` makes of windows for a model that is in evaluation mode meanwhile. A chunk has `token_budget`
+    tokens, or as many as fit the device; where these were too many, `model.fitting` keeps how many were not."""
+
+    def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
+        return forward(tokens.pad(model.pad_id, model.device, model.padding_left, rows))
+
+    known = model.fitting if token_budget is None else token_budget
+    size = known or fitting_tokens(model.device, model.backbone.config)
+    chosen = settled_dtype(dtype, model.device)
+    engine = WindowEncoder(compute, model.device, size, chosen, model.packing, advance, side_by_side)
+    was_training = model.training  # training goes on after an evaluation
+    model.eval()
+    try:
+        yield from engine.run(windows)
+    finally:
+        model.train(was_training)
+        if engine.chunk_tokens < size:
+            model.fitting = engine.chunk_tokens
 
 
 def works_ahead(device: torch.device) -> bool:
