@@ -201,9 +201,14 @@ def test_keys_of_curated_texts():
 
 
 def test_key_of_fisher_information():
-    records, more = (
-        SimpleNamespace(records=[SimpleNamespace(query="q", positives=("p",), negatives=negatives)])
-        for negatives in ((), ("n",))
+    records, *more = (
+        SimpleNamespace(records=[SimpleNamespace(query=query, positives=positives, negatives=negatives)])
+        for query, positives, negatives in (
+            ("q", ("p",), ()),
+            ("q", ("p",), ("n",)),
+            ("q", ("r",), ()),
+            ("s", ("p",), ()),
+        )
     )
     settings = {"definition": "isolated", "expectation": "sampled", "temperature": 0.05, "batch_size": 16, "draws": 1}
     settings |= {"seed": 0, "probe": SimpleNamespace(negatives=7, max_length=None)}
@@ -214,5 +219,6 @@ def test_key_of_fisher_information():
     keys = [Fisher._measured_from(each, "hash", records) for each in (plain, *changed)]
     shorter = SimpleNamespace(**settings | {"probe": SimpleNamespace(negatives=7, max_length=64)})
     keys += [Fisher._measured_from(shorter, "hash", records)]
-    keys += [Fisher._measured_from(plain, "other", records), Fisher._measured_from(plain, "hash", more)]
+    keys += [Fisher._measured_from(plain, "other", records)]
+    keys += [Fisher._measured_from(plain, "hash", each) for each in more]
     assert differ(keys)

@@ -6,14 +6,17 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from embedsmith.calibrate.explain import Explanation, Facts, map_of, sign_counts, sign_mass
 from embedsmith.calibrate.probe import Probe, TaskBatches
-from embedsmith.core.errors import RecipeError
+from embedsmith.cli import app
+from embedsmith.core.errors import CheckpointError, RecipeError
 from embedsmith.data import Source
 from embedsmith.merge.merge_plan import make_plan
 from embedsmith.merge.methods.coefficient import Average
 from embedsmith.merge.recipe import MergeRecipe, ParentSpec
+from tests.claims import watch_claims
 from tests.merge.family import family, retrieval_records, sts_records
 
 SOURCES = (Source(path="pairs", task="retrieval"), Source(path="graded", task="sts"))
@@ -138,6 +141,23 @@ def test_a_report_is_three_files(folders, tmp_path):
     rows = list(csv.DictReader((tmp_path / "groups.csv").open()))
     assert {row["granularity"] for row in rows} == {"model", "block", "module", "tensor"}
     assert page.read_text().count('class="chart"') > 5
+
+
+def test_the_verb_explains_into_a_folder_that_it_holds(folders, tmp_path, monkeypatch):
+    parents = [{"path": str(folders / f"parent-{place}")} for place in range(2)]
+    tree = {"parents": parents, "base": str(folders / "base"), "output": str(tmp_path / "merged"), "unrelated": True}
+    (tmp_path / "merge.yaml").write_text(json.dumps(tree | {"method": {"type": "average"}}), encoding="utf-8")
+    claims = watch_claims(monkeypatch, Explanation, tmp_path / "why", "save")
+    words = ["merge", str(tmp_path / "merge.yaml"), "--explain", str(tmp_path / "why")]
+    words += ["--probe", str(folders / "pairs.jsonl"), "--probe", str(folders / "graded.jsonl")]
+    said = CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert claims == [True]
+    assert f"report: {tmp_path / 'why' / 'explain.html'}" in said.replace("\n", "")
+    assert set(json.loads((tmp_path / "why" / "explain.json").read_text())["missing"]) == {"parent-0", "parent-1"}
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "why" / "explain.json").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"explain\.json"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 def test_without_a_base_there_is_nothing_to_explain(folders):

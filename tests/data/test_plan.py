@@ -120,7 +120,10 @@ def test_a_fraction_of_a_weight_is_part_of_a_pass(weight, steps, unused):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_sizes": (30,), "world": 4}, "30 cannot be shared equally by 4 ranks\n.*set train.batch_size to 28 or 32"),
+        (
+            {"batch_sizes": (30,), "world": 4},
+            "30 cannot be shared equally by 4 ranks\n.*set train.batch_size to 28 or 32",
+        ),
         ({"batch_sizes": (3,), "world": 4}, "set train.batch_size to 4"),
         ({"batch_sizes": (0,)}, "batch_size 0"),
         ({"sizes": (0,)}, "the source is empty"),

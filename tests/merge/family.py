@@ -15,12 +15,17 @@ from tests.merge.memory import float_names
 from tests.tinybert import WORDS, tiny_bert
 
 
-def family(folder: Path, parents: int = 3, size: float = 0.05, per_block: bool = False) -> LiveMerge:
+PROMPTS = {"query": "the ", "document": "cat "}
+
+
+def family(
+    folder: Path, parents: int = 3, size: float = 0.05, per_block: bool = False, prompts: dict[str, str] = PROMPTS
+) -> LiveMerge:
     """theta_0 and V_i drawn at random, V_i of different lengths."""
     path = folder / "tiny"
     if not path.exists():
         tiny_bert(path, dropout=0.0)
-    model = load(str(path), pooling="mean").double()
+    model = load(str(path), pooling="mean", prompts=prompts).double()
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(7)
     deltas = [
