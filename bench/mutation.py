@@ -48,7 +48,9 @@ HEAVY = ["torch", "transformers", "numpy", "scipy.stats", "pyarrow.parquet", "sa
 LEAST = 12  # mutants of the smallest room
 LONGEST = 300  # seconds of tests for a mutant: one that lives so long is counted as a survivor
 # Tests that reach a room through the verb above it, and so stand in that verb's room.
-ALSO = {"data": ["tests/api/test_tokenizing.py"], "api": ["tests/serve/test_server.py"]}
+VERBS = ["tests/cli/test_evaluate.py", "tests/cli/test_ranks_and_shards.py", "tests/cli/test_verbs.py"]
+ALSO = {"data": ["tests/api/test_tokenizing.py"], "api": ["tests/serve/test_server.py", *VERBS]}
+ALSO_OF_ALL = ["tests/test_keys.py"]  # every key and fingerprint, of whatever room
 Json = dict[str, Any]
 
 
@@ -104,7 +106,7 @@ def tests_of(room: str) -> Json:
 
 def tests_for(room: str) -> list[str]:
     """The folder with a room's tests, and files beside it."""
-    return [f"tests/{room}", *ALSO.get(room, [])]
+    return [f"tests/{room}", *ALSO.get(room, []), *ALSO_OF_ALL]
 
 
 def _observe(room: str) -> Json:

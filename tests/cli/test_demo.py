@@ -2,8 +2,10 @@
 
 import json
 import random
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 import embedsmith
 from embedsmith.cli import demo
@@ -80,6 +82,13 @@ def test_the_whole_course(tmp_path, monkeypatch):
     assert report["after"]["tasks"][0]["main_score"] == found.after[0].main_score
     assert [answer["text"] for answer in report["answers"]] == [answer.text for answer in found.answers_after[:3]]
     assert found.answers_after[0].score >= found.answers_after[1].score
+    shown = Console(width=200, file=StringIO())
+    shown.print(found.table())
+    rows = [line.split() for line in shown.file.getvalue().splitlines() if "held-out" in line and "never" not in line]
+    for result, before, row in zip(found.after, found.before, rows[:1] + rows[-1:], strict=True):
+        assert row[1] == result.task
+        assert f"{100 * before.scores[row[3]]:.2f}" in row
+        assert f"{100 * result.scores[row[3]]:.2f}" in row
     assert embedsmith.load(str(found.model)).dimension == 16
 
 

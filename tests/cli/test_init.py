@@ -138,6 +138,9 @@ def test_shipped_recipes_are_found_by_name_and_a_file_wins(here, typed):
         with pytest.raises(RecipeError, match=r"No such file(.|\n)*embedsmith train joint takes the recipe that ships"):
             recipe_file(missing, "train")
     for words, told in [
+        (("list",), "best-of-both"),
+        (("list", "loss"), "infonce"),
+        (("list", "loss", "cosent"), "temperature"),
         (("list", "recipe"), "decoder/full"),
         (("list", "recipe", "joint"), "cosent"),
         (("init",), "joint"),

@@ -481,7 +481,8 @@ def _help(tree, ready):
     run_sweep(read_sweep(tree))
 
 
-def test_processes_share_one_sweep_and_a_claimed_trial_is_left_alone(recipe, pretended, tmp_path):
+def test_processes_share_one_sweep_and_a_claimed_trial_is_left_alone(recipe, pretended, tmp_path, caplog):
+    caplog.set_level("INFO")
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(2)
     recipe["sweep"] |= {"trials": 2, "startup": 2}
@@ -504,6 +505,7 @@ def test_processes_share_one_sweep_and_a_claimed_trial_is_left_alone(recipe, pre
         fcntl.flock(held, fcntl.LOCK_EX)
         found = swept(recipe, "sweep.trials=3")
         assert len(found.trials) == 2, "it is another's"
+        assert any(line.startswith("trial 2 is left alone") for line in caplog.messages)
         with pytest.raises(CheckpointError, match="in use by"):
             swept(recipe, overwrite=True)
     assert len(swept(recipe, "sweep.trials=3").trials) == 3

@@ -205,6 +205,9 @@ def test_empty_values_of_the_reference_mean_what_they_mean_there(tmp_path, data)
         2 + len(recipe.evaluate.validation)
     )
     assert (recipe.model.path, recipe.model.lora.targets) == ("Qwen/Qwen3-0.6B", "auto")
+    for key, weighting in (("mrl_enabled", "ones"), ("use_mrl", "f2llm")):
+        path = write(tmp_path / f"{key}.json", data, **empty, **nothing | {"mrl_dims": [8, 16]}, **{key: True})
+        assert [source.loss.weighting for source in read_recipe(path).data] == [weighting] * 2
 
 
 def test_small_files_are_trained_on_and_validated_where_they_can_be(tmp_path, caplog):

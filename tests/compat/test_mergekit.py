@@ -69,6 +69,7 @@ def two(method, *parameters, **more):
     ("config", "wanted"),
     [
         (two("linear", {"weight": 1}, {"weight": 3}), {"type": "average"}),
+        (two("linear", {"weight": 0.25}, {"weight": 0.75}, parameters={"normalize": False}), {"type": "average"}),
         (two("task_arithmetic", {}, {}, base_model="x", parameters={"weight": 0.5, "lambda": 2}),
          {"type": "task_arithmetic", "scale": 2.0}),
         (two("task_arithmetic", {}, {}, base_model="x", parameters={"weight": 0.5, "normalize": True}),
@@ -95,12 +96,16 @@ def test_methods(config, wanted):
 
 
 def test_the_base_among_the_models_is_no_parent_and_the_nearest_place_counts():
-    models = [{"model": "x"}, {"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": 2}]}}, {"model": "b"}]
+    models = [
+        {"model": "x"},
+        {"model": "a", "parameters": {"weight": [{"filter": "mlp.fc", "value": 2}]}},
+        {"model": "b"},
+    ]
     made = mergekit_tree(
         {"merge_method": "task_arithmetic", "models": models, "base_model": "x", "parameters": {"weight": [0, 1]}}, "f"
     )
     assert made["parents"] == [
-        {"path": "a", "weight": [{"value": 2.0, "filter": "mlp"}, {"value": [0.0, 1.0]}]},
+        {"path": "a", "weight": [{"value": 2.0, "filter": "mlp.fc"}, {"value": [0.0, 1.0]}]},
         {"path": "b", "weight": [0.0, 1.0]},
     ]
 

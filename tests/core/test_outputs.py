@@ -1,6 +1,7 @@
 """What a verb writes: one process at a time, nothing foreign is replaced, a kill at any moment loses nothing."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -59,6 +60,25 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     with claimed(tmp_path / "out", "train"):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_child_of_a_killed_process_holds_nothing(tmp_path):
+    """Workers outlive their parent for a while."""
+    code = f"""import os, time
+from embedsmith.core.outputs import claimed
+with claimed({str(tmp_path / "out")!r}, "x"):
+    child = os.fork()
+    if child == 0:
+        os.close(1)
+        time.sleep(60)
+    print(child, flush=True)
+    os._exit(9)"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.PIPE, text=True)
+    try:
+        with claimed(tmp_path / "out", "train"):
+            pass
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
 
 
 def test_a_verb_inside_a_verb_may_claim_again_and_a_link_is_the_same_output(tmp_path):

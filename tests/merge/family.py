@@ -14,7 +14,6 @@ from embedsmith.models import load
 from tests.merge.memory import float_names
 from tests.tinybert import WORDS, tiny_bert
 
-
 PROMPTS = {"query": "the ", "document": "cat "}
 
 
