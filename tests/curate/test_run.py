@@ -25,9 +25,12 @@ from embedsmith.curate import (
     apply,
     curate,
 )
+from embedsmith.curate import run as run_module
 from embedsmith.curate.keeper import Answer
 from embedsmith.curate.run import _Curation
+from embedsmith.curate.structure import PageSection
 from embedsmith.data import Source, read_source
+from tests.claims import watch_claims
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("curate*.yaml"))
@@ -98,6 +101,30 @@ def test_markdown(tmp_path):
     assert found["question_answer: 什么是二？"] == "第二节。\n\na | b\n\n1 | 2"
     assert found["title_body: The title"].startswith("An opening with code and a link.\n\nText one.")
     assert len(found) == 4
+
+
+def test_a_section_has_no_gap_where_a_part_is_empty():
+    assert PageSection(("T",), 1, ["one", " ", "", "two\n"]).text == "one\n\ntwo"
+
+
+def test_the_first_of_several_files_says_what_they_are_and_lines_of_text_lose_their_spaces(tmp_path):
+    (tmp_path / "a.txt").write_text("  one \n\ntwo\n", encoding="utf-8")
+    write(tmp_path / "b.jsonl", [{"text": " three ", "id": "x"}])
+    paths = (str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"))
+    corpus = InputRecords(Input(path=paths))
+    assert corpus.kind == "documents"
+    assert texts(corpus) == [("", "one"), ("", "two"), ("", " three ")]
+    assert InputRecords(Input(path=(write(tmp_path / "c.jsonl", [{"title": "T", "body": "B"}]), *paths))).kind == "rows"
+
+
+def test_what_is_curated_is_claimed_first(tmp_path, monkeypatch):
+    path, out = (
+        write(tmp_path / "rows.jsonl", [{"query": "a whole query", "pos": ["an answer to it"]}]),
+        tmp_path / "out.jsonl",
+    )
+    claims = watch_claims(monkeypatch, run_module, out, "_check_output")
+    curate(CurateRecipe(input=Input(path=path), output=str(out), steps=(Length(),)))
+    assert claims == [True]
 
 
 def test_html(tmp_path):

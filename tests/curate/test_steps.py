@@ -109,11 +109,15 @@ def test_short_latin_text_is_not_guessed():
     assert guess_language("Vitamin D").language is None
     assert guess_language("狐").language == "zh"
     assert guess_language("12 + 3").script == "none"
+    assert guess_language("Привет, мир: abc").script == "cyrillic"
+    assert guess_language("one two three, мир").script == "latin"
 
 
 def test_trivial():
     record = Record("the query", ("The query", "the  query", "an answer", "an answer"), ("an answer", "other", "other"))
-    kept, _ = apply(Trivial(), [record, pair("same", "same"), pair("same", "same", task="sts")])
+    given = [pair("same", "same", task="sts"), record, pair("same", "same"), pair("same", "same", task="sts")]
+    alike, *kept = apply(Trivial(), given)[0]
+    assert alike == given[0]
     assert kept[0].positives == ("The query", "an answer")
     assert kept[0].negatives == ("other",)
     assert [record.task for record in kept] == ["retrieval", "sts"]

@@ -244,6 +244,7 @@ def test_the_negatives_drawn_are_derived(tmp_path):
     source = Source(path="x")
     assert [negatives_per_query(source, records[:end]) for end in (1, 2, 3)] == [0, 3, 4]
     assert negatives_per_query(replace(source, negatives=7), records) == 7
+    assert negatives_per_query(source, []) == 0
 
 
 def test_a_source_is_a_recipe_section():

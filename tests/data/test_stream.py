@@ -1,6 +1,8 @@
 """Streams: every row once, in an order that depends on the pass alone, with a bounded number of rows in memory."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -70,6 +72,21 @@ def test_a_stream_holds_every_row_and_few_of_them_in_memory(found):
         assert records[int(row)].positives == (f"p{row}",)
         most = max(most, sum(map(len, records._held.values())))
     assert most <= 100 + 2 * 60
+
+
+def test_threads_that_want_one_block_read_it_once(found, monkeypatch):
+    """Steps are drawn ahead by several threads."""
+    records, read, reads = found.records, found.records.blocks.read, []
+
+    def slow(number):
+        reads.append(number)
+        time.sleep(0.05)
+        return read(number)
+
+    monkeypatch.setattr(type(records.blocks), "read", lambda self, number: slow(number))
+    with ThreadPoolExecutor(4) as pool:
+        assert {record.query for record in pool.map(lambda row: records[row], [0] * 8)} == {ROWS[0]["query"]}
+    assert reads == [0]
 
 
 def test_the_order_is_drawn_for_the_pass_and_mixes(found):
