@@ -9,6 +9,7 @@ from tests.plans import epoch_of, plan_from
 
 from embedsmith.core.errors import RecipeError
 from embedsmith.data import PlanConfig
+from embedsmith.data.plan.config import _spread
 
 TASKS = ("retrieval", "sts", "retrieval")
 SIZES = (640, 64, 320)
@@ -141,3 +142,8 @@ def test_an_order_of_its_own_is_followed():
     for planned in epoch_of(plan):
         assert planned.rows.tolist() == list(range(planned.rows[0], planned.rows[0] + 16))
     assert sorted(int(planned.rows[0]) for planned in epoch_of(plan)) == [0, 16, 32, 48]
+
+
+def test_steps_of_each_source_stand_at_the_middles_of_equal_parts_of_the_way():
+    assert _spread([1, 3]).tolist() == [1, 0, 1, 1]  # at 1/2; at 1/6, 1/2 and 5/6
+    assert _spread([2, 5, 0]).tolist() == [1, 0, 1, 1, 1, 0, 1]

@@ -109,6 +109,18 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
         on_disk(write(tmp_path / "a.jsonl", ROWS), tmp_path)
 
 
+def test_long_texts_of_whatever_role_end_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_CHARACTERS", 100)
+    roles = (
+        {"query": "x" * 50, "pos": ["p"]},
+        {"query": "q", "pos": ["x" * 50]},
+        {"query": "q", "pos": ["p", "x" * 50]},
+    )
+    for number, row in enumerate((*roles, {"query": "q", "pos": ["p"], "neg": ["x" * 50]})):
+        path = write(tmp_path / f"{number}.jsonl", [row] * 8)
+        assert len(on_disk(path, tmp_path).records._blocks) == 4
+
+
 def test_lines_are_those_of_the_file(tmp_path, small_blocks):
     path = tmp_path / "a.jsonl"
     path.write_text("".join("\n" + json.dumps(row) + "\n" for row in SCORED))

@@ -195,6 +195,20 @@ def test_what_cannot_be_streamed_is_said(tmp_path, monkeypatch):
         stream(tmp_path / "data")
 
 
+def test_a_dataset_that_cannot_be_loaded_or_breaks_while_it_is_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    lines = json_lines(tmp_path / "lines")
+    records = stream(lines, limit=len(ROWS)).records
+    for file in lines.iterdir():
+        file.write_text(file.read_text()[:-20])
+    with pytest.raises(DataError, match="lines: cannot load a dataset of this name"):
+        records[len(ROWS) - 1]
+    path = saved(tmp_path / "data")
+    (path / "state.json").write_text("{")
+    with pytest.raises(DataError, match="data: cannot load a dataset of this name"):
+        stream(path)
+
+
 def test_a_pattern_and_one_file_are_streams_too(tmp_path):
     folder = shards(tmp_path / "data")
     assert len(stream(folder / "[01].parquet").records) == 334
