@@ -100,6 +100,16 @@ def test_frequent_tokens_weigh_less():
     assert by_rank.tolist() == sorted(by_rank.tolist())
 
 
+def test_agreement_is_the_correlation_of_cosines():
+    student, teacher = np.random.default_rng(0).standard_normal((2, 6, 4)) * np.arange(1, 7)[:, None]
+    cosines = [
+        [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for n, a in enumerate(side) for b in side[n + 1 :]]
+        for side in (student, teacher)
+    ]
+    found = agreement(torch.from_numpy(student), torch.from_numpy(teacher))
+    assert found == pytest.approx(np.corrcoef(cosines)[0, 1])
+
+
 def test_training_brings_it_nearer_to_the_teacher_on_texts_that_were_held_out(teacher, monkeypatch, caplog):
     monkeypatch.setattr(static_student, "BATCH", 32)
     monkeypatch.setattr(static_student, "EPOCHS", 0)

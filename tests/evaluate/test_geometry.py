@@ -110,6 +110,8 @@ def test_neighbours_and_hubs(monkeypatch):
     for row in range(23):
         order = sorted((j for j in range(23) if j != row), key=lambda j: -cos(matrix[row], matrix[j]))
         assert index[row].tolist() == order[:4]
+    few = g.Space(matrix[:3]).neighbours(4)  # all others, and not the row itself
+    assert [sorted(line) for line in few.tolist()] == [[1, 2], [0, 2], [0, 1]]
     counts = [sum(row in line for line in index.tolist()) for row in range(23)]
     mean = sum(counts) / 23
     third = sum((c - mean) ** 3 for c in counts) / 23

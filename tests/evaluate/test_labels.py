@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import sklearn.cluster
 
 from embedsmith.core.errors import EvaluationError
 from embedsmith.evaluate import ClassificationTask, ClusteringTask, PairClassificationTask, evaluate
@@ -75,6 +76,14 @@ def test_a_probe_learns_what_vectors_tell_and_nothing_from_noise():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that it has not converged after its 100 steps is the protocol
         assert 0.2 < evaluate(HashEncoder(), [task])[0].main_score < 0.8
+
+
+def test_clusters_are_sought_as_mteb_seeks_them(monkeypatch):
+    """`AbsTaskClustering` of mteb 2."""
+    given, real = [], sklearn.cluster.MiniBatchKMeans
+    monkeypatch.setattr(sklearn.cluster, "MiniBatchKMeans", lambda **named: given.append(named) or real(**named))
+    evaluate(HashEncoder(), [ClusteringTask("t", [f"text {n}" for n in range(12)], list("aabbcc" * 2))])
+    assert given == [{"n_clusters": 3, "batch_size": 512, "init": "k-means++", "n_init": 1, "random_state": 42}]
 
 
 def test_texts_of_one_label_lie_together():

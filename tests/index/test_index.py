@@ -267,7 +267,7 @@ def test_a_word_that_no_token_of_the_text_is_explains_a_hit_too():
 
 
 def test_documents_of_files(tmp_path):
-    rows = [{"_id": 1, "title": "A", "text": "b", "lang": "en"}, {"id": "x", "text": "c"}]
+    rows = [{"_id": 1, "title": "A", "text": "b", "lang": "en"}, {"id": "x", "text": " c\n"}]
     path = tmp_path / "docs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert list(read_documents(path)) == [Document("1", "A b", {"lang": "en"}), Document("x", "c")]
