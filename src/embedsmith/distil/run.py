@@ -131,7 +131,7 @@ class Distilled:
         return made
 
 
-def distil(recipe: DistilRecipe, *, overwrite: bool = False) -> Distilled:
+def distil(recipe: DistilRecipe, *, overwrite: bool) -> Distilled:
     """Make the student and measure it beside its teacher. What is finished is left as it is; a stopped run goes on.
 
     Errors: `CheckpointError` for an output with something else in it; those of `load`, `train` and `evaluate`.
