@@ -70,7 +70,7 @@ def main() -> None:
             tasks_folder=str(DATA),
             **made[part],
         )
-        one = distil(recipe)
+        one = distil(recipe, overwrite=False)
         Console().print(one.table())
         found[part] = {"teacher": asdict(one.teacher), "student": asdict(one.student)}
         found[part]["seconds"] = round(time.perf_counter() - started)
