@@ -156,7 +156,7 @@ def run_windows(
     side_by_side: bool = True,
 ) -> Iterator[Reps]:
     """What `forward` makes of windows for a model that is in evaluation mode meanwhile. A chunk has `token_budget`
-    tokens, or as many as fit the device; where these were too many, `model.fitting` keeps how many were not."""
+    tokens, or as many as fit the device; where these were too many, `model.fitting` keeps how many do fit."""
 
     def compute(tokens: TokenBatch, rows: IntArray) -> Reps:
         return forward(tokens.pad(model.pad_id, model.device, model.padding_left, rows))
